@@ -1,0 +1,236 @@
+"""ComfyUI as a host. The only file of the package that knows ``comfy``."""
+
+import inspect
+from contextlib import contextmanager
+
+import comfy.ldm.modules.attention
+import comfy.lora
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.utils
+import torch
+
+from ..errors import ForgetError
+from ..families import identify, layers
+from ..model import Text, fingerprint
+from ..pictures import square
+from ..spans import SECTION
+
+PREFIX = "diffusion_model."
+TRAINABLE = torch.float32, torch.float16, torch.bfloat16
+TOKENIZERS = "l", "h"  # CLIP-L (also first of SDXL's two), OpenCLIP-H
+
+
+class ComfyModel:
+    """``fmn.model.Model`` over a MODEL, with its CLIP and VAE where they are needed."""
+
+    def __init__(self, patcher, clip=None, vae=None):
+        self.patcher, self.clip, self.vae = patcher, clip, vae
+        unet = getattr(patcher.model, "diffusion_model", None)
+        self.family = _family(patcher, unet)
+        self._compvis = {layer.name: layer.compvis for layer in layers(self.family)}
+        sampling = patcher.get_model_object("model_sampling")
+        v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+        self.prediction = "v" if v else "epsilon"
+
+    def key(self, name):
+        """ComfyUI's key of a layer's weight."""
+        return f"{PREFIX}{self._compvis[name]}.weight"
+
+    def fingerprint(self):
+        def weight_of(layer):
+            key = self.key(layer.name)
+            # While a patched model is loaded, the untouched weights are in its backup.
+            kept = self.patcher.backup.get(key)
+            return comfy.utils.get_attr(self.patcher.model, key) if kept is None else kept.weight
+
+        return fingerprint(self.family, weight_of)
+
+    def tokenize(self, prompt):
+        self._need_clip()
+        sections = self.clip.tokenize(prompt.text, **_plain(prompt))
+        name = next((name for name in TOKENIZERS if name in sections), None)
+        if name is None:
+            raise self._wrong_clip(f"tokens for {', '.join(sections)}")
+        ids = [token for section in sections[name] for token, *_ in section]
+        return [int(token) if isinstance(token, int) else None for token in ids]
+
+    def encode(self, prompts):
+        self._need_clip()
+        encoded = []
+        with torch.inference_mode():
+            for prompt in prompts:
+                tokens = self.clip.tokenize(prompt.text, **_plain(prompt))
+                encoded.append(self.clip.encode_from_tokens(tokens, return_pooled=True))
+        contexts, pooled = zip(*encoded)
+        context = torch.cat([context.float() for context in contexts]).clone()
+        if context.shape[-1] != self.family.context_dim or context.shape[1] % SECTION:
+            raise self._wrong_clip(f"text of width {context.shape[-1]}")
+        if self.family.vector_dim is None:
+            return Text(context)
+        return Text(context, {"pooled": torch.cat([row.float() for row in pooled]).clone()})
+
+    def _need_clip(self):
+        if self.clip is None:
+            raise ForgetError(
+                "The CLIP input is empty (the checkpoint may have no text encoder): "
+                "connect the CLIP that belongs to the model."
+            )
+
+    def _wrong_clip(self, gives):
+        return ForgetError(
+            f"This CLIP gives {gives}, but {self.family.title} reads text of width "
+            f"{self.family.context_dim}: connect the CLIP of the same checkpoint."
+        )
+
+    def sample(self, prompt, seeds, size, steps, guidance):
+        seeds = list(seeds)
+        with torch.inference_mode():
+            empty = torch.zeros(1, 4, size // 8, size // 8)
+            noise = torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds])
+            latents = comfy.sample.sample(
+                self.patcher, noise, steps, guidance, "euler", "normal",
+                self._conditioning(prompt), self._conditioning(prompt._replace(text="")),
+                torch.zeros_like(noise), seed=seeds[0],
+            )  # fmt: skip
+        return self.patcher.model.process_latent_in(latents.clone())
+
+    def _conditioning(self, prompt):
+        return self.clip.encode_from_tokens_scheduled(
+            self.clip.tokenize(prompt.text, **_plain(prompt))
+        )
+
+    def encode_images(self, images, size):
+        if self.vae is None:
+            raise ForgetError(
+                "A concept has reference pictures but the VAE input is empty: "
+                "connect the checkpoint's VAE, or remove the pictures."
+            )
+        with torch.inference_mode():
+            latents = self.vae.encode(square(images, size).movedim(1, -1))
+        return self.patcher.model.process_latent_in(latents.clone())
+
+    @contextmanager
+    def borrow(self):
+        """Load the U-Net so that autograd can use it; see ``docs/architecture.md``."""
+        patcher = _clone(self.patcher)
+        comfy.model_management.load_models_gpu(
+            [patcher], memory_required=1e20, force_full_load=True
+        )
+        model = patcher.model
+        with torch.inference_mode(False), torch.enable_grad():
+            _leave_inference_mode(model)
+            flags = [(p, p.requires_grad) for p in model.parameters() if p.requires_grad]
+            try:
+                model.requires_grad_(False)
+                yield _Borrowed(self, model)
+            finally:
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+                comfy.model_management.soft_empty_cache()
+
+    def patched(self, patch, strength):
+        """A clone of the MODEL with the patch on it; ComfyUI merges it when it loads the model."""
+        patch.check_family(self.family)
+        clone = self.patcher.clone()
+        names = comfy.lora.model_lora_keys_unet(clone.model, {})
+        loaded = comfy.lora.load_lora(patch.lora(torch.float32), names)
+        applied = clone.add_patches(loaded, strength)
+        if len(applied) != len(patch.changes):
+            raise ForgetError(
+                f"The model has only {len(applied)} of the patch's {len(patch.changes)} layers: "
+                "use a patch made for the model's family."
+            )
+        return clone
+
+
+class _Borrowed:
+    context_argument = "context"
+
+    def __init__(self, host, model):
+        self.host, self.model = host, model
+        self.device = model.device
+        self.sigmas = model.model_sampling.sigmas.clone()
+        self.alphas_cumprod = 1 / (1 + self.sigmas.float() ** 2)
+
+    def module(self, name):
+        if name.endswith(".attn2"):
+            path = self.host._compvis[f"{name}.to_q"].removesuffix(".to_q")
+        else:
+            path = self.host._compvis[name]
+        return self.model.diffusion_model.get_submodule(path)
+
+    def denoise(self, x_t, t, text):
+        # ComfyUI's x is the clean latent plus sigma times noise; x_t has unit variance.
+        sigma = self.sigmas[t].to(self.device)
+        scale = sigma.view(-1, 1, 1, 1)
+        x = x_t.to(self.device) * (1 + scale**2).sqrt()
+        options = {"optimized_attention_override": _fused_attention}
+        conditions = self._conditions(x, text)
+        clean = self.model.apply_model(x, sigma, transformer_options=options, **conditions)
+        return (x - clean) / scale
+
+    def _conditions(self, x, text):
+        given = {"cross_attn": text.context.to(self.device), "noise": x, "device": self.device}
+        if "pooled" in text.vectors:
+            height, width = x.shape[-2] * 8, x.shape[-1] * 8
+            given |= {"pooled_output": text.vectors["pooled"], "height": height, "width": width}
+        made = self.model.extra_conds(**given)
+        return {
+            name: value.process_cond(batch_size=len(x), device=self.device, area=None).cond
+            for name, value in made.items()
+        }
+
+    def checkpoint_blocks(self):
+        names = "ResBlock", "BasicTransformerBlock"
+        return [m for m in self.model.diffusion_model.modules() if type(m).__name__ in names]
+
+
+def _family(patcher, unet):
+    found = {
+        name: module.weight
+        for name, module in (unet.named_modules() if unet is not None else ())
+        if name.endswith((".attn2.to_k", ".attn2.to_v"))
+    }
+    family = identify({name: weight.shape for name, weight in found.items()})
+    for name, weight in found.items():
+        if weight.dtype not in TRAINABLE or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ForgetError(
+                f"The model's weights are quantised ({name} is {kind}): load the checkpoint in "
+                "float16, bfloat16 or float32 instead."
+            )
+    if family is None:
+        raise ForgetError(
+            f"{type(patcher.model).__name__} is no model we know: Stable Diffusion 1.x, 2.x and "
+            "XL are supported, this one has other cross-attention layers."
+        )
+    return family
+
+
+def _clone(patcher):
+    # From 0.16 on, GPU models page their weights; a clone without that can be trained.
+    if "disable_dynamic" in inspect.signature(patcher.clone).parameters and patcher.is_dynamic():
+        return patcher.clone(disable_dynamic=True)
+    return patcher.clone()
+
+
+def _leave_inference_mode(model):
+    """Replace weights that were made in inference mode by equal ones that were not.
+
+    Autograd refuses the former even as constants. Values do not change; one weight at a time is
+    held twice.
+    """
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_inference():
+            comfy.utils.set_attr_param(model, name, parameter.clone())
+
+
+def _fused_attention(function, *args, **kwargs):
+    """Self-attention through PyTorch's kernel: ComfyUI's default on a CPU keeps far more."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _plain(prompt):
+    return {"disable_weights": True} if prompt.plain else {}

@@ -1,0 +1,193 @@
+"""diffusers as a host: Stable Diffusion 1.x, 2.x, XL pipelines and the demo model."""
+
+import re
+from contextlib import contextmanager
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from ..errors import ForgetError
+from ..families import identify
+from ..lowrank import merge
+from ..model import Text, fingerprint
+from ..pictures import square
+from ..spans import SECTION
+from .diffusers_load import load_pipeline
+
+WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
+
+
+class DiffusersModel:
+    """``fmn.model.Model`` over a pipeline; see ``load``."""
+
+    def __init__(self, pipeline):
+        unet = getattr(pipeline, "unet", None)
+        shapes = {
+            name: tuple(module.weight.shape)
+            for name, module in (unet.named_modules() if unet else ())
+            if name.endswith((".attn2.to_k", ".attn2.to_v"))
+        }
+        self.family = identify(shapes)
+        if self.family is None:
+            raise ForgetError(
+                f"{type(pipeline).__name__} is no model we know: Stable Diffusion 1.x, 2.x and XL "
+                "are supported."
+            )
+        self.pipeline = pipeline
+        self.unet = unet
+        kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
+        self.prediction = "v" if kind == "v_prediction" else "epsilon"
+
+    @classmethod
+    def load(cls, path, device=None):
+        """Load ``demo``, a .safetensors checkpoint or a diffusers folder in float32."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline = load_pipeline(path).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline)
+
+    @property
+    def device(self):
+        return self.unet.device
+
+    def fingerprint(self):
+        return fingerprint(self.family, lambda layer: self.unet.get_submodule(layer.name).weight)
+
+    def tokenize(self, prompt):
+        if WEIGHT_SYNTAX.search(prompt.text) and not prompt.plain:
+            raise ForgetError(
+                f"The prompt '{prompt.text}' uses weights like (name:1.2), which only ComfyUI "
+                "understands: write it without, or train inside ComfyUI."
+            )
+        ids = self.pipeline.tokenizer(prompt.text, padding="max_length", max_length=SECTION)
+        if len(ids.input_ids) > SECTION:
+            raise ForgetError(
+                f"The prompt '{prompt.text:.60}...' has {len(ids.input_ids)} tokens and diffusers "
+                f"reads {SECTION}: shorten it, or train inside ComfyUI, which reads longer ones."
+            )
+        return ids.input_ids
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        texts = [prompt.text for prompt in prompts]
+        encoded = self.pipeline.encode_prompt(
+            prompt=texts,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        if isinstance(self.pipeline, StableDiffusionXLPipeline):
+            return Text(encoded[0], {"pooled": encoded[2]})
+        return Text(encoded[0])
+
+    def latents_like(self, seeds, size):
+        """First noise [N, 4, size/8, size/8], one generator a seed, on the CPU."""
+        shape = 4, size // 8, size // 8
+        return torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+
+    @torch.no_grad()
+    def sample(self, prompt, seeds, size, steps, guidance):
+        texts = [prompt.text] * len(seeds)
+        return self.sample_latents(texts, self.latents_like(seeds, size), steps, guidance)
+
+    @torch.no_grad()
+    def sample_latents(self, texts, noise, steps, guidance):
+        """Denoise; returns latents as the U-Net sees them, [N, 4, h, w].
+
+        The first sample is noise * sqrt(1 + sigma_max^2), as in ComfyUI; diffusers would scale it
+        by sigma_max.
+        """
+        scheduler = self.pipeline.scheduler
+        scheduler.set_timesteps(steps)
+        largest = float(scheduler.sigmas.max()) if hasattr(scheduler, "sigmas") else None
+        if largest:
+            target = (1 + largest**2) ** 0.5
+            noise = noise * (target / float(scheduler.init_noise_sigma))
+        return self.pipeline(
+            prompt=texts,
+            latents=noise.to(self.device, self.unet.dtype),
+            height=noise.shape[-2] * 8,
+            width=noise.shape[-1] * 8,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+        ).images
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Pictures [N, H, W, 3] in 0..1 from latents."""
+        vae = self.pipeline.vae
+        images = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
+
+    @torch.no_grad()
+    def encode_images(self, images, size):
+        vae = self.pipeline.vae
+        pixels = square(images, size).to(vae.device, vae.dtype) * 2 - 1
+        encoded = vae.encode(pixels)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return (latents * vae.config.scaling_factor).float().cpu()
+
+    @contextmanager
+    def borrow(self):
+        flags = [(parameter, parameter.requires_grad) for parameter in self.unet.parameters()]
+        training = self.unet.training
+        try:
+            self.unet.requires_grad_(False).train(False)
+            with torch.inference_mode(False), torch.enable_grad():
+                yield _Borrowed(self)
+        finally:
+            self.unet.train(training)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def merged(self, patches):
+        """Add patches to the weights for good; a list of (patch, strength)."""
+        with torch.no_grad():
+            for patch, strength in patches:
+                patch.check_family(self.family)
+                for name, factors in patch.changes.items():
+                    weight = self.unet.get_submodule(name).weight
+                    change = merge(*(factor.to(weight.device) for factor in factors))
+                    weight += (strength * change).to(weight.dtype)
+        return self
+
+
+class _Borrowed:
+    context_argument = "encoder_hidden_states"
+
+    def __init__(self, model):
+        self.model, self.unet = model, model.unet
+        self.device = model.device
+        self.alphas_cumprod = model.pipeline.scheduler.alphas_cumprod.float()
+
+    def module(self, name):
+        return self.unet.get_submodule(name)
+
+    def denoise(self, x_t, t, text):
+        dtype = self.unet.dtype
+        x_t = x_t.to(self.device, dtype)
+        output = self.unet(
+            x_t,
+            t.to(self.device),
+            encoder_hidden_states=text.context.to(self.device, dtype),
+            added_cond_kwargs=self._added(x_t, text),
+        ).sample
+        if self.model.prediction == "epsilon":
+            return output
+        alpha = self.alphas_cumprod.to(self.device)[t].view(-1, 1, 1, 1)
+        return alpha.sqrt() * output + (1 - alpha).sqrt() * x_t
+
+    def _added(self, x_t, text):
+        if "pooled" not in text.vectors:
+            return None
+        height, width = x_t.shape[-2] * 8, x_t.shape[-1] * 8
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device)
+        pooled = text.vectors["pooled"].to(self.device, self.unet.dtype)
+        return {"text_embeds": pooled, "time_ids": sizes.repeat(len(x_t), 1)}
+
+    def checkpoint_blocks(self):
+        names = "ResnetBlock2D", "BasicTransformerBlock"
+        return [module for module in self.unet.modules() if type(module).__name__ in names]

@@ -1,0 +1,166 @@
+"""Make a diffusers pipeline from the demo model, a single checkpoint file, or a folder.
+
+Nothing is fetched: the configurations and the tokenizer's merges of the families lie in
+``fmn/assets``.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..errors import ForgetError
+from ..families import DEMO, SDXL, identify
+
+ASSETS = Path(__file__).parent.parent / "assets"
+DEMO_FILE = Path(__file__).parent.parent.parent / "demo" / "fmn-demo.safetensors"
+UNET_PREFIX = "model.diffusion_model."
+KEYS_AND_VALUES = ".attn2.to_k.weight", ".attn2.to_v.weight"
+# TAESD works on latents of unit variance times 0.18215; the demo's own factor replaces it.
+SD_SCALE = 0.18215
+
+
+def load_pipeline(path, dtype=torch.float32):
+    """A pipeline for ``demo``, a .safetensors checkpoint of a known family, or a folder.
+
+    Raises:
+        ForgetError: there is no such model, or its family is unknown.
+    """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    if str(path) == "demo":
+        return _demo(dtype)
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path, dtype)
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ForgetError(
+            f"There is no model '{path}': give demo, a .safetensors checkpoint, "
+            "or a diffusers folder."
+        )
+    family = checkpoint_family(path)
+    return _demo(dtype, path) if family is DEMO else _single_file(path, family, dtype)
+
+
+def checkpoint_family(path):
+    """The family of a CompVis-style checkpoint, from the shapes in its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            kv = {
+                key[len(UNET_PREFIX) : -len(".weight")]: file.get_slice(key).get_shape()
+                for key in file.keys()  # noqa: SIM118 - a handle, not a dict
+                if key.startswith(UNET_PREFIX) and key.endswith(KEYS_AND_VALUES)
+            }
+    except SafetensorError as error:
+        raise ForgetError(
+            f"'{Path(path).name}' is damaged or not a safetensors file ({error}): get it again."
+        ) from error
+    family = identify(kv)
+    if family is None:
+        raise ForgetError(
+            f"'{Path(path).name}' is no checkpoint we know: it has {len(kv)} cross-attention key "
+            "and value layers; Stable Diffusion 1.x, 2.x and XL are supported."
+        )
+    return family
+
+
+def _folder(path, dtype):
+    try:
+        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ForgetError(f"'{path}' is no complete diffusers folder: {error}") from error
+
+
+def _config(family):
+    return json.loads((ASSETS / "pipelines.json").read_text())[family.key]
+
+
+def make_tokenizer(pad_token="<|endoftext|>"):
+    """CLIP's tokenizer. Ids follow from the merges: bytes, bytes that end a word, merges."""
+    lines = (ASSETS / "clip_merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [tuple(line.split()) for line in lines if line]
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    letters = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(len(hidden))]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(m) for m in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)},
+        merges=merges,
+        pad_token=pad_token,
+        model_max_length=77,
+    )
+
+
+def _single_file(path, family, dtype):
+    make = StableDiffusionXLPipeline if family is SDXL else StableDiffusionPipeline
+    given = {"tokenizer": make_tokenizer("<|endoftext|>" if family.key != "sd2" else "!")}
+    if family is SDXL:
+        given["tokenizer_2"] = make_tokenizer("!")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in _config(family).items():
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(content))
+        return make.from_single_file(
+            str(path), config=folder, torch_dtype=dtype, local_files_only=True, **given
+        )
+
+
+def _demo(dtype, path=DEMO_FILE):
+    """The demo model: a checkpoint of SD 1.x layout whose parts no standard loader knows."""
+    if not path.is_file():
+        raise ForgetError(f"The demo model is missing at '{path}': get the repository again.")
+    config, weights = _config(DEMO), load_file(path)
+    unet = UNet2DConditionModel.from_config(config["unet/config.json"])
+    unet.load_state_dict(convert_ldm_unet_checkpoint(weights, unet.config))
+    text_encoder = CLIPTextModel(CLIPTextConfig(**config["text_encoder/config.json"]))
+    text_encoder.load_state_dict(_clip_weights(weights, text_encoder))
+    vae = AutoencoderTiny(scaling_factor=SD_SCALE / float(weights["first_stage_model.vae_scale"]))
+    vae.load_state_dict(_taesd_weights(weights))
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=make_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler.from_config(config["scheduler/scheduler_config.json"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipeline if dtype == torch.float32 else pipeline.to(dtype)
+
+
+def _clip_weights(weights, text_encoder):
+    prefix = "cond_stage_model.transformer."
+    found = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if not any(key.startswith("text_model.") for key in text_encoder.state_dict()):
+        found = {key.removeprefix("text_model."): value for key, value in found.items()}
+    return found
+
+
+def _taesd_weights(weights):
+    """diffusers does not count the clamp that TAESD's decoder starts with."""
+    found = {}
+    for key, value in weights.items():
+        for part, shift in (("encoder", 0), ("decoder", 1)):
+            prefix = f"first_stage_model.taesd_{part}."
+            if key.startswith(prefix):
+                index, _, rest = key.removeprefix(prefix).partition(".")
+                found[f"{part}.layers.{int(index) - shift}.{rest}"] = value
+    return found

@@ -1,0 +1,112 @@
+"""Trainable changes to frozen layers, and their reduction to low rank.
+
+A change is additive and Linear or Conv2d is linear in its weight, so a forward hook that adds the
+change's own output is exact: the loaded weights are never written to.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def _apply(module, x, weight):
+    if isinstance(module, nn.Conv2d):
+        return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
+    return F.linear(x, weight)
+
+
+class LowRank(nn.Module):
+    """W + up @ down with float32 factors (LoRA, Hu et al. 2021). Starts at zero change."""
+
+    def __init__(self, module, rank, generator, device):
+        super().__init__()
+        out, *inputs = module.weight.shape
+        rank = min(rank, out, inputs[0])
+        down = torch.randn(rank, *inputs, generator=generator)
+        down *= down[0].numel() ** -0.5
+        self.down = nn.Parameter(down.to(device))
+        self.up = nn.Parameter(torch.zeros(out, rank, *([1] * (len(inputs) - 1)), device=device))
+
+    def forward(self, module, x):
+        hidden = _apply(module, x, self.down.to(x.dtype))
+        up = self.up.to(x.dtype)
+        return F.conv2d(hidden, up) if up.dim() == 4 else F.linear(hidden, up)
+
+    def factors(self, rank):
+        return self.up.detach(), self.down.detach(), 0.0
+
+
+class Full(nn.Module):
+    """W + change, every weight free, in float32 whatever precision W has.
+
+    bfloat16 masters would not do: an AdamW step of 2e-6 is below half a unit in the last place
+    for weights above 0.001, and they would never move.
+    """
+
+    def __init__(self, module, device):
+        super().__init__()
+        shape = module.weight.shape
+        self.change = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+
+    def forward(self, module, x):
+        return _apply(module, x, self.change.to(x.dtype))
+
+    def factors(self, rank):
+        return truncate(self.change.detach(), rank)
+
+
+@contextmanager
+def attached(adapters, module_of):
+    """Add each adapter's output to its layer's for a while.
+
+    Args:
+        adapters: layer name -> LowRank or Full.
+        module_of: function from a layer name to the host's module.
+    """
+    handles = []
+    try:
+        for name, adapter in adapters.items():
+
+            def hook(module, args, output, adapter=adapter):
+                return output + adapter(module, args[0])
+
+            handles.append(module_of(name).register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def truncate(change, rank, oversample=8, rounds=4):
+    """Best factors of that rank, by subspace iteration (Halko et al. 2011, algorithm 4.4).
+
+    Args:
+        change: [out, in] or [out, in, kh, kw].
+
+    Returns:
+        up [out, r] (or [out, r, 1, 1]), down [r, in] (or [r, in, kh, kw]), and the relative
+        Frobenius error ||change - up @ down|| / ||change||.
+    """
+    matrix = change.flatten(1)
+    rank = min(rank, *matrix.shape)
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(matrix.shape[1], rank + oversample, generator=generator)
+    basis = torch.linalg.qr(matrix @ probes.to(matrix)).Q
+    for _ in range(rounds):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    up = basis @ u[:, :rank] * s[:rank].sqrt()
+    down = s[:rank].sqrt()[:, None] * vh[:rank]
+    norm = matrix.norm()
+    error = float((matrix - up @ down).norm() / norm) if norm > 0 else 0.0
+    if change.dim() == 4:
+        return up[:, :, None, None], down.unflatten(1, change.shape[1:]), error
+    return up, down, error
+
+
+def merge(up, down):
+    """The full change up @ down, [out, in] or [out, in, kh, kw], in float32."""
+    product = up.flatten(1).float() @ down.flatten(1).float()
+    return product.unflatten(1, down.shape[1:]) if down.dim() == 4 else product

@@ -1,0 +1,315 @@
+"""The forget patch: low-rank changes with a record of what they forget, kept as a LoRA file."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from . import __version__
+from .errors import ForgetError
+from .families import FAMILIES, Family, layers
+from .lora_keys import PARTS, file_name, known_names
+from .lowrank import merge
+
+FORMAT = "1"
+MAX_HEADER = 16 << 20  # bytes; SDXL's full header of tensor names is below 1 MiB
+MAX_RANK = 1024
+
+
+@dataclass
+class ForgetPatch:
+    """Low-rank changes to a U-Net of one family.
+
+    Attributes:
+        changes: layer name -> (up [out, r], down [r, in]), CPU tensors whose product is added to
+            the weight at strength 1. Conv2d factors carry their kernel dimensions.
+        info: plain data about it, JSON-able; ``new_info`` lists the fields.
+    """
+
+    family: Family
+    changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    info: dict = field(default_factory=dict)
+
+    @property
+    def concepts(self):
+        return [concept["name"] for concept in self.info.get("concepts", [])]
+
+    @property
+    def ranks(self):
+        return sorted({down.shape[0] for _, down in self.changes.values()})
+
+    def check_family(self, family):
+        """Refuse a model of another family. Another base of the same one is fine: patches
+        transfer between fine-tunes."""
+        if self.family is not family:
+            raise ForgetError(
+                f"This patch is for {self.family.title}, the model is {family.title}: "
+                "use a patch made for the model's family."
+            )
+
+    def lora(self, dtype=torch.float16):
+        """The tensors of a LoRA file: lora_down [r, in], lora_up [out, r] and alpha a layer."""
+        by_name = {layer.name: layer for layer in layers(self.family)}
+        tensors = {}
+        for name, (up, down) in self.changes.items():
+            prefix = file_name(self.family, by_name[name])
+            up, down = _balance(up.float(), down.float())
+            values = down.to(dtype), up.to(dtype), torch.tensor(float(down.shape[0]), dtype=dtype)
+            for part, value in zip(PARTS, values):
+                tensors[f"{prefix}.{part}"] = value.contiguous()
+        return tensors
+
+    def change_of(self, name, device="cpu"):
+        """The full float32 change of one layer."""
+        up, down = self.changes[name]
+        return merge(up.to(device), down.to(device))
+
+
+def _balance(up, down):
+    # Equal norms keep both factors far from float16's underflow.
+    up_norm, down_norm = up.norm(), down.norm()
+    if up_norm == 0 or down_norm == 0:
+        return torch.zeros_like(up), down
+    scale = (down_norm / up_norm).sqrt()
+    return up * scale, down / scale
+
+
+def new_info(model, fingerprint, method, settings, concepts, losses, truncation_error):
+    """The record that goes into a patch file.
+
+    Args:
+        truncation_error: largest relative error of the reduction to low rank, over layers.
+    """
+    return {
+        "concepts": [concept.describe() for concept in concepts],
+        "method": method,
+        "settings": settings,
+        "base.fingerprint": fingerprint,
+        "base.prediction": model.prediction,
+        "loss": {"first": losses[0], "last": losses[-1], "steps": len(losses)} if losses else {},
+        "truncation_error": truncation_error,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": __version__,
+    }
+
+
+def rounding_error(patch, tensors):
+    """Relative Frobenius error of the file's changes against the patch's own, over all layers."""
+    by_name = {layer.name: layer for layer in layers(patch.family)}
+    difference = total = 0.0
+    for name in patch.changes:
+        prefix = file_name(patch.family, by_name[name])
+        down, up, _ = (tensors[f"{prefix}.{part}"] for part in PARTS)
+        exact = patch.change_of(name)
+        difference += float((exact - merge(up, down)).square().sum())
+        total += float(exact.square().sum())
+    return (difference / total) ** 0.5 if total > 0 else 0.0
+
+
+def _metadata(patch, tensors):
+    """Strings for the header: our record, and what other programs read to label the file."""
+    info = patch.info | {"rounding_error": rounding_error(patch, tensors)}
+    names, rank = ", ".join(patch.concepts), str(max(patch.ranks))
+    v_prediction = info.get("base.prediction") == "v"
+    architecture, base_version = patch.family.architecture, patch.family.base_version
+    if v_prediction and patch.family.key == "sd2":
+        architecture, base_version = "stable-diffusion-v2-768-v", "sd_v2_v"
+    side = patch.family.resolution
+    metadata = {f"fmn.{key}": json.dumps(value) for key, value in info.items()}
+    return metadata | {
+        "fmn.format": FORMAT,
+        "fmn.base.family": patch.family.key,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": (
+            "https://github.com/Stability-AI/generative-models"
+            if patch.family.stability_names
+            else "diffusers"
+        ),
+        "modelspec.title": f"Forget {names}",
+        "modelspec.description": f"Makes {patch.family.title} forget: {names}",
+        "modelspec.date": info.get("date", ""),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        "ss_base_model_version": base_version,
+        "ss_v2": str(patch.family.key == "sd2"),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank if len(patch.ranks) == 1 else "Dynamic",
+        "ss_network_alpha": rank if len(patch.ranks) == 1 else "Dynamic",
+        "ss_output_name": f"forget {names}",
+    }
+
+
+def save_patch(patch, path):
+    """Write the file; nothing half-written stays behind, whatever happens.
+
+    Raises:
+        ForgetError: the folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    tensors = patch.lora()
+    data = save(tensors, metadata=_metadata(patch, tensors))
+    write_whole(path, lambda file: file.write(data))
+    return path
+
+
+def write_whole(path, write):
+    """Call ``write(file)`` on a temporary file beside ``path``, then rename it to ``path``."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ForgetError(
+            f"'{path.name}' could not be saved in {path.parent} ({reason}): "
+            "free some space or choose a folder you can write to."
+        ) from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def load_patch(path):
+    """Read and check a file that anyone may have made.
+
+    Raises:
+        ForgetError: it is not a whole, well-formed forget patch.
+    """
+    path = Path(path)
+    _check_header_size(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            family = _family(path, metadata)
+            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            modules = _check_shapes(path, family, found)
+            tensors = {key: file.get_tensor(key) for key in found}
+    except SafetensorError as error:
+        raise ForgetError(
+            f"'{path.name}' is damaged or not a safetensors file ({error}): get it again."
+        ) from error
+    changes = {}
+    for prefix, layer in modules.items():
+        down, up, alpha = (tensors[f"{prefix}.{part}"].float() for part in PARTS)
+        if not all(torch.isfinite(value).all() for value in (down, up, alpha)):
+            raise ForgetError(
+                f"'{path.name}' holds NaN or infinite values in '{prefix}': "
+                "its training failed, so do not use it."
+            )
+        changes[layer.name] = up * (alpha / down.shape[0]), down
+    return ForgetPatch(family, changes, _info(path, metadata))
+
+
+def _check_header_size(path):
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise ForgetError(
+            f"'{path}' cannot be read ({error.strerror}): check the name and its folder."
+        ) from error
+    if size < 8 or header > min(size - 8, MAX_HEADER):
+        raise ForgetError(
+            f"'{path.name}' is cut short or not a safetensors file: its header claims {header} "
+            f"bytes, the file has {size} and we read at most {MAX_HEADER}; get it again."
+        )
+
+
+def _family(path, metadata):
+    if "fmn.format" not in metadata:
+        raise ForgetError(
+            f"'{path.name}' is not a forget patch: it lacks our metadata. "
+            "Use Load LoRA for other LoRA files."
+        )
+    if metadata["fmn.format"] != FORMAT:
+        raise ForgetError(
+            f"'{path.name}' has patch format {metadata['fmn.format']!r:.20}, this version reads "
+            f"{FORMAT}: update Forget-Me-Not."
+        )
+    family = FAMILIES.get(metadata.get("fmn.base.family"))
+    if family is None:
+        raise ForgetError(
+            f"'{path.name}' is for the unknown model family "
+            f"{metadata.get('fmn.family')!r:.40}; known are {', '.join(FAMILIES)}."
+        )
+    return family
+
+
+def _check_shapes(path, family, found):
+    """Every key known, every layer complete, every shape fitting, before anything is loaded."""
+    known = known_names(family)
+    prefixes = {}
+    for key in found:
+        prefix, _, part = key.partition(".")
+        if prefix not in known or part not in PARTS:
+            raise ForgetError(
+                f"'{path.name}' holds the tensor {key!r:.80}, which {family.title} does not have: "
+                "it is for another model, or no forget patch."
+            )
+        if known[prefix] in prefixes.values() and prefix not in prefixes:
+            raise ForgetError(f"'{path.name}' names the layer '{prefix}' twice: get another file.")
+        prefixes[prefix] = known[prefix]
+    if not prefixes:
+        raise ForgetError(f"'{path.name}' holds no layers: it would change nothing.")
+    for prefix, layer in prefixes.items():
+        missing = [part for part in PARTS if f"{prefix}.{part}" not in found]
+        if missing:
+            raise ForgetError(f"'{path.name}' lacks '{prefix}.{missing[0]}': get it again.")
+        _check_layer(path, layer, *(found[f"{prefix}.{part}"] for part in PARTS))
+    return prefixes
+
+
+def _check_layer(path, layer, *slices):
+    for tensor in slices:
+        if tensor.get_dtype() not in ("F16", "BF16", "F32"):
+            raise ForgetError(
+                f"'{path.name}' stores '{layer.name}' as {tensor.get_dtype()}; "
+                "a patch has 16- or 32-bit floating-point numbers only."
+            )
+    down, up, alpha = (tuple(tensor.get_shape()) for tensor in slices)
+    rank = down[0] if down else 0
+    one = (1,) * (len(layer.shape) - 2)
+    fits = (
+        0 < rank <= MAX_RANK
+        and down == (rank, *layer.shape[1:])
+        and up == (layer.shape[0], rank, *one)
+        and alpha in ((), (1,))
+    )
+    if not fits:
+        raise ForgetError(
+            f"'{path.name}' does not fit '{layer.name}' of shape {list(layer.shape)}: "
+            f"it has lora_down {list(down)}, lora_up {list(up)}, alpha {list(alpha)}."
+        )
+
+
+def _info(path, metadata):
+    """Our part of the header, checked: it is text from a stranger."""
+    info = {}
+    try:
+        for key, value in metadata.items():
+            if key.startswith("fmn.") and key not in ("fmn.format", "fmn.base.family"):
+                info[key.removeprefix("fmn.")] = json.loads(value)
+        names = [concept["name"] for concept in info.setdefault("concepts", [])]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ForgetError(
+            f"The metadata of '{path.name}' is damaged ({type(error).__name__}): get it again."
+        ) from error
+    if not all(isinstance(name, str) for name in names):
+        raise ForgetError(f"The metadata of '{path.name}' names concepts that are no text.")
+    return info

@@ -1,0 +1,101 @@
+"""Small pictures with PIL: what training shows while it runs, and grids of results."""
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+INK, PALE, ACCENT, PAPER = (40, 44, 52), (205, 209, 216), (214, 69, 65), (250, 250, 248)
+
+
+def progress_picture(losses, total, before, now):
+    """The loss so far, and where the concept's attention was and is, 448 x 160 pixels.
+
+    Args:
+        losses: one a finished step. total: steps in all.
+        before, now: ``probe.Attention`` of the first concept.
+    """
+    picture = Image.new("RGB", (448, 160), PAPER)
+    draw = ImageDraw.Draw(picture)
+    _curve(draw, (12, 28, 196, 148), losses, total)
+    draw.text((12, 8), f"loss {losses[-1]:.4g}", INK, font=_font(13))
+    brightest = max(float(before.map.max()), 1e-9)
+    for left, name, attention in ((212, "before", before), (332, "now", now)):
+        picture.paste(heat_map(attention.map / brightest, 104), (left, 44))
+        draw.text((left, 8), f"{name}: {attention.share:.2%}", INK, font=_font(13))
+    draw.text((212, 26), "of attention on the concept", INK, font=_font(11))
+    return picture
+
+
+def _curve(draw, box, losses, total):
+    left, top, right, bottom = box
+    draw.rectangle(box, outline=PALE)
+    high = max(losses) or 1.0
+    points = [
+        (
+            left + (right - left) * (i + 1) / total,
+            bottom - (bottom - top - 4) * value / high,
+        )
+        for i, value in enumerate(losses)
+    ]
+    if len(points) > 1:
+        draw.line(points, fill=ACCENT, width=2)
+    else:
+        x, y = points[0]
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=ACCENT)
+
+
+def heat_map(values, side):
+    """A [h, w] tensor of 0..1 as a picture: dark blue, over red, to pale yellow."""
+    stops = ((0.0, (12, 16, 60)), (0.5, (200, 50, 60)), (1.0, (255, 240, 150)))
+    image = Image.new("RGB", (values.shape[1], values.shape[0]))
+    image.putdata([_between(stops, value) for value in values.clamp(0, 1).flatten().tolist()])
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _between(stops, value):
+    for (low, first), (high, second) in zip(stops, stops[1:]):
+        if value <= high:
+            part = (value - low) / (high - low)
+            return tuple(round(a + (b - a) * part) for a, b in zip(first, second))
+    return stops[-1][1]
+
+
+def to_image(pixels):
+    """A PIL picture from floats [H, W, 3] in 0..1."""
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def labelled_grid(rows, columns, side=128):
+    """A grid with a title over each column and a label beside each row.
+
+    Args:
+        rows: list of (label, [PIL pictures]). columns: titles, one a picture of a row.
+    """
+    font, label_width, head, gap = _font(13), 250, 26, 6
+    width = label_width + len(columns) * (side + gap)
+    grid = Image.new("RGB", (width, head + len(rows) * (side + gap)), PAPER)
+    draw = ImageDraw.Draw(grid)
+    for i, title in enumerate(columns):
+        draw.text((label_width + i * (side + gap), 6), title, INK, font=font)
+    for row, (label, pictures) in enumerate(rows):
+        top = head + row * (side + gap)
+        draw.text((10, top + side // 2 - 8), label, INK, font=font)
+        for i, picture in enumerate(pictures):
+            grid.paste(picture.resize((side, side)), (label_width + i * (side + gap), top))
+    return grid
+
+
+def square(images, size):
+    """Pictures [N, H, W, 3] -> [N, 3, size, size]: shorter side to ``size``, centre cut out."""
+    images = images.movedim(-1, 1)
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    shape = max(size, round(height * scale)), max(size, round(width * scale))
+    images = torch.nn.functional.interpolate(
+        images, size=shape, mode="bilinear", antialias=True, align_corners=False
+    )
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return images[..., top : top + size, left : left + size].clamp(0, 1)
+
+
+def _font(size):
+    return ImageFont.load_default(size)

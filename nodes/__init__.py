@@ -1,0 +1,10 @@
+"""The nodes: each parses its widgets, calls ``fmn`` and wraps the result."""
+
+from comfy_api.latest import ComfyExtension
+
+from . import concept, demo, patch, train
+
+
+class ForgetMeNot(ComfyExtension):
+    async def get_node_list(self):
+        return [*concept.NODES, *train.NODES, *patch.NODES, *demo.NODES]

@@ -1,0 +1,131 @@
+"""The demo model: a tiny Stable Diffusion 1.x that ComfyUI's own classes can run."""
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+from comfy import sd1_clip
+from comfy_api.latest import io
+
+from .types import CATEGORY
+
+FILE = Path(__file__).parent.parent / "demo" / "fmn-demo.safetensors"
+UNET = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64,
+    "context_dim": 128, "channel_mult": [1, 2, 3], "num_res_blocks": [1, 1, 1],
+    "transformer_depth": [0, 1, 1], "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False,
+    "adm_in_channels": None, "use_temporal_attention": False,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_hidden_layers": 3, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+    "eos_token_id": 49407,
+}  # fmt: skip
+
+
+class _WordTokenizer(sd1_clip.SDTokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data={}):
+        super().__init__(
+            embedding_directory=embedding_directory,
+            embedding_size=TEXT["hidden_size"],
+            embedding_key="clip_l",
+            tokenizer_data=tokenizer_data,
+        )
+
+
+class _Tokenizer(sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data={}):
+        super().__init__(
+            embedding_directory=embedding_directory,
+            tokenizer_data=tokenizer_data,
+            tokenizer=_WordTokenizer,
+        )
+
+
+class _Encoder(sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options={}):
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            textmodel_json_config=dict(TEXT),
+            return_projected_pooled=False,
+            model_options=model_options,
+        )
+
+
+class _TextModel(sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options={}):
+        super().__init__(
+            device=device, dtype=dtype, model_options=model_options, clip_model=_Encoder
+        )
+
+
+class DemoConfig(comfy.supported_models.SD15):
+    """Stable Diffusion 1.x as ComfyUI knows it, with another text encoder. Registered nowhere."""
+
+    unet_config = {}
+    unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
+
+    def clip_target(self, state_dict={}):
+        return comfy.supported_models_base.ClipTarget(_Tokenizer, _TextModel)
+
+
+def load_demo_checkpoint(path=FILE):
+    """MODEL, CLIP and VAE, as the stock loader would make them of a family it knows."""
+    state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    config = DemoConfig(dict(UNET))
+    device = comfy.model_management.get_torch_device()
+    dtype = comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state, "model.diffusion_model."),
+        supported_dtypes=config.supported_inference_dtypes,
+        weight_dtype=comfy.utils.weight_dtype(state, "model.diffusion_model."),
+    )
+    cast = comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, cast)
+    offload = comfy.model_management.unet_offload_device()
+
+    model = config.get_model(state, "model.diffusion_model.", device=offload)
+    model.load_model_weights(state, "model.diffusion_model.")
+    vae = comfy.sd.VAE(
+        sd=comfy.utils.state_dict_prefix_replace(
+            state, {"first_stage_model.": ""}, filter_keys=True
+        )
+    )
+    weights = config.process_clip_state_dict(state)
+    clip = comfy.sd.CLIP(
+        config.clip_target(state),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        tokenizer_data=weights,
+        parameters=comfy.utils.calculate_parameters(weights),
+    )
+    clip.load_sd(weights, full_model=True)
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    return patcher, clip, vae
+
+
+class LoadDemoCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FMN_LoadDemoCheckpoint",
+            display_name="Load Demo Checkpoint",
+            category=CATEGORY,
+            description="A small Stable Diffusion that comes with the pack: 120 things in 7 "
+            "styles at 128 x 128 pixels. For trying things out in seconds, also without a GPU.",
+            inputs=[],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput(*load_demo_checkpoint())
+
+
+NODES = [LoadDemoCheckpoint]

@@ -1,0 +1,180 @@
+"""Save, load, apply and inspect patches."""
+
+import logging
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..fmn.errors import ForgetError
+from ..fmn.hosts.comfy import ComfyModel
+from ..fmn.patch import load_patch, save_patch
+from ..fmn.report import describe
+from .types import CATEGORY, Patch, show_text
+
+KIND = "forget_patches"
+
+
+def _register_folders():
+    """Patches live in models/ and output/; stock Load LoRA lists both too."""
+    folders = [os.path.join(folder_paths.models_dir, KIND), output_folder()]
+    known, extensions = folder_paths.folder_names_and_paths.get(KIND, ([], set()))
+    paths = [*known, *(folder for folder in folders if folder not in known)]
+    folder_paths.folder_names_and_paths[KIND] = (paths, extensions | {".safetensors"})
+    for folder in folders:
+        folder_paths.add_model_folder_path("loras", folder)
+
+
+def output_folder():
+    return os.path.join(folder_paths.get_output_directory(), KIND)
+
+
+def output_path(prefix):
+    """The next free ``PREFIX_00001.safetensors`` below output/forget_patches.
+
+    Raises:
+        ForgetError: the name leads out of that folder.
+    """
+    root = Path(output_folder()).resolve()
+    stem = (root / (prefix.strip() or "patch")).resolve()
+    if root not in stem.parents:
+        raise ForgetError(
+            f"The name '{prefix}' leads out of output/{KIND}: use a plain name, with / for "
+            "folders inside it."
+        )
+    taken = stem.parent.glob(f"{stem.name}_*.safetensors") if stem.parent.is_dir() else ()
+    numbers = [path.stem.removeprefix(f"{stem.name}_") for path in taken]
+    number = max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
+    return stem.parent / f"{stem.name}_{number:05}.safetensors"
+
+
+class SaveForgetPatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FMN_SaveForgetPatch",
+            display_name="Save Forget Patch",
+            category=CATEGORY,
+            description=f"Writes the patch to output/{KIND}. The file is a LoRA: Load LoRA, "
+            "A1111, Forge and diffusers read it too.",
+            inputs=[
+                Patch.Input("patch"),
+                io.String.Input(
+                    "filename_prefix",
+                    default="patch",
+                    tooltip="Name of the file, with / for folders; a number is added.",
+                ),
+            ],
+            outputs=[
+                Patch.Output("PATCH", display_name="patch"),
+                io.String.Output("NAME", display_name="file name"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, patch, filename_prefix):
+        path = save_patch(patch, output_path(filename_prefix))
+        name = path.relative_to(Path(output_folder()).resolve()).as_posix()
+        size = path.stat().st_size / 1e6
+        show_text(f"saved {name}, {size:.2f} MB, in output/{KIND}")
+        return io.NodeOutput(patch, name, ui=ui.PreviewText(name))
+
+
+class LoadForgetPatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FMN_LoadForgetPatch",
+            display_name="Load Forget Patch",
+            category=CATEGORY,
+            description=f"Reads a patch from models/{KIND} or output/{KIND} and checks it.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list(KIND),
+                    tooltip="New files show up after a refresh (R).",
+                ),
+            ],
+            outputs=[Patch.Output("PATCH", display_name="patch")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        path = folder_paths.get_full_path(KIND, file)
+        stat = os.stat(path) if path else None
+        return f"{stat.st_mtime_ns} {stat.st_size}" if stat else ""
+
+    @classmethod
+    def execute(cls, file):
+        # ComfyUI's lookup strips what leads out of the folders.
+        path = folder_paths.get_full_path(KIND, file)
+        if path is None or file not in folder_paths.get_filename_list(KIND):
+            raise ForgetError(
+                f"There is no patch '{file}' in models/{KIND} or output/{KIND}: "
+                "put the file there and choose it from the list."
+            )
+        return io.NodeOutput(load_patch(path))
+
+
+class ApplyForgetPatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FMN_ApplyForgetPatch",
+            display_name="Apply Forget Patch",
+            category=CATEGORY,
+            description="Puts a patch on the model. It is merged into the weights when the model "
+            "is loaded, so sampling costs nothing more. Chain several for several patches.",
+            inputs=[
+                io.Model.Input("model"),
+                Patch.Input("patch"),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-4.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="0: the untouched model. 1: as trained. Above: forgets more and harms "
+                    "more. Below 0: draws towards the concept.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, patch, strength):
+        host = ComfyModel(model)
+        patched = host.patched(patch, strength)
+        names = ", ".join(patch.concepts)
+        note = f"forgets {names} at {strength:g}"
+        if patch.info.get("base.fingerprint") != host.fingerprint():
+            note += "; trained on another base of this family, so look at the result"
+            logging.warning("Forget-Me-Not: the patch for %s was trained on another base", names)
+        show_text(note)
+        return io.NodeOutput(patched)
+
+
+class InspectForgetPatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FMN_InspectForgetPatch",
+            display_name="Inspect Forget Patch",
+            category=CATEGORY,
+            description="Tells what a patch forgets, how it was made, and on which base.",
+            inputs=[Patch.Input("patch")],
+            outputs=[io.String.Output("TEXT", display_name="text")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, patch):
+        text = describe(patch)
+        show_text(text)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+_register_folders()
+NODES = [SaveForgetPatch, LoadForgetPatch, ApplyForgetPatch, InspectForgetPatch]

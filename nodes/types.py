@@ -1,0 +1,15 @@
+"""Socket types of the pack, and the line of text under a node."""
+
+from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+CATEGORY = "forget-me-not"
+Concepts = io.Custom("FMN_CONCEPT")  # list of fmn.concept.Concept
+Method = io.Custom("FMN_METHOD")  # a method's settings
+Patch = io.Custom("FORGET_PATCH")  # fmn.patch.ForgetPatch
+
+
+def show_text(text):
+    """Show a line under the node that is running."""
+    PromptServer.instance.send_progress_text(text, get_executing_context().node_id)

