@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from . import __version__
 from .errors import ForgetError
@@ -152,29 +152,31 @@ def save_patch(patch, path):
     Raises:
         ForgetError: the folder cannot be written to, or the disk is full.
     """
-    path = Path(path)
     tensors = patch.lora()
-    data = save(tensors, metadata=_metadata(patch, tensors))
-    write_whole(path, lambda file: file.write(data))
-    return path
+    write_whole(path, lambda file: save_file(tensors, file, metadata=_metadata(patch, tensors)))
+    return Path(path)
 
 
 def write_whole(path, write):
-    """Call ``write(file)`` on a temporary file beside ``path``, then rename it to ``path``."""
+    """Call ``write`` with the name of a temporary file beside ``path``, then rename it to ``path``.
+
+    Raises:
+        ForgetError: the folder cannot be written to, or the disk is full. Nothing is left behind.
+    """
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
+        os.close(handle)
+        write(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise ForgetError(
             f"'{path.name}' could not be saved in {path.parent} ({reason}): "
             "free some space or choose a folder you can write to."

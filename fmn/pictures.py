@@ -84,6 +84,14 @@ def labelled_grid(rows, columns, side=128):
     return grid
 
 
+def beside(left, right):
+    """Two pictures side by side."""
+    both = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), PAPER)
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    return both
+
+
 def square(images, size):
     """Pictures [N, H, W, 3] -> [N, 3, size, size]: shorter side to ``size``, centre cut out."""
     images = images.movedim(-1, 1)

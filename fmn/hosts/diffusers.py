@@ -1,7 +1,9 @@
 """diffusers as a host: Stable Diffusion 1.x, 2.x, XL pipelines and the demo model."""
 
 import re
+import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -153,6 +155,19 @@ class DiffusersModel:
                     change = merge(*(factor.to(weight.device) for factor in factors))
                     weight += (strength * change).to(weight.dtype)
         return self
+
+    def save(self, folder):
+        """Write the pipeline as a diffusers folder, whole or not at all."""
+        folder = Path(folder)
+        if folder.exists():
+            raise ForgetError(f"'{folder}' exists already: name a new folder.")
+        part = folder.with_name(f"{folder.name}.part")
+        try:
+            self.pipeline.save_pretrained(part)
+            part.rename(folder)
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise ForgetError(f"'{folder}' could not be written ({error}).") from error
 
 
 class _Borrowed:

@@ -19,18 +19,16 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ..checkpoint import checkpoint_family
 from ..errors import ForgetError
-from ..families import DEMO, SDXL, identify
+from ..families import DEMO, SDXL
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DEMO_FILE = Path(__file__).parent.parent.parent / "demo" / "fmn-demo.safetensors"
-UNET_PREFIX = "model.diffusion_model."
-KEYS_AND_VALUES = ".attn2.to_k.weight", ".attn2.to_v.weight"
 # TAESD works on latents of unit variance times 0.18215; the demo's own factor replaces it.
 SD_SCALE = 0.18215
 
@@ -55,28 +53,6 @@ def load_pipeline(path, dtype=torch.float32):
         )
     family = checkpoint_family(path)
     return _demo(dtype, path) if family is DEMO else _single_file(path, family, dtype)
-
-
-def checkpoint_family(path):
-    """The family of a CompVis-style checkpoint, from the shapes in its header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            kv = {
-                key[len(UNET_PREFIX) : -len(".weight")]: file.get_slice(key).get_shape()
-                for key in file.keys()  # noqa: SIM118 - a handle, not a dict
-                if key.startswith(UNET_PREFIX) and key.endswith(KEYS_AND_VALUES)
-            }
-    except SafetensorError as error:
-        raise ForgetError(
-            f"'{Path(path).name}' is damaged or not a safetensors file ({error}): get it again."
-        ) from error
-    family = identify(kv)
-    if family is None:
-        raise ForgetError(
-            f"'{Path(path).name}' is no checkpoint we know: it has {len(kv)} cross-attention key "
-            "and value layers; Stable Diffusion 1.x, 2.x and XL are supported."
-        )
-    return family
 
 
 def _folder(path, dtype):

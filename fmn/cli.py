@@ -1,0 +1,277 @@
+"""The command line: ``python -m fmn``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from . import __version__
+from .concept import KINDS, parse_concept
+from .errors import ForgetError, NonFiniteLoss
+
+OK, FAILED, BAD_INPUT, NOT_FINITE, CANCELLED = 0, 1, 2, 3, 130
+
+EPILOG = """\
+MODEL is 'demo' (the small model that comes along), a Stable Diffusion 1.x, 2.x or XL checkpoint
+(.safetensors), or a diffusers folder.
+
+examples:
+  python -m fmn demo
+  python -m fmn forget demo "dog" --out dog.safetensors
+  python -m fmn forget sd15.safetensors "style:van gogh" "identity:elon musk" --steps 50
+  python -m fmn apply demo dog.safetensors --prompt "a photo of a dog" --out dog.png
+  python -m fmn apply sd15.safetensors a.safetensors b.safetensors:0.7 --checkpoint safe.safetensors
+  python -m fmn inspect dog.safetensors --json
+
+exit codes: 0 done, 1 a fault of ours, 2 wrong input, 3 training blew up (the last good patch is
+kept), 130 cancelled
+"""
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m fmn",
+        description="Make a text-to-image model forget a concept.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_forget(commands)
+    _add_apply(commands)
+    inspect = commands.add_parser("inspect", help="tell what a patch file forgets")
+    inspect.add_argument("patch", type=Path)
+    demo = commands.add_parser(
+        "demo", help="forget an identity, an object and a style of the demo model, with pictures"
+    )
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder (%(default)s)")
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _add_forget(commands):
+    # Importing the method costs torch's start, so its defaults are told by its own help text.
+    forget = commands.add_parser(
+        "forget",
+        help="train a patch",
+        description="Train a patch by attention re-steering. What you leave out keeps its default.",
+    )
+    forget.add_argument("model", help="demo, a .safetensors checkpoint, or a diffusers folder")
+    forget.add_argument(
+        "concept", nargs="+", help="words to forget; KIND:WORDS sets a kind, e.g. 'style:van gogh'"
+    )
+    forget.add_argument("--kind", choices=KINDS, default="object", help="kind of the others")
+    forget.add_argument("--out", type=Path, help="patch file (forget_NAME.safetensors)")
+    forget.add_argument(
+        "--alias", action="append", default=[], help="another name; one concept only"
+    )
+    forget.add_argument("--prompt", action="append", default=[], help="another training prompt")
+    forget.add_argument(
+        "--images", type=Path, help="folder of reference pictures; one concept only"
+    )
+    forget.add_argument("--steps", type=int, help="training steps a concept")
+    forget.add_argument("--lr", type=float, help="learning rate")
+    forget.add_argument("--rank", type=int, help="rank of the patch")
+    forget.add_argument("--layers", dest="scope", choices=("kv", "attention", "unet"))
+    forget.add_argument("--full", action="store_true", default=None, help="train full weights")
+    forget.add_argument("--end-tokens", choices=("none", "first", "all"))
+    forget.add_argument("--references", choices=("zeros", "samples"))
+    forget.add_argument("--samples", type=int, help="own samples a concept")
+    forget.add_argument("--batch", type=int, help="prompts a step")
+    forget.add_argument("--size", type=int, help="pixels a side; 0: the model's own")
+    forget.add_argument("--checkpointing", action="store_true", default=None, help="save memory")
+    forget.add_argument("--seed", type=int)
+
+
+def _add_apply(commands):
+    apply = commands.add_parser("apply", help="draw with patches, or merge them into a checkpoint")
+    apply.add_argument("model")
+    apply.add_argument("patch", nargs="+", help="FILE or FILE:STRENGTH; strength is 1 unless given")
+    result = apply.add_mutually_exclusive_group(required=True)
+    result.add_argument(
+        "--prompt", action="append", help="draw this; several make several pictures"
+    )
+    result.add_argument("--checkpoint", type=Path, help="write the merged model here")
+    apply.add_argument("--out", type=Path, default=Path("picture.png"), help="(%(default)s)")
+    apply.add_argument("--seed", type=int, default=0)
+    apply.add_argument("--steps", type=int, default=20, help="sampling steps (%(default)s)")
+    apply.add_argument("--guidance", type=float, help="guidance scale (7; demo 3.5)")
+    apply.add_argument("--size", type=int, default=0, help="pixels a side; 0: the model's own")
+
+
+def main(arguments=None):
+    """Run a command; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    run = {"forget": _forget, "apply": _apply, "inspect": _inspect, "demo": _demo}[options.command]
+    try:
+        result, text = run(options)
+    except NonFiniteLoss as error:
+        return _fail(options, error, NOT_FINITE)
+    except ForgetError as error:
+        return _fail(options, error, BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail(options, "Cancelled; nothing was written.", CANCELLED)
+    print(json.dumps(result, indent=1) if options.json else text)
+    return OK
+
+
+def _fail(options, error, code):
+    if options.json:
+        print(json.dumps({"error": str(error)}))
+    print(f"fmn: {error}", file=sys.stderr)
+    return code
+
+
+def _concepts(options):
+    from dataclasses import replace
+
+    concepts = [parse_concept(text, options.kind) for text in options.concept]
+    if not (options.alias or options.prompt or options.images):
+        return concepts
+    if len(concepts) > 1:
+        raise ForgetError(
+            f"--alias, --prompt and --images belong to one concept, but {len(concepts)} are "
+            "named: run once for each."
+        )
+    images = read_images(options.images) if options.images else None
+    return [
+        replace(
+            concepts[0], aliases=tuple(options.alias), prompts=tuple(options.prompt), images=images
+        )
+    ]
+
+
+def read_images(folder):
+    """All PNG, JPEG and WebP pictures of a folder, squared, [N, H, W, 3] in 0..1."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ForgetError(f"There are no pictures (PNG, JPEG, WebP) in '{folder}'.")
+    side = 1024
+    try:
+        squares = [ImageOps.fit(Image.open(file).convert("RGB"), (side, side)) for file in files]
+    except OSError as error:
+        raise ForgetError(f"A picture in '{folder}' cannot be read: {error}") from error
+    return torch.from_numpy(np.stack([np.asarray(square) for square in squares])).float() / 255
+
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SETTINGS = (
+    "steps", "lr", "rank", "scope", "full", "end_tokens", "references", "samples", "batch", "size",
+    "checkpointing", "seed",
+)  # fmt: skip
+
+
+def _forget(options):
+    from .hosts.diffusers import DiffusersModel
+    from .methods import resteer
+    from .patch import save_patch
+    from .report import describe
+
+    given = {name: getattr(options, name) for name in SETTINGS}
+    settings = resteer.Settings(**{k: v for k, v in given.items() if v is not None})
+    concepts = _concepts(options)
+    path = options.out or Path(f"forget_{concepts[0].name.replace(' ', '_')}.safetensors")
+    model = DiffusersModel.load(options.model)
+    with _Bar() as bar:
+        try:
+            patch = resteer.run(model, concepts, settings, bar)
+        except NonFiniteLoss as error:
+            if error.patch is None:
+                raise
+            rescued = save_patch(error.patch, path.with_stem(f"{path.stem}_rescued"))
+            message = f"{error} The patch of the last good step is {rescued}."
+            raise NonFiniteLoss(message, error.losses) from error
+    save_patch(patch, path)
+    result = {"patch": str(path), "bytes": path.stat().st_size, "info": patch.info}
+    return result, f"{describe(patch)}\nsaved: {path} ({path.stat().st_size / 1e6:.2f} MB)"
+
+
+class _Bar:
+    """A progress bar on standard error that is a step callback."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar:
+            self.bar.close()
+
+    def __call__(self, step):
+        from tqdm import tqdm
+
+        self.bar = self.bar or tqdm(total=step.total, unit="step")
+        self.bar.set_postfix_str(
+            f"loss {step.losses[-1]:.4g}, "
+            f"attention {step.before[0].share:.2%} -> {step.now[0].share:.2%}"
+        )
+        self.bar.update(1)
+
+
+def _parse_patch(text):
+    """FILE or FILE:STRENGTH."""
+    from .patch import load_patch
+
+    file, colon, strength = text.rpartition(":")
+    try:
+        return (load_patch(file), float(strength)) if colon else (load_patch(text), 1.0)
+    except ValueError:  # the colon is part of the name
+        return load_patch(text), 1.0
+
+
+def _apply(options):
+    patches = [_parse_patch(text) for text in options.patch]
+    if options.checkpoint:
+        return _merge(options, patches)
+    from .hosts.diffusers import DiffusersModel
+    from .patch import write_whole
+    from .pictures import labelled_grid, to_image
+
+    model = DiffusersModel.load(options.model).merged(patches)
+    size = options.size or model.family.resolution
+    guidance = options.guidance or (3.5 if options.model == "demo" else 7.0)
+    noise = model.latents_like([options.seed] * len(options.prompt), size)
+    pictures = model.decode(model.sample_latents(options.prompt, noise, options.steps, guidance))
+    images = [to_image(picture) for picture in pictures]
+    picture = images[0]
+    if len(images) > 1:
+        rows = [(prompt, [image]) for prompt, image in zip(options.prompt, images)]
+        picture = labelled_grid(rows, [""], size)
+    write_whole(options.out, lambda file: picture.save(file, format="PNG"))
+    return {"picture": str(options.out)}, f"saved: {options.out}"
+
+
+def _merge(options, patches):
+    from .checkpoint import merge_into_checkpoint
+    from .hosts.diffusers_load import DEMO_FILE
+
+    source = DEMO_FILE if options.model == "demo" else Path(options.model)
+    if source.is_dir():
+        from .hosts.diffusers import DiffusersModel
+
+        DiffusersModel.load(source).merged(patches).save(options.checkpoint)
+    else:
+        merge_into_checkpoint(source, patches, options.checkpoint)
+    return {"checkpoint": str(options.checkpoint)}, f"saved: {options.checkpoint}"
+
+
+def _inspect(options):
+    from .patch import load_patch
+    from .report import describe
+
+    patch = load_patch(options.patch)
+    result = {"family": patch.family.key, "layers": len(patch.changes), "ranks": patch.ranks}
+    return result | {"info": patch.info}, describe(patch)
+
+
+def _demo(options):
+    from .demo import run_demo
+
+    return run_demo(options.out)
