@@ -210,7 +210,7 @@ class _Bar:
         self.bar = self.bar or tqdm(total=step.total, unit="step")
         self.bar.set_postfix_str(
             f"loss {step.losses[-1]:.4g}, "
-            f"attention {step.before[0].share:.2%} -> {step.now[0].share:.2%}"
+            f"attention {step.before.share:.2%} -> {step.now.share:.2%}"
         )
         self.bar.update(1)
 

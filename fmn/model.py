@@ -9,7 +9,7 @@ import torch
 from .families import Family, layers
 
 
-@dataclass
+@dataclass(frozen=True)
 class Text:
     """Encoded prompts.
 
@@ -21,10 +21,12 @@ class Text:
     context: torch.Tensor
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def rows(self, indices):
-        return Text(
-            self.context[indices], {key: value[indices] for key, value in self.vectors.items()}
-        )
+    @staticmethod
+    def cat(texts):
+        """Several as one batch; their prompts must have the same number of tokens."""
+        names = texts[0].vectors
+        vectors = {name: torch.cat([text.vectors[name] for text in texts]) for name in names}
+        return Text(torch.cat([text.context for text in texts]), vectors)
 
 
 class Borrowed(Protocol):
@@ -54,8 +56,8 @@ class Model(Protocol):
     def tokenize(self, prompt) -> list:
         """Token ids of a ``Prompt``, a multiple of 77; None where a token is a vector."""
 
-    def encode(self, prompts) -> Text:
-        """Encode a list of ``Prompt`` in one batch."""
+    def encode(self, prompt) -> Text:
+        """Encode a ``Prompt``, [1, T, D]."""
 
     def sample(self, prompt, seeds, size, steps, guidance) -> torch.Tensor:
         """Latents [len(seeds), 4, size/8, size/8] drawn by the model itself, unit variance."""

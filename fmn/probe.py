@@ -1,11 +1,12 @@
 """How much attention a concept gets, on inputs that stay the same from one look to the next."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .attention import watch_attention
+from .attention import attention_share, watch_attention
 from .model import cross_attention
 from .schedule import add_noise
 
@@ -30,57 +31,54 @@ class Probe:
     """Fixed noise, time steps and prompts, looked at again and again.
 
     Args:
-        text: encoded prompts, one a concept. flags: bool [B, T] of the concept's tokens.
-        latents: a concept: [N, 4, h, w], of which the first is noised.
+        looked_at: a concept: (text of one prompt, flags bool [1, T], latent [1, 4, h, w]).
+        steps: the time steps; a look costs one forward for each concept and step.
     """
 
-    def __init__(self, text, flags, latents, alphas_cumprod, seed=0):
-        self.text, self.flags = text, flags
-        generator = torch.Generator().manual_seed(seed)
-        clean = torch.stack([rows[0] for rows in latents])
-        noise = torch.randn(clean[:1].shape, generator=generator).expand_as(clean)
-        self.inputs = []
-        for t in STEPS:
-            steps = torch.full((len(clean),), t)
-            self.inputs.append((add_noise(clean, noise, alphas_cumprod.cpu()[steps]), steps))
+    def __init__(self, looked_at, alphas_cumprod, steps=STEPS, seed=0):
+        self.looked_at = looked_at
+        self.t = torch.tensor(steps)
+        self.alphas_cumprod = alphas_cumprod.cpu()[self.t]
+        shape = looked_at[0][2].shape
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def look(self, borrowed, watch):
-        """One ``Attention`` a concept; costs three forwards without gradient."""
-        flags = self.flags.to(borrowed.device)
+        """One ``Attention`` a concept."""
+        return [self._look_at(borrowed, watch, *one) for one in self.looked_at]
 
-        def look_at(x_t, t):
-            x_t, t = x_t.to(borrowed.device), t.to(borrowed.device)
-            return _by_concept(watch(flags, lambda: borrowed.denoise(x_t, t, self.text)), flags)
+    def _look_at(self, borrowed, watch, text, flags, latent):
+        flags = flags.to(borrowed.device)
+        shares, places = [], []
+        for t, alpha in zip(self.t, self.alphas_cumprod):
+            x_t = add_noise(latent, self.noise, alpha).to(borrowed.device)
+            watched = watch(flags, partial(borrowed.denoise, x_t, t[None], text))
+            shares.append(attention_share(watched))
+            places.append(_places(watched))
+        return Attention(sum(shares) / len(shares), torch.stack(places).mean(0))
 
-        shares, maps = zip(*(look_at(*inputs) for inputs in self.inputs))
-        return [
-            Attention(float(share), place)
-            for share, place in zip(torch.stack(shares).mean(0), torch.stack(maps).mean(0))
-        ]
+
+def _places(watched):
+    """Attention by place, mean over layers and heads, summed over tokens: [32, 32]."""
+    maps = []
+    for layer in watched:  # [N, H, P]
+        pixels = layer.sum(0).mean(0)
+        side = round(len(pixels) ** 0.5)
+        resized = F.interpolate(
+            pixels.view(1, 1, side, side), size=(MAP_SIDE, MAP_SIDE), mode="bilinear"
+        )
+        maps.append(resized[0, 0].cpu())
+    return torch.stack(maps).mean(0)
 
 
 def look_at(model, data):
     """``Probe.look`` at a model that nothing is attached to.
 
     Args:
-        data: a ``methods.resteer.Data``: encoded prompts, flags and latents.
+        data: a ``methods.resteer.Data``: encoded prompts and latents.
     """
     with model.borrow() as borrowed:
         modules = [borrowed.module(name) for name in cross_attention(model.family)]
-        probe = data.probe(borrowed.alphas_cumprod)
+        probe = data.probe(borrowed.alphas_cumprod, STEPS)
         with watch_attention(modules, borrowed.context_argument) as watch:
             return probe.look(borrowed, watch)
-
-
-def _by_concept(watched, flags):
-    """Share [B] and map [B, 32, 32], mean over layers."""
-    counts = flags.sum(1).tolist()
-    shares, maps = [], []
-    for layer in watched:  # [N, H, P], the rows of sample 0 first
-        per_sample = torch.stack([rows.sum(0).mean(0) for rows in layer.split(counts)])  # [B, P]
-        side = round(per_sample.shape[1] ** 0.5)
-        places = per_sample.view(-1, 1, side, side)
-        shares.append(per_sample.mean(1))
-        maps.append(F.interpolate(places, size=(MAP_SIDE, MAP_SIDE), mode="bilinear")[:, 0])
-    return torch.stack(shares).mean(0).cpu(), torch.stack(maps).mean(0).cpu()

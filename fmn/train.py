@@ -28,8 +28,8 @@ class Step:
     total: int
     losses: list[float]
     seconds_left: float
-    before: list = ()  # a concept: its ``probe.Attention`` before training, and
-    now: list = ()  # at the last look
+    before: object = None  # the first concept's ``probe.Attention`` before training, and
+    now: object = None  # when last looked at
 
 
 def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None):

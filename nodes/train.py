@@ -188,7 +188,7 @@ class _Progress:
     def __call__(self, step):
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.bar = self.bar or comfy.utils.ProgressBar(step.total)
-        before, now = step.before[0], step.now[0]
+        before, now = step.before, step.now
         picture = progress_picture(step.losses, step.total, before, now)
         self.bar.update_absolute(step.index, step.total, ("JPEG", picture, PREVIEW_SIDE))
         show_text(

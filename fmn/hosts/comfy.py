@@ -56,20 +56,15 @@ class ComfyModel:
         ids = [token for section in sections[name] for token, *_ in section]
         return [int(token) if isinstance(token, int) else None for token in ids]
 
-    def encode(self, prompts):
+    def encode(self, prompt):
         self._need_clip()
-        encoded = []
         with torch.inference_mode():
-            for prompt in prompts:
-                tokens = self.clip.tokenize(prompt.text, **_plain(prompt))
-                encoded.append(self.clip.encode_from_tokens(tokens, return_pooled=True))
-        contexts, pooled = zip(*encoded)
-        context = torch.cat([context.float() for context in contexts]).clone()
+            tokens = self.clip.tokenize(prompt.text, **_plain(prompt))
+            context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
         if context.shape[-1] != self.family.context_dim or context.shape[1] % SECTION:
             raise self._wrong_clip(f"text of width {context.shape[-1]}")
-        if self.family.vector_dim is None:
-            return Text(context)
-        return Text(context, {"pooled": torch.cat([row.float() for row in pooled]).clone()})
+        vectors = {} if self.family.vector_dim is None else {"pooled": pooled.float().clone()}
+        return Text(context.float().clone(), vectors)
 
     def _need_clip(self):
         if self.clip is None:

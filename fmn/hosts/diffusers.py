@@ -70,10 +70,9 @@ class DiffusersModel:
         return ids.input_ids
 
     @torch.no_grad()
-    def encode(self, prompts):
-        texts = [prompt.text for prompt in prompts]
+    def encode(self, prompt):
         encoded = self.pipeline.encode_prompt(
-            prompt=texts,
+            prompt=prompt.text,
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,

@@ -5,6 +5,7 @@ the paper leaves open is taken from the released code, SHI-Labs/Forget-Me-Not tr
 """
 
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -80,32 +81,33 @@ class Settings:
 
 RELEASED = Settings(lr=2e-6, scope="unet", full=True, end_tokens="all", references="samples")
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 7.0
-LOOKS = 10  # how often a run looks at the concepts' attention; each look costs three forwards
+LOOKS = 7  # how often a run looks at the first concept's attention; each costs a forward
 
 
-@dataclass
+@dataclass(frozen=True)
 class Example:
-    """One row of training data: a prompt's place in the text batch and a concept's latents."""
+    """One encoded prompt of a concept."""
 
-    prompt: int
     concept: int
+    text: Text  # of one prompt, [1, T, D]
+    flags: torch.Tensor  # bool [1, T]: whose attention is to vanish
 
 
 @dataclass
 class Data:
-    text: Text  # all prompts, [B, T, D]
-    flags: torch.Tensor  # bool [B, T]: whose attention is to vanish
-    latents: list[torch.Tensor]  # a concept: [N, 4, h, w]
     examples: list[Example]
+    latents: list[torch.Tensor]  # a concept: [N, 4, h, w]
 
-    def probe(self, alphas_cumprod):
-        """A look at the first prompt of each concept, at most eight of them."""
+    def probe(self, alphas_cumprod, steps, at_most=None):
+        """Look at the first prompt of each of the first concepts, at these time steps."""
         first = {}
         for example in self.examples:
-            first.setdefault(example.concept, example.prompt)
-        rows = torch.tensor(list(first.values())[:8])
-        latents = self.latents[: len(rows)]
-        return Probe(self.text.rows(rows), self.flags[rows], latents, alphas_cumprod)
+            first.setdefault(example.concept, example)
+        looked_at = [
+            (example.text, example.flags, self.latents[concept][:1])
+            for concept, example in list(first.items())[:at_most]
+        ]
+        return Probe(looked_at, alphas_cumprod, steps)
 
 
 def prepare(model, concepts, settings):
@@ -116,24 +118,16 @@ def prepare(model, concepts, settings):
     """
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
-    prompts, examples = [], []
+    examples = []
     for index, concept in enumerate(concepts):
         for prompt in concept.training_prompts():
-            examples.append(Example(len(prompts), index))
-            prompts.append(prompt)
-    ids = [model.tokenize(prompt) for prompt in prompts]
-    if len({len(row) for row in ids}) > 1:
-        raise ForgetError(
-            "Some prompts are longer than 77 tokens and some are not, which one run cannot mix: "
-            "shorten the long ones, or give each concept a run of its own."
-        )
-    flags = torch.zeros(len(ids), len(ids[0]), dtype=torch.bool)
-    for row, (prompt, tokens) in enumerate(zip(prompts, ids)):
-        subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-        flags[row, flagged_positions(prompt, tokens, subject, settings.end_tokens)] = True
+            ids = model.tokenize(prompt)
+            subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
+            flags = torch.zeros(1, len(ids), dtype=torch.bool)
+            flags[0, flagged_positions(prompt, ids, subject, settings.end_tokens)] = True
+            examples.append(Example(index, model.encode(prompt), flags))
     size = settings.size or model.family.resolution
-    latents = [_latents(model, concept, settings, size) for concept in concepts]
-    return Data(model.encode(prompts), flags, latents, examples)
+    return Data(examples, [_latents(model, concept, settings, size) for concept in concepts])
 
 
 def _latents(model, concept, settings, size):
@@ -146,14 +140,39 @@ def _latents(model, concept, settings, size):
     return torch.zeros(1, 4, size // 8, size // 8)
 
 
+class Batch(NamedTuple):
+    x_t: torch.Tensor  # [B, 4, h, w]
+    t: torch.Tensor  # [B]
+    text: Text  # [B, T, D]
+    flags: torch.Tensor  # bool [B, T]
+
+
 class Draws:
     """Endless training batches: shuffled examples, a random latent, time step and noise each."""
 
     def __init__(self, data, settings, alphas_cumprod, device):
         self.data, self.batch, self.device = data, settings.batch, device
-        self.alphas_cumprod = alphas_cumprod
+        self.alphas_cumprod = alphas_cumprod.cpu()
         self.generator = torch.Generator().manual_seed(settings.seed)
         self._queue = []
+
+    def __call__(self):
+        """What one step trains on: a ``Batch`` for each length of prompt that was drawn."""
+        drawn = [self._draw() for _ in range(self.batch)]
+        lengths = {row.flags.shape[1] for row in drawn}
+        return [
+            self._stack([row for row in drawn if row.flags.shape[1] == length])
+            for length in sorted(lengths)
+        ]
+
+    def _draw(self):
+        example = self._next_example()
+        latents = self.data.latents[example.concept]
+        index = torch.randint(len(latents), (1,), generator=self.generator)
+        t = torch.randint(len(self.alphas_cumprod), (1,), generator=self.generator)
+        noise = torch.randn(latents[index].shape, generator=self.generator)
+        x_t = add_noise(latents[index], noise, self.alphas_cumprod[t])
+        return Batch(x_t, t, example.text, example.flags)
 
     def _next_example(self):
         if not self._queue:
@@ -161,19 +180,10 @@ class Draws:
             self._queue = [self.data.examples[i] for i in order.tolist()]
         return self._queue.pop()
 
-    def __call__(self):
-        """x_t [B, 4, h, w], t [B], text and flags [B, T] of one step, on the device."""
-        examples = [self._next_example() for _ in range(self.batch)]
-        rows = torch.tensor([example.prompt for example in examples])
-        clean = torch.stack([self._latent(example.concept) for example in examples])
-        t = torch.randint(len(self.alphas_cumprod), (self.batch,), generator=self.generator)
-        noise = torch.randn(clean.shape, generator=self.generator)
-        x_t = add_noise(clean, noise, self.alphas_cumprod.cpu()[t]).to(self.device)
-        return x_t, t.to(self.device), self.data.text.rows(rows), self.data.flags[rows]
-
-    def _latent(self, concept):
-        latents = self.data.latents[concept]
-        return latents[torch.randint(len(latents), (), generator=self.generator)]
+    def _stack(self, rows):
+        x_t, t, texts, flags = zip(*rows)
+        x_t, t, flags = (torch.cat(tensors).to(self.device) for tensors in (x_t, t, flags))
+        return Batch(x_t, t, Text.cat(texts), flags)
 
 
 def in_scope(family, scope):
@@ -237,7 +247,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None):
 def fit(borrowed, family, adapters, data, settings, concepts, on_step):
     """Train the adapters in place; returns the losses."""
     draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device)
-    probe = data.probe(borrowed.alphas_cumprod)
+    probe = data.probe(borrowed.alphas_cumprod, steps=(500,), at_most=1)
     modules = [borrowed.module(name) for name in cross_attention(family)]
     blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
@@ -247,20 +257,25 @@ def fit(borrowed, family, adapters, data, settings, concepts, on_step):
         watch_attention(modules, borrowed.context_argument) as watch,
         checkpointed(blocks),
     ):
-        before = now = probe.look(borrowed, watch)
+        before = now = probe.look(borrowed, watch)[0]
 
         def loss_at(index):
-            x_t, t, text, flags = draws()
-            watched = watch(flags.to(borrowed.device), lambda: borrowed.denoise(x_t, t, text))
-            return attention_resteering(watched)
+            return attention_resteering(
+                [layer for batch in draws() for layer in watched_forward(borrowed, watch, batch)]
+            )
 
         def report(step):
             nonlocal now
             if step.index % max(1, steps // LOOKS) == 0 or step.index == steps:
-                now = probe.look(borrowed, watch)
+                now = probe.look(borrowed, watch)[0]
             on_step(replace(step, before=before, now=now))
 
         return train(parameters, loss_at, steps, Optimiser(settings.lr), report)
+
+
+def watched_forward(borrowed, watch, batch):
+    """What the flagged tokens of a batch get, a tensor [N, H, P] a layer."""
+    return watch(batch.flags, lambda: borrowed.denoise(batch.x_t, batch.t, batch.text))
 
 
 def _patch(model, base, concepts, settings, adapters, losses):
