@@ -1,0 +1,73 @@
+"""A real ComfyUI: in this process for what needs its objects, as a server for what users do."""
+
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .server import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def comfyui_path():
+    path = os.environ.get("COMFYUI_PATH", ROOT / ".venv-tests" / "comfyui")
+    if not (Path(path) / "comfy").is_dir():
+        pytest.exit(f"No ComfyUI at {path}: set COMFYUI_PATH, or run python3 tools/run.py tests.")
+    return Path(path)
+
+
+def make_base(folder):
+    """A base directory as ComfyUI expects it, with the pack in custom_nodes."""
+    for name in ("custom_nodes", "models/checkpoints", "models/loras", "input", "user/default"):
+        (folder / name).mkdir(parents=True)
+    (folder / "custom_nodes" / "forget-me-not").symlink_to(ROOT, target_is_directory=True)
+    settings = '{"Comfy.TutorialCompleted": true, "Comfy.InstalledVersion": "1.32.9"}'
+    (folder / "user" / "default" / "comfy.settings.json").write_text(settings)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    folder = make_base(tmp_path_factory.mktemp("comfyui"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server(base):
+    with Server(comfyui_path(), base) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory):
+    """The pack loaded into this process, as ComfyUI's loader would."""
+    path = comfyui_path()
+    # First, or the pack's nodes/ would be taken for ComfyUI's nodes.py.
+    sys.path.insert(0, str(path))
+    # Before anything else can claim the name.
+    import comfy.cli_args
+    import utils.install_util  # noqa: F401
+
+    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.base_directory = str(make_base(tmp_path_factory.mktemp("in_process")))
+    spec = importlib.util.spec_from_file_location(
+        "forget_me_not_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["forget_me_not_pack"] = module
+    spec.loader.exec_module(module)
+    return lambda name: importlib.import_module(f"forget_me_not_pack.{name}")
+
+
+@pytest.fixture
+def demo(pack):
+    """MODEL, CLIP and VAE of the demo model, made in inference mode as in a running server."""
+    with torch.inference_mode():
+        return pack("nodes.demo").load_demo_checkpoint()

@@ -1,0 +1,134 @@
+"""Drive a real ComfyUI server over HTTP and websocket."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from websocket import WebSocketTimeoutException, create_connection
+
+START_TIMEOUT = 180
+
+
+class PromptError(Exception):
+    """The server ran a node that failed; holds the message a user would see."""
+
+    def __init__(self, data):
+        super().__init__(data.get("exception_message", ""))
+        self.data = data
+
+
+class Interrupted(Exception):
+    """The run was cancelled."""
+
+
+class Server:
+    """``main.py --cpu`` in a process of its own; use it as a context manager."""
+
+    def __init__(self, comfyui, base, *arguments):
+        self.comfyui, self.base, self.arguments = Path(comfyui), Path(base), arguments
+        self.client = uuid.uuid4().hex
+
+    def __enter__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = open(self.base / "server.log", "ab")
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "main.py", "--cpu", "--port", str(self.port),
+                "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
+                "--disable-auto-launch", "--disable-api-nodes", *self.arguments,
+            ],
+            cwd=self.comfyui, stdout=self.log, stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        self._wait_until_up()
+        address = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}"
+        self.socket = create_connection(address, timeout=600)
+        return self
+
+    def __exit__(self, *exception):
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(30)
+        self.log.close()
+
+    def _wait_until_up(self):
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI did not start:\n{self.log_text()[-4000:]}")
+            try:
+                return self.get("/system_stats")
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.2)
+        raise RuntimeError(f"ComfyUI is not up after {START_TIMEOUT} s:\n{self.log_text()[-4000:]}")
+
+    def log_text(self):
+        return (self.base / "server.log").read_text(errors="replace")
+
+    def get(self, path, **query):
+        address = f"{self.url}{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            data = answer.read()
+        return json.loads(data) if data[:1] in (b"{", b"[") else data
+
+    def post(self, path, content):
+        request = urllib.request.Request(
+            self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            data = answer.read()
+        return json.loads(data) if data else None
+
+    def queue(self, prompt):
+        """Start a workflow in API form; returns its id."""
+        return self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
+
+    def events(self, prompt_id):
+        """Messages of a run until it ends: (type, data) or ("binary", bytes)."""
+        while True:
+            try:
+                message = self.socket.recv()
+            except WebSocketTimeoutException:
+                raise RuntimeError(f"no word from ComfyUI:\n{self.log_text()[-2000:]}") from None
+            if isinstance(message, bytes):
+                yield "binary", message
+                continue
+            event = json.loads(message)
+            kind, data = event["type"], event["data"]
+            if data.get("prompt_id") not in (None, prompt_id):
+                continue
+            if kind == "execution_error":
+                raise PromptError(data)
+            if kind == "execution_interrupted":
+                raise Interrupted
+            yield kind, data
+            if kind == "executing" and data["node"] is None:
+                return
+
+    def run(self, prompt):
+        """Run a workflow to its end; returns the outputs of its nodes."""
+        prompt_id = self.queue(prompt)
+        for _ in self.events(prompt_id):
+            pass
+        return self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+
+    def image(self, output):
+        """The first picture of a node's output, float [H, W, 3] in 0..1."""
+        entry = output["images"][0]
+        names = {key: entry[key] for key in ("filename", "subfolder", "type")}
+        picture = Image.open(io.BytesIO(self.get("/view", **names))).convert("RGB")
+        return np.asarray(picture).astype(np.float32) / 255

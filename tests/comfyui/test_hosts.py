@@ -1,0 +1,285 @@
+"""The two hosts against each other, and what borrowing leaves behind, with objects in hand."""
+
+import numpy as np
+import pytest
+import torch
+
+PROMPT = "a photo of a dog"
+STEPS = 10  # 999 / 9 is whole: both hosts then sample at the same trained time steps
+
+
+@pytest.fixture(scope="module")
+def pipeline_model(pack):
+    return pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
+
+
+@pytest.fixture
+def comfy_model(pack, demo):
+    return pack("fmn.hosts.comfy").ComfyModel(*demo)
+
+
+def concept(pack, name="dog", **more):
+    return pack("fmn.concept").Concept(name, **more)
+
+
+def settings(pack, **more):
+    return pack("fmn.methods.resteer").Settings(**{"steps": 3, "lr": 0.002} | more)
+
+
+def state(patcher):
+    return {key: value.clone() for key, value in patcher.model.state_dict().items()}
+
+
+def leftovers(module):
+    """Names of modules with hooks or a replaced forward."""
+    return [
+        name
+        for name, part in module.named_modules()
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+    ]
+
+
+def test_both_hosts_draw_the_same_picture(pack, demo, pipeline_model):
+    """The same first noise, prompt, guidance and steps: pictures equal to float tolerance."""
+    import comfy.sample
+
+    model, clip, vae = demo
+    noise = pipeline_model.latents_like([3], 128)
+    with torch.inference_mode():
+        positive, negative = (
+            clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, "")
+        )
+        latents = comfy.sample.sample(
+            model, noise, STEPS, 3.5, "euler", "normal", positive, negative,
+            torch.zeros_like(noise), seed=3,
+        )  # fmt: skip
+        ours = vae.decode(latents).clone()
+    theirs = pipeline_model.decode(pipeline_model.sample_latents([PROMPT], noise, STEPS, 3.5))
+    assert ours.std() > 0.1
+    # float32 rounding over ten steps; one grey level is 0.004.
+    assert (ours - theirs).abs().max() < 2e-3
+
+
+def test_both_hosts_train_the_same_patch(pack, comfy_model, pipeline_model):
+    """Loss by loss, and the same base fingerprint."""
+    run = pack("fmn.methods.resteer").run
+    records = []
+    for model in (comfy_model, pipeline_model):
+        steps = []
+        patch = run(model, [concept(pack)], settings(pack), steps.append)
+        records.append((steps[-1].losses, patch))
+    (first, one), (second, two) = records
+    np.testing.assert_allclose(first, second, rtol=1e-4)
+    assert one.info["base.fingerprint"] == two.info["base.fingerprint"]
+    for name in one.changes:
+        difference = (one.change_of(name) - two.change_of(name)).norm()
+        # Adam divides by the gradient's size, which lifts rounding noise where gradients vanish.
+        assert difference <= 0.05 * one.change_of(name).norm()
+
+
+def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_path):
+    """Our Apply node, stock Load LoRA, diffusers load_lora_weights and our merged checkpoint."""
+    import comfy.sd
+    from diffusers.utils import logging
+    from safetensors.torch import load_file
+
+    patches = pack("fmn.patch")
+    patch = pack("fmn.methods.resteer").run(comfy_model, [concept(pack)], settings(pack, steps=20))
+    file = patches.save_patch(patch, tmp_path / "dog.safetensors")
+    patch = patches.load_patch(file)
+    probe = pack("fmn.model"), pack("fmn.concept").Prompt(PROMPT, "dog")
+    x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([500])
+
+    def output(model):
+        text = model.encode(probe[1])
+        with model.borrow() as borrowed, torch.no_grad():
+            return borrowed.denoise(x_t, t, text)
+
+    ComfyModel = type(comfy_model)
+    plain = output(comfy_model)
+    apply = ComfyModel(comfy_model.patched(patch, 1.0), comfy_model.clip)
+    stock, _ = comfy.sd.load_lora_for_models(comfy_model.patcher, None, load_file(file), 1.0, 0.0)
+    outputs = {"apply": output(apply), "load lora": output(ComfyModel(stock, comfy_model.clip))}
+
+    DiffusersModel = pack("fmn.hosts.diffusers").DiffusersModel
+    fused = DiffusersModel.load("demo")
+    logging.set_verbosity_error()
+    fused.pipeline.load_lora_weights(load_file(file))
+    fused.pipeline.fuse_lora()
+    fused.pipeline.unload_lora_weights()
+    outputs["diffusers"] = output(fused)
+
+    checkpoint = tmp_path / "merged.safetensors"
+    source = pack("fmn.hosts.diffusers_load").DEMO_FILE
+    pack("fmn.checkpoint").merge_into_checkpoint(source, [(patch, 1.0)], checkpoint)
+    outputs["merged file"] = output(DiffusersModel.load(checkpoint))
+
+    assert (outputs["apply"] - plain).abs().max() > 0.1
+    for name, result in outputs.items():
+        difference = float((result - outputs["apply"]).abs().max())
+        print(f"{name}: {difference:.1e} of {float(plain.abs().max()):.1f}")
+        # All read the same float16 factors. ComfyUI and diffusers add the change in float32 up to
+        # the order of products; the merged file is rounded to float16 once more.
+        assert difference < (1e-3 if name == "merged file" else 1e-4), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("scope, full", [("kv", False), ("attention", True), ("unet", True)])
+def test_borrowed_model_comes_back_unchanged(pack, comfy_model, scope, full, checkpointing):
+    patcher = comfy_model.patcher
+    before = state(patcher)
+    pack("fmn.methods.resteer").run(
+        comfy_model,
+        [concept(pack)],
+        settings(pack, scope=scope, full=full, checkpointing=checkpointing),
+    )
+    after = state(patcher)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert leftovers(patcher.model) == []
+    assert not any(parameter.requires_grad for parameter in patcher.model.parameters())
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_borrowed_model_comes_back_after_an_exception(pack, comfy_model, when):
+    patcher = comfy_model.patcher
+    before = state(patcher)
+
+    def fail(step):
+        if step.index == when:
+            raise RuntimeError("a fault in the loop")
+
+    with pytest.raises(RuntimeError, match="a fault in the loop"):
+        pack("fmn.methods.resteer").run(
+            comfy_model, [concept(pack)], settings(pack, checkpointing=True), fail
+        )
+    after = state(patcher)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert leftovers(patcher.model) == []
+
+
+def test_a_patched_model_can_be_trained_and_keeps_its_patch(pack, comfy_model):
+    """Training on a MODEL that carries a LoRA sees the LoRA; the base's fingerprint stays."""
+    run = pack("fmn.methods.resteer").run
+    patch = run(comfy_model, [concept(pack)], settings(pack, steps=10))
+    patched = type(comfy_model)(comfy_model.patched(patch, 1.0), comfy_model.clip)
+    losses = []
+    again = run(
+        patched, [concept(pack)], settings(pack), lambda step: losses.append(step.losses[-1])
+    )
+    assert losses[0] < 0.95 * patch.info["loss"]["first"]
+    assert again.info["base.fingerprint"] == patch.info["base.fingerprint"]
+
+
+def test_another_packs_forward_survives(pack, comfy_model):
+    """A forward that somebody else put on a module is back in place afterwards."""
+    attention = comfy_model.patcher.model.diffusion_model.get_submodule(
+        "middle_block.1.transformer_blocks.0.attn2"
+    )
+    theirs = attention.forward
+    attention.forward = theirs
+    try:
+        pack("fmn.methods.resteer").run(comfy_model, [concept(pack)], settings(pack))
+        assert attention.__dict__["forward"] is theirs
+    finally:
+        del attention.forward
+
+
+def test_reference_pictures_and_own_samples_change_the_patch(pack, comfy_model):
+    run = pack("fmn.methods.resteer").run
+    pictures = torch.rand(2, 96, 160, 3, generator=torch.Generator().manual_seed(0))
+    losses = {
+        "zeros": run(comfy_model, [concept(pack)], settings(pack)),
+        "images": run(comfy_model, [concept(pack, images=pictures)], settings(pack)),
+        "samples": run(
+            comfy_model, [concept(pack)], settings(pack, references="samples", samples=1)
+        ),
+    }
+    assert len({round(patch.info["loss"]["first"], 6) for patch in losses.values()}) == 3
+
+
+def test_pictures_without_vae_are_refused(pack, demo):
+    model = pack("fmn.hosts.comfy").ComfyModel(*demo[:2])
+    pictures = torch.zeros(1, 64, 64, 3)
+    with pytest.raises(pack("fmn.errors").ForgetError, match="the VAE input is empty"):
+        pack("fmn.methods.resteer").run(model, [concept(pack, images=pictures)], settings(pack))
+
+
+def test_weights_and_long_prompts_are_understood(pack, comfy_model):
+    """(name:1.2) is flagged without its weight; a prompt of two sections is found in both."""
+    prepare = pack("fmn.methods.resteer").prepare
+    long = "a dog, " + "very " * 80 + "big dog"
+    data = prepare(comfy_model, [concept(pack, prompts=("a (dog:1.2) here", long))], settings(pack))
+    template, weighted, two_sections = data.examples
+    assert template.flags.nonzero()[:, 1].tolist() == [4]  # BOS a photo of dog
+    assert weighted.flags.nonzero()[:, 1].tolist() == [2]
+    assert two_sections.flags.shape == (1, 154)
+    assert two_sections.text.context.shape[1] == 154
+    first, last = two_sections.flags.nonzero()[:, 1].tolist()
+    assert first == 2 and last > 77
+    plain = prepare(comfy_model, [concept(pack, prompts=("a dog here",))], settings(pack))
+    assert not torch.equal(plain.examples[1].text.context, weighted.text.context)
+
+
+def test_parentheses_in_a_name_are_letters(pack, comfy_model):
+    data = pack("fmn.methods.resteer").prepare(
+        comfy_model, [concept(pack, "apollo (god)")], settings(pack)
+    )
+    assert int(data.examples[0].flags.sum()) >= 4  # apollo ( god )
+
+
+def test_missing_clip_is_refused(pack, demo):
+    model = pack("fmn.hosts.comfy").ComfyModel(demo[0])
+    with pytest.raises(pack("fmn.errors").ForgetError, match="CLIP input is empty"):
+        pack("fmn.methods.resteer").run(model, [concept(pack)], settings(pack))
+
+
+def test_clip_of_another_family_is_refused(pack, demo):
+    """SD 1.x's real text encoder beside the demo's U-Net: the sentence names both widths."""
+    import comfy.sd
+    import comfy.supported_models
+
+    with torch.inference_mode():
+        other = comfy.sd.CLIP(comfy.supported_models.SD15({}).clip_target({}))
+        other.patcher.model.zero_grad()
+    model = pack("fmn.hosts.comfy").ComfyModel(demo[0], other)
+    with pytest.raises(pack("fmn.errors").ForgetError, match="width 768.*width 128.*same check"):
+        pack("fmn.methods.resteer").run(model, [concept(pack)], settings(pack))
+
+
+def test_quantised_model_is_refused(pack, demo):
+    patcher = demo[0]
+    patcher.model.diffusion_model.to(torch.float8_e4m3fn)
+    with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*float8_e4m3fn"):
+        pack("fmn.hosts.comfy").ComfyModel(patcher)
+
+
+def test_unknown_model_is_refused(pack, demo):
+    patcher = demo[0]
+    attention = patcher.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2
+    attention.to_k = torch.nn.Linear(128, 64, bias=False)
+    with pytest.raises(pack("fmn.errors").ForgetError, match="BaseModel is no model we know"):
+        pack("fmn.hosts.comfy").ComfyModel(patcher)
+
+
+def test_patch_of_another_family_names_both(pack, comfy_model):
+    module = pack("fmn.patch")
+    families = pack("fmn.families")
+    patch = module.ForgetPatch(families.SDXL, {}, {"concepts": []})
+    with pytest.raises(pack("fmn.errors").ForgetError, match="Diffusion XL.*demo model"):
+        comfy_model.patched(patch, 1.0)
+
+
+def test_rescued_patch_is_saved_and_named(pack, comfy_model, monkeypatch, tmp_path):
+    """When the loss stops being finite after some steps, the last good patch is on disk."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    node = pack("nodes.train")
+    errors = pack("fmn.errors")
+    error = errors.NonFiniteLoss("The loss is not finite at step 3.", [1.0, 0.9])
+    error.patch = pack("fmn.methods.resteer").run(comfy_model, [concept(pack)], settings(pack))
+    told = node._with_rescued_patch(error)
+    (file,) = (tmp_path / "forget_patches").iterdir()
+    assert file.name in str(told)
+    assert pack("fmn.patch").load_patch(file).concepts == ["dog"]

@@ -1,0 +1,154 @@
+"""A host small enough for exact tests: a seeded two-level U-Net and a word-per-token encoder."""
+
+import zlib
+from contextlib import contextmanager
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from fmn.families import Family, layers
+from fmn.model import Text, fingerprint
+from fmn.spans import END, SECTION
+
+BOS = 49406
+TINY = Family(
+    key="tiny", title="Tiny test model", channels=(8, 16), blocks=1, depth=(1, 1), middle_depth=1,
+    context_dim=12, linear_projection=False, resolution=64, architecture="stable-diffusion-v1",
+    base_version="sd_v1",
+)  # fmt: skip
+TINY_CONFIG = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,  # diffusers means the number of heads
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+}
+
+
+def tiny_unet(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(**TINY_CONFIG)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if ".attn2.to_q" in name or ".attn2.to_k" in name:
+                parameter *= 3  # attention that prefers some tokens, as a trained model's
+    return unet.eval()
+
+
+def make_scheduler():
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def word_id(word):
+    return 0 if word == "!" else 320 + zlib.crc32(word.encode()) % 40000
+
+
+def sections(words, pad=END):
+    """Ids of words in sections of 77: BOS, at most 75 words, EOT, padding."""
+    ids = []
+    for start in range(0, max(len(words), 1), SECTION - 2):
+        part = [BOS, *words[start : start + SECTION - 2], END]
+        ids += part + [pad] * (SECTION - len(part))
+    return ids
+
+
+class TinyModel:
+    """``fmn.model.Model`` over ``tiny_unet``. ``seen`` collects what the U-Net was given."""
+
+    family = TINY
+    prediction = "epsilon"
+
+    def __init__(self, pad=END, seed=0):
+        self.unet, self.pad = tiny_unet(seed), pad
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = torch.randn(END + 1, TINY.context_dim, generator=generator)
+        self.position = torch.randn(SECTION, TINY.context_dim, generator=generator)
+        self.seen = []
+        self.poison_from = None  # index of the first forward whose attention is NaN
+
+    def tokenize(self, prompt):
+        return sections([word_id(word) for word in prompt.text.split()], self.pad)
+
+    def encode(self, prompt):
+        ids = self.tokenize(prompt)
+        position = self.position.repeat(len(ids) // SECTION, 1)
+        return Text((self.embedding[torch.tensor(ids)] + position)[None])
+
+    def sample(self, prompt, seeds, size, steps, guidance):
+        shape = 4, size // 8, size // 8
+        generators = [torch.Generator().manual_seed(100 + seed) for seed in seeds]
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+    def encode_images(self, images, size):
+        means = images.mean((1, 2, 3)).view(-1, 1, 1, 1)
+        return means.expand(-1, 4, size // 8, size // 8).clone()
+
+    def fingerprint(self):
+        return fingerprint(TINY, lambda layer: self.unet.get_submodule(layer.name).weight)
+
+    @contextmanager
+    def borrow(self):
+        flags = [(parameter, parameter.requires_grad) for parameter in self.unet.parameters()]
+        try:
+            self.unet.requires_grad_(False)
+            yield TinyBorrowed(self)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+class TinyBorrowed:
+    device = torch.device("cpu")
+    context_argument = "encoder_hidden_states"
+
+    def __init__(self, model):
+        self.model = model
+        self.alphas_cumprod = make_scheduler().alphas_cumprod
+
+    def module(self, name):
+        return self.model.unet.get_submodule(name)
+
+    def denoise(self, x_t, t, text):
+        self.model.seen.append((x_t, t, text))
+        context = text.context
+        if self.model.poison_from is not None and len(self.model.seen) > self.model.poison_from:
+            context = context * torch.nan
+        return self.model.unet(x_t, t, encoder_hidden_states=context).sample
+
+    def checkpoint_blocks(self):
+        names = "ResnetBlock2D", "BasicTransformerBlock"
+        return [module for module in self.model.unet.modules() if type(module).__name__ in names]
+
+
+def weights_of(unet):
+    return {name: value.clone() for name, value in unet.state_dict().items()}
+
+
+def same_tensors(first, second):
+    """Bit by bit, NaN included."""
+    return first.keys() == second.keys() and all(
+        first[key].dtype == second[key].dtype
+        and first[key].shape == second[key].shape
+        and first[key].contiguous().flatten().view(torch.uint8).equal(
+            second[key].contiguous().flatten().view(torch.uint8)
+        )
+        for key in first
+    )  # fmt: skip
+
+
+def random_changes(family, rank, scope=lambda layer: layer.is_key_or_value, seed=0, size=0.01):
+    """Layer name -> random (up, down), as ``ForgetPatch.changes`` has them."""
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    for layer in layers(family):
+        if scope(layer):
+            out, *inputs = layer.shape
+            up = torch.randn(out, rank, *[1] * (len(inputs) - 1), generator=generator)
+            down = torch.randn(rank, *inputs, generator=generator)
+            changes[layer.name] = up * size, down
+    return changes
