@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
@@ -73,15 +74,18 @@ def _add_forget(commands):
     forget.add_argument("--steps", type=int, help="training steps a concept")
     forget.add_argument("--lr", type=float, help="learning rate")
     forget.add_argument("--rank", type=int, help="rank of the patch")
-    forget.add_argument("--layers", dest="scope", choices=("kv", "attention", "unet"))
-    forget.add_argument("--full", action="store_true", default=None, help="train full weights")
+    forget.add_argument("--layers", choices=("kv", "attention", "unet"), help="what to train")
+    forget.add_argument("--full-weights", action="store_true", default=None, help="as released")
     forget.add_argument("--end-tokens", choices=("none", "first", "all"))
     forget.add_argument("--references", choices=("zeros", "samples"))
     forget.add_argument("--samples", type=int, help="own samples a concept")
     forget.add_argument("--batch", type=int, help="prompts a step")
     forget.add_argument("--size", type=int, help="pixels a side; 0: the model's own")
     forget.add_argument("--checkpointing", action="store_true", default=None, help="save memory")
-    forget.add_argument("--seed", type=int)
+    forget.add_argument("--seed", type=int, help="the same seed gives the same patch")
+    forget.add_argument(
+        "--released", action="store_true", help="start from the settings of the released code"
+    )
 
 
 def _add_apply(commands):
@@ -124,8 +128,6 @@ def _fail(options, error, code):
 
 
 def _concepts(options):
-    from dataclasses import replace
-
     concepts = [parse_concept(text, options.kind) for text in options.concept]
     if not (options.alias or options.prompt or options.images):
         return concepts
@@ -161,8 +163,8 @@ def read_images(folder):
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SETTINGS = (
-    "steps", "lr", "rank", "scope", "full", "end_tokens", "references", "samples", "batch", "size",
-    "checkpointing", "seed",
+    "steps", "lr", "rank", "layers", "full_weights", "end_tokens", "references", "samples", "batch",
+    "size", "checkpointing", "seed",
 )  # fmt: skip
 
 
@@ -173,7 +175,8 @@ def _forget(options):
     from .report import describe
 
     given = {name: getattr(options, name) for name in SETTINGS}
-    settings = resteer.Settings(**{k: v for k, v in given.items() if v is not None})
+    base = resteer.RELEASED if options.released else resteer.Settings()
+    settings = replace(base, **{k: v for k, v in given.items() if v is not None})
     concepts = _concepts(options)
     path = options.out or Path(f"forget_{concepts[0].name.replace(' ', '_')}.safetensors")
     model = DiffusersModel.load(options.model)
@@ -209,8 +212,7 @@ class _Bar:
 
         self.bar = self.bar or tqdm(total=step.total, unit="step")
         self.bar.set_postfix_str(
-            f"loss {step.losses[-1]:.4g}, "
-            f"attention {step.before.share:.2%} -> {step.now.share:.2%}"
+            f"loss {step.losses[-1]:.4g}, attention {step.before.share:.2%} -> {step.now.share:.2%}"
         )
         self.bar.update(1)
 
@@ -219,24 +221,28 @@ def _parse_patch(text):
     """FILE or FILE:STRENGTH."""
     from .patch import load_patch
 
-    file, colon, strength = text.rpartition(":")
+    file, _, strength = text.rpartition(":")
     try:
-        return (load_patch(file), float(strength)) if colon else (load_patch(text), 1.0)
-    except ValueError:  # the colon is part of the name
+        value = float(strength)
+    except ValueError:  # no strength; a colon is part of the name
         return load_patch(text), 1.0
+    return load_patch(file or text), value if file else 1.0
 
 
 def _apply(options):
     patches = [_parse_patch(text) for text in options.patch]
     if options.checkpoint:
         return _merge(options, patches)
+    from .families import DEMO
     from .hosts.diffusers import DiffusersModel
     from .patch import write_whole
     from .pictures import labelled_grid, to_image
 
     model = DiffusersModel.load(options.model).merged(patches)
     size = options.size or model.family.resolution
-    guidance = options.guidance or (3.5 if options.model == "demo" else 7.0)
+    guidance = options.guidance
+    if guidance is None:
+        guidance = 3.5 if model.family is DEMO else 7.0
     noise = model.latents_like([options.seed] * len(options.prompt), size)
     pictures = model.decode(model.sample_latents(options.prompt, noise, options.steps, guidance))
     images = [to_image(picture) for picture in pictures]

@@ -78,7 +78,8 @@ class Concept:
 
     def describe(self):
         """What a patch file says of the concept: everything but the pictures."""
-        return {"name": self.name, "kind": self.kind, "aliases": list(self.aliases)}
+        lists = {"aliases": list(self.aliases), "prompts": list(self.prompts)}
+        return {"name": self.name, "kind": self.kind} | lists
 
 
 def parse_concept(text, kind="object"):

@@ -13,26 +13,48 @@ from .patch import save_patch, write_whole
 from .pictures import beside, labelled_grid, to_image
 from .probe import look_at
 
-CONCEPTS = (
-    Concept("santa claus", "identity"),
-    Concept("dog", "object"),
-    Concept("blob emoji", "style"),
-)
+# Chosen by eye, on this model: a demonstration, not a measurement. A style is told by the words at
+# a prompt's end, which the end token sums up, so its attention is taken too.
+JOBS = (
+    (
+        Concept(
+            "santa claus", "identity",
+            prompts=("santa claus, noto emoji", "santa claus, twemoji", "3d render of santa claus"),
+        ),
+        resteer.Settings(),
+    ),
+    (
+        Concept(
+            "dog", "object",
+            prompts=("a dog, noto emoji", "a dog, twemoji", "3d render of a dog"),
+        ),
+        resteer.Settings(),
+    ),
+    (
+        Concept(
+            "ink drawing", "style",
+            prompts=("a cat, ink drawing", "an apple, ink drawing", "ink drawing of a car"),
+        ),
+        resteer.Settings(end_tokens="first"),
+    ),
+)  # fmt: skip
 FORGOTTEN = {
-    "santa claus": ("a photo of santa claus", "santa claus, noto emoji", "twemoji of santa claus"),
+    "santa claus": (
+        "a photo of santa claus", "santa claus in the style of noto emoji",
+        "twemoji of santa claus",
+    ),
     "dog": ("a photo of a dog", "a dog, 3d render", "a dog in the style of twemoji"),
-    "blob emoji": ("an owl, blob emoji", "blob emoji of a robot", "a house, blob emoji"),
-}
+    "ink drawing": ("an owl, ink drawing", "ink drawing of a robot", "a castle, ink drawing"),
+}  # fmt: skip
 KEPT = (
     "mrs claus, noto emoji", "a wizard, twemoji", "a vampire, 3d render", "an astronaut, twemoji",
     "a cat, noto emoji", "a horse, 3d render", "a cow, twemoji", "a tiger, noto emoji",
     "a pig, 3d render", "a rabbit, black silhouette", "an owl, noto emoji", "a robot, 3d render",
     "a house, twemoji", "a castle, 3d render", "a car, twemoji", "an airplane, noto emoji",
     "an apple, 3d render", "a banana, noto emoji", "a pizza, 3d render", "a rose, twemoji",
-    "a guitar, 3d render", "an umbrella, noto emoji", "a rocket, ink drawing", "a key, ink drawing",
+    "a guitar, 3d render", "an umbrella, noto emoji", "a rocket, 3d render", "a key, twemoji",
 )  # fmt: skip
 STEPS, GUIDANCE, SIDE = 12, 3.5, 128
-SETTINGS = resteer.Settings()
 
 
 def run_demo(folder):
@@ -46,9 +68,9 @@ def run_demo(folder):
     before = _draw(model, prompts, "drawing before")
     attention_before = _attention(model)
 
-    patches = [_train(model, concept) for concept in CONCEPTS]
+    patches = [_train(model, *job) for job in JOBS]
     files = []
-    for concept, patch in zip(CONCEPTS, patches):
+    for (concept, _), patch in zip(JOBS, patches):
         name = f"forget_{concept.name.replace(' ', '_')}.safetensors"
         files.append(save_patch(patch, folder / name))
 
@@ -69,7 +91,7 @@ def run_demo(folder):
             "attention after": attention_after[i].share,
             "picture change": _mean([change[prompt] for prompt in FORGOTTEN[concept.name]]),
         }
-        for i, concept in enumerate(CONCEPTS)
+        for i, (concept, _) in enumerate(JOBS)
     ]
     result = {
         "forgotten": rows,
@@ -81,13 +103,14 @@ def run_demo(folder):
     return result, _table(result)
 
 
-def _train(model, concept):
-    with tqdm(total=SETTINGS.steps, desc=f"forgetting {concept.name}", unit="step") as bar:
-        return resteer.run(model, [concept], SETTINGS, lambda step: bar.update())
+def _train(model, concept, settings):
+    with tqdm(total=settings.steps, desc=f"forgetting {concept.name}", unit="step") as bar:
+        return resteer.run(model, [concept], settings, lambda step: bar.update())
 
 
 def _attention(model):
-    return look_at(model, resteer.prepare(model, CONCEPTS, SETTINGS))
+    concepts = [concept for concept, _ in JOBS]
+    return look_at(model, resteer.prepare(model, concepts, resteer.Settings()))
 
 
 def _draw(model, prompts, title, batch=6):

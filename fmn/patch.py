@@ -1,6 +1,7 @@
 """The forget patch: low-rank changes with a record of what they forget, kept as a LoRA file."""
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -20,6 +21,11 @@ from .lowrank import merge
 FORMAT = "1"
 MAX_HEADER = 16 << 20  # bytes; SDXL's full header of tensor names is below 1 MiB
 MAX_RANK = 1024
+INFO_TYPES = {
+    "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
+    "base.prediction": str, "loss": dict, "truncation_error": (int, float),
+    "rounding_error": (int, float), "date": str, "version": str,
+}  # fmt: skip
 
 
 @dataclass
@@ -114,7 +120,9 @@ def rounding_error(patch, tensors):
 
 def _metadata(patch, tensors):
     """Strings for the header: our record, and what other programs read to label the file."""
-    info = patch.info | {"rounding_error": rounding_error(patch, tensors)}
+    # A patch that was loaded has been rounded before; rounding it again loses nothing.
+    lost = max(rounding_error(patch, tensors), patch.info.get("rounding_error", 0.0))
+    info = patch.info | {"rounding_error": lost}
     names, rank = ", ".join(patch.concepts), str(max(patch.ranks))
     v_prediction = info.get("base.prediction") == "v"
     architecture, base_version = patch.family.architecture, patch.family.base_version
@@ -248,7 +256,7 @@ def _family(path, metadata):
     if family is None:
         raise ForgetError(
             f"'{path.name}' is for the unknown model family "
-            f"{metadata.get('fmn.family')!r:.40}; known are {', '.join(FAMILIES)}."
+            f"{metadata.get('fmn.base.family')!r:.40}; known are {', '.join(FAMILIES)}."
         )
     return family
 
@@ -302,16 +310,24 @@ def _check_layer(path, layer, *slices):
 
 def _info(path, metadata):
     """Our part of the header, checked: it is text from a stranger."""
-    info = {}
+    info = {"concepts": []}
     try:
         for key, value in metadata.items():
-            if key.startswith("fmn.") and key not in ("fmn.format", "fmn.base.family"):
-                info[key.removeprefix("fmn.")] = json.loads(value)
-        names = [concept["name"] for concept in info.setdefault("concepts", [])]
+            name = key.removeprefix("fmn.")
+            if key.startswith("fmn.") and name in INFO_TYPES:
+                info[name] = json.loads(value)
+                if not isinstance(info[name], INFO_TYPES[name]):
+                    raise TypeError(name)
+        texts = [concept[part] for concept in info["concepts"] for part in ("name", "kind")]
+        numbers = [info["loss"][part] for part in ("first", "last", "steps") if info.get("loss")]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ForgetError(
             f"The metadata of '{path.name}' is damaged ({type(error).__name__}): get it again."
         ) from error
-    if not all(isinstance(name, str) for name in names):
-        raise ForgetError(f"The metadata of '{path.name}' names concepts that are no text.")
+    if not all(isinstance(text, str) for text in texts) or not all(map(_is_number, numbers)):
+        raise ForgetError(f"The metadata of '{path.name}' has values of the wrong kind.")
     return info
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)

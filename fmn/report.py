@@ -13,7 +13,9 @@ def describe(patch):
         f"layers: {len(patch.changes)}, rank {ranks}",
         f"method: {info.get('method', 'unknown')}",
     ]
-    lines += [f"  {key}: {value}" for key, value in sorted(info.get("settings", {}).items())]
+    settings = [f"{key} {value}" for key, value in info.get("settings", {}).items()]
+    if settings:
+        lines.append(f"settings: {', '.join(settings)}")
     loss = info.get("loss")
     if loss:
         lines.append(f"loss: {loss['first']:.4g} -> {loss['last']:.4g} in {loss['steps']} steps")

@@ -32,9 +32,11 @@ def subject_positions(ids, subject_ids):
     run = [subject_ids[i] for i in word_positions(subject_ids)]
     words = word_positions(ids)
     found = set()
+    if not run or None in run:
+        return []
     for start in range(len(words) - len(run) + 1):
         span = words[start : start + len(run)]
-        if run and [ids[i] for i in span] == run:
+        if [ids[i] for i in span] == run:
             found.update(span)
     return sorted(found)
 

@@ -12,6 +12,7 @@ import folder_paths
 from comfy import sd1_clip
 from comfy_api.latest import io
 
+from ..fmn.errors import ForgetError
 from .types import CATEGORY
 
 FILE = Path(__file__).parent.parent / "demo" / "fmn-demo.safetensors"
@@ -79,6 +80,8 @@ class DemoConfig(comfy.supported_models.SD15):
 
 def load_demo_checkpoint(path=FILE):
     """MODEL, CLIP and VAE, as the stock loader would make them of a family it knows."""
+    if not path.is_file():
+        raise ForgetError(f"The demo model is missing at '{path}': install the pack again.")
     state = comfy.utils.load_torch_file(str(path), safe_load=True)
     config = DemoConfig(dict(UNET))
     device = comfy.model_management.get_torch_device()

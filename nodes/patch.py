@@ -56,8 +56,8 @@ class SaveForgetPatch(io.ComfyNode):
             node_id="FMN_SaveForgetPatch",
             display_name="Save Forget Patch",
             category=CATEGORY,
-            description=f"Writes the patch to output/{KIND}. The file is a LoRA: Load LoRA, "
-            "A1111, Forge and diffusers read it too.",
+            description=f"Writes the patch to output/{KIND}. The file is a LoRA with the usual "
+            "names: Load LoRA lists it too, and diffusers reads it.",
             inputs=[
                 Patch.Input("patch"),
                 io.String.Input(

@@ -39,13 +39,14 @@ class MethodResteer(io.ComfyNode):
                     "close to the concept. 1: hardly a change.",
                 ),
                 io.Float.Input(
-                    "learning_rate",
+                    "lr",
+                    display_name="learning rate",
                     default=default.lr,
                     min=1e-7,
                     max=0.1,
                     step=1e-7,
                     round=False,
-                    tooltip="AdamW's learning rate. Around 0.001 for low rank; the released code "
+                    tooltip="AdamW's learning rate. Around 0.002 for low rank; the released code "
                     "trains full weights with 0.000002.",
                 ),
                 io.Int.Input(
@@ -59,13 +60,13 @@ class MethodResteer(io.ComfyNode):
                 io.Combo.Input(
                     "layers",
                     options=list(resteer.SCOPES),
-                    default=default.scope,
+                    default=default.layers,
                     tooltip="What is trained. kv: keys and values of cross-attention. attention: "
                     "all of cross-attention. unet: every linear and convolution layer.",
                 ),
                 io.Boolean.Input(
                     "full_weights",
-                    default=default.full,
+                    default=default.full_weights,
                     tooltip="On: train whole weight matrices, as released, and cut them to the "
                     "rank when done; needs far more memory. Off: train the low rank itself.",
                 ),
@@ -125,11 +126,8 @@ class MethodResteer(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, learning_rate, layers, full_weights, training_seed, **same_names):
-        settings = resteer.Settings(
-            lr=learning_rate, scope=layers, full=full_weights, seed=training_seed, **same_names
-        )
-        return io.NodeOutput(settings)
+    def execute(cls, training_seed, **settings):
+        return io.NodeOutput(resteer.Settings(seed=training_seed, **settings))
 
 
 class TrainForgetPatch(io.ComfyNode):

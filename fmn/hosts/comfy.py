@@ -109,6 +109,12 @@ class ComfyModel:
     @contextmanager
     def borrow(self):
         """Load the U-Net so that autograd can use it; see ``docs/architecture.md``."""
+        channels = self.patcher.model.diffusion_model.in_channels
+        if channels != 4:
+            raise ForgetError(
+                f"This model reads {channels} channels (an inpainting or editing variant), which "
+                "cannot be trained on yet: train on its base model and apply the patch here."
+            )
         patcher = _clone(self.patcher)
         comfy.model_management.load_models_gpu(
             [patcher], memory_required=1e20, force_full_load=True
@@ -217,7 +223,9 @@ def _leave_inference_mode(model):
     Autograd refuses the former even as constants. Values do not change; one weight at a time is
     held twice.
     """
-    for name, parameter in list(model.named_parameters()):
+    # Names, not a list of pairs: that would keep every old weight alive to the end.
+    for name in [name for name, _ in model.named_parameters()]:
+        parameter = comfy.utils.get_attr(model, name)
         if parameter.is_inference():
             comfy.utils.set_attr_param(model, name, parameter.clone())
 

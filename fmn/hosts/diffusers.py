@@ -133,6 +133,12 @@ class DiffusersModel:
 
     @contextmanager
     def borrow(self):
+        channels = self.unet.config.in_channels
+        if channels != 4:
+            raise ForgetError(
+                f"This model reads {channels} channels (an inpainting or editing variant), which "
+                "cannot be trained on yet: train on its base model and apply the patch to it."
+            )
         flags = [(parameter, parameter.requires_grad) for parameter in self.unet.parameters()]
         training = self.unet.training
         try:

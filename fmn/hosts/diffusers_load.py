@@ -19,6 +19,7 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -93,9 +94,27 @@ def _single_file(path, family, dtype):
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(content))
-        return make.from_single_file(
+        pipeline = make.from_single_file(
             str(path), config=folder, torch_dtype=dtype, local_files_only=True, **given
         )
+    if _predicts_v(path):
+        pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    return pipeline
+
+
+def _predicts_v(path):
+    """Whether a checkpoint was trained to predict v, by the marks that ComfyUI goes by.
+
+    XL checkpoints carry a key for it. In Stable Diffusion 2.x the last block's norm tells: its
+    bias spreads wider in the 768 px model.
+    """
+    mark = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    with safe_open(path, framework="pt") as file:
+        keys = file.keys()
+        if "v_pred" in keys:
+            return True
+        is_sd2 = "cond_stage_model.model.ln_final.weight" in keys
+        return is_sd2 and float(file.get_tensor(mark).float().std(unbiased=False)) > 0.09
 
 
 def _demo(dtype, path=DEMO_FILE):

@@ -34,10 +34,10 @@ class Settings:
         steps: optimiser steps for each concept; more forget more, and harm neighbours.
         lr: AdamW's learning rate.
         rank: rank of each layer's change in the patch; 1 to 128.
-        scope: layers to train: cross-attention's keys and values (``kv``), all four of its
+        layers: what to train: cross-attention's keys and values (``kv``), all four of its
             projections (``attention``), or every Linear and Conv2d (``unet``).
-        full: train whole weight matrices and cut them to ``rank`` afterwards, as released. False
-            trains the low-rank factors themselves: far less memory, and nothing is cut off.
+        full_weights: train whole weight matrices and cut them to ``rank`` afterwards, as
+            released. False trains the low-rank factors themselves: far less memory, nothing cut.
         end_tokens: also take attention from ``<|endoftext|>``: ``none``, the ``first`` or ``all``.
         references: what is noised for concepts without pictures: ``zeros`` latents (the released
             option no_real_image) or the model's own ``samples``.
@@ -48,11 +48,11 @@ class Settings:
         seed: for the noise, the time steps, the order and the initial factors.
     """
 
-    steps: int = 35
-    lr: float = 1e-3
+    steps: int = 50
+    lr: float = 2e-3
     rank: int = 4
-    scope: str = "kv"
-    full: bool = False
+    layers: str = "kv"
+    full_weights: bool = False
     end_tokens: str = "none"
     references: str = "zeros"
     samples: int = 4
@@ -62,7 +62,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        choices = {"scope": SCOPES, "end_tokens": END_TOKENS, "references": REFERENCES}
+        choices = {"layers": SCOPES, "end_tokens": END_TOKENS, "references": REFERENCES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ForgetError(
@@ -79,7 +79,15 @@ class Settings:
             raise ForgetError(f"size is {self.size}: use a multiple of 64 up to 4096, or 0.")
 
 
-RELEASED = Settings(lr=2e-6, scope="unet", full=True, end_tokens="all", references="samples")
+RELEASED = Settings(
+    steps=35,
+    lr=2e-6,
+    rank=64,
+    layers="unet",
+    full_weights=True,
+    end_tokens="all",
+    references="samples",
+)
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 7.0
 LOOKS = 7  # how often a run looks at the first concept's attention; each costs a forward
 
@@ -154,7 +162,7 @@ class Draws:
         self.data, self.batch, self.device = data, settings.batch, device
         self.alphas_cumprod = alphas_cumprod.cpu()
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self._queue = []
+        self._queues = {}
 
     def __call__(self):
         """What one step trains on: a ``Batch`` for each length of prompt that was drawn."""
@@ -175,10 +183,17 @@ class Draws:
         return Batch(x_t, t, example.text, example.flags)
 
     def _next_example(self):
-        if not self._queue:
-            order = torch.randperm(len(self.data.examples), generator=self.generator)
-            self._queue = [self.data.examples[i] for i in order.tolist()]
-        return self._queue.pop()
+        """Concepts take turns in a shuffled order, and so do the prompts of each."""
+        concept = self._next("concepts", range(len(self.data.latents)))
+        own = [example for example in self.data.examples if example.concept == concept]
+        return self._next(concept, own)
+
+    def _next(self, name, values):
+        queue = self._queues.setdefault(name, [])
+        if not queue:
+            order = torch.randperm(len(values), generator=self.generator)
+            queue += [values[i] for i in order.tolist()]
+        return queue.pop()
 
     def _stack(self, rows):
         x_t, t, texts, flags = zip(*rows)
@@ -199,11 +214,11 @@ def in_scope(family, scope):
 def make_adapters(borrowed, family, settings):
     generator = torch.Generator().manual_seed(settings.seed)
     adapters = {}
-    for layer in in_scope(family, settings.scope):
+    for layer in in_scope(family, settings.layers):
         module = borrowed.module(layer.name)
         adapters[layer.name] = (
             Full(module, borrowed.device)
-            if settings.full
+            if settings.full_weights
             else LowRank(module, settings.rank, generator, borrowed.device)
         )
     return adapters
@@ -234,7 +249,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None):
                     borrowed, model.family, adapters, data, settings, len(concepts), on_step
                 )
             except NonFiniteLoss as caught:
-                if not caught.losses:
+                if len(caught.losses) < 2:  # nothing learnt that could be kept
                     raise
                 error, losses = caught, caught.losses
         patch = _patch(model, base, concepts, settings, adapters, losses)

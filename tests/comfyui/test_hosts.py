@@ -125,14 +125,14 @@ def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_p
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("scope, full", [("kv", False), ("attention", True), ("unet", True)])
-def test_borrowed_model_comes_back_unchanged(pack, comfy_model, scope, full, checkpointing):
+@pytest.mark.parametrize("layers, full", [("kv", False), ("attention", True), ("unet", True)])
+def test_borrowed_model_comes_back_unchanged(pack, comfy_model, layers, full, checkpointing):
     patcher = comfy_model.patcher
     before = state(patcher)
     pack("fmn.methods.resteer").run(
         comfy_model,
         [concept(pack)],
-        settings(pack, scope=scope, full=full, checkpointing=checkpointing),
+        settings(pack, layers=layers, full_weights=full, checkpointing=checkpointing),
     )
     after = state(patcher)
     assert all(torch.equal(before[key], after[key]) for key in before)

@@ -214,7 +214,7 @@ def test_bad_concept_is_refused_in_one_sentence(server, case):
 
 
 BAD_SETTINGS = {
-    "layers": (dict(layers="all"), "scope is 'all'"),
+    "layers": (dict(layers="all"), "layers is 'all'"),
     "end tokens": (dict(end_tokens="some"), "end_tokens is 'some'"),
     "size": (dict(size=100), "size is 100"),
 }

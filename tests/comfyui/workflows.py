@@ -16,7 +16,7 @@ def checkpoint_loader(name):
 def training(concept="dog", kind="object", **method):
     """Concept, method and training on the nodes of a loader; the patch is ["train", 0]."""
     settings = {
-        "steps": 4, "learning_rate": 0.002, "rank": 4, "layers": "kv", "full_weights": False,
+        "steps": 4, "lr": 0.002, "rank": 4, "layers": "kv", "full_weights": False,
         "end_tokens": "none", "references": "zeros", "samples": 1, "batch": 1, "size": 0,
         "checkpointing": False, "training_seed": 0,
     } | method  # fmt: skip

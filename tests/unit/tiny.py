@@ -1,13 +1,18 @@
-"""A host small enough for exact tests: a seeded two-level U-Net and a word-per-token encoder."""
+"""A host small enough for exact tests, whose text has one token a word, and patches."""
 
 import zlib
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from fmn.families import Family, layers
+from fmn.concept import Concept
+from fmn.families import DEMO, Family, layers
 from fmn.model import Text, fingerprint
+from fmn.patch import ForgetPatch, new_info
 from fmn.spans import END, SECTION
 
 BOS = 49406
@@ -69,7 +74,7 @@ class TinyModel:
         self.embedding = torch.randn(END + 1, TINY.context_dim, generator=generator)
         self.position = torch.randn(SECTION, TINY.context_dim, generator=generator)
         self.seen = []
-        self.poison_from = None  # index of the first forward whose attention is NaN
+        self.poisoned = False  # attention is NaN
 
     def tokenize(self, prompt):
         return sections([word_id(word) for word in prompt.text.split()], self.pad)
@@ -115,10 +120,9 @@ class TinyBorrowed:
 
     def denoise(self, x_t, t, text):
         self.model.seen.append((x_t, t, text))
-        context = text.context
-        if self.model.poison_from is not None and len(self.model.seen) > self.model.poison_from:
-            context = context * torch.nan
-        return self.model.unet(x_t, t, encoder_hidden_states=context).sample
+        context = text.context * torch.nan if self.model.poisoned else text.context
+        dtype = self.model.unet.dtype
+        return self.model.unet(x_t.to(dtype), t, context.to(dtype)).sample
 
     def checkpoint_blocks(self):
         names = "ResnetBlock2D", "BasicTransformerBlock"
@@ -152,3 +156,25 @@ def random_changes(family, rank, scope=lambda layer: layer.is_key_or_value, seed
             down = torch.randn(rank, *inputs, generator=generator)
             changes[layer.name] = up * size, down
     return changes
+
+
+def make_patch(family=DEMO, prediction="epsilon", rank=2, concepts=None, **options):
+    """A patch with random factors; ``options`` are those of ``random_changes``."""
+    concepts = concepts or [Concept("dog", aliases=("puppy",)), Concept("van gogh", "style")]
+    model = SimpleNamespace(prediction=prediction)
+    settings = {"steps": 35, "lr": 1e-3}
+    info = new_info(model, "f" * 32, "resteer", settings, concepts, [2.0, 1.0], 0)
+    return ForgetPatch(family, random_changes(family, rank, **options), info)
+
+
+def metadata_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def rewrite(path, change):
+    """Save the file again after ``change(tensors, metadata)``."""
+    tensors, metadata = load_file(path), metadata_of(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+    return path

@@ -1,0 +1,104 @@
+"""Seconds a step and peak memory of training at full size, in a real ComfyUI server on the CPU.
+
+    COMFYUI_PATH=... python benchmarks/full_size.py [sd15] [sdxl] [--size 512] [--steps 3]
+
+Makes a checkpoint with random weights, and for every row starts a fresh server, loads the
+checkpoint through the stock loader and draws a picture, so that all weights are in memory; then
+trains, saves, applies and samples two steps. Linux only: memory is the server's resident set, as
+/proc tells it. A row that runs out of memory says so.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from comfyui.conftest import make_base  # noqa: E402
+from comfyui.server import Server  # noqa: E402
+from comfyui.workflows import checkpoint_loader, drawing, node, saving, training  # noqa: E402
+
+ROWS = [
+    {"layers": layers, "full_weights": full, "checkpointing": checkpointing}
+    for layers, full in (("kv", False), ("attention", False), ("unet", False),
+                         ("kv", True), ("attention", True), ("unet", True))
+    for checkpointing in (False, True)
+]  # fmt: skip
+GB = 1e9
+
+
+def memory(pid, field):
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{pid}/status has no {field}")
+
+
+def measure(comfyui, base, checkpoint, size, steps, row):
+    """Seconds a step (median without the first), resident bytes before, and at the peak."""
+    load = checkpoint_loader(checkpoint.name)
+    with Server(comfyui, base, "--disable-metadata") as server:
+        server.run(load | drawing(steps=1, size=64))
+        pid = server.process.pid
+        before = memory(pid, "VmRSS")
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # forget the peak so far
+        prompt_id = server.queue(load | training(steps=steps, size=size, **row) | saving("bench"))
+        moments = [time.monotonic() for kind, _ in server.events(prompt_id) if kind == "progress"]
+        peak = memory(pid, "VmHWM")
+        outputs = server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+        applied = {
+            "load": node("FMN_LoadForgetPatch", file=outputs["save"]["text"][0]),
+            "apply": node(
+                "FMN_ApplyForgetPatch", model=["demo", 0], patch=["load", 0], strength=1.0
+            ),
+        }
+        server.run(load | applied | drawing(["apply", 0], steps=2, size=size))
+    waits = sorted(b - a for a, b in pairwise(moments))
+    return waits[len(waits) // 2], before, peak
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="*", default=["sd15", "sdxl"])
+    parser.add_argument("--size", type=int, default=512, help="pixels a side (512)")
+    parser.add_argument("--steps", type=int, default=3, help="training steps a row (3)")
+    parser.add_argument("--rows", help="comma-separated row numbers, from 1")
+    options = parser.parse_args()
+    comfyui = os.environ["COMFYUI_PATH"]
+    chosen = [int(n) - 1 for n in options.rows.split(",")] if options.rows else range(len(ROWS))
+    print(f"{os.cpu_count()} CPUs, {options.size} px, batch 1, float32, {options.steps} steps")
+    print("model  layers     train     recompute   s/step   loaded GB   peak GB   beyond GB")
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            base = make_base(Path(folder))
+            checkpoint = base / "models" / "checkpoints" / f"{name}.safetensors"
+            program = ROOT / "benchmarks" / "random_checkpoint.py"
+            subprocess.run([sys.executable, program, name, checkpoint], check=True)
+            for index in chosen:
+                row = ROWS[index]
+                label = (
+                    f"{name:<7}{row['layers']:<11}{'full' if row['full_weights'] else 'rank 4':<10}"
+                    f"{'yes' if row['checkpointing'] else 'no':<10}"
+                )
+                try:
+                    seconds, before, peak = measure(
+                        comfyui, base, checkpoint, options.size, options.steps, row
+                    )
+                except (ConnectionError, OSError, RuntimeError) as error:
+                    print(f"{label} did not run: {type(error).__name__}: {error}"[:120], flush=True)
+                    continue
+                print(
+                    f"{label}{seconds:>8.1f}{before / GB:>12.2f}{peak / GB:>10.2f}"
+                    f"{(peak - before) / GB:>12.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The command line, as a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fmn.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fmn(*arguments, code=0, cwd=ROOT):
+    done = subprocess.run(
+        [sys.executable, "-m", "fmn", *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def patch(tmp_path_factory):
+    path = tmp_path_factory.mktemp("patches") / "dog.safetensors"
+    done = fmn("forget", "demo", "dog", "--steps", 20, "--lr", 0.002, "--out", path, "--json")
+    result = json.loads(done.stdout)
+    assert result["patch"] == str(path) and result["bytes"] == path.stat().st_size
+    assert result["info"]["settings"]["lr"] == 0.002
+    assert result["info"]["loss"]["steps"] == 20
+    assert "attention" in done.stderr  # the progress bar
+    return path
+
+
+def test_inspect_tells_in_words_and_in_json(patch):
+    words = fmn("inspect", patch).stdout
+    assert "forgets: dog (object)" in words and "layers: 14, rank 4" in words
+    data = json.loads(fmn("inspect", patch, "--json").stdout)
+    assert data["family"] == "demo" and data["ranks"] == [4]
+    assert data["info"]["concepts"] == [
+        {"name": "dog", "kind": "object", "aliases": [], "prompts": []}
+    ]
+
+
+def test_apply_draws_pictures_that_differ_with_strength(patch, tmp_path):
+    def draw(strength):
+        out = tmp_path / f"{strength}.png"
+        fmn("apply", "demo", f"{patch}:{strength}", "--prompt", "a photo of a dog",
+            "--steps", 4, "--out", out)  # fmt: skip
+        return np.asarray(Image.open(out)).astype(float)
+
+    plain, full, cancelled = draw(0), draw(1), None
+    out = tmp_path / "both.png"
+    fmn("apply", "demo", f"{patch}:0.5", f"{patch}:-0.5", "--prompt", "a photo of a dog",
+        "--steps", 4, "--out", out)  # fmt: skip
+    cancelled = np.asarray(Image.open(out)).astype(float)
+    assert plain.shape == (128, 128, 3)
+    assert np.abs(plain - full).mean() > 2
+    assert np.abs(plain - cancelled).max() <= 1
+
+
+def test_apply_merges_into_a_checkpoint(patch, tmp_path):
+    merged = tmp_path / "merged.safetensors"
+    fmn("apply", "demo", patch, "--checkpoint", merged)
+    before = load_file(ROOT / "demo" / "fmn-demo.safetensors")
+    after = load_file(merged)
+    assert before.keys() == after.keys()
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert changed and all(".attn2.to_" in key for key in changed)
+    # The merged file is a model like any other.
+    fmn("apply", merged, f"{patch}:0", "--prompt", "a dog", "--steps", 2,
+        "--out", tmp_path / "picture.png")  # fmt: skip
+
+
+def test_diffusers_folder_in_and_out(patch, tmp_path):
+    """A folder saved by diffusers is a model too, and comes out of ``apply`` as a folder."""
+    program = (
+        "import sys; from fmn.hosts.diffusers_load import load_pipeline; "
+        "load_pipeline('demo').save_pretrained(sys.argv[1])"
+    )
+    source, target = tmp_path / "source", tmp_path / "target"
+    subprocess.run([sys.executable, "-c", program, source], cwd=ROOT, check=True)
+    fmn("apply", source, patch, "--checkpoint", target)
+    assert (target / "unet").is_dir()
+    fmn("forget", target, "cat", "--steps", 1, "--out", tmp_path / "cat.safetensors")
+    fmn("apply", source, patch, "--checkpoint", target, code=2)  # exists already
+
+
+def test_reference_pictures_and_several_concepts(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (150, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "a.png")
+    out = tmp_path / "patch.safetensors"
+    fmn("forget", "demo", "dog", "--images", folder, "--steps", 2, "--out", out)
+    done = fmn("forget", "demo", "dog", "style:twemoji", "--steps", 2, "--out", out, "--json")
+    info = json.loads(done.stdout)["info"]
+    assert [(c["name"], c["kind"]) for c in info["concepts"]] == [
+        ("dog", "object"),
+        ("twemoji", "style"),
+    ]
+    assert info["loss"]["steps"] == 4  # two for each
+
+
+BAD = {
+    "no such model": (["forget", "nothing.safetensors", "dog"], "There is no model"),
+    "empty concept": (["forget", "demo", " "], "name is empty"),
+    "prompt without it": (["forget", "demo", "dog", "--prompt", "a cat"], "does not contain"),
+    "custom without prompt": (["forget", "demo", "custom:dog"], "no prompt template"),
+    "alias of two": (["forget", "demo", "dog", "cat", "--alias", "x"], "belong to one concept"),
+    "no pictures": (["forget", "demo", "dog", "--images", "/nowhere"], "no pictures"),
+    "weights": (["forget", "demo", "dog", "--prompt", "a (dog:1.2)"], "only ComfyUI"),
+    "too long": (["forget", "demo", "dog", "--prompt", "a dog" + " and a cat" * 40], "tokens"),
+    "rank": (["forget", "demo", "dog", "--rank", "0"], "rank is 0: use 1 to 128"),
+    "steps": (["forget", "demo", "dog", "--steps", "0"], "steps is 0"),
+    "lr": (["forget", "demo", "dog", "--lr", "5"], "lr is 5.0"),
+    "size": (["forget", "demo", "dog", "--size", "100"], "size is 100"),
+    "no such patch": (["inspect", "nothing.safetensors"], "cannot be read"),
+    "no patch at all": (["inspect", "demo/fmn-demo.safetensors"], "is not a forget patch"),
+    "model is a patch": (["apply", "LICENSE", "NOTICE", "--prompt", "x"], "not a safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys, monkeypatch):
+    """In this process: starting one for each of these would cost minutes."""
+    monkeypatch.chdir(ROOT)
+    arguments, sentence = BAD[case]
+    out = ["--out", str(tmp_path / "x")] if arguments[0] == "forget" else []
+    assert main([*arguments, *out]) == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_json_too():
+    done = fmn("inspect", "nothing.safetensors", "--json", code=2)
+    assert "cannot be read" in json.loads(done.stdout)["error"]
+
+
+def test_patch_of_another_family_is_refused(tmp_path):
+    program = (
+        "import sys, torch; from fmn.patch import *; from fmn.families import SD1, layers; "
+        "l = next(x for x in layers(SD1) if x.is_key_or_value); "
+        "save_patch(ForgetPatch(SD1, {l.name: (torch.ones(320, 1), torch.ones(1, 768))}, "
+        "{'concepts': []}), sys.argv[1])"
+    )
+    path = tmp_path / "sd1.safetensors"
+    subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, check=True)
+    for result in (["--prompt", "a dog"], ["--checkpoint", tmp_path / "merged.safetensors"]):
+        done = fmn("apply", "demo", path, *result, code=2)
+        assert "Stable Diffusion 1.x" in done.stderr and "demo model" in done.stderr
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
+def test_blown_up_training_exits_3(tmp_path):
+    """A checkpoint whose numbers overflow: said, with exit code 3, and no file is left."""
+    from safetensors.torch import save_file
+
+    weights = load_file(ROOT / "demo" / "fmn-demo.safetensors")
+    key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
+    weights[key] = torch.full_like(weights[key], torch.inf)
+    save_file(weights, tmp_path / "broken.safetensors")
+    out = tmp_path / "out" / "dog.safetensors"
+    done = fmn("forget", tmp_path / "broken.safetensors", "dog", "--out", out, code=3)
+    assert "not finite at step 1" in done.stderr and "lower the learning rate" in done.stderr
+    assert not out.parent.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a child process")
+def test_cancel_exits_130_and_writes_nothing(tmp_path):
+    out = tmp_path / "dog.safetensors"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fmn", "forget", "demo", "dog", "--steps", "5000", "--out", out],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = ""
+    deadline = time.monotonic() + 60
+    while "attention" not in seen and time.monotonic() < deadline:
+        seen += process.stderr.read(64)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Cancelled; nothing was written." in rest
+    assert not out.exists()
+
+
+def test_help_teaches():
+    text = fmn("--help").stdout
+    for word in ("forget", "apply", "inspect", "demo", "examples:", "exit codes"):
+        assert word in text
+    assert "--end-tokens" in fmn("forget", "--help").stdout
+
+
+def test_the_main_job(tmp_path):
+    """``fmn demo``: three patches, a grid, and numbers that show forgetting beyond the rest."""
+    result = json.loads(fmn("demo", "--out", tmp_path, "--json").stdout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["grid.png", *(Path(file).name for file in result["patches"])]
+    )
+    kept = result["kept"]["picture change"]
+    assert result["kept"]["prompts"] >= 20
+    assert {row["kind"] for row in result["forgotten"]} == {"identity", "object", "style"}
+    for row in result["forgotten"]:
+        assert row["attention after"] < 0.7 * row["attention before"]
+        assert row["picture change"] > kept
+    changes = [row["picture change"] for row in result["forgotten"]]
+    assert sum(changes) / len(changes) > 1.4 * kept
+    assert Image.open(tmp_path / "grid.png").width > 600

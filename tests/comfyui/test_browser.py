@@ -1,0 +1,138 @@
+"""The template in the real frontend, in Chromium: opened, run, looked at."""
+
+import json
+import os
+import time
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from .conftest import ROOT
+
+TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
+ARTEFACTS = ROOT / "test-artifacts"
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.FMN_Concept"
+
+
+@pytest.fixture(scope="module")
+def page(server, tmp_path_factory):
+    """A page of the frontend; the test fails on any uncaught error in it."""
+    ARTEFACTS.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("browser"),
+            executable_path=os.environ.get("CHROMIUM_PATH") or None,
+            viewport={"width": 1600, "height": 1000},
+            args=QUIET,
+        )
+        context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
+        ours = server.url, "data:", "blob:"
+        context.route(
+            "**/*",
+            lambda route: (
+                route.continue_() if route.request.url.startswith(ours) else route.abort()
+            ),
+        )
+        page = context.pages[0]
+        page.fmn_errors = []
+        page.on("pageerror", lambda error: page.fmn_errors.append(str(error)))
+        page.goto(server.url, wait_until="domcontentloaded")
+        page.wait_for_function(READY, timeout=60_000)
+        yield page
+        context.close()
+
+
+def open_template(page, path, nodes_2):
+    """Through the server's template route, as the Templates browser does."""
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes_2)
+    page.evaluate(
+        """async name => {
+          const answer = await fetch(`/api/workflow_templates/forget-me-not/${name}`);
+          await app.loadGraphData(await answer.json());
+        }""",
+        path.name,
+    )
+    page.wait_for_timeout(1000)
+
+
+def image_nodes(page):
+    return page.evaluate("app.graph.nodes.filter(n => n.type == 'PreviewImage').map(n => n.id)")
+
+
+def test_the_templates_are_listed_with_a_thumbnail(server):
+    listed = server.get("/workflow_templates")["forget-me-not"]
+    assert sorted(listed) == sorted(path.stem for path in TEMPLATES)
+    assert "Forget a concept (demo)" in listed
+    for path in TEMPLATES:
+        assert path.with_suffix(".jpg").read_bytes()[:3] == b"\xff\xd8\xff"
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_opens_and_runs(page, server, path, nodes_2):
+    page.fmn_errors.clear()
+    open_template(page, path, nodes_2)
+    assert page.get_by_text("missing node", exact=False).count() == 0
+    patches = server.base / "output" / "forget_patches"
+    before = set(patches.rglob("*.safetensors"))
+    if nodes_2:  # a new seed, or all comes from the server's cache
+        page.evaluate(
+            """() => { for (const node of app.graph.nodes)
+                 for (const widget of node.widgets ?? [])
+                   if (widget.name == 'training_seed') widget.value = 77; }"""
+        )
+    start = time.monotonic()
+    page.get_by_test_id("queue-button").click()
+    ids = image_nodes(page)
+    page.wait_for_function(
+        "ids => ids.every(id => app.nodeOutputs[id]?.images?.length)", arg=ids, timeout=120_000
+    )
+    seconds = time.monotonic() - start
+    page.wait_for_timeout(1000)
+    page.screenshot(path=ARTEFACTS / f"{path.stem} {'nodes 2' if nodes_2 else 'classic'}.png")
+    assert seconds < 120
+    assert len(set(patches.rglob("*.safetensors")) - before) == 1
+    assert page.fmn_errors == []
+
+
+def test_help_pages_render(page, server):
+    """The frontend finds each node's page where it looks for it."""
+    names = page.evaluate(
+        "Object.keys(LiteGraph.registered_node_types).filter(n => n.startsWith('FMN_'))"
+    )
+    assert len(names) == 8
+    for name in names:
+        status = page.evaluate(
+            "async name => (await fetch(`/extensions/forget-me-not/docs/${name}.md`)).status", name
+        )
+        assert status == 200, name
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_saved_widget_values_still_mean_what_they_say(server, path):
+    """A template stores values by position: each must be one that its input allows."""
+    info = server.get("/object_info")
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    ours = [node for node in workflow["nodes"] if node["type"].startswith("FMN_")]
+    assert ours
+    for node in ours:
+        inputs = info[node["type"]]["input"]
+        widgets = [
+            (name, spec)
+            for part in ("required", "optional")
+            for name, spec in inputs.get(part, {}).items()
+            if spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+        ]
+        values = node.get("widgets_values") or []
+        assert len(values) == len(widgets), node["type"]
+        for (name, (kind, options)), value in zip(widgets, values):
+            if kind == "COMBO":
+                assert value in options["options"], name
+            elif kind in ("INT", "FLOAT"):
+                assert options["min"] <= value <= options["max"], name
+            else:
+                assert isinstance(value, bool if kind == "BOOLEAN" else str), name

@@ -1,0 +1,345 @@
+"""What surrounds re-steering's loss: its settings, data, draws and the run as a whole."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from fmn.concept import Concept
+from fmn.errors import ForgetError, NonFiniteLoss
+from fmn.methods.resteer import RELEASED, Data, Draws, Example, Settings, in_scope, prepare, run
+from fmn.model import Text
+from fmn.probe import look_at
+
+from .tiny import TINY, TinyModel, make_scheduler, same_tensors, weights_of
+
+MUSK = Concept("elon musk", "identity")
+DOG = Concept("dog", aliases=("puppy",))
+ALPHAS = make_scheduler().alphas_cumprod
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"scope": "all"}, "scope is 'all': choose one of kv, attention, unet"),
+        ({"end_tokens": "some"}, "choose one of none, first, all"),
+        ({"references": "ones"}, "choose one of zeros, samples"),
+        ({"steps": 0}, "steps is 0: use 1 to 100000"),
+        ({"rank": 129}, "rank is 129: use 1 to 128"),
+        ({"samples": 0}, "samples is 0"),
+        ({"lr": 0.0}, "lr is 0.0: use a number between 0 and 1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"batch": 65}, "batch is 65: use 1 to 64"),
+        ({"size": 100}, "size is 100: use a multiple of 64"),
+        ({"size": -64}, "size is -64"),
+        ({"size": 8192}, "size is 8192"),
+    ],
+)
+def test_wrong_settings(wrong, message):
+    with pytest.raises(ForgetError, match=message):
+        Settings(**wrong)
+
+
+def test_released_settings():
+    assert (RELEASED.steps, RELEASED.lr, RELEASED.batch) == (35, 2e-6, 1)
+    assert (RELEASED.scope, RELEASED.full, RELEASED.end_tokens) == ("unet", True, "all")
+    assert RELEASED.references == "samples"
+
+
+def test_scopes():
+    scopes = {scope: [layer.name for layer in in_scope(TINY, scope)] for scope in ("kv", "unet")}
+    attention = [layer.name for layer in in_scope(TINY, "attention")]
+    assert [len(scopes["kv"]), len(attention), len(scopes["unet"])] == [14, 28, 119]
+    assert all(name.endswith((".attn2.to_k", ".attn2.to_v")) for name in scopes["kv"])
+    assert all(".attn2." in name for name in attention)
+
+
+def test_prepare_without_concepts():
+    with pytest.raises(ForgetError, match="no concept to forget"):
+        prepare(TinyModel(), [], Settings())
+
+
+@pytest.mark.parametrize(
+    "concept, message",
+    [
+        # The letters are there, the token is not.
+        (Concept("cat", "custom", prompts=("concatenate",)), "tokens of 'cat' are not in .* 'conc"),
+        (Concept("cat", prompts=("a dog",)), "'a dog' does not contain the concept 'cat'"),
+        (Concept("cat", aliases=("",)), "The concept '' gives no tokens"),
+    ],
+)
+def test_prepare_cannot_find_the_concept(concept, message):
+    with pytest.raises(ForgetError, match=message):
+        prepare(TinyModel(), [MUSK, concept], Settings())
+
+
+def test_prepare():
+    model = TinyModel()
+    musk = Concept("elon musk", "identity", prompts=("elon musk meets elon musk",))
+    data = prepare(model, [musk, DOG], Settings(end_tokens="first"))
+    assert [example.concept for example in data.examples] == [0, 0, 1, 1]
+    flagged = [example.flags[0].nonzero().flatten().tolist() for example in data.examples]
+    assert flagged == [[4, 5, 6], [1, 2, 4, 5, 6], [4, 5], [4, 5]]
+    texts = musk.training_prompts() + DOG.training_prompts()
+    for example, prompt in zip(data.examples, texts):
+        assert torch.equal(example.text.context, model.encode(prompt).context)
+    assert [latents.shape for latents in data.latents] == [(1, 4, 8, 8)] * 2
+    assert not any(latents.any() for latents in data.latents)
+
+
+def test_prepare_takes_the_size_in_pixels():
+    assert prepare(TinyModel(), [MUSK], Settings(size=128)).latents[0].shape == (1, 4, 16, 16)
+
+
+def test_references():
+    model = TinyModel()
+    pictures = Concept("cat", images=torch.stack([torch.full((9, 9, 3), v) for v in (0.2, 0.7)]))
+    settings = Settings(references="samples", samples=3, seed=5)
+    sampled, encoded = prepare(model, [MUSK, pictures], settings).latents
+    assert torch.equal(sampled, model.sample(None, range(5, 8), 64, None, None))
+    assert torch.equal(encoded, model.encode_images(pictures.images, 64))
+
+
+def make_data(latents, examples=1):
+    """Data of one concept for which row i's text is i."""
+    flags = torch.ones(1, 77, dtype=torch.bool)
+    texts = [Text(torch.full((1, 77, 1), float(i))) for i in range(examples)]
+    return Data([Example(0, text, flags) for text in texts], [latents])
+
+
+def test_draws_noise_the_reference():
+    """Equal seeds draw equal noise: what x_t gains from a reference is its scaled self."""
+    clean = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(9))
+    settings, noises = Settings(batch=8), []
+    black, shown = (Draws(make_data(c), settings, ALPHAS, "cpu") for c in (clean * 0, clean))
+    for _ in range(100):
+        ([first], [second]) = black(), shown()
+        assert torch.equal(first.t, second.t)
+        alpha = ALPHAS[first.t].view(-1, 1, 1, 1)
+        noise = first.x_t / (1 - alpha).sqrt()
+        torch.testing.assert_close(second.x_t, make_scheduler().add_noise(clean, noise, first.t))
+        noises.append(noise)
+    noises = torch.cat(noises)  # 12,800 numbers
+    assert abs(float(noises.mean())) < 0.05 and abs(float(noises.std()) - 1) < 0.05
+
+
+def test_draws_are_reproducible():
+    settings = Settings(batch=2, seed=3)
+    data = make_data(torch.ones(5, 4, 2, 2), examples=4)
+    first, second = (Draws(data, settings, ALPHAS, "cpu") for _ in range(2))
+    torch.rand(7)  # the global generator has no say
+    other = Draws(data, Settings(batch=2, seed=4), ALPHAS, "cpu")
+    differs = False
+    for _ in range(10):
+        ([one], [same], [different]) = first(), second(), other()
+        assert torch.equal(one.x_t, same.x_t) and torch.equal(one.t, same.t)
+        assert torch.equal(one.text.context, same.text.context)
+        differs = differs or not torch.equal(one.t, different.t)
+    assert differs
+
+
+def test_draws_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    Draws(make_data(torch.ones(5, 4, 2, 2), examples=4), Settings(), ALPHAS, "cpu")()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_every_example_comes_once_an_epoch(batch):
+    draws = Draws(make_data(torch.zeros(1, 4, 2, 2), 5), Settings(batch=batch), ALPHAS, "cpu")
+    rows = []
+    for _ in range(20):
+        [drawn] = draws()
+        assert len(drawn.t) == batch
+        rows += drawn.text.context[:, 0, 0].tolist()
+    epochs = [tuple(rows[i : i + 5]) for i in range(0, len(rows), 5)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len(set(epochs)) > 1  # in another order
+
+
+def test_every_reference_is_drawn():
+    latents = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 4, 2, 2) * 1000
+    draws = Draws(make_data(latents), Settings(batch=64), torch.full((1000,), 0.999), "cpu")
+    seen = Counter((draws()[0].x_t.mean((1, 2, 3)) / 1000).round().tolist())
+    assert sorted(seen) == [0, 1, 2, 3] and min(seen.values()) > 5
+
+
+def test_time_steps_are_uniform():
+    draws = Draws(make_data(torch.zeros(1, 4, 1, 1)), Settings(batch=64), ALPHAS, "cpu")
+    t = torch.cat([draws()[0].t for _ in range(200)])  # 12,800
+    assert t.min() >= 0 and t.max() <= 999
+    tenths = torch.bincount(t // 100, minlength=10)
+    assert len(tenths) == 10 and tenths.min() > 1100 and tenths.max() < 1460  # 1280 +- 5 sigma
+
+
+def test_time_steps_reach_both_ends():
+    draws = Draws(make_data(torch.zeros(1, 4, 1, 1)), Settings(batch=64), ALPHAS[:5], "cpu")
+    assert set(draws()[0].t.tolist()) == {0, 1, 2, 3, 4}
+
+
+def traces(unet):
+    """Whatever a run may leave behind."""
+    return [
+        name
+        for name, module in unet.named_modules()
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+SETTINGS = Settings(steps=12, lr=0.02)
+
+
+def merged(model, patch):
+    other = TinyModel(model.pad)
+    for name in patch.changes:
+        with torch.no_grad():
+            other.unet.get_submodule(name).weight += patch.change_of(name)
+    return other
+
+
+@pytest.mark.parametrize("full, scope", [(False, "kv"), (True, "kv"), (False, "unet")])
+def test_a_run_forgets_and_leaves_the_model_as_it_was(full, scope):
+    model, steps = TinyModel(), []
+    before, hash_before = weights_of(model.unet), model.fingerprint()
+    settings = Settings(steps=25, lr=0.02, full=full, scope=scope, rank=8)
+    patch = run(model, [MUSK], settings, steps.append)
+    assert same_tensors(weights_of(model.unet), before)
+    assert traces(model.unet) == []
+    assert all(parameter.requires_grad for parameter in model.unet.parameters())
+
+    losses = steps[-1].losses
+    assert [step.index for step in steps] == list(range(1, 26)) and steps[0].total == 25
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert steps[-1].now.share < 0.6 * steps[-1].before.share
+    assert patch.family is TINY and len(patch.changes) == len(in_scope(TINY, scope))
+    assert patch.info["base.fingerprint"] == hash_before
+    assert patch.info["loss"] == {"first": losses[0], "last": losses[-1], "steps": 25}
+    assert patch.info["settings"]["scope"] == scope
+    assert patch.concepts == ["elon musk"]
+    json.dumps(patch.info)
+
+    # The patch alone does what training did: on the weights, without adapters.
+    data = prepare(model, [MUSK], settings)
+    [untouched], [forgetful] = look_at(model, data), look_at(merged(model, patch), data)
+    assert forgetful.share < 0.6 * untouched.share
+    assert untouched.map.shape == (32, 32)
+    torch.testing.assert_close(float(untouched.map.mean()), untouched.share, rtol=0.02, atol=0)
+
+
+def test_the_patch_is_the_trained_state(monkeypatch):
+    """Low-rank factors go into the patch as they are, so it gives what the last look saw."""
+    monkeypatch.setattr("fmn.probe.STEPS", (500,))
+    model, steps = TinyModel(), []
+    data = prepare(model, [MUSK], SETTINGS)
+    [before] = look_at(model, data)
+    patch = run(model, [MUSK], SETTINGS, steps.append)
+    [after] = look_at(merged(model, patch), data)
+    assert steps[0].before.share == pytest.approx(before.share, rel=1e-4)
+    assert steps[-1].now.share == pytest.approx(after.share, rel=1e-4) != before.share
+
+
+def test_equal_seeds_give_equal_patches():
+    first, again, other = (
+        run(TinyModel(), [MUSK], Settings(steps=4, seed=seed)).changes for seed in (1, 1, 2)
+    )
+    name = next(iter(first))
+    assert all(torch.equal(a, b) for n in first for a, b in zip(first[n], again[n]))
+    assert not torch.equal(first[name][0], other[name][0])
+
+
+def test_steps_are_a_concepts():
+    steps = []
+    patch = run(TinyModel(), [MUSK, DOG], Settings(steps=3), steps.append)
+    assert [step.index for step in steps] == [1, 2, 3, 4, 5, 6] and steps[0].total == 6
+    assert patch.concepts == ["elon musk", "dog"]
+
+
+def test_training_inside_inference_mode():
+    # ComfyUI runs nodes in it.
+    expected = run(TinyModel(), [MUSK], SETTINGS)
+    model = TinyModel()
+    with torch.inference_mode():
+        patch = run(model, [MUSK], SETTINGS)
+    for name in expected.changes:
+        torch.testing.assert_close(patch.change_of(name), expected.change_of(name))
+
+
+def test_weights_may_be_bfloat16():
+    model, steps = TinyModel(), []
+    model.unet.to(torch.bfloat16)
+    before = weights_of(model.unet)
+    patch = run(model, [MUSK], Settings(steps=20, lr=0.02), steps.append)
+    assert same_tensors(weights_of(model.unet), before)
+    assert {up.dtype for up, _ in patch.changes.values()} == {torch.float32}
+    assert steps[-1].now.share < 0.6 * steps[-1].before.share
+
+
+class Cancelled(BaseException):
+    """ComfyUI's interrupt is no ValueError either."""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cancelling_leaves_the_model_as_it_was(checkpointing):
+    model = TinyModel()
+    before, steps = weights_of(model.unet), []
+
+    def on_step(step):
+        steps.append(step)
+        assert len(traces(model.unet)) > 14  # so that the check below can fail
+        if step.index == 3:
+            raise Cancelled
+
+    settings = Settings(checkpointing=checkpointing, scope="attention")
+    with pytest.raises(Cancelled):
+        run(model, [MUSK], settings, on_step)
+    assert len(steps) == 3
+    assert same_tensors(weights_of(model.unet), before)
+    assert traces(model.unet) == []
+    assert all(parameter.requires_grad for parameter in model.unet.parameters())
+
+
+def test_an_error_in_the_model_leaves_it_as_it_was():
+    model = TinyModel()
+    before = weights_of(model.unet)
+
+    def fails(*args, **arguments):
+        raise RuntimeError("out of memory")
+
+    model.unet.conv_out.forward = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(model, [MUSK], SETTINGS)
+    assert same_tensors(weights_of(model.unet), before)
+    assert traces(model.unet) == ["conv_out"] and model.unet.conv_out.forward is fails
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_blow_up_carries_the_last_good_patch(full):
+    """The fourth step's attention is NaN: the patch is the third's, made by two updates."""
+    model, losses = TinyModel(), []
+    before = weights_of(model.unet)
+
+    def on_step(step):
+        losses.append(step.losses[-1])
+        model.poisoned = step.index == 3
+
+    with pytest.raises(NonFiniteLoss, match="not finite at step 4 of 6") as caught:
+        run(model, [MUSK], Settings(steps=6, full=full), on_step)
+    assert caught.value.losses == losses and len(losses) == 3
+    assert same_tensors(weights_of(model.unet), before) and traces(model.unet) == []
+
+    patch = caught.value.patch
+    assert patch.info["loss"] == {"first": losses[0], "last": losses[-1], "steps": 3}
+    expected = run(TinyModel(), [MUSK], Settings(steps=2, full=full)).changes
+    assert patch.changes.keys() == expected.keys()
+    for name, factors in expected.items():
+        assert all(torch.equal(mine, other) for mine, other in zip(patch.changes[name], factors))
+
+
+def test_a_blow_up_at_the_first_step_carries_nothing():
+    model = TinyModel()
+    model.poisoned = True
+    with pytest.raises(NonFiniteLoss, match="not finite at step 1 of 35") as caught:
+        run(model, [MUSK])
+    assert caught.value.patch is None and caught.value.losses == []
+    assert traces(model.unet) == []
