@@ -131,9 +131,9 @@ def _grid(prompts, before, after):
     for prompt in shown:
         i = prompts.index(prompt)
         rows.append((prompt, [to_image(before[i]), to_image(after[i])]))
-    half = (len(rows) + 1) // 2
-    left, right = (labelled_grid(part, ["before", "after"]) for part in (rows[:half], rows[half:]))
-    return beside(left, right)
+    third = -(-len(rows) // 3)
+    blocks = [rows[i : i + third] for i in range(0, len(rows), third)]
+    return beside([labelled_grid(block, ["before", "after"], side=96) for block in blocks])
 
 
 def _mean(values):

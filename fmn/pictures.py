@@ -84,12 +84,14 @@ def labelled_grid(rows, columns, side=128):
     return grid
 
 
-def beside(left, right):
-    """Two pictures side by side."""
-    both = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), PAPER)
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width, 0))
-    return both
+def beside(pictures):
+    """Pictures side by side."""
+    size = sum(picture.width for picture in pictures), max(p.height for p in pictures)
+    row, left = Image.new("RGB", size, PAPER), 0
+    for picture in pictures:
+        row.paste(picture, (left, 0))
+        left += picture.width
+    return row
 
 
 def square(images, size):

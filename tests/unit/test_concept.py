@@ -90,9 +90,11 @@ def test_concepts_are_values():
         one.name = "cat"
 
 
-def test_describe_leaves_out_pictures_and_prompts():
+def test_describe_leaves_out_pictures():
     concept = Concept("dog", aliases=("puppy",), prompts=("a dog",), images=torch.zeros(1))
-    assert concept.describe() == {"name": "dog", "kind": "object", "aliases": ["puppy"]}
+    assert concept.describe() == {
+        "name": "dog", "kind": "object", "aliases": ["puppy"], "prompts": ["a dog"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

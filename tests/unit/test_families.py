@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 
 import fmn
@@ -16,6 +17,8 @@ from .tiny import TINY, tiny_unet
 
 PACKAGE = Path(fmn.__file__).parent
 DEMO_FILE = PACKAGE.parent / "demo" / "fmn-demo.safetensors"
+PIPELINES = json.loads((PACKAGE / "assets" / "pipelines.json").read_text())
+UNET_CONFIGS = {key: config["unet/config.json"] for key, config in PIPELINES.items()}
 ALL = list(FAMILIES.values())
 
 
@@ -46,10 +49,20 @@ def test_demo_table_is_the_demo_file():
 
 @pytest.mark.parametrize("family", ALL, ids=lambda family: family.key)
 def test_table_is_what_diffusers_builds(family):
-    config = json.loads((PACKAGE / "assets" / "pipelines.json").read_text())[family.key]
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config["unet/config.json"])
+        unet = UNet2DConditionModel.from_config(UNET_CONFIGS[family.key])
     assert {layer.name: layer.shape for layer in layers(family)} == linear_and_conv(unet)
+
+
+@pytest.mark.parametrize("family", ALL, ids=lambda family: family.key)
+def test_compvis_names_are_what_diffusers_converts(family):
+    checkpoint = {
+        f"model.diffusion_model.{layer.compvis}.{part}": f"{layer.name}.{part}"
+        for layer in layers(family)
+        for part in ("weight", "bias")
+    }
+    converted = convert_ldm_unet_checkpoint(checkpoint, UNET_CONFIGS[family.key])
+    assert converted == {name: name for name in checkpoint.values()}
 
 
 def test_table_of_the_tiny_test_model():

@@ -121,8 +121,8 @@ def test_metadata(tmp_path, family, prediction, expected):
         "fmn.base.prediction": json.dumps(prediction),
         "fmn.concepts": json.dumps(
             [
-                {"name": "dog", "kind": "object", "aliases": ["puppy"]},
-                {"name": "van gogh", "kind": "style", "aliases": []},
+                {"name": "dog", "kind": "object", "aliases": ["puppy"], "prompts": []},
+                {"name": "van gogh", "kind": "style", "aliases": [], "prompts": []},
             ]
         ),
         "fmn.method": '"resteer"',

@@ -171,6 +171,7 @@ FIT = f"does not fit '{re.escape(LAYER.name)}' of shape"
 STRAY = "which Forget-Me-Not demo model does not have"
 NOT_FINITE = f"NaN or infinite values in '{PREFIX}'"
 METADATA = "metadata of '.*' is damaged"
+WRONG = "metadata of '.*' has values of the wrong kind"
 TENSORS = {
     "no metadata": (no_metadata, "not a forget patch: .* Use Load LoRA"),
     "no format": (lambda tensors, metadata: metadata.pop("fmn.format"), "not a forget patch"),
@@ -223,8 +224,9 @@ TENSORS = {
     "concepts of texts": (tell("fmn.concepts", '["dog"]'), METADATA),
     "concepts of lists": (tell("fmn.concepts", '[["dog"]]'), METADATA),
     "concepts without name": (tell("fmn.concepts", '[{"kind": "object"}]'), METADATA),
-    "names of numbers": (tell("fmn.concepts", '[{"name": 7}]'), "concepts that are no text"),
-    "names of null": (tell("fmn.concepts", '[{"name": null}]'), "concepts that are no text"),
+    "names of numbers": (tell("fmn.concepts", '[{"name": 7, "kind": "object"}]'), WRONG),
+    "kinds of lists": (tell("fmn.concepts", '[{"name": "dog", "kind": []}]'), WRONG),
+    "names of null": (tell("fmn.concepts", '[{"name": null, "kind": "object"}]'), WRONG),
 }  # fmt: skip
 
 
@@ -238,7 +240,12 @@ def test_wrong_content(saved, change, reason):
     [
         ("fmn.settings", "[]"), ("fmn.settings", "7"), ("fmn.loss", '"low"'), ("fmn.loss", "[1]"),
         ("fmn.loss", '{"first": 1}'), ("fmn.loss", '{"first": "a", "last": "b", "steps": 1}'),
+        ("fmn.loss", '{"first": NaN, "last": 1, "steps": 1}'),
+        ("fmn.loss", '{"first": 1, "last": 1, "steps": 1' + "0" * 400 + "}"),
         ("fmn.truncation_error", '"much"'), ("fmn.rounding_error", "null"),
+        ("fmn.truncation_error", "1" + "0" * 400), ("fmn.rounding_error", "NaN"),
+        ("fmn.date", "7"), ("fmn.method", "{}"), ("fmn.base.fingerprint", "null"),
+        ("fmn.unheard_of", "no JSON"),
     ],
 )  # fmt: skip
 def test_wrong_records_are_refused_or_described(saved, key, value):

@@ -1,6 +1,7 @@
-"""Re-steering's loss and gradient, against the released algorithm written out once more."""
+"""Re-steering's draws, loss and gradient, against the released algorithm written out once more."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from fmn.concept import Concept
 from fmn.methods import resteer
-from fmn.methods.resteer import Data, Draws, Settings, prepare
+from fmn.methods.resteer import Data, Draws, Example, Settings, prepare
+from fmn.model import Text
 from fmn.spans import END
 
 from .tiny import TinyModel, make_scheduler, word_id
@@ -16,6 +18,7 @@ from .tiny import TinyModel, make_scheduler, word_id
 MUSK = Concept("elon musk", "identity")
 DOG = Concept("dog")
 STYLE = Concept("van gogh painting", "style")
+ALPHAS = make_scheduler().alphas_cumprod
 
 
 def released_loss(unet, x_t, t, context, flagged):
@@ -100,8 +103,8 @@ def first_step(model, concepts, settings, monkeypatch):
 def test_equals_the_released_algorithm(monkeypatch, scope, pad, use_pooler):
     model = TinyModel(pad)
     settings = Settings(
-        scope=scope, full=True, end_tokens="all" if use_pooler else "none", references="samples",
-        samples=1, seed=7,
+        layers=scope, full_weights=True, end_tokens="all" if use_pooler else "none",
+        references="samples", samples=1, seed=7,
     )  # fmt: skip
     loss, gradients, seen = first_step(model, [MUSK], settings, monkeypatch)
 
@@ -137,20 +140,17 @@ def test_equals_the_released_algorithm(monkeypatch, scope, pad, use_pooler):
 
 
 def noise_of_draw(model, settings, t):
-    """The noise that a seed draws: what is left of x_t when the reference is black."""
-    data = prepare(model, [MUSK], settings)
-    black = Data(data.examples, [torch.zeros_like(latents) for latents in data.latents])
-    alphas_cumprod = make_scheduler().alphas_cumprod
-    (batch,) = Draws(black, settings, alphas_cumprod, "cpu")()
+    """The noise that a seed draws: x_t where alphas are zero and nothing else is left."""
+    (batch,) = Draws(prepare(model, [MUSK], settings), settings, ALPHAS * 0, "cpu")()
     assert torch.equal(batch.t, t)
-    return batch.x_t / (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+    return batch.x_t
 
 
 def test_a_batch_is_the_norm_over_its_samples(monkeypatch):
     """Concepts of one, two and three tokens in one batch, which the released code mixes up."""
     concepts = [DOG, MUSK, STYLE]
     model = TinyModel()
-    settings = Settings(scope="attention", full=True, batch=3)
+    settings = Settings(layers="attention", full_weights=True, batch=3)
     loss, gradients, seen = first_step(model, concepts, settings, monkeypatch)
     [(x_t, t, text)] = seen
 
@@ -178,7 +178,9 @@ def test_a_batch_is_the_norm_over_its_samples(monkeypatch):
 def test_prompts_of_different_lengths_in_one_batch(monkeypatch):
     long = Concept("dog", "custom", prompts=("word " * 80 + "dog",))
     model = TinyModel()
-    loss, _, seen = first_step(model, [MUSK, long], Settings(full=True, batch=2), monkeypatch)
+    loss, _, seen = first_step(
+        model, [MUSK, long], Settings(full_weights=True, batch=2), monkeypatch
+    )
     assert [text.context.shape[1] for _, _, text in seen] == [77, 154]
     singles = [
         released_loss(
@@ -196,7 +198,7 @@ def test_checkpointing_changes_nothing_but_memory(monkeypatch, scope, full):
         calls = []
         block = model.unet.mid_block.attentions[0].transformer_blocks[0].attn1
         handle = block.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        settings = Settings(scope=scope, full=full, checkpointing=checkpointing)
+        settings = Settings(layers=scope, full_weights=full, checkpointing=checkpointing)
         runs[checkpointing] = first_step(model, [MUSK, DOG], settings, monkeypatch)[:2]
         handle.remove()
         # One look, one forward, and the same again in backward.
@@ -207,3 +209,95 @@ def test_checkpointing_changes_nothing_but_memory(monkeypatch, scope, full):
     for name, gradient in gradients.items():
         if full or name.endswith("up"):  # down's gradient is zero while up is
             assert_same_gradient(recomputed[name], gradient)
+
+
+def make_data(latents, examples=1):
+    """Data of one concept with that many prompts, the text of the i-th being i."""
+    flags = torch.ones(1, 77, dtype=torch.bool)
+    texts = [Text(torch.full((1, 77, 1), float(i))) for i in range(examples)]
+    return Data([Example(0, text, flags) for text in texts], [latents])
+
+
+def test_draws_noise_the_reference():
+    """Equal seeds draw equal noise, which a schedule of zero alphas shows bare."""
+    clean = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(9))
+    data, noises = make_data(clean), []
+    bare, draws = (Draws(data, Settings(batch=8), alphas, "cpu") for alphas in (ALPHAS * 0, ALPHAS))
+    for _ in range(100):
+        ([noise], [batch]) = bare(), draws()
+        assert torch.equal(noise.t, batch.t)
+        x_t = make_scheduler().add_noise(clean, noise.x_t, batch.t)
+        torch.testing.assert_close(batch.x_t, x_t)
+        noises.append(noise.x_t)
+    noises = torch.cat(noises)  # 12,800 numbers
+    assert abs(float(noises.mean())) < 0.05 and abs(float(noises.std()) - 1) < 0.05
+
+
+def test_draws_are_reproducible():
+    settings = Settings(batch=2, seed=3)
+    data = make_data(torch.ones(5, 4, 2, 2), examples=4)
+    first, second = (Draws(data, settings, ALPHAS, "cpu") for _ in range(2))
+    torch.rand(7)  # the global generator has no say
+    other = Draws(data, Settings(batch=2, seed=4), ALPHAS, "cpu")
+    differs = False
+    for _ in range(10):
+        ([one], [same], [different]) = first(), second(), other()
+        assert torch.equal(one.x_t, same.x_t) and torch.equal(one.t, same.t)
+        assert torch.equal(one.text.context, same.text.context)
+        differs = differs or not torch.equal(one.t, different.t)
+    assert differs
+
+
+def test_draws_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    Draws(make_data(torch.ones(5, 4, 2, 2), examples=4), Settings(), ALPHAS, "cpu")()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_every_example_comes_once_an_epoch(batch):
+    draws = Draws(make_data(torch.zeros(1, 4, 2, 2), 5), Settings(batch=batch), ALPHAS, "cpu")
+    rows = []
+    for _ in range(20):
+        [drawn] = draws()
+        assert len(drawn.t) == batch
+        rows += drawn.text.context[:, 0, 0].tolist()
+    epochs = [tuple(rows[i : i + 5]) for i in range(0, len(rows), 5)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len(set(epochs)) > 1  # in another order
+
+
+def test_concepts_take_turns_whatever_their_number_of_prompts():
+    flags = torch.ones(1, 77, dtype=torch.bool)
+    owners = [0, 1, 1, 1, 2, 2]
+    texts = [Text(torch.full((1, 77, 1), float(i))) for i in range(6)]
+    examples = [Example(owner, text, flags) for owner, text in zip(owners, texts)]
+    latents = [torch.full((1, 4, 2, 2), 1000.0 * owner) for owner in range(3)]
+    draws = Draws(Data(examples, latents), Settings(), torch.full((1000,), 0.999), "cpu")
+    drawn = [draws()[0] for _ in range(36)]
+    rows = [int(batch.text.context[0, 0, 0]) for batch in drawn]
+    concepts = [owners[row] for row in rows]
+    assert all(sorted(concepts[i : i + 3]) == [0, 1, 2] for i in range(0, 36, 3))
+    assert Counter(rows) == {0: 12, 1: 4, 2: 4, 3: 4, 4: 6, 5: 6}
+    # Each with its own concept's reference.
+    assert [round(float(batch.x_t.mean()) / 1000) for batch in drawn] == concepts
+
+
+def test_every_reference_is_drawn():
+    latents = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 4, 2, 2) * 1000
+    draws = Draws(make_data(latents), Settings(batch=64), torch.full((1000,), 0.999), "cpu")
+    seen = Counter((draws()[0].x_t.mean((1, 2, 3)) / 1000).round().tolist())
+    assert sorted(seen) == [0, 1, 2, 3] and min(seen.values()) > 5
+
+
+def test_time_steps_are_uniform():
+    draws = Draws(make_data(torch.zeros(1, 4, 1, 1)), Settings(batch=64), ALPHAS, "cpu")
+    t = torch.cat([draws()[0].t for _ in range(200)])  # 12,800
+    assert t.min() >= 0 and t.max() <= 999
+    tenths = torch.bincount(t // 100, minlength=10)
+    assert len(tenths) == 10 and tenths.min() > 1100 and tenths.max() < 1460  # 1280 +- 5 sigma
+
+
+def test_time_steps_reach_both_ends():
+    draws = Draws(make_data(torch.zeros(1, 4, 1, 1)), Settings(batch=64), ALPHAS[:5], "cpu")
+    assert set(draws()[0].t.tolist()) == {0, 1, 2, 3, 4}
