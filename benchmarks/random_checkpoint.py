@@ -6,6 +6,7 @@ It draws noise, but it has every layer, shape and name of the real one: enough t
 save, apply and measure time and memory. fp16: 2.1 GB for sd15, 6.9 GB for sdxl.
 """
 
+import logging
 import os
 import sys
 
@@ -36,6 +37,7 @@ def main(name, path):
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True
+    logging.disable(logging.WARNING)  # all weights are missing, on purpose
     import comfy.model_patcher
     import comfy.sd
     import comfy.supported_models

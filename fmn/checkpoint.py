@@ -61,6 +61,12 @@ def merge_into_checkpoint(source, patches, target):
         ]
         if changes:
             key = f"{UNET_PREFIX}{layer.compvis}.weight"
-            weight = tensors[key]
+            weight = tensors.get(key)
+            if weight is None or tuple(weight.shape) != layer.shape:
+                found = "missing" if weight is None else f"of shape {list(weight.shape)}"
+                raise ForgetError(
+                    f"The patch changes '{layer.compvis}' of shape {list(layer.shape)}, which is "
+                    f"{found} in '{Path(source).name}': use a patch for this variant."
+                )
             tensors[key] = (weight.float() + torch.stack(changes).sum(0)).to(weight.dtype)
     write_whole(target, lambda file: save_file(tensors, file, metadata=metadata))

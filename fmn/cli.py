@@ -128,20 +128,17 @@ def _fail(options, error, code):
 
 
 def _concepts(options):
-    concepts = [parse_concept(text, options.kind) for text in options.concept]
     if not (options.alias or options.prompt or options.images):
-        return concepts
-    if len(concepts) > 1:
+        return [parse_concept(text, options.kind) for text in options.concept]
+    if len(options.concept) > 1:
         raise ForgetError(
-            f"--alias, --prompt and --images belong to one concept, but {len(concepts)} are "
-            "named: run once for each."
+            f"--alias, --prompt and --images belong to one concept, but {len(options.concept)} "
+            "are named: run once for each."
         )
-    images = read_images(options.images) if options.images else None
-    return [
-        replace(
-            concepts[0], aliases=tuple(options.alias), prompts=tuple(options.prompt), images=images
-        )
-    ]
+    more = {"aliases": tuple(options.alias), "prompts": tuple(options.prompt)}
+    if options.images:
+        more["images"] = read_images(options.images)
+    return [parse_concept(options.concept[0], options.kind, **more)]
 
 
 def read_images(folder):

@@ -46,6 +46,8 @@ class Concept:
     def __post_init__(self):
         if not self.name.strip():
             raise ForgetError("The concept's name is empty: type the words to forget.")
+        if not all(alias.strip() for alias in self.aliases):
+            raise ForgetError(f"An alias of '{self.name}' is empty: type a name or remove it.")
         if self.kind not in KINDS:
             raise ForgetError(f"Unknown kind '{self.kind}': choose one of {', '.join(KINDS)}.")
         if self.kind == "custom" and not self.prompts:
@@ -68,8 +70,9 @@ class Concept:
 
     def _own(self, text):
         # Longest first, so that an alias that contains the name is taken whole.
+        plain = text.replace("\\(", "(").replace("\\)", ")").lower()
         for subject in sorted(self.subjects, key=len, reverse=True):
-            if subject.lower() in text.lower():
+            if subject.lower() in plain:
                 return Prompt(text, subject, plain=False)
         raise ForgetError(
             f"The prompt '{text}' does not contain the concept '{self.name}': "
@@ -82,9 +85,9 @@ class Concept:
         return {"name": self.name, "kind": self.kind} | lists
 
 
-def parse_concept(text, kind="object"):
-    """Read ``kind:name`` or a bare name, e.g. ``style:ink drawing``."""
+def parse_concept(text, kind="object", **more):
+    """Read ``kind:name`` or a bare name, e.g. ``style:ink drawing``; ``more`` goes to Concept."""
     prefix, colon, name = text.partition(":")
     if colon and prefix.strip() in KINDS:
-        return Concept(name.strip(), prefix.strip())
-    return Concept(text.strip(), kind)
+        return Concept(name.strip(), prefix.strip(), **more)
+    return Concept(text.strip(), kind, **more)

@@ -79,11 +79,12 @@ def cross_attention(family):
 
 
 def fingerprint(family, weight_of):
-    """A hash that tells one base model from another, whatever precision it is loaded in.
+    """A hash that tells one base model from another.
 
-    It covers the first four rows of every cross-attention key and value matrix, in float16 and
-    in the order of ``layers``: fine-tunes and merges change all of them, and hashing whole
-    matrices would cost a second on SDXL at every use.
+    The same for float16 and float32 copies of it; a copy in bfloat16 has lost bits and counts as
+    another base. It covers the first four rows of every cross-attention key and value matrix, in
+    float16 and in the order of ``layers``: fine-tunes and merges change all of them, and hashing
+    whole matrices would cost a second on SDXL at every use.
 
     Args:
         weight_of: function from a ``Layer`` to its unpatched weight.

@@ -1,7 +1,6 @@
 """The forget patch: low-rank changes with a record of what they forget, kept as a LoRA file."""
 
 import json
-import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -123,7 +122,9 @@ def _metadata(patch, tensors):
     # A patch that was loaded has been rounded before; rounding it again loses nothing.
     lost = max(rounding_error(patch, tensors), patch.info.get("rounding_error", 0.0))
     info = patch.info | {"rounding_error": lost}
-    names, rank = ", ".join(patch.concepts), str(max(patch.ranks))
+    # A command line can hand us bytes that are no text.
+    names = ", ".join(patch.concepts).encode("utf-8", "replace").decode()
+    rank = str(max(patch.ranks))
     v_prediction = info.get("base.prediction") == "v"
     architecture, base_version = patch.family.architecture, patch.family.base_version
     if v_prediction and patch.family.key == "sd2":
@@ -161,6 +162,11 @@ def save_patch(patch, path):
         ForgetError: the folder cannot be written to, or the disk is full.
     """
     tensors = patch.lora()
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ForgetError(
+            "The patch's changes are too large for 16-bit numbers: train with fewer steps or a "
+            "lower learning rate."
+        )
     write_whole(path, lambda file: save_file(tensors, file, metadata=_metadata(patch, tensors)))
     return Path(path)
 
@@ -216,7 +222,8 @@ def load_patch(path):
     changes = {}
     for prefix, layer in modules.items():
         down, up, alpha = (tensors[f"{prefix}.{part}"].float() for part in PARTS)
-        if not all(torch.isfinite(value).all() for value in (down, up, alpha)):
+        # The product of the norms bounds every entry of the change.
+        if not torch.isfinite(down.norm() * up.norm() * alpha):
             raise ForgetError(
                 f"'{path.name}' holds NaN or infinite values in '{prefix}': "
                 "its training failed, so do not use it."
@@ -320,6 +327,7 @@ def _info(path, metadata):
                     raise TypeError(name)
         texts = [concept[part] for concept in info["concepts"] for part in ("name", "kind")]
         numbers = [info["loss"][part] for part in ("first", "last", "steps") if info.get("loss")]
+        numbers += [info[part] for part in ("truncation_error", "rounding_error") if part in info]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ForgetError(
             f"The metadata of '{path.name}' is damaged ({type(error).__name__}): get it again."
@@ -330,4 +338,5 @@ def _info(path, metadata):
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    # JSON allows integers that no float can hold, and NaN.
+    return isinstance(value, (int, float)) and abs(value) < 1e300

@@ -89,7 +89,7 @@ class ComfyModel:
                 self._conditioning(prompt), self._conditioning(prompt._replace(text="")),
                 torch.zeros_like(noise), seed=seeds[0],
             )  # fmt: skip
-        return self.patcher.model.process_latent_in(latents.clone())
+        return self.patcher.model.process_latent_in(latents.clone()).float().cpu()
 
     def _conditioning(self, prompt):
         return self.clip.encode_from_tokens_scheduled(
@@ -104,7 +104,7 @@ class ComfyModel:
             )
         with torch.inference_mode():
             latents = self.vae.encode(square(images, size).movedim(1, -1))
-        return self.patcher.model.process_latent_in(latents.clone())
+        return self.patcher.model.process_latent_in(latents.clone()).float().cpu()
 
     @contextmanager
     def borrow(self):

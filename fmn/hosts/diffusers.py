@@ -91,7 +91,8 @@ class DiffusersModel:
     @torch.no_grad()
     def sample(self, prompt, seeds, size, steps, guidance):
         texts = [prompt.text] * len(seeds)
-        return self.sample_latents(texts, self.latents_like(seeds, size), steps, guidance)
+        noise = self.latents_like(seeds, size)
+        return self.sample_latents(texts, noise, steps, guidance).float().cpu()
 
     @torch.no_grad()
     def sample_latents(self, texts, noise, steps, guidance):

@@ -181,3 +181,20 @@ def test_unwritable_target(tmp_path):
     with pytest.raises(ForgetError, match="'target.safetensors' could not be saved"):
         merge_into_checkpoint(source, [(make_patch(), 1.0)], source / "target.safetensors")
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_variant_with_another_input_layer_is_refused(tmp_path, target):
+    """An inpainting checkpoint reads nine channels: its base's whole-U-Net patch does not fit."""
+    source = write_checkpoint(tmp_path / "inpainting.safetensors")
+    weights = load_file(source)
+    key = f"{UNET_PREFIX}input_blocks.0.0.weight"
+    weights[key] = torch.zeros(64, 9, 3, 3)
+    save_file(weights, source)
+    whole = make_patch(scope=lambda layer: layer.name == "conv_in")
+    with pytest.raises(ForgetError, match=r"input_blocks.0.0.*\[64, 4, 3, 3\].*\[64, 9, 3, 3\]"):
+        merge_into_checkpoint(source, [(whole, 1.0)], target)
+    del weights[key]
+    save_file(weights, source)
+    with pytest.raises(ForgetError, match="missing in 'inpainting.safetensors'"):
+        merge_into_checkpoint(source, [(whole, 1.0)], target)
+    assert not target.exists()

@@ -116,3 +116,20 @@ def test_parse_concept(text, name, kind):
 def test_parse_nothing(text):
     with pytest.raises(ForgetError, match="name is empty"):
         parse_concept(text)
+
+
+def test_custom_kind_with_its_prompts_is_parsed():
+    concept = parse_concept("custom:dog", prompts=("a dog runs",))
+    assert [prompt.text for prompt in concept.training_prompts()] == ["a dog runs"]
+
+
+def test_an_empty_alias_is_refused():
+    with pytest.raises(ForgetError, match="An alias of 'dog' is empty"):
+        Concept("dog", aliases=(" ",))
+
+
+def test_escaped_parentheses_name_the_concept():
+    (_, prompt) = Concept(
+        "apollo (god)", prompts=(r"a temple of apollo \(god\)",)
+    ).training_prompts()
+    assert prompt.subject == "apollo (god)" and not prompt.plain

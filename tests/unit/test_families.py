@@ -115,6 +115,19 @@ def test_layer_properties():
     assert (to_k.inputs, conv.inputs) == (768, 4 * 3 * 3)
 
 
+@pytest.mark.parametrize(
+    "family, convs",
+    # A level without attention has its upsampler in the attention's place.
+    [
+        (SD1, ["output_blocks.2.1.conv", "output_blocks.5.2.conv", "output_blocks.8.2.conv"]),
+        (SDXL, ["output_blocks.2.2.conv", "output_blocks.5.2.conv"]),
+    ],
+    ids=["sd1", "sdxl"],
+)
+def test_upsamplers(family, convs):
+    assert [layer.compvis for layer in layers(family) if "upsamplers" in layer.name] == convs
+
+
 def test_cross_attention_in_forward_order():
     names = cross_attention(SD1)
     assert names[0] == "down_blocks.0.attentions.0.transformer_blocks.0.attn2"

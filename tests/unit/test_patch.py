@@ -15,7 +15,7 @@ from fmn.concept import Concept
 from fmn.errors import ForgetError
 from fmn.families import DEMO, SD1, SD2, SDXL, layers
 from fmn.lora_keys import file_name
-from fmn.patch import load_patch, save_patch, write_whole
+from fmn.patch import ForgetPatch, load_patch, save_patch, write_whole
 
 from .tiny import make_patch, metadata_of, rewrite
 
@@ -162,6 +162,14 @@ def test_names_are_kept_as_plain_text(tmp_path):
     assert load_patch(save_patch(patch, tmp_path / "patch.safetensors")).concepts == names
 
 
+def test_saving_again_keeps_what_rounding_lost(tmp_path):
+    path = tmp_path / "patch.safetensors"
+    first = load_patch(save_patch(make_patch(), path))
+    again = load_patch(save_patch(first, path))
+    assert again.info == first.info
+    assert all(torch.equal(first.change_of(n), again.change_of(n)) for n in first.changes)
+
+
 @pytest.fixture
 def saved(tmp_path):
     return save_patch(make_patch(rank=4), tmp_path / "patch.safetensors")
@@ -179,6 +187,12 @@ def test_alpha_over_rank_scales_the_change(saved, alpha):
             up, down = (tensors[f"{prefix}.lora_{part}.weight"].float() for part in ("up", "down"))
             expected = up @ down * float(alpha) / 4
             torch.testing.assert_close(loaded.change_of(layer.name), expected)
+
+
+def test_later_fields_are_ignored(saved):
+    expected = load_patch(saved).info
+    rewrite(saved, lambda tensors, metadata: metadata.update({"fmn.unheard_of": "no JSON"}))
+    assert load_patch(saved).info == expected
 
 
 @pytest.mark.parametrize("family", [DEMO, SD1, SDXL], ids=lambda family: family.key)
@@ -295,3 +309,28 @@ def test_full_disk(tmp_path, saved):
     assert second.startswith("'new.safetensors' could not be saved")
     assert list(folder.iterdir()) == [old]
     assert old.read_bytes() == b"an earlier patch"
+
+
+def test_a_change_too_large_for_the_file_is_refused(tmp_path):
+    layer = next(layer for layer in layers(DEMO) if layer.is_key_or_value)
+    factors = torch.full((layer.shape[0], 1), 1e6), torch.full((1, layer.shape[1]), 1e6)
+    patch = ForgetPatch(DEMO, {layer.name: factors}, {"concepts": []})
+    with pytest.raises(ForgetError, match="too large for 16-bit numbers"):
+        save_patch(patch, tmp_path / "patch.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_factors_whose_product_overflows_are_refused(tmp_path):
+    path = save_patch(make_patch(), tmp_path / "patch.safetensors")
+    rewrite(
+        path, lambda tensors, _: tensors.update({k: v.float() * 1e25 for k, v in tensors.items()})
+    )
+    with pytest.raises(ForgetError, match="NaN or infinite"):
+        load_patch(path)
+
+
+def test_a_name_that_is_no_text_can_be_saved(tmp_path):
+    """A command line hands over bytes that are no UTF-8 as lone surrogates."""
+    path = save_patch(make_patch(concepts=[Concept("caf\udce9")]), tmp_path / "patch.safetensors")
+    assert metadata_of(path)["modelspec.title"] == "Forget caf?"
+    assert load_patch(path).concepts == ["caf\udce9"]

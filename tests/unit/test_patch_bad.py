@@ -245,7 +245,6 @@ def test_wrong_content(saved, change, reason):
         ("fmn.truncation_error", '"much"'), ("fmn.rounding_error", "null"),
         ("fmn.truncation_error", "1" + "0" * 400), ("fmn.rounding_error", "NaN"),
         ("fmn.date", "7"), ("fmn.method", "{}"), ("fmn.base.fingerprint", "null"),
-        ("fmn.unheard_of", "no JSON"),
     ],
 )  # fmt: skip
 def test_wrong_records_are_refused_or_described(saved, key, value):

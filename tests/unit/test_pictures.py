@@ -89,11 +89,13 @@ def test_grid_writes_labels_and_titles():
 
 
 def test_beside():
-    both = beside(Image.new("RGB", (3, 5), "red"), Image.new("RGB", (4, 2), "blue"))
-    assert both.size == (7, 5)
-    assert colours(both.crop((0, 0, 3, 5))) == {(255, 0, 0)}
-    assert colours(both.crop((3, 0, 7, 2))) == {(0, 0, 255)}
-    assert colours(both.crop((3, 2, 7, 5))) == {PAPER}
+    sizes = ((3, 5), "red"), ((4, 2), "blue"), ((1, 4), "lime")
+    row = beside([Image.new("RGB", size, colour) for size, colour in sizes])
+    assert row.size == (8, 5)
+    assert colours(row.crop((0, 0, 3, 5))) == {(255, 0, 0)}
+    assert colours(row.crop((3, 0, 7, 2))) == {(0, 0, 255)}
+    assert colours(row.crop((7, 0, 8, 4))) == {(0, 255, 0)}
+    assert colours(row.crop((3, 2, 7, 5))) == {PAPER}
 
 
 def test_progress_shows_maps_side_by_side():

@@ -63,7 +63,6 @@ def test_prepare_without_concepts():
         # The letters are there, the token is not.
         (Concept("cat", "custom", prompts=("concatenate",)), "tokens of 'cat' are not in .* 'conc"),
         (Concept("cat", prompts=("a dog",)), "'a dog' does not contain the concept 'cat'"),
-        (Concept("cat", aliases=("",)), "The concept '' gives no tokens"),
     ],
 )
 def test_prepare_cannot_find_the_concept(concept, message):
