@@ -1,5 +1,7 @@
 """Socket types of the pack, and the line of text under a node."""
 
+import html
+
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
@@ -11,5 +13,9 @@ Patch = io.Custom("FORGET_PATCH")  # fmn.patch.ForgetPatch
 
 
 def show_text(text):
-    """Show a line under the node that is running."""
-    PromptServer.instance.send_progress_text(text, get_executing_context().node_id)
+    """Show a text under the node that is running.
+
+    ComfyUI's page renders it as HTML, and names in a downloaded patch are a stranger's words.
+    """
+    escaped = html.escape(text, quote=False)
+    PromptServer.instance.send_progress_text(escaped, get_executing_context().node_id)

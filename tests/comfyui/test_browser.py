@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from .conftest import ROOT
+from .workflows import demo_loader, node, saving, training
 
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
 ARTEFACTS = ROOT / "test-artifacts"
@@ -117,18 +118,18 @@ def test_saved_widget_values_still_mean_what_they_say(server, path):
     """A template stores values by position: each must be one that its input allows."""
     info = server.get("/object_info")
     workflow = json.loads(path.read_text(encoding="utf-8"))
-    ours = [node for node in workflow["nodes"] if node["type"].startswith("FMN_")]
+    ours = [item for item in workflow["nodes"] if item["type"].startswith("FMN_")]
     assert ours
-    for node in ours:
-        inputs = info[node["type"]]["input"]
+    for item in ours:
+        inputs = info[item["type"]]["input"]
         widgets = [
             (name, spec)
             for part in ("required", "optional")
             for name, spec in inputs.get(part, {}).items()
             if spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
         ]
-        values = node.get("widgets_values") or []
-        assert len(values) == len(widgets), node["type"]
+        values = item.get("widgets_values") or []
+        assert len(values) == len(widgets), item["type"]
         for (name, (kind, options)), value in zip(widgets, values):
             if kind == "COMBO":
                 assert value in options["options"], name
@@ -136,3 +137,24 @@ def test_saved_widget_values_still_mean_what_they_say(server, path):
                 assert options["min"] <= value <= options["max"], name
             else:
                 assert isinstance(value, bool if kind == "BOOLEAN" else str), name
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
+def test_markup_in_a_stranger_s_patch_stays_text(page, server, nodes_2):
+    """Metadata is text from a stranger: shown, never run, in both renderers."""
+    attack = '<img src="x" onerror="window.fmnAttacked = true">'
+    made = server.run(
+        demo_loader() | training(attack, training_seed=31 + nodes_2) | saving("attack")
+    )
+    graph = {
+        "1": node("FMN_LoadForgetPatch", file=made["save"]["text"][0]),
+        "2": node("FMN_InspectForgetPatch", patch=["1", 0]),
+    }
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes_2)
+    page.evaluate("graph => app.loadApiJson(graph, 'attack')", graph)
+    page.wait_for_timeout(500)
+    page.get_by_test_id("queue-button").click()
+    page.get_by_text("forgets: <img src=").first.wait_for(timeout=60_000)
+    page.screenshot(path=ARTEFACTS / f"markup {'nodes 2' if nodes_2 else 'classic'}.png")
+    assert not page.evaluate("window.fmnAttacked")
+    assert page.locator("img[onerror]").count() == 0

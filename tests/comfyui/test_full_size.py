@@ -1,8 +1,10 @@
 """Stable Diffusion 1.5 at its real size (860 M weights, random), through the stock loader."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -27,6 +29,14 @@ def big_server(tmp_path_factory):
     checkpoint.unlink()
 
 
+def resident(process, field):
+    """VmRSS or VmHWM (its peak) of a process, in bytes."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
 def test_train_save_apply_and_sample(big_server):
     prompt = checkpoint_loader("sd15.safetensors") | training(steps=2, size=256) | saving("sd15")
     prompt["apply"] = node(
@@ -48,3 +58,38 @@ def test_train_save_apply_and_sample(big_server):
     }
     big_server.run(prompt | drawing(["lora", 0], steps=1, size=64))
     assert "lora key not loaded" not in big_server.log_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+def test_peak_memory_at_512_pixels(big_server):
+    """Keys and values, float32, batch 1: at most 2.5 GB beyond the loaded weights."""
+    load = checkpoint_loader("sd15.safetensors")
+    big_server.run(load | drawing(steps=1, size=64, seed=2))
+    loaded = resident(big_server.process, "VmRSS")
+    Path(f"/proc/{big_server.process.pid}/clear_refs").write_text("5")
+    big_server.run(load | training(steps=1, size=512) | saving("peak"))
+    beyond = resident(big_server.process, "VmHWM") - loaded
+    print(f"peak memory beyond the loaded weights: {beyond / 1e9:.2f} GB")
+    assert beyond < 2.5e9
+
+
+def test_the_command_line_trains_the_same_file_alike(big_server, tmp_path):
+    """diffusers from the single file: the same base, and the same loss but for CLIP's precision."""
+    checkpoint = big_server.base / "models" / "checkpoints" / "sd15.safetensors"
+    settings = "--steps", "2", "--size", "256", "--lr", "0.002"
+    done = subprocess.run(
+        [sys.executable, "-m", "fmn", "forget", checkpoint, "dog", *settings, "--json",
+         "--out", tmp_path / "dog.safetensors"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(done.stdout)["info"]
+    prompt = checkpoint_loader("sd15.safetensors") | training(steps=2, size=256) | saving("alike")
+    name = big_server.run(prompt)["save"]["text"][0]
+    with safe_open(big_server.base / "output" / "forget_patches" / name, "pt") as file:
+        ours = {
+            key: json.loads(file.metadata()[f"fmn.{key}"]) for key in ("loss", "base.fingerprint")
+        }
+    assert ours["base.fingerprint"] == theirs["base.fingerprint"]
+    assert ours["loss"]["first"] == pytest.approx(theirs["loss"]["first"], rel=0.01)
+    assert ours["loss"]["last"] == pytest.approx(theirs["loss"]["last"], rel=0.01)
