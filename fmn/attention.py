@@ -32,7 +32,7 @@ class Watcher:
     """Collects the attention that flagged tokens get, layer by layer."""
 
     def __init__(self):
-        self._flags = None
+        self._flags = {}  # by prompt length: recomputation in backward must find its own again
         self._collected = None
 
     def __call__(self, flags, forward):
@@ -44,7 +44,8 @@ class Watcher:
         Returns:
             per attn2 layer a tensor [N, H, P]: N flagged (sample, token) pairs, in row order.
         """
-        self._flags, self._collected = flags, []
+        self._flags[flags.shape[1]] = flags
+        self._collected = []
         try:
             forward()
             return self._collected
@@ -56,7 +57,7 @@ class Watcher:
     def attend(self, module, x, context):
         q, k, v = module.to_q(x), module.to_k(context), module.to_v(context)
         output, probabilities = cross_attention(q, k, v, module.heads)
-        flagged = rearrange(probabilities, "b h p t -> b t h p")[self._flags]
+        flagged = rearrange(probabilities, "b h p t -> b t h p")[self._flags[context.shape[1]]]
         if self._collected is not None:
             self._collected.append(flagged)
         for layer in module.to_out:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,8 @@ def _add_apply(commands):
 def main(arguments=None):
     """Run a command; returns the exit code."""
     options = build_parser().parse_args(arguments)
+    # transformers tells at import which image processors it would rather use.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     run = {"forget": _forget, "apply": _apply, "inspect": _inspect, "demo": _demo}[options.command]
     try:
         result, text = run(options)

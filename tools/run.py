@@ -106,7 +106,9 @@ def find_browser(python):
 
 def run_demo(arguments):
     python = environment("demo", TORCH, DEMO)
-    return subprocess.run([python, "-m", "fmn", "demo", *arguments], cwd=ROOT).returncode
+    # Threads that wait must not spin: other programs want the cores too.
+    env = {"GOMP_SPINCOUNT": "0"} | os.environ
+    return subprocess.run([python, "-m", "fmn", "demo", *arguments], cwd=ROOT, env=env).returncode
 
 
 def run_tests(arguments):
@@ -116,7 +118,8 @@ def run_tests(arguments):
     settings = {
         "COMFYUI_PATH": str(ROOT / ".venv-tests" / "comfyui"),
         "CHROMIUM_PATH": find_browser(str(python)),
-        # Two processes share few cores: spinning threads would starve each other.
+        # Server, browser and tests share few cores: spinning threads would starve the others.
+        "GOMP_SPINCOUNT": "0",
         "OMP_NUM_THREADS": "1" if (os.cpu_count() or 1) <= 2 else "2",
         "HF_HUB_OFFLINE": "1",
     }

@@ -245,9 +245,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None):
             adapters = make_adapters(borrowed, model.family, settings)
             error = None
             try:
-                losses = fit(
-                    borrowed, model.family, adapters, data, settings, len(concepts), on_step
-                )
+                losses = fit(borrowed, model.family, adapters, data, settings, on_step)
             except NonFiniteLoss as caught:
                 if len(caught.losses) < 2:  # nothing learnt that could be kept
                     raise
@@ -259,14 +257,14 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None):
         return patch
 
 
-def fit(borrowed, family, adapters, data, settings, concepts, on_step):
+def fit(borrowed, family, adapters, data, settings, on_step):
     """Train the adapters in place; returns the losses."""
     draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device)
     probe = data.probe(borrowed.alphas_cumprod, steps=(500,), at_most=1)
     modules = [borrowed.module(name) for name in cross_attention(family)]
     blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    steps = settings.steps * concepts
+    steps = settings.steps * len(data.latents)
     with (
         attached(adapters, borrowed.module),
         watch_attention(modules, borrowed.context_argument) as watch,

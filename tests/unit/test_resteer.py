@@ -175,12 +175,13 @@ def test_a_batch_is_the_norm_over_its_samples(monkeypatch):
         assert_same_gradient(gradient, None if total is None else total / (2 * loss))
 
 
-def test_prompts_of_different_lengths_in_one_batch(monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prompts_of_different_lengths_in_one_batch(monkeypatch, checkpointing):
     long = Concept("dog", "custom", prompts=("word " * 80 + "dog",))
     model = TinyModel()
-    loss, _, seen = first_step(
-        model, [MUSK, long], Settings(full_weights=True, batch=2), monkeypatch
-    )
+    settings = Settings(full_weights=True, batch=2, checkpointing=checkpointing)
+    loss, gradient, seen = first_step(model, [MUSK, long], settings, monkeypatch)
+    assert any(value is not None and value.abs().max() > 0 for value in gradient.values())
     assert [text.context.shape[1] for _, _, text in seen] == [77, 154]
     singles = [
         released_loss(
