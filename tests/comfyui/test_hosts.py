@@ -283,3 +283,32 @@ def test_rescued_patch_is_saved_and_named(pack, comfy_model, monkeypatch, tmp_pa
     (file,) = (tmp_path / "forget_patches").iterdir()
     assert file.name in str(told)
     assert pack("fmn.patch").load_patch(file).concepts == ["dog"]
+
+
+TOKENIZERS = {
+    # family: (module and class of ComfyUI, how diffusers pads, positions flagged with all ends)
+    "sd1": ("comfy.sd1_clip", "SD1Tokenizer", "<|endoftext|>", 73),
+    "sd2": ("comfy.text_encoders.sd2_clip", "SD2Tokenizer", "!", 3),
+    "sdxl": ("comfy.sdxl_clip", "SDXLTokenizer", "<|endoftext|>", 73),
+}
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_positions_with_the_real_tokenizers(pack, demo, family):
+    """Both hosts see the same ids, and flag what the released rule flags on each family."""
+    import importlib
+
+    import comfy.sd
+
+    module, name, pad, flagged = TOKENIZERS[family]
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.tokenizer = getattr(importlib.import_module(module), name)()
+    clip.tokenizer_options = {}
+    model = pack("fmn.hosts.comfy").ComfyModel(demo[0], clip)
+    prompt = pack("fmn.concept").Prompt("a photo of elon musk", "elon musk")
+    ids = model.tokenize(prompt)
+    tokenizer = pack("fmn.hosts.diffusers_load").make_tokenizer(pad)
+    assert ids == tokenizer(prompt.text, padding="max_length", max_length=77).input_ids
+    subject = model.tokenize(prompt._replace(text="elon musk"))
+    positions = pack("fmn.spans").flagged_positions(prompt, ids, subject, "all")
+    assert len(positions) == flagged and positions[:2] == [4, 5]
