@@ -28,6 +28,7 @@ from comfyui.server import Server  # noqa: E402
 from comfyui.workflows import checkpoint_loader, drawing, node, saving, training  # noqa: E402
 
 from fmn.families import SD1, SDXL, layers  # noqa: E402
+from fmn.methods.resteer import in_scope  # noqa: E402
 
 ROWS = [
     {"layers": layers, "full_weights": full, "checkpointing": checkpointing}
@@ -51,8 +52,9 @@ def memory(pid, field):
 def too_large(name, row):
     """What a row of full weights needs, in words, if the free memory cannot hold it."""
     family = {"sd15": SD1, "sdxl": SDXL}[name]
-    weights = sum(prod(layer.shape) for layer in layers(family))
-    needed = weights * (BYTES_A_FULL_WEIGHT + 4) + 3 * GB
+    trained = sum(prod(layer.shape) for layer in in_scope(family, row["layers"]))
+    loaded = sum(prod(layer.shape) for layer in layers(family))
+    needed = trained * BYTES_A_FULL_WEIGHT + loaded * 4 + 3 * GB
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if row["full_weights"] and needed > free:
         return f"needs about {needed / GB:.0f} GB, {free / GB:.0f} GB are free"

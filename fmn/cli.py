@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -118,7 +119,7 @@ def main(arguments=None):
     except ForgetError as error:
         return _fail(options, error, BAD_INPUT)
     except KeyboardInterrupt:
-        return _fail(options, "Cancelled; nothing was written.", CANCELLED)
+        return _fail(options, "Cancelled; no unfinished file was left.", CANCELLED)
     print(json.dumps(result, indent=1) if options.json else text)
     return OK
 
@@ -171,24 +172,21 @@ SETTINGS = (
 def _forget(options):
     from .hosts.diffusers import DiffusersModel
     from .methods import resteer
-    from .patch import save_patch
+    from .patch import rescue, save_patch
     from .report import describe
 
     given = {name: getattr(options, name) for name in SETTINGS}
     base = resteer.RELEASED if options.released else resteer.Settings()
     settings = replace(base, **{k: v for k, v in given.items() if v is not None})
     concepts = _concepts(options)
-    path = options.out or Path(f"forget_{concepts[0].name.replace(' ', '_')}.safetensors")
+    plain = "".join(letter if letter.isalnum() else "_" for letter in concepts[0].name)
+    path = options.out or Path(f"forget_{plain}.safetensors")
     model = DiffusersModel.load(options.model)
     with _Bar() as bar:
         try:
             patch = resteer.run(model, concepts, settings, bar)
         except NonFiniteLoss as error:
-            if error.patch is None:
-                raise
-            rescued = save_patch(error.patch, path.with_stem(f"{path.stem}_rescued"))
-            message = f"{error} The patch of the last good step is {rescued}."
-            raise NonFiniteLoss(message, error.losses) from error
+            raise rescue(error, path.with_stem(f"{path.stem}_rescued")) from error
     save_patch(patch, path)
     result = {"patch": str(path), "bytes": path.stat().st_size, "info": patch.info}
     return result, f"{describe(patch)}\nsaved: {path} ({path.stat().st_size / 1e6:.2f} MB)"
@@ -226,6 +224,8 @@ def _parse_patch(text):
         value = float(strength)
     except ValueError:  # no strength; a colon is part of the name
         return load_patch(text), 1.0
+    if not math.isfinite(value):
+        raise ForgetError(f"The strength in '{text}' is {strength}: use a number such as 0.8.")
     return load_patch(file or text), value if file else 1.0
 
 
@@ -239,6 +239,7 @@ def _apply(options):
     from .pictures import labelled_grid, to_image
 
     model = DiffusersModel.load(options.model).merged(patches)
+    model.pipeline.set_progress_bar_config(disable=False, desc="drawing")
     size = options.size or model.family.resolution
     guidance = options.guidance
     if guidance is None:
@@ -259,6 +260,8 @@ def _merge(options, patches):
     from .hosts.diffusers_load import DEMO_FILE
 
     source = DEMO_FILE if options.model == "demo" else Path(options.model)
+    if options.checkpoint.exists():
+        raise ForgetError(f"'{options.checkpoint}' exists already: name a new file or folder.")
     if source.is_dir():
         from .hosts.diffusers import DiffusersModel
 

@@ -72,12 +72,13 @@ class Model(Protocol):
         """Context manager that gives a ``Borrowed`` and takes it back unchanged."""
 
 
-def cross_attention(family):
+def cross_attention_names(family):
     """Names of the attn2 modules, in forward order."""
     names = [layer.name for layer in layers(family) if layer.name.endswith(".attn2.to_q")]
     return [name.removesuffix(".to_q") for name in names]
 
 
+@torch.inference_mode()
 def fingerprint(family, weight_of):
     """A hash that tells one base model from another.
 
@@ -92,6 +93,6 @@ def fingerprint(family, weight_of):
     digest = hashlib.sha256()
     for layer in layers(family):
         if layer.is_key_or_value:
-            rows = weight_of(layer)[:4].detach().to("cpu", torch.float16).contiguous()
+            rows = weight_of(layer)[:4].to("cpu", torch.float16).contiguous()
             digest.update(rows.numpy().tobytes())
     return digest.hexdigest()[:32]

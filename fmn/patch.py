@@ -2,7 +2,8 @@
 
 import json
 import os
-import tempfile
+import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import __version__
-from .errors import ForgetError
+from .errors import ForgetError, NonFiniteLoss
 from .families import FAMILIES, Family, layers
 from .lora_keys import PARTS, file_name, known_names
 from .lowrank import merge
@@ -57,6 +58,19 @@ class ForgetPatch:
                 f"This patch is for {self.family.title}, the model is {family.title}: "
                 "use a patch made for the model's family."
             )
+
+    def check_shapes(self, weight_of):
+        """Refuse a variant of the family whose layers have other shapes.
+
+        Args:
+            weight_of: function from a ``Layer`` to the model's weight.
+        """
+        for layer in layers(self.family):
+            if layer.name in self.changes and tuple(weight_of(layer).shape) != layer.shape:
+                raise ForgetError(
+                    f"The patch changes '{layer.compvis}' of shape {list(layer.shape)}, the model "
+                    f"has {list(weight_of(layer).shape)}: use a patch made for this variant."
+                )
 
     def lora(self, dtype=torch.float16):
         """The tensors of a LoRA file: lora_down [r, in], lora_up [out, r] and alpha a layer."""
@@ -171,6 +185,21 @@ def save_patch(patch, path):
     return Path(path)
 
 
+def rescue(error, path):
+    """Save the last good patch of a training that blew up; the error to tell the user instead.
+
+    Args:
+        error: NonFiniteLoss; without a patch it comes back as it is.
+    """
+    if error.patch is None:
+        return error
+    try:
+        told = f"The patch of the last good step is {save_patch(error.patch, path)}."
+    except ForgetError as failed:
+        told = str(failed)
+    return NonFiniteLoss(f"{error} {told}", error.losses)
+
+
 def write_whole(path, write):
     """Call ``write`` with the name of a temporary file beside ``path``, then rename it to ``path``.
 
@@ -178,26 +207,25 @@ def write_whole(path, write):
         ForgetError: the folder cannot be written to, or the disk is full. Nothing is left behind.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
+        open(temporary, "xb").close()
+        mode = os.stat(temporary).st_mode  # what the user's umask gives; safetensors would not ask
         write(temporary)
+        os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        temporary = None
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ForgetError(
             f"'{path.name}' could not be saved in {path.parent} ({reason}): "
             "free some space or choose a folder you can write to."
         ) from error
     finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        with suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
 
 
 def load_patch(path):
@@ -279,7 +307,7 @@ def _check_shapes(path, family, found):
                 f"'{path.name}' holds the tensor {key!r:.80}, which {family.title} does not have: "
                 "it is for another model, or no forget patch."
             )
-        if known[prefix] in prefixes.values() and prefix not in prefixes:
+        if prefix not in prefixes and known[prefix] in prefixes.values():
             raise ForgetError(f"'{path.name}' names the layer '{prefix}' twice: get another file.")
         prefixes[prefix] = known[prefix]
     if not prefixes:

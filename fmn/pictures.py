@@ -96,7 +96,7 @@ def beside(pictures):
 
 def square(images, size):
     """Pictures [N, H, W, 3] -> [N, 3, size, size]: shorter side to ``size``, centre cut out."""
-    images = images.movedim(-1, 1)
+    images = images[..., :3].movedim(-1, 1)  # an alpha channel is dropped
     height, width = images.shape[-2:]
     scale = size / min(height, width)
     shape = max(size, round(height * scale)), max(size, round(width * scale))

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from .attention import attention_share, watch_attention
-from .model import cross_attention
+from .model import cross_attention_names
 from .schedule import add_noise
 
-STEPS = (250, 500, 750)  # of 1000: where layout, shapes and details are decided
+STEPS = (0.25, 0.5, 0.75)  # shares of the schedule, where details, shapes and layout are decided
 MAP_SIDE = 32
 
 
@@ -32,12 +32,12 @@ class Probe:
 
     Args:
         looked_at: a concept: (text of one prompt, flags bool [1, T], latent [1, 4, h, w]).
-        steps: the time steps; a look costs one forward for each concept and step.
+        steps: shares of the schedule; a look costs one forward for each concept and step.
     """
 
     def __init__(self, looked_at, alphas_cumprod, steps=STEPS, seed=0):
         self.looked_at = looked_at
-        self.t = torch.tensor(steps)
+        self.t = torch.tensor([int(share * len(alphas_cumprod)) for share in steps])
         self.alphas_cumprod = alphas_cumprod.cpu()[self.t]
         shape = looked_at[0][2].shape
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -78,7 +78,7 @@ def look_at(model, data):
         data: a ``methods.resteer.Data``: encoded prompts and latents.
     """
     with model.borrow() as borrowed:
-        modules = [borrowed.module(name) for name in cross_attention(model.family)]
+        modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
         probe = data.probe(borrowed.alphas_cumprod, STEPS)
         with watch_attention(modules, borrowed.context_argument) as watch:
             return probe.look(borrowed, watch)

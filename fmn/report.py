@@ -1,10 +1,15 @@
-"""Patches and results in words and numbers."""
+"""Patches in words."""
+
+
+def printable(text):
+    """Text from a stranger without control characters, which a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def describe(patch):
     """What a patch forgets, how it was made, and on which base: a few lines of text."""
     info = patch.info
-    concepts = [f"{c['name']} ({c.get('kind', 'custom')})" for c in info["concepts"]]
+    concepts = [f"{c['name']} ({c['kind']})" for c in info["concepts"]]
     ranks = "-".join(str(rank) for rank in sorted({patch.ranks[0], patch.ranks[-1]}))
     lines = [
         f"forgets: {', '.join(concepts)}",
@@ -26,4 +31,4 @@ def describe(patch):
         if key in info:
             lines.append(f"{meaning}: {info[key]:.2%} of the change")
     lines.append(f"made: {info.get('date', 'unknown')}, version {info.get('version', 'unknown')}")
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)

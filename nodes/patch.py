@@ -1,5 +1,6 @@
 """Save, load, apply and inspect patches."""
 
+import glob
 import logging
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfy import ComfyModel
 from ..fmn.patch import load_patch, save_patch
-from ..fmn.report import describe
+from ..fmn.report import describe, printable
 from .types import CATEGORY, Patch, show_text
 
 KIND = "forget_patches"
@@ -43,7 +44,8 @@ def output_path(prefix):
             f"The name '{prefix}' leads out of output/{KIND}: use a plain name, with / for "
             "folders inside it."
         )
-    taken = stem.parent.glob(f"{stem.name}_*.safetensors") if stem.parent.is_dir() else ()
+    pattern = f"{glob.escape(stem.name)}_*.safetensors"
+    taken = stem.parent.glob(pattern) if stem.parent.is_dir() else ()
     numbers = [path.stem.removeprefix(f"{stem.name}_") for path in taken]
     number = max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
     return stem.parent / f"{stem.name}_{number:05}.safetensors"
@@ -110,7 +112,8 @@ class LoadForgetPatch(io.ComfyNode):
     def execute(cls, file):
         # ComfyUI's lookup strips what leads out of the folders.
         path = folder_paths.get_full_path(KIND, file)
-        if path is None or file not in folder_paths.get_filename_list(KIND):
+        listed = [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(KIND)]
+        if path is None or file.replace(os.sep, "/") not in listed:
             raise ForgetError(
                 f"There is no patch '{file}' in models/{KIND} or output/{KIND}: "
                 "put the file there and choose it from the list."
@@ -147,7 +150,7 @@ class ApplyForgetPatch(io.ComfyNode):
     def execute(cls, model, patch, strength):
         host = ComfyModel(model)
         patched = host.patched(patch, strength)
-        names = ", ".join(patch.concepts)
+        names = printable(", ".join(patch.concepts))
         note = f"forgets {names} at {strength:g}"
         if patch.info.get("base.fingerprint") != host.fingerprint():
             note += "; trained on another base of this family, so look at the result"

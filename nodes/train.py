@@ -1,7 +1,5 @@
 """Method nodes and the training node."""
 
-import logging
-
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
@@ -10,7 +8,7 @@ from ..fmn.concept import Concept
 from ..fmn.errors import NonFiniteLoss
 from ..fmn.hosts.comfy import ComfyModel
 from ..fmn.methods import resteer
-from ..fmn.patch import save_patch
+from ..fmn.patch import rescue
 from ..fmn.pictures import progress_picture
 from ..fmn.spans import END_TOKENS
 from .patch import output_path
@@ -172,7 +170,7 @@ class TrainForgetPatch(io.ComfyNode):
         try:
             patch = resteer.run(ComfyModel(model, clip, vae), concepts, settings, on_step)
         except NonFiniteLoss as error:
-            raise _with_rescued_patch(error) from error
+            raise rescue(error, output_path("rescued")) from error
         return io.NodeOutput(patch, patch.lora(), {"loss": losses})
 
 
@@ -194,14 +192,6 @@ class _Progress:
             f"attention {before.share:.2%} -> {now.share:.2%}, "
             f"{step.seconds_left:.0f} s left"
         )
-
-
-def _with_rescued_patch(error):
-    if error.patch is None:
-        return error
-    path = save_patch(error.patch, output_path("rescued"))
-    logging.warning("Forget-Me-Not: the last good patch is %s", path)
-    return NonFiniteLoss(f"{error} The patch of the last good step is {path.name}.", error.losses)
 
 
 NODES = [MethodResteer, TrainForgetPatch]

@@ -3,7 +3,8 @@
     python3 tools/run.py demo    forget three concepts of the demo model; pictures in out/demo
     python3 tools/run.py tests   lint and all tests, against a real ComfyUI and a real browser
 
-The first run installs (a few minutes); later ones start at once.
+The first run installs (a few minutes, and several GB where pip picks torch's CUDA build); later
+ones start at once.
 """
 
 import hashlib
@@ -61,18 +62,23 @@ def environment(name, *groups):
     if stamp.is_file() and stamp.read_text() == wanted:
         return python
     print(f"Making {folder.name}, once; this takes a few minutes ...", flush=True)
-    venv.create(folder, with_pip=True, clear=True)
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"No environment could be made ({error}); on Debian: apt install python3-venv.")
     for group in groups:
         pip(str(python), "install", *group)
     if name == "tests":
-        fix_torchvision(folder)
+        fix_torchvision(str(python))
         fetch_comfyui(str(python), folder)
     stamp.write_text(wanted)
     return python
 
 
-def fix_torchvision(folder):
-    (extension,) = folder.glob("[Ll]ib*/**/torchvision/extension.py")
+def fix_torchvision(python):
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    extension = Path(packages) / "torchvision" / "extension.py"
     extension.write_text(extension.read_text() + TORCHVISION_FIX)
 
 
@@ -100,7 +106,8 @@ def find_browser(python):
         install = ["apt-get", "-qq", "install", "-y", "--no-install-recommends", *packages]
         subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
         return shutil.which("chromium") or ""
-    subprocess.run([python, "-m", "playwright", "install", "chromium"], check=True)
+    if subprocess.run([python, "-m", "playwright", "install", "chromium"]).returncode:
+        print("There is no Chromium and none could be installed: the page tests will fail.")
     return ""
 
 

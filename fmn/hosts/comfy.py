@@ -106,6 +106,17 @@ class ComfyModel:
             latents = self.vae.encode(square(images, size).movedim(1, -1))
         return self.patcher.model.process_latent_in(latents.clone()).float().cpu()
 
+    def _check_precision(self):
+        for layer in layers(self.family):
+            weight = comfy.utils.get_attr(self.patcher.model, self.key(layer.name))
+            plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+            if weight.dtype not in TRAINABLE or not plain:
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise ForgetError(
+                    f"The model's weights are quantised ({layer.compvis} is {kind}): load the "
+                    "checkpoint in float16, bfloat16 or float32 to train on it."
+                )
+
     @contextmanager
     def borrow(self):
         """Load the U-Net so that autograd can use it; see ``docs/architecture.md``."""
@@ -115,6 +126,7 @@ class ComfyModel:
                 f"This model reads {channels} channels (an inpainting or editing variant), which "
                 "cannot be trained on yet: train on its base model and apply the patch here."
             )
+        self._check_precision()
         patcher = _clone(self.patcher)
         comfy.model_management.load_models_gpu(
             [patcher], memory_required=1e20, force_full_load=True
@@ -134,6 +146,9 @@ class ComfyModel:
     def patched(self, patch, strength):
         """A clone of the MODEL with the patch on it; ComfyUI merges it when it loads the model."""
         patch.check_family(self.family)
+        patch.check_shapes(
+            lambda layer: comfy.utils.get_attr(self.patcher.model, self.key(layer.name))
+        )
         clone = self.patcher.clone()
         names = comfy.lora.model_lora_keys_unet(clone.model, {})
         loaded = comfy.lora.load_lora(patch.lora(torch.float32), names)
@@ -152,7 +167,8 @@ class _Borrowed:
     def __init__(self, host, model):
         self.host, self.model = host, model
         self.device = model.device
-        self.sigmas = model.model_sampling.sigmas.clone()
+        # ComfyUI may leave a replaced model_sampling on the CPU.
+        self.sigmas = model.model_sampling.sigmas.to(self.device).clone()
         self.alphas_cumprod = 1 / (1 + self.sigmas.float() ** 2)
 
     def module(self, name):
@@ -164,7 +180,7 @@ class _Borrowed:
 
     def denoise(self, x_t, t, text):
         # ComfyUI's x is the clean latent plus sigma times noise; x_t has unit variance.
-        sigma = self.sigmas[t].to(self.device)
+        sigma = self.sigmas[t.to(self.device)]
         scale = sigma.view(-1, 1, 1, 1)
         x = x_t.to(self.device) * (1 + scale**2).sqrt()
         options = {"optimized_attention_override": _fused_attention}
@@ -189,19 +205,12 @@ class _Borrowed:
 
 
 def _family(patcher, unet):
-    found = {
-        name: module.weight
+    shapes = {
+        name: module.weight.shape
         for name, module in (unet.named_modules() if unet is not None else ())
         if name.endswith((".attn2.to_k", ".attn2.to_v"))
     }
-    family = identify({name: weight.shape for name, weight in found.items()})
-    for name, weight in found.items():
-        if weight.dtype not in TRAINABLE or type(weight) not in (torch.Tensor, torch.nn.Parameter):
-            kind = str(weight.dtype).removeprefix("torch.")
-            raise ForgetError(
-                f"The model's weights are quantised ({name} is {kind}): load the checkpoint in "
-                "float16, bfloat16 or float32 instead."
-            )
+    family = identify(shapes)
     if family is None:
         raise ForgetError(
             f"{type(patcher.model).__name__} is no model we know: Stable Diffusion 1.x, 2.x and "
@@ -213,7 +222,13 @@ def _family(patcher, unet):
 def _clone(patcher):
     # From 0.16 on, GPU models page their weights; a clone without that can be trained.
     if "disable_dynamic" in inspect.signature(patcher.clone).parameters and patcher.is_dynamic():
-        return patcher.clone(disable_dynamic=True)
+        try:
+            return patcher.clone(disable_dynamic=True)
+        except RuntimeError as error:
+            raise ForgetError(
+                f"ComfyUI cannot make a trainable copy of this model ({error}): load it with the "
+                "stock checkpoint loader."
+            ) from error
     return patcher.clone()
 
 
@@ -227,7 +242,9 @@ def _leave_inference_mode(model):
     for name in [name for name, _ in model.named_parameters()]:
         parameter = comfy.utils.get_attr(model, name)
         if parameter.is_inference():
-            comfy.utils.set_attr_param(model, name, parameter.clone())
+            flag = parameter.requires_grad
+            comfy.utils.set_attr_param(model, name, parameter.detach().clone())
+            comfy.utils.get_attr(model, name).requires_grad_(flag)
 
 
 def _fused_attention(function, *args, **kwargs):

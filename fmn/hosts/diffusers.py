@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors import SafetensorError
 
 from ..errors import ForgetError
 from ..families import identify
@@ -103,10 +104,10 @@ class DiffusersModel:
         """
         scheduler = self.pipeline.scheduler
         scheduler.set_timesteps(steps)
-        largest = float(scheduler.sigmas.max()) if hasattr(scheduler, "sigmas") else None
-        if largest:
-            target = (1 + largest**2) ** 0.5
-            noise = noise * (target / float(scheduler.init_noise_sigma))
+        start = float(scheduler.init_noise_sigma)
+        if start > 1:  # samples are not of unit variance: the schedulers of Karras et al.
+            largest = float(scheduler.sigmas.max())
+            noise = noise * ((1 + largest**2) ** 0.5 / start)
         return self.pipeline(
             prompt=texts,
             latents=noise.to(self.device, self.unet.dtype),
@@ -156,6 +157,7 @@ class DiffusersModel:
         with torch.no_grad():
             for patch, strength in patches:
                 patch.check_family(self.family)
+                patch.check_shapes(lambda layer: self.unet.get_submodule(layer.name).weight)
                 for name, factors in patch.changes.items():
                     weight = self.unet.get_submodule(name).weight
                     change = merge(*(factor.to(weight.device) for factor in factors))
@@ -171,9 +173,13 @@ class DiffusersModel:
         try:
             self.pipeline.save_pretrained(part)
             part.rename(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            raise ForgetError(
+                f"'{folder}' could not be written ({error}): free some space or choose another "
+                "place."
+            ) from error
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            raise ForgetError(f"'{folder}' could not be written ({error}).") from error
 
 
 class _Borrowed:

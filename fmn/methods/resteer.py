@@ -14,7 +14,7 @@ from ..errors import ForgetError, NonFiniteLoss
 from ..families import layers
 from ..forwards import checkpointed
 from ..lowrank import Full, LowRank, attached
-from ..model import Text, cross_attention
+from ..model import Text, cross_attention_names
 from ..objectives import attention_resteering
 from ..patch import ForgetPatch, new_info
 from ..probe import Probe
@@ -73,6 +73,8 @@ class Settings:
                 raise ForgetError(f"{name} is {getattr(self, name)}: use {low} to {high}.")
         if not 0 < self.lr < 1:
             raise ForgetError(f"lr is {self.lr}: use a number between 0 and 1, such as 0.001.")
+        if not 0 <= self.seed < 2**63:
+            raise ForgetError(f"seed is {self.seed}: use 0 to {2**63 - 1}.")
         if not 1 <= self.batch <= 64:
             raise ForgetError(f"batch is {self.batch}: use 1 to 64.")
         if self.size % 64 or not 0 <= self.size <= 4096:
@@ -107,7 +109,7 @@ class Data:
     latents: list[torch.Tensor]  # a concept: [N, 4, h, w]
 
     def probe(self, alphas_cumprod, steps, at_most=None):
-        """Look at the first prompt of each of the first concepts, at these time steps."""
+        """Look at the first prompt of each of the first concepts; steps as in ``Probe``."""
         first = {}
         for example in self.examples:
             first.setdefault(example.concept, example)
@@ -140,7 +142,13 @@ def prepare(model, concepts, settings):
 
 def _latents(model, concept, settings, size):
     if concept.images is not None:
-        return model.encode_images(concept.images, size)
+        latents = model.encode_images(concept.images, size)
+        if latents.shape[1] != 4:
+            raise ForgetError(
+                f"This VAE gives {latents.shape[1]} channels, but {model.family.title} reads 4: "
+                "use the VAE of the same checkpoint."
+            )
+        return latents
     if settings.references == "samples":
         seeds = range(settings.seed, settings.seed + settings.samples)
         prompt = concept.training_prompts()[0]
@@ -260,8 +268,8 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None):
 def fit(borrowed, family, adapters, data, settings, on_step):
     """Train the adapters in place; returns the losses."""
     draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device)
-    probe = data.probe(borrowed.alphas_cumprod, steps=(500,), at_most=1)
-    modules = [borrowed.module(name) for name in cross_attention(family)]
+    probe = data.probe(borrowed.alphas_cumprod, steps=(0.5,), at_most=1)
+    modules = [borrowed.module(name) for name in cross_attention_names(family)]
     blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     steps = settings.steps * len(data.latents)
@@ -283,7 +291,9 @@ def fit(borrowed, family, adapters, data, settings, on_step):
                 now = probe.look(borrowed, watch)[0]
             on_step(replace(step, before=before, now=now))
 
-        return train(parameters, loss_at, steps, Optimiser(settings.lr), report)
+        half = borrowed.module(next(iter(adapters))).weight.dtype == torch.float16
+        scale = 1024.0 if half else 1.0
+        return train(parameters, loss_at, steps, Optimiser(settings.lr), report, scale)
 
 
 def watched_forward(borrowed, watch, batch):

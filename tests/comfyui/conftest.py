@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def comfyui_path():
     path = os.environ.get("COMFYUI_PATH", ROOT / ".venv-tests" / "comfyui")
     if not (Path(path) / "comfy").is_dir():
-        pytest.exit(f"No ComfyUI at {path}: set COMFYUI_PATH, or run python3 tools/run.py tests.")
+        pytest.fail(f"No ComfyUI at {path}: set COMFYUI_PATH, or run python3 tools/run.py tests.")
     return Path(path)
 
 

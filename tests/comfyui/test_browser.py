@@ -100,7 +100,7 @@ def test_a_template_opens_and_runs(page, server, path, nodes_2):
     assert page.fmn_errors == []
 
 
-def test_help_pages_render(page, server):
+def test_help_pages_are_served(page, server):
     """The frontend finds each node's page where it looks for it."""
     names = page.evaluate(
         "Object.keys(LiteGraph.registered_node_types).filter(n => n.startsWith('FMN_'))"

@@ -37,6 +37,22 @@ def resident(process, field):
     raise KeyError(field)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+def test_peak_memory_at_512_pixels(big_server):
+    """Keys and values, float32, batch 1: at most 2.5 GB beyond the loaded weights.
+
+    The first test of its server, which has drawn one small picture and nothing else.
+    """
+    load = checkpoint_loader("sd15.safetensors")
+    big_server.run(load | drawing(steps=1, size=64, seed=2))
+    loaded = resident(big_server.process, "VmRSS")
+    Path(f"/proc/{big_server.process.pid}/clear_refs").write_text("5")
+    big_server.run(load | training(steps=1, size=512) | saving("peak"))
+    beyond = resident(big_server.process, "VmHWM") - loaded
+    print(f"peak memory beyond the loaded weights: {beyond / 1e9:.2f} GB")
+    assert beyond < 2.5e9
+
+
 def test_train_save_apply_and_sample(big_server):
     prompt = checkpoint_loader("sd15.safetensors") | training(steps=2, size=256) | saving("sd15")
     prompt["apply"] = node(
@@ -58,19 +74,6 @@ def test_train_save_apply_and_sample(big_server):
     }
     big_server.run(prompt | drawing(["lora", 0], steps=1, size=64))
     assert "lora key not loaded" not in big_server.log_text()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
-def test_peak_memory_at_512_pixels(big_server):
-    """Keys and values, float32, batch 1: at most 2.5 GB beyond the loaded weights."""
-    load = checkpoint_loader("sd15.safetensors")
-    big_server.run(load | drawing(steps=1, size=64, seed=2))
-    loaded = resident(big_server.process, "VmRSS")
-    Path(f"/proc/{big_server.process.pid}/clear_refs").write_text("5")
-    big_server.run(load | training(steps=1, size=512) | saving("peak"))
-    beyond = resident(big_server.process, "VmHWM") - loaded
-    print(f"peak memory beyond the loaded weights: {beyond / 1e9:.2f} GB")
-    assert beyond < 2.5e9
 
 
 def test_the_command_line_trains_the_same_file_alike(big_server, tmp_path):

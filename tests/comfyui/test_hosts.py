@@ -1,8 +1,13 @@
 """The two hosts against each other, and what borrowing leaves behind, with objects in hand."""
 
+import re
+import sys
+
 import numpy as np
 import pytest
 import torch
+
+from .conftest import ROOT
 
 PROMPT = "a photo of a dog"
 STEPS = 10  # 999 / 9 is whole: both hosts then sample at the same trained time steps
@@ -28,6 +33,10 @@ def settings(pack, **more):
 
 def state(patcher):
     return {key: value.clone() for key, value in patcher.model.state_dict().items()}
+
+
+def gradient_flags(patcher):
+    return {name: parameter.requires_grad for name, parameter in patcher.model.named_parameters()}
 
 
 def leftovers(module):
@@ -128,7 +137,7 @@ def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_p
 @pytest.mark.parametrize("layers, full", [("kv", False), ("attention", True), ("unet", True)])
 def test_borrowed_model_comes_back_unchanged(pack, comfy_model, layers, full, checkpointing):
     patcher = comfy_model.patcher
-    before = state(patcher)
+    before, flags = state(patcher), gradient_flags(patcher)
     pack("fmn.methods.resteer").run(
         comfy_model,
         [concept(pack)],
@@ -137,7 +146,7 @@ def test_borrowed_model_comes_back_unchanged(pack, comfy_model, layers, full, ch
     after = state(patcher)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert leftovers(patcher.model) == []
-    assert not any(parameter.requires_grad for parameter in patcher.model.parameters())
+    assert gradient_flags(patcher) == flags
 
 
 @pytest.mark.parametrize("when", [1, 2])
@@ -187,7 +196,17 @@ def test_another_packs_forward_survives(pack, comfy_model):
 
 def test_reference_pictures_and_own_samples_change_the_patch(pack, comfy_model):
     run = pack("fmn.methods.resteer").run
-    pictures = torch.rand(2, 96, 160, 3, generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(2, 96, 160, 4, generator=torch.Generator().manual_seed(0))
+    data = pack("fmn.methods.resteer").prepare(
+        comfy_model, [concept(pack, images=pictures)], settings(pack)
+    )
+    with torch.inference_mode():
+        cut = torch.nn.functional.interpolate(
+            pictures[..., :3].movedim(-1, 1)[..., 32:128], size=128, mode="bilinear", antialias=True
+        )
+        encoded = comfy_model.vae.encode(cut.movedim(1, -1)) * 0.18215
+    # Cut before or after scaling: a third of a pixel apart.
+    assert (data.latents[0] - encoded).abs().mean() < 0.05 * encoded.abs().mean()
     losses = {
         "zeros": run(comfy_model, [concept(pack)], settings(pack)),
         "images": run(comfy_model, [concept(pack, images=pictures)], settings(pack)),
@@ -248,10 +267,79 @@ def test_clip_of_another_family_is_refused(pack, demo):
 
 
 def test_quantised_model_is_refused(pack, demo):
-    patcher = demo[0]
+    """For training; a patch goes on all the same, as stock Load LoRA's do."""
+    patcher, clip, vae = demo
     patcher.model.diffusion_model.to(torch.float8_e4m3fn)
+    model = pack("fmn.hosts.comfy").ComfyModel(patcher, clip, vae)
     with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*float8_e4m3fn"):
-        pack("fmn.hosts.comfy").ComfyModel(patcher)
+        pack("fmn.methods.resteer").run(model, [concept(pack)], settings(pack))
+    families, patches = pack("fmn.families"), pack("fmn.patch")
+    layer = next(layer for layer in families.layers(families.DEMO) if layer.is_key_or_value)
+    factors = torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1])
+    patch = patches.ForgetPatch(families.DEMO, {layer.name: factors}, {"concepts": []})
+    assert len(model.patched(patch, 1.0).patches) == 1
+
+
+def test_cancel_ends_training_within_the_step(pack, comfy_model):
+    """ComfyUI's interrupt stops the very next forward: no other step is reported."""
+    import comfy.model_management as management
+
+    steps = []
+
+    def cancel_at_the_third(step):
+        steps.append(step.index)
+        if step.index == 3:
+            management.interrupt_current_processing()
+
+    with pytest.raises(management.InterruptProcessingException):
+        pack("fmn.methods.resteer").run(
+            comfy_model, [concept(pack)], settings(pack, steps=10), cancel_at_the_third
+        )
+    assert steps == [1, 2, 3]
+    assert leftovers(comfy_model.patcher.model) == []
+
+
+@pytest.mark.parametrize("family, modules", [("SD1", 32), ("SD2", 32), ("SDXL", 140)])
+def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, family, modules):
+    """ComfyUI's key map and diffusers' converter, on U-Nets without memory."""
+    import json
+
+    import comfy.lora
+    import comfy.model_base
+    import comfy.supported_models
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import random_checkpoint
+
+    families, patches = pack("fmn.families"), pack("fmn.patch")
+    family = getattr(families, family)
+    changes = {
+        layer.name: (torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1]))
+        for layer in families.layers(family)
+        if layer.is_key_or_value
+    }
+    lora = patches.ForgetPatch(family, changes, {"concepts": []}).lora()
+    assert len(lora) == 3 * modules
+
+    if family is not families.SD2:  # ComfyUI tells SD 2.x from 1.x by the text width alone
+        config = {"sd1": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}
+        unet = random_checkpoint.UNETS["sd15" if family is families.SD1 else "sdxl"]
+        config = config[family.key](random_checkpoint.COMMON | unet)
+        config.set_inference_dtype(torch.float16, None)
+        model = config.get_model({}, "", device=torch.device("meta"))
+        names = comfy.lora.model_lora_keys_unet(model, {})
+        assert len(comfy.lora.load_lora(dict(lora), names)) == modules
+
+    assets = ROOT / "fmn" / "assets" / "pipelines.json"
+    config = json.loads(assets.read_text())[family.key]["unet/config.json"]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    converted, _ = StableDiffusionXLPipeline.lora_state_dict(dict(lora), unet_config=unet.config)
+    inside = {f"unet.{name}" for name, _ in unet.named_modules()}
+    ending = re.compile(r"\.processor\.(to_[kv])_lora\.(down|up)\.weight$")
+    found = {ending.sub(r".\1", key) for key in converted}
+    assert len(found) == modules and found <= inside
 
 
 def test_unknown_model_is_refused(pack, demo):
@@ -275,11 +363,11 @@ def test_rescued_patch_is_saved_and_named(pack, comfy_model, monkeypatch, tmp_pa
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    node = pack("nodes.train")
+    node = pack("nodes.patch")
     errors = pack("fmn.errors")
     error = errors.NonFiniteLoss("The loss is not finite at step 3.", [1.0, 0.9])
     error.patch = pack("fmn.methods.resteer").run(comfy_model, [concept(pack)], settings(pack))
-    told = node._with_rescued_patch(error)
+    told = pack("fmn.patch").rescue(error, node.output_path("rescued"))
     (file,) = (tmp_path / "forget_patches").iterdir()
     assert file.name in str(told)
     assert pack("fmn.patch").load_patch(file).concepts == ["dog"]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 import fmn
 from fmn.families import DEMO, FAMILIES, SD1, SD2, SDXL, identify, layers
 from fmn.lora_keys import file_name, known_names
-from fmn.model import cross_attention
+from fmn.model import cross_attention_names
 
 from .tiny import TINY, tiny_unet
 
@@ -89,7 +89,7 @@ def test_names_are_unique(family):
     ids=lambda value: getattr(value, "key", None),
 )
 def test_counts(family, modules, key_value, attention):
-    assert len(key_values(family)) == modules == 2 * len(cross_attention(family))
+    assert len(key_values(family)) == modules == 2 * len(cross_attention_names(family))
     assert sum(prod(layer.shape) for layer in key_values(family)) == key_value
     all_attention = [layer for layer in layers(family) if layer.is_cross_attention]
     assert sum(prod(layer.shape) for layer in all_attention) == attention
@@ -129,7 +129,7 @@ def test_upsamplers(family, convs):
 
 
 def test_cross_attention_in_forward_order():
-    names = cross_attention(SD1)
+    names = cross_attention_names(SD1)
     assert names[0] == "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     assert names[6] == "mid_block.attentions.0.transformer_blocks.0.attn2"
     assert names[15] == "up_blocks.3.attentions.2.transformer_blocks.0.attn2"

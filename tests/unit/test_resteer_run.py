@@ -157,7 +157,7 @@ def test_a_run_forgets_and_leaves_the_model_as_it_was(full, scope):
 
 def test_the_patch_is_the_trained_state(monkeypatch):
     """Low-rank factors go into the patch as they are, so it gives what the last look saw."""
-    monkeypatch.setattr("fmn.probe.STEPS", (500,))
+    monkeypatch.setattr("fmn.probe.STEPS", (0.5,))
     model, steps = TinyModel(), []
     data = prepare(model, [MUSK], SETTINGS)
     [before] = look_at(model, data)
