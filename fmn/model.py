@@ -78,7 +78,6 @@ def cross_attention_names(family):
     return [name.removesuffix(".to_q") for name in names]
 
 
-@torch.inference_mode()
 def fingerprint(family, weight_of):
     """A hash that tells one base model from another.
 
@@ -93,6 +92,6 @@ def fingerprint(family, weight_of):
     digest = hashlib.sha256()
     for layer in layers(family):
         if layer.is_key_or_value:
-            rows = weight_of(layer)[:4].to("cpu", torch.float16).contiguous()
+            rows = weight_of(layer)[:4].detach().to("cpu", torch.float16).contiguous()
             digest.update(rows.numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -269,7 +269,8 @@ def test_clip_of_another_family_is_refused(pack, demo):
 def test_quantised_model_is_refused(pack, demo):
     """For training; a patch goes on all the same, as stock Load LoRA's do."""
     patcher, clip, vae = demo
-    patcher.model.diffusion_model.to(torch.float8_e4m3fn)
+    with torch.inference_mode():
+        patcher.model.diffusion_model.to(torch.float8_e4m3fn)
     model = pack("fmn.hosts.comfy").ComfyModel(patcher, clip, vae)
     with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*float8_e4m3fn"):
         pack("fmn.methods.resteer").run(model, [concept(pack)], settings(pack))
