@@ -54,7 +54,7 @@ def build_parser():
 
 
 def _add_forget(commands):
-    # Importing the method costs torch's start, so its defaults are told by its own help text.
+    # Defaults stand in the help: reading them from the method would import torch for it.
     forget = commands.add_parser(
         "forget",
         help="train a patch",
@@ -73,18 +73,30 @@ def _add_forget(commands):
     forget.add_argument(
         "--images", type=Path, help="folder of reference pictures; one concept only"
     )
-    forget.add_argument("--steps", type=int, help="training steps a concept")
-    forget.add_argument("--lr", type=float, help="learning rate")
-    forget.add_argument("--rank", type=int, help="rank of the patch")
-    forget.add_argument("--layers", choices=("kv", "attention", "unet"), help="what to train")
+    forget.add_argument("--steps", type=int, help="training steps a concept (50)")
+    forget.add_argument("--lr", type=float, help="learning rate (0.002)")
+    forget.add_argument("--rank", type=int, help="rank of the patch (4)")
+    forget.add_argument(
+        "--layers",
+        choices=("kv", "attention", "unet"),
+        help="what to train: cross-attention keys and values, all of it, or every layer (kv)",
+    )
     forget.add_argument("--full-weights", action="store_true", default=None, help="as released")
-    forget.add_argument("--end-tokens", choices=("none", "first", "all"))
-    forget.add_argument("--references", choices=("zeros", "samples"))
-    forget.add_argument("--samples", type=int, help="own samples a concept")
-    forget.add_argument("--batch", type=int, help="prompts a step")
-    forget.add_argument("--size", type=int, help="pixels a side; 0: the model's own")
+    forget.add_argument(
+        "--end-tokens",
+        choices=("none", "first", "all"),
+        help="also forget at the end-of-text token (none)",
+    )
+    forget.add_argument(
+        "--references",
+        choices=("zeros", "samples"),
+        help="what to noise without pictures: nothing, or the model's own samples (zeros)",
+    )
+    forget.add_argument("--samples", type=int, help="own samples a concept (4)")
+    forget.add_argument("--batch", type=int, help="prompts a step (1)")
+    forget.add_argument("--size", type=int, help="pixels a side; 0: the model's own (0)")
     forget.add_argument("--checkpointing", action="store_true", default=None, help="save memory")
-    forget.add_argument("--seed", type=int, help="the same seed gives the same patch")
+    forget.add_argument("--seed", type=int, help="the same seed gives the same patch (0)")
     forget.add_argument(
         "--released", action="store_true", help="start from the settings of the released code"
     )

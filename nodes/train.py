@@ -110,7 +110,7 @@ class MethodResteer(io.ComfyNode):
                 io.Boolean.Input(
                     "checkpointing",
                     default=default.checkpointing,
-                    tooltip="Save memory by computing some things twice; about a third slower.",
+                    tooltip="On: save memory by computing some things twice, which takes longer.",
                 ),
                 io.Int.Input(
                     "training_seed",

@@ -44,7 +44,7 @@ class Settings:
         samples: how many own samples a concept.
         batch: prompts a step. The released code uses 1.
         size: pixels a side; 0 takes the family's.
-        checkpointing: recompute activations in backward: about half the memory, a third slower.
+        checkpointing: recompute activations in backward: less memory, more time.
         seed: for the noise, the time steps, the order and the initial factors.
     """
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fmn.cli import main
+from fmn.methods.resteer import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,6 +126,8 @@ BAD = {
     "steps": (["forget", "demo", "dog", "--steps", "0"], "steps is 0"),
     "lr": (["forget", "demo", "dog", "--lr", "5"], "lr is 5.0"),
     "size": (["forget", "demo", "dog", "--size", "100"], "size is 100"),
+    "strength": (["apply", "demo", "x.safetensors:nan", "--prompt", "x"], "is nan"),
+    "seed": (["forget", "demo", "dog", "--seed", str(2**70)], "use 0 to"),
     "no such patch": (["inspect", "nothing.safetensors"], "cannot be read"),
     "no patch at all": (["inspect", "demo/fmn-demo.safetensors"], "is not a forget patch"),
     "model is a patch": (["apply", "LICENSE", "NOTICE", "--prompt", "x"], "not a safetensors"),
@@ -155,10 +159,19 @@ def test_patch_of_another_family_is_refused(tmp_path):
     )
     path = tmp_path / "sd1.safetensors"
     subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, check=True)
-    for result in (["--prompt", "a dog"], ["--checkpoint", tmp_path / "merged.safetensors"]):
+    merged = tmp_path / "merged.safetensors"
+    for result in (["--prompt", "a dog", "--out", tmp_path / "x.png"], ["--checkpoint", merged]):
         done = fmn("apply", "demo", path, *result, code=2)
         assert "Stable Diffusion 1.x" in done.stderr and "demo model" in done.stderr
-    assert not (tmp_path / "merged.safetensors").exists()
+    assert not merged.exists()
+
+
+def test_a_model_is_never_overwritten(patch, tmp_path):
+    model = tmp_path / "model.safetensors"
+    shutil.copy(ROOT / "demo" / "fmn-demo.safetensors", model)
+    before = model.read_bytes()
+    done = fmn("apply", model, patch, "--checkpoint", model, code=2)
+    assert "exists already" in done.stderr and model.read_bytes() == before
 
 
 def test_blown_up_training_exits_3(tmp_path):
@@ -189,7 +202,7 @@ def test_cancel_exits_130_and_writes_nothing(tmp_path):
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Cancelled; nothing was written." in rest
+    assert "Cancelled; no unfinished file was left." in rest
     assert not out.exists()
 
 
@@ -197,7 +210,14 @@ def test_help_teaches():
     text = fmn("--help").stdout
     for word in ("forget", "apply", "inspect", "demo", "examples:", "exit codes"):
         assert word in text
-    assert "--end-tokens" in fmn("forget", "--help").stdout
+
+
+def test_help_tells_the_true_defaults():
+    text = " ".join(fmn("forget", "--help").stdout.split())
+    for name in ("steps", "lr", "rank", "layers", "end_tokens", "references", "samples", "batch",
+                 "size", "seed"):  # fmt: skip
+        option = text.split(f" --{name.replace('_', '-')} ")[-1].split(" --")[0]
+        assert f"({getattr(Settings(), name)})" in option, name
 
 
 def test_the_main_job(tmp_path):

@@ -155,3 +155,43 @@ def test_bfloat16_masters_never_move_and_ours_do():
     # Each of Adam's steps is lr while the gradient keeps its sign.
     assert 30 * 2e-6 < adapter.change.abs().max() <= 35 * 2e-6 * 1.001
     assert torch.equal(layer.weight, make().weight)
+
+
+@pytest.mark.parametrize("scale", [2.0, 1024.0])
+def test_loss_scale_changes_nothing_in_float32(scale):
+    def run(scale):
+        weight = torch.nn.Parameter(torch.tensor([0.3, -2.0, 1e-3]))
+        losses = train(
+            [weight], lambda index: weight.square().sum(), 5, Optimiser(0.01), scale=scale
+        )
+        return losses, weight.detach()
+
+    (losses, weight), (scaled_losses, scaled_weight) = run(1.0), run(scale)
+    assert losses == scaled_losses and torch.equal(weight, scaled_weight)
+
+
+class Overflow(torch.autograd.Function):
+    """The identity, whose gradient is lost above 100, as float16's is above 65504."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return torch.where(gradient.abs() > 100, torch.inf, gradient)
+
+
+def test_loss_scale_is_halved_until_gradients_fit():
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    tried, told = [], []
+
+    def loss_at(index):
+        tried.append(index)
+        return Overflow.apply(weight).sum()
+
+    losses = train([weight], loss_at, 3, Optimiser(0.1), told.append, scale=512.0)
+    assert tried == [0, 0, 0, 0, 1, 2]  # 512, 256, 128 overflow; 64 does not
+    assert len(losses) == len(told) == 3
+    with pytest.raises(NonFiniteLoss, match="at step 1 of 1"):
+        train([weight], lambda index: Overflow.apply(weight * 200).sum() * 200, 1, Optimiser(0.1))

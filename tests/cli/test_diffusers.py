@@ -1,0 +1,60 @@
+"""The diffusers host beside the command line: schedulers, folders, shapes."""
+
+import diffusers
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from fmn.errors import ForgetError
+from fmn.families import DEMO
+from fmn.hosts.diffusers import DiffusersModel
+from fmn.patch import ForgetPatch
+
+
+@pytest.fixture
+def model():
+    return DiffusersModel.load("demo")
+
+
+SCHEDULERS = [
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler",
+    "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_samples_have_unit_variance_with_any_scheduler(model, name):
+    pipeline = model.pipeline
+    pipeline.scheduler = getattr(diffusers, name).from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing"
+    )
+    latents = model.sample_latents(["a photo of a dog"], model.latents_like([0], 128), 6, 3.5)
+    assert 0.5 < latents.std() < 2
+
+
+def test_a_failed_folder_leaves_nothing(model, tmp_path, monkeypatch):
+    def fail(folder):
+        folder.mkdir()
+        (folder / "half").write_text("written")
+        raise SafetensorError("disk full")
+
+    monkeypatch.setattr(model.pipeline, "save_pretrained", fail)
+    with pytest.raises(ForgetError, match="could not be written .disk full."):
+        model.save(tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_variant_with_another_input_layer_is_refused(model):
+    """An inpainting U-Net: it takes a K/V patch, but neither training nor a whole-U-Net patch."""
+    conv = model.unet.conv_in
+    model.unet.conv_in = torch.nn.Conv2d(9, conv.out_channels, 3, padding=1)
+    model.unet.register_to_config(in_channels=9)
+    patch = ForgetPatch(DEMO, {"conv_in": (torch.ones(64, 1, 1, 1), torch.ones(1, 4, 3, 3))})
+    with pytest.raises(ForgetError, match=r"\[64, 4, 3, 3\], the model has \[64, 9, 3, 3\]"):
+        model.merged([(patch, 1.0)])
+    with pytest.raises(ForgetError, match="reads 9 channels"), model.borrow():
+        pass
+    keys = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    before = model.unet.get_submodule(keys).weight.clone()
+    model.merged([(ForgetPatch(DEMO, {keys: (torch.ones(192, 1), torch.ones(1, 128))}), 0.5)])
+    assert torch.allclose(model.unet.get_submodule(keys).weight, before + 0.5)
