@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from .errors import ForgetError
 from .families import identify, layers
-from .patch import write_whole
+from .files import write_whole
 
 UNET_PREFIX = "model.diffusion_model."
 KEYS_AND_VALUES = ".attn2.to_k.weight", ".attn2.to_v.weight"

@@ -246,8 +246,8 @@ def _apply(options):
     if options.checkpoint:
         return _merge(options, patches)
     from .families import DEMO
+    from .files import write_whole
     from .hosts.diffusers import DiffusersModel
-    from .patch import write_whole
     from .pictures import labelled_grid, to_image
 
     model = DiffusersModel.load(options.model).merged(patches)

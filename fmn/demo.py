@@ -7,9 +7,10 @@ import torch
 from tqdm import tqdm
 
 from .concept import Concept
+from .files import write_whole
 from .hosts.diffusers import DiffusersModel
 from .methods import resteer
-from .patch import save_patch, write_whole
+from .patch import save_patch
 from .pictures import beside, labelled_grid, to_image
 from .probe import look_at
 

@@ -1,9 +1,6 @@
 """The forget patch: low-rank changes with a record of what they forget, kept as a LoRA file."""
 
 import json
-import os
-import secrets
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +12,7 @@ from safetensors.torch import save_file
 from . import __version__
 from .errors import ForgetError, NonFiniteLoss
 from .families import FAMILIES, Family, layers
+from .files import write_whole
 from .lora_keys import PARTS, file_name, known_names
 from .lowrank import merge
 
@@ -198,34 +196,6 @@ def rescue(error, path):
     except ForgetError as failed:
         told = str(failed)
     return NonFiniteLoss(f"{error} {told}", error.losses)
-
-
-def write_whole(path, write):
-    """Call ``write`` with the name of a temporary file beside ``path``, then rename it to ``path``.
-
-    Raises:
-        ForgetError: the folder cannot be written to, or the disk is full. Nothing is left behind.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        open(temporary, "xb").close()
-        mode = os.stat(temporary).st_mode  # what the user's umask gives; safetensors would not ask
-        write(temporary)
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ForgetError(
-            f"'{path.name}' could not be saved in {path.parent} ({reason}): "
-            "free some space or choose a folder you can write to."
-        ) from error
-    finally:
-        with suppress(OSError, ValueError):
-            temporary.unlink(missing_ok=True)
 
 
 def load_patch(path):

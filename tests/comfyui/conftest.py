@@ -71,3 +71,8 @@ def demo(pack):
     """MODEL, CLIP and VAE of the demo model, made in inference mode as in a running server."""
     with torch.inference_mode():
         return pack("nodes.demo").load_demo_checkpoint()
+
+
+@pytest.fixture
+def comfy_model(pack, demo):
+    return pack("fmn.hosts.comfy").ComfyModel(*demo)

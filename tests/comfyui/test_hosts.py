@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from .conftest import ROOT
+from .parts import concept, settings
 
 PROMPT = "a photo of a dog"
 STEPS = 10  # 999 / 9 is whole: both hosts then sample at the same trained time steps
@@ -16,19 +17,6 @@ STEPS = 10  # 999 / 9 is whole: both hosts then sample at the same trained time 
 @pytest.fixture(scope="module")
 def pipeline_model(pack):
     return pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
-
-
-@pytest.fixture
-def comfy_model(pack, demo):
-    return pack("fmn.hosts.comfy").ComfyModel(*demo)
-
-
-def concept(pack, name="dog", **more):
-    return pack("fmn.concept").Concept(name, **more)
-
-
-def settings(pack, **more):
-    return pack("fmn.methods.resteer").Settings(**{"steps": 3, "lr": 0.002} | more)
 
 
 def state(patcher):
@@ -217,13 +205,6 @@ def test_reference_pictures_and_own_samples_change_the_patch(pack, comfy_model):
     assert len({round(patch.info["loss"]["first"], 6) for patch in losses.values()}) == 3
 
 
-def test_pictures_without_vae_are_refused(pack, demo):
-    model = pack("fmn.hosts.comfy").ComfyModel(*demo[:2])
-    pictures = torch.zeros(1, 64, 64, 3)
-    with pytest.raises(pack("fmn.errors").ForgetError, match="the VAE input is empty"):
-        pack("fmn.methods.resteer").run(model, [concept(pack, images=pictures)], settings(pack))
-
-
 def test_weights_and_long_prompts_are_understood(pack, comfy_model):
     """(name:1.2) is flagged without its weight; a prompt of two sections is found in both."""
     prepare = pack("fmn.methods.resteer").prepare
@@ -245,40 +226,6 @@ def test_parentheses_in_a_name_are_letters(pack, comfy_model):
         comfy_model, [concept(pack, "apollo (god)")], settings(pack)
     )
     assert int(data.examples[0].flags.sum()) >= 4  # apollo ( god )
-
-
-def test_missing_clip_is_refused(pack, demo):
-    model = pack("fmn.hosts.comfy").ComfyModel(demo[0])
-    with pytest.raises(pack("fmn.errors").ForgetError, match="CLIP input is empty"):
-        pack("fmn.methods.resteer").run(model, [concept(pack)], settings(pack))
-
-
-def test_clip_of_another_family_is_refused(pack, demo):
-    """SD 1.x's real text encoder beside the demo's U-Net: the sentence names both widths."""
-    import comfy.sd
-    import comfy.supported_models
-
-    with torch.inference_mode():
-        other = comfy.sd.CLIP(comfy.supported_models.SD15({}).clip_target({}))
-        other.patcher.model.zero_grad()
-    model = pack("fmn.hosts.comfy").ComfyModel(demo[0], other)
-    with pytest.raises(pack("fmn.errors").ForgetError, match="width 768.*width 128.*same check"):
-        pack("fmn.methods.resteer").run(model, [concept(pack)], settings(pack))
-
-
-def test_quantised_model_is_refused(pack, demo):
-    """For training; a patch goes on all the same, as stock Load LoRA's do."""
-    patcher, clip, vae = demo
-    with torch.inference_mode():
-        patcher.model.diffusion_model.to(torch.float8_e4m3fn)
-    model = pack("fmn.hosts.comfy").ComfyModel(patcher, clip, vae)
-    with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*float8_e4m3fn"):
-        pack("fmn.methods.resteer").run(model, [concept(pack)], settings(pack))
-    families, patches = pack("fmn.families"), pack("fmn.patch")
-    layer = next(layer for layer in families.layers(families.DEMO) if layer.is_key_or_value)
-    factors = torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1])
-    patch = patches.ForgetPatch(families.DEMO, {layer.name: factors}, {"concepts": []})
-    assert len(model.patched(patch, 1.0).patches) == 1
 
 
 def test_cancel_ends_training_within_the_step(pack, comfy_model):
@@ -341,37 +288,6 @@ def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, family, mo
     ending = re.compile(r"\.processor\.(to_[kv])_lora\.(down|up)\.weight$")
     found = {ending.sub(r".\1", key) for key in converted}
     assert len(found) == modules and found <= inside
-
-
-def test_unknown_model_is_refused(pack, demo):
-    patcher = demo[0]
-    attention = patcher.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2
-    attention.to_k = torch.nn.Linear(128, 64, bias=False)
-    with pytest.raises(pack("fmn.errors").ForgetError, match="BaseModel is no model we know"):
-        pack("fmn.hosts.comfy").ComfyModel(patcher)
-
-
-def test_patch_of_another_family_names_both(pack, comfy_model):
-    module = pack("fmn.patch")
-    families = pack("fmn.families")
-    patch = module.ForgetPatch(families.SDXL, {}, {"concepts": []})
-    with pytest.raises(pack("fmn.errors").ForgetError, match="Diffusion XL.*demo model"):
-        comfy_model.patched(patch, 1.0)
-
-
-def test_rescued_patch_is_saved_and_named(pack, comfy_model, monkeypatch, tmp_path):
-    """When the loss stops being finite after some steps, the last good patch is on disk."""
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    node = pack("nodes.patch")
-    errors = pack("fmn.errors")
-    error = errors.NonFiniteLoss("The loss is not finite at step 3.", [1.0, 0.9])
-    error.patch = pack("fmn.methods.resteer").run(comfy_model, [concept(pack)], settings(pack))
-    told = pack("fmn.patch").rescue(error, node.output_path("rescued"))
-    (file,) = (tmp_path / "forget_patches").iterdir()
-    assert file.name in str(told)
-    assert pack("fmn.patch").load_patch(file).concepts == ["dog"]
 
 
 TOKENIZERS = {

@@ -14,8 +14,9 @@ import fmn
 from fmn.concept import Concept
 from fmn.errors import ForgetError
 from fmn.families import DEMO, SD1, SD2, SDXL, layers
+from fmn.files import write_whole
 from fmn.lora_keys import file_name
-from fmn.patch import ForgetPatch, load_patch, save_patch, write_whole
+from fmn.patch import ForgetPatch, load_patch, save_patch
 
 from .tiny import make_patch, metadata_of, rewrite
 

@@ -1,0 +1,38 @@
+"""Writing files so that a failure leaves nothing half-written."""
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import ForgetError
+
+
+def write_whole(path, write):
+    """Call ``write`` with the name of a temporary file beside ``path``, then rename it to ``path``.
+
+    Raises:
+        ForgetError: the folder cannot be written to, or the disk is full. Nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(temporary, "xb").close()
+        mode = os.stat(temporary).st_mode  # what the user's umask gives; safetensors would not ask
+        write(temporary)
+        os.chmod(temporary, mode)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ForgetError(
+            f"'{path.name}' could not be saved in {path.parent} ({reason}): "
+            "free some space or choose a folder you can write to."
+        ) from error
+    finally:
+        with suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
