@@ -51,9 +51,8 @@ def pack(tmp_path_factory):
     path = comfyui_path()
     # First, or the pack's nodes/ would be taken for ComfyUI's nodes.py.
     sys.path.insert(0, str(path))
-    # Before anything else can claim the name.
+    importlib.import_module("utils.install_util")  # before anything else can claim the name
     import comfy.cli_args
-    import utils.install_util  # noqa: F401
 
     comfy.cli_args.args.cpu = True
     comfy.cli_args.args.base_directory = str(make_base(tmp_path_factory.mktemp("in_process")))
