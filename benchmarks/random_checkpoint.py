@@ -3,7 +3,8 @@
     COMFYUI_PATH=... python benchmarks/random_checkpoint.py sd15 random.safetensors
 
 It draws noise, but it has every layer, shape and name of the real one: enough to load, train,
-save, apply and measure time and memory. fp16: 2.1 GB for sd15, 6.9 GB for sdxl.
+save, apply and measure time and memory. fp16: 2.1 GB for sd15, 2.6 GB for
+sd21, 6.9 GB for sdxl.
 """
 
 import logging
@@ -16,6 +17,13 @@ UNETS = {
         "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
         "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
         "transformer_depth_middle": 1, "context_dim": 768, "use_linear_in_transformer": False,
+        "adm_in_channels": None,
+    },
+    "sd21": {
+        "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "transformer_depth_middle": 1, "context_dim": 1024, "use_linear_in_transformer": True,
         "adm_in_channels": None,
     },
     "sdxl": {
@@ -43,7 +51,8 @@ def main(name, path):
     import comfy.supported_models
     import torch
 
-    family = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[name]
+    models = comfy.supported_models
+    family = {"sd15": models.SD15, "sd21": models.SD20, "sdxl": models.SDXL}[name]
     config = family(COMMON | UNETS[name])
     config.set_inference_dtype(torch.float16, None)
     cpu = torch.device("cpu")
