@@ -8,7 +8,6 @@ checked before any model is loaded.
 
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,6 @@ class Layer:
     @property
     def is_cross_attention(self):
         return ".attn2." in self.name
-
-    @property
-    def inputs(self):
-        return prod(self.shape[1:])
 
 
 def _resnet(name, compvis, c_in, c_out, time_dim):
