@@ -38,6 +38,24 @@ class LowRank(nn.Module):
         return self.up.detach(), self.down.detach(), 0.0
 
 
+class Fixed(nn.Module):
+    """W + sum of strength * up @ down: patches that are worn, not trained.
+
+    Args:
+        factors: list of (up, down, strength) for one layer.
+    """
+
+    def __init__(self, factors, device):
+        super().__init__()
+        ups = [strength * up.float() for up, _, strength in factors]
+        downs = [down.float() for _, down, _ in factors]
+        # Ranks side by side: one product however many patches there are.
+        self.register_buffer("up", torch.cat(ups, 1).to(device))
+        self.register_buffer("down", torch.cat(downs, 0).to(device))
+
+    forward = LowRank.forward
+
+
 class Full(nn.Module):
     """W + change, every weight free, in float32 whatever precision W has.
 

@@ -1,0 +1,1 @@
+"""What is measured. Each measure is a function from a ``trial.Trial`` to plain data."""

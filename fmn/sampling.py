@@ -1,0 +1,110 @@
+"""DDIM (Song et al. 2021) over any host's ``Borrowed.denoise``, from embeddings instead of words.
+
+A bench needs more of a sampler than a host's own gives: to start in the middle, to change the
+predicted noise on the way, to draw from learned embeddings, and to do the same in every host.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ForgetError
+from .model import Text
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn.
+
+    Attributes:
+        steps: calls of the model a picture (two forwards each, with guidance other than 1).
+        guidance: scale of classifier-free guidance (Ho & Salimans 2022); 1 is none.
+        size: pixels a side; 0 takes the family's.
+    """
+
+    steps: int = 20
+    guidance: float = 7.0
+    size: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.steps <= 1000:
+            raise ForgetError(f"Sampling steps are {self.steps}: use 1 to 1000.")
+        if not 0 <= self.guidance <= 100:
+            raise ForgetError(f"Guidance is {self.guidance}: use 0 to 100; 1 is none.")
+        if self.size % 64 or not 0 <= self.size <= 4096:
+            raise ForgetError(f"size is {self.size}: use a multiple of 64 up to 4096, or 0.")
+
+
+def spaced(total, steps):
+    """Time steps from ``total`` - 1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
+    return [round(total - i * total / steps) - 1 for i in range(steps)]
+
+
+def expand(text, count):
+    """One encoded prompt as a batch."""
+    vectors = {name: v.expand(count, *v.shape[1:]) for name, v in text.vectors.items()}
+    return Text(text.context.expand(count, -1, -1), vectors)
+
+
+def guided(borrowed, text, empty, guidance):
+    """A function from x_t [B, 4, h, w] and t to the guided noise; ``empty`` is one prompt's."""
+    if guidance == 1:
+        return lambda x, t: borrowed.denoise(x, torch.full((len(x),), t), text)
+    both = Text.cat([text, expand(empty, len(text.context))])
+
+    def predict(x, t):
+        noise = borrowed.denoise(torch.cat([x, x]), torch.full((2 * len(x),), t), both)
+        with_text, without = noise.chunk(2)
+        return without + guidance * (with_text - without)
+
+    return predict
+
+
+@torch.no_grad()
+def ddim(
+    predict,
+    x,
+    alphas_cumprod,
+    steps,
+    first=0,
+    last=None,
+    eta=0.0,
+    spread=1.0,
+    generator=None,
+    correct=None,
+    after=None,
+):
+    """Draw latents by DDIM (Song et al. 2021, eq. 12).
+
+    Args:
+        predict: noise from x_t and t, e.g. of ``guided``.
+        x: [B, 4, h, w]: noise, or the latent that an earlier call left at step ``first``.
+        steps: number of steps of the whole schedule; this call does those from ``first`` up to,
+            not with, ``last`` (None: the end).
+        eta: share of fresh noise a step; 0 is deterministic, 1 is DDPM's.
+        spread: factor on that fresh noise (Lu et al. 2025, arXiv 2505.17013, noise probe).
+        generator: for the fresh noise.
+        correct: (x, noise, t, alpha) -> noise, called on every prediction.
+        after: (x, next alpha) -> x, called after every step.
+
+    Returns:
+        x_0 (or x at step ``last``), [B, 4, h, w].
+    """
+    times = spaced(len(alphas_cumprod), steps)
+    last = steps if last is None else last
+    for i in range(first, last):
+        alpha = alphas_cumprod[times[i]].to(x)
+        following = alphas_cumprod[times[i + 1]].to(x) if i + 1 < steps else torch.ones_like(alpha)
+        noise = predict(x, times[i]).to(x)
+        if correct is not None:
+            noise = correct(x, noise, times[i], alpha)
+        clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        sigma = eta * ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
+        # With eta above 1 the root's argument turns negative; the probe takes its absolute value.
+        x = following.sqrt() * clean + (1 - following - sigma**2).abs().sqrt() * noise
+        if eta:
+            fresh = torch.randn(x.shape, generator=generator).to(x)
+            x = x + spread * sigma * fresh
+        if after is not None:
+            x = after(x, following)
+    return x
