@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import math
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
+from .bench.command import add_bench, run_bench
 from .concept import KINDS, parse_concept
 from .errors import ForgetError, NonFiniteLoss
 
@@ -48,6 +48,7 @@ def build_parser():
         "demo", help="forget an identity, an object and a style of the demo model, with pictures"
     )
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder (%(default)s)")
+    add_bench(commands, argparse.RawDescriptionHelpFormatter)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -123,7 +124,8 @@ def main(arguments=None):
     options = build_parser().parse_args(arguments)
     # transformers tells at import which image processors it would rather use.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    run = {"forget": _forget, "apply": _apply, "inspect": _inspect, "demo": _demo}[options.command]
+    commands = {"forget": _forget, "apply": _apply, "inspect": _inspect, "demo": _demo}
+    run = (commands | {"bench": run_bench})[options.command]
     try:
         result, text = run(options)
     except NonFiniteLoss as error:
@@ -229,16 +231,11 @@ class _Bar:
 
 def _parse_patch(text):
     """FILE or FILE:STRENGTH."""
+    from .files import file_and_strength
     from .patch import load_patch
 
-    file, _, strength = text.rpartition(":")
-    try:
-        value = float(strength)
-    except ValueError:  # no strength; a colon is part of the name
-        return load_patch(text), 1.0
-    if not math.isfinite(value):
-        raise ForgetError(f"The strength in '{text}' is {strength}: use a number such as 0.8.")
-    return load_patch(file or text), value if file else 1.0
+    file, strength = file_and_strength(text)
+    return load_patch(file), strength
 
 
 def _apply(options):

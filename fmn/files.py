@@ -1,5 +1,6 @@
 """Writing files so that a failure leaves nothing half-written."""
 
+import math
 import os
 import secrets
 from contextlib import suppress
@@ -36,3 +37,15 @@ def write_whole(path, write):
     finally:
         with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
+
+
+def file_and_strength(text):
+    """FILE or FILE:STRENGTH -> (file, strength); 1 unless given."""
+    file, _, strength = text.rpartition(":")
+    try:
+        value = float(strength)
+    except ValueError:  # no strength; a colon is part of the name
+        return text, 1.0
+    if not math.isfinite(value):
+        raise ForgetError(f"The strength in '{text}' is {strength}: use a number such as 0.8.")
+    return (file, value) if file else (text, 1.0)

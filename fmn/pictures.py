@@ -1,5 +1,8 @@
 """Small pictures with PIL: what training shows while it runs, and grids of results."""
 
+import base64
+import io
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -62,6 +65,13 @@ def _between(stops, value):
 def to_image(pixels):
     """A PIL picture from floats [H, W, 3] in 0..1."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def png_text(picture):
+    """A PIL picture as base64 of a PNG, for JSON and HTML."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def labelled_grid(rows, columns, side=128):

@@ -99,7 +99,12 @@ class Suite:
 
 
 def load_suite(name):
-    """Read a suite by name (``demo``, ``stable-diffusion``) or a path to a YAML file.
+    """The ``Suite`` of that name or file; see ``read_suite``."""
+    return parse_suite(read_suite(name), Path(name).stem)
+
+
+def read_suite(name):
+    """The content of a suite, by name (``demo``, ``stable-diffusion``) or path of a YAML file.
 
     Raises:
         ForgetError: the file is missing, too big, no YAML, or says something impossible.
@@ -113,10 +118,9 @@ def load_suite(name):
     if path.stat().st_size > MAX_BYTES:
         raise ForgetError(f"'{path}' has more than {MAX_BYTES >> 20} MiB: that is no suite.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ForgetError(f"'{path}' is not valid YAML: {_one_line(error)}") from error
-    return parse_suite(data, path.stem)
 
 
 def parse_suite(data, name):

@@ -1,5 +1,6 @@
 """What a measure works with: a model that wears the patches under test, and judges."""
 
+import math
 import zlib
 from dataclasses import dataclass, field
 
@@ -28,6 +29,9 @@ class Trial:
         count: pictures a question.
         seed: of everything that is drawn by chance.
         cache: pictures of the untouched model by (prompt, seed), shared between trials.
+        controls: name -> pictures of things that the model never knew.
+        names: all that is forgotten here, if it is more than the target.
+        train: function from names to a patch that forgets them, on the model as it is now.
     """
 
     suite: Suite
@@ -39,6 +43,9 @@ class Trial:
     count: int = 12
     seed: int = 0
     cache: dict = field(default_factory=dict)
+    controls: dict = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    train: object = None
 
     def ask(self, prompt, index=0, concept=None, style=None):
         """An ``Ask`` whose seed belongs to its prompt and index, the same for every method."""
@@ -46,12 +53,12 @@ class Trial:
         return Ask(prompt, seed, concept, style)
 
     def pairs(self, concepts, styles, count):
-        """``count`` asks that go around both lists at once, so that neither repeats early."""
-        asks = []
+        """``count`` asks that go around both lists at once, so that no pair recurs early."""
+        asks, round_trip = [], math.lcm(len(concepts), len(styles))
         for i in range(count):
             concept = concepts[i % len(concepts)]
-            # A further step to the side each time around keeps pairs from recurring.
-            style = styles[(i + i // len(concepts)) % len(styles)]
+            # A step to the side each time both lists are through gives pairs not had yet.
+            style = styles[(i + i // round_trip) % len(styles)]
             prompt = self.suite.prompt(concept, style)
             asks.append(self.ask(prompt, i, concept, style))
         return asks
@@ -67,8 +74,9 @@ class Trial:
         return self.pairs([target.name], list(suite.styles), count)
 
     def draw(self, asks):
-        """Pictures [N, H, W, 3] by the model as it is now."""
-        return self.studio.draw([ask.prompt for ask in asks], [ask.seed for ask in asks])
+        """Pictures [N, H, W, 3] by the model as it is now, rounded to the 256 levels of a file."""
+        images = self.studio.draw([ask.prompt for ask in asks], [ask.seed for ask in asks])
+        return (images * 255).round() / 255
 
     def untouched(self, asks):
         """The same by the model without any patch; kept from one trial to the next."""

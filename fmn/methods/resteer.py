@@ -17,9 +17,9 @@ from ..lowrank import Full, LowRank, attached
 from ..model import Text, cross_attention_names
 from ..objectives import attention_resteering
 from ..patch import ForgetPatch, new_info
-from ..probe import Probe
+from ..probe import Probe, flags_of
 from ..schedule import add_noise
-from ..spans import END_TOKENS, flagged_positions
+from ..spans import END_TOKENS
 from ..train import Optimiser, train
 
 SCOPES = ("kv", "attention", "unet")
@@ -81,6 +81,7 @@ class Settings:
             raise ForgetError(f"size is {self.size}: use a multiple of 64 up to 4096, or 0.")
 
 
+DEFAULT = Settings()
 RELEASED = Settings(
     steps=35,
     lr=2e-6,
@@ -108,16 +109,15 @@ class Data:
     examples: list[Example]
     latents: list[torch.Tensor]  # a concept: [N, 4, h, w]
 
-    def probe(self, alphas_cumprod, steps, at_most=None):
-        """Look at the first prompt of each of the first concepts; steps as in ``Probe``."""
+    def looked_at(self):
+        """The first prompt of each concept, as ``Probe`` looks at it."""
         first = {}
         for example in self.examples:
             first.setdefault(example.concept, example)
-        looked_at = [
+        return [
             (example.text, example.flags, self.latents[concept][:1])
-            for concept, example in list(first.items())[:at_most]
+            for concept, example in first.items()
         ]
-        return Probe(looked_at, alphas_cumprod, steps)
 
 
 def prepare(model, concepts, settings):
@@ -131,10 +131,7 @@ def prepare(model, concepts, settings):
     examples = []
     for index, concept in enumerate(concepts):
         for prompt in concept.training_prompts():
-            ids = model.tokenize(prompt)
-            subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-            flags = torch.zeros(1, len(ids), dtype=torch.bool)
-            flags[0, flagged_positions(prompt, ids, subject, settings.end_tokens)] = True
+            flags = flags_of(model, prompt, settings.end_tokens)
             examples.append(Example(index, model.encode(prompt), flags))
     size = settings.size or model.family.resolution
     return Data(examples, [_latents(model, concept, settings, size) for concept in concepts])
@@ -268,7 +265,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None):
 def fit(borrowed, family, adapters, data, settings, on_step):
     """Train the adapters in place; returns the losses."""
     draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device)
-    probe = data.probe(borrowed.alphas_cumprod, steps=(0.5,), at_most=1)
+    probe = Probe(data.looked_at()[:1], borrowed.alphas_cumprod, steps=(0.5,))
     modules = [borrowed.module(name) for name in cross_attention_names(family)]
     blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]

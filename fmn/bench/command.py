@@ -1,0 +1,170 @@
+"""``python -m fmn bench``: options, and what they set going."""
+
+import os
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ..errors import ForgetError
+from .cells import MEASURES, QUICK, SCALE, Setup, parse_method, plan
+
+EPILOG = """\
+SUITE is demo, stable-diffusion, or a .yaml file. METHOD is a preset, with settings if you like
+(resteer, resteer-released, "resteer:steps=100,lr=0.001"), or a patch file, FILE or FILE:STRENGTH,
+that is tried on every target named. The untouched model is always measured too.
+
+Finished pieces are kept in OUT/cells.sqlite: run the same command again to go on after a stop.
+
+examples:
+  python -m fmn bench --target "santa claus" dog "ink drawing"
+  python -m fmn bench --measure all --scale many sequence --out out/full
+  python -m fmn bench --suite stable-diffusion --model sd15.safetensors --judge clip:clip-vit-large
+"""
+
+
+def add_bench(commands, formatter):
+    """Add the command to an ``argparse`` subparsers object."""
+    bench = commands.add_parser(
+        "bench",
+        help="measure forgetting: what is gone, what is kept, how robust, at what cost",
+        epilog=EPILOG,
+        formatter_class=formatter,
+    )
+    bench.add_argument("--suite", default="demo", help="(%(default)s)")
+    bench.add_argument("--model", default="", help="default: the suite's")
+    bench.add_argument("--method", nargs="+", default=["resteer"], help="(resteer)")
+    bench.add_argument("--target", nargs="+", default=[], help="default: all of the suite")
+    bench.add_argument("--split", choices=("tune", "report"), help="only targets of this half")
+    bench.add_argument(
+        "--measure",
+        nargs="+",
+        default=list(QUICK),
+        choices=("all", *MEASURES),
+        metavar="MEASURE",
+        help=f"{', '.join(MEASURES)} or all ({' '.join(QUICK)})",
+    )
+    bench.add_argument(
+        "--scale", nargs="*", default=[], choices=SCALE, help="many: 1 to 100 patches added; "
+        "sequence: twelve one after another, in both orders",
+    )  # fmt: skip
+    bench.add_argument("--judge", default="", help="demo, clip:FOLDER; default: the suite's")
+    bench.add_argument("--check", help="a second judge; '' for none; default: the suite's")
+    bench.add_argument("--clip", default="", help="clip:FOLDER, for CLIP scores")
+    bench.add_argument("--controls", default="", help="folder of strips of things never known")
+    bench.add_argument("--count", type=int, default=12, help="pictures a question (%(default)s)")
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--steps", type=int, help="sampling steps; default: the suite's")
+    bench.add_argument("--guidance", type=float, help="default: the suite's")
+    bench.add_argument("--size", type=int, help="pixels a side; default: the suite's")
+    bench.add_argument("--workers", type=int, default=0, help="processes; 0: one a core, at most 4")
+    bench.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: HOST:PORT or auto")
+    bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (%(default)s)")
+
+
+def run_bench(options):
+    """Run what the options say; returns (data, text) for the command line."""
+    from .judges import check_domains, judge_for
+    from .report import markdown_table
+    from .run import bench, failures
+
+    setup, suite = make_setup(options)
+    targets = _targets(options, suite)
+    check_domains(judge_for(setup.judge, suite), targets)
+    measures = MEASURES if "all" in options.measure else tuple(dict.fromkeys(options.measure))
+    methods = [parse_method(text) for text in dict.fromkeys(options.method)]
+    names = [target.name for target in targets]
+    cells = plan(setup, suite, names, methods, measures, options.scale)
+    command = shlex.join(["python", "-m", "fmn", *sys.argv[1:]])
+    with _Bar() as bar:
+        summary, paths, failed = bench(
+            setup, suite, cells, methods, options.out, _executor(options), bar, command
+        )
+    if failed:
+        raise ForgetError(failures(failed, paths))
+    files = {name: str(path) for name, path in paths.items()}
+    told = {key: value for key, value in summary.items() if key != "grids"}
+    return {"summary": told, "files": files}, f"{markdown_table(summary)}\nreport: {files['html']}"
+
+
+def make_setup(options):
+    """(Setup, Suite) of the options; loads the model for its fingerprint."""
+    from ..hosts.diffusers import DiffusersModel
+    from .judges import files_of, hash_of
+    from .suite import parse_suite, read_suite
+    from .worker import demo_controls
+
+    if not 2 <= options.count <= 1000:
+        raise ForgetError(f"--count is {options.count}: use 2 to 1000 pictures.")
+    data = read_suite(options.suite)
+    given = {name: getattr(options, name) for name in ("steps", "guidance", "size")}
+    changed = {name: value for name, value in given.items() if value is not None}
+    suite = parse_suite(data, Path(options.suite).stem)
+    data = data | {"sampling": asdict(replace(suite.sampling, **changed))}
+    suite = parse_suite(data, Path(options.suite).stem)
+    model = options.model or suite.model
+    judge = options.judge or suite.judge
+    check = suite.check if options.check is None and not options.judge else options.check or ""
+    if not model or not judge:
+        what = "--model" if not model else "--judge"
+        raise ForgetError(f"Suite '{suite.name}' names no default for {what}: give one.")
+    controls = options.controls or (demo_controls() if judge.startswith("demo") else "")
+    paths = [path for spec in (judge, check, options.clip) for path in files_of(spec)]
+    setup = Setup(
+        suite=data,
+        model=model,
+        fingerprint=DiffusersModel.load(model).fingerprint(),
+        judge=judge,
+        check=check,
+        clip=options.clip,
+        controls=controls,
+        judges=hash_of([*paths, controls]),
+        count=options.count,
+        seed=options.seed,
+    )
+    return setup, suite
+
+
+def _targets(options, suite):
+    targets = [suite.find(name) for name in dict.fromkeys(options.target)] or list(suite.targets)
+    targets = [t for t in targets if options.split in (None, t.split)]
+    if not targets:
+        raise ForgetError(f"No target named is in the half '{options.split}': name others.")
+    return targets
+
+
+def _executor(options):
+    if options.ray:
+        from .ray_cluster import Cluster
+
+        return Cluster(options.ray)
+    from .runner import Processes
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not 0 <= options.workers <= 256:
+        raise ForgetError(f"--workers is {options.workers}: use 1 to 256, or 0 to choose.")
+    workers = options.workers or max(1, min(4, cores))
+    return Processes(workers, max(1, cores // workers))
+
+
+class _Bar:
+    """A progress bar on standard error that is a callback."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar:
+            self.bar.close()
+
+    def __call__(self, progress):
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=progress.total, unit="cell", initial=progress.done - 1)
+        cell = progress.cell
+        self.bar.set_postfix_str(f"{cell.work}, {cell.method}, {cell.targets[0]}")
+        self.bar.update(1)

@@ -1,0 +1,1 @@
+"""The M-Score of the target, as ``fmn.metrics.mscore`` defines it."""

@@ -1,0 +1,1 @@
+"""What pictures are measured with: judges that name them, and distances between sets of them."""

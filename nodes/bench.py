@@ -1,0 +1,257 @@
+"""The ConceptBench node."""
+
+import os
+import time
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..fmn.bench.cells import MEASURES, QUICK, Setup, given, plan, trained
+from ..fmn.bench.judges import check_domains, files_of, hash_of, judge_for
+from ..fmn.bench.lab import Lab, to_bytes
+from ..fmn.bench.plots import plots
+from ..fmn.bench.report import markdown_table
+from ..fmn.bench.run import bench, failures
+from ..fmn.bench.runner import Here
+from ..fmn.bench.suite import SUITES, parse_suite, read_suite
+from ..fmn.bench.worker import demo_controls, read_controls
+from ..fmn.errors import ForgetError
+from ..fmn.hosts.comfy import ComfyModel
+from ..fmn.methods import PRESETS, preset_of, settings_of
+from ..fmn.report import printable
+from .types import CATEGORY, Method, Patch, show_text
+
+KIND = "forget_suites"
+
+
+def _register_folder():
+    """Suites that users write lie in models/forget_suites."""
+    paths, _ = folder_paths.folder_names_and_paths.get(KIND, ([], set()))
+    own = os.path.join(folder_paths.models_dir, KIND)
+    found = paths if own in paths else [*paths, own]
+    folder_paths.folder_names_and_paths[KIND] = (found, {".yaml", ".yml"})
+
+
+def _suites():
+    return [*sorted(f.stem for f in SUITES.glob("*.yaml")), *folder_paths.get_filename_list(KIND)]
+
+
+class ConceptBench(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FMN_ConceptBench",
+            display_name="ConceptBench",
+            category=CATEGORY,
+            description="Measures forgetting: is the concept gone, is everything else still there, "
+            "how robust is it, what did it cost. Compares with the untouched model.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that is to forget, without patches."),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                Patch.Input(
+                    "patch",
+                    optional=True,
+                    tooltip="A patch to measure, on those of the suite's targets that it forgets. "
+                    "Empty: patches are trained by the method, one a target.",
+                ),
+                Method.Input(
+                    "method",
+                    optional=True,
+                    tooltip="How to train. Empty, and no patch: re-steer with its defaults.",
+                ),
+                io.Combo.Input(
+                    "suite",
+                    options=_suites(),
+                    default="demo",
+                    tooltip="What is forgotten and what must stay. Your own go to "
+                    f"models/{KIND} as YAML.",
+                ),
+                io.String.Input(
+                    "targets",
+                    default="",
+                    multiline=True,
+                    tooltip="Names of the suite's targets, one a line. Empty: all of them.",
+                ),
+                io.Combo.Input(
+                    "measure",
+                    options=["quick", "all", *MEASURES],
+                    default="quick",
+                    tooltip=f"quick: {' and '.join(QUICK)}, minutes on the demo model. all: every "
+                    "attack too, hours. Or one measure alone.",
+                ),
+                io.String.Input(
+                    "judge",
+                    default="",
+                    tooltip="Who says what a picture shows: demo, or clip: and a folder with a "
+                    "CLIP model. Empty: the suite's own.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=12,
+                    min=2,
+                    max=1000,
+                    tooltip="Pictures a question. More narrow the intervals and take longer; "
+                    "2 shows only that it runs.",
+                ),
+                io.Int.Input(
+                    "bench_seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    tooltip="The same seed draws the same pictures.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="bench",
+                    tooltip="Folder below output/forget_bench for the report. What is measured "
+                    "there already is not measured again.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("REPORT", display_name="report"),
+                io.Image.Output("BARS", display_name="bars"),
+                io.Image.Output("SCATTER", display_name="erased and kept"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, suite, targets, measure, judge, count, bench_seed, name,
+        patch=None, method=None,
+    ):  # fmt: skip
+        data = read_suite(_suite_path(suite))
+        world = parse_suite(data, Path(suite).stem)
+        host = ComfyModel(model, clip, vae)
+        setup = _setup(host, data, world, judge, count, bench_seed)
+        targets = _targets(world, targets, patch)
+        judges = {
+            kind: judge_for(spec, world) if (spec := getattr(setup, kind)) else None
+            for kind in ("judge", "check")
+        }
+        check_domains(judges["judge"], targets)
+        measures = {"quick": QUICK, "all": MEASURES}.get(measure, (measure,))
+        under_test = _method(patch, method)
+        names = [target.name for target in targets]
+        cells = plan(setup, world, names, [under_test], measures)
+        show = _Progress()
+        controls = read_controls(setup.controls)
+        lab = Lab(setup, host, **judges, controls=controls, on_work=show.work)
+        stop = comfy.model_management.InterruptProcessingException
+        summary, paths, failed = bench(
+            setup, world, cells, [under_test], _folder(name), Here(lab, (stop,)), show
+        )
+        if failed:
+            raise ForgetError(failures(failed, paths))
+        images = {plot.name: plot.image for plot in plots(summary)}
+        report = f"{markdown_table(summary)}\n\n{paths['html']}"
+        shown = [_image(images[name]) for name in ("bars", "erased-vs-kept")]
+        return io.NodeOutput(report, *shown)
+
+
+def _suite_path(name):
+    return folder_paths.get_full_path(KIND, name) or name
+
+
+def _setup(host, data, suite, judge, count, seed):
+    judge = judge or suite.judge
+    if not judge:
+        raise ForgetError(
+            f"Suite '{suite.name}' has no judge of its own: type clip: and a folder with a CLIP "
+            "model into judge."
+        )
+    check = suite.check if judge == suite.judge else ""
+    controls = demo_controls() if judge.startswith("demo") else ""
+    # Patches that are on the model change what is measured, and the fingerprint leaves them out.
+    worn = f"+{host.patcher.patches_uuid}" if host.patcher.patches else ""
+    return Setup(
+        suite=data,
+        model="",
+        fingerprint=host.fingerprint() + worn,
+        judge=judge,
+        check=check,
+        controls=controls,
+        judges=hash_of([path for spec in (judge, check) for path in files_of(spec)] + [controls]),
+        count=count,
+        seed=seed,
+    )
+
+
+def _targets(suite, text, patch):
+    """The suite's targets that are named; without names those that the patch forgets, or all."""
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if names:
+        return [suite.find(name) for name in dict.fromkeys(names)]
+    if patch is None:
+        return list(suite.targets)
+    targets = [target for target in suite.targets if target.name in patch.concepts]
+    if not targets:
+        forgets = ", ".join(map(printable, patch.concepts)) or "nothing by name"
+        raise ForgetError(
+            f"The patch forgets {forgets}, which suite '{suite.name}' does not ask about: name "
+            "targets of the suite, or choose another one."
+        )
+    return targets
+
+
+def _method(patch, method):
+    if patch is not None:
+        if method is not None:
+            raise ForgetError("A patch and a method are connected: remove one of them.")
+        return given("patch", to_bytes(patch))
+    preset = preset_of(method) if method is not None else next(iter(PRESETS))
+    return trained(preset, preset, method or settings_of(preset, {}))
+
+
+def _folder(name):
+    root = Path(folder_paths.get_output_directory(), "forget_bench").resolve()
+    folder = (root / (name.strip() or "bench")).resolve()
+    if root not in folder.parents:
+        raise ForgetError(
+            f"The name '{name}' leads out of output/forget_bench: use a plain name, with / for "
+            "folders inside it."
+        )
+    return folder
+
+
+def _image(picture):
+    """A PIL picture as ComfyUI's IMAGE, [1, H, W, 3]."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy())[None].float() / 255
+
+
+class _Progress:
+    """Shows cells done, time left and the picture count on the node; ends the run on Cancel."""
+
+    def __init__(self):
+        self.start, self.units, self.shown = time.monotonic(), 0, 0.0
+        self.bar, self.text, self.before = None, "measuring", None
+
+    def work(self, count):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.units += count
+        if time.monotonic() - self.shown > 1:
+            self.shown = time.monotonic()
+            show_text(f"{self.text}; {self.units} pictures and steps so far")
+
+    def __call__(self, progress):
+        if self.bar is None:
+            self.bar, self.before = comfy.utils.ProgressBar(progress.total), progress.done - 1
+        self.bar.update_absolute(progress.done, progress.total)
+        done = max(1, progress.done - self.before)
+        left = (time.monotonic() - self.start) / done * (progress.total - progress.done)
+        cell = progress.cell
+        self.text = (
+            f"{progress.done} of {progress.total} cells, about {left:.0f} s left; last: "
+            f"{cell.work} of {cell.method} on {cell.targets[0]}"
+        )
+        show_text(self.text)
+
+
+_register_folder()
+NODES = [ConceptBench]

@@ -1,0 +1,69 @@
+"""A suite, a judge and a lab small enough for exact tests; pictures are grey, told by brightness."""
+
+import copy
+
+import torch
+
+from fmn.bench.cells import Setup
+from fmn.bench.lab import Lab
+
+from .tiny import TinyModel
+
+DATA = {
+    "name": "little",
+    "title": "Little world",
+    "concepts": {
+        "identity": {"old man": "an old man"},
+        "object": {"dog": "a dog", "cat": "a cat", "tree": "a tree"},
+    },
+    "styles": {"dark": "{} in dark", "light": "{} in light"},
+    "far": ["tree"],
+    "targets": [
+        {
+            "name": "dog",
+            "kind": "object",
+            "split": "tune",
+            "near": ["cat"],
+            "aliases": ["hound"],
+            "prompts": {"short": ["a dog runs"], "paraphrases": ["a barking pet"]},
+            "together": {"a dog and a tree": "tree"},
+        },
+        {"name": "light", "kind": "style", "near": ["dark"]},
+    ],
+    "sampling": {"steps": 2, "guidance": 2},
+    "model": "little.safetensors",
+    "judge": "grey",
+}
+
+
+def data(**changes):
+    return copy.deepcopy(DATA) | changes
+
+
+class GreyJudge:
+    """Sorts pictures into labels by brightness."""
+
+    name = "grey"
+    labels = {
+        "concept": ("old man", "dog", "cat", "tree", "nothing"),
+        "style": ("dark", "light"),
+    }
+
+    def probabilities(self, images, domain):
+        levels = images.mean((1, 2, 3))
+        count = len(self.labels[domain])
+        index = (levels * count).long().clamp(0, count - 1)
+        return torch.nn.functional.one_hot(index, count).float()
+
+    def features(self, images):
+        return images.flatten(1)[:, ::997].float()
+
+
+def make_setup(**changes):
+    given = {"suite": data(), "model": "little", "fingerprint": "f", "judge": "grey", "count": 4}
+    return Setup(**given | changes)
+
+
+def make_lab(setup=None, **changes):
+    given = {"model": TinyModel(), "judge": GreyJudge()}
+    return Lab(setup or make_setup(), **given | changes)
