@@ -9,7 +9,7 @@ import comfy.utils
 import folder_paths
 import numpy as np
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..fmn.bench.cells import MEASURES, QUICK, Setup, given, plan, trained
 from ..fmn.bench.judges import check_domains, files_of, hash_of, judge_for
@@ -152,7 +152,7 @@ class ConceptBench(io.ComfyNode):
         images = {plot.name: plot.image for plot in plots(summary)}
         report = f"{markdown_table(summary)}\n\n{paths['html']}"
         shown = [_image(images[name]) for name in ("bars", "erased-vs-kept")]
-        return io.NodeOutput(report, *shown)
+        return io.NodeOutput(report, *shown, ui=ui.PreviewText(report))
 
 
 def _suite_path(name):

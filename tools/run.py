@@ -34,7 +34,10 @@ COMFYUI = [
     "requests", "pydantic~=2.0", "pydantic-settings~=2.0", "alembic", "SQLAlchemy",
     "sentencepiece", "comfyui-frontend-package==1.32.9", "kornia>=0.7.1", "spandrel",
 ]  # fmt: skip
-TESTS = ["peft>=0.17", "playwright", "pytest", "ruff==0.17.6", "websocket-client"]
+TESTS = [
+    "eval-unlearn==1.1.2", "peft>=0.17", "playwright", "pytest", "ruff==0.17.6", "setuptools>=77",
+    "websocket-client",
+]  # fmt: skip
 # A torchvision made for CUDA cannot load its operators beside a CPU torch and then fails to import.
 TORCHVISION_FIX = """
 if not _has_ops():

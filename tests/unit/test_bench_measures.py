@@ -32,7 +32,9 @@ def studio():
 
 
 def make_trial(studio, name="dog", **more):
-    return Trial(suite=SUITE, target=SUITE.find(name), studio=studio, judge=GreyJudge(), count=4, **more)  # fmt: skip
+    return Trial(
+        suite=SUITE, target=SUITE.find(name), studio=studio, judge=GreyJudge(), count=4, **more
+    )
 
 
 def strong_patch(size=3.0, sign=1):

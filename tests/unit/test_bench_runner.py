@@ -88,7 +88,9 @@ def test_a_cancel_in_the_middle_of_a_cell_ends_the_run(store):
 
 
 def test_what_fails_is_told_and_the_rest_is_done(store):
-    lab = Recorder({("train", "dog"): ForgetError("no such dog"), ("pictures", "light"): ValueError("bug")})  # fmt: skip
+    lab = Recorder(
+        {("train", "dog"): ForgetError("no such dog"), ("pictures", "light"): ValueError("bug")}
+    )
     failed = run_cells(SETUP, cells(), store, Here(lab))
     told = {(p.cell.work, p.cell.method, p.cell.targets[0]): p.error for p in failed}
     assert told["train", "m", "dog"] == "no such dog"

@@ -1,4 +1,4 @@
-"""A suite, a judge and a lab small enough for exact tests; pictures are grey, told by brightness."""
+"""A suite, a judge and a lab small enough for exact tests; grey pictures, told by brightness."""
 
 import copy
 

@@ -20,8 +20,8 @@ from .attacks import examples
 from .text import judged_rows
 
 SHARES = (0.1, 0.2, 0.4)
-ETAS, SPREADS = (1.0, 1.34, 1.85), (1.0, 1.04)
-SCALES = (25.0, 75.0, 150.0)
+ETAS, SPREADS = (1.0, 1.17, 1.34), (1.0, 1.04)
+SCALES = (15.0, 30.0, 60.0)
 
 
 def completion(trial, shares=SHARES):

@@ -1,0 +1,211 @@
+"""The bench on the demo model: its command, its resuming, its executors, and what it can tell."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fmn import cli
+from fmn.bench.cells import Cell, Setup, given, plan
+from fmn.bench.columns import Found, columns
+from fmn.bench.lab import Lab, to_bytes
+from fmn.bench.store import Store
+from fmn.bench.suite import parse_suite, read_suite
+from fmn.bench.worker import make_lab, read_controls
+from fmn.families import DEMO, layers
+from fmn.hosts.diffusers import DiffusersModel
+from fmn.patch import ForgetPatch
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNT = 9  # a picture of each style
+
+
+def noise_patch(size, sign=1.0):
+    """A patch on keys and values that is only noise, ``size`` times as large as the weights."""
+    generator, changes = torch.Generator().manual_seed(0), {}
+    for layer in layers(DEMO):
+        if layer.is_cross_attention:
+            out, inputs = layer.shape
+            up = torch.randn(out, 8, generator=generator) * size * sign
+            down = torch.randn(8, inputs, generator=generator) * (8 * inputs) ** -0.5
+            changes[layer.name] = up, down
+    return ForgetPatch(DEMO, changes, {"concepts": []})
+
+
+@pytest.fixture(scope="module")
+def setup():
+    fingerprint = DiffusersModel.load("demo").fingerprint()
+    return Setup(suite=read_suite("demo"), model="demo", fingerprint=fingerprint, judge="demo",
+                 check="demo:2", count=COUNT)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab(setup) -> Lab:
+    return make_lab(setup)
+
+
+def scores(lab, name, patches, strength=1.0):
+    """Key of a column -> its value, for pictures of one target on a model with patches."""
+    cell = Cell("pictures", "m", {"strength": strength}, (name,))
+    result, _, _ = lab.run(cell, [to_bytes(patch) for patch in patches])
+    found = Found([(lab.suite.find(name), {"pictures": result})])
+    made = {column.key: column.make(found) for column in columns()}
+    return {key: value["value"] for key, value in made.items() if value is not None}
+
+
+@pytest.mark.parametrize("name", ["dog", "ink drawing"])
+def test_a_model_that_forgot_nothing_scores_as_such(lab, name):
+    found = scores(lab, name, [])
+    assert found["UA"] <= 0.12 and found["HM"] <= 0.3
+    assert found["IRA"] >= 0.88 and found["CRA"] >= 0.88
+    assert found["coherence"] >= 0.9 and found["distance"] == 0
+
+
+@pytest.mark.parametrize("name", ["dog", "ink drawing"])
+def test_a_destroyed_model_keeps_nothing(lab, name):
+    found = scores(lab, name, [noise_patch(30.0)])
+    assert found["UA"] >= 0.88
+    assert found["IRA"] <= 0.25 and found["CRA"] <= 0.4 and found["HM"] <= 0.4
+    assert found["coherence"] <= 0.5 and found["distance"] > 0.2
+
+
+def test_a_patch_and_its_negation_cancel(lab):
+    once = scores(lab, "dog", [noise_patch(1.0)])
+    both = scores(lab, "dog", [noise_patch(1.0), noise_patch(1.0, sign=-1.0)])
+    assert once["distance"] > 0.02
+    # The sum of two float32 products is not exactly nothing; a level of 255 is 0.004.
+    assert both["distance"] < 0.002
+    assert both["UA"] == scores(lab, "dog", [])["UA"]
+
+
+def test_both_judges_agree_on_what_the_untouched_model_draws(lab):
+    cell = Cell("pictures", "untouched", {}, ("apple",))
+    agreement = lab.run(cell, [])[0]["agreement"]
+    assert agreement["concept"] >= 0.85 and agreement["style"] >= 0.85
+
+
+def bench(*arguments):
+    return cli.main(["bench", "--count", "2", "--workers", "1", "--check", "", *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small run through the command line, in a worker process."""
+    folder = tmp_path_factory.mktemp("bench")
+    method = "resteer:steps=2"
+    code = bench(
+        "--method", method, "--target", "dog", "--measure", "pictures", "--out", str(folder)
+    )
+    assert code == 0
+    return folder
+
+
+def test_a_run_leaves_a_report(finished):
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    assert [(row["target"], row["method"]) for row in report["rows"]] == [
+        ("dog", "untouched"), ("dog", "resteer:steps=2"),
+    ]  # fmt: skip
+    assert {"UA", "IRA", "CRA", "HM"} <= {column["key"] for column in report["columns"]}
+    assert "<script" not in (finished / "report.html").read_text(encoding="utf-8")
+    assert "dog" in (finished / "report.md").read_text(encoding="utf-8")
+    assert (finished / "bars.png").stat().st_size > 1000
+
+
+def test_a_second_run_does_nothing_again(finished, capsys):
+    with Store(finished / "cells.sqlite") as store:
+        before = store.db.execute("SELECT key, finished FROM cells ORDER BY key").fetchall()
+    start = time.monotonic()
+    assert bench("--method", "resteer:steps=2", "--target", "dog", "--measure", "pictures",
+                 "--out", str(finished), "--json") == 0  # fmt: skip
+    assert time.monotonic() - start < 60
+    told = json.loads(capsys.readouterr().out)
+    assert told["files"]["html"] == str(finished / "report.html")
+    with Store(finished / "cells.sqlite") as store:
+        after = store.db.execute("SELECT key, finished FROM cells ORDER BY key").fetchall()
+    assert before == after and len(before) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--suite", "nosuch"], "There is no suite"),
+        (["--target", "wolf"], "has no target 'wolf'"),
+        (["--target", "dog", "--split", "report"], "No target named is in the half"),
+        (["--method", "nosuch"], "neither a method"),
+        (["--method", "resteer:steps=0"], "steps is 0"),
+        (["--count", "1"], "--count is 1"),
+        (["--judge", "nosuch"], "There is no judge"),
+        (["--judge", "clip:/nosuch"], "/nosuch"),
+        (["--suite", "stable-diffusion"], "names no default for --model"),
+        (["--suite", "stable-diffusion", "--model", "demo"], "names no default for --judge"),
+        (["--workers", "-1", "--target", "dog"], "--workers is -1"),
+        (["--steps", "0"], "Sampling steps are 0"),
+        (["--size", "100"], "multiple of 64"),
+        (["--model", "nosuch.safetensors"], "nosuch.safetensors"),
+    ],
+)
+def test_what_is_wrong_with_the_options_is_said(arguments, told, tmp_path, capsys):
+    assert bench(*arguments, "--out", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error
+
+
+def test_strips_of_controls(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (24, 8), (255, 0, 0)).save(tmp_path / "kangaroo.png")
+    pictures = read_controls(tmp_path)["kangaroo"]
+    assert pictures.shape == (3, 8, 8, 3) and pictures[..., 0].eq(1).all()
+    Image.new("RGB", (20, 8)).save(tmp_path / "odd.png")
+    from fmn.errors import ForgetError
+
+    with pytest.raises(ForgetError, match="20 x 8"):
+        read_controls(tmp_path)
+    (tmp_path / "odd.png").write_bytes(b"no")
+    with pytest.raises(ForgetError, match="no picture"):
+        read_controls(tmp_path)
+    assert read_controls("") == {}
+
+
+def test_a_cancelled_run_keeps_what_is_done(tmp_path):
+    """Ctrl-C on the real command; the next run needs only the rest."""
+    options = "--count 2 --workers 1 --check= --target dog --measure pictures"
+    command = [sys.executable, "-m", "fmn", "bench", *options.split()]
+    command += ["--method", "resteer:steps=2", "--out", str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    store, deadline = tmp_path / "cells.sqlite", time.monotonic() + 120
+    while time.monotonic() < deadline and not (store.is_file() and done(store)):
+        time.sleep(0.2)
+    process.send_signal(2)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in told.rsplit("fmn:", 1)[-1]
+    kept = done(store)
+    assert 1 <= kept <= 3
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def done(path):
+    with Store(path) as store:
+        return len(store)
+
+
+def test_cells_have_the_same_key_in_every_process(setup):
+    suite = parse_suite(setup.suite, "demo")
+    cells = plan(setup, suite, ["dog"], [given("p", b"x")], ("pictures",))
+    program = (
+        "import sys, pickle; setup, cells = pickle.load(sys.stdin.buffer); "
+        "print(' '.join(cell.key(setup) for cell in cells))"
+    )
+    import pickle
+
+    found = subprocess.run(
+        [sys.executable, "-c", program], input=pickle.dumps((setup, cells)), cwd=ROOT,
+        capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"},
+    )  # fmt: skip
+    assert found.stdout.decode().split() == [cell.key(setup) for cell in cells]

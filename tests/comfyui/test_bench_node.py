@@ -1,0 +1,118 @@
+"""The ConceptBench node, through a real server."""
+
+import json
+import sqlite3
+
+import pytest
+import torch
+
+from .parts import concept, settings
+from .server import Interrupted, PromptError
+from .test_hosts import leftovers, state
+from .workflows import demo_loader, node, training
+
+
+def bench(**inputs):
+    given = {
+        "suite": "demo", "targets": "dog", "measure": "pictures", "judge": "", "count": 2,
+        "bench_seed": 0, "name": "test",
+    } | inputs  # fmt: skip
+    return demo_loader() | {
+        "bench": node(
+            "FMN_ConceptBench", model=["demo", 0], clip=["demo", 1], vae=["demo", 2], **given
+        ),
+        "bars": node("PreviewImage", images=["bench", 1]),
+        "scatter": node("PreviewImage", images=["bench", 2]),
+    }
+
+
+def folder_of(server, name="test"):
+    return server.base / "output" / "forget_bench" / name
+
+
+def finished(server, name="test"):
+    path = folder_of(server, name) / "cells.sqlite"
+    return dict(sqlite3.connect(path).execute("SELECT key, finished FROM cells"))
+
+
+@pytest.fixture(scope="module")
+def measured(server):
+    """A patch that was trained in the graph, measured on its target."""
+    prompt = training(steps=3) | bench(patch=["train", 0], targets="")
+    prompt_id = server.queue(prompt)
+    texts = [event for event in server.events(prompt_id)]
+    return texts, server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+
+
+def test_a_patch_is_measured_on_what_it_forgets(server, measured):
+    events, outputs = measured
+    report = outputs["bench"]["text"][0]
+    assert "untouched" in report and "patch" in report and "UA" in report
+    saved = json.loads((folder_of(server) / "report.json").read_text(encoding="utf-8"))
+    assert [(row["target"], row["method"]) for row in saved["rows"]] == [
+        ("dog", "untouched"), ("dog", "patch"),
+    ]  # fmt: skip
+    for name in ("bars", "scatter"):
+        picture = server.image(outputs[name])
+        assert min(picture.shape[:2]) > 100 and picture.std() > 0.01
+    assert (folder_of(server) / "report.html").stat().st_size > 10_000
+    shown = [data for kind, data in events if kind == "binary" and b"cells" in data]
+    assert shown, "the node never told how far it is"
+
+
+def test_a_second_run_measures_only_what_is_missing(server, measured):
+    before = finished(server)
+    server.run(training(steps=3) | bench(patch=["train", 0], targets="dog"))
+    assert finished(server) == before
+    server.run(bench(bench_seed=1))  # without a patch: re-steer with its defaults
+    after = finished(server)
+    assert before.items() < after.items()
+    assert len(after) == len(before) + 3  # untouched, training, re-steered
+
+
+@pytest.mark.parametrize(
+    "inputs, told",
+    [
+        ({"targets": "wolf"}, "has no target 'wolf'"),
+        ({"suite": "stable-diffusion", "targets": ""}, "has no judge of its own"),
+        ({"judge": "nosuch"}, "There is no judge 'nosuch'"),
+        ({"judge": "clip:/nosuch"}, "/nosuch"),
+        ({"name": "../../escape"}, "leads out of output/forget_bench"),
+        ({"patch": ["train", 0], "method": ["method", 0]}, "remove one of them"),
+        ({"patch": ["train", 0], "suite": "demo", "targets": "wolf"}, "no target 'wolf'"),
+    ],
+)
+def test_what_is_wrong_is_said(server, inputs, told):
+    with pytest.raises(PromptError) as caught:
+        server.run(training(steps=1) | bench(**inputs))
+    assert told in str(caught.value)
+
+
+def test_a_patch_for_something_the_suite_does_not_ask_about(server):
+    with pytest.raises(PromptError, match="does not ask about"):
+        server.run(training("broccoli", steps=1) | bench(patch=["train", 0], targets=""))
+
+
+def test_cancel_keeps_what_is_finished(server):
+    prompt_id = server.queue(bench(name="cancelled", count=8, targets="apple\ncar"))
+    with pytest.raises(Interrupted):
+        for kind, data in server.events(prompt_id):
+            if kind == "binary" and b"1 of 6 cells" in data:
+                server.post("/interrupt", {})
+    assert 1 <= len(finished(server, "cancelled")) < 6
+
+
+def test_the_model_comes_back_bit_identical(pack, demo):
+    model, clip, vae = demo
+    host = pack("fmn.hosts.comfy").ComfyModel(model, clip, vae)
+    patch = pack("fmn.methods.resteer").run(host, [concept(pack)], settings(pack))
+    before = state(model)
+    node_class = pack("nodes.bench").ConceptBench
+    with torch.inference_mode():
+        node_class.execute(
+            model, clip, vae, "demo", "dog", "pictures", "", 2, 0, "in_process", patch=patch
+        )
+    after = state(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not leftovers(model.model)
