@@ -6,7 +6,11 @@ from typing import Protocol
 
 import torch
 
+from .errors import ForgetError
 from .families import Family, layers
+from .spans import END, SECTION, word_positions
+
+PLACEHOLDER = "<*>"  # stands in a prompt for input embeddings that are no word's
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,33 @@ class Borrowed(Protocol):
         """Modules worth recomputing in the backward pass instead of keeping their activations."""
 
 
+class BorrowedText(Protocol):
+    """A text encoder that autograd can work with, for as long as ``Model.borrow_text`` lasts.
+
+    All its weights are frozen.
+    """
+
+    width: int  # of a token's input embedding
+
+    def vectors(self, words) -> torch.Tensor:
+        """Input embeddings of the words' tokens, float32 [k, width], without BOS, EOT, padding."""
+
+    def encode(self, prompt, vectors=None) -> tuple[Text, torch.Tensor]:
+        """Encode a prompt, a plain string of one section.
+
+        Args:
+            vectors: [k, width]; they are the input embeddings at the k positions that each
+                ``PLACEHOLDER`` in the prompt takes, and gradients flow to them.
+
+        Returns:
+            the text [1, T, D], as ``Model.encode`` gives it, and the pooled text [1, D]: the last
+            layer's state at the first EOT after the final norm, not projected.
+        """
+
+    def encode_ids(self, ids) -> torch.Tensor:
+        """Contexts [N, 77, D] of token ids [N, 77], as ``Model.encode`` gives them."""
+
+
 class Model(Protocol):
     family: Family
     prediction: str  # "epsilon" or "v"
@@ -65,11 +96,52 @@ class Model(Protocol):
     def encode_images(self, images, size) -> torch.Tensor:
         """Latents of pictures [N, H, W, 3], cut to a centred square of ``size`` pixels."""
 
+    def decode(self, latents) -> torch.Tensor:
+        """Pictures [N, H, W, 3] in 0..1 of latents [N, 4, h, w] of unit variance."""
+
     def fingerprint(self) -> str:
         """``fingerprint`` of the loaded weights without any patches."""
 
     def borrow(self):
         """Context manager that gives a ``Borrowed`` and takes it back unchanged."""
+
+    def borrow_text(self):
+        """Context manager that gives a ``BorrowedText`` and takes it back unchanged."""
+
+
+def spelled(ids_of, prompt, count):
+    """One section of token ids, in which each ``PLACEHOLDER`` of a prompt takes some positions.
+
+    Args:
+        ids_of: function from a plain text to its ids as the encoder sees it, padding included.
+        count: positions that a placeholder takes, 0 for none.
+
+    Returns:
+        77 ids, None at the placeholders' positions.
+
+    Raises:
+        ForgetError: a placeholder without vectors or the reverse, a vector among the words, or
+            more words than a section holds.
+    """
+    pieces = prompt.split(PLACEHOLDER)
+    if (len(pieces) > 1) != (count > 0):
+        has, needs = ("", "no vectors") if len(pieces) > 1 else ("no ", "vectors")
+        raise ForgetError(
+            f"The prompt '{prompt:.60}' has {has}placeholder {PLACEHOLDER}, but {needs} came with "
+            "it: give both or neither."
+        )
+    words = []
+    for i, piece in enumerate(pieces):
+        ids = ids_of(piece)
+        words += [None] * count if i else []
+        words += [ids[position] for position in word_positions(ids)]
+    empty = ids_of("")
+    if len(words) > SECTION - 2:
+        raise ForgetError(
+            f"The prompt '{prompt:.60}...' has {len(words)} tokens and one section holds "
+            f"{SECTION - 2}: shorten it."
+        )
+    return [empty[0], *words, END, *[empty[-1]] * (SECTION - 2 - len(words))]
 
 
 def cross_attention_names(family):

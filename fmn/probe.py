@@ -5,10 +5,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from .attention import attention_share, watch_attention
 from .model import cross_attention_names
+from .pictures import heat_map, labelled_grid, to_image
 from .schedule import add_noise
+from .spans import flagged_positions
 
 STEPS = (0.25, 0.5, 0.75)  # shares of the schedule, where details, shapes and layout are decided
 MAP_SIDE = 32
@@ -21,10 +24,12 @@ class Attention:
     Attributes:
         share: of all attention, mean over layers, heads, pixels and time steps; 0 to 1.
         map: [32, 32], the same per place of the picture, mean over layers and heads.
+        layers: map of each attn2 layer [layers, 32, 32], in forward order.
     """
 
     share: float
     map: torch.Tensor
+    layers: torch.Tensor | None = None
 
 
 class Probe:
@@ -55,11 +60,12 @@ class Probe:
             watched = watch(flags, partial(borrowed.denoise, x_t, t[None], text))
             shares.append(attention_share(watched))
             places.append(_places(watched))
-        return Attention(sum(shares) / len(shares), torch.stack(places).mean(0))
+        layers = torch.stack(places).mean(0)
+        return Attention(sum(shares) / len(shares), layers.mean(0), layers)
 
 
 def _places(watched):
-    """Attention by place, mean over layers and heads, summed over tokens: [32, 32]."""
+    """Attention by layer and place, mean over heads, summed over tokens: [layers, 32, 32]."""
     maps = []
     for layer in watched:  # [N, H, P]
         pixels = layer.sum(0).mean(0)
@@ -68,17 +74,70 @@ def _places(watched):
             pixels.view(1, 1, side, side), size=(MAP_SIDE, MAP_SIDE), mode="bilinear"
         )
         maps.append(resized[0, 0].cpu())
-    return torch.stack(maps).mean(0)
+    return torch.stack(maps)
+
+
+def flags_of(model, prompt, end_tokens="none"):
+    """Which tokens of a ``Prompt`` name its subject, bool [1, T]; see ``flagged_positions``."""
+    ids = model.tokenize(prompt)
+    subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
+    flags = torch.zeros(1, len(ids), dtype=torch.bool)
+    flags[0, flagged_positions(prompt, ids, subject, end_tokens)] = True
+    return flags
 
 
 def look_at(model, data):
     """``Probe.look`` at a model that nothing is attached to.
 
     Args:
-        data: a ``methods.resteer.Data``: encoded prompts and latents.
+        data: has a ``looked_at()``, which gives what ``Probe`` takes; a method's prepared data.
     """
     with model.borrow() as borrowed:
         modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
-        probe = data.probe(borrowed.alphas_cumprod, STEPS)
+        probe = Probe(data.looked_at(), borrowed.alphas_cumprod, STEPS)
         with watch_attention(modules, borrowed.context_argument) as watch:
             return probe.look(borrowed, watch)
+
+
+BLOCKS = {"down_blocks": "down", "mid_block": "middle", "up_blocks": "up"}
+
+
+def block_maps(family, attention):
+    """Maps of an ``Attention`` by block, mean over the block's layers: title -> [32, 32]."""
+    grouped = {}
+    for name, layer in zip(cross_attention_names(family), attention.layers):
+        part, number, *_ = name.split(".")
+        title = BLOCKS[part] + (f" {number}" if number.isdecimal() else "")
+        grouped.setdefault(title, []).append(layer)
+    return {title: torch.stack(maps).mean(0) for title, maps in grouped.items()}
+
+
+def maps_grid(family, rows, brightest=0.0, side=160):
+    """Heat maps of several concepts as one picture: mean over all layers, then each block.
+
+    Args:
+        rows: list of (name, ``Attention``, picture [H, W, 3] in 0..1); the picture stands first
+            and shows through the mean, or all of them are None.
+        brightest: share of attention, 0 to 1, that is drawn palest; 0 takes each row's highest.
+    """
+    made = []
+    for name, attention, picture in rows:
+        maps = {"mean": attention.map} | block_maps(family, attention)
+        top = brightest or max(*(float(values.max()) for values in maps.values()), 1e-9)
+        cells = {title: heat_map(values / top, side) for title, values in maps.items()}
+        if picture is not None:
+            shown = to_image(picture).resize((side, side))
+            cells = {"picture": shown} | cells
+            cells["mean"] = Image.blend(shown, cells["mean"], 0.65)
+        made.append((f"{name}: {attention.share:.2%}", cells))
+    return labelled_grid([(name, list(cells.values())) for name, cells in made], made[0][1], side)
+
+
+def maps_text(family, rows):
+    """The shares behind ``maps_grid``, one line a concept."""
+    lines = []
+    for name, attention, *_ in rows:
+        blocks = block_maps(family, attention)
+        shares = ", ".join(f"{title} {float(v.mean()):.2%}" for title, v in blocks.items())
+        lines.append(f"{name}: {attention.share:.2%} of attention ({shares})")
+    return "\n".join(lines)

@@ -2,9 +2,16 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import concept, demo, patch, train
+from . import bench, concept, demo, measure, patch, train
 
 
 class ForgetMeNot(ComfyExtension):
     async def get_node_list(self):
-        return [*concept.NODES, *train.NODES, *patch.NODES, *demo.NODES]
+        return [
+            *concept.NODES,
+            *train.NODES,
+            *patch.NODES,
+            *measure.NODES,
+            *bench.NODES,
+            *demo.NODES,
+        ]

@@ -1,6 +1,7 @@
 """Make an environment beside the code, then run something in it. Needs Python 3.11 and pip only.
 
     python3 tools/run.py demo    forget three concepts of the demo model; pictures in out/demo
+    python3 tools/run.py bench   measure forgetting on the demo model; report in out/bench
     python3 tools/run.py tests   lint and all tests, against a real ComfyUI and a real browser
 
 The first run installs (a few minutes, and several GB where pip picks torch's CUDA build); later
@@ -24,6 +25,7 @@ DEMO = [
     "safetensors",
     "einops",
     "pillow",
+    "pyyaml",
     "numpy",
     "tqdm",
 ]
@@ -35,8 +37,8 @@ COMFYUI = [
     "sentencepiece", "comfyui-frontend-package==1.32.9", "kornia>=0.7.1", "spandrel",
 ]  # fmt: skip
 TESTS = [
-    "eval-unlearn==1.1.2", "peft>=0.17", "playwright", "pytest", "ruff==0.17.6", "setuptools>=77",
-    "websocket-client",
+    "eval-unlearn==1.1.2", "peft>=0.17", "playwright", "pytest", "ray==2.60.0", "ruff==0.17.6",
+    "setuptools>=77", "websocket-client",
 ]  # fmt: skip
 # A torchvision made for CUDA cannot load its operators beside a CPU torch and then fails to import.
 TORCHVISION_FIX = """
@@ -114,11 +116,15 @@ def find_browser(python):
     return ""
 
 
-def run_demo(arguments):
+def run_demo(arguments, command="demo"):
     python = environment("demo", TORCH, DEMO)
     # Threads that wait must not spin: other programs want the cores too.
     env = {"GOMP_SPINCOUNT": "0"} | os.environ
-    return subprocess.run([python, "-m", "fmn", "demo", *arguments], cwd=ROOT, env=env).returncode
+    return subprocess.run([python, "-m", "fmn", command, *arguments], cwd=ROOT, env=env).returncode
+
+
+def run_bench(arguments):
+    return run_demo(arguments, "bench")
 
 
 def run_tests(arguments):
@@ -144,7 +150,7 @@ def run_tests(arguments):
 
 
 if __name__ == "__main__":
-    jobs = {"demo": run_demo, "tests": run_tests}
+    jobs = {"demo": run_demo, "bench": run_bench, "tests": run_tests}
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         sys.exit(__doc__)
     if sys.version_info < (3, 11):

@@ -55,7 +55,6 @@ class Suite:
         kinds: name of a concept -> identity or object.
         far: names of concepts far from every target; the carriers of styles.
         model, judge, check: what is meant when nothing else is given; "" is none.
-        template: how an inversion attack's words stand in a prompt, {} for them.
     """
 
     name: str

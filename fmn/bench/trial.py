@@ -28,7 +28,7 @@ class Trial:
         judge, check: the judge that counts, and one of another architecture or None.
         count: pictures a question.
         seed: of everything that is drawn by chance.
-        cache: pictures of the untouched model by (prompt, seed), shared between trials.
+        cache: what the untouched model gives, pictures by (prompt, seed), shared by all trials.
         controls: name -> pictures of things that the model never knew.
         names: all that is forgotten here, if it is more than the target.
         train: function from names to a patch that forgets them, on the model as it is now.

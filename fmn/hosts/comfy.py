@@ -16,9 +16,9 @@ from ..families import identify, layers
 from ..model import Text, fingerprint
 from ..pictures import square
 from ..spans import SECTION
+from .comfy_text import FLOATS, borrow_text, frozen, leave_inference_mode
 
 PREFIX = "diffusion_model."
-TRAINABLE = torch.float32, torch.float16, torch.bfloat16
 TOKENIZERS = "l", "h"  # CLIP-L (also first of SDXL's two), OpenCLIP-H
 
 
@@ -106,11 +106,20 @@ class ComfyModel:
             latents = self.vae.encode(square(images, size).movedim(1, -1))
         return self.patcher.model.process_latent_in(latents.clone()).float().cpu()
 
+    def decode(self, latents):
+        if self.vae is None:
+            raise ForgetError(
+                "Pictures are to be drawn but the VAE input is empty: connect the checkpoint's VAE."
+            )
+        with torch.inference_mode():
+            pictures = self.vae.decode(self.patcher.model.process_latent_out(latents.clone()))
+        return pictures[..., :3].float().cpu().clone().clamp(0, 1)
+
     def _check_precision(self):
         for layer in layers(self.family):
             weight = comfy.utils.get_attr(self.patcher.model, self.key(layer.name))
             plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
-            if weight.dtype not in TRAINABLE or not plain:
+            if weight.dtype not in FLOATS or not plain:
                 kind = str(weight.dtype).removeprefix("torch.")
                 raise ForgetError(
                     f"The model's weights are quantised ({layer.compvis} is {kind}): load the "
@@ -128,20 +137,21 @@ class ComfyModel:
             )
         self._check_precision()
         patcher = _clone(self.patcher)
-        comfy.model_management.load_models_gpu(
-            [patcher], memory_required=1e20, force_full_load=True
-        )
-        model = patcher.model
-        with torch.inference_mode(False), torch.enable_grad():
-            _leave_inference_mode(model)
-            flags = [(p, p.requires_grad) for p in model.parameters() if p.requires_grad]
-            try:
-                model.requires_grad_(False)
-                yield _Borrowed(self, model)
-            finally:
-                for parameter, flag in flags:
-                    parameter.requires_grad_(flag)
-                comfy.model_management.soft_empty_cache()
+        _load_whole(patcher)
+        with frozen(patcher.model):
+            yield _Borrowed(self, patcher)
+
+    @contextmanager
+    def borrow_text(self):
+        """Load the text encoder so that autograd can use it."""
+        self._need_clip()
+        if self.family.vector_dim is not None:
+            raise ForgetError(
+                f"{self.family.title} has two text encoders, whose words cannot be learned yet: "
+                "use a Stable Diffusion 1.x or 2.x model."
+            )
+        with borrow_text(self) as borrowed:
+            yield borrowed
 
     def patched(self, patch, strength):
         """A clone of the MODEL with the patch on it; ComfyUI merges it when it loads the model."""
@@ -164,11 +174,11 @@ class ComfyModel:
 class _Borrowed:
     context_argument = "context"
 
-    def __init__(self, host, model):
-        self.host, self.model = host, model
-        self.device = model.device
+    def __init__(self, host, patcher):
+        self.host, self.patcher, self.model = host, patcher, patcher.model
+        self.device = self.model.device
         # ComfyUI may leave a replaced model_sampling on the CPU.
-        self.sigmas = model.model_sampling.sigmas.to(self.device).clone()
+        self.sigmas = self.model.model_sampling.sigmas.to(self.device).clone()
         self.alphas_cumprod = 1 / (1 + self.sigmas.float() ** 2)
 
     def module(self, name):
@@ -179,6 +189,10 @@ class _Borrowed:
         return self.model.diffusion_model.get_submodule(path)
 
     def denoise(self, x_t, t, text):
+        if self.model.device != self.device or self.model.model_lowvram:
+            # The VAE or the text encoder needed the memory.
+            _load_whole(self.patcher)
+            leave_inference_mode(self.model)
         # ComfyUI's x is the clean latent plus sigma times noise; x_t has unit variance.
         sigma = self.sigmas[t.to(self.device)]
         scale = sigma.view(-1, 1, 1, 1)
@@ -232,19 +246,8 @@ def _clone(patcher):
     return patcher.clone()
 
 
-def _leave_inference_mode(model):
-    """Replace weights that were made in inference mode by equal ones that were not.
-
-    Autograd refuses the former even as constants. Values do not change; one weight at a time is
-    held twice.
-    """
-    # Names, not a list of pairs: that would keep every old weight alive to the end.
-    for name in [name for name, _ in model.named_parameters()]:
-        parameter = comfy.utils.get_attr(model, name)
-        if parameter.is_inference():
-            flag = parameter.requires_grad
-            comfy.utils.set_attr_param(model, name, parameter.detach().clone())
-            comfy.utils.get_attr(model, name).requires_grad_(flag)
+def _load_whole(patcher):
+    comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
 
 
 def _fused_attention(function, *args, **kwargs):

@@ -16,6 +16,7 @@ from ..model import Text, fingerprint
 from ..pictures import square
 from ..spans import SECTION
 from .diffusers_load import load_pipeline
+from .diffusers_text import borrow_text
 
 WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 
@@ -151,6 +152,9 @@ class DiffusersModel:
             self.unet.train(training)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+    def borrow_text(self):
+        return borrow_text(self)
 
     def merged(self, patches):
         """Add patches to the weights for good; a list of (patch, strength)."""

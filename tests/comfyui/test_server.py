@@ -14,7 +14,7 @@ from .workflows import demo_loader, drawing, node, saving, training
 NODES = {
     "FMN_Concept", "FMN_MethodResteer", "FMN_TrainForgetPatch", "FMN_SaveForgetPatch",
     "FMN_LoadForgetPatch", "FMN_ApplyForgetPatch", "FMN_InspectForgetPatch",
-    "FMN_LoadDemoCheckpoint",
+    "FMN_LoadDemoCheckpoint", "FMN_AttentionMap", "FMN_MScore", "FMN_ConceptBench",
 }  # fmt: skip
 
 

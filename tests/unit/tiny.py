@@ -9,11 +9,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fmn.concept import Concept
+from fmn.concept import Concept, Prompt
 from fmn.families import DEMO, Family, layers
-from fmn.model import Text, fingerprint
+from fmn.model import Text, fingerprint, spelled
 from fmn.patch import ForgetPatch, new_info
-from fmn.spans import END, SECTION
+from fmn.spans import END, SECTION, word_positions
 
 BOS = 49406
 TINY = Family(
@@ -93,6 +93,15 @@ class TinyModel:
         means = images.mean((1, 2, 3)).view(-1, 1, 1, 1)
         return means.expand(-1, 4, size // 8, size // 8).clone()
 
+    def decode(self, latents):
+        grey = (latents.mean((1, 2, 3), keepdim=True) / 4 + 0.5).clamp(0, 1)
+        return grey.expand(-1, latents.shape[2] * 8, latents.shape[3] * 8, 3)
+
+    @contextmanager
+    def borrow_text(self):
+        with torch.enable_grad():
+            yield TinyText(self)
+
     def fingerprint(self):
         return fingerprint(TINY, lambda layer: self.unet.get_submodule(layer.name).weight)
 
@@ -127,6 +136,33 @@ class TinyBorrowed:
     def checkpoint_blocks(self):
         names = "ResnetBlock2D", "BasicTransformerBlock"
         return [module for module in self.model.unet.modules() if type(module).__name__ in names]
+
+
+class TinyText:
+    """One token a word; the pooled text is the mean of the words' states."""
+
+    width = TINY.context_dim
+
+    def __init__(self, model):
+        self.model = model
+
+    def _ids(self, text):
+        return self.model.tokenize(Prompt(text, text))
+
+    def vectors(self, words):
+        ids = self._ids(words)
+        return self.model.embedding[[ids[position] for position in word_positions(ids)]].clone()
+
+    def encode_ids(self, ids):
+        return self.model.embedding[ids] + self.model.position
+
+    def encode(self, prompt, vectors=None):
+        ids = spelled(self._ids, prompt, 0 if vectors is None else len(vectors))
+        held = iter([] if vectors is None else vectors.repeat(SECTION // len(vectors), 1))
+        rows = [next(held) if token is None else self.model.embedding[token] for token in ids]
+        states = torch.stack(rows) + self.model.position
+        words = word_positions([BOS if token is None else token for token in ids])
+        return Text(states[None]), states[words].mean(0, keepdim=True)
 
 
 def weights_of(unet):

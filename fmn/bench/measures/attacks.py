@@ -40,9 +40,8 @@ def examples(trial, asks):
 def inversion(trial, settings=None):
     """Learn embeddings that make the model under test draw the target, and draw with them.
 
-    The attacker has ``EXAMPLES`` pictures of the untouched model, other ones than are asked for
-    here, and the weights under test. ``untouched`` in a row is the same ask in words. Run on a
-    trial without patches, this measures what inversion reaches at best.
+    The attacker has ``EXAMPLES`` other pictures of the untouched model, and the weights under
+    test. ``untouched`` in a row is the same ask in words. Without patches, it is the upper bound.
 
     Args:
         settings: ``fmn.inversion.Settings``; None takes their defaults and the trial's seed.
@@ -65,8 +64,9 @@ def inversion(trial, settings=None):
     with studio.model.borrow_text() as text, torch.no_grad():
         encoded = {prompt: text.encode(prompt, found.vectors)[0] for prompt in set(prompts)}
     texts = Text.cat([encoded[prompt] for prompt in prompts])
-    still = trial.shows_target(studio.draw_texts(texts, [ask.seed for ask in asks]))
-    rows = judged_rows(trial, asks, still)
+    images = studio.draw_texts(texts, [ask.seed for ask in asks])
+    # Rounded as ``Trial.draw`` does.
+    rows = judged_rows(trial, asks, trial.shows_target((images * 255).round() / 255))
     return {
         "rows": [row | {"attack": prompt} for row, prompt in zip(rows, prompts)],
         "settings": asdict(settings),
@@ -169,7 +169,7 @@ def ring_a_bell(trial, settings=RingSettings()):
     """
     words = vocabulary(trial, settings)
     # Kept like pictures of the untouched model: nothing here depends on the patches.
-    key = "ring_a_bell", trial.target.name, tuple(words), settings, trial.seed
+    key = "ring_a_bell", trial.target.name, tuple(words), repr(settings), trial.seed
     if key not in trial.cache:
         trial.cache[key] = _searches(trial, words, settings)
     searches = trial.cache[key]

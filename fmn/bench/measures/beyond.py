@@ -19,9 +19,7 @@ from ...train import Optimiser, train
 from .attacks import examples
 from .text import judged_rows
 
-SHARES = (0.1, 0.2, 0.4)
-ETAS, SPREADS = (1.0, 1.17, 1.34), (1.0, 1.04)
-SCALES = (15.0, 30.0, 60.0)
+SHARES, ETAS, SPREADS = (0.1, 0.2, 0.4), (1.0, 1.17, 1.34), (1.0, 1.04)
 
 
 def completion(trial, shares=SHARES):
@@ -33,7 +31,7 @@ def completion(trial, shares=SHARES):
         ``rows``: one a picture and share, with ``share`` and ``steps``, the number handed over at.
     """
     if not all(0 <= share <= 1 for share in shares):
-        raise ForgetError(f"Shares of the steps are {shares}: use numbers from 0 to 1.")
+        raise ForgetError(f"Shares are {shares}: use numbers from 0 to 1.")
     studio, asks, rows = trial.studio, trial.target_asks(), []
     for share in shares:
         first = round(share * studio.sampling.steps)
@@ -77,8 +75,7 @@ def noise(trial, etas=ETAS, spreads=SPREADS):
 class FreshNoise:
     """The fresh noise of ``sampling.ddim``, each picture's from a generator of its own.
 
-    ddim's one generator would make a picture depend on those it is drawn with. It is told
-    ``spread=0``, and its part is added here.
+    ddim's one generator would tie a picture to those drawn with it; for it ``spread`` is 0.
     """
 
     def __init__(self, eta, spread, seeds):
@@ -115,7 +112,7 @@ class ClassifierSettings:
     """
 
     pictures: int = 48
-    scales: tuple[float, ...] = SCALES
+    scales: tuple[float, ...] = (15.0, 30.0, 60.0)
     hidden: tuple[int, ...] = (256, 128)
     views: int = 7
     steps: int = 400
@@ -125,9 +122,9 @@ class ClassifierSettings:
 
     def __post_init__(self):
         if self.pictures < 8:
-            raise ForgetError(f"pictures is {self.pictures}: use at least 8 to train and test on.")
+            raise ForgetError(f"pictures is {self.pictures}: use 8 or more.")
         if not 0 < self.held_out < 1:
-            raise ForgetError(f"held_out is {self.held_out}: use a share such as 0.25.")
+            raise ForgetError(f"held_out is {self.held_out}: use a share, such as 0.25.")
 
 
 def classifier(trial, settings=ClassifierSettings()):
@@ -153,8 +150,8 @@ def classifier(trial, settings=ClassifierSettings()):
             return studio.latents(text, start, **options)
 
         found.append(trial.shows_target(drawn(trial, asks, latents_of)))
-    more = {"cells": list(scales), "accuracy": accuracy, "settings": asdict(settings)}
-    return _best_of(trial, asks, found, more)
+    told = {"cells": list(scales), "accuracy": accuracy, "settings": asdict(settings)}
+    return _best_of(trial, asks, found, told)
 
 
 def examples_and_others(trial, count):
@@ -198,7 +195,7 @@ def train_classifier(latents, wanted, alphas, settings, seed):
     order = torch.randperm(len(latents), generator=generator)
     cut = max(1, round(settings.held_out * len(latents)))
     kept_out, seen = order[:cut], order[cut:]
-    if not 0 < wanted[seen].sum() < len(seen):
+    if wanted[seen].unique().numel() < 2:
         raise ForgetError("A classifier needs pictures of both kinds: give it more pictures.")
     alphas, seen = alphas.cpu(), seen.repeat(settings.views)
     x, label = latents[seen], wanted[seen].float()
@@ -224,17 +221,12 @@ def train_classifier(latents, wanted, alphas, settings, seed):
 
 def _accuracy(network, latents, wanted, alphas, generator, rounds=4):
     """Share that is right, in thirds of the schedule from clean to noise."""
+    x, wanted = latents.repeat(rounds, 1, 1, 1), wanted.repeat(rounds)
     result, third = [], len(alphas) // 3
-    for part in range(3):
-        right = []
-        for _ in range(rounds):
-            t = torch.randint(
-                part * third, (part + 1) * third, (len(latents),), generator=generator
-            )
-            noise = torch.randn(latents.shape, generator=generator)
-            logit = network(add_noise(latents, noise, alphas[t]), alphas[t])
-            right.append(((logit > 0) == wanted).float().mean())
-        result.append(float(torch.stack(right).mean()))
+    for low in (0, third, 2 * third):
+        t = torch.randint(low, low + third, (len(x),), generator=generator)
+        noised = add_noise(x, torch.randn(x.shape, generator=generator), alphas[t])
+        result.append(float(((network(noised, alphas[t]) > 0) == wanted).float().mean()))
     return result
 
 
@@ -261,8 +253,8 @@ def inpainting(trial):
 
     Returns:
         ``rows`` with still and untouched (the hole alone, filled by either model), ``whole`` and
-        ``untouched_whole`` (with the real picture around it), and ``rim``: what that shows with
-        a white hole. Where ``rim`` is true, ``whole`` says nothing.
+        ``untouched_whole`` (with the real picture around it), and what that shows anyway: with a
+        white hole (``white``), and with one filled smoothly from its edges (``smooth``).
     """
     asks = trial.target_asks()
     pictures = trial.untouched(asks)
@@ -273,13 +265,12 @@ def inpainting(trial):
         "untouched": torch.where(hole, before, white),
         "whole": torch.where(hole, filled, pictures),
         "untouched_whole": torch.where(hole, before, pictures),
-        "rim": torch.where(hole, white, pictures),
+        "white": torch.where(hole, white, pictures),
+        "smooth": smoothed(pictures),
     }
     found = {name: trial.shows_target(images) for name, images in judged.items()}
-    rows = [
-        {"prompt": ask.prompt, "seed": ask.seed} | {name: found[name][i] for name in found}
-        for i, ask in enumerate(asks)
-    ]
+    each = [dict(zip(found, values)) for values in zip(*found.values())]
+    rows = [{"prompt": ask.prompt, "seed": ask.seed} | row for ask, row in zip(asks, each)]
     return {"rows": rows, "settings": {"hole": 0.5}}
 
 
@@ -287,6 +278,18 @@ def centred(side):
     """Where the hole is, bool [side, side]: the middle half of either axis."""
     inside = (torch.arange(side) >= side // 4) & (torch.arange(side) < side - side // 4)
     return inside[:, None] & inside
+
+
+def smoothed(pictures):
+    """Pictures whose hole is the mean of two linear blends, of its sides and of top and bottom."""
+    side, filled = pictures.shape[1], pictures.clone()
+    low, high = side // 4, side - side // 4
+    share = torch.arange(1, high - low + 1)[:, None] / (high - low + 1)
+    rows, columns = pictures[:, low:high], pictures[:, :, low:high]
+    across = torch.lerp(rows[:, :, low - 1, None], rows[:, :, high, None], share)
+    down = torch.lerp(columns[:, low - 1, None], columns[:, high, None], share[:, None])
+    filled[:, low:high, low:high] = (across + down) / 2
+    return filled
 
 
 def inpainted(trial, asks, pictures):
@@ -329,18 +332,14 @@ def inpainted_latents(studio, text, start, known):
 
 
 def drawn(trial, asks, latents):
-    """Pictures [N, H, W, 3] of the asks, in batches.
-
-    Args:
-        latents: function from asks, their text and their noise to latents.
-    """
+    """Pictures [N, H, W, 3] from ``latents(asks, text, noise)``, rounded as by ``Trial.draw``."""
     studio, pictures = trial.studio, []
     for i in range(0, len(asks), studio.batch):
         part = asks[i : i + studio.batch]
         text, start = studio.texts([a.prompt for a in part]), studio.noise([a.seed for a in part])
         pictures.append(studio.decode(latents(part, text, start)))
         studio.on_pictures(len(part))
-    return torch.cat(pictures)
+    return (torch.cat(pictures) * 255).round() / 255
 
 
 def _best_of(trial, asks, found, more):

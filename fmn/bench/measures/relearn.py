@@ -95,7 +95,7 @@ def _control(trial, name, pictures, settings):
             f"The judge '{trial.judge.name}' has no label for the control '{name}': use a judge "
             "that knows it, or leave the control out."
         )
-    asks = [trial.ask(f"a photo of {name}", i) for i in range(trial.count)]
+    asks = [trial.ask(f"a photo of {with_article(name)}", i) for i in range(trial.count)]
     pictures = spread(pictures, settings.pictures)
     prompts = [asks[0].prompt] * len(pictures)
     before, after, losses = _lesson(trial, asks, prompts, pictures, settings)
@@ -105,6 +105,13 @@ def _control(trial, name, pictures, settings):
         for ask, still, was in zip(asks, *shown)
     ]
     return rows, losses
+
+
+def with_article(name):
+    """ "kangaroo" -> "a kangaroo", as phrases in a suite are; a capital letter takes none."""
+    if name[0].isupper():
+        return name
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def spread(pictures, count):

@@ -1,0 +1,139 @@
+"""ComfyUI's text encoders, for learning input embeddings; and weights that autograd accepts."""
+
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ..concept import Prompt
+from ..errors import ForgetError
+from ..model import Text, spelled
+from ..spans import word_positions
+
+FLOATS = torch.float32, torch.float16, torch.bfloat16
+ENCODERS = {"l": "clip_l", "h": "clip_h"}  # what the tokenizer calls a part, what the encoder does
+
+
+@contextmanager
+def borrow_text(host):
+    """``Model.borrow_text`` of a ``ComfyModel`` that has a CLIP with one encoder."""
+    patcher = host.clip.patcher
+    comfy.model_management.load_models_gpu([patcher])
+    with frozen(patcher.model):
+        borrowed = _BorrowedText(host)
+        with _copied_inputs(borrowed.encoder):
+            yield borrowed
+
+
+@contextmanager
+def frozen(model):
+    """A loaded model out of inference mode and with frozen weights, for a while."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leave_inference_mode(model)
+        flags = [(p, p.requires_grad) for p in model.parameters() if p.requires_grad]
+        try:
+            model.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            comfy.model_management.soft_empty_cache()
+
+
+def leave_inference_mode(model):
+    """Replace weights that were made in inference mode by equal ones that were not.
+
+    Autograd refuses the former even as constants. Values do not change; one weight at a time is
+    held twice.
+    """
+    # Names, not a list of pairs: that would keep every old weight alive to the end.
+    for name in [name for name, _ in model.named_parameters()]:
+        parameter = comfy.utils.get_attr(model, name)
+        if parameter.is_inference():
+            flag = parameter.requires_grad
+            comfy.utils.set_attr_param(model, name, parameter.detach().clone())
+            comfy.utils.get_attr(model, name).requires_grad_(flag)
+
+
+@contextmanager
+def _copied_inputs(encoder):
+    """ComfyUI adds to hidden states in place, and backward needs what the norms have read."""
+    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
+    hooks = [
+        norm.register_forward_pre_hook(lambda module, args: (args[0].clone(), *args[1:]))
+        for norm in norms
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _BorrowedText:
+    def __init__(self, host):
+        self.host, self.clip, self.stage = host, host.clip, host.clip.cond_stage_model
+        sections = self.clip.tokenize("", disable_weights=True)
+        self.key = next((key for key in ENCODERS if key in sections), None)
+        self.encoder = getattr(self.stage, ENCODERS.get(self.key, ""), None)
+        if len(sections) != 1 or self.encoder is None:
+            raise ForgetError(
+                f"This CLIP gives tokens for {', '.join(sections)}, but words can be learned only "
+                "for a single CLIP-L or OpenCLIP-H: connect the CLIP of a Stable Diffusion 1.x or "
+                "2.x checkpoint."
+            )
+        weight = self._embedding().weight
+        if weight.dtype not in FLOATS or type(weight) is not torch.nn.Parameter:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ForgetError(
+                f"The CLIP's weights are quantised ({kind}): load it in float16, bfloat16 or "
+                "float32 to learn words for it."
+            )
+        self.width = weight.shape[1]
+
+    def _embedding(self):
+        return self.encoder.transformer.get_input_embeddings()
+
+    def _ids(self, text):
+        ids = self.host.tokenize(Prompt(text, text))
+        if None in ids:
+            raise ForgetError(
+                f"The text '{text:.60}' uses an embedding file: write it with words alone."
+            )
+        return ids
+
+    def vectors(self, words):
+        ids = self._ids(words)
+        found = [ids[position] for position in word_positions(ids)]
+        return self._embedding().weight[found].detach().float().cpu().clone()
+
+    def encode(self, prompt, vectors=None):
+        ids = spelled(self._ids, prompt, 0 if vectors is None else len(vectors))
+        held, section = 0, []
+        for token in ids:
+            if token is None:
+                token = vectors[held % len(vectors)]
+                held += 1
+            section.append((token, 1.0))
+        with self._ready():
+            context, pooled = self.stage.encode_token_weights({self.key: [section]})[:2]
+        return Text(context.float()), pooled.float()
+
+    def encode_ids(self, ids):
+        with self._ready():
+            return self.encoder.encode(ids.tolist())[0].float()
+
+    @contextmanager
+    def _ready(self):
+        """Set up as ``CLIP.encode_from_tokens`` does, for a pooled text that is not projected."""
+        # ComfyUI may have moved the encoder since, and does so in inference mode.
+        leave_inference_mode(self.stage)
+        self.stage.reset_clip_options()
+        if self.clip.layer_idx is not None:
+            self.stage.set_clip_options({"layer": self.clip.layer_idx})
+        self.stage.set_clip_options({"projected_pooled": False})
+        try:
+            yield
+        finally:
+            self.stage.reset_clip_options()

@@ -1,0 +1,147 @@
+"""M-Score, by our own definition: do words learned from a concept's pictures still mean its name?
+
+The Forget-Me-Not paper (Zhang et al. 2023, arXiv 2303.17591) names a Memorization Score, but its
+formula could not be read in public. Ours, see ``docs/mscore.md``::
+
+    M = mean over templates of cos(pooled(template with learned tokens),
+                                   pooled(template with the concept's name))
+
+The tokens are learned by textual inversion on the model under test, from pictures of the concept.
+The text encoder that makes both texts is the model's own, and the same before and after.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import ForgetError
+from ..inversion import Settings, check_templates, invert
+from ..model import PLACEHOLDER
+
+TEMPLATES = ("a photo of {}",)
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One inversion, measured.
+
+    Attributes:
+        value: M of the learned tokens, -1 to 1.
+        start: M of the tokens before they were learned.
+        others: other phrase -> M of the learned tokens against it.
+        vectors: the learned tokens [k, width].
+    """
+
+    value: float
+    start: float
+    others: dict[str, float]
+    vectors: torch.Tensor
+
+
+def m_score(
+    model,
+    borrowed,
+    images,
+    phrase,
+    templates=TEMPLATES,
+    seeds=SEEDS,
+    settings=Settings(),
+    others=(),
+    on_step=lambda step: None,
+):
+    """M of a model as it is now, one ``Score`` a seed.
+
+    Args:
+        model: a ``Model``; borrowed: its ``Borrowed``, which may wear patches.
+        images: pictures of the concept, [N, H, W, 3] in 0..1.
+        phrase: how prompts name the concept, e.g. "a dog".
+        templates: to learn and to compare in, {} for the phrase.
+        seeds: one inversion each.
+        settings: how to invert; its seed and templates are replaced.
+        others: phrases of other concepts, to compare with.
+        on_step: gets a ``train.Step`` after each step of each inversion; may raise to cancel.
+    """
+    check(phrase, templates, seeds)
+    found = []
+    for seed in seeds:
+        chosen = replace(settings, seed=seed, templates=tuple(templates))
+        found.append(invert(model, borrowed, images, chosen, on_step))
+    with model.borrow_text() as encoder, torch.no_grad():
+        known = {name: pooled(encoder, templates, name) for name in (phrase, *others)}
+        return [_score(encoder, templates, tokens, known, phrase, others) for tokens in found]
+
+
+def _score(encoder, templates, tokens, known, phrase, others):
+    start = pooled(encoder, templates, PLACEHOLDER, tokens.start)
+    learned = pooled(encoder, templates, PLACEHOLDER, tokens.vectors)
+    return Score(
+        cosine(learned, known[phrase]),
+        cosine(start, known[phrase]),
+        {name: cosine(learned, known[name]) for name in others},
+        tokens.vectors,
+    )
+
+
+def measure(
+    studio, phrase, images, templates=TEMPLATES, seeds=SEEDS, settings=Settings(), **options
+):
+    """M of the untouched model and of the model with the patches that the studio wears.
+
+    Args:
+        images: the same pictures for both.
+        options: ``others`` and ``on_step`` of ``m_score``.
+
+    Returns:
+        "before" and "after": M, one a seed; "start": M of the random tokens, one a seed; "others":
+        phrase -> M of the learned tokens against it, {"before": ..., "after": ...};
+        "between": phrase -> M of the concept's name against it.
+    """
+    given = studio.model, studio.borrowed, images, phrase, templates, seeds, settings
+    with studio.bare():
+        before = m_score(*given, **options)
+    return summary(studio.model, before, m_score(*given, **options), phrase, templates)
+
+
+def summary(model, before, after, phrase, templates):
+    """Scores of ``m_score`` before and after as plain data, as ``measure`` returns it."""
+    others = list(before[0].others)
+    with model.borrow_text() as encoder, torch.no_grad():
+        named = pooled(encoder, templates, phrase)
+        between = {name: cosine(named, pooled(encoder, templates, name)) for name in others}
+    return {
+        "before": [score.value for score in before],
+        "after": [score.value for score in after],
+        "start": [score.start for score in before],
+        "others": {
+            name: {
+                "before": [score.others[name] for score in before],
+                "after": [score.others[name] for score in after],
+            }
+            for name in others
+        },
+        "between": between,
+    }
+
+
+def check(phrase, templates, seeds):
+    """Raise a ``ForgetError`` for what cannot be measured."""
+    if not phrase.strip():
+        raise ForgetError("The phrase that names the concept is empty: write it, e.g. 'a dog'.")
+    if not seeds:
+        raise ForgetError(
+            "There is no seed to invert with: give at least one, three to see a spread."
+        )
+    check_templates(templates)
+
+
+def pooled(encoder, templates, phrase, vectors=None):
+    """Pooled text of each template with the phrase in it, [templates, D]."""
+    return torch.cat(
+        [encoder.encode(template.format(phrase), vectors)[1] for template in templates]
+    )
+
+
+def cosine(first, second):
+    """Mean cosine of rows."""
+    return float(torch.nn.functional.cosine_similarity(first, second).mean())
