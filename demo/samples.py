@@ -52,7 +52,7 @@ def table(model, concepts, given):
     drawn = [framed(picture, pair) for picture, pair in zip(drawn, pairs)]
     width = len(concepts)
     rows = [(style, drawn[i * width : (i + 1) * width]) for i, style in enumerate(pictures.STYLES)]
-    return labelled_grid(rows, concepts)
+    return labelled_grid(rows, concepts, given.side)
 
 
 def held_out_sheet(model, given, columns=8, side=128, title=28):
@@ -77,6 +77,7 @@ def main(arguments=None):
     add("--out", type=Path, required=True, help="PNG file")
     add("--concepts", default=",".join(SHOWN), help="with commas between them")
     add("--held-out", action="store_true", help="the pairs never trained on")
+    add("--side", type=int, default=80, help="pixels of a picture in the table")
     add("--seed", type=int, default=0)
     add("--steps", type=int, default=16)
     add("--guidance", type=float, default=3.5)
@@ -87,7 +88,7 @@ def main(arguments=None):
             picture = held_out_sheet(model, given)
         else:
             picture = table(model, given.concepts.split(","), given)
-    write_whole(given.out, lambda file: picture.save(file, format="PNG"))
+    write_whole(given.out, lambda file: picture.save(file, format="PNG", optimize=True))
     print(given.out)
 
 

@@ -63,7 +63,8 @@ def test_a_model_that_forgot_nothing_scores_as_such(lab, name):
     found = scores(lab, name, [])
     assert found["UA"] <= 0.12 and found["HM"] <= 0.3
     assert found["IRA"] >= 0.88 and found["CRA"] >= 0.88
-    assert found["coherence"] >= 0.9 and found["distance"] == 0
+    # The same picture drawn in another batch differs in the last bits.
+    assert found["coherence"] >= 0.9 and found["distance"] < 1e-4
 
 
 @pytest.mark.parametrize("name", ["dog", "ink drawing"])
