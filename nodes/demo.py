@@ -120,7 +120,7 @@ class LoadDemoCheckpoint(io.ComfyNode):
             node_id="FMN_LoadDemoCheckpoint",
             display_name="Load Demo Checkpoint",
             category=CATEGORY,
-            description="A small Stable Diffusion that comes with the pack: 120 things in 7 "
+            description="A small Stable Diffusion that comes with the pack: 120 things in 9 "
             "styles at 128 x 128 pixels. For trying things out in seconds, also without a GPU.",
             inputs=[],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
