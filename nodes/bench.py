@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..fmn.bench.cells import MEASURES, QUICK, Setup, given, plan, trained
+from ..fmn.bench.cells import Setup, given, plan, trained
 from ..fmn.bench.judges import check_domains, files_of, hash_of, judge_for
 from ..fmn.bench.lab import Lab, to_bytes
+from ..fmn.bench.names import MEASURES, QUICK
 from ..fmn.bench.plots import plots
 from ..fmn.bench.report import markdown_table
 from ..fmn.bench.run import bench, failures

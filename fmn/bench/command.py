@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..errors import ForgetError
-from .cells import MEASURES, QUICK, SCALE, Setup, parse_method, plan
+from .names import MEASURES, QUICK, SCALE
 
 EPILOG = """\
 SUITE is demo, stable-diffusion, or a .yaml file. METHOD is a preset, with settings if you like
@@ -64,6 +64,7 @@ def add_bench(commands, formatter):
 
 def run_bench(options):
     """Run what the options say; returns (data, text) for the command line."""
+    from .cells import parse_method, plan
     from .judges import check_domains, judge_for
     from .report import markdown_table
     from .run import bench, failures
@@ -90,6 +91,7 @@ def run_bench(options):
 def make_setup(options):
     """(Setup, Suite) of the options; loads the model for its fingerprint."""
     from ..hosts.diffusers import DiffusersModel
+    from .cells import Setup
     from .judges import files_of, hash_of
     from .suite import parse_suite, read_suite
     from .worker import demo_controls

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import ForgetError
 from ..report import printable
-from .cells import UNTOUCHED
+from .names import UNTOUCHED
 from .plots import methods
 from .sheet import colour_of, is_measured
 from .statistics import LEVEL, RELIABLE

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .cells import UNTOUCHED
+from .names import UNTOUCHED
 from .sheet import (
     INK,
     PALE,

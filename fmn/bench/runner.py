@@ -142,6 +142,6 @@ def keep_patches(setup, cells, store, methods):
     """Take the patches that methods came with into the store: their cells need no work."""
     patches = {method.name: method.patch for method in methods if method.patch is not None}
     for cell in cells:
-        if cell.work == "train" and cell.method in patches:
+        if cell.work == "train" and cell.method in patches and cell.key(setup) not in store:
             data = patches[cell.method]
             store.add(cell.key(setup), asdict(cell), {"bytes": len(data)}, data, 0.0)

@@ -12,7 +12,7 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import ForgetError
-from .cells import UNTOUCHED
+from .names import UNTOUCHED
 
 INK, SOFT, PALE, STRIPE = (31, 35, 40), (101, 109, 118), (222, 224, 227), (246, 247, 248)
 PAPER, GREY = (255, 255, 255), (150, 155, 161)

@@ -3,8 +3,8 @@
 from datetime import datetime, timezone
 
 from .. import __version__
-from .cells import UNTOUCHED
 from .columns import Found, columns
+from .names import UNTOUCHED
 from .statistics import as_value, bootstrap, correct
 
 KINDS_ORDER = ("identity", "object", "style", "unsafe")

@@ -3,7 +3,7 @@
 import math
 
 from ..errors import ForgetError
-from .cells import UNTOUCHED
+from .names import UNTOUCHED
 from .plots import methods
 from .statistics import RELIABLE, clearly_best
 

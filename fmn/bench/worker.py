@@ -81,7 +81,7 @@ def read_controls(folder):
     found = {}
     for file in sorted(Path(folder).glob("*.png")) if folder else ():
         try:
-            strip = np.asarray(Image.open(file).convert("RGB"))
+            strip = np.array(Image.open(file).convert("RGB"))
         except OSError as error:
             raise ForgetError(f"'{file}' is no picture ({error}): remove or replace it.") from error
         height, width, _ = strip.shape

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fmn import cli
-from fmn.bench.cells import Cell, Setup, given, plan
+from fmn.bench.cells import Cell, Method, Setup, plan
 from fmn.bench.columns import Found, columns
 from fmn.bench.lab import Lab, to_bytes
 from fmn.bench.store import Store
@@ -198,7 +198,7 @@ def done(path):
 
 def test_cells_have_the_same_key_in_every_process(setup):
     suite = parse_suite(setup.suite, "demo")
-    cells = plan(setup, suite, ["dog"], [given("p", b"x")], ("pictures",))
+    cells = plan(setup, suite, ["dog"], [Method("p", {"sha256": "s"})], ("pictures",))
     program = (
         "import sys, pickle; setup, cells = pickle.load(sys.stdin.buffer); "
         "print(' '.join(cell.key(setup) for cell in cells))"

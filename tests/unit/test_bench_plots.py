@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import ImageChops
 
-from fmn.bench.cells import UNTOUCHED
+from fmn.bench.names import UNTOUCHED
 from fmn.bench.plots import bars_with_intervals, erased_vs_kept, methods, plots, probe_bars
 from fmn.bench.sheet import (
     GREY,

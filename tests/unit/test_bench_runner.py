@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from fmn.bench.cells import Cell, Method, given, plan
+from fmn.bench.cells import Cell, Method, plan
 from fmn.bench.runner import Here, keep_patches, run_cells
 from fmn.bench.store import Store
 from fmn.bench.suite import parse_suite
@@ -103,7 +103,7 @@ def test_what_fails_is_told_and_the_rest_is_done(store):
 
 
 def test_patches_that_exist_are_not_trained(store):
-    patch = given("mine", b"bytes")
+    patch = Method("mine", {"sha256": "s"}, b"bytes")
     lab, planned = Recorder(), cells([patch])
     keep_patches(SETUP, planned, store, [patch])
     run_cells(SETUP, planned, store, Here(lab))
