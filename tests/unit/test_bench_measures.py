@@ -6,6 +6,7 @@ import torch
 from fmn.bench.cells import Cell, parse_method
 from fmn.bench.judges import Joined, check_domains, hash_of
 from fmn.bench.lab import from_bytes, to_bytes
+from fmn.bench.measures.mscore import mscore, question
 from fmn.bench.measures.pictures import coherence, kept_asks, pictures
 from fmn.bench.suite import Target, parse_suite
 from fmn.bench.trial import Trial
@@ -197,3 +198,18 @@ def test_the_hash_of_judges_is_of_their_files(tmp_path):
     assert hash_of([folder]) == before
     (folder / "model.safetensors").write_bytes(b"b" * 10)
     assert hash_of([folder]) != before
+
+
+def test_what_the_mscore_is_learnt_from(studio):
+    template, asks = question(make_trial(studio))
+    assert template == "a photo of {}" and {ask.concept for ask in asks} == {"dog"}
+    template, asks = question(make_trial(studio, "light"))
+    assert template == "a tree in {}"
+    assert {(ask.concept, ask.style) for ask in asks} == {("tree", "light")}
+
+
+def test_mscore_of_a_tiny_model(studio, monkeypatch):
+    monkeypatch.setattr("fmn.bench.measures.mscore.SEEDS", (0,))
+    result = mscore(make_trial(studio))
+    assert len(result["scores"]) == len(result["start"]) == 1
+    assert all(-1 <= value <= 1 for value in result["scores"] + result["start"])

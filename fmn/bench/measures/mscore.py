@@ -12,11 +12,11 @@ def mscore(trial):
     Returns:
         scores: M, one a seed of the inversion; start: M of the random tokens it starts from.
     """
-    template = TEMPLATES.get(trial.target.kind, TEMPLATES["object"])
+    template, asks = question(trial)
     scores = m_score(
         trial.studio.model,
         trial.studio.borrowed,
-        trial.untouched(trial.target_asks()),
+        trial.untouched(asks),
         trial.suite.phrase(trial.target),
         templates=(template,),
         seeds=[trial.seed + seed for seed in SEEDS],
@@ -26,3 +26,18 @@ def mscore(trial):
         "scores": [score.value for score in scores],
         "start": [score.start for score in scores],
     }
+
+
+def question(trial):
+    """The template to learn in, {} for the words, and what is drawn to learn from.
+
+    A style is learnt from one thing that the template names: else words for the thing are learnt
+    as well.
+    """
+    suite, target = trial.suite, trial.target
+    named = suite.styles.get(target.name, "")
+    if target.kind != "style" or named.count(target.name) != 1:
+        return TEMPLATES.get(target.kind, TEMPLATES["object"]), trial.target_asks()
+    thing = suite.far[0]
+    template = suite.prompt(thing, target.name).replace(target.name, "{}")
+    return template, trial.pairs([thing], [target.name], trial.count)
