@@ -105,7 +105,7 @@ def test_help_pages_are_served(page, server):
     names = page.evaluate(
         "Object.keys(LiteGraph.registered_node_types).filter(n => n.startsWith('FMN_'))"
     )
-    assert len(names) == 8
+    assert len(names) == 11
     for name in names:
         status = page.evaluate(
             "async name => (await fetch(`/extensions/forget-me-not/docs/${name}.md`)).status", name
