@@ -170,7 +170,7 @@ def _main():
                "difference from the untouched model's at equal seeds, of the full range.",
                lambda found: _mean(found.numbers("distance", KEPT))),
         Column("KID", "KID", group, "", "low", "Kernel distance of kept pictures from untouched "
-               "ones at other seeds, on the judge's features; sets this small scatter around 0.",
+               "ones of equal prompts at other seeds, below 0 by itself: compare with untouched.",
                _average("kid")),
         Column("clip_target", "CLIP, target", group, "", "low", "CLIP score of the target's "
                "prompts.", lambda found: _mean(found.numbers("clip", (TARGET,)))),
