@@ -31,16 +31,19 @@ def resized(pictures, side):
     return interpolate(pictures, size=side, mode="bilinear", antialias=True, align_corners=False)
 
 
-def moved(random, pictures, zoom=(0.7, 1.2), shift=0.1, turn=10.0):
-    """Scaled, shifted (share of the side) and turned (degrees), at any size."""
+def moved(random, pictures, zoom=(0.7, 1.2), shift=0.1, turn=10.0, warp=0.05, mirror=0.2):
+    """Scaled, shifted (share of the side), turned (degrees), bent and at times mirrored."""
     count = len(pictures)
     angle = uniform(random, count, -turn, turn).flatten() * math.pi / 180
     scale = uniform(random, count, *zoom).flatten()
+    sign = torch.where(some(random, count, mirror).flatten(), -1.0, 1.0)
     cos, sin = angle.cos() / scale, angle.sin() / scale
     x, y = (uniform(random, count, -2 * shift, 2 * shift).flatten() for _ in range(2))
-    rows = torch.stack([cos, -sin, x, sin, cos, y], 1).view(count, 2, 3)
+    rows = torch.stack([cos * sign, -sin, x, sin * sign, cos, y], 1).view(count, 2, 3)
     grid = affine_grid(rows, pictures.shape, align_corners=False)
-    return grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    bend = torch.randn(count, 2, 5, 5, generator=random) * uniform(random, count, 0, warp)
+    bend = interpolate(bend, size=pictures.shape[-1], mode="bicubic").movedim(1, -1)
+    return grid_sample(pictures, grid + bend, padding_mode="border", align_corners=False)
 
 
 def blurred(pictures, sigma):
@@ -53,7 +56,7 @@ def blurred(pictures, sigma):
     return conv2d(conv2d(wide, line, groups=3), line.transpose(2, 3), groups=3)
 
 
-def softened(random, pictures, least=16):
+def softened(random, pictures, least=28):
     """Scaled down to between ``least`` and all pixels and up again, in four groups."""
     groups = []
     for part in pictures.chunk(4):
@@ -83,8 +86,8 @@ def noised(random, pictures, most=0.08):
     """Fine noise, and a slow drift of colour such as a decoder leaves."""
     count = len(pictures)
     fine = torch.randn(pictures.shape, generator=random) * uniform(random, count, 0, most)
-    drift = torch.randn(count, 3, 5, 5, generator=random) * uniform(random, count, 0, 0.04)
-    slow = interpolate(drift, size=SIDE, mode="bicubic")
+    slow = torch.randn(count, 3, 6, 6, generator=random) * uniform(random, count, 0, 0.06)
+    slow = interpolate(slow, size=SIDE, mode="bicubic")
     return (pictures + fine * some(random, count, 0.5) + slow).clamp(0, 1)
 
 
@@ -107,12 +110,14 @@ def changed(random, pictures):
 
 
 def estranged(random, pictures):
-    """In colours of no style: turned hues, grey or inverted. The concept stays, the style goes."""
+    """In colours of no style: turned hues, grey, edges only, inverted. The concept stays."""
     count = len(pictures)
     order = torch.stack([torch.randperm(3, generator=random) for _ in range(count)])
-    turned = pictures.gather(1, order[:, :, None, None].expand_as(pictures))
+    strange = pictures.gather(1, order[:, :, None, None].expand_as(pictures))
     grey = (pictures * GREY.view(1, 3, 1, 1)).sum(1, keepdim=True).expand_as(pictures)
-    strange = torch.where(some(random, count, 0.5), turned, grey)
+    strange = torch.where(some(random, count, 0.5), strange, grey)
+    edges = 1 - (4 * (grey - blurred(grey, float(uniform(random, 1, 1, 3)))).abs()).clamp(max=1)
+    strange = torch.where(some(random, count, 0.3), edges, strange)
     return torch.where(some(random, count, 0.4), 1 - strange, strange)
 
 

@@ -32,7 +32,7 @@ from fmn.files import write_whole  # noqa: E402
 from fmn.metrics.demo_judge import ARCHITECTURES, FILE, NOTHING, SIDE, Network  # noqa: E402
 
 SEED, TEST_SEED = 20, 21
-BATCH, NOTHINGS, STRANGE = 64, 8, 0.1  # pictures a batch, of nothing in it, share off-style
+BATCH, NOTHINGS, STRANGE = 64, 8, 0.2  # pictures a batch, of nothing in it, share off-style
 RATE, MUON_RATE, DECAY, SMOOTHING = 3e-3, 5e-3, 0.05, 0.05
 ROUNDS = 4  # changed renderings of each picture in the test
 
@@ -112,7 +112,7 @@ def make_batch(random, data):
     )
 
 
-def make_optimizers(network, steps):
+def make_optimizers(network, steps, peak):
     """Muon (Jordan et al. 2024) for the trunk's matrices, AdamW for the rest."""
     trunk = network.trunk.named_parameters()
     matrices = [p for name, p in trunk if p.ndim == 2 and name != "places"]
@@ -125,7 +125,8 @@ def make_optimizers(network, steps):
         ),
     ]
     return optimizers, [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda i: rate_at((i + 1) / steps)) for o in optimizers
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: peak * rate_at((i + 1) / steps))
+        for o in optimizers
     ]
 
 
@@ -134,12 +135,15 @@ def rate_at(part):
     return part / 0.05 if part < 0.05 else 0.5 + 0.5 * math.cos(math.pi * (part - 0.05) / 0.95)
 
 
-def train_network(network, bank, rows, steps, title):
-    """Train on these rows of the bank, in a new order each time they run out."""
+def train_network(network, bank, rows, steps, title, peak=1.0):
+    """Train on these rows of the bank, in a new order each time they run out.
+
+    ``peak``: the highest share of the learning rates.
+    """
     random = torch.Generator().manual_seed(SEED)
     rounds = range(-(-steps * BATCH // len(rows)))
     order = torch.cat([rows[torch.randperm(len(rows), generator=random)] for _ in rounds])
-    optimizers, schedules = make_optimizers(network.train(), steps)
+    optimizers, schedules = make_optimizers(network.train(), steps, peak)
     device, began = next(network.parameters()).device, time.time()
     for step in range(steps):
         chosen = order[step * BATCH : (step + 1) * BATCH]
@@ -246,7 +250,7 @@ def train_one(name, network, test, bank, steps):
     train_network(network, bank, kept, steps, f"{name}, for the test")
     facts, said = test.of(network)
     print(f"{name} {json.dumps(facts)}", flush=True)
-    train_network(network, bank, everything, steps // 2, f"{name}, all pairs")
+    train_network(network, bank, everything, steps // 2, f"{name}, all pairs", peak=0.5)
     final, _ = test.of(network)
     wanted = "seen concept", "seen style", "seen called nothing", "nothing"
     return facts | {f"final, {key}": final[key] for key in wanted}, said
@@ -259,8 +263,8 @@ def main(arguments=None):
     command.add_argument("--pictures", type=Path, default=Path("build/demo"), help="their folder")
     command.add_argument("--packages", type=Path, help="npm's archives (PICTURES/packages)")
     command.add_argument("--out", type=Path, default=FILE, help="the file to make")
-    command.add_argument("--steps", type=int, default=1200, help="of 64 pictures, before the test")
-    command.add_argument("--batches", type=int, default=500, help="of 64 changed pictures")
+    command.add_argument("--steps", type=int, default=1500, help="of 64 pictures, before the test")
+    command.add_argument("--batches", type=int, default=700, help="of 64 changed pictures")
     command.add_argument("--device", default="cpu", help="where to train: cpu or cuda")
     command.set_defaults(run=train)
     command = commands.add_parser("check", help="judge what a demo model draws")
