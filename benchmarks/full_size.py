@@ -28,7 +28,7 @@ from comfyui.server import Server  # noqa: E402
 from comfyui.workflows import checkpoint_loader, drawing, node, saving, training  # noqa: E402
 
 from fmn.families import SD1, SDXL, layers  # noqa: E402
-from fmn.methods.resteer import in_scope  # noqa: E402
+from fmn.fitting import in_scope  # noqa: E402
 
 ROWS = [
     {"layers": layers, "full_weights": full, "checkpointing": checkpointing}

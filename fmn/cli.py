@@ -4,13 +4,14 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
 from . import __version__
 from .bench.command import add_bench, run_bench
 from .concept import KINDS, parse_concept
 from .errors import ForgetError, NonFiniteLoss
+from .methods import DEFAULT, PRESETS
 
 OK, FAILED, BAD_INPUT, NOT_FINITE, CANCELLED = 0, 1, 2, 3, 130
 
@@ -31,7 +32,8 @@ kept), 130 cancelled
 """
 
 
-def build_parser():
+def build_parser(asked=None):
+    """The parser of all commands; ``asked`` is the method whose settings ``forget`` takes."""
     parser = argparse.ArgumentParser(
         prog="python -m fmn",
         description="Make a text-to-image model forget a concept.",
@@ -40,10 +42,11 @@ def build_parser():
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_forget(commands)
+    _add_forget(commands, asked)
     _add_apply(commands)
     inspect = commands.add_parser("inspect", help="tell what a patch file forgets")
     inspect.add_argument("patch", type=Path)
+    commands.add_parser("methods", help="list the methods")
     demo = commands.add_parser(
         "demo", help="forget an identity, an object and a style of the demo model, with pictures"
     )
@@ -54,12 +57,11 @@ def build_parser():
     return parser
 
 
-def _add_forget(commands):
-    # Defaults stand in the help: reading them from the method would import torch for it.
+def _add_forget(commands, asked):
     forget = commands.add_parser(
         "forget",
         help="train a patch",
-        description="Train a patch by attention re-steering. What you leave out keeps its default.",
+        description="Make a patch. Every setting of the chosen method is an option.",
     )
     forget.add_argument("model", help="demo, a .safetensors checkpoint, or a diffusers folder")
     forget.add_argument(
@@ -74,33 +76,12 @@ def _add_forget(commands):
     forget.add_argument(
         "--images", type=Path, help="folder of reference pictures; one concept only"
     )
-    forget.add_argument("--steps", type=int, help="training steps a concept (50)")
-    forget.add_argument("--lr", type=float, help="learning rate (0.002)")
-    forget.add_argument("--rank", type=int, help="rank of the patch (4)")
+    forget.add_argument("--method", choices=list(PRESETS), default=DEFAULT, help="(%(default)s)")
     forget.add_argument(
-        "--layers",
-        choices=("kv", "attention", "unet"),
-        help="what to train: cross-attention keys and values, all of it, or every layer (kv)",
+        "--keep", action="append", default=[], help="words or a prompt that shall not change"
     )
-    forget.add_argument("--full-weights", action="store_true", default=None, help="as released")
-    forget.add_argument(
-        "--end-tokens",
-        choices=("none", "first", "all"),
-        help="also forget at the end-of-text token (none)",
-    )
-    forget.add_argument(
-        "--references",
-        choices=("zeros", "samples"),
-        help="what to noise without pictures: nothing, or the model's own samples (zeros)",
-    )
-    forget.add_argument("--samples", type=int, help="own samples a concept (4)")
-    forget.add_argument("--batch", type=int, help="prompts a step (1)")
-    forget.add_argument("--size", type=int, help="pixels a side; 0: the model's own (0)")
-    forget.add_argument("--checkpointing", action="store_true", default=None, help="save memory")
-    forget.add_argument("--seed", type=int, help="the same seed gives the same patch (0)")
-    forget.add_argument(
-        "--released", action="store_true", help="start from the settings of the released code"
-    )
+    if asked:
+        _add_settings(forget, asked)
 
 
 def _add_apply(commands):
@@ -119,12 +100,25 @@ def _add_apply(commands):
     apply.add_argument("--size", type=int, default=0, help="pixels a side; 0: the model's own")
 
 
+def _asked_method(arguments):
+    """The method of a ``forget`` command, whose settings become options; None for others."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] != ["forget"]:
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", default=DEFAULT)
+    asked = parser.parse_known_args(arguments)[0].method
+    return asked if asked in PRESETS else None
+
+
 def main(arguments=None):
     """Run a command; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    options = build_parser(_asked_method(arguments)).parse_args(arguments)
     # transformers tells at import which image processors it would rather use.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    commands = {"forget": _forget, "apply": _apply, "inspect": _inspect, "demo": _demo}
+    commands = {
+        "forget": _forget, "apply": _apply, "inspect": _inspect, "demo": _demo, "methods": _methods,
+    }  # fmt: skip
     run = (commands | {"bench": run_bench})[options.command]
     try:
         result, text = run(options)
@@ -177,28 +171,56 @@ def read_images(folder):
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-SETTINGS = (
-    "steps", "lr", "rank", "layers", "full_weights", "end_tokens", "references", "samples", "batch",
-    "size", "checkpointing", "seed",
-)  # fmt: skip
+
+
+def _add_settings(parser, preset):
+    """Each setting of a method as an option, such as ``--steps 100`` or ``--no-full-weights``."""
+    from .methods import settings_of
+
+    group = parser.add_argument_group(f"settings of {preset}")
+    defaults = settings_of(preset, {})
+    for each in fields(defaults):
+        option, default = f"--{each.name.replace('_', '-')}", getattr(defaults, each.name)
+        how = {"dest": f"set_{each.name}", "help": f"{each.metadata['help']} ({default})"}
+        how["help"] = how["help"].replace("%", "%%")
+        if isinstance(default, bool):
+            group.add_argument(option, action=argparse.BooleanOptionalAction, **how)
+        elif each.metadata["choices"]:
+            group.add_argument(option, choices=each.metadata["choices"], **how)
+        else:
+            group.add_argument(option, type=type(default), metavar="X", **how)
+
+
+def _settings(options):
+    from .methods import settings_of
+
+    given = {name.removeprefix("set_"): v for name, v in vars(options).items() if "set_" in name}
+    return settings_of(options.method, {name: v for name, v in given.items() if v is not None})
+
+
+def _methods(options):
+    from .methods import METHODS, method
+
+    about = {presets: method(presets[0]).ABOUT for presets in METHODS.values()}
+    lines = [f"{', '.join(presets)}\n    {text}" for presets, text in about.items()]
+    lines.append("\npython -m fmn forget --method NAME --help lists the settings of one")
+    return {name: text for presets, text in about.items() for name in presets}, "\n".join(lines)
 
 
 def _forget(options):
     from .hosts.diffusers import DiffusersModel
-    from .methods import resteer
+    from .methods import forget
     from .patch import rescue, save_patch
     from .report import describe
 
-    given = {name: getattr(options, name) for name in SETTINGS}
-    base = resteer.RELEASED if options.released else resteer.Settings()
-    settings = replace(base, **{k: v for k, v in given.items() if v is not None})
+    settings = _settings(options)
     concepts = _concepts(options)
     plain = "".join(letter if letter.isalnum() else "_" for letter in concepts[0].name)
     path = options.out or Path(f"forget_{plain}.safetensors")
     model = DiffusersModel.load(options.model)
     with _Bar() as bar:
         try:
-            patch = resteer.run(model, concepts, settings, bar)
+            patch = forget(model, concepts, settings, bar, tuple(options.keep))
         except NonFiniteLoss as error:
             raise rescue(error, path.with_stem(f"{path.stem}_rescued")) from error
     save_patch(patch, path)
@@ -223,9 +245,10 @@ class _Bar:
         from tqdm import tqdm
 
         self.bar = self.bar or tqdm(total=step.total, unit="step")
-        self.bar.set_postfix_str(
-            f"loss {step.losses[-1]:.4g}, attention {step.before.share:.2%} -> {step.now.share:.2%}"
-        )
+        text = f"loss {step.losses[-1]:.4g}"
+        if step.before:
+            text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
+        self.bar.set_postfix_str(text)
         self.bar.update(1)
 
 

@@ -1,4 +1,4 @@
-"""The model families we can edit: which layers their U-Nets have, and what each is called.
+"""The model families we can edit: which layers they have, and what each is called.
 
 A U-Net layer has two names. CompVis/Stability code and ComfyUI count blocks
 (``input_blocks.4.1``), diffusers groups them by level (``down_blocks.1.attentions.0``).
@@ -8,6 +8,21 @@ checked before any model is loaded.
 
 from dataclasses import dataclass
 from functools import cache
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A CLIP text encoder: ComfyUI's name for it, and the size of its transformer."""
+
+    comfy: str
+    blocks: int
+    width: int
+
+
+CLIP_L = TextEncoder("clip_l", 12, 768)
+# The last of OpenCLIP-H's 24 blocks is never used, and diffusers' copies of it lack it.
+CLIP_H = TextEncoder("clip_h", 23, 1024)
+CLIP_G = TextEncoder("clip_g", 32, 1280)
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,7 @@ class Family:
     base_version: str  # kohya's ss_base_model_version
     stability_names: bool = False  # kohya names SDXL layers after CompVis blocks
     vector_dim: int | None = None  # width of pooled text and size conditioning
+    texts: tuple[TextEncoder, ...] = (CLIP_L,)
 
 
 SD1 = Family(
@@ -35,29 +51,41 @@ SD1 = Family(
 SD2 = Family(
     key="sd2", title="Stable Diffusion 2.x", channels=(320, 640, 1280, 1280), blocks=2,
     depth=(1, 1, 1, 0), middle_depth=1, context_dim=1024, linear_projection=True, resolution=512,
-    architecture="stable-diffusion-v2-512", base_version="sd_v2",
+    architecture="stable-diffusion-v2-512", base_version="sd_v2", texts=(CLIP_H,),
 )  # fmt: skip
 SDXL = Family(
     key="sdxl", title="Stable Diffusion XL", channels=(320, 640, 1280), blocks=2,
     depth=(0, 2, 10), middle_depth=10, context_dim=2048, linear_projection=True, resolution=1024,
     architecture="stable-diffusion-xl-v1-base", base_version="sdxl_base_v1-0",
-    stability_names=True, vector_dim=2816,
+    stability_names=True, vector_dim=2816, texts=(CLIP_L, CLIP_G),
 )  # fmt: skip
 DEMO = Family(
     key="demo", title="Forget-Me-Not demo model", channels=(64, 128, 192), blocks=1,
     depth=(0, 1, 1), middle_depth=1, context_dim=128, linear_projection=False, resolution=128,
     architecture="stable-diffusion-v1", base_version="sd_v1",
+    texts=(TextEncoder("clip_l", 3, 128),),
 )  # fmt: skip
 FAMILIES = {family.key: family for family in (SD1, SD2, SDXL, DEMO)}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One Linear or Conv2d of a U-Net."""
+    """One Linear or Conv2d of a U-Net, or one Linear of a text encoder.
 
-    name: str  # diffusers' path, our canonical name
-    compvis: str  # path under ComfyUI's diffusion_model.
-    shape: tuple[int, ...]  # of the weight: [out, in] or [out, in, kh, kw]
+    Attributes:
+        name: diffusers' path, our canonical name; a text encoder's begins with its part of the
+            pipeline, ``text_encoder`` or ``text_encoder_2``.
+        compvis: path under ComfyUI's ``diffusion_model`` or ``cond_stage_model``.
+        shape: of the weight: [out, in] or [out, in, kh, kw].
+    """
+
+    name: str
+    compvis: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_text(self):
+        return self.name.startswith("text_encoder")
 
     @property
     def is_key_or_value(self):
@@ -147,6 +175,30 @@ def layers(family):
     The tuple is the one fixed order of layers: fingerprints and patch files follow it.
     """
     return tuple(_walk(family))
+
+
+@cache
+def text_layers(family):
+    """Every Linear of the family's text encoders, in the order of a forward pass."""
+    return tuple(
+        layer for number, encoder in enumerate(family.texts) for layer in _text(number, encoder)
+    )
+
+
+def _text(number, encoder):
+    part, c = "text_encoder" + ("_2" if number else ""), encoder.width
+    shapes = {f"self_attn.{name}_proj": (c, c) for name in ("q", "k", "v", "out")}
+    shapes |= {"mlp.fc1": (4 * c, c), "mlp.fc2": (c, 4 * c)}
+    for block in range(encoder.blocks):
+        for name, shape in shapes.items():
+            path = f"text_model.encoder.layers.{block}.{name}"
+            yield Layer(f"{part}.{path}", f"{encoder.comfy}.transformer.{path}", shape)
+
+
+@cache
+def layers_by_name(family):
+    """Name -> ``Layer``, of the U-Net and the text encoders, in that order."""
+    return {layer.name: layer for layer in (*layers(family), *text_layers(family))}
 
 
 def identify(shapes):

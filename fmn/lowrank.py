@@ -18,20 +18,27 @@ def _apply(module, x, weight):
 
 
 class LowRank(nn.Module):
-    """W + up @ down with float32 factors (LoRA, Hu et al. 2021). Starts at zero change."""
+    """W + up @ down with float32 factors (LoRA, Hu et al. 2021). Starts at zero change.
 
-    def __init__(self, module, rank, generator, device):
+    Args:
+        down: [r, in]; given, it is fixed and only ``up`` is trained. Else random.
+    """
+
+    def __init__(self, module, rank, generator, device, down=None):
         super().__init__()
         out, *inputs = module.weight.shape
-        rank = min(rank, out, inputs[0])
-        down = torch.randn(rank, *inputs, generator=generator)
-        down *= down[0].numel() ** -0.5
-        self.down = nn.Parameter(down.to(device))
+        rank = min(rank, out, inputs[0]) if down is None else len(down)
+        if down is None:
+            down = torch.randn(rank, *inputs, generator=generator)
+            down *= down[0].numel() ** -0.5
+            self.down = nn.Parameter(down.to(device))
+        else:
+            self.register_buffer("down", down.float().to(device))
         self.up = nn.Parameter(torch.zeros(out, rank, *([1] * (len(inputs) - 1)), device=device))
 
     def forward(self, module, x):
-        hidden = _apply(module, x, self.down.to(x.dtype))
-        up = self.up.to(x.dtype)
+        hidden = _apply(module, x, self.down.to(x))
+        up = self.up.to(x)
         return F.conv2d(hidden, up) if up.dim() == 4 else F.linear(hidden, up)
 
     def factors(self, rank):
@@ -69,29 +76,44 @@ class Full(nn.Module):
         self.change = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
 
     def forward(self, module, x):
-        return _apply(module, x, self.change.to(x.dtype))
+        return _apply(module, x, self.change.to(x))
 
     def factors(self, rank):
         return truncate(self.change.detach(), rank)
 
 
+class Switch:
+    """Turns attached adapters off for a while: the frozen model under the one in training."""
+
+    def __init__(self):
+        self.on = True
+
+    @contextmanager
+    def off(self):
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+
 @contextmanager
 def attached(adapters, module_of):
-    """Add each adapter's output to its layer's for a while.
+    """Add each adapter's output to its layer's for a while; yields their ``Switch``.
 
     Args:
-        adapters: layer name -> LowRank or Full.
+        adapters: layer name -> LowRank, Full or Fixed.
         module_of: function from a layer name to the host's module.
     """
-    handles = []
+    handles, switch = [], Switch()
     try:
         for name, adapter in adapters.items():
 
             def hook(module, args, output, adapter=adapter):
-                return output + adapter(module, args[0])
+                return output + adapter(module, args[0]) if switch.on else output
 
             handles.append(module_of(name).register_forward_hook(hook))
-        yield
+        yield switch
     finally:
         for handle in handles:
             handle.remove()

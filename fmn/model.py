@@ -90,6 +90,13 @@ class Model(Protocol):
     def encode(self, prompt) -> Text:
         """Encode a ``Prompt``, [1, T, D]."""
 
+    def encode_all(self, texts) -> torch.Tensor:
+        """Contexts [N, 77, D] of plain strings of one section each, in batches."""
+
+    def text_module(self, name) -> torch.nn.Module:
+        """The text encoder's Linear of that diffusers name; it may be hooked, as long as it is
+        unhooked again."""
+
     def sample(self, prompt, seeds, size, steps, guidance) -> torch.Tensor:
         """Latents [len(seeds), 4, size/8, size/8] drawn by the model itself, unit variance."""
 

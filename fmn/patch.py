@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from . import __version__
 from .errors import ForgetError, NonFiniteLoss
-from .families import FAMILIES, Family, layers
+from .families import FAMILIES, Family, layers_by_name
 from .files import write_whole
 from .lora_keys import PARTS, file_name, known_names
 from .lowrank import merge
@@ -28,7 +28,7 @@ INFO_TYPES = {
 
 @dataclass
 class ForgetPatch:
-    """Low-rank changes to a U-Net of one family.
+    """Low-rank changes to a U-Net of one family, to its text encoders, or to both.
 
     Attributes:
         changes: layer name -> (up [out, r], down [r, in]), CPU tensors whose product is added to
@@ -57,14 +57,30 @@ class ForgetPatch:
                 "use a patch made for the model's family."
             )
 
-    def check_shapes(self, weight_of):
+    @property
+    def layers(self):
+        """The ``Layer`` of each change, in the family's order."""
+        known = layers_by_name(self.family).items()
+        return [layer for name, layer in known if name in self.changes]
+
+    @property
+    def changes_text(self):
+        """Whether it changes a text encoder, and so has to be put on the CLIP too."""
+        return any(layer.is_text for layer in self.layers)
+
+    @property
+    def changes_unet(self):
+        return any(not layer.is_text for layer in self.layers)
+
+    def check_shapes(self, weight_of, text=False):
         """Refuse a variant of the family whose layers have other shapes.
 
         Args:
             weight_of: function from a ``Layer`` to the model's weight.
+            text: check the text encoders' layers, not the U-Net's.
         """
-        for layer in layers(self.family):
-            if layer.name in self.changes and tuple(weight_of(layer).shape) != layer.shape:
+        for layer in self.layers:
+            if layer.is_text == text and tuple(weight_of(layer).shape) != layer.shape:
                 raise ForgetError(
                     f"The patch changes '{layer.compvis}' of shape {list(layer.shape)}, the model "
                     f"has {list(weight_of(layer).shape)}: use a patch made for this variant."
@@ -72,10 +88,10 @@ class ForgetPatch:
 
     def lora(self, dtype=torch.float16):
         """The tensors of a LoRA file: lora_down [r, in], lora_up [out, r] and alpha a layer."""
-        by_name = {layer.name: layer for layer in layers(self.family)}
         tensors = {}
-        for name, (up, down) in self.changes.items():
-            prefix = file_name(self.family, by_name[name])
+        for layer in self.layers:
+            up, down = self.changes[layer.name]
+            prefix = file_name(self.family, layer)
             up, down = _balance(up.float(), down.float())
             values = down.to(dtype), up.to(dtype), torch.tensor(float(down.shape[0]), dtype=dtype)
             for part, value in zip(PARTS, values):
@@ -118,12 +134,11 @@ def new_info(model, fingerprint, method, settings, concepts, losses, truncation_
 
 def rounding_error(patch, tensors):
     """Relative Frobenius error of the file's changes against the patch's own, over all layers."""
-    by_name = {layer.name: layer for layer in layers(patch.family)}
     difference = total = 0.0
-    for name in patch.changes:
-        prefix = file_name(patch.family, by_name[name])
+    for layer in patch.layers:
+        prefix = file_name(patch.family, layer)
         down, up, _ = (tensors[f"{prefix}.{part}"] for part in PARTS)
-        exact = patch.change_of(name)
+        exact = patch.change_of(layer.name)
         difference += float((exact - merge(up, down)).square().sum())
         total += float(exact.square().sum())
     return (difference / total) ** 0.5 if total > 0 else 0.0

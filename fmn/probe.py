@@ -40,17 +40,19 @@ class Probe:
         steps: shares of the schedule; a look costs one forward for each concept and step.
     """
 
-    def __init__(self, looked_at, alphas_cumprod, steps=STEPS, seed=0):
-        self.looked_at = looked_at
+    def __init__(self, family, looked_at, alphas_cumprod, steps=STEPS, seed=0):
+        self.names, self.looked_at = cross_attention_names(family), looked_at
         self.t = torch.tensor([int(share * len(alphas_cumprod)) for share in steps])
         self.alphas_cumprod = alphas_cumprod.cpu()[self.t]
         shape = looked_at[0][2].shape
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
-    def look(self, borrowed, watch):
+    def look(self, borrowed):
         """One ``Attention`` a concept."""
-        return [self._look_at(borrowed, watch, *one) for one in self.looked_at]
+        modules = [borrowed.module(name) for name in self.names]
+        with watch_attention(modules, borrowed.context_argument) as watch:
+            return [self._look_at(borrowed, watch, *one) for one in self.looked_at]
 
     def _look_at(self, borrowed, watch, text, flags, latent):
         flags = flags.to(borrowed.device)
@@ -93,10 +95,7 @@ def look_at(model, data):
         data: has a ``looked_at()``, which gives what ``Probe`` takes; a method's prepared data.
     """
     with model.borrow() as borrowed:
-        modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
-        probe = Probe(data.looked_at(), borrowed.alphas_cumprod, STEPS)
-        with watch_attention(modules, borrowed.context_argument) as watch:
-            return probe.look(borrowed, watch)
+        return Probe(model.family, data.looked_at(), borrowed.alphas_cumprod, STEPS).look(borrowed)
 
 
 BLOCKS = {"down_blocks": "down", "mid_block": "middle", "up_blocks": "up"}

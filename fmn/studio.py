@@ -1,6 +1,6 @@
 """A borrowed model that draws, with patches on or off, for as long as it is borrowed."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -40,35 +40,38 @@ class Studio:
         before, added = self._worn, list(patches)
         for patch, _ in added:
             patch.check_family(self.model.family)
-            patch.check_shapes(lambda layer: self.borrowed.module(layer.name).weight)
+            patch.check_shapes(lambda layer: self._module(layer.name).weight)
+            patch.check_shapes(lambda layer: self._module(layer.name).weight, text=True)
         adapters = _adapters(added, self.borrowed.device)
-        self._worn = [*before, adapters]
-        try:
-            with attached(adapters, self.borrowed.module):
+        changes_text = any(patch.changes_text for patch, _ in added)
+        with attached(adapters, self._module) as switch:
+            self._worn = [*before, (switch, changes_text)]
+            try:
                 yield
-        finally:
-            self._worn = before
+            finally:
+                self._worn = before
+
+    def _module(self, name):
+        is_text = name.startswith("text_encoder")
+        return (self.model.text_module if is_text else self.borrowed.module)(name)
 
     @contextmanager
     def bare(self):
         """As if nothing were worn, for a while."""
-        switched = [adapter for adapters in self._worn for adapter in adapters.values()]
-        before = [adapter.on for adapter in switched]
-        try:
-            for adapter in switched:
-                adapter.on = False
+        with ExitStack() as stack:
+            for switch, _ in self._worn:
+                stack.enter_context(switch.off())
             yield
-        finally:
-            for adapter, on in zip(switched, before):
-                adapter.on = on
 
     def text(self, prompt):
         """The prompt encoded, [1, T, D]; kept, as every picture needs it and the empty one."""
-        if prompt not in self._texts:
+        # A patch on the text encoder makes another text of the same prompt.
+        worn = tuple(switch for switch, is_text in self._worn if is_text and switch.on)
+        if (prompt, worn) not in self._texts:
             if len(self._texts) >= CACHED_TEXTS:
                 self._texts.clear()
-            self._texts[prompt] = self.model.encode(Prompt(prompt, prompt))
-        return self._texts[prompt]
+            self._texts[prompt, worn] = self.model.encode(Prompt(prompt, prompt))
+        return self._texts[prompt, worn]
 
     def texts(self, prompts):
         """Several as one batch, [B, T, D]."""
@@ -111,22 +114,12 @@ class Studio:
         return self.draw_texts(self.texts(prompts), seeds, **options)
 
 
-class _Switched:
-    """An adapter that can be off."""
-
-    def __init__(self, adapter):
-        self.adapter, self.on = adapter, True
-
-    def __call__(self, module, x):
-        return self.adapter(module, x) if self.on else 0
-
-
 def _adapters(patches, device):
     factors = {}
     for patch, strength in patches:
         for name, (up, down) in patch.changes.items():
             factors.setdefault(name, []).append((up, down, strength))
-    return {name: _Switched(Fixed(found, device)) for name, found in factors.items()}
+    return {name: Fixed(found, device) for name, found in factors.items()}
 
 
 @contextmanager

@@ -142,21 +142,34 @@ class ApplyForgetPatch(io.ComfyNode):
                     tooltip="0: the untouched model. 1: as trained. Above: forgets more and harms "
                     "more. Below 0: draws towards the concept.",
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Needed for patches that change the text encoder too; prompts have to "
+                    "be encoded with the CLIP that comes out.",
+                ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(), io.Clip.Output()],
         )
 
     @classmethod
-    def execute(cls, model, patch, strength):
-        host = ComfyModel(model)
-        patched = host.patched(patch, strength)
+    def execute(cls, model, patch, strength, clip=None):
+        host = ComfyModel(model, clip)
+        if patch.changes_text and clip is None:
+            raise ForgetError(
+                "This patch changes the text encoder, but the clip input is empty: connect the "
+                "CLIP, and encode prompts with the one that comes out."
+            )
+        patched = host.patched(patch, strength) if patch.changes_unet else model.clone()
+        if patch.changes_text:
+            clip = host.patched_clip(patch, strength)
         names = printable(", ".join(patch.concepts))
         note = f"forgets {names} at {strength:g}"
         if patch.info.get("base.fingerprint") != host.fingerprint():
             note += "; trained on another base of this family, so look at the result"
             logging.warning("Forget-Me-Not: the patch for %s was trained on another base", names)
         show_text(note)
-        return io.NodeOutput(patched)
+        return io.NodeOutput(patched, clip)
 
 
 class InspectForgetPatch(io.ComfyNode):

@@ -12,13 +12,14 @@ import comfy.utils
 import torch
 
 from ..errors import ForgetError
-from ..families import identify, layers
+from ..families import identify, layers, layers_by_name
 from ..model import Text, fingerprint
 from ..pictures import square
 from ..spans import SECTION
 from .comfy_text import FLOATS, borrow_text, frozen, leave_inference_mode
 
 PREFIX = "diffusion_model."
+ENCODED_AT_ONCE = 32
 TOKENIZERS = "l", "h"  # CLIP-L (also first of SDXL's two), OpenCLIP-H
 
 
@@ -65,6 +66,32 @@ class ComfyModel:
             raise self._wrong_clip(f"text of width {context.shape[-1]}")
         vectors = {} if self.family.vector_dim is None else {"pooled": pooled.float().clone()}
         return Text(context.float().clone(), vectors)
+
+    def encode_all(self, texts):
+        self._need_clip()
+        found = []
+        for i in range(0, len(texts), ENCODED_AT_ONCE):
+            # ComfyUI encodes the sections of a long prompt as one batch, each by itself.
+            tokens = {}
+            for text in texts[i : i + ENCODED_AT_ONCE]:
+                for name, sections in self.clip.tokenize(text, disable_weights=True).items():
+                    if len(sections) > 1:
+                        raise ForgetError(f"'{text:.60}...' is too long: shorten it to 75 tokens.")
+                    tokens[name] = tokens.get(name, []) + sections
+            with torch.inference_mode():
+                context = self.clip.encode_from_tokens(tokens)
+            if context.shape[-1] != self.family.context_dim:
+                raise self._wrong_clip(f"text of width {context.shape[-1]}")
+            found.append(context.float().clone().unflatten(1, (-1, SECTION))[0])
+        return torch.cat(found)
+
+    def text_module(self, name):
+        self._need_clip()
+        stage, path = self.clip.cond_stage_model, layers_by_name(self.family)[name].compvis
+        try:
+            return stage.get_submodule(path)
+        except AttributeError as error:
+            raise self._wrong_clip(f"no layer {path}") from error
 
     def _need_clip(self):
         if self.clip is None:
@@ -160,14 +187,16 @@ class ComfyModel:
             lambda layer: comfy.utils.get_attr(self.patcher.model, self.key(layer.name))
         )
         clone = self.patcher.clone()
-        names = comfy.lora.model_lora_keys_unet(clone.model, {})
-        loaded = comfy.lora.load_lora(patch.lora(torch.float32), names)
-        applied = clone.add_patches(loaded, strength)
-        if len(applied) != len(patch.changes):
-            raise ForgetError(
-                f"The model has only {len(applied)} of the patch's {len(patch.changes)} layers: "
-                "use a patch made for the model's family."
-            )
+        _put_on(clone, comfy.lora.model_lora_keys_unet(clone.model, {}), patch, strength, False)
+        return clone
+
+    def patched_clip(self, patch, strength):
+        """A clone of the CLIP with the patch's changes of the text encoder on it."""
+        patch.check_family(self.family)
+        patch.check_shapes(lambda layer: self.text_module(layer.name).weight, text=True)
+        clone = self.clip.clone()
+        names = comfy.lora.model_lora_keys_clip(clone.cond_stage_model, {})
+        _put_on(clone, names, patch, strength, True)
         return clone
 
 
@@ -231,6 +260,22 @@ def _family(patcher, unet):
             "XL are supported, this one has other cross-attention layers."
         )
     return family
+
+
+def _put_on(clone, names, patch, strength, text):
+    """Add the patch's U-Net or text part to a clone of a patcher or a CLIP."""
+    count = sum(layer.is_text == text for layer in patch.layers)
+    tensors = {
+        key: tensor
+        for key, tensor in patch.lora(torch.float32).items()
+        if key.startswith("lora_te") == text
+    }
+    applied = clone.add_patches(comfy.lora.load_lora(tensors, names), strength)
+    if len(applied) != count:
+        raise ForgetError(
+            f"The model has only {len(applied)} of the patch's {count} layers: "
+            "use a patch made for the model's family."
+        )
 
 
 def _clone(patcher):

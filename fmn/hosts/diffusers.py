@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError
 
+from ..concept import Prompt
 from ..errors import ForgetError
 from ..families import identify
 from ..lowrank import merge
@@ -18,6 +19,7 @@ from ..spans import SECTION
 from .diffusers_load import load_pipeline
 from .diffusers_text import borrow_text
 
+ENCODED_AT_ONCE = 32
 WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 
 
@@ -82,6 +84,28 @@ class DiffusersModel:
         if isinstance(self.pipeline, StableDiffusionXLPipeline):
             return Text(encoded[0], {"pooled": encoded[2]})
         return Text(encoded[0])
+
+    @torch.no_grad()
+    def encode_all(self, texts):
+        for text in texts:
+            self.tokenize(Prompt(text, text))
+        found = [
+            self.pipeline.encode_prompt(
+                prompt=list(texts[i : i + ENCODED_AT_ONCE]),
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )[0].float()
+            for i in range(0, len(texts), ENCODED_AT_ONCE)
+        ]
+        return torch.cat(found)
+
+    def text_module(self, name):
+        part, _, path = name.partition(".")
+        encoder = getattr(self.pipeline, part)
+        # transformers 5 dropped the level text_model from the module, not from the file.
+        known = hasattr(encoder, "text_model")
+        return encoder.get_submodule(path if known else path.removeprefix("text_model."))
 
     def latents_like(self, seeds, size):
         """First noise [N, 4, size/8, size/8], one generator a seed, on the CPU."""
@@ -161,12 +185,17 @@ class DiffusersModel:
         with torch.no_grad():
             for patch, strength in patches:
                 patch.check_family(self.family)
-                patch.check_shapes(lambda layer: self.unet.get_submodule(layer.name).weight)
+                patch.check_shapes(lambda layer: self._any_module(layer.name).weight)
+                patch.check_shapes(lambda layer: self._any_module(layer.name).weight, text=True)
                 for name, factors in patch.changes.items():
-                    weight = self.unet.get_submodule(name).weight
+                    weight = self._any_module(name).weight
                     change = merge(*(factor.to(weight.device) for factor in factors))
                     weight += (strength * change).to(weight.dtype)
         return self
+
+    def _any_module(self, name):
+        is_text = name.startswith("text_encoder")
+        return self.text_module(name) if is_text else self.unet.get_submodule(name)
 
     def save(self, folder):
         """Write the pipeline as a diffusers folder, whole or not at all."""

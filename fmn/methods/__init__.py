@@ -1,20 +1,34 @@
-"""Ways to forget, by the names that the command line and the bench use."""
+"""Ways to forget. One file here is one method; ``METHODS`` lists them, a line each.
+
+A method's module has:
+
+- ``TITLE`` and ``ABOUT``: its name in menus, and a sentence on what it does;
+- ``Settings``: a frozen dataclass over ``fmn.settings.Settings``;
+- ``PRESETS``: name -> ``Settings``, the first being the defaults;
+- ``run(model, concepts, settings, on_step, keep)``, which returns a ``ForgetPatch``.
+"""
 
 from dataclasses import fields, replace
 from importlib import import_module
 
 from ..errors import ForgetError
 
-# name -> module here, and what in it holds the settings to start from
-PRESETS = {"resteer": ("resteer", "DEFAULT"), "resteer-released": ("resteer", "RELEASED")}
+# module -> its presets, the defaults first
+METHODS = {
+    "resteer": ("resteer", "resteer-released"),
+    "uce": ("uce", "uce-2023"),
+    "uce": ("uce", "uce-2023"),
+}
+PRESETS = {preset: name for name, presets in METHODS.items() for preset in presets}
+DEFAULT = "resteer"  # for somebody who picks nothing
 
 
-def method(name):
-    """The module of a preset: it has ``run(model, concepts, settings, on_step)``."""
-    return import_module(f".{PRESETS[name][0]}", __package__)
+def method(preset):
+    """The module of a preset."""
+    return import_module(f".{PRESETS[preset]}", __package__)
 
 
-def settings_of(name, changes):
+def settings_of(preset, changes):
     """A preset's settings with some changed.
 
     Args:
@@ -23,24 +37,33 @@ def settings_of(name, changes):
     Raises:
         ForgetError: no such field, or a value it cannot have.
     """
-    settings = getattr(method(name), PRESETS[name][1])
-    known = {field.name: type(getattr(settings, field.name)) for field in fields(settings)}
-    for field, value in changes.items():
-        if field not in known:
-            raise ForgetError(f"{name} has no setting '{field}': use {', '.join(known)}.")
-        wanted = known[field]
-        fits = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
-        if not fits and not (wanted is float and type(value) is int):
-            raise ForgetError(
-                f"Setting '{field}' of {name} is {value!r}: it has to be like "
-                f"{getattr(settings, field)!r}."
-            )
+    settings = method(preset).PRESETS[preset]
+    known = [field.name for field in fields(settings)]
+    for name in changes:
+        if name not in known:
+            raise ForgetError(f"{preset} has no setting '{name}': use {', '.join(known)}.")
     return replace(settings, **changes)
 
 
 def preset_of(settings):
-    """The preset that these settings started from, or the first of their method."""
-    module = type(settings).__module__.rpartition(".")[2]
-    own = [name for name, (where, _) in PRESETS.items() if where == module]
-    same = [name for name in own if getattr(method(name), PRESETS[name][1]) == settings]
-    return (same or own)[0]
+    """The preset that these settings are, or the defaults' name of their method."""
+    name = type(settings).__module__.rpartition(".")[2]
+    presets = method(METHODS[name][0]).PRESETS
+    return next((preset for preset, own in presets.items() if own == settings), METHODS[name][0])
+
+
+def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
+    """Make a patch with the method that the settings belong to.
+
+    Args:
+        model: a ``Model``; it comes back unchanged, also after an error.
+        concepts: list of ``Concept``.
+        on_step: gets a ``train.Step`` after each step, and may raise to cancel.
+        keep: words or prompts to protect, for the methods that can.
+
+    Raises:
+        ForgetError: bad input. NonFiniteLoss: training blew up; it carries the last good patch.
+    """
+    if not concepts:
+        raise ForgetError("There is no concept to forget: connect or name at least one.")
+    return method(preset_of(settings)).run(model, concepts, settings, on_step, keep)

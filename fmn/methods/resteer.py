@@ -4,84 +4,78 @@ The attention that a concept's tokens get, in every cross-attention layer, is tr
 the paper leaves open is taken from the released code, SHI-Labs/Forget-Me-Not train_attn.py.
 """
 
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from ..attention import watch_attention
-from ..errors import ForgetError, NonFiniteLoss
-from ..families import layers
-from ..forwards import checkpointed
-from ..lowrank import Full, LowRank, attached
+from ..errors import ForgetError
+from ..fitting import autograd, learn
 from ..model import Text, cross_attention_names
 from ..objectives import attention_resteering
-from ..patch import ForgetPatch, new_info
-from ..probe import Probe, flags_of
+from ..probe import flags_of
 from ..schedule import add_noise
+from ..settings import Settings as Base
+from ..settings import checkpointing, lr, rank, seed, setting, size, steps
 from ..spans import END_TOKENS
-from ..train import Optimiser, train
 
+TITLE = "Re-steer"
+ABOUT = (
+    "Attention re-steering (Forget-Me-Not, arXiv 2303.17591): trains away the attention that the "
+    "concept's words get."
+)
 SCOPES = ("kv", "attention", "unet")
 REFERENCES = ("zeros", "samples")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Re-steering's settings. ``RELEASED`` holds those of the released code.
-
-    Attributes:
-        steps: optimiser steps for each concept; more forget more, and harm neighbours.
-        lr: AdamW's learning rate.
-        rank: rank of each layer's change in the patch; 1 to 128.
-        layers: what to train: cross-attention's keys and values (``kv``), all four of its
-            projections (``attention``), or every Linear and Conv2d (``unet``).
-        full_weights: train whole weight matrices and cut them to ``rank`` afterwards, as
-            released. False trains the low-rank factors themselves: far less memory, nothing cut.
-        end_tokens: also take attention from ``<|endoftext|>``: ``none``, the ``first`` or ``all``.
-        references: what is noised for concepts without pictures: ``zeros`` latents (the released
-            option no_real_image) or the model's own ``samples``.
-        samples: how many own samples a concept.
-        batch: prompts a step. The released code uses 1.
-        size: pixels a side; 0 takes the family's.
-        checkpointing: recompute activations in backward: less memory, more time.
-        seed: for the noise, the time steps, the order and the initial factors.
-    """
-
-    steps: int = 50
-    lr: float = 2e-3
-    rank: int = 4
-    layers: str = "kv"
-    full_weights: bool = False
-    end_tokens: str = "none"
-    references: str = "zeros"
-    samples: int = 4
-    batch: int = 1
-    size: int = 0
-    checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        choices = {"layers": SCOPES, "end_tokens": END_TOKENS, "references": REFERENCES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ForgetError(
-                    f"{name} is '{getattr(self, name)}': choose one of {', '.join(allowed)}."
-                )
-        for name, low, high in (("steps", 1, 100_000), ("rank", 1, 128), ("samples", 1, 64)):
-            if not low <= getattr(self, name) <= high:
-                raise ForgetError(f"{name} is {getattr(self, name)}: use {low} to {high}.")
-        if not 0 < self.lr < 1:
-            raise ForgetError(f"lr is {self.lr}: use a number between 0 and 1, such as 0.001.")
-        if not 0 <= self.seed < 2**63:
-            raise ForgetError(f"seed is {self.seed}: use 0 to {2**63 - 1}.")
-        if not 1 <= self.batch <= 64:
-            raise ForgetError(f"batch is {self.batch}: use 1 to 64.")
-        if self.size % 64 or not 0 <= self.size <= 4096:
-            raise ForgetError(f"size is {self.size}: use a multiple of 64 up to 4096, or 0.")
+class Settings(Base):
+    steps: int = steps(50)
+    lr: float = lr(
+        2e-3,
+        "AdamW's learning rate. Around 0.002 for low rank; the released code trains full weights "
+        "with 0.000002.",
+    )
+    rank: int = rank()
+    layers: str = setting(
+        "kv",
+        "What is trained. kv: keys and values of cross-attention. attention: all of "
+        "cross-attention. unet: every linear and convolution layer.",
+        choices=SCOPES,
+    )
+    full_weights: bool = setting(
+        False,
+        "On: train whole weight matrices, as released, and cut them to the rank when done; needs "
+        "far more memory. Off: train the low rank itself.",
+    )
+    end_tokens: str = setting(
+        "none",
+        "Also take attention from the end-of-text token, which sums up the prompt: none, the "
+        "first one, or all (in Stable Diffusion 1.x that includes all padding, as released).",
+        choices=END_TOKENS,
+    )
+    references: str = setting(
+        "zeros",
+        "What is noised for concepts without pictures. zeros: nothing, which is fastest. samples: "
+        "pictures that the model draws of the concept first.",
+        choices=REFERENCES,
+    )
+    samples: int = setting(
+        4, "How many pictures a concept, if references is 'samples'.", low=1, high=64
+    )
+    batch: int = setting(
+        1,
+        "Prompts a step. 1 as released; more are steadier, slower and need more memory.",
+        low=1,
+        high=64,
+    )
+    size: int = size()
+    checkpointing: bool = checkpointing()
+    seed: int = seed()
 
 
-DEFAULT = Settings()
 RELEASED = Settings(
     steps=35,
     lr=2e-6,
@@ -91,8 +85,8 @@ RELEASED = Settings(
     end_tokens="all",
     references="samples",
 )
+PRESETS = {"resteer": Settings(), "resteer-released": RELEASED}
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 7.0
-LOOKS = 7  # how often a run looks at the first concept's attention; each costs a forward
 
 
 @dataclass(frozen=True)
@@ -124,10 +118,8 @@ def prepare(model, concepts, settings):
     """Encode prompts, find the tokens to forget, and get the latents to noise.
 
     Raises:
-        ForgetError: no concept, or one whose tokens cannot be found in its prompt.
+        ForgetError: a concept's tokens cannot be found in its prompt.
     """
-    if not concepts:
-        raise ForgetError("There is no concept to forget: connect or name at least one.")
     examples = []
     for index, concept in enumerate(concepts):
         for prompt in concept.training_prompts():
@@ -206,103 +198,30 @@ class Draws:
         return Batch(x_t, t, Text.cat(texts), flags)
 
 
-def in_scope(family, scope):
-    """The layers a scope trains, in forward order."""
-    wanted = {
-        "kv": lambda layer: layer.is_key_or_value,
-        "attention": lambda layer: layer.is_cross_attention,
-        "unet": lambda layer: True,
-    }[scope]
-    return [layer for layer in layers(family) if wanted(layer)]
-
-
-def make_adapters(borrowed, family, settings):
-    generator = torch.Generator().manual_seed(settings.seed)
-    adapters = {}
-    for layer in in_scope(family, settings.layers):
-        module = borrowed.module(layer.name)
-        adapters[layer.name] = (
-            Full(module, borrowed.device)
-            if settings.full_weights
-            else LowRank(module, settings.rank, generator, borrowed.device)
-        )
-    return adapters
-
-
-def run(model, concepts, settings=Settings(), on_step=lambda step: None):
+@autograd()
+def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Train a patch that takes the attention away from the concepts' tokens.
 
-    Args:
-        model: a ``Model``; it comes back unchanged, also after an error.
-        on_step: gets a ``train.Step`` after each step, and may raise to cancel.
-
-    Returns:
-        ForgetPatch
-
-    Raises:
-        ForgetError: bad input. NonFiniteLoss: training blew up; it carries the last good patch.
+    Args, errors: see ``methods.forget``. Nothing is done for what is to be kept.
     """
-    # ComfyUI runs nodes in inference mode, whose tensors autograd refuses.
-    with torch.inference_mode(False), torch.enable_grad():
-        data = prepare(model, concepts, settings)
-        base = model.fingerprint()
-        with model.borrow() as borrowed:
-            adapters = make_adapters(borrowed, model.family, settings)
-            error = None
-            try:
-                losses = fit(borrowed, model.family, adapters, data, settings, on_step)
-            except NonFiniteLoss as caught:
-                if len(caught.losses) < 2:  # nothing learnt that could be kept
-                    raise
-                error, losses = caught, caught.losses
-        patch = _patch(model, base, concepts, settings, adapters, losses)
-        if error:
-            error.patch = patch
-            raise error
-        return patch
+    data = prepare(model, concepts, settings)
 
+    @contextmanager
+    def open_loss(borrowed, switch):
+        draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device)
+        modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
+        with watch_attention(modules, borrowed.context_argument) as watch:
 
-def fit(borrowed, family, adapters, data, settings, on_step):
-    """Train the adapters in place; returns the losses."""
-    draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device)
-    probe = Probe(data.looked_at()[:1], borrowed.alphas_cumprod, steps=(0.5,))
-    modules = [borrowed.module(name) for name in cross_attention_names(family)]
-    blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
-    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    steps = settings.steps * len(data.latents)
-    with (
-        attached(adapters, borrowed.module),
-        watch_attention(modules, borrowed.context_argument) as watch,
-        checkpointed(blocks),
-    ):
-        before = now = probe.look(borrowed, watch)[0]
+            def loss_at(index):
+                batches = [watched_forward(borrowed, watch, batch) for batch in draws()]
+                return attention_resteering([layer for batch in batches for layer in batch])
 
-        def loss_at(index):
-            return attention_resteering(
-                [layer for batch in draws() for layer in watched_forward(borrowed, watch, batch)]
-            )
+            yield loss_at
 
-        def report(step):
-            nonlocal now
-            if step.index % max(1, steps // LOOKS) == 0 or step.index == steps:
-                now = probe.look(borrowed, watch)[0]
-            on_step(replace(step, before=before, now=now))
-
-        half = borrowed.module(next(iter(adapters))).weight.dtype == torch.float16
-        scale = 1024.0 if half else 1.0
-        return train(parameters, loss_at, steps, Optimiser(settings.lr), report, scale)
+    looked_at = data.looked_at()
+    return learn(model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step)
 
 
 def watched_forward(borrowed, watch, batch):
     """What the flagged tokens of a batch get, a tensor [N, H, P] a layer."""
     return watch(batch.flags, lambda: borrowed.denoise(batch.x_t, batch.t, batch.text))
-
-
-def _patch(model, base, concepts, settings, adapters, losses):
-    changes, worst = {}, 0.0
-    for name, adapter in adapters.items():
-        up, down, error = adapter.factors(settings.rank)
-        changes[name] = up.cpu().clone(), down.cpu().clone()
-        worst = max(worst, error)
-    info = new_info(model, base, "resteer", asdict(settings), concepts, losses, worst)
-    return ForgetPatch(model.family, changes, info)

@@ -74,7 +74,7 @@ def test_changed_pictures_keep_their_square():
 
 def test_unmoved_is_untouched():
     given = torch.rand(2, 3, 32, 32, generator=chance())
-    found = judge_pictures.moved(chance(), given, zoom=(1, 1), shift=0, turn=0)
+    found = judge_pictures.moved(chance(), given, zoom=(1, 1), shift=0, turn=0, warp=0, mirror=0)
     torch.testing.assert_close(found, given, rtol=1e-4, atol=1e-5)
 
 

@@ -86,7 +86,7 @@ def test_completion_is_plain_at_one_end_and_untouched_at_the_other(worn):
 
 def test_completion_hands_over_after_the_first_steps(worn):
     trial, seen = make_trial(worn, count=1), worn.model.seen
-    patched = [adapter for adapters in worn._worn for adapter in adapters.values()]
+    patched = [switch for switch, _ in worn._worn]
     on = []
     denoise = worn.borrowed.denoise
     worn.borrowed.denoise = lambda *args: on.append(patched[0].on) or denoise(*args)

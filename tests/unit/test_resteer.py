@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from fmn.concept import Concept
+from fmn import fitting
 from fmn.methods import resteer
 from fmn.methods.resteer import Data, Draws, Example, Settings, prepare
 from fmn.model import Text
@@ -84,10 +85,10 @@ def first_step(model, concepts, settings, monkeypatch):
         caught["loss"] = loss.detach()
         raise Captured
 
-    original = resteer.make_adapters
+    original = fitting.make_adapters
     with monkeypatch.context() as patched, pytest.raises(Captured):
-        patched.setattr(resteer, "make_adapters", make_adapters)
-        patched.setattr(resteer, "train", train)
+        patched.setattr(fitting, "make_adapters", make_adapters)
+        patched.setattr(fitting, "train", train)
         resteer.run(model, concepts, settings)
     gradients = {
         f"{name}.{part}": parameter.grad

@@ -7,7 +7,9 @@ import torch
 
 from fmn.concept import Concept, Prompt
 from fmn.errors import ForgetError, NonFiniteLoss
-from fmn.methods.resteer import RELEASED, Settings, in_scope, prepare, run
+from fmn.fitting import in_scope
+from fmn.methods import forget
+from fmn.methods.resteer import RELEASED, Settings, prepare, run
 from fmn.probe import look_at
 
 from .tiny import TINY, TinyModel, same_tensors, weights_of
@@ -25,7 +27,7 @@ DOG = Concept("dog", aliases=("puppy",))
         ({"steps": 0}, "steps is 0: use 1 to 100000"),
         ({"rank": 129}, "rank is 129: use 1 to 128"),
         ({"samples": 0}, "samples is 0"),
-        ({"lr": 0.0}, "lr is 0.0: use a number between 0 and 1"),
+        ({"lr": 0.0}, "lr is 0.0: use 1e-08 to 1"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"batch": 65}, "batch is 65: use 1 to 64"),
         ({"size": 100}, "size is 100: use a multiple of 64"),
@@ -52,9 +54,9 @@ def test_scopes():
     assert all(".attn2." in name for name in attention)
 
 
-def test_prepare_without_concepts():
+def test_no_concepts():
     with pytest.raises(ForgetError, match="no concept to forget"):
-        prepare(TinyModel(), [], Settings())
+        forget(TinyModel(), [], Settings())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ BOS = 49406
 TINY = Family(
     key="tiny", title="Tiny test model", channels=(8, 16), blocks=1, depth=(1, 1), middle_depth=1,
     context_dim=12, linear_projection=False, resolution=64, architecture="stable-diffusion-v1",
-    base_version="sd_v1",
+    base_version="sd_v1", texts=(),
 )  # fmt: skip
 TINY_CONFIG = {
     "in_channels": 4,
@@ -83,6 +83,9 @@ class TinyModel:
         ids = self.tokenize(prompt)
         position = self.position.repeat(len(ids) // SECTION, 1)
         return Text((self.embedding[torch.tensor(ids)] + position)[None])
+
+    def encode_all(self, texts):
+        return torch.cat([self.encode(Prompt(text, text)).context for text in texts])
 
     def sample(self, prompt, seeds, size, steps, guidance):
         shape = 4, size // 8, size // 8

@@ -1,0 +1,150 @@
+"""What the methods that train share: adapters on layers, the loop, and the patch they end in."""
+
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import torch
+
+from .errors import NonFiniteLoss
+from .families import layers
+from .forwards import checkpointed
+from .lowrank import Full, LowRank, attached
+from .patch import ForgetPatch, new_info
+from .probe import Probe
+from .train import Optimiser, train
+
+SCOPES = ("kv", "attention", "not-attention", "unet")
+LOOKS = 7  # how often a run looks at the first concept's attention; each costs a forward
+
+
+def in_scope(family, scope):
+    """The U-Net layers a scope trains, in forward order.
+
+    ``kv``: keys and values of cross-attention. ``attention``: all of cross-attention.
+    ``not-attention``: all but cross-attention. ``unet``: every Linear and Conv2d.
+    """
+    wanted = {
+        "kv": lambda layer: layer.is_key_or_value,
+        "attention": lambda layer: layer.is_cross_attention,
+        "not-attention": lambda layer: not layer.is_cross_attention,
+        "unet": lambda layer: True,
+    }[scope]
+    return [layer for layer in layers(family) if wanted(layer)]
+
+
+@contextmanager
+def autograd():
+    """Decorator of a method's ``run``: ComfyUI runs nodes in inference mode, whose tensors
+    autograd refuses."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def make_adapters(module_of, names, settings, device, downs=None):
+    """Fresh adapters: layer name -> ``LowRank``, or ``Full`` if the settings say so.
+
+    Args:
+        settings: has ``rank``, ``seed``, and may have ``full_weights``.
+        downs: layer name -> [r, in], fixed lora_down matrices.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    full = getattr(settings, "full_weights", False)
+    adapters = {}
+    for name in names:
+        module, down = module_of(name), (downs or {}).get(name)
+        adapters[name] = (
+            Full(module, device)
+            if full
+            else LowRank(module, settings.rank, generator, device, down)
+        )
+    return adapters
+
+
+def learn(
+    model, concepts, settings, scope, open_loss, optimiser=None, looked_at=(), on_step=None,
+    downs=None,
+):  # fmt: skip
+    """Train adapters on a U-Net and make the patch.
+
+    Args:
+        settings: a method's, with ``steps`` (a concept), ``lr``, ``rank``, ``seed`` and
+            ``checkpointing``.
+        scope: of ``SCOPES``.
+        open_loss: (borrowed, switch) -> context manager that gives the loss of a step's index;
+            the switch turns the adapters off.
+        optimiser: ``Optimiser``; None takes AdamW as released with ``settings.lr``.
+        looked_at: what ``Probe`` takes; its first entry is shown as training goes on.
+        downs: see ``make_adapters``.
+
+    Raises:
+        NonFiniteLoss: training blew up; it carries the patch of the last good step.
+    """
+    base = model.fingerprint()
+    names = [layer.name for layer in in_scope(model.family, scope)]
+    with model.borrow() as borrowed:
+        adapters = make_adapters(borrowed.module, names, settings, borrowed.device, downs)
+        blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
+        report = _Report(model, borrowed, looked_at, on_step, settings.steps * len(concepts))
+        with (
+            attached(adapters, borrowed.module) as switch,
+            open_loss(borrowed, switch) as loss_at,
+            checkpointed(blocks),
+        ):
+            half = borrowed.module(names[0]).weight.dtype == torch.float16
+            losses, error = fit(
+                adapters, loss_at, report.total, optimiser or Optimiser(settings.lr), report, half
+            )
+    patch = patch_of(model, base, concepts, settings, adapters, losses)
+    if error:
+        error.patch = patch
+        raise error
+    return patch
+
+
+def fit(adapters, loss_at, steps, optimiser, on_step, half):
+    """Train adapters in place.
+
+    Args:
+        half: the model is in float16, which loses small gradients; see ``train``.
+
+    Returns:
+        the losses, and the NonFiniteLoss that ended them early or None.
+    """
+    parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
+    scale = 1024.0 if half else 1.0
+    try:
+        return train(parameters, loss_at, steps, optimiser, on_step, scale), None
+    except NonFiniteLoss as caught:
+        if len(caught.losses) < 2:  # nothing learnt that could be kept
+            raise
+        return caught.losses, caught
+
+
+def patch_of(model, base, concepts, settings, adapters, losses):
+    """The patch that trained adapters make."""
+    changes, worst = {}, 0.0
+    for name, adapter in adapters.items():
+        up, down, error = adapter.factors(settings.rank)
+        changes[name] = up.cpu().clone(), down.cpu().clone()
+        worst = max(worst, error)
+    method = type(settings).__module__.rpartition(".")[2]
+    info = new_info(model, base, method, asdict(settings), concepts, losses, worst)
+    return ForgetPatch(model.family, changes, info)
+
+
+class _Report:
+    """Adds the first concept's attention, looked at now and then, to what a step tells."""
+
+    def __init__(self, model, borrowed, looked_at, on_step, total):
+        self.on_step, self.total, self.borrowed = on_step or (lambda step: None), total, borrowed
+        self.probe = self.now = None
+        if looked_at:
+            self.probe = Probe(model.family, looked_at[:1], borrowed.alphas_cumprod, steps=(0.5,))
+            self.now = self.probe.look(borrowed)[0]
+        self.before = self.now
+
+    def __call__(self, step):
+        often = max(1, self.total // LOOKS)
+        if self.probe and (step.index % often == 0 or step.index == step.total):
+            self.now = self.probe.look(self.borrowed)[0]
+        self.on_step(replace(step, before=self.before, now=self.now))

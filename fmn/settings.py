@@ -1,0 +1,77 @@
+"""Settings of a method, described once: nodes, command line and checks all read the fields."""
+
+from dataclasses import field, fields
+
+from .errors import ForgetError
+
+
+def setting(default, help, low=None, high=None, step=None, choices=()):
+    """A field of a settings dataclass.
+
+    Args:
+        help: what it does and what the end values mean, for tooltips and ``--help``.
+        low, high: limits of a number, both allowed.
+        step: what a number is a multiple of.
+        choices: allowed strings.
+    """
+    told = {"help": help, "low": low, "high": high, "step": step, "choices": tuple(choices)}
+    return field(default=default, metadata=told)
+
+
+def steps(default, help="Training steps for each concept. More forget more, and harm neighbours."):
+    return setting(default, help, low=1, high=100_000)
+
+
+def lr(default, help="AdamW's learning rate. Higher forgets faster, and breaks sooner."):
+    return setting(default, help, low=1e-8, high=1.0)
+
+
+def rank(default=4):
+    return setting(
+        default,
+        "Rank of the patch: how many directions each layer may change. The file grows with it.",
+        low=1,
+        high=128,
+    )
+
+
+def size():
+    return setting(
+        0,
+        "Pixels a side while training. 0: what the model was made for. Smaller is faster and "
+        "needs less memory.",
+        low=0,
+        high=4096,
+        step=64,
+    )
+
+
+def checkpointing():
+    return setting(False, "On: save memory by computing some things twice, which takes longer.")
+
+
+def seed():
+    return setting(0, "The same seed and settings give the same patch.", low=0, high=2**53)
+
+
+class Settings:
+    """Base of the settings dataclasses: checks every field when one is made."""
+
+    def __post_init__(self):
+        for each in fields(self):
+            check(each, getattr(self, each.name))
+
+
+def check(described, value):
+    """Raise a ``ForgetError`` unless the value suits the field."""
+    name, told, kind = described.name, described.metadata, type(described.default)
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not fits and not (kind is float and type(value) is int):
+        raise ForgetError(f"{name} is {value!r:.60}: it has to be like {described.default!r}.")
+    if told["choices"] and value not in told["choices"]:
+        raise ForgetError(f"{name} is '{value:.60}': choose one of {', '.join(told['choices'])}.")
+    low, high, step = told["low"], told["high"], told["step"]
+    if low is not None and not low <= value <= high:
+        raise ForgetError(f"{name} is {value}: use {low:g} to {high:g}.")
+    if step and kind is int and value % step:
+        raise ForgetError(f"{name} is {value}: use a multiple of {step}.")
