@@ -1,8 +1,9 @@
-"""The Concept node."""
+"""The nodes that name concepts."""
 
 from comfy_api.latest import io
 
 from ..fmn.concept import KINDS, Concept
+from ..fmn.concept_list import parse_lines
 from .types import CATEGORY, Concepts
 
 
@@ -23,15 +24,17 @@ class ConceptNode(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="dog",
-                    tooltip="The words that summon the concept, as you type them in prompts.",
+                    tooltip="The words that summon the concept, as you type them in prompts. For "
+                    "kind unsafe a category: nudity, violence, gore, hate, drugs, self-harm or "
+                    "crime, or unsafe for all of them.",
                 ),
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
                     default="object",
                     tooltip="Picks the training prompt: 'a photo of NAME' for identity and "
-                    "object, 'a photo in the style of NAME' for style. 'custom' has none: write "
-                    "prompts below.",
+                    "object, 'a photo in the style of NAME' for style. 'unsafe' takes a category's "
+                    "listed terms for the name. 'custom' has none: write prompts below.",
                 ),
                 io.String.Input(
                     "aliases",
@@ -59,14 +62,61 @@ class ConceptNode(io.ComfyNode):
                     optional=True,
                     tooltip="Concepts to forget along with this one.",
                 ),
+                io.String.Input(
+                    "anchor",
+                    default="",
+                    optional=True,
+                    tooltip="What is drawn instead, such as 'cat' for 'dog'. Empty: nothing in "
+                    "particular. Methods without a target, such as re-steering, ignore it.",
+                ),
             ],
             outputs=[Concepts.Output("CONCEPTS", display_name="concepts")],
         )
 
     @classmethod
-    def execute(cls, name, kind, aliases="", prompts="", images=None, concepts=None):
-        concept = Concept(name.strip(), kind, _lines(aliases), _lines(prompts), images)
+    def execute(cls, name, kind, aliases="", prompts="", images=None, concepts=None, anchor=""):
+        texts = _lines(aliases), _lines(prompts)
+        concept = Concept(name.strip(), kind, *texts, images, anchor.strip())
         return io.NodeOutput([*(concepts or []), concept])
 
 
-NODES = [ConceptNode]
+class ConceptListNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FMN_ConceptList",
+            display_name="Concepts to Forget (List)",
+            category=CATEGORY,
+            description="Names many things that a model shall forget, one a line.",
+            inputs=[
+                io.String.Input(
+                    "text",
+                    default="dog -> cat\nstyle:ink drawing\n# a comment",
+                    multiline=True,
+                    tooltip="One concept a line: KIND:NAME -> ANCHOR. The kind (identity, object, "
+                    "style, unsafe) and the anchor (what is drawn instead) can be left out. # "
+                    "begins a comment. At most 2000 concepts.",
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=[kind for kind in KINDS if kind != "custom"],
+                    default="object",
+                    optional=True,
+                    tooltip="Kind of the lines that name none. It picks the training prompt: 'a "
+                    "photo of NAME', or for style 'a photo in the style of NAME'.",
+                ),
+                Concepts.Input(
+                    "concepts",
+                    optional=True,
+                    tooltip="Concepts to forget along with these. They come first.",
+                ),
+            ],
+            outputs=[Concepts.Output("CONCEPTS", display_name="concepts")],
+        )
+
+    @classmethod
+    def execute(cls, text, kind="object", concepts=None):
+        return io.NodeOutput([*(concepts or []), *parse_lines(text, kind)])
+
+
+NODES = [ConceptNode, ConceptListNode]
