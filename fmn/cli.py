@@ -65,8 +65,12 @@ def _add_forget(commands, asked):
     )
     forget.add_argument("model", help="demo, a .safetensors checkpoint, or a diffusers folder")
     forget.add_argument(
-        "concept", nargs="+", help="words to forget; KIND:WORDS sets a kind, e.g. 'style:van gogh'"
+        "concept",
+        nargs="*",
+        help="words to forget; KIND:WORDS sets a kind, WORDS -> ANCHOR what is drawn instead, e.g. "
+        "'style:van gogh -> oil painting'",
     )
+    forget.add_argument("--list", type=Path, help="file of more concepts: lines, YAML or JSON")
     forget.add_argument("--kind", choices=KINDS, default="object", help="kind of the others")
     forget.add_argument("--out", type=Path, help="patch file (forget_NAME.safetensors)")
     forget.add_argument(
@@ -140,17 +144,27 @@ def _fail(options, error, code):
 
 
 def _concepts(options):
-    if not (options.alias or options.prompt or options.images):
-        return [parse_concept(text, options.kind) for text in options.concept]
-    if len(options.concept) > 1:
-        raise ForgetError(
-            f"--alias, --prompt and --images belong to one concept, but {len(options.concept)} "
-            "are named: run once for each."
-        )
+    named = [(text, options.kind) for text in options.concept]
+    listed = _listed(options) if options.list else []
+    if not named and not listed:
+        raise ForgetError("There is nothing to forget: name a concept, or a --list of them.")
     more = {"aliases": tuple(options.alias), "prompts": tuple(options.prompt)}
+    if not any((*more.values(), options.images)):
+        return [parse_concept(*each) for each in named] + listed
+    if len(named) + len(listed) > 1 or not named:
+        raise ForgetError(
+            "--alias, --prompt and --images belong to one concept, but "
+            f"{len(named) + len(listed)} are named: run once for each."
+        )
     if options.images:
         more["images"] = read_images(options.images)
-    return [parse_concept(options.concept[0], options.kind, **more)]
+    return [parse_concept(*named[0], **more)]
+
+
+def _listed(options):
+    from .concept_list import read_concepts
+
+    return read_concepts(options.list, options.kind)
 
 
 def read_images(folder):
@@ -194,8 +208,12 @@ def _add_settings(parser, preset):
 def _settings(options):
     from .methods import settings_of
 
-    given = {name.removeprefix("set_"): v for name, v in vars(options).items() if "set_" in name}
-    return settings_of(options.method, {name: v for name, v in given.items() if v is not None})
+    given = {
+        name.removeprefix("set_"): value
+        for name, value in vars(options).items()
+        if name.startswith("set_") and value is not None
+    }
+    return settings_of(options.method, given)
 
 
 def _methods(options):

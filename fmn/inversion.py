@@ -78,6 +78,11 @@ def check_templates(templates):
             )
 
 
+def filled(template, words):
+    """The template with words in its place; other braces stay as they are."""
+    return template.replace("{}", words)
+
+
 def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: None):
     """Learn tokens that stand for what pictures show.
 
@@ -108,7 +113,7 @@ def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: No
 
         def loss_at(index):
             template, x_t, t, noise = draws()
-            text, _ = text_encoder.encode(template.format(PLACEHOLDER), vectors)
+            text, _ = text_encoder.encode(filled(template, PLACEHOLDER), vectors)
             predicted = borrowed.denoise(x_t, t, expand(text, len(x_t)))
             return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
 

@@ -28,6 +28,15 @@ def progress_picture(losses, total, before, now):
     return picture
 
 
+def loss_picture(losses, total):
+    """The loss so far, 448 x 160 pixels."""
+    picture = Image.new("RGB", (448, 160), PAPER)
+    draw = ImageDraw.Draw(picture)
+    _curve(draw, (12, 28, 436, 148), losses, total)
+    draw.text((12, 8), f"loss {losses[-1]:.4g}", INK, font=_font(13))
+    return picture
+
+
 def _curve(draw, box, losses, total):
     left, top, right, bottom = box
     draw.rectangle(box, outline=PALE)

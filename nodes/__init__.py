@@ -2,17 +2,19 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import bench, concept, demo, measure, methods, patch, train
+from . import attack, bench, concept, demo, keep, measure, methods, patch, train
 
 
 class ForgetMeNot(ComfyExtension):
     async def get_node_list(self):
         return [
             *concept.NODES,
+            *keep.NODES,
             *methods.NODES,
             *train.NODES,
             *patch.NODES,
             *measure.NODES,
+            *attack.NODES,
             *bench.NODES,
             *demo.NODES,
         ]

@@ -17,7 +17,6 @@ from ..errors import ForgetError
 METHODS = {
     "resteer": ("resteer", "resteer-released"),
     "uce": ("uce", "uce-2023"),
-    "uce": ("uce", "uce-2023"),
 }
 PRESETS = {preset: name for name, presets in METHODS.items() for preset in presets}
 DEFAULT = "resteer"  # for somebody who picks nothing

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fmn.methods import METHODS
+
 from .server import Interrupted, PromptError
 from .workflows import demo_loader, drawing, node, saving, training
 
@@ -15,6 +17,11 @@ NODES = {
     "FMN_Concept", "FMN_MethodResteer", "FMN_TrainForgetPatch", "FMN_SaveForgetPatch",
     "FMN_LoadForgetPatch", "FMN_ApplyForgetPatch", "FMN_InspectForgetPatch",
     "FMN_LoadDemoCheckpoint", "FMN_AttentionMap", "FMN_MScore", "FMN_ConceptBench",
+    "FMN_ConceptList", "FMN_KeepList", "FMN_TextualInversion", "FMN_ConceptInversionProbe",
+    "FMN_HardestEmbedding", "FMN_SafeLatentDiffusion", "FMN_EraseByNegativePrompt",
+    "FMN_ApplyGatedPatch",
+} | {
+    f"FMN_Method{''.join(word.capitalize() for word in name.split('_'))}" for name in METHODS
 }  # fmt: skip
 
 
