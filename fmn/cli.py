@@ -262,6 +262,9 @@ class _Bar:
     def __call__(self, step):
         from tqdm import tqdm
 
+        if self.bar and self.bar.total != step.total:  # another part of the work begins
+            self.bar.close()
+            self.bar = None
         self.bar = self.bar or tqdm(total=step.total, unit="step")
         text = f"loss {step.losses[-1]:.4g}"
         if step.before:

@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 import torch
 
+from .. import inversion
 from ..attention import watch_attention
+from ..concept import Prompt
 from ..errors import ForgetError
 from ..fitting import autograd, learn
-from ..model import Text, cross_attention_names
+from ..model import PLACEHOLDER, Text, cross_attention_names, spelled
 from ..objectives import attention_resteering
 from ..probe import flags_of
 from ..schedule import add_noise
 from ..settings import Settings as Base
 from ..settings import checkpointing, lr, rank, seed, setting, size, steps
-from ..spans import END_TOKENS
+from ..spans import END_TOKENS, end_positions
 
 TITLE = "Re-steer"
 ABOUT = (
@@ -74,6 +76,17 @@ class Settings(Base):
     size: int = size()
     checkpointing: bool = checkpointing()
     seed: int = seed()
+    inverted: int = setting(
+        0,
+        "How many tokens are first learned from the concept's reference pictures (textual "
+        "inversion); their attention is trained away instead of the name's. 0: none, the name is "
+        "taken; 4 as released.",
+        low=0,
+        high=8,
+    )
+    inversion_steps: int = setting(
+        500, "Steps of that learning. Too few learn another thing.", low=1, high=100_000
+    )
 
 
 RELEASED = Settings(
@@ -85,6 +98,7 @@ RELEASED = Settings(
     end_tokens="all",
     references="samples",
 )
+INVERTED_LR = 1e-2  # of our textual inversion, whose batches are larger than the released one's
 PRESETS = {"resteer": Settings(), "resteer-released": RELEASED}
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 7.0
 
@@ -114,19 +128,49 @@ class Data:
         ]
 
 
-def prepare(model, concepts, settings):
+def prepare(model, concepts, settings, on_step=lambda step: None):
     """Encode prompts, find the tokens to forget, and get the latents to noise.
+
+    Args:
+        on_step: gets the steps of textual inversion, if there is any.
 
     Raises:
         ForgetError: a concept's tokens cannot be found in its prompt.
     """
     examples = []
     for index, concept in enumerate(concepts):
+        if settings.inverted:
+            examples.append(_inverted(model, index, concept, settings, on_step))
+            continue
         for prompt in concept.training_prompts():
             flags = flags_of(model, prompt, settings.end_tokens)
             examples.append(Example(index, model.encode(prompt), flags))
     size = settings.size or model.family.resolution
     return Data(examples, [_latents(model, concept, settings, size) for concept in concepts])
+
+
+def _inverted(model, index, concept, settings, on_step):
+    """An example in which tokens learned from the concept's pictures stand for its name."""
+    if concept.images is None:
+        raise ForgetError(
+            f"'{concept.name}' has no reference pictures to learn tokens from: connect some, or "
+            "set inverted to 0."
+        )
+    first = concept.training_prompts()[0]
+    template = first.text.replace("{", "").replace("}", "").replace(first.subject, "{}", 1)
+    how = inversion.Settings(
+        tokens=settings.inverted, steps=settings.inversion_steps, lr=INVERTED_LR,
+        seed=settings.seed, start=first.subject, templates=(template,),
+    )  # fmt: skip
+    with model.borrow() as borrowed:
+        found = inversion.invert(model, borrowed, concept.images, how, on_step)
+    prompt = inversion.filled(template, PLACEHOLDER)
+    with model.borrow_text() as text_encoder, torch.no_grad():
+        text, _ = text_encoder.encode(prompt, found.vectors)
+    ids = spelled(lambda words: model.tokenize(Prompt(words, words)), prompt, settings.inverted)
+    flags = torch.tensor([[token is None for token in ids]])
+    flags[0, end_positions(ids, settings.end_tokens)] = True
+    return Example(index, Text(text.context.float().cpu().clone(), text.vectors), flags)
 
 
 def _latents(model, concept, settings, size):
@@ -204,7 +248,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
     Args, errors: see ``methods.forget``. Nothing is done for what is to be kept.
     """
-    data = prepare(model, concepts, settings)
+    data = prepare(model, concepts, settings, on_step)
 
     @contextmanager
     def open_loss(borrowed, switch):

@@ -280,3 +280,29 @@ def test_an_early_blow_up_carries_nothing(done):
         run(model, [MUSK], Settings(steps=9), on_step)
     assert caught.value.patch is None and len(caught.value.losses) == done
     assert traces(model.unet) == []
+
+
+def test_learned_tokens_take_the_place_of_the_name():
+    """The released pipeline's first part: textual inversion, whose tokens are then the target."""
+    from fmn.spans import word_positions
+
+    model = TinyModel()
+    pictures = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    dog, told = Concept("dog", images=pictures), []
+    how = Settings(steps=2, inverted=3, inversion_steps=4, end_tokens="first")
+    [example] = prepare(model, [dog], how, told.append).examples
+    assert len(told) == 4
+    # "a photo of" and three tokens, then EOT.
+    assert example.flags[0].nonzero().flatten().tolist() == [4, 5, 6, 7]
+    plain = model.encode(Prompt("a photo of dog", "dog")).context[0]
+    words = word_positions(model.tokenize(Prompt("a photo of", "")))
+    assert example.text.context[0, words].equal(plain[words])
+    assert not example.text.context[0, 4].equal(plain[4])
+    before = weights_of(model.unet)
+    patch = run(model, [dog], how)
+    assert patch.info["loss"]["steps"] == 2 and same_tensors(before, weights_of(model.unet))
+
+
+def test_learned_tokens_need_pictures():
+    with pytest.raises(ForgetError, match="no reference pictures to learn tokens from"):
+        prepare(TinyModel(), [DOG], Settings(inverted=2))
