@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import attack, bench, concept, demo, keep, measure, methods, patch, train
+from . import attack, bench, concept, demo, guidance, keep, measure, methods, patch, train
 
 
 class ForgetMeNot(ComfyExtension):
@@ -15,6 +15,7 @@ class ForgetMeNot(ComfyExtension):
             *patch.NODES,
             *measure.NODES,
             *attack.NODES,
+            *guidance.NODES,
             *bench.NODES,
             *demo.NODES,
         ]
