@@ -43,6 +43,8 @@ class Concept:
             the host's prompt syntax, such as weights in ComfyUI.
         images: reference pictures, float [N, H, W, 3] in 0..1, or None.
         anchor: what is drawn instead; "" is nothing. Methods without a target ignore it.
+        learned: input embeddings that summon it too, each float [k, width]: what an attack found.
+            Closed forms on cross-attention's input forget them along with the name.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Concept:
     prompts: tuple[str, ...] = ()
     images: object = field(default=None, compare=False, repr=False)
     anchor: str = ""
+    learned: tuple = field(default=(), compare=False, repr=False)
 
     def __post_init__(self):
         if not self.name.strip():

@@ -1,6 +1,7 @@
 """Losses, named as in their papers."""
 
 import torch
+import torch.nn.functional as F
 
 
 def attention_resteering(watched):
@@ -14,3 +15,32 @@ def attention_resteering(watched):
         watched: per attn2 layer a tensor [N, H, P], from ``attention.Watcher``.
     """
     return torch.linalg.vector_norm(torch.cat([layer.flatten() for layer in watched]))
+
+
+def esd(predicted, frozen_from, frozen_concept, frozen_empty, eta):
+    """ESD's loss (Gandikota et al. 2023, arXiv 2303.07345), with the erased concept c apart from
+    c_from, what it is erased from, as in the released code of 2025.
+
+    The mean square of predicted - [e(x_t, c_from) - eta (e(x_t, c) - e(x_t, ""))]. With c_from = c
+    this is the paper's e(x_t, "") - eta' (e(x_t, c) - e(x_t, "")) for eta' = eta - 1.
+
+    Args:
+        predicted: noise [B, 4, h, w] of the edited model given c_from.
+        frozen_from, frozen_concept, frozen_empty: e of the frozen model given c_from, c and "".
+    """
+    away = frozen_concept.float() - frozen_empty.float()
+    return F.mse_loss(predicted.float(), frozen_from.float() - eta * away)
+
+
+def concept_ablation(predicted, wanted, prior=None, noise=None, weight=0.0):
+    """Concept Ablation's loss (Kumari et al. 2023, arXiv 2303.13516, section 3), unweighted in t.
+
+    Args:
+        predicted: noise [B, 4, h, w] of the model in training, given the concept's prompts.
+        wanted: [B, 4, h, w], without gradient: a model's noise given the anchor's prompts
+            (model-based), or the true noise (noise-based).
+        prior, noise: the trained model's noise given the anchor's prompts, and the true one.
+        weight: of the error between those two; 0 needs neither.
+    """
+    loss = F.mse_loss(predicted.float(), wanted.float())
+    return loss + weight * F.mse_loss(prior.float(), noise.float()) if weight else loss

@@ -20,9 +20,8 @@ from ..fmn.model import PLACEHOLDER, Text
 from ..fmn.pictures import loss_picture
 from ..fmn.sampling import Sampling
 from ..fmn.studio import open_studio
-from .types import CATEGORY, Patch, show_text
+from .types import CATEGORY, Learned, Patch, show_text
 
-Learned = io.Custom("FMN_EMBEDDING")  # fmn.embedding.Embedding
 FOLDER = "embeddings"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,80}(/[A-Za-z0-9_-]{1,80})*")
 PREVIEW_SIDE = 512

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..fmn.concept import KINDS, Concept
 from ..fmn.concept_list import parse_lines
-from .types import CATEGORY, Concepts
+from .types import CATEGORY, Concepts, Learned
 
 
 def _lines(text):
@@ -69,14 +69,24 @@ class ConceptNode(io.ComfyNode):
                     tooltip="What is drawn instead, such as 'cat' for 'dog'. Empty: nothing in "
                     "particular. Methods without a target, such as re-steering, ignore it.",
                 ),
+                Learned.Input(
+                    "learned",
+                    optional=True,
+                    tooltip="An embedding that still summons the concept on a patched model, from "
+                    "Concept Inversion Probe. UCE, RECE, SPEED and double projections forget it "
+                    "along with the name; several rounds of this make a patch harder to undo.",
+                ),
             ],
             outputs=[Concepts.Output("CONCEPTS", display_name="concepts")],
         )
 
     @classmethod
-    def execute(cls, name, kind, aliases="", prompts="", images=None, concepts=None, anchor=""):
+    def execute(
+        cls, name, kind, aliases="", prompts="", images=None, concepts=None, anchor="", learned=None
+    ):
         texts = _lines(aliases), _lines(prompts)
-        concept = Concept(name.strip(), kind, *texts, images, anchor.strip())
+        vectors = (learned.vectors,) if learned else ()
+        concept = Concept(name.strip(), kind, *texts, images, anchor.strip(), vectors)
         return io.NodeOutput([*(concepts or []), concept])
 
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..fmn.methods import METHODS, method
 from .types import CATEGORY, Method
 
-WIDGETS = "as set below"
+WIDGETS = "as set here"
 # A widget called "seed" would change itself after every run.
 WIDGET_NAMES = {"seed": "training_seed"}
 TITLES = {"lr": "learning rate"}

@@ -10,6 +10,7 @@ CATEGORY = "forget-me-not"
 Concepts = io.Custom("FMN_CONCEPT")  # list of fmn.concept.Concept
 Method = io.Custom("FMN_METHOD")  # a method's settings
 Keep = io.Custom("FMN_KEEP")  # tuple of words and prompts
+Learned = io.Custom("FMN_EMBEDDING")  # fmn.embedding.Embedding
 Patch = io.Custom("FORGET_PATCH")  # fmn.patch.ForgetPatch
 
 

@@ -16,8 +16,17 @@ from ..errors import ForgetError
 # module -> its presets, the defaults first
 METHODS = {
     "resteer": ("resteer", "resteer-released"),
+    "esd": ("esd", "esd-u", "esd-paper", "esd-2025"),
     "uce": ("uce", "uce-2023"),
-}
+    "rece": ("rece", "rece-style", "rece-nudity"),
+    "speed": ("speed", "speed-many"),
+    "double_projections": ("double-projections", "double-projections-published"),
+    "trce": ("trce", "trce-released"),
+    "oce": (
+        "oce", "oce-style", "oce-nudity", "oce-celebrities", "oce-reflection", "oce-projection",
+    ),
+    "casteer": ("casteer", "casteer-reflection"),
+}  # fmt: skip
 PRESETS = {preset: name for name, presets in METHODS.items() for preset in presets}
 DEFAULT = "resteer"  # for somebody who picks nothing
 

@@ -22,6 +22,7 @@ from ..schedule import add_noise
 from ..settings import Settings as Base
 from ..settings import checkpointing, lr, rank, seed, setting, size, steps
 from ..spans import END_TOKENS, end_positions
+from ..subspace import protect, protected_downs
 
 TITLE = "Re-steer"
 ABOUT = (
@@ -87,6 +88,7 @@ class Settings(Base):
     inversion_steps: int = setting(
         500, "Steps of that learning. Too few learn another thing.", low=1, high=100_000
     )
+    protect: bool = protect()
 
 
 RELEASED = Settings(
@@ -246,8 +248,9 @@ class Draws:
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Train a patch that takes the attention away from the concepts' tokens.
 
-    Args, errors: see ``methods.forget``. Nothing is done for what is to be kept.
+    Args, errors: see ``methods.forget``. What is to be kept counts only with ``protect``.
     """
+    downs = protected_downs(model, concepts, keep, settings.layers, settings)
     data = prepare(model, concepts, settings, on_step)
 
     @contextmanager
@@ -263,7 +266,9 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
             yield loss_at
 
     looked_at = data.looked_at()
-    return learn(model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step)
+    return learn(
+        model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs
+    )
 
 
 def watched_forward(borrowed, watch, batch):

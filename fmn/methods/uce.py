@@ -4,14 +4,25 @@ Keys and values of cross-attention are solved anew so that the concept's tokens 
 anchor's, and kept ones as before. Here as an exact low rank; see ``fmn.closed_form``.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from ..closed_form import input_patch, residual, uce
-from ..contexts import ART_TEMPLATES, OBJECT_TEMPLATES, TOKENS, Pairs, concept_pairs, kept_contexts
+from ..closed_form import damping, debias, erase, input_patch, preserve, rank_setting, uce
+from ..contexts import (
+    ART_TEMPLATES,
+    OBJECT_TEMPLATES,
+    Pairs,
+    concept_pairs,
+    keep_list_setting,
+    keep_tokens_setting,
+    kept_contexts,
+    tokens_setting,
+)  # fmt: skip
+from ..errors import ForgetError
 from ..fitting import autograd
-from ..keep import LISTS, keep_for
+from ..keep import keep_for
 from ..settings import Settings as Base
 from ..settings import setting
 
@@ -22,53 +33,49 @@ ABOUT = (
 )
 
 
+def read_attributes(text):
+    """[(attribute, weight)] of 'woman 0.3, man -0.3'.
+
+    Raises:
+        ForgetError: an entry is no words with a finite number behind them.
+    """
+    found = []
+    for entry in (entry.strip() for entry in text.split(",") if text.strip()):
+        name, _, number = entry.rpartition(" ")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name.strip() or not math.isfinite(weight):
+            raise ForgetError(
+                f"The attribute '{entry:.60}' has to be words and a number: write for example "
+                "'woman 0.3, man -0.3'."
+            )
+        found.append((name.strip(), weight))
+    return found
+
+
 @dataclass(frozen=True)
 class Settings(Base):
-    erase: float = setting(
-        1.0,
-        "Weight of what is forgotten. 0: nothing happens. Above 1: the concept goes more surely, "
-        "and neighbours with it.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
-    )
-    preserve: float = setting(
-        1.0,
-        "Weight of what is kept. 0: no keep-list. Higher: what is listed changes less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
-    )
-    damping: float = setting(
-        0.5,
-        "Weight of leaving everything as it is (lambda). Small: a stronger edit. Large: none.",
-        low=1e-6,
-        high=1e6,
-        step=0.01,
-    )
-    tokens: str = setting(
-        "last",
-        "Which of the concept's tokens are edited. last: its last one, as in the current code. "
-        "from-last: that one, the end of the text and its padding, as in the code of 2023. "
-        "subject: all of its words. all: every position.",
-        choices=TOKENS,
-    )
+    erase: float = erase()
+    preserve: float = preserve()
+    damping: float = damping(0.5)
+    tokens: str = tokens_setting()
     expand: bool = setting(
         False, "On: also edit five templates around each name, such as 'photo of NAME'."
     )
-    keep_list: str = setting(
-        "auto",
-        "Shipped list of what to keep, beside what is connected. auto: by the concept's kind.",
-        choices=("auto", *LISTS),
+    attributes: str = setting(
+        "",
+        "Not empty: nothing is forgotten; the concept is shifted towards or away from these "
+        "attributes, each with a weight, such as 'woman 0.3, man -0.3'.",
     )
-    keep_tokens: str = setting(
-        "last",
-        "Which tokens of kept words stay. last: the last one. all: every position, padding too.",
-        choices=("last", "all"),
-    )
-    rank: int = setting(
-        0, "Largest rank of a layer's change. 0: all of it, nothing is cut.", low=0, high=768
-    )
+    keep_list: str = keep_list_setting()
+    keep_tokens: str = keep_tokens_setting()
+    rank: int = rank_setting()
+
+    def __post_init__(self):
+        super().__post_init__()
+        read_attributes(self.attributes)
 
 
 PRESETS = {
@@ -83,25 +90,32 @@ def templates_of(concept):
 
 
 @autograd()
+@torch.no_grad()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Solve for a patch; see ``methods.forget``."""
-    with torch.no_grad():
-        pairs = Pairs.cat(
-            [
-                concept_pairs(
-                    model, concept, settings.tokens, templates_of(concept) * settings.expand
-                )
-                for concept in concepts
-            ]
+    attributes = read_attributes(settings.attributes)
+    anchored = next((concept for concept in concepts if concept.anchor), None)
+    if attributes and anchored:
+        raise ForgetError(
+            f"'{anchored.name}' has an anchor, and attributes are set: use one of the two."
         )
-        words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
-        kept = kept_contexts(model, words, settings.keep_tokens)
+    pairs, kept = rows_of(model, concepts, settings, keep)
+    weighted = settings.erase, settings.preserve, settings.damping
+    if not attributes:
+        edit = uce(*pairs, kept, *weighted)
+    else:
+        names, weights = zip(*attributes)
+        edit, pairs = debias(pairs.targets, kept_contexts(model, names), weights, kept, *weighted)
+    return input_patch(model, concepts, settings, pairs, lambda borrowed: edit, on_step=on_step)
 
-    def edit_of(weights):
-        weighted = settings.erase, settings.preserve, settings.damping
-        edit = uce(pairs.targets, pairs.anchors, kept, *weighted)
-        nothing = edit._replace(left=torch.zeros_like(edit.left))
-        losses = [residual(weights, each, *pairs) for each in (nothing, edit)]
-        return edit, losses
 
-    return input_patch(model, concepts, settings, edit_of, rank=settings.rank)
+def rows_of(model, concepts, settings, keep):
+    """The ``Pairs`` to edit and the rows to keep."""
+    pairs = [
+        concept_pairs(model, concept, settings.tokens, templates_of(concept) * settings.expand)
+        for concept in concepts
+    ]
+    words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
+    if words and settings.keep_tokens == "all":
+        words = ("", *words)
+    return Pairs.cat(pairs), kept_contexts(model, words, settings.keep_tokens)

@@ -96,7 +96,7 @@ def test_methods_that_are_files(tmp_path):
         ("nosuch:0.5", "neither a method"),
         ("resteer:steps", "is no setting"),
         ("resteer:speed=1", "has no setting 'speed'"),
-        ("resteer:steps=many", "'steps' of resteer is 'many'"),
+        ("resteer:steps=many", "steps is 'many': it has to be like 50"),
         ("resteer:steps=1.5", "is 1.5"),
         ("resteer:steps=true", "is True"),
         ("resteer:full_weights=1", "is 1"),

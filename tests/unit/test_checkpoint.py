@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import fmn
 from fmn.checkpoint import UNET_PREFIX, checkpoint_family, merge_into_checkpoint
 from fmn.errors import ForgetError
-from fmn.families import DEMO, SD1, SD2, SDXL, layers
+from fmn.families import DEMO, SD1, SD2, SDXL, layers, text_layers
 from fmn.patch import ForgetPatch
 
 from .tiny import make_patch, metadata_of, same_tensors
@@ -198,3 +198,118 @@ def test_a_variant_with_another_input_layer_is_refused(tmp_path, target):
     with pytest.raises(ForgetError, match="missing in 'inpainting.safetensors'"):
         merge_into_checkpoint(source, [(whole, 1.0)], target)
     assert not target.exists()
+
+
+def text_patch(family, part=".layers.0.", seed=0):
+    """Random changes of the text encoders' layers with that part in their names."""
+    generator, changes = torch.Generator().manual_seed(seed), {}
+    for layer in text_layers(family):
+        if part in layer.name:
+            up = 0.01 * torch.randn(layer.shape[0], 2, generator=generator)
+            changes[layer.name] = up, torch.randn(2, layer.shape[1], generator=generator)
+    return ForgetPatch(family, changes, make_patch().info)
+
+
+CLIP_L = {
+    f"self_attn.{x}_proj": (f"self_attn.{x}_proj.weight", slice(None))
+    for x in ("q", "k", "v", "out")
+} | {f"mlp.{x}": (f"mlp.{x}.weight", slice(None)) for x in ("fc1", "fc2")}
+PLACES = {
+    # family: {part of the pipeline: (where its blocks lie, how wide, {layer: (key, rows)})}
+    DEMO: {"text_encoder": ("cond_stage_model.transformer.text_model.encoder.layers", 128, CLIP_L)},
+    SD1: {"text_encoder": ("cond_stage_model.transformer.text_model.encoder.layers", 768, CLIP_L)},
+    SD2: {"text_encoder": ("cond_stage_model.model.transformer.resblocks", 1024, None)},
+    SDXL: {
+        "text_encoder": (
+            "conditioner.embedders.0.transformer.text_model.encoder.layers", 768, CLIP_L,
+        ),
+        "text_encoder_2": ("conditioner.embedders.1.model.transformer.resblocks", 1280, None),
+    },
+}  # fmt: skip
+
+
+def open_clip(width):
+    return {
+        "self_attn.q_proj": ("attn.in_proj_weight", slice(0, width)),
+        "self_attn.k_proj": ("attn.in_proj_weight", slice(width, 2 * width)),
+        "self_attn.v_proj": ("attn.in_proj_weight", slice(2 * width, 3 * width)),
+        "self_attn.out_proj": ("attn.out_proj.weight", slice(None)),
+        "mlp.fc1": ("mlp.c_fc.weight", slice(None)),
+        "mlp.fc2": ("mlp.c_proj.weight", slice(None)),
+    }
+
+
+def write_text_checkpoint(path, family, block, monkeypatch):
+    """Random weights of one block of each text encoder, and no U-Net: its family is told."""
+    monkeypatch.setattr("fmn.checkpoint.checkpoint_family", lambda path: family)
+    generator, tensors = torch.Generator().manual_seed(3), {}
+    for place, width, names in PLACES[family].values():
+        shapes = {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        for name, (key, rows) in (names or open_clip(width)).items():
+            shape = shapes.get(name, (width if rows == slice(None) else 3 * width, width))
+            weight = torch.randn(shape, generator=generator)
+            tensors.setdefault(f"{place}.{block}.{key}", weight.half())
+        tensors[f"{place}.{block}.attn.in_proj_bias"] = torch.randn(3 * width, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("family", PLACES, ids=lambda family: family.key)
+def test_text_layers_are_merged_where_the_family_keeps_them(tmp_path, target, family, monkeypatch):
+    source = write_text_checkpoint(tmp_path / "source.safetensors", family, 2, monkeypatch)
+    patch = text_patch(family, ".layers.2.")
+    merge_into_checkpoint(source, [(patch, 0.5), (patch, 0.25)], target)
+    before, after = load_file(source), load_file(target)
+    assert before.keys() == after.keys() and len(patch.changes) == 6 * len(PLACES[family])
+    expected = {key: value.float() for key, value in before.items()}
+    for part, (place, width, names) in PLACES[family].items():
+        for name, (key, rows) in (names or open_clip(width)).items():
+            change = 0.75 * patch.change_of(f"{part}.text_model.encoder.layers.2.{name}")
+            expected[f"{place}.2.{key}"][rows] += change
+    for key, value in expected.items():
+        assert after[key].dtype == before[key].dtype
+        torch.testing.assert_close(after[key].float(), value, rtol=1e-3, atol=1e-4)
+        assert key.endswith("bias") == torch.equal(after[key], before[key])
+
+
+def test_values_alone_change_their_rows_of_the_fused_matrix(tmp_path, target, monkeypatch):
+    source = write_text_checkpoint(tmp_path / "source.safetensors", SD2, 0, monkeypatch)
+    merge_into_checkpoint(source, [(text_patch(SD2, ".layers.0.self_attn.v_proj"), 1.0)], target)
+    key = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    before, after = load_file(source).pop(key), load_file(target).pop(key)
+    assert torch.equal(before[:2048], after[:2048])
+    assert not torch.equal(before[2048:], after[2048:])
+
+
+@pytest.mark.parametrize("family", PLACES, ids=lambda family: family.key)
+def test_a_checkpoint_without_the_text_layer_is_refused(tmp_path, target, family, monkeypatch):
+    source = write_text_checkpoint(tmp_path / "source.safetensors", family, 1, monkeypatch)
+    name = family.texts[0].comfy
+    with pytest.raises(
+        ForgetError, match=rf"'{name}.*layers\.0\..*missing in 'source.safetensors'"
+    ):
+        merge_into_checkpoint(source, [(text_patch(family), 1.0)], target)
+    assert not target.exists()
+
+
+def test_a_text_layer_of_another_shape_is_refused(tmp_path, target, monkeypatch):
+    source = write_text_checkpoint(tmp_path / "source.safetensors", SD2, 0, monkeypatch)
+    weights = load_file(source)
+    key = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    save_file(weights | {key: weights[key][:2048].clone()}, source)
+    with pytest.raises(
+        ForgetError, match=r"v_proj' of shape \[1024, 1024\].*of shape \[2048, 1024\]"
+    ):
+        merge_into_checkpoint(source, [(text_patch(SD2, ".layers.0.self_attn.v"), 1.0)], target)
+
+
+def test_the_demo_checkpoint_takes_both_parts(tmp_path):
+    unet, text, target = make_patch(rank=1), text_patch(DEMO), tmp_path / "merged.safetensors"
+    both = ForgetPatch(DEMO, unet.changes | text.changes, unet.info)
+    merge_into_checkpoint(DEMO_FILE, [(both, 1.0)], target)
+    before, after = load_file(DEMO_FILE), load_file(target)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    place, _, names = PLACES[DEMO]["text_encoder"]
+    assert changed == {key_of(layer) for layer in key_values(DEMO)} | {
+        f"{place}.0.{key}" for key, _ in names.values()
+    }

@@ -7,9 +7,20 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import fmn
-from fmn.families import DEMO, FAMILIES, SD1, SD2, SDXL, identify, layers
+from fmn.families import (
+    DEMO,
+    FAMILIES,
+    SD1,
+    SD2,
+    SDXL,
+    identify,
+    layers,
+    layers_by_name,
+    text_layers,
+)
 from fmn.lora_keys import file_name, known_names
 from fmn.model import cross_attention_names
 
@@ -212,4 +223,48 @@ def test_twin_names_mean_one_layer(family, one, other):
 @pytest.mark.parametrize("family", ALL, ids=lambda family: family.key)
 def test_no_two_layers_share_a_lora_name(family):
     # Dots become underscores, so two paths could fall together.
-    assert len(known_names(family)) == 2 * len(layers(family))
+    assert len(known_names(family)) == 2 * len(layers(family)) + len(text_layers(family))
+
+
+TEXT_CONFIGS = {
+    (key, part): config[f"{part}/config.json"]
+    for key, config in PIPELINES.items()
+    for part in ("text_encoder", "text_encoder_2")
+    if f"{part}/config.json" in config
+}
+
+
+@pytest.mark.parametrize("key, part", TEXT_CONFIGS, ids="-".join)
+def test_text_table_is_what_transformers_builds(key, part):
+    make = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
+    with torch.device("meta"):
+        encoder = make(CLIPTextConfig(**TEXT_CONFIGS[key, part]))
+    built = {
+        f"{part}.text_model.{name.removeprefix('text_model.')}": shape
+        for name, shape in linear_and_conv(encoder).items()
+        if "text_projection" not in name
+    }
+    table = text_layers(FAMILIES[key])
+    assert built == {x.name: x.shape for x in table if x.name.startswith(f"{part}.")}
+    assert {x.name.partition(".")[0] for x in table} == {p for k, p in TEXT_CONFIGS if k == key}
+
+
+@pytest.mark.parametrize("family", ALL, ids=lambda family: family.key)
+def test_names_of_text_layers(family):
+    table, names = text_layers(family), layers_by_name(family)
+    assert [name for name in names if names[name].is_text] == [layer.name for layer in table]
+    assert list(names) == [layer.name for layer in (*layers(family), *table)]
+    count = sum(6 * encoder.blocks for encoder in family.texts)
+    assert len({layer.compvis for layer in table}) == len(table) == count
+    parts = {file_name(family, layer).partition("_text_model_")[0] for layer in table}
+    assert parts == ({"lora_te1", "lora_te2"} if family is SDXL else {"lora_te"})
+    assert not any(layer.is_key_or_value or layer.is_cross_attention for layer in table)
+
+
+def test_a_text_layer():
+    layer = text_layers(SDXL)[-1]
+    assert layer.name == "text_encoder_2.text_model.encoder.layers.31.mlp.fc2"
+    assert layer.compvis == "clip_g.transformer.text_model.encoder.layers.31.mlp.fc2"
+    assert layer.shape == (1280, 5120) and layer.is_text
+    assert file_name(SDXL, layer) == "lora_te2_text_model_encoder_layers_31_mlp_fc2"
+    assert known_names(SDXL)[file_name(SDXL, layer)] is layer

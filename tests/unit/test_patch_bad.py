@@ -19,6 +19,8 @@ LAYER = next(layer for layer in layers(DEMO) if layer.is_key_or_value)
 PREFIX = file_name(DEMO, LAYER)
 UP, DOWN, ALPHA = (f"{PREFIX}.{part}" for part in ("lora_up.weight", "lora_down.weight", "alpha"))
 OUT, IN = LAYER.shape
+FC1 = "lora_te_text_model_encoder_layers_0_mlp_fc1"  # of a text encoder with three blocks
+FOURTH = FC1.replace("layers_0", "layers_3")
 
 
 @pytest.fixture
@@ -153,6 +155,15 @@ def cast(key, dtype):
     return lambda tensors, metadata: tensors.__setitem__(key, tensors[key].to(dtype))
 
 
+def text_layer(inputs, outputs, value=1.0):
+    def change(tensors, metadata):
+        tensors[f"{FC1}.lora_down.weight"] = torch.full((2, inputs), value).half()
+        tensors[f"{FC1}.lora_up.weight"] = torch.ones(outputs, 2).half()
+        tensors[f"{FC1}.alpha"] = torch.tensor(2.0).half()
+
+    return change
+
+
 def no_metadata(tensors, metadata):
     metadata.clear()
 
@@ -185,9 +196,15 @@ TENSORS = {
     "unknown key": (put("something", torch.ones(1)), STRAY),
     "long key": (put("x" * 10**5, torch.ones(1)), STRAY),
     "unknown layer": (put("lora_unet_nowhere.alpha", torch.ones(())), STRAY),
-    "text encoder": (
-        put("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", torch.ones(())), STRAY,
+    "text encoder's fourth block": (put(f"{FOURTH}.alpha", torch.ones(())), STRAY),
+    "second text encoder": (put(f"{FC1.replace('te_', 'te2_')}.alpha", torch.ones(())), STRAY),
+    "text embeddings": (
+        put("lora_te_text_model_embeddings_token_embedding.alpha", torch.ones(())), STRAY,
     ),
+    "text layer, no matrices": (put(f"{FC1}.alpha", torch.ones(())), f"lacks '{FC1}.lora_down"),
+    "text layer, wrong in": (text_layer(129, 512), "does not fit 'text_encoder.text_model.enc"),
+    "text layer, wrong out": (text_layer(128, 128), "does not fit 'text_encoder.text_model.enc"),
+    "text layer, NaN": (text_layer(128, 512, torch.nan), f"NaN or infinite values in '{FC1}'"),
     "full delta": (put(f"{PREFIX}.diff", torch.ones(OUT, IN)), STRAY),
     "part of a part": (put(f"{PREFIX}.lora_up.weight.more", torch.ones(1)), STRAY),
     "no up": (drop(UP), f"lacks '{UP}'"),
@@ -228,6 +245,11 @@ TENSORS = {
     "kinds of lists": (tell("fmn.concepts", '[{"name": "dog", "kind": []}]'), WRONG),
     "names of null": (tell("fmn.concepts", '[{"name": null, "kind": "object"}]'), WRONG),
 }  # fmt: skip
+
+
+def test_a_good_text_layer_is_read(saved):
+    patch = load_patch(rewrite(saved, text_layer(128, 512)))
+    assert patch.change_of("text_encoder.text_model.encoder.layers.0.mlp.fc1").eq(2).all()
 
 
 @pytest.mark.parametrize("change, reason", TENSORS.values(), ids=TENSORS)

@@ -1,0 +1,184 @@
+"""SPEED (Li et al. 2025, arXiv 2503.07392): a closed form inside the null space of what is kept.
+
+The published formula works on [D, D] matrices for each layer. With n targets its change has rank
+n, and here all systems are of size n and of the number of kept words.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..closed_form import layer_patch, rank_setting
+from ..contexts import Pairs, concept_pairs, keep_list_setting, kept_contexts, tokens_setting
+from ..errors import ForgetError
+from ..fitting import autograd
+from ..keep import keep_for
+from ..null_space import (
+    centres,
+    extended,
+    main_directions,
+    off,
+    strong_directions,
+    weakest_direction,
+)  # fmt: skip
+from ..settings import Settings as Base
+from ..settings import seed, setting
+
+TITLE = "SPEED"
+ABOUT = (
+    "SPEED (arXiv 2503.07392): a closed form that edits values of cross-attention where kept "
+    "words have no part, for many concepts at once."
+)
+SMALLEST = 1e-9  # share of the targets' sum of squares that has to lie outside the kept span
+
+
+@dataclass(frozen=True)
+class Settings(Base):
+    retain: float = setting(
+        1.0,
+        "Weight of changing little (retain scale). Small: a stronger edit; 0.05 for ten or more "
+        "concepts. Large: none.",
+        low=1e-6,
+        high=1e6,
+        step=0.01,
+    )
+    threshold: float = setting(
+        0.1,
+        "What counts as free: directions of the kept words with a smaller eigenvalue. 0: only "
+        "those they do not have at all. Large: everything, kept words too.",
+        low=0.0,
+        high=1e6,
+        step=0.01,
+    )
+    filter: bool = setting(
+        True,
+        "On: each layer protects only the kept words that the edit would change more than the "
+        "average, which leaves room for the edit. Off: all of them in all layers, faster.",
+    )
+    copies: int = setting(
+        10,
+        "Noisy copies of each protected word, in each layer's weakest direction. 0: none. Only "
+        "with filter.",
+        low=0,
+        high=100,
+    )
+    invariants: bool = setting(
+        True, "On: the start token and the empty prompt stay exactly as they are."
+    )
+    layers: str = setting(
+        "v",
+        "What is edited. v: values, as published. k: keys. kv: both.",
+        choices=("v", "k", "kv"),
+    )
+    tokens: str = tokens_setting()
+    keep_list: str = keep_list_setting()
+    rank: int = rank_setting()
+    seed: int = seed()
+
+
+PRESETS = {"speed": Settings(), "speed-many": Settings(retain=0.05)}
+
+
+class Problem(NamedTuple):
+    """Rows of float64: c and c* of the ``Pairs``, the kept ones, and those that stay exactly."""
+
+    pairs: Pairs
+    kept: torch.Tensor
+    exact: torch.Tensor
+
+
+@autograd()
+@torch.no_grad()
+def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+    """Solve for a patch; see ``methods.forget``."""
+    pairs = Pairs.cat([concept_pairs(model, each, settings.tokens) for each in concepts])
+    kept = kept_contexts(model, keep_for(concepts, keep, settings.keep_list))
+    exact = invariants(model)[: None if settings.invariants else 0]
+    problem = Problem(pairs, kept, exact)
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def open_changes(borrowed):
+        whole = main_directions(kept, model.family.context_dim)
+        shared = None if settings.filter else right_factor(problem, kept, whole, settings)
+
+        def change_of(layer, weight):
+            up = weight @ (pairs.anchors - pairs.targets).mT.to(weight)
+            right = shared
+            if settings.filter:
+                weakest = weakest_direction(weight).cpu()
+                retained = retained_rows(problem, up.cpu(), weakest, settings.copies, generator)
+                right = right_factor(problem, retained, extended(whole, weakest), settings)
+            return up, right.to(weight)
+
+        return change_of
+
+    return layer_patch(model, concepts, settings, pairs, open_changes, settings.layers, on_step)
+
+
+def right_factor(problem, retained, span, settings):
+    """F [n, D] of dW = W (C* - C) F.
+
+    Published, with A and B the means of c* c^T and c c^T over n targets, P the projector on
+    eigenvectors of the mean of k k^T below the threshold, M = (B P + r I)^-1 and K what stays:
+
+        dW = W (A - B) P (I - M K (K^T P M K)^-1 K^T P) M
+
+    As B = C C^T / n, P M = (P - P C (n r I + C^T P C)^-1 C^T P) / r, which needs no [D, D].
+
+    Args:
+        retained: rows k. span: orthonormal basis [D, q] of a space that holds them.
+
+    Raises:
+        ForgetError: nothing of the targets lies in the null space.
+    """
+    targets, exact, scale = problem.pairs.targets, problem.exact, settings.retain
+    basis = strong_directions(retained, settings.threshold, span)
+    outside = off(targets, basis)
+    if outside.square().sum() < SMALLEST * targets.square().sum():
+        raise ForgetError(
+            "The kept words fill all the room that the concepts need: raise the threshold, or keep "
+            "fewer words."
+        )
+    ridge = len(targets) * scale * torch.eye(len(targets), dtype=torch.float64)
+    solved = torch.linalg.solve(ridge + outside @ outside.mT, outside)  # C^T P M / n
+    if not len(exact):
+        return solved
+    held = off(exact, basis)
+    held = (held - held @ targets.mT @ solved) / scale  # K^T P M
+    # Pseudo-inverse: what the kept words span already is no further constraint.
+    inverse = torch.linalg.pinv(held @ exact.mT, hermitian=True, rtol=1e-10)
+    return solved - solved @ exact.mT @ inverse @ held
+
+
+def retained_rows(problem, moved, weakest, copies, generator):
+    """The kept rows that the plain edit W (A - B) (I + B)^-1 changes no less than their mean,
+    and of noisy copies of these those that it changes no less than the copies' mean.
+
+    Args:
+        moved: W (C* - C), [out, n]. weakest: ``weakest_direction`` of W.
+    """
+    targets = problem.pairs.targets
+    ridge = len(targets) * torch.eye(len(targets), dtype=torch.float64)
+    plain = torch.linalg.solve(ridge + targets @ targets.mT, targets)
+
+    def affected(rows):
+        influence = (rows @ plain.mT @ moved.mT).square().sum(1)
+        return rows[influence >= influence.mean()]
+
+    if not len(problem.kept):
+        return problem.kept
+    retained = affected(problem.kept)
+    if not copies or not len(retained):
+        return retained
+    copied = retained.repeat_interleave(copies, 0)
+    noise = torch.randn(copied.shape, dtype=torch.float64, generator=generator)
+    noisy = copied + torch.outer(noise @ weakest, weakest)
+    return torch.cat([retained, affected(noisy)])
+
+
+def invariants(model):
+    """What every prompt shares: BOS, and three k-means centres of the empty prompt's other
+    states, rows [4, D]."""
+    empty = kept_contexts(model, ("",), "all")
+    return torch.cat([empty[:1], centres(empty[1:], 3)])

@@ -1,0 +1,55 @@
+"""What tests of closed forms share: whole matrices, and what a saved file does to them."""
+
+import torch
+from safetensors.torch import load_file
+
+from fmn.families import layers
+from fmn.lora_keys import file_name
+from fmn.patch import save_patch
+
+from .tiny import TINY
+
+KEYS_AND_VALUES = [layer for layer in layers(TINY) if layer.is_key_or_value]
+WIDTH = TINY.context_dim
+
+
+def weights(model):
+    """Layer name -> W in float64, of all keys and values."""
+    return {
+        layer.name: model.unet.get_submodule(layer.name).weight.detach().double()
+        for layer in KEYS_AND_VALUES
+    }
+
+
+def assert_solves(patch, model, expected, path, rtol=1e-5):
+    """The patch makes these W', and so does its file, as a plain LoRA within fp16 rounding.
+
+    Args:
+        expected: layer name -> W'. rtol: the patch keeps float32.
+    """
+    before = weights(model)
+    assert patch.changes.keys() == expected.keys()
+    found = load_file(save_patch(patch, path))
+    assert len(found) == 3 * len(expected)
+    for layer in KEYS_AND_VALUES:
+        if layer.name not in expected:
+            continue
+        change = expected[layer.name] - before[layer.name]
+        up, down = (factor.double() for factor in patch.changes[layer.name])
+        near(up @ down, change, rtol)
+        prefix = file_name(TINY, layer)
+        up, down, alpha = (
+            found[f"{prefix}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha")
+        )
+        assert up.dtype == down.dtype == torch.float16
+        near(up.double() @ down.double() * float(alpha) / len(down), change, 5e-3)
+
+
+def near(found, expected, rtol):
+    """The Frobenius norm of the difference is at most rtol of the expected one's."""
+    assert float((found - expected).norm()) <= rtol * float(expected.norm())
+
+
+def rows(count, seed=0, width=WIDTH):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, dtype=torch.float64, generator=generator)
