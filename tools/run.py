@@ -37,8 +37,8 @@ COMFYUI = [
     "sentencepiece", "comfyui-frontend-package==1.32.9", "kornia>=0.7.1", "spandrel",
 ]  # fmt: skip
 TESTS = [
-    "eval-unlearn==1.1.2", "peft>=0.17", "playwright", "pytest", "ray==2.60.0", "ruff==0.17.6",
-    "setuptools>=77", "websocket-client",
+    "eval-unlearn==1.1.2", "peft>=0.17", "playwright", "pytest", "pytest-xdist", "ray==2.60.0",
+    "ruff==0.17.6", "setuptools>=77", "websocket-client",
 ]  # fmt: skip
 # A torchvision made for CUDA cannot load its operators beside a CPU torch and then fails to import.
 TORCHVISION_FIX = """
@@ -144,6 +144,8 @@ def run_tests(arguments):
         done = subprocess.run([python, "-m", "ruff", *check, "."], cwd=ROOT)
         if done.returncode:
             return done.returncode
+    # Files side by side: each process has its own server. Somebody who picks tests runs them here.
+    arguments = arguments or ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
     return subprocess.run(
         [python, "-m", "pytest", *arguments], cwd=ROOT / "tests", env=env
     ).returncode
