@@ -7,11 +7,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import ForgetError
-from .families import identify, layers
+from .families import identify, layers_by_name
 from .files import write_whole
 
 UNET_PREFIX = "model.diffusion_model."
 KEYS_AND_VALUES = ".attn2.to_k.weight", ".attn2.to_v.weight"
+# (text encoders of the family, ComfyUI's name of one) -> where a checkpoint keeps it
+TEXT_PREFIXES = {
+    (1, "clip_l"): "cond_stage_model.",
+    (1, "clip_h"): "cond_stage_model.model.",
+    (2, "clip_l"): "conditioner.embedders.0.",
+    (2, "clip_g"): "conditioner.embedders.1.model.",
+}
+# OpenCLIP's encoders hold query, key and value as rows of one matrix.
+FUSED = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
+OPENCLIP = {
+    **dict.fromkeys(FUSED, "attn.in_proj_weight"),
+    "self_attn.out_proj": "attn.out_proj.weight",
+    "mlp.fc1": "mlp.c_fc.weight",
+    "mlp.fc2": "mlp.c_proj.weight",
+}
 
 
 def checkpoint_family(path):
@@ -53,20 +68,35 @@ def merge_into_checkpoint(source, patches, target):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for patch, _ in patches:
         patch.check_family(family)
-    for layer in layers(family):
+    for layer in layers_by_name(family).values():
         changes = [
             strength * patch.change_of(layer.name)
             for patch, strength in patches
             if layer.name in patch.changes
         ]
         if changes:
-            key = f"{UNET_PREFIX}{layer.compvis}.weight"
+            key, rows = _place(family, layer)
             weight = tensors.get(key)
-            if weight is None or tuple(weight.shape) != layer.shape:
-                found = "missing" if weight is None else f"of shape {list(weight.shape)}"
+            if weight is None or tuple(weight[rows].shape) != layer.shape:
+                found = "missing" if weight is None else f"in '{key}' of shape {list(weight.shape)}"
                 raise ForgetError(
                     f"The patch changes '{layer.compvis}' of shape {list(layer.shape)}, which is "
                     f"{found} in '{Path(source).name}': use a patch for this variant."
                 )
-            tensors[key] = (weight.float() + torch.stack(changes).sum(0)).to(weight.dtype)
+            changed = weight[rows].float() + torch.stack(changes).sum(0)
+            weight[rows] = changed.to(weight.dtype)
     write_whole(target, lambda file: save_file(tensors, file, metadata=metadata))
+
+
+def _place(family, layer):
+    """The key of the tensor that holds a layer's weight, and which of its rows are the layer's."""
+    if not layer.is_text:
+        return f"{UNET_PREFIX}{layer.compvis}.weight", slice(None)
+    encoder, _, path = layer.compvis.partition(".")
+    prefix = TEXT_PREFIXES[len(family.texts), encoder]
+    if encoder == "clip_l":
+        return f"{prefix}{path}.weight", slice(None)
+    block, _, part = path.removeprefix("transformer.text_model.encoder.layers.").partition(".")
+    first = FUSED.index(part) * layer.shape[0] if part in FUSED else 0
+    rows = slice(first, first + layer.shape[0]) if part in FUSED else slice(None)
+    return f"{prefix}transformer.resblocks.{block}.{OPENCLIP[part]}", rows

@@ -54,12 +54,17 @@ class Borrowed(Protocol):
 
 
 class BorrowedText(Protocol):
-    """A text encoder that autograd can work with, for as long as ``Model.borrow_text`` lasts.
+    """A model's text encoders that autograd can work with, while ``Model.borrow_text`` lasts.
 
-    All its weights are frozen.
+    All their weights are frozen. Methods may hook their modules and must unhook them again. Models
+    with two encoders have ``module`` and a plain ``encode``; the rest refuses them.
     """
 
+    device: torch.device
     width: int  # of a token's input embedding
+
+    def module(self, name) -> torch.nn.Module:
+        """The Linear of that diffusers name; see ``families.text_layers``."""
 
     def vectors(self, words) -> torch.Tensor:
         """Input embeddings of the words' tokens, float32 [k, width], without BOS, EOT, padding."""
@@ -73,7 +78,8 @@ class BorrowedText(Protocol):
 
         Returns:
             the text [1, T, D], as ``Model.encode`` gives it, and the pooled text [1, D]: the last
-            layer's state at the first EOT after the final norm, not projected.
+            layer's state at the first EOT after the final norm, not projected; of two encoders,
+            what SDXL reads: the second's, projected.
         """
 
     def encode_ids(self, ids) -> torch.Tensor:
@@ -112,8 +118,20 @@ class Model(Protocol):
     def borrow(self):
         """Context manager that gives a ``Borrowed`` and takes it back unchanged."""
 
-    def borrow_text(self):
-        """Context manager that gives a ``BorrowedText`` and takes it back unchanged."""
+    def borrow_text(self, words=True):
+        """Context manager that gives a ``BorrowedText`` and takes it back unchanged.
+
+        Args:
+            words: input words are to be learned, which two encoders refuse at once.
+        """
+
+
+def two_encoders(family):
+    """The refusal to learn words for a model with two text encoders."""
+    return ForgetError(
+        f"{family.title} has two text encoders, whose words cannot be learned yet: use a Stable "
+        "Diffusion 1.x or 2.x model."
+    )
 
 
 def spelled(ids_of, prompt, count):

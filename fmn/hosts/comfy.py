@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ForgetError
 from ..families import identify, layers, layers_by_name
-from ..model import Text, fingerprint
+from ..model import Text, fingerprint, two_encoders
 from ..pictures import square
 from ..spans import SECTION
 from .comfy_text import FLOATS, borrow_text, frozen, leave_inference_mode
@@ -169,14 +169,11 @@ class ComfyModel:
             yield _Borrowed(self, patcher)
 
     @contextmanager
-    def borrow_text(self):
-        """Load the text encoder so that autograd can use it."""
+    def borrow_text(self, words=True):
+        """Load the text encoders so that autograd can use them."""
         self._need_clip()
-        if self.family.vector_dim is not None:
-            raise ForgetError(
-                f"{self.family.title} has two text encoders, whose words cannot be learned yet: "
-                "use a Stable Diffusion 1.x or 2.x model."
-            )
+        if words and self.family.vector_dim is not None:
+            raise two_encoders(self.family)
         with borrow_text(self) as borrowed:
             yield borrowed
 
@@ -218,6 +215,8 @@ class _Borrowed:
         return self.model.diffusion_model.get_submodule(path)
 
     def denoise(self, x_t, t, text):
+        # A step of a method may draw for a while first.
+        comfy.model_management.throw_exception_if_processing_interrupted()
         if self.model.device != self.device or self.model.model_lowvram:
             # The VAE or the text encoder needed the memory.
             _load_whole(self.patcher)

@@ -1,4 +1,4 @@
-"""ComfyUI's text encoders, for learning input embeddings; and weights that autograd accepts."""
+"""ComfyUI's text encoders, to look inside and to learn words; weights that autograd accepts."""
 
 from contextlib import contextmanager
 
@@ -8,21 +8,22 @@ import torch
 
 from ..concept import Prompt
 from ..errors import ForgetError
-from ..model import Text, spelled
+from ..model import Text, spelled, two_encoders
 from ..spans import word_positions
 
 FLOATS = torch.float32, torch.float16, torch.bfloat16
-ENCODERS = {"l": "clip_l", "h": "clip_h"}  # what the tokenizer calls a part, what the encoder does
+# What the tokenizer calls a part, and what the encoder does.
+ENCODERS = {"l": "clip_l", "h": "clip_h", "g": "clip_g"}
 
 
 @contextmanager
 def borrow_text(host):
-    """``Model.borrow_text`` of a ``ComfyModel`` that has a CLIP with one encoder."""
+    """``Model.borrow_text`` of a ``ComfyModel`` that has a CLIP."""
     patcher = host.clip.patcher
-    comfy.model_management.load_models_gpu([patcher])
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     with frozen(patcher.model):
         borrowed = _BorrowedText(host)
-        with _copied_inputs(borrowed.encoder):
+        with _copied_inputs(borrowed.stage):
             yield borrowed
 
 
@@ -75,22 +76,24 @@ class _BorrowedText:
     def __init__(self, host):
         self.host, self.clip, self.stage = host, host.clip, host.clip.cond_stage_model
         sections = self.clip.tokenize("", disable_weights=True)
-        self.key = next((key for key in ENCODERS if key in sections), None)
-        self.encoder = getattr(self.stage, ENCODERS.get(self.key, ""), None)
-        if len(sections) != 1 or self.encoder is None:
+        names = [encoder.comfy for encoder in host.family.texts]
+        found = {ENCODERS.get(key) for key in sections}
+        if found != set(names) or not all(hasattr(self.stage, name) for name in names):
             raise ForgetError(
-                f"This CLIP gives tokens for {', '.join(sections)}, but words can be learned only "
-                "for a single CLIP-L or OpenCLIP-H: connect the CLIP of a Stable Diffusion 1.x or "
-                "2.x checkpoint."
+                f"This CLIP gives tokens for {', '.join(sections)}, but {host.family.title} has "
+                f"the text encoder {' and '.join(names)}: connect the CLIP of the same checkpoint."
             )
-        weight = self._embedding().weight
-        if weight.dtype not in FLOATS or type(weight) is not torch.nn.Parameter:
-            kind = str(weight.dtype).removeprefix("torch.")
-            raise ForgetError(
-                f"The CLIP's weights are quantised ({kind}): load it in float16, bfloat16 or "
-                "float32 to learn words for it."
-            )
-        self.width = weight.shape[1]
+        self.pair = len(names) > 1
+        self.encoder = getattr(self.stage, names[0])
+        self.key = next(key for key in sections if ENCODERS[key] == names[0])
+        self.width = _checked(self._embedding()).weight.shape[1]
+
+    @property
+    def device(self):
+        return self._embedding().weight.device
+
+    def module(self, name):
+        return _checked(self.host.text_module(name))
 
     def _embedding(self):
         return self.encoder.transformer.get_input_embeddings()
@@ -104,12 +107,21 @@ class _BorrowedText:
         return ids
 
     def vectors(self, words):
+        if self.pair:
+            raise two_encoders(self.host.family)
         ids = self._ids(words)
         found = [ids[position] for position in word_positions(ids)]
         return self._embedding().weight[found].detach().float().cpu().clone()
 
     def encode(self, prompt, vectors=None):
+        if self.pair and vectors is not None:
+            raise two_encoders(self.host.family)
         ids = spelled(self._ids, prompt, 0 if vectors is None else len(vectors))
+        if self.pair:
+            tokens = self.clip.tokenize(prompt, disable_weights=True)
+            with self._ready(projected=True):
+                context, pooled = self.stage.encode_token_weights(tokens)[:2]
+            return Text(context.float(), {"pooled": pooled.float()}), pooled.float()
         held, section = 0, []
         for token in ids:
             if token is None:
@@ -121,19 +133,38 @@ class _BorrowedText:
         return Text(context.float()), pooled.float()
 
     def encode_ids(self, ids):
+        if self.pair:
+            raise two_encoders(self.host.family)
         with self._ready():
             return self.encoder.encode(ids.tolist())[0].float()
 
     @contextmanager
-    def _ready(self):
-        """Set up as ``CLIP.encode_from_tokens`` does, for a pooled text that is not projected."""
+    def _ready(self, projected=False):
+        """Set up as ``CLIP.encode_from_tokens`` does.
+
+        Args:
+            projected: the pooled text, as the encoders choose; False: never.
+        """
         # ComfyUI may have moved the encoder since, and does so in inference mode.
         leave_inference_mode(self.stage)
         self.stage.reset_clip_options()
         if self.clip.layer_idx is not None:
             self.stage.set_clip_options({"layer": self.clip.layer_idx})
-        self.stage.set_clip_options({"projected_pooled": False})
+        if not projected:
+            self.stage.set_clip_options({"projected_pooled": False})
         try:
             yield
         finally:
             self.stage.reset_clip_options()
+
+
+def _checked(module):
+    """The module, if its weights are plain numbers."""
+    weight = module.weight
+    if weight.dtype not in FLOATS or type(weight) is not torch.nn.Parameter:
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise ForgetError(
+            f"The CLIP's weights are quantised ({kind}): load it in float16, bfloat16 or float32 "
+            "to work on it."
+        )
+    return module

@@ -177,8 +177,8 @@ class DiffusersModel:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
-    def borrow_text(self):
-        return borrow_text(self)
+    def borrow_text(self, words=True):
+        return borrow_text(self, words)
 
     def merged(self, patches):
         """Add patches to the weights for good; a list of (patch, strength)."""

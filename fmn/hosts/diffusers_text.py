@@ -1,59 +1,75 @@
-"""The text encoder of a diffusers pipeline, for learning input embeddings."""
+"""The text encoders of a diffusers pipeline, for methods that look inside or learn words."""
 
 from contextlib import contextmanager
 
 import torch
 
 from ..concept import Prompt
-from ..errors import ForgetError
-from ..model import Text, spelled
+from ..model import Text, spelled, two_encoders
 from ..spans import word_positions
 
 
 @contextmanager
-def borrow_text(model):
-    """``Model.borrow_text`` of a ``DiffusersModel``.
-
-    Raises:
-        ForgetError: the model has two text encoders.
-    """
-    if model.family.vector_dim is not None:
-        raise ForgetError(
-            f"{model.family.title} has two text encoders, whose words cannot be learned yet: use "
-            "a Stable Diffusion 1.x or 2.x model."
-        )
-    encoder = model.pipeline.text_encoder
-    flags = [(parameter, parameter.requires_grad) for parameter in encoder.parameters()]
-    training = encoder.training
+def borrow_text(model, words=True):
+    """``Model.borrow_text`` of a ``DiffusersModel``."""
+    if words and model.family.vector_dim is not None:
+        raise two_encoders(model.family)
+    names = ("text_encoder", "text_encoder_2")[: len(model.family.texts)]
+    encoders = [getattr(model.pipeline, name) for name in names]
+    flags = [(p, p.requires_grad) for encoder in encoders for p in encoder.parameters()]
+    training = [encoder.training for encoder in encoders]
     try:
-        encoder.requires_grad_(False).train(False)
+        for encoder in encoders:
+            encoder.requires_grad_(False).train(False)
         with torch.inference_mode(False), torch.enable_grad():
-            yield _BorrowedText(model, encoder)
+            yield _BorrowedText(model, encoders)
     finally:
-        encoder.train(training)
+        for encoder, was_training in zip(encoders, training):
+            encoder.train(was_training)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
 class _BorrowedText:
-    def __init__(self, model, encoder):
-        self.model, self.encoder = model, encoder
-        self.embedding = encoder.get_input_embeddings()
+    def __init__(self, model, encoders):
+        self.model, self.encoder, self.pair = model, encoders[0], len(encoders) > 1
+        self.embedding = self.encoder.get_input_embeddings()
         self.width = self.embedding.weight.shape[1]
+
+    @property
+    def device(self):
+        return self.encoder.device
+
+    def module(self, name):
+        return self.model.text_module(name)
 
     def _ids(self, text):
         return self.model.tokenize(Prompt(text, text))
 
     def vectors(self, words):
+        if self.pair:
+            raise two_encoders(self.model.family)
         ids = self._ids(words)
         found = [ids[position] for position in word_positions(ids)]
         return self.embedding.weight[found].detach().float().clone()
 
     def encode_ids(self, ids):
+        if self.pair:
+            raise two_encoders(self.model.family)
         return self.encoder(ids.to(self.encoder.device)).last_hidden_state.float()
 
     def encode(self, prompt, vectors=None):
+        if self.pair and vectors is not None:
+            raise two_encoders(self.model.family)
         ids = spelled(self._ids, prompt, 0 if vectors is None else len(vectors))
+        if self.pair:
+            context, _, pooled, _ = self.model.pipeline.encode_prompt(
+                prompt=prompt,
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )
+            return Text(context.float(), {"pooled": pooled.float()}), pooled.float()
         held = [i for i, token in enumerate(ids) if token is None]
         # Any word serves below the vectors; the encoder finds its first EOT by the ids.
         known = torch.tensor([[0 if token is None else token for token in ids]])

@@ -204,7 +204,7 @@ BAD = {
     "no concepts": ({"concepts": []}, "nothing to forget"),
     "settings alone": ({"patches": [], "settings": {"steps": 1}}, "settings are for training"),
     "unknown setting": ({"concepts": ["dog"], "settings": {"step": 1}}, "no setting 'step'"),
-    "text as number": ({"concepts": ["dog"], "settings": {"lr": "2e-3"}}, "'lr' of resteer is"),
+    "text as number": ({"concepts": ["dog"], "settings": {"lr": "2e-3"}}, "lr is '2e-3': it has to be like 0.002"),
     "unknown method": ({"concepts": ["dog"], "method": "hope"}, "no method 'hope': use resteer"),
     "true as number": ({"patches": [], "seed": True}, "seed is True: write a whole number"),
     "patch as text": ({"patches": "dog.safetensors"}, "patches is 'dog.safetensors': write a list"),
