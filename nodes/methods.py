@@ -17,7 +17,8 @@ FINEST = 1e-7
 def _input(described):
     told, default = described.metadata, described.default
     name = WIDGET_NAMES.get(described.name, described.name)
-    given = {"default": default, "tooltip": told["help"]}
+    # Optional, so that workflows from before a setting came keep working.
+    given = {"default": default, "tooltip": told["help"], "optional": True}
     if described.name in TITLES:
         given["display_name"] = TITLES[described.name]
     if told["choices"]:

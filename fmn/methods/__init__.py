@@ -26,6 +26,8 @@ METHODS = {
         "oce", "oce-style", "oce-nudity", "oce-celebrities", "oce-reflection", "oce-projection",
     ),
     "casteer": ("casteer", "casteer-reflection"),
+    "quickfix": ("quickfix", "quickfix-2024"),
+    "hirm": ("hirm", "hirm-r", "hirm-s"),
 }  # fmt: skip
 PRESETS = {preset: name for name, presets in METHODS.items() for preset in presets}
 DEFAULT = "resteer"  # for somebody who picks nothing

@@ -101,7 +101,7 @@ class TinyModel:
         return grey.expand(-1, latents.shape[2] * 8, latents.shape[3] * 8, 3)
 
     @contextmanager
-    def borrow_text(self):
+    def borrow_text(self, words=True):
         with torch.enable_grad():
             yield TinyText(self)
 
