@@ -17,6 +17,7 @@ from ..errors import ForgetError
 METHODS = {
     "resteer": ("resteer", "resteer-released"),
     "esd": ("esd", "esd-u", "esd-paper", "esd-2025"),
+    "ablation": ("ablation", "ablation-released"),
     "uce": ("uce", "uce-2023"),
     "rece": ("rece", "rece-style", "rece-nudity"),
     "speed": ("speed", "speed-many"),

@@ -1,0 +1,348 @@
+"""Concept Ablation (Kumari et al. 2023, arXiv 2303.13516), also for correction.
+
+The prediction for a concept's prompt is trained towards the one for its anchor's. What the paper
+leaves open is taken from the released code, nupurkmr9/concept-ablation diffusers/train.py.
+"""
+
+import re
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from ..concept import Prompt
+from ..errors import ForgetError
+from ..families import layers as layers_of
+from ..fitting import autograd, learn
+from ..keep import keep_for
+from ..model import PLACEHOLDER, Text
+from ..objectives import concept_ablation
+from ..probe import flags_of
+from ..schedule import add_noise
+from ..settings import Settings as Base
+from ..settings import checkpointing, lr, rank, seed, setting, size, steps
+from ..subspace import protect, protected_downs
+
+TITLE = "Concept Ablation"
+ABOUT = (
+    "Concept Ablation (arXiv 2303.13516): trains the concept's prompts to draw what its anchor's "
+    "prompts draw; also corrects what a word means."
+)
+
+
+@dataclass(frozen=True)
+class Settings(Base):
+    steps: int = steps(50)
+    lr: float = lr(
+        3e-3,
+        "AdamW's learning rate. Around 0.003 for low rank; the released code trains full weights "
+        "with 0.000008.",
+    )
+    rank: int = rank()
+    layers: str = setting(
+        "kv",
+        "What is trained. kv: keys and values of cross-attention. attention: all of "
+        "cross-attention. unet: every linear and convolution layer.",
+        choices=("kv", "attention", "unet"),
+    )
+    full_weights: bool = setting(
+        False,
+        "On: train whole weight matrices, as released, and cut them to the rank when done; needs "
+        "far more memory. Off: train the low rank itself.",
+    )
+    target: str = setting(
+        "model",
+        "What the concept's prompt learns to predict. model: what the model predicts for the "
+        "anchor's prompt. noise: the true noise on the anchor's pictures.",
+        choices=("model", "noise"),
+    )
+    teacher: str = setting(
+        "frozen",
+        "Who predicts for the anchor, if target is 'model'. frozen: the model before training. "
+        "current: the model in training, as released; the anchor may drift along.",
+        choices=("frozen", "current"),
+    )
+    no_anchor: str = setting(
+        "empty",
+        "What stands for the anchor of concepts without one. empty: the empty prompt. rest: the "
+        "same prompt without the concept's words.",
+        choices=("empty", "rest"),
+    )
+    references: str = setting(
+        "samples",
+        "What is noised. samples: pictures that the model draws of the anchor first. pictures: "
+        "those on the concept, which must show what is drawn instead. zeros: nothing, fastest.",
+        choices=("samples", "pictures", "zeros"),
+    )
+    samples: int = setting(
+        4,
+        "How many pictures of each anchor prompt, if references is 'samples'. More cover more, "
+        "and take longer to draw.",
+        low=1,
+        high=1000,
+    )
+    sample_steps: int = setting(20, "Sampling steps of those pictures.", low=1, high=1000)
+    guidance: float = setting(
+        5.0, "Guidance of those pictures. 1: none.", low=0.0, high=100.0, step=0.1
+    )
+    prior: float = setting(
+        0.0,
+        "Weight of drawing the anchor itself as in its pictures. 0: off. Higher: the concept "
+        "moves less.",
+        low=0.0,
+        high=1000.0,
+        step=0.01,
+    )
+    preserve: float = setting(
+        1.0,
+        "Weight of drawing words to keep, if given, as before. 0: they are ignored. Higher: they "
+        "change less. A step takes about twice as long with them.",
+        low=0.0,
+        high=1000.0,
+        step=0.01,
+    )
+    detach_start: bool = setting(
+        True,
+        "On: the start token's key and value are not trained on, as released. It is in every "
+        "prompt, so this spares the others.",
+    )
+    batch: int = setting(
+        4,
+        "Prompts a step. 4 as released; more are steadier, slower and need more memory.",
+        low=1,
+        high=64,
+    )
+    size: int = size()
+    checkpointing: bool = checkpointing()
+    seed: int = seed()
+    protect: bool = protect()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.references == "zeros" and (self.target == "noise" or self.prior):
+            what = "target 'noise'" if self.target == "noise" else f"prior {self.prior:g}"
+            raise ForgetError(
+                f"{what} learns from pictures and references 'zeros' has none: use references "
+                "'samples' or 'pictures', or target 'model' with prior 0."
+            )
+
+
+RELEASED = Settings(
+    steps=200,
+    lr=8e-6,
+    rank=64,
+    full_weights=True,
+    teacher="current",
+    no_anchor="rest",
+    samples=5,
+    sample_steps=25,
+    guidance=6.0,
+)
+PRESETS = {"ablation": Settings(), "ablation-released": RELEASED}
+KEEPING = Settings(target="model", teacher="frozen", prior=0.0)  # for words to keep
+
+
+class Pair(NamedTuple):
+    """One prompt of a concept beside its anchor's, encoded, and pictures of the anchor."""
+
+    target: Text  # [1, T, D]
+    anchor: Text  # [1, T', D]
+    latents: torch.Tensor  # [N, 4, h, w]
+
+
+def prompt_pairs(concept, no_anchor="empty"):
+    """Each training prompt of a concept with the prompt that is drawn instead: [(Prompt, Prompt)].
+
+    Args:
+        no_anchor: for a concept without an anchor, ``empty``: the empty prompt; ``rest``: the
+            same prompt without the concept's words, as the released code pairs styles.
+    """
+    if concept.anchor or no_anchor == "empty":
+        return [
+            (prompt, Prompt(text, concept.anchor, prompt.plain))
+            for prompt, text in concept.anchored_prompts()
+        ]
+    marked = replace(concept, anchor=PLACEHOLDER).anchored_prompts()
+    return [(prompt, Prompt(_rest(text), "", prompt.plain)) for prompt, text in marked]
+
+
+MARK = re.escape(PLACEHOLDER)
+JOINING = r"in the style of|of|by|with|and"
+# Before a noun the words are an attribute of it, as in "a happy dog": only they go.
+ATTRIBUTE = re.compile(rf"{MARK}\s+(?!(?:{JOINING}|in|on|at)\b)(?=\w)")
+# Else what joined them to the sentence goes too: "a cat and a <*>", "a castle, <*>".
+MENTION = re.compile(rf"(?:\s*,)?(?:\s*\b(?:{JOINING}))?(?:\s*\b(?:an?|the))?\s*{MARK}", re.I)
+ENDS = re.compile(r"^[\s,]*(?:(?:of|and)\b)?[\s,]+|[\s,]+$", re.I)
+
+
+def _rest(text):
+    """An English prompt without the words at each ``PLACEHOLDER``."""
+    text = MENTION.sub("", ATTRIBUTE.sub("", text))
+    return ENDS.sub("", re.sub(r"\s+", " ", text))
+
+
+def prepare(model, concept, settings):
+    """The pairs of a concept: [Pair].
+
+    Raises:
+        ForgetError: references are ``pictures`` and the concept has none, or the VAE is another
+            family's.
+    """
+    pairs = prompt_pairs(concept, settings.no_anchor)
+    anchors = dict.fromkeys(anchor for _, anchor in pairs)
+    if settings.references == "pictures":
+        latents = dict.fromkeys(anchors, _encoded(model, concept, settings))
+    else:
+        latents = {anchor: _drawn(model, anchor, settings) for anchor in anchors}
+    return [
+        Pair(model.encode(prompt), model.encode(anchor), latents[anchor])
+        for prompt, anchor in pairs
+    ]
+
+
+def prepare_kept(model, words, settings):
+    """Words or prompts to keep, each beside itself: [Pair]."""
+    prompts = [Prompt(text, text) for text in words]
+    texts = [model.encode(prompt) for prompt in prompts]
+    return [Pair(t, t, _drawn(model, prompt, settings)) for prompt, t in zip(prompts, texts)]
+
+
+def _drawn(model, prompt, settings):
+    """What is noised for a prompt without pictures of its own, [N, 4, h, w]."""
+    side = settings.size or model.family.resolution
+    if settings.references == "zeros":
+        return torch.zeros(1, 4, side // 8, side // 8)
+    seeds = range(settings.seed, settings.seed + settings.samples)
+    return model.sample(prompt, seeds, side, settings.sample_steps, settings.guidance)
+
+
+def _encoded(model, concept, settings):
+    if concept.images is None:
+        raise ForgetError(
+            f"'{concept.name}' has no pictures: connect some that show what is to be drawn "
+            "instead, or set references to 'samples'."
+        )
+    latents = model.encode_images(concept.images, settings.size or model.family.resolution)
+    if latents.shape[1] != 4:
+        raise ForgetError(
+            f"This VAE gives {latents.shape[1]} channels, but {model.family.title} reads 4: "
+            "use the VAE of the same checkpoint."
+        )
+    return latents
+
+
+class Batch(NamedTuple):
+    x_t: torch.Tensor  # [B, 4, h, w]
+    t: torch.Tensor  # [B]
+    noise: torch.Tensor  # [B, 4, h, w]
+    target: Text  # [B, T, D]
+    anchor: Text  # [B, T', D]
+
+
+class Draws:
+    """Endless training batches: concepts take turns in a shuffled order, and so do the pairs of
+    each; a random latent, time step and noise.
+
+    Args:
+        concepts: pairs by concept, [[Pair]]. batch: pairs a step.
+    """
+
+    def __init__(self, concepts, batch, generator, borrowed):
+        self.batch, self.generator, self.device = batch, generator, borrowed.device
+        self.alphas_cumprod = borrowed.alphas_cumprod.cpu()
+        self.concepts = _turns([_turns(pairs, generator) for pairs in concepts], generator)
+
+    def __call__(self):
+        """What one step trains on: a ``Batch`` for each pair of prompt lengths drawn."""
+        groups = {}
+        for _ in range(self.batch):
+            row = self._draw()
+            groups.setdefault((row.target.context.shape, row.anchor.context.shape), []).append(row)
+        return [self._stack(rows) for rows in groups.values()]
+
+    def _draw(self):
+        pair = next(next(self.concepts))
+        index = torch.randint(len(pair.latents), (1,), generator=self.generator)
+        t = torch.randint(len(self.alphas_cumprod), (1,), generator=self.generator)
+        noise = torch.randn(pair.latents[index].shape, generator=self.generator)
+        x_t = add_noise(pair.latents[index], noise, self.alphas_cumprod[t])
+        return Batch(x_t, t, noise, pair.target, pair.anchor)
+
+    def _stack(self, rows):
+        x_t, t, noise, targets, anchors = zip(*rows)
+        x_t, t, noise = (torch.cat(tensors).to(self.device) for tensors in (x_t, t, noise))
+        return Batch(x_t, t, noise, Text.cat(targets), Text.cat(anchors))
+
+
+def _turns(values, generator):
+    """Endless: all values in a shuffled order, then again in another."""
+    while True:
+        for i in torch.randperm(len(values), generator=generator).tolist():
+            yield values[i]
+
+
+@contextmanager
+def start_detached(modules):
+    """Keep gradients away from the first token's output of some Linears, for a while."""
+
+    def hook(module, args, output):
+        return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
+
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@autograd()
+def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+    """Train a patch that draws, for the concepts' prompts, what their anchors' do; see
+    ``methods.forget``."""
+    words = keep_for(concepts, keep, "none") if settings.preserve else ()
+    downs = protected_downs(model, concepts, keep, settings.layers, settings)
+    flags = flags_of(model, concepts[0].training_prompts()[0])
+    pairs = [prepare(model, concept, settings) for concept in concepts]
+    kept = prepare_kept(model, words, settings)
+    looked_at = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
+
+    @contextmanager
+    def open_loss(borrowed, switch):
+        generator = torch.Generator().manual_seed(settings.seed)
+        draws = Draws(pairs, settings.batch, generator, borrowed)
+        draws_kept = Draws([kept], settings.batch, generator, borrowed)
+
+        def loss_at(index):
+            loss = ablated(borrowed, switch, draws(), settings)
+            if not kept:
+                return loss
+            return loss + settings.preserve * ablated(borrowed, switch, draws_kept(), KEEPING)
+
+        read = [layer.name for layer in layers_of(model.family) if layer.is_key_or_value]
+        with start_detached([borrowed.module(name) for name in read * settings.detach_start]):
+            yield loss_at
+
+    return learn(
+        model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs
+    )
+
+
+def ablated(borrowed, switch, batches, settings):
+    """``concept_ablation`` of a step's batches together."""
+    rows = [_predictions(borrowed, switch, batch, settings) for batch in batches]
+    return concept_ablation(*(torch.cat(parts) for parts in zip(*rows)), weight=settings.prior)
+
+
+def _predictions(borrowed, switch, batch, settings):
+    """What ``concept_ablation`` compares, in its order."""
+    predicted = borrowed.denoise(batch.x_t, batch.t, batch.target)
+    wanted = batch.noise
+    if settings.target == "model":
+        frozen = settings.teacher == "frozen"
+        with torch.no_grad(), switch.off() if frozen else nullcontext():
+            wanted = borrowed.denoise(batch.x_t, batch.t, batch.anchor)
+    if not settings.prior:
+        return predicted, wanted
+    return predicted, wanted, borrowed.denoise(batch.x_t, batch.t, batch.anchor), batch.noise
