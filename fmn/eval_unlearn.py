@@ -52,7 +52,7 @@ class Config:
     model_id: str = ""
     patches: list | None = None
     concepts: list | None = None
-    method: str = "resteer"
+    method: str = methods.DEFAULT
     settings: dict | None = None
     erase_concept: str = ""
     num_inference_steps: int = 50

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..errors import ForgetError
+from ..methods import DEFAULT
 from .names import MEASURES, QUICK, SCALE
 
 EPILOG = """\
@@ -33,7 +34,7 @@ def add_bench(commands, formatter):
     )
     bench.add_argument("--suite", default="demo", help="(%(default)s)")
     bench.add_argument("--model", default="", help="default: the suite's")
-    bench.add_argument("--method", nargs="+", default=["resteer"], help="(resteer)")
+    bench.add_argument("--method", nargs="+", default=[DEFAULT], help=f"({DEFAULT})")
     bench.add_argument("--target", nargs="+", default=[], help="default: all of the suite")
     bench.add_argument("--split", choices=("tune", "report"), help="only targets of this half")
     bench.add_argument(

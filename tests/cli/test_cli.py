@@ -19,6 +19,7 @@ from fmn.cli import main
 from fmn.methods.resteer import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
+RESTEER = "--method", "resteer"  # the default trains nothing
 
 
 def fmn(*arguments, code=0, cwd=ROOT):
@@ -34,7 +35,9 @@ def fmn(*arguments, code=0, cwd=ROOT):
 @pytest.fixture(scope="module")
 def patch(tmp_path_factory):
     path = tmp_path_factory.mktemp("patches") / "dog.safetensors"
-    done = fmn("forget", "demo", "dog", "--steps", 20, "--lr", 0.002, "--out", path, "--json")
+    done = fmn(
+        "forget", "demo", "dog", *RESTEER, "--steps", 20, "--lr", 0.002, "--out", path, "--json"
+    )
     result = json.loads(done.stdout)
     assert result["patch"] == str(path) and result["bytes"] == path.stat().st_size
     assert result["info"]["settings"]["lr"] == 0.002
@@ -57,13 +60,13 @@ def test_apply_draws_pictures_that_differ_with_strength(patch, tmp_path):
     def draw(strength):
         out = tmp_path / f"{strength}.png"
         fmn("apply", "demo", f"{patch}:{strength}", "--prompt", "a photo of a dog",
-            "--steps", 4, "--out", out)  # fmt: skip
+            *RESTEER, "--steps", 4, "--out", out)  # fmt: skip
         return np.asarray(Image.open(out)).astype(float)
 
     plain, full, cancelled = draw(0), draw(1), None
     out = tmp_path / "both.png"
     fmn("apply", "demo", f"{patch}:0.5", f"{patch}:-0.5", "--prompt", "a photo of a dog",
-        "--steps", 4, "--out", out)  # fmt: skip
+        *RESTEER, "--steps", 4, "--out", out)  # fmt: skip
     cancelled = np.asarray(Image.open(out)).astype(float)
     assert plain.shape == (128, 128, 3)
     assert np.abs(plain - full).mean() > 2
@@ -93,7 +96,7 @@ def test_diffusers_folder_in_and_out(patch, tmp_path):
     subprocess.run([sys.executable, "-c", program, source], cwd=ROOT, check=True)
     fmn("apply", source, patch, "--checkpoint", target)
     assert (target / "unet").is_dir()
-    fmn("forget", target, "cat", "--steps", 1, "--out", tmp_path / "cat.safetensors")
+    fmn("forget", target, "cat", *RESTEER, "--steps", 1, "--out", tmp_path / "cat.safetensors")
     fmn("apply", source, patch, "--checkpoint", target, code=2)  # exists already
 
 
@@ -103,8 +106,10 @@ def test_reference_pictures_and_several_concepts(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (150, 100, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "a.png")
     out = tmp_path / "patch.safetensors"
-    fmn("forget", "demo", "dog", "--images", folder, "--steps", 2, "--out", out)
-    done = fmn("forget", "demo", "dog", "style:twemoji", "--steps", 2, "--out", out, "--json")
+    fmn("forget", "demo", "dog", *RESTEER, "--images", folder, "--steps", 2, "--out", out)
+    done = fmn(
+        "forget", "demo", "dog", "style:twemoji", *RESTEER, "--steps", 2, "--out", out, "--json"
+    )
     info = json.loads(done.stdout)["info"]
     assert [(c["name"], c["kind"]) for c in info["concepts"]] == [
         ("dog", "object"),
@@ -116,21 +121,27 @@ def test_reference_pictures_and_several_concepts(tmp_path):
 BAD = {
     "no such model": (["forget", "nothing.safetensors", "dog"], "There is no model"),
     "empty concept": (["forget", "demo", " "], "name is empty"),
-    "prompt without it": (["forget", "demo", "dog", "--prompt", "a cat"], "does not contain"),
+    "prompt without it": (
+        ["forget", "demo", "dog", *RESTEER, "--prompt", "a cat"],
+        "does not contain",
+    ),
     "custom without prompt": (["forget", "demo", "custom:dog"], "no prompt template"),
     "alias of two": (["forget", "demo", "dog", "cat", "--alias", "x"], "belong to one concept"),
-    "no pictures": (["forget", "demo", "dog", "--images", "/nowhere"], "no pictures"),
-    "weights": (["forget", "demo", "dog", "--prompt", "a (dog:1.2)"], "only ComfyUI"),
-    "too long": (["forget", "demo", "dog", "--prompt", "a dog" + " and a cat" * 40], "tokens"),
-    "rank": (["forget", "demo", "dog", "--rank", "0"], "rank is 0: use 1 to 128"),
-    "steps": (["forget", "demo", "dog", "--steps", "0"], "steps is 0"),
-    "lr": (["forget", "demo", "dog", "--lr", "5"], "lr is 5.0"),
-    "size": (["forget", "demo", "dog", "--size", "100"], "size is 100"),
+    "no pictures": (["forget", "demo", "dog", *RESTEER, "--images", "/nowhere"], "no pictures"),
+    "weights": (["forget", "demo", "dog", *RESTEER, "--prompt", "a (dog:1.2)"], "only ComfyUI"),
+    "too long": (
+        ["forget", "demo", "dog", *RESTEER, "--prompt", "a dog" + " and a cat" * 40],
+        "tokens",
+    ),
+    "rank": (["forget", "demo", "dog", *RESTEER, "--rank", "0"], "rank is 0: use 1 to 128"),
+    "steps": (["forget", "demo", "dog", *RESTEER, "--steps", "0"], "steps is 0"),
+    "lr": (["forget", "demo", "dog", *RESTEER, "--lr", "5"], "lr is 5.0"),
+    "size": (["forget", "demo", "dog", *RESTEER, "--size", "100"], "size is 100"),
     "nothing named": (["forget", "demo"], "nothing to forget"),
     "list that is none": (["forget", "demo", "--list", "nothing.txt"], "nothing.txt"),
     "anchor": (["forget", "demo", "dog -> dog"], "is to be forgotten"),
     "strength": (["apply", "demo", "x.safetensors:nan", "--prompt", "x"], "is nan"),
-    "seed": (["forget", "demo", "dog", "--seed", str(2**70)], "use 0 to"),
+    "seed": (["forget", "demo", "dog", *RESTEER, "--seed", str(2**70)], "use 0 to"),
     "no such patch": (["inspect", "nothing.safetensors"], "cannot be read"),
     "no patch at all": (["inspect", "demo/fmn-demo.safetensors"], "is not a forget patch"),
     "model is a patch": (["apply", "LICENSE", "NOTICE", "--prompt", "x"], "not a safetensors"),
@@ -186,7 +197,7 @@ def test_blown_up_training_exits_3(tmp_path):
     weights[key] = torch.full_like(weights[key], torch.inf)
     save_file(weights, tmp_path / "broken.safetensors")
     out = tmp_path / "out" / "dog.safetensors"
-    done = fmn("forget", tmp_path / "broken.safetensors", "dog", "--out", out, code=3)
+    done = fmn("forget", tmp_path / "broken.safetensors", "dog", *RESTEER, "--out", out, code=3)
     assert "not finite at step 1" in done.stderr and "lower the learning rate" in done.stderr
     assert not out.parent.exists()
 
@@ -195,7 +206,8 @@ def test_blown_up_training_exits_3(tmp_path):
 def test_cancel_exits_130_and_writes_nothing(tmp_path):
     out = tmp_path / "dog.safetensors"
     process = subprocess.Popen(
-        [sys.executable, "-m", "fmn", "forget", "demo", "dog", "--steps", "5000", "--out", out],
+        [sys.executable, "-m", "fmn", "forget", "demo", "dog", *RESTEER, "--steps", "5000",
+         "--out", out],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     seen = ""
@@ -216,7 +228,7 @@ def test_help_teaches():
 
 
 def test_help_tells_the_true_defaults():
-    text = " ".join(fmn("forget", "--help").stdout.split())
+    text = " ".join(fmn("forget", *RESTEER, "--help").stdout.split())
     for name in ("steps", "lr", "rank", "layers", "end_tokens", "references", "samples", "batch",
                  "size", "seed"):  # fmt: skip
         option = text.split(f" --{name.replace('_', '-')} ")[-1].split(" --")[0]

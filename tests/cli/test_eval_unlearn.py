@@ -185,7 +185,9 @@ def test_draws_what_free_run_draws_from_the_merged_model(registry, patch, tmp_pa
 
 def test_concepts_are_trained_on_the_untouched_model():
     settings = {"steps": 3, "lr": 0.01, "end_tokens": "first"}
-    technique = ForgetMeNotTechnique(**FAST, concepts=["dog", "style:twemoji"], settings=settings)
+    technique = ForgetMeNotTechnique(
+        **FAST, concepts=["dog", "style:twemoji"], method="resteer", settings=settings
+    )
     concepts = [Concept("dog"), Concept("twemoji", "style")]
     trained = resteer.run(DiffusersModel.load("demo"), concepts, resteer.Settings(**settings))
     drawn = pixels(technique.generate(PROMPTS, seed=0))
@@ -202,9 +204,9 @@ BAD = {
     "nothing to forget": ({}, "nothing to forget"),
     "only a label": ({"erase_concept": "dog"}, "nothing to forget"),
     "no concepts": ({"concepts": []}, "nothing to forget"),
-    "settings alone": ({"patches": [], "settings": {"steps": 1}}, "settings are for training"),
+    "settings alone": ({"patches": [], "settings": {"rank": 1}}, "settings are for training"),
     "unknown setting": ({"concepts": ["dog"], "settings": {"step": 1}}, "no setting 'step'"),
-    "text as number": ({"concepts": ["dog"], "settings": {"lr": "2e-3"}}, "lr is '2e-3': it has to be like 0.002"),
+    "text as number": ({"concepts": ["dog"], "settings": {"erase": "2"}}, "erase is '2'"),
     "unknown method": ({"concepts": ["dog"], "method": "hope"}, "no method 'hope': use resteer"),
     "true as number": ({"patches": [], "seed": True}, "seed is True: write a whole number"),
     "patch as text": ({"patches": "dog.safetensors"}, "patches is 'dog.safetensors': write a list"),

@@ -105,7 +105,7 @@ def test_help_pages_are_served(page, server):
     names = page.evaluate(
         "Object.keys(LiteGraph.registered_node_types).filter(n => n.startsWith('FMN_'))"
     )
-    assert len(names) == 11
+    assert len(names) > 25
     for name in names:
         status = page.evaluate(
             "async name => (await fetch(`/extensions/forget-me-not/docs/${name}.md`)).status", name
@@ -129,7 +129,8 @@ def test_saved_widget_values_still_mean_what_they_say(server, path):
             if spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
         ]
         values = item.get("widgets_values") or []
-        assert len(values) == len(widgets), item["type"]
+        # A workflow may be older than a node's last widgets; those take their defaults.
+        assert 0 < len(values) <= len(widgets), item["type"]
         for (name, (kind, options)), value in zip(widgets, values):
             if kind == "COMBO":
                 assert value in options["options"], name

@@ -88,7 +88,7 @@ def test_the_command_line_trains_the_same_file_alike(big_server, tmp_path, name,
     checkpoint = big_server.base / "models" / "checkpoints" / f"{name}.safetensors"
     if not checkpoint.exists():
         make_checkpoint(big_server.base, name)
-    settings = "--steps", "2", "--size", "256", "--lr", "0.002"
+    settings = "--method", "resteer", "--steps", "2", "--size", "256", "--lr", "0.002"
     done = subprocess.run(
         [sys.executable, "-m", "fmn", "forget", checkpoint, "dog", *settings, "--json",
          "--out", tmp_path / "dog.safetensors"],

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
-from fmn.concept import Concept
 from fmn import fitting
+from fmn.concept import Concept
 from fmn.methods import resteer
 from fmn.methods.resteer import Data, Draws, Example, Settings, prepare
 from fmn.model import Text
