@@ -9,35 +9,13 @@ from tqdm import tqdm
 from .concept import Concept
 from .files import write_whole
 from .hosts.diffusers import DiffusersModel
-from .methods import resteer
+from .methods import DEFAULT, forget, settings_of
+from .metrics.judge import load_judge
 from .patch import save_patch
 from .pictures import beside, labelled_grid, to_image
-from .probe import look_at
 
-# Chosen by eye, on this model: a demonstration, not a measurement. A style is told by the words at
-# a prompt's end, which the end token sums up, so its attention is taken too.
-JOBS = (
-    (
-        Concept(
-            "santa claus", "identity",
-            prompts=("santa claus, noto emoji", "santa claus, twemoji", "3d render of santa claus"),
-        ),
-        resteer.Settings(),
-    ),
-    (
-        Concept(
-            "dog", "object",
-            prompts=("a dog, noto emoji", "a dog, twemoji", "3d render of a dog"),
-        ),
-        resteer.Settings(),
-    ),
-    (
-        Concept(
-            "ink drawing", "style",
-            prompts=("a cat, ink drawing", "an apple, ink drawing", "ink drawing of a car"),
-        ),
-        resteer.Settings(end_tokens="first"),
-    ),
+CONCEPTS = (
+    Concept("santa claus", "identity"), Concept("dog"), Concept("ink drawing", "style"),
 )  # fmt: skip
 FORGOTTEN = {
     "santa claus": (
@@ -61,25 +39,20 @@ STEPS, GUIDANCE, SIDE = 12, 3.5, 128
 def run_demo(folder):
     """Forget an identity, an object and a style; returns (data, text) for the command line.
 
-    Writes three patches, ``grid.png`` and nothing else into ``folder``.
+    Writes one patch for all three, ``grid.png`` and nothing else into ``folder``.
     """
     start, folder = time.monotonic(), Path(folder)
-    model = DiffusersModel.load("demo")
+    model, judge = DiffusersModel.load("demo"), load_judge("demo")
     prompts = [prompt for prompts in FORGOTTEN.values() for prompt in prompts] + list(KEPT)
     before = _draw(model, prompts, "drawing before")
-    attention_before = _attention(model)
 
-    patches = [_train(model, *job) for job in JOBS]
-    files = []
-    for (concept, _), patch in zip(JOBS, patches):
-        name = f"forget_{concept.name.replace(' ', '_')}.safetensors"
-        files.append(save_patch(patch, folder / name))
-
-    model.merged([(patch, 1.0) for patch in patches])
-    attention_after = _attention(model)
+    begun = time.monotonic()
+    patch = forget(model, list(CONCEPTS), settings_of(DEFAULT, {}))
+    solved = time.monotonic() - begun
+    file = save_patch(patch, folder / "forget_three.safetensors")
+    model.merged([(patch, 1.0)])
     after = _draw(model, prompts, "drawing after")
-    change = (after - before).square().mean((1, 2, 3)).sqrt().tolist()
-    change = dict(zip(prompts, change))
+    seen = [_seen(judge, prompts, pictures) for pictures in (before, after)]
 
     grid = folder / "grid.png"
     picture = _grid(prompts, before, after)
@@ -88,30 +61,31 @@ def run_demo(folder):
         {
             "concept": concept.name,
             "kind": concept.kind,
-            "attention before": attention_before[i].share,
-            "attention after": attention_after[i].share,
-            "picture change": _mean([change[prompt] for prompt in FORGOTTEN[concept.name]]),
+            "pictures": len(FORGOTTEN[concept.name]),
+            "seen before": sum(concept.name in seen[0][p] for p in FORGOTTEN[concept.name]),
+            "seen after": sum(concept.name in seen[1][p] for p in FORGOTTEN[concept.name]),
         }
-        for i, (concept, _) in enumerate(JOBS)
+        for concept in CONCEPTS
     ]
+    right = [sum(all(word in p for word in each[p]) for p in KEPT) for each in seen]
     result = {
+        "method": DEFAULT,
         "forgotten": rows,
-        "kept": {"prompts": len(KEPT), "picture change": _mean([change[p] for p in KEPT])},
-        "patches": [str(file) for file in files],
+        "kept": {"pictures": len(KEPT), "right before": right[0], "right after": right[1]},
+        "patch": str(file),
         "grid": str(grid),
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds": {"patch": round(solved, 1), "all": round(time.monotonic() - start, 1)},
     }
     return result, _table(result)
 
 
-def _train(model, concept, settings):
-    with tqdm(total=settings.steps, desc=f"forgetting {concept.name}", unit="step") as bar:
-        return resteer.run(model, [concept], settings, lambda step: bar.update())
-
-
-def _attention(model):
-    concepts = [concept for concept, _ in JOBS]
-    return look_at(model, resteer.prepare(model, concepts, resteer.Settings()))
+def _seen(judge, prompts, pictures):
+    """What the judge sees: prompt -> its words for the concept and the style."""
+    words = []
+    for domain, labels in judge.labels.items():
+        best = judge.probabilities(pictures, domain).argmax(1).tolist()
+        words.append([labels[i] for i in best])
+    return dict(zip(prompts, zip(*words)))
 
 
 def _draw(model, prompts, title, batch=6):
@@ -137,29 +111,26 @@ def _grid(prompts, before, after):
     return beside([labelled_grid(block, ["before", "after"], side=96) for block in blocks])
 
 
-def _mean(values):
-    return sum(values) / len(values)
-
-
 def _table(result):
-    lines = [
-        f"{'concept':<14}{'kind':<10}{'attention':>18}{'picture change':>17}",
-    ]
+    lines = [f"{'concept':<14}{'kind':<10}{'drawn before':>14}{'after':>10}"]
     for row in result["forgotten"]:
-        attention = f"{row['attention before']:.2%} -> {row['attention after']:.2%}"
-        lines.append(
-            f"{row['concept']:<14}{row['kind']:<10}{attention:>18}{row['picture change']:>17.1%}"
-        )
+        count = row["pictures"]
+        before, after = (f"{row[f'seen {when}']} of {count}" for when in ("before", "after"))
+        lines.append(f"{row['concept']:<14}{row['kind']:<10}{before:>14}{after:>10}")
     kept = result["kept"]
-    lines.append(f"{'everything else':<24}{'':>18}{kept['picture change']:>17.1%}")
+    before, after = (
+        f"{kept[f'right {when}']} of {kept['pictures']}" for when in ("before", "after")
+    )
+    lines.append(f"{'everything else':<24}{before:>14}{after:>10}")
+    seconds = result["seconds"]
     lines += [
         "",
-        "attention: share that the concept's words get, mean over layers, heads and places",
-        "picture change: root mean square difference of pixels at equal seeds; "
-        f"everything else: {kept['prompts']} prompts",
+        f"method: {result['method']}, one patch for all three",
+        "drawn: pictures in which the demo's judge sees the concept; everything else: other",
+        "prompts, of which it sees both the thing and the style",
         "",
-        *(f"patch: {path}" for path in result["patches"]),
+        f"patch: {result['patch']}",
         f"pictures: {result['grid']}",
-        f"done in {result['seconds']} s",
+        f"done in {seconds['all']} s, {seconds['patch']} s of it for the patch",
     ]
     return "\n".join(lines)

@@ -31,7 +31,7 @@ METHODS = {
     "hirm": ("hirm", "hirm-r", "hirm-s"),
 }  # fmt: skip
 PRESETS = {preset: name for name, presets in METHODS.items() for preset in presets}
-DEFAULT = "trce"  # for somebody who picks nothing: the best on targets kept for choosing
+DEFAULT = "double-projections"  # for somebody who picks nothing; docs/methods/README.md says why
 
 
 def method(preset):
