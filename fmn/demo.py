@@ -52,7 +52,7 @@ def run_demo(folder):
     file = save_patch(patch, folder / "forget_three.safetensors")
     model.merged([(patch, 1.0)])
     after = _draw(model, prompts, "drawing after")
-    seen = [_seen(judge, prompts, pictures) for pictures in (before, after)]
+    found = [seen(judge, prompts, pictures) for pictures in (before, after)]
 
     grid = folder / "grid.png"
     picture = _grid(prompts, before, after)
@@ -62,12 +62,12 @@ def run_demo(folder):
             "concept": concept.name,
             "kind": concept.kind,
             "pictures": len(FORGOTTEN[concept.name]),
-            "seen before": sum(concept.name in seen[0][p] for p in FORGOTTEN[concept.name]),
-            "seen after": sum(concept.name in seen[1][p] for p in FORGOTTEN[concept.name]),
+            "seen before": sum(concept.name in found[0][p] for p in FORGOTTEN[concept.name]),
+            "seen after": sum(concept.name in found[1][p] for p in FORGOTTEN[concept.name]),
         }
         for concept in CONCEPTS
     ]
-    right = [sum(all(word in p for word in each[p]) for p in KEPT) for each in seen]
+    right = [sum(all(word in p for word in each[p]) for p in KEPT) for each in found]
     result = {
         "method": DEFAULT,
         "forgotten": rows,
@@ -79,7 +79,7 @@ def run_demo(folder):
     return result, _table(result)
 
 
-def _seen(judge, prompts, pictures):
+def seen(judge, prompts, pictures):
     """What the judge sees: prompt -> its words for the concept and the style."""
     words = []
     for domain, labels in judge.labels.items():

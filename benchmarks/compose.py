@@ -1,0 +1,52 @@
+"""Do patches add up? Three concepts forgotten by patches made apart, and by one patch for all.
+
+    python benchmarks/compose.py double-projections trce uce oce-projection
+
+draws the prompts of the demo job with the demo model and lets its judge count. Rows of one run have
+equal noise.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fmn.demo import CONCEPTS, FORGOTTEN, GUIDANCE, KEPT, SIDE, STEPS, seen  # noqa: E402
+from fmn.hosts.diffusers import DiffusersModel  # noqa: E402
+from fmn.methods import DEFAULT, forget, settings_of  # noqa: E402
+from fmn.metrics.judge import load_judge  # noqa: E402
+from fmn.sampling import Sampling  # noqa: E402
+from fmn.studio import open_studio  # noqa: E402
+
+PROMPTS = [prompt for prompts in FORGOTTEN.values() for prompt in prompts] + list(KEPT)
+
+
+def count(model, judge, patches):
+    """Pictures of each concept that still show it, and kept ones that are right."""
+    with open_studio(model, Sampling(STEPS, GUIDANCE, SIDE)) as studio:
+        with studio.wearing([(patch, 1.0) for patch in patches]):
+            pictures = studio.draw(PROMPTS, range(len(PROMPTS)))
+    found = seen(judge, PROMPTS, pictures)
+    still = [sum(c.name in found[p] for p in FORGOTTEN[c.name]) for c in CONCEPTS]
+    return still, sum(all(word in p for word in found[p]) for p in KEPT)
+
+
+def main(presets):
+    model, judge = DiffusersModel.load("demo"), load_judge("demo")
+    names = [concept.name for concept in CONCEPTS]
+    print(f"| method | patches | {' | '.join(f'{name}, of 3' for name in names)} | kept, of 24 |")
+    print("|---|---|" + "---:|" * (len(names) + 1))
+
+    def row(method, how, patches):
+        still, kept = count(model, judge, patches)
+        print(f"| {method} | {how} | {' | '.join(map(str, still))} | {kept} |", flush=True)
+
+    row("untouched", "", [])
+    for preset in presets:
+        settings = settings_of(preset, {})
+        row(preset, "three", [forget(model, [concept], settings) for concept in CONCEPTS])
+        row(preset, "one for all", [forget(model, list(CONCEPTS), settings)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [DEFAULT])
