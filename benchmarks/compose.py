@@ -11,21 +11,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fmn.demo import CONCEPTS, FORGOTTEN, GUIDANCE, KEPT, SIDE, STEPS, seen  # noqa: E402
-from fmn.hosts.diffusers import DiffusersModel  # noqa: E402
-from fmn.methods import DEFAULT, forget, settings_of  # noqa: E402
-from fmn.metrics.judge import load_judge  # noqa: E402
-from fmn.sampling import Sampling  # noqa: E402
-from fmn.studio import open_studio  # noqa: E402
+from fmn.demo import CONCEPTS, FORGOTTEN, GUIDANCE, KEPT, SIDE, STEPS, seen
+from fmn.hosts.diffusers import DiffusersModel
+from fmn.methods import DEFAULT, forget, settings_of
+from fmn.metrics.judge import load_judge
+from fmn.sampling import Sampling
+from fmn.studio import open_studio
 
 PROMPTS = [prompt for prompts in FORGOTTEN.values() for prompt in prompts] + list(KEPT)
 
 
 def count(model, judge, patches):
     """Pictures of each concept that still show it, and kept ones that are right."""
-    with open_studio(model, Sampling(STEPS, GUIDANCE, SIDE)) as studio:
-        with studio.wearing([(patch, 1.0) for patch in patches]):
-            pictures = studio.draw(PROMPTS, range(len(PROMPTS)))
+    worn = [(patch, 1.0) for patch in patches]
+    with open_studio(model, Sampling(STEPS, GUIDANCE, SIDE)) as studio, studio.wearing(worn):
+        pictures = studio.draw(PROMPTS, range(len(PROMPTS)))
     found = seen(judge, PROMPTS, pictures)
     still = [sum(c.name in found[p] for p in FORGOTTEN[c.name]) for c in CONCEPTS]
     return still, sum(all(word in p for word in found[p]) for p in KEPT)
