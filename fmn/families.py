@@ -42,6 +42,21 @@ class Family:
     vector_dim: int | None = None  # width of pooled text and size conditioning
     texts: tuple[TextEncoder, ...] = (CLIP_L,)
 
+    # ``other.OtherFamily`` differs in these.
+    known = True  # a U-Net whose layers follow from the numbers above
+    own = ()  # layers that do not
+    latent_channels = 4
+    latent_factor = 8  # pixels a side for one of the latent
+
+    @property
+    def implementation(self):
+        """modelspec.implementation: whose names the layers have in a file."""
+        stability = "https://github.com/Stability-AI/generative-models"
+        return stability if self.stability_names else "diffusers"
+
+    def is_same(self, other):
+        return self is other
+
 
 SD1 = Family(
     key="sd1", title="Stable Diffusion 1.x", channels=(320, 640, 1280, 1280), blocks=2,
@@ -168,12 +183,16 @@ def _walk(family):
     yield Layer("conv_out", "out.2", (4, channels[0], 3, 3))
 
 
-@cache
 def layers(family):
     """Every Linear and Conv2d of the family's U-Net, in the order of a forward pass.
 
     The tuple is the one fixed order of layers: fingerprints and patch files follow it.
     """
+    return family.own or _layers(family)
+
+
+@cache
+def _layers(family):
     return tuple(_walk(family))
 
 
@@ -195,9 +214,13 @@ def _text(number, encoder):
             yield Layer(f"{part}.{path}", f"{encoder.comfy}.transformer.{path}", shape)
 
 
-@cache
 def layers_by_name(family):
     """Name -> ``Layer``, of the U-Net and the text encoders, in that order."""
+    return {layer.name: layer for layer in family.own} or _layers_by_name(family)
+
+
+@cache
+def _layers_by_name(family):
     return {layer.name: layer for layer in (*layers(family), *text_layers(family))}
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from .errors import NonFiniteLoss
+from .errors import ForgetError, NonFiniteLoss
 from .families import layers
 from .forwards import checkpointed
 from .lowrank import Full, LowRank, attached
@@ -22,6 +22,9 @@ def in_scope(family, scope):
 
     ``kv``: keys and values of cross-attention. ``attention``: all of cross-attention.
     ``not-attention``: all but cross-attention. ``unet``: every Linear and Conv2d.
+
+    Raises:
+        ForgetError: it is a model of which we do not know these layers.
     """
     wanted = {
         "kv": lambda layer: layer.is_key_or_value,
@@ -29,7 +32,12 @@ def in_scope(family, scope):
         "not-attention": lambda layer: not layer.is_cross_attention,
         "unet": lambda layer: True,
     }[scope]
-    return [layer for layer in layers(family) if wanted(layer)]
+    chosen = [layer for layer in layers(family) if wanted(layer)]
+    if not chosen or (scope == "not-attention" and len(chosen) == len(layers(family))):
+        raise ForgetError(
+            f"{family.title} has no layers that are known to do this part alone: set layers to all."
+        )
+    return chosen
 
 
 @contextmanager
@@ -88,7 +96,7 @@ def learn(
         with (
             attached(adapters, borrowed.module) as switch,
             open_loss(borrowed, switch) as loss_at,
-            checkpointed(blocks),
+            checkpointed(blocks, in_place=not model.family.known),
         ):
             half = borrowed.module(names[0]).weight.dtype == torch.float16
             losses, error = fit(

@@ -20,10 +20,12 @@ class Text:
     Attributes:
         context: what cross-attention reads, [B, T, context_dim].
         vectors: further conditioning by name, each [B, ...]; SDXL's pooled text, for one.
+        alone: the host takes one prompt a forward: B is 1, for noisy latents of any number.
     """
 
     context: torch.Tensor
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
+    alone: bool = False
 
     @staticmethod
     def cat(texts):
@@ -40,7 +42,9 @@ class Borrowed(Protocol):
     """
 
     device: torch.device
-    alphas_cumprod: torch.Tensor  # float32, one a training step (Ho et al. 2020, section 2)
+    # float32, one a training step (Ho et al. 2020, section 2). None where noise is not added like
+    # that; then ``sigmas`` and ``scales`` are there, see ``sampling.euler``.
+    alphas_cumprod: torch.Tensor | None
     context_argument: str  # the name under which attn2.forward gets the text
 
     def module(self, layer) -> torch.nn.Module:
@@ -181,14 +185,13 @@ def fingerprint(family, weight_of):
     The same for float16 and float32 copies of it; a copy in bfloat16 has lost bits and counts as
     another base. It covers the first four rows of every cross-attention key and value matrix, in
     float16 and in the order of ``layers``: fine-tunes and merges change all of them, and hashing
-    whole matrices would cost a second on SDXL at every use.
+    whole matrices would cost a second on SDXL at every use. Where none are known, of every layer.
 
     Args:
         weight_of: function from a ``Layer`` to its unpatched weight.
     """
     digest = hashlib.sha256()
-    for layer in layers(family):
-        if layer.is_key_or_value:
-            rows = weight_of(layer)[:4].detach().to("cpu", torch.float16).contiguous()
-            digest.update(rows.numpy().tobytes())
+    for layer in [layer for layer in layers(family) if layer.is_key_or_value] or layers(family):
+        rows = weight_of(layer)[:4].detach().to("cpu", torch.float16).contiguous()
+        digest.update(rows.numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -9,21 +9,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import __version__
+from . import __version__, other
 from .errors import ForgetError, NonFiniteLoss
 from .families import FAMILIES, Family, layers_by_name
 from .files import write_whole
 from .lora_keys import PARTS, file_name, known_names
 from .lowrank import merge
+from .patch_info import info_of
 
 FORMAT = "1"
 MAX_HEADER = 16 << 20  # bytes; SDXL's full header of tensor names is below 1 MiB
 MAX_RANK = 1024
-INFO_TYPES = {
-    "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
-    "base.prediction": str, "loss": dict, "truncation_error": (int, float),
-    "rounding_error": (int, float), "date": str, "version": str,
-}  # fmt: skip
 
 
 @dataclass
@@ -51,7 +47,7 @@ class ForgetPatch:
     def check_family(self, family):
         """Refuse a model of another family. Another base of the same one is fine: patches
         transfer between fine-tunes."""
-        if self.family is not family:
+        if not self.family.is_same(family):
             raise ForgetError(
                 f"This patch is for {self.family.title}, the model is {family.title}: "
                 "use a patch made for the model's family."
@@ -152,27 +148,25 @@ def _metadata(patch, tensors):
     # A command line can hand us bytes that are no text.
     names = ", ".join(patch.concepts).encode("utf-8", "replace").decode()
     rank = str(max(patch.ranks))
-    v_prediction = info.get("base.prediction") == "v"
+    prediction = info.get("base.prediction", "epsilon")
     architecture, base_version = patch.family.architecture, patch.family.base_version
-    if v_prediction and patch.family.key == "sd2":
+    if prediction == "v" and patch.family.key == "sd2":
         architecture, base_version = "stable-diffusion-v2-768-v", "sd_v2_v"
     side = patch.family.resolution
     metadata = {f"fmn.{key}": json.dumps(value) for key, value in info.items()}
+    if not patch.family.known:
+        metadata["fmn.base.model"] = patch.family.title
     return metadata | {
         "fmn.format": FORMAT,
         "fmn.base.family": patch.family.key,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": (
-            "https://github.com/Stability-AI/generative-models"
-            if patch.family.stability_names
-            else "diffusers"
-        ),
+        "modelspec.implementation": patch.family.implementation,
         "modelspec.title": f"Forget {names}",
         "modelspec.description": f"Makes {patch.family.title} forget: {names}",
         "modelspec.date": info.get("date", ""),
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        "modelspec.prediction_type": prediction,
         "ss_base_model_version": base_version,
         "ss_v2": str(patch.family.key == "sd2"),
         "ss_network_module": "networks.lora",
@@ -224,8 +218,8 @@ def load_patch(path):
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            family = _family(path, metadata)
             found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            family = _family(path, metadata, found)
             modules = _check_shapes(path, family, found)
             tensors = {key: file.get_tensor(key) for key in found}
     except SafetensorError as error:
@@ -242,7 +236,7 @@ def load_patch(path):
                 "its training failed, so do not use it."
             )
         changes[layer.name] = up * (alpha / down.shape[0]), down
-    return ForgetPatch(family, changes, _info(path, metadata))
+    return ForgetPatch(family, changes, info_of(path, metadata))
 
 
 def _check_header_size(path):
@@ -261,7 +255,7 @@ def _check_header_size(path):
         )
 
 
-def _family(path, metadata):
+def _family(path, metadata, found):
     if "fmn.format" not in metadata:
         raise ForgetError(
             f"'{path.name}' is not a forget patch: it lacks our metadata. "
@@ -272,11 +266,15 @@ def _family(path, metadata):
             f"'{path.name}' has patch format {metadata['fmn.format']!r:.20}, this version reads "
             f"{FORMAT}: update Forget-Me-Not."
         )
-    family = FAMILIES.get(metadata.get("fmn.base.family"))
+    key = metadata.get("fmn.base.family")
+    if key == other.KEY:
+        shapes = {name: found[name].get_shape() for name in found}
+        return other.family_of_file(path.name, metadata.get("fmn.base.model"), shapes)
+    family = FAMILIES.get(key)
     if family is None:
         raise ForgetError(
             f"'{path.name}' is for the unknown model family "
-            f"{metadata.get('fmn.base.family')!r:.40}; known are {', '.join(FAMILIES)}."
+            f"{key!r:.40}; known are {', '.join(FAMILIES)}, {other.KEY}."
         )
     return family
 
@@ -326,30 +324,3 @@ def _check_layer(path, layer, *slices):
             f"'{path.name}' does not fit '{layer.name}' of shape {list(layer.shape)}: "
             f"it has lora_down {list(down)}, lora_up {list(up)}, alpha {list(alpha)}."
         )
-
-
-def _info(path, metadata):
-    """Our part of the header, checked: it is text from a stranger."""
-    info = {"concepts": []}
-    try:
-        for key, value in metadata.items():
-            name = key.removeprefix("fmn.")
-            if key.startswith("fmn.") and name in INFO_TYPES:
-                info[name] = json.loads(value)
-                if not isinstance(info[name], INFO_TYPES[name]):
-                    raise TypeError(name)
-        texts = [concept[part] for concept in info["concepts"] for part in ("name", "kind")]
-        numbers = [info["loss"][part] for part in ("first", "last", "steps") if info.get("loss")]
-        numbers += [info[part] for part in ("truncation_error", "rounding_error") if part in info]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ForgetError(
-            f"The metadata of '{path.name}' is damaged ({type(error).__name__}): get it again."
-        ) from error
-    if not all(isinstance(text, str) for text in texts) or not all(map(_is_number, numbers)):
-        raise ForgetError(f"The metadata of '{path.name}' has values of the wrong kind.")
-    return info
-
-
-def _is_number(value):
-    # JSON allows integers that no float can hold, and NaN.
-    return isinstance(value, (int, float)) and abs(value) < 1e300

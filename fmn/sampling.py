@@ -41,7 +41,9 @@ def spaced(total, steps):
 
 
 def expand(text, count):
-    """One encoded prompt as a batch."""
+    """One encoded prompt as a batch, unless it has to stay alone."""
+    if text.alone:
+        return text
     vectors = {name: v.expand(count, *v.shape[1:]) for name, v in text.vectors.items()}
     return Text(text.context.expand(count, -1, -1), vectors)
 
@@ -50,6 +52,13 @@ def guided(borrowed, text, empty, guidance):
     """A function from x_t [B, 4, h, w] and t to the guided noise; ``empty`` is one prompt's."""
     if guidance == 1:
         return lambda x, t: borrowed.denoise(x, torch.full((len(x),), t), text)
+    if text.alone:
+
+        def apart(x, t):
+            with_text, without = predictions(borrowed, x, t, [text, empty])
+            return without + guidance * (with_text - without)
+
+        return apart
     both = Text.cat([text, expand(empty, len(text.context))])
 
     def predict(x, t):
@@ -58,6 +67,55 @@ def guided(borrowed, text, empty, guidance):
         return without + guidance * (with_text - without)
 
     return predict
+
+
+def predictions(borrowed, x, t, texts):
+    """Predicted noise for x [B, C, h, w] at the step t, given each of several prompts [1, T, D].
+
+    In one batch, for which all must have the same T; with a forward for each if they are alone.
+    """
+    if texts[0].alone:
+        return [borrowed.denoise(x, torch.full((len(x),), t), text) for text in texts]
+    rows = Text.cat([expand(text, len(x)) for text in texts])
+    many = x.repeat(len(texts), 1, 1, 1)
+    return borrowed.denoise(many, torch.full((len(many),), t), rows).split(len(x))
+
+
+def begin(borrowed, predict, noise, steps, last):
+    """The first ``last`` of ``steps`` steps of a drawing from noise, as the model is drawn with."""
+    if borrowed.alphas_cumprod is None:
+        return euler(predict, noise, borrowed.sigmas, borrowed.scales, steps, last)
+    return ddim(predict, noise, borrowed.alphas_cumprod, steps, last=last)
+
+
+def step_count(borrowed):
+    """Number of time steps that a borrowed model knows."""
+    alphas = borrowed.alphas_cumprod
+    return len(borrowed.sigmas if alphas is None else alphas)
+
+
+@torch.no_grad()
+def euler(predict, x, sigmas, scales, steps, last):
+    """Begin a drawing with Euler's method on dx / d sigma (Karras et al. 2022, eq. 1).
+
+    For any noising x = a clean + sigma noise whose network gives, or can be made to give, the
+    direction d = (x - clean) / sigma: in flow models d is the velocity, and a is 1 - sigma.
+
+    Args:
+        predict: d of x_t and t.
+        x: [B, C, h, w], noise.
+        sigmas: noise level of each time step, ascending.
+        scales: what x_t, the network's input, is multiplied by to give x; one a time step.
+        steps: number of steps of the whole schedule; this call does the first ``last``, fewer.
+
+    Returns:
+        x_t at step ``last``, [B, C, h, w].
+    """
+    times = spaced(len(sigmas), steps)
+    for now, following in zip(times[:last], times[1:]):
+        step = predict(x, now).to(x) * (sigmas[following] - sigmas[now]).to(x)
+        x = (x * scales[now].to(x) + step) / scales[following].to(x)
+    return x
 
 
 @torch.no_grad()

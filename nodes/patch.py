@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..fmn.errors import ForgetError
-from ..fmn.hosts.comfy import ComfyModel
+from ..fmn.hosts.comfy_other import host_of
 from ..fmn.patch import load_patch, save_patch
 from ..fmn.report import describe, printable
 from .types import CATEGORY, Patch, show_text
@@ -154,7 +154,7 @@ class ApplyForgetPatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, patch, strength, clip=None):
-        host = ComfyModel(model, clip)
+        host = host_of(model, clip)
         if patch.changes_text and clip is None:
             raise ForgetError(
                 "This patch changes the text encoder, but the clip input is empty: connect the "

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..fmn.concept import Concept
 from ..fmn.errors import NonFiniteLoss
-from ..fmn.hosts.comfy import ComfyModel
+from ..fmn.hosts.comfy_other import host_of
 from ..fmn.methods import DEFAULT, forget, settings_of
 from ..fmn.patch import rescue
 from ..fmn.pictures import progress_picture
@@ -26,7 +26,11 @@ class TrainForgetPatch(io.ComfyNode):
             description="Trains a small patch that makes the model forget. The model itself comes "
             "back unchanged; put the patch on it with Apply Forget Patch.",
             inputs=[
-                io.Model.Input("model", tooltip="Stable Diffusion 1.x, 2.x or XL."),
+                io.Model.Input(
+                    "model",
+                    tooltip="Stable Diffusion 1.x, 2.x or XL. The method ESD also takes other "
+                    "models that draw pictures from text, such as Flux.",
+                ),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 Concepts.Input("concepts", tooltip="What to forget."),
                 Method.Input(
@@ -62,7 +66,7 @@ class TrainForgetPatch(io.ComfyNode):
             show(step)
 
         try:
-            patch = forget(ComfyModel(model, clip, vae), concepts, settings, on_step, keep)
+            patch = forget(host_of(model, clip, vae), concepts, settings, on_step, keep)
         except NonFiniteLoss as error:
             raise rescue(error, output_path("rescued")) from error
         return io.NodeOutput(patch, patch.lora(), {"loss": losses})

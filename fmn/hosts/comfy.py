@@ -1,4 +1,4 @@
-"""ComfyUI as a host. The only file of the package that knows ``comfy``."""
+"""ComfyUI as a host, for the model families we know; ``comfy_other`` adds all others."""
 
 import inspect
 from contextlib import contextmanager
@@ -28,12 +28,20 @@ class ComfyModel:
 
     def __init__(self, patcher, clip=None, vae=None):
         self.patcher, self.clip, self.vae = patcher, clip, vae
-        unet = getattr(patcher.model, "diffusion_model", None)
-        self.family = _family(patcher, unet)
+        self.family = self._identify()
         self._compvis = {layer.name: layer.compvis for layer in layers(self.family)}
         sampling = patcher.get_model_object("model_sampling")
         v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
         self.prediction = "v" if v else "epsilon"
+
+    def _identify(self):
+        family = known_family(self.patcher)
+        if family is None:
+            raise ForgetError(
+                f"{type(self.patcher.model).__name__} is no model we know: Stable Diffusion 1.x, "
+                "2.x and XL are supported, this one has other cross-attention layers."
+            )
+        return family
 
     def key(self, name):
         """ComfyUI's key of a layer's weight."""
@@ -50,7 +58,7 @@ class ComfyModel:
 
     def tokenize(self, prompt):
         self._need_clip()
-        sections = self.clip.tokenize(prompt.text, **_plain(prompt))
+        sections = self.clip.tokenize(prompt.text, **plain(prompt))
         name = next((name for name in TOKENIZERS if name in sections), None)
         if name is None:
             raise self._wrong_clip(f"tokens for {', '.join(sections)}")
@@ -60,7 +68,7 @@ class ComfyModel:
     def encode(self, prompt):
         self._need_clip()
         with torch.inference_mode():
-            tokens = self.clip.tokenize(prompt.text, **_plain(prompt))
+            tokens = self.clip.tokenize(prompt.text, **plain(prompt))
             context, pooled = self.clip.encode_from_tokens(tokens, return_pooled=True)
         if context.shape[-1] != self.family.context_dim or context.shape[1] % SECTION:
             raise self._wrong_clip(f"text of width {context.shape[-1]}")
@@ -120,7 +128,7 @@ class ComfyModel:
 
     def _conditioning(self, prompt):
         return self.clip.encode_from_tokens_scheduled(
-            self.clip.tokenize(prompt.text, **_plain(prompt))
+            self.clip.tokenize(prompt.text, **plain(prompt))
         )
 
     def encode_images(self, images, size):
@@ -162,11 +170,17 @@ class ComfyModel:
                 f"This model reads {channels} channels (an inpainting or editing variant), which "
                 "cannot be trained on yet: train on its base model and apply the patch here."
             )
+        with self._loaded() as patcher:
+            yield Borrowed(self, patcher)
+
+    @contextmanager
+    def _loaded(self):
+        """A clone of the patcher, wholly loaded, frozen and ready for autograd."""
         self._check_precision()
         patcher = _clone(self.patcher)
         _load_whole(patcher)
         with frozen(patcher.model):
-            yield _Borrowed(self, patcher)
+            yield patcher
 
     @contextmanager
     def borrow_text(self, words=True):
@@ -197,7 +211,9 @@ class ComfyModel:
         return clone
 
 
-class _Borrowed:
+class Borrowed:
+    """``fmn.model.Borrowed`` over a loaded patcher."""
+
     context_argument = "context"
 
     def __init__(self, host, patcher):
@@ -205,6 +221,8 @@ class _Borrowed:
         self.device = self.model.device
         # ComfyUI may leave a replaced model_sampling on the CPU.
         self.sigmas = self.model.model_sampling.sigmas.to(self.device).clone()
+        # ComfyUI's x is the clean latent plus sigma times noise; x_t has unit variance.
+        self.scales = (1 + self.sigmas**2).sqrt()
         self.alphas_cumprod = 1 / (1 + self.sigmas.float() ** 2)
 
     def module(self, name):
@@ -221,20 +239,23 @@ class _Borrowed:
             # The VAE or the text encoder needed the memory.
             _load_whole(self.patcher)
             leave_inference_mode(self.model)
-        # ComfyUI's x is the clean latent plus sigma times noise; x_t has unit variance.
-        sigma = self.sigmas[t.to(self.device)]
-        scale = sigma.view(-1, 1, 1, 1)
-        x = x_t.to(self.device) * (1 + scale**2).sqrt()
+        t = t.to(self.device)
+        sigma = self.sigmas[t]
+        x = x_t.to(self.device) * self.scales[t].view(-1, 1, 1, 1)
         options = {"optimized_attention_override": _fused_attention}
         conditions = self._conditions(x, text)
         clean = self.model.apply_model(x, sigma, transformer_options=options, **conditions)
-        return (x - clean) / scale
+        return (x - clean) / sigma.view(-1, 1, 1, 1)
 
     def _conditions(self, x, text):
         given = {"cross_attn": text.context.to(self.device), "noise": x, "device": self.device}
         if "pooled" in text.vectors:
             height, width = x.shape[-2] * 8, x.shape[-1] * 8
             given |= {"pooled_output": text.vectors["pooled"], "height": height, "width": width}
+        return self._made(x, given)
+
+    def _made(self, x, given):
+        """The model's own inputs from what ComfyUI's sampler gives it."""
         made = self.model.extra_conds(**given)
         return {
             name: value.process_cond(batch_size=len(x), device=self.device, area=None).cond
@@ -246,19 +267,15 @@ class _Borrowed:
         return [m for m in self.model.diffusion_model.modules() if type(m).__name__ in names]
 
 
-def _family(patcher, unet):
+def known_family(patcher):
+    """The family of ``families.FAMILIES`` that a MODEL is of, or None."""
+    unet = getattr(patcher.model, "diffusion_model", None)
     shapes = {
         name: module.weight.shape
         for name, module in (unet.named_modules() if unet is not None else ())
         if name.endswith((".attn2.to_k", ".attn2.to_v"))
     }
-    family = identify(shapes)
-    if family is None:
-        raise ForgetError(
-            f"{type(patcher.model).__name__} is no model we know: Stable Diffusion 1.x, 2.x and "
-            "XL are supported, this one has other cross-attention layers."
-        )
-    return family
+    return identify(shapes)
 
 
 def _put_on(clone, names, patch, strength, text):
@@ -299,5 +316,6 @@ def _fused_attention(function, *args, **kwargs):
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
-def _plain(prompt):
+def plain(prompt):
+    """What the tokenizer is to be told: the words of a plain prompt carry no weights."""
     return {"disable_weights": True} if prompt.plain else {}

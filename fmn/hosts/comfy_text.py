@@ -43,7 +43,7 @@ def frozen(model):
 
 
 def leave_inference_mode(model):
-    """Replace weights that were made in inference mode by equal ones that were not.
+    """Replace weights and buffers that were made in inference mode by equal ones that were not.
 
     Autograd refuses the former even as constants. Values do not change; one weight at a time is
     held twice.
@@ -55,6 +55,10 @@ def leave_inference_mode(model):
             flag = parameter.requires_grad
             comfy.utils.set_attr_param(model, name, parameter.detach().clone())
             comfy.utils.get_attr(model, name).requires_grad_(flag)
+    for name in [name for name, _ in model.named_buffers()]:
+        buffer = comfy.utils.get_attr(model, name)
+        if buffer.is_inference():
+            comfy.utils.set_attr(model, name, buffer.clone())
 
 
 @contextmanager

@@ -5,7 +5,8 @@ A method's module has:
 - ``TITLE`` and ``ABOUT``: its name in menus, and a sentence on what it does;
 - ``Settings``: a frozen dataclass over ``fmn.settings.Settings``;
 - ``PRESETS``: name -> ``Settings``, the first being the defaults;
-- ``run(model, concepts, settings, on_step, keep)``, which returns a ``ForgetPatch``.
+- ``run(model, concepts, settings, on_step, keep)``, which returns a ``ForgetPatch``;
+- ``ANY_MODEL = True`` if it works on models that are none of ``families.FAMILIES``.
 """
 
 from dataclasses import fields, replace
@@ -77,4 +78,10 @@ def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
     """
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
-    return method(preset_of(settings)).run(model, concepts, settings, on_step, keep)
+    module = method(preset_of(settings))
+    if not model.family.known and not getattr(module, "ANY_MODEL", False):
+        raise ForgetError(
+            f"{module.TITLE} works on the cross-attention of Stable Diffusion 1.x, 2.x and XL, and "
+            f"{model.family.title} is none of them: use the method ESD."
+        )
+    return module.run(model, concepts, settings, on_step, keep)

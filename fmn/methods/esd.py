@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..concept import Prompt
-from ..fitting import autograd, learn
+from ..errors import ForgetError
+from ..fitting import autograd, in_scope, learn
 from ..model import Text
 from ..objectives import esd
 from ..probe import flags_of
-from ..sampling import ddim, expand, guided, spaced
+from ..sampling import begin, expand, guided, predictions, spaced, step_count
 from ..settings import Settings as Base
 from ..settings import checkpointing, lr, rank, seed, setting, size, steps
 from ..subspace import protect, protected_downs
@@ -26,6 +27,7 @@ ABOUT = (
     "Erased Stable Diffusion (arXiv 2303.07345): trains the model to draw, for the concept's "
     "prompts, away from the concept. Slower than re-steering, and stronger."
 )
+ANY_MODEL = True
 SCOPES = {"x": "attention", "x-strict": "kv", "u": "not-attention", "all": "unet"}
 FROZEN, EDITED = "frozen", "edited"
 EXACT, BIN = "exact", "bin"
@@ -51,7 +53,7 @@ class Settings(Base):
         "x",
         "What is trained. x: all of cross-attention, for names and styles. x-strict: its keys and "
         "values alone. u: all but cross-attention, for broad concepts such as nudity. all: every "
-        "linear and convolution layer.",
+        "linear and convolution layer; the only choice for some transformer models.",
         choices=tuple(SCOPES),
     )
     rank: int = rank()
@@ -149,8 +151,11 @@ def _example(concept, source, empty):
 def of_one_length(texts):
     """Prompts of different numbers of sections repeated to the same number of tokens.
 
-    Attention to a context that is repeated whole gives what it gives to the context itself.
+    Attention to a context that is repeated whole gives what it gives to the context itself. Those
+    that stay alone keep their lengths.
     """
+    if texts[0].alone:
+        return texts
     length = math.lcm(*(text.context.shape[1] for text in texts))
     return [
         replace(text, context=text.context.repeat(1, length // text.context.shape[1], 1))
@@ -161,22 +166,22 @@ def of_one_length(texts):
 class Draws:
     """Endless training batches: prompts in shuffled turns, each with a drawing begun for it."""
 
-    def __init__(self, examples, settings, borrowed, switch, side):
-        self.settings, self.borrowed, self.switch, self.side = settings, borrowed, switch, side
+    def __init__(self, examples, settings, borrowed, switch, side, channels=4):
+        self.settings, self.borrowed, self.switch = settings, borrowed, switch
+        self.shape = settings.batch, channels, side, side
         self.generator = torch.Generator().manual_seed(settings.seed)
         own = [_turns(each, self.generator) for each in examples]
         self.prompts_in_turn = _turns(own, self.generator)
         # The drawing stops at times[k]; bin k reaches down to times[k + 1], not included.
-        self.times = [*spaced(len(borrowed.alphas_cumprod), settings.sampling_steps), -1]
+        self.times = [*spaced(step_count(borrowed), settings.sampling_steps), -1]
 
     def __call__(self):
-        """An ``Example``, x_t [B, 4, h, w] and its t."""
+        """An ``Example``, x_t [B, C, h, w] and its t."""
         example = next(next(self.prompts_in_turn))
         k = self._number(0, self.settings.sampling_steps)
         exact = self.settings.timesteps == EXACT
         t = self.times[k] if exact else self._number(self.times[k + 1] + 1, self.times[k] + 1)
-        shape = self.settings.batch, 4, self.side, self.side
-        noise = torch.randn(shape, generator=self.generator).to(self.borrowed.device)
+        noise = torch.randn(self.shape, generator=self.generator).to(self.borrowed.device)
         return example, self._draw(example, noise, k), t
 
     def _number(self, start, end):
@@ -188,8 +193,7 @@ class Draws:
         predict = guided(self.borrowed, text, example.empty, self.settings.guidance)
         frozen = self.settings.sample_from == FROZEN
         with self.switch.off() if frozen else nullcontext():
-            alphas, count = self.borrowed.alphas_cumprod, self.settings.sampling_steps
-            return ddim(predict, noise, alphas, count, last=k)
+            return begin(self.borrowed, predict, noise, self.settings.sampling_steps, k)
 
 
 def _turns(values, generator):
@@ -205,13 +209,19 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
     Args, errors: see ``methods.forget``. What is to be kept counts only with ``protect``.
     """
-    scope = SCOPES[settings.layers]
+    scope, family = SCOPES[settings.layers], model.family
+    if settings.protect and not family.known:
+        raise ForgetError(
+            f"protect needs the keys and values of Stable Diffusion 1.x, 2.x or XL, and "
+            f"{family.title} is none of them: turn protect off."
+        )
+    in_scope(family, scope)
     downs = protected_downs(model, concepts, keep, scope, settings)
     examples = prepare(model, concepts, settings)
-    side = (settings.size or model.family.resolution) // 8
+    side = (settings.size or family.resolution) // family.latent_factor
 
     def open_loss(borrowed, switch):
-        draws = Draws(examples, settings, borrowed, switch, side)
+        draws = Draws(examples, settings, borrowed, switch, side, family.latent_channels)
 
         def loss_at(index):
             example, x_t, t = draws()
@@ -219,23 +229,23 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
         return nullcontext(loss_at)
 
-    prompt = concepts[0].training_prompts()[0]
-    latent = torch.zeros(1, 4, side, side)
-    looked_at = [(model.encode(prompt), flags_of(model, prompt), latent)]
+    looked_at = []
+    if family.known:
+        prompt = concepts[0].training_prompts()[0]
+        latent = torch.zeros(1, 4, side, side)
+        looked_at = [(model.encode(prompt), flags_of(model, prompt), latent)]
     # Adam as released: no weight decay, no clipping.
     optimiser = Optimiser(settings.lr, weight_decay=0.0, max_norm=math.inf)
     return learn(model, concepts, settings, scope, open_loss, optimiser, looked_at, on_step, downs)
 
 
 def loss_of(borrowed, switch, example, x_t, t, eta):
-    """ESD's loss for x_t [B, 4, h, w] at the time step t."""
+    """ESD's loss for x_t [B, C, h, w] at the time step t."""
     count = len(x_t)
     texts = [example.source, example.concept, example.empty]
     if example.source is example.concept:
         texts = texts[1:]
-    rows = Text.cat([expand(text, count) for text in texts])
-    many = x_t.repeat(len(texts), 1, 1, 1)
     with switch.off(), torch.no_grad():
-        frozen = borrowed.denoise(many, torch.full((len(many),), t), rows).split(count)
+        frozen = predictions(borrowed, x_t, t, texts)
     predicted = borrowed.denoise(x_t, torch.full((count,), t), expand(example.source, count))
     return esd(predicted, frozen[0], *frozen[-2:], eta)

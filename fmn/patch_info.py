@@ -1,0 +1,42 @@
+"""The record in a patch file's header, read as text from a stranger."""
+
+import json
+
+from .errors import ForgetError
+
+INFO_TYPES = {
+    "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
+    "base.prediction": str, "loss": dict, "truncation_error": (int, float),
+    "rounding_error": (int, float), "date": str, "version": str,
+}  # fmt: skip
+
+
+def info_of(path, metadata):
+    """Our part of the header, checked.
+
+    Raises:
+        ForgetError: it is no JSON, or of other kinds than we write.
+    """
+    info = {"concepts": []}
+    try:
+        for key, value in metadata.items():
+            name = key.removeprefix("fmn.")
+            if key.startswith("fmn.") and name in INFO_TYPES:
+                info[name] = json.loads(value)
+                if not isinstance(info[name], INFO_TYPES[name]):
+                    raise TypeError(name)
+        texts = [concept[part] for concept in info["concepts"] for part in ("name", "kind")]
+        numbers = [info["loss"][part] for part in ("first", "last", "steps") if info.get("loss")]
+        numbers += [info[part] for part in ("truncation_error", "rounding_error") if part in info]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ForgetError(
+            f"The metadata of '{path.name}' is damaged ({type(error).__name__}): get it again."
+        ) from error
+    if not all(isinstance(text, str) for text in texts) or not all(map(_is_number, numbers)):
+        raise ForgetError(f"The metadata of '{path.name}' has values of the wrong kind.")
+    return info
+
+
+def _is_number(value):
+    # JSON allows integers that no float can hold, and NaN.
+    return isinstance(value, (int, float)) and abs(value) < 1e300
