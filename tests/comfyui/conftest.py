@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .others import Words, make
 from .server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,3 +76,14 @@ def demo(pack):
 @pytest.fixture
 def comfy_model(pack, demo):
     return pack("fmn.hosts.comfy").ComfyModel(*demo)
+
+
+@pytest.fixture
+def other_host(pack):
+    """Function from the name of a model class, and changes of its config, to a host of it."""
+
+    def made(name, **changes):
+        words = Words(masked=name == "Lumina2")
+        return pack("fmn.hosts.comfy_other").host_of(make(name, changes), words)
+
+    return made

@@ -1,0 +1,249 @@
+"""Every method at the size that users have: time, memory and file, on random weights.
+
+    COMFYUI_PATH=... python benchmarks/methods_full_size.py sd15
+    COMFYUI_PATH=... python benchmarks/methods_full_size.py sdxl --method uce oce-projection
+
+Makes a float16 checkpoint with random weights, loads it as ComfyUI's stock loader does, and makes
+one patch of one identity by each method, one after the other in this process, on the CPU. Closed
+forms run at their defaults. What draws or trains runs for few steps on small pictures, which the
+table's last column says; it tells seconds a step, and nothing of quality.
+
+    seconds      all of the method's run, of which: encoding of prompts and kept words
+    s/step       median time between two steps, for what trains (casteer: pairs); each of so few
+                 steps of esd, ablation and resteer also looks at the attention once
+    GB           highest resident memory above that of the loaded model (Linux only)
+    MB           the saved file
+    weights      whether every weight of U-Net and text encoder still has the same bits
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+GB = 1e9
+# Resident once loaded: ComfyUI computes in float32 on a CPU.
+LOADED = {"sd15": 5 * GB, "sdxl": 14 * GB}
+SPARE = 4 * GB  # other programs need memory too
+CLOSED = [
+    "uce", "rece", "speed", "double-projections", "trce", "oce", "oce-projection", "quickfix",
+]  # fmt: skip
+# Few steps: what counts here is the time of one.
+SHORT = {
+    "casteer": {"pairs": 2, "sampling_steps": 3},
+    "hirm": {"steps": 10},
+    "esd": {"steps": 2, "sampling_steps": 4},
+    "ablation": {"steps": 2, "samples": 1, "sample_steps": 4},
+    "resteer": {"steps": 2},
+}
+CONCEPT = "elon musk", "identity"
+
+
+def memory(field, file="/proc/self/status"):
+    """A line of /proc in bytes."""
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{file} has no {field}")
+
+
+def available():
+    return memory("MemAvailable", "/proc/meminfo")
+
+
+def forget_peak():
+    """Give freed memory back to the system, and start the peak of resident memory anew."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def load(path):
+    """The checkpoint as a ``Model`` that counts the time it spends on encoding."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    import comfy.sd
+    import torch
+
+    from fmn.hosts.comfy import ComfyModel
+
+    class Timed(ComfyModel):
+        encoding = 0.0
+
+        def encode(self, prompt):
+            with Stopwatch(self):
+                return super().encode(prompt)
+
+        def encode_all(self, texts):
+            with Stopwatch(self):
+                return super().encode_all(texts)
+
+    with torch.inference_mode():  # as the executor runs a loader
+        loaded = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
+    return Timed(*loaded[:3])
+
+
+class Stopwatch:
+    """Adds the time inside to ``model.encoding``."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *raised):
+        self.model.encoding += time.perf_counter() - self.start
+
+
+def checksums(model):
+    """Name -> CRC of every weight of U-Net and text encoder."""
+    import torch
+
+    parts = model.patcher.model, model.clip.cond_stage_model
+    return {
+        (number, name): zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy())
+        for number, part in enumerate(parts)
+        for name, tensor in part.state_dict().items()
+        if tensor.numel() and tensor.dim()
+    }
+
+
+def warm_up(model):
+    """Load all weights, as the first picture does."""
+    import torch
+
+    from fmn.concept import Prompt
+
+    text = model.encode(Prompt("", ""))
+    with model.borrow_text(words=False), model.borrow() as borrowed, torch.no_grad():
+        borrowed.denoise(torch.zeros(1, 4, 8, 8), torch.tensor([500]), text)
+
+
+def changes_of(preset, known, size, keep):
+    """The settings that differ from a preset's."""
+    changes = dict(SHORT.get(preset, {}))
+    if preset not in CLOSED and "size" in known:
+        changes["size"] = size
+    if keep is not None and "keep_list" in known:
+        changes["keep_list"] = "none"
+    return changes
+
+
+def measure(model, preset, size, keep, before):
+    """Make one patch; print its row."""
+    from dataclasses import fields
+
+    import torch
+
+    from fmn.concept import Concept
+    from fmn.methods import forget, method, settings_of
+    from fmn.patch import save_patch
+
+    known = {field.name for field in fields(method(preset).Settings)}
+    changes = changes_of(preset, known, size, keep)
+    settings = settings_of(preset, changes)
+    forget_peak()
+    loaded, model.encoding, moments = memory("VmRSS"), 0.0, []
+    start = time.perf_counter()
+    with torch.inference_mode():  # as the executor runs a node
+        patch = forget(
+            model, [Concept(*CONCEPT)], settings, lambda step: moments.append(time.perf_counter()),
+            keep=keep or (),
+        )  # fmt: skip
+    seconds, peak = time.perf_counter() - start, memory("VmHWM") - loaded
+    with tempfile.TemporaryDirectory() as folder:
+        megabytes = save_patch(patch, Path(folder) / "patch.safetensors").stat().st_size / 1e6
+    trains = preset in SHORT
+    each = f"{median(b - a for a, b in pairwise(moments)):.2f}" if trains else "-"
+    ranks = "-".join(map(str, sorted({patch.ranks[0], patch.ranks[-1]})))
+    same = "the same" if checksums(model) == before else "CHANGED"
+    told = ", ".join(f"{name} {value}" for name, value in changes.items())
+    print(
+        f"| {preset} | {seconds:.1f} | {model.encoding:.1f} | {each} | {peak / GB:.2f} | "
+        f"{megabytes:.2f} | {len(patch.changes)} | {ranks} | {same} | {told or 'defaults'} |",
+        flush=True,
+    )
+    return same == "the same"
+
+
+def run(name, checkpoint, options):
+    """All rows; whether no weight changed."""
+    if available() - LOADED[name] < SPARE:
+        sys.exit(
+            f"{name} takes about {LOADED[name] / GB:.0f} GB and {available() / GB:.0f} GB are "
+            f"free, of which {SPARE / GB:.0f} are to stay so: free some memory."
+        )
+    model = load(str(checkpoint))
+    import torch
+
+    from fmn.concept import Concept
+    from fmn.keep import keep_for
+
+    warm_up(model)
+    words = keep_for([Concept(*CONCEPT)])
+    keep = None if options.words is None else words[: options.words]
+    forget_peak()
+    before = checksums(model)
+    print(
+        f"{name}, random float16 weights, {memory('VmRSS') / GB:.1f} GB once loaded; "
+        f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores; one {CONCEPT[1]}; "
+        f"{len(words if keep is None else keep)} kept words where a method keeps some\n"
+    )
+    print("| method | seconds | encoding | s/step | GB | MB | layers | rank | weights | settings |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---|---|", flush=True)
+    unchanged = True
+    for preset in options.method:
+        if available() < SPARE:
+            sys.exit(f"Stopped before {preset}: less than {SPARE / GB:.0f} GB are free.")
+        unchanged &= measure(model, preset, options.size, keep, before)
+    return unchanged
+
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    from fmn.methods import PRESETS
+
+    known = [*CLOSED, *SHORT]
+    registered = [preset for preset in known if preset in PRESETS]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=sorted(LOADED))
+    parser.add_argument(
+        "--method", nargs="+", choices=registered, default=registered, metavar="PRESET",
+        help=f"of {', '.join(registered)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, default=256, help="pixels a side of what is drawn or trained on (256)"
+    )
+    parser.add_argument(
+        "--words", type=int, help="keep only the first N words of the default keep-list"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a file of random_checkpoint.py; else one is made"
+    )
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = options.checkpoint
+        if checkpoint is None:
+            checkpoint = Path(folder) / f"{options.model}.safetensors"
+            program = ROOT / "benchmarks" / "random_checkpoint.py"
+            subprocess.run([sys.executable, program, options.model, checkpoint], check=True)
+        if not run(options.model, checkpoint, options):
+            sys.exit("A method changed the model's weights.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Every example workflow in the real frontend: opened, understood, accepted by the server; two run.
+
+``test_browser.py`` presses Run; here the page only says what it would send.
+"""
+
+import json
+
+import pytest
+from PIL import Image
+
+from .test_browser import TEMPLATES, open_template, page  # noqa: F401
+
+# What makes a run short. The outcome is not looked at, only that all nodes do their work.
+TINY = {
+    "KSampler": {"steps": 2},
+    "EmptyLatentImage": {"batch_size": 1},
+    "FMN_KeepList": {"list": "none"},
+    "FMN_MethodUce": {"keep_list": "none"},
+    "FMN_ConceptInversionProbe": {"steps": 2, "batch": 1, "pictures": 1},
+}
+RUN = (
+    "Forget with UCE and a keep-list (demo)",
+    "Erase and repair, attack rounds (demo)",
+    "Safe Latent Diffusion (demo)",
+    "Gated patch (demo)",
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(page):  # noqa: F811
+    """Example -> what its page would send to the server, and the titles of its previews."""
+    made = {}
+    for path in TEMPLATES:
+        page.fmn_errors.clear()
+        open_template(page, path, nodes_2=False)
+        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+        missing = page.get_by_text("missing node", exact=False).count()
+        made[path.stem] = prompt, missing, list(page.fmn_errors)
+    return made
+
+
+def workflow(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_an_example_opens_whole(server, prompts, path):
+    """No node is missing, no error in the page, and no link or node gets lost on the way."""
+    prompt, missing, errors = prompts[path.stem]
+    assert missing == 0 and errors == []
+    saved = workflow(path)
+    known = server.get("/object_info")
+    real = [item for item in saved["nodes"] if item["type"] != "MarkdownNote"]
+    assert {item["type"] for item in real} <= known.keys()
+    assert {(str(item["id"]), item["type"]) for item in real} == {
+        (number, item["class_type"]) for number, item in prompt.items()
+    }
+    linked = [value for item in prompt.values() for value in item["inputs"].values()]
+    assert sum(isinstance(value, list) for value in linked) == len(saved["links"])
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_an_example_sets_what_it_shows(server, prompts, path):
+    """Values are saved by position: each reaches the input that it stands beside."""
+    prompt = prompts[path.stem][0]
+    info = server.get("/object_info")
+    for item in workflow(path)["nodes"]:
+        if not item["type"].startswith("FMN_"):
+            continue
+        widgets = [part["name"] for part in item["inputs"] if "widget" in part]
+        values = item.get("widgets_values") or []
+        sent = prompt[str(item["id"])]["inputs"]
+        assert dict(zip(widgets, values)) == {name: sent[name] for name in widgets}, item["type"]
+        current = info[item["type"]]["input"]
+        assert set(sent) <= {*current.get("required", {}), *current.get("optional", {})}
+        assert set(widgets) == {
+            name
+            for part in current.values()
+            for name, spec in part.items()
+            if spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+        }, f"{item['type']} has other widgets now: run tools/examples.py"
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_an_example_has_a_picture_and_a_note(path):
+    file = path.with_suffix(".jpg")
+    assert file.stat().st_size < 150_000
+    with Image.open(file) as picture:
+        assert picture.format == "JPEG" and picture.width >= 200 and picture.height >= 200
+    notes = [item for item in workflow(path)["nodes"] if item["type"] == "MarkdownNote"]
+    assert len(notes) == 1 and len(notes[0]["widgets_values"][0]) > 80
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_an_example_runs(server, prompts, name):
+    """Through the server, with few steps: every preview gets its pictures."""
+    prompt = json.loads(json.dumps(prompts[name][0]))
+    for item in prompt.values():
+        item["inputs"] |= TINY.get(item["class_type"], {})
+    outputs = server.run(prompt)
+    previews = [key for key, item in prompt.items() if item["class_type"] == "PreviewImage"]
+    assert len(previews) >= 4
+    for key in previews:
+        assert server.image(outputs[key]).shape == (128, 128, 3)
+    saved = [key for key, item in prompt.items() if item["class_type"] == "FMN_SaveForgetPatch"]
+    for key in saved:
+        assert (server.base / "output" / "forget_patches" / outputs[key]["text"][0]).is_file()
