@@ -133,7 +133,7 @@ def test_saved_widget_values_still_mean_what_they_say(server, path):
         ]
         values = item.get("widgets_values") or []
         # A workflow may be older than a node's last widgets; those take their defaults.
-        assert 0 < len(values) <= len(widgets), item["type"]
+        assert bool(values) == bool(widgets) and len(values) <= len(widgets), item["type"]
         for (name, (kind, options)), value in zip(widgets, values):
             if kind == "COMBO":
                 assert value in options["options"], name
