@@ -2,7 +2,7 @@
 
     python benchmarks/mscore.py --out out/mscore
 
-For an identity, an object and a style it trains the demo job's patch, learns words from pictures
+For an identity, an object and a style it trains a re-steering patch, learns words from pictures
 of the concept on the untouched model, on the forgetful one, and on one that forgot something
 else, and prints how close those words are to the concept's name. Writes a table and a grid.
 """
@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fmn.demo import JOBS
+from fmn.concept import Concept
 from fmn.files import write_whole
 from fmn.hosts.diffusers import DiffusersModel
 from fmn.inversion import Settings
@@ -43,6 +43,17 @@ OTHERS = {
     "ink drawing": ("black silhouette", "noto emoji", "3d render"),
 }
 EACH = 2  # pictures a prompt
+JOBS = (
+    (Concept("santa claus", "identity", prompts=(
+        "santa claus, noto emoji", "santa claus, twemoji", "3d render of santa claus",
+    )), resteer.Settings()),
+    (Concept("dog", prompts=("a dog, noto emoji", "a dog, twemoji", "3d render of a dog")),
+     resteer.Settings()),
+    # A style is told by the words at a prompt's end, which the end token sums up.
+    (Concept("ink drawing", "style", prompts=(
+        "a cat, ink drawing", "an apple, ink drawing", "ink drawing of a car",
+    )), resteer.Settings(end_tokens="first")),
+)  # fmt: skip
 
 
 def main():

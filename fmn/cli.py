@@ -22,7 +22,7 @@ MODEL is 'demo' (the small model that comes along), a Stable Diffusion 1.x, 2.x 
 examples:
   python -m fmn demo
   python -m fmn forget demo "dog" --out dog.safetensors
-  python -m fmn forget sd15.safetensors "style:van gogh" "identity:elon musk" --steps 50
+  python -m fmn forget sd15.safetensors "style:van gogh" "identity:elon musk" --method uce
   python -m fmn apply demo dog.safetensors --prompt "a photo of a dog" --out dog.png
   python -m fmn apply sd15.safetensors a.safetensors b.safetensors:0.7 --checkpoint safe.safetensors
   python -m fmn inspect dog.safetensors --json

@@ -73,8 +73,8 @@ class ConceptNode(io.ComfyNode):
                     "learned",
                     optional=True,
                     tooltip="An embedding that still summons the concept on a patched model, from "
-                    "Concept Inversion Probe. UCE, RECE, SPEED and double projections forget it "
-                    "along with the name; several rounds of this make a patch harder to undo.",
+                    "Concept Inversion Probe. UCE, RECE, SPEED, OCE and double projections "
+                    "forget it along with the name; other methods ignore it.",
                 ),
             ],
             outputs=[Concepts.Output("CONCEPTS", display_name="concepts")],

@@ -21,7 +21,7 @@ class Cluster:
             import ray
         except ImportError as error:
             raise ForgetError(
-                "--ray needs the package ray: install it with pip install 'forget-me-not[scale]'."
+                "--ray needs the package ray: install it with pip install 'ray>=2.50'."
             ) from error
         self.ray = ray
         try:

@@ -20,7 +20,8 @@ from ..settings import setting
 TITLE = "Double Projections"
 ABOUT = (
     "Double Projections (arXiv 2604.10032): a closed form that replaces the concept by its "
-    "nearest mix of kept words, by a change that gives exactly nothing for those words."
+    "nearest mix of kept words, by a change that gives nothing for the last tokens of those "
+    "words."
 )
 SMALLEST = 1e-6  # of an embedding's square norm; less outside the kept span is no direction
 

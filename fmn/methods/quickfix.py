@@ -6,7 +6,7 @@ its anchor's does. Here as an exact low rank; the U-Net is not touched.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,8 +67,10 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     base = model.fingerprint()
     with model.borrow_text(words=False) as borrowed, torch.no_grad():
         with _inputs(model, borrowed.module(LAYER)) as inputs:
+            # Embeddings that attacks on the U-Net found are none of this layer's inputs.
+            named = [replace(concept, learned=()) for concept in concepts]
             pairs = Pairs.cat(
-                [concept_pairs(inputs, each, settings.tokens, TEMPLATES) for each in concepts]
+                [concept_pairs(inputs, each, settings.tokens, TEMPLATES) for each in named]
             )
             words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
             kept = _kept(inputs, words, pairs.targets)

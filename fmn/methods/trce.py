@@ -19,7 +19,7 @@ from ..settings import setting
 TITLE = "TRCE (closed form)"
 ABOUT = (
     "The closed form of TRCE (arXiv 2503.07389): makes the end-of-text token of many prompts with "
-    "the concept read as if they spoke of the anchor; stands rewording."
+    "the concept read as if they spoke of the anchor."
 )
 # Sentence i is frame i with setting i, both taken in turns. Their numbers have no common divisor,
 # so all 11 x 20 and 9 x 20 pairs come before any comes again.
