@@ -12,6 +12,7 @@ from .bench.command import add_bench, run_bench
 from .concept import KINDS, parse_concept
 from .errors import ForgetError, NonFiniteLoss
 from .methods import DEFAULT, PRESETS
+from .report import printable
 
 OK, FAILED, BAD_INPUT, NOT_FINITE, CANCELLED = 0, 1, 2, 3, 130
 
@@ -139,7 +140,8 @@ def main(arguments=None):
 def _fail(options, error, code):
     if options.json:
         print(json.dumps({"error": str(error)}))
-    print(f"fmn: {error}", file=sys.stderr)
+    # A list or a patch can be a stranger's, whose control codes a terminal would obey.
+    print("fmn: " + "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
     return code
 
 

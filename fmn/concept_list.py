@@ -143,6 +143,8 @@ def _json_entries(text, place):
         raise ForgetError(f"{place}1: this JSON is no list of concepts: {error}.") from error
     if not isinstance(data, list):
         raise ForgetError(f"{place}1: the file is no list: write [...] around the concepts.")
+    if len(data) > MAX_CONCEPTS:
+        raise ForgetError(f"{place}1: more than {MAX_CONCEPTS} concepts: split the list.")
     decoder, numbers, position = json.JSONDecoder(), [], text.index("[") + 1
     for _ in data:
         position = re.compile(r"[\s,]*").match(text, position).end()
@@ -162,11 +164,14 @@ def _yaml_entries(text, place):
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent, index):
-            # A few nested aliases can stand for more data than fits in memory.
-            if self.check_event(yaml.AliasEvent):
-                mark = self.peek_event().start_mark
+            # A few nested aliases can stand for more data than fits in memory, and tags (!) for
+            # values that their constructors fail on.
+            event = self.peek_event()
+            alias = isinstance(event, yaml.AliasEvent)
+            if alias or event.tag is not None:
+                what = "aliases (*)" if alias else "tags (!)"
                 raise yaml.MarkedYAMLError(
-                    problem="aliases (*) are not read here", problem_mark=mark
+                    problem=f"{what} are not read here", problem_mark=event.start_mark
                 )
             return super().compose_node(parent, index)
 

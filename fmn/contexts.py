@@ -17,6 +17,7 @@ from .spans import END, SECTION, subject_positions, word_positions
 
 TOKENS = ("last", "from-last", "subject", "all")
 KEEP_TOKENS = ("last", "all")
+ENDS_AT_ONCE = 64  # pairs of prompts
 
 OBJECT_TEMPLATES = (
     "image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}",
@@ -165,13 +166,15 @@ def end_pairs(model, texts, which="first"):
         texts: [(text, anchored text)], plain strings of at most 75 tokens.
         which: ``first``: the first EOT. ``all``: that and all padding behind it.
     """
-    both = [text for pair in texts for text in pair]
-    contexts = model.encode_all(both).cpu().double()
-    ends = [_first_end(model, text) for text in both]
     found = []
-    for i in range(0, len(both), 2):
-        rows = torch.arange(ends[i], (ends[i] if which == "first" else SECTION - 1) + 1)
-        found.append(_beside(contexts[i], contexts[i + 1], rows, ends[i], ends[i + 1]))
+    # Whole sections of hundreds of concepts would not fit into memory.
+    for begin in range(0, len(texts), ENDS_AT_ONCE):
+        both = [text for pair in texts[begin : begin + ENDS_AT_ONCE] for text in pair]
+        contexts = model.encode_all(both).cpu().double()
+        ends = [_first_end(model, text) for text in both]
+        for i in range(0, len(both), 2):
+            rows = torch.arange(ends[i], (ends[i] if which == "first" else SECTION - 1) + 1)
+            found.append(_beside(contexts[i], contexts[i + 1], rows, ends[i], ends[i + 1]))
     return Pairs.cat(found)
 
 

@@ -8,7 +8,7 @@ change is linear in the gate, and several patches do not mix.
 import torch
 from torch.nn.functional import normalize
 
-from .concept import TEMPLATES, Prompt
+from .concept import TEMPLATES, Concept, Prompt
 from .errors import ForgetError
 from .spans import SECTION, flagged_positions
 
@@ -92,7 +92,10 @@ def subjects_of(patch):
         aliases = concept.get("aliases", [])
         if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
             raise ForgetError("The patch's list of aliases is damaged: get the file again.")
-        found += [(name, concept["kind"]) for name in (concept["name"], *aliases)]
+        name, kind = concept["name"], concept["kind"]
+        # A category of unsafe content stands for all of its terms.
+        names = Concept(name, kind).subjects if kind == "unsafe" else (name,)
+        found += [(word, kind) for word in (*names, *aliases)]
     if not found:
         raise ForgetError(
             "This patch does not say what it forgets, so no prompt can open it: use Apply Forget "

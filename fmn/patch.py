@@ -134,10 +134,18 @@ def rounding_error(patch, tensors):
     for layer in patch.layers:
         prefix = file_name(patch.family, layer)
         down, up, _ = (tensors[f"{prefix}.{part}"] for part in PARTS)
-        exact = patch.change_of(layer.name)
-        difference += float((exact - merge(up, down)).square().sum())
-        total += float(exact.square().sum())
+        own_up, own_down = patch.changes[layer.name]
+        difference += _square_norm(
+            torch.cat([own_up, -up.to(own_up)], 1), torch.cat([own_down, down.to(own_down)])
+        )
+        total += _square_norm(own_up, own_down)
     return (difference / total) ** 0.5 if total > 0 else 0.0
+
+
+def _square_norm(up, down):
+    """|up @ down|^2 without the product: a small file can stand for a huge matrix."""
+    up, down = up.flatten(1).double(), down.flatten(1).double()
+    return max(float(((up.mT @ up) * (down @ down.mT)).sum()), 0.0)
 
 
 def _metadata(patch, tensors):
@@ -282,7 +290,7 @@ def _family(path, metadata, found):
 def _check_shapes(path, family, found):
     """Every key known, every layer complete, every shape fitting, before anything is loaded."""
     known = known_names(family)
-    prefixes = {}
+    prefixes, taken = {}, set()
     for key in found:
         prefix, _, part = key.partition(".")
         if prefix not in known or part not in PARTS:
@@ -290,8 +298,9 @@ def _check_shapes(path, family, found):
                 f"'{path.name}' holds the tensor {key!r:.80}, which {family.title} does not have: "
                 "it is for another model, or no forget patch."
             )
-        if prefix not in prefixes and known[prefix] in prefixes.values():
+        if prefix not in prefixes and known[prefix].name in taken:
             raise ForgetError(f"'{path.name}' names the layer '{prefix}' twice: get another file.")
+        taken.add(known[prefix].name)
         prefixes[prefix] = known[prefix]
     if not prefixes:
         raise ForgetError(f"'{path.name}' holds no layers: it would change nothing.")

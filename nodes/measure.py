@@ -190,6 +190,12 @@ class MScore(io.ComfyNode):
                     tooltip="First seed of the inversions and of drawn pictures. The same seed and "
                     "settings give the same score.",
                 ),
+                io.Clip.Input(
+                    "untouched_clip",
+                    optional=True,
+                    tooltip="The CLIP from before the patch, if the patch changes the text "
+                    "encoder too. Empty: both models use the same one.",
+                ),
             ],
             outputs=[
                 io.String.Output("TEXT", display_name="text"),
@@ -200,10 +206,12 @@ class MScore(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, concepts, templates, inversions, pictures, measuring_seed,
-        untouched=None, **settings,
+        untouched=None, untouched_clip=None, **settings,
     ):  # fmt: skip
         host = ComfyModel(model, clip, vae)
-        reference = host if untouched is None else ComfyModel(untouched, clip, vae)
+        compared = untouched is not None or untouched_clip is not None
+        reference = ComfyModel(untouched or model, untouched_clip or clip, vae)
+        reference = reference if compared else host
         seeds = range(measuring_seed, measuring_seed + inversions)
         settings = Settings(**settings)
         jobs = [(concept, _templates(concept, templates)) for concept in concepts]
@@ -211,14 +219,13 @@ class MScore(io.ComfyNode):
             check(concept.name, prompts, seeds)
         with host.borrow_text():
             pass  # what cannot be measured is refused before anything is drawn
-        runs = (1 if untouched is None else 2) * inversions
+        runs = (2 if compared else 1) * inversions
         show = _Progress(len(jobs) * runs * settings.steps, inversions)
         results = {}
         for concept, prompts in jobs:
             others = [other.name for other in concepts if other.name != concept.name]
             given = concept.name, prompts, seeds, settings, others
             results[concept.name] = _measure(host, reference, concept, given, pictures, show)
-        compared = untouched is not None
         text = "\n\n".join(report(name, found, compared) for name, found in results.items())
         show_text(text)
         return io.NodeOutput(text, _image(plot(results, compared)))

@@ -66,6 +66,7 @@ class ComfyModel:
         return [int(token) if isinstance(token, int) else None for token in ids]
 
     def encode(self, prompt):
+        comfy.model_management.throw_exception_if_processing_interrupted()
         self._need_clip()
         with torch.inference_mode():
             tokens = self.clip.tokenize(prompt.text, **plain(prompt))
@@ -79,6 +80,7 @@ class ComfyModel:
         self._need_clip()
         found = []
         for i in range(0, len(texts), ENCODED_AT_ONCE):
+            comfy.model_management.throw_exception_if_processing_interrupted()
             # ComfyUI encodes the sections of a long prompt as one batch, each by itself.
             tokens = {}
             for text in texts[i : i + ENCODED_AT_ONCE]:

@@ -6,6 +6,7 @@ what it makes of a prompt. Only the method ESD asks for no more than that.
 
 from contextlib import contextmanager
 
+import comfy.model_management
 import comfy.model_sampling
 import torch
 from torch.autograd.graph import allow_mutation_on_saved_tensors
@@ -53,6 +54,7 @@ class OtherModel(ComfyModel):
 
     def encode(self, prompt):
         """The prompt as ComfyUI gives it to its sampler, all of it; it stays alone in a forward."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
         self._need_clip()
         with torch.inference_mode():
             tokens = self.clip.tokenize(prompt.text, **plain(prompt))

@@ -19,6 +19,7 @@ from ..model import Text
 from ..settings import Settings as Base
 from ..settings import setting
 from ..spans import SECTION
+from ..train import Step
 
 TITLE = "Diff-QuickFix"
 ABOUT = (
@@ -84,6 +85,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         ]
     changes = {LAYER: (up.float(), down.float())}
     error = (lost / whole) ** 0.5 if whole > 0 else 0.0
+    on_step(Step(1, 1, losses, 0.0))
     return finished(model, base, concepts, settings, changes, losses, error)
 
 

@@ -60,13 +60,13 @@ def test_apply_draws_pictures_that_differ_with_strength(patch, tmp_path):
     def draw(strength):
         out = tmp_path / f"{strength}.png"
         fmn("apply", "demo", f"{patch}:{strength}", "--prompt", "a photo of a dog",
-            *RESTEER, "--steps", 4, "--out", out)  # fmt: skip
+            "--steps", 4, "--out", out)  # fmt: skip
         return np.asarray(Image.open(out)).astype(float)
 
     plain, full, cancelled = draw(0), draw(1), None
     out = tmp_path / "both.png"
     fmn("apply", "demo", f"{patch}:0.5", f"{patch}:-0.5", "--prompt", "a photo of a dog",
-        *RESTEER, "--steps", 4, "--out", out)  # fmt: skip
+        "--steps", 4, "--out", out)  # fmt: skip
     cancelled = np.asarray(Image.open(out)).astype(float)
     assert plain.shape == (128, 128, 3)
     assert np.abs(plain - full).mean() > 2

@@ -158,7 +158,7 @@ def test_what_cannot_be_learned_is_refused(pack, attack, comfy_model, images, mo
         invert(attack, comfy_model, images, "never", templates="a {red|blue} dog")
     invert(attack, comfy_model, images, "braces", templates="a {red|blue} {}", steps=1)
     xl = pack("fmn.families").SDXL
-    monkeypatch.setattr(pack("fmn.hosts.comfy"), "_family", lambda patcher, unet: xl)
+    monkeypatch.setattr(pack("fmn.hosts.comfy"), "known_family", lambda patcher: xl)
     with pytest.raises(ForgetError, match="Stable Diffusion XL has two text encoders"):
         invert(attack, comfy_model, images, "never")
     assert not list(folder(pack).glob("never*"))

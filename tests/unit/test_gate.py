@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fmn.concept import Concept
 from fmn.errors import ForgetError
 from fmn.gate import Gate, Gated, patch_gate, subjects_of
 from fmn.lowrank import Fixed, attached
@@ -154,3 +155,9 @@ def test_a_patchs_record_is_text_and_nothing_else():
     patch.info["concepts"] = []
     with pytest.raises(ForgetError, match="does not say what it forgets"):
         subjects_of(patch)
+
+
+def test_a_category_of_unsafe_content_opens_for_each_of_its_terms():
+    patch = make_patch(concepts=[Concept("nudity", "unsafe")])
+    words = [word for word, _ in subjects_of(patch)]
+    assert words == list(Concept("nudity", "unsafe").subjects) and "naked" in words

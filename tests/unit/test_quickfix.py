@@ -215,3 +215,15 @@ def test_bad_settings(bad):
 def test_every_family_has_the_layer():
     for family in (DEMO, SD1, SD2, SDXL):
         assert layers_by_name(family)[LAYER].shape == (family.texts[0].width,) * 2
+
+
+def test_embeddings_that_an_attack_found_are_left_to_the_methods_on_the_u_net(model):
+    learned = (torch.zeros(2, 128),)
+    told = []
+    found = [
+        quickfix.run(model, [Concept("dog", learned=given)], on_step=told.append)
+        for given in ((), learned)
+    ]
+    assert [len(step.losses) for step in told] == [2, 2]
+    plain, told = (patch.changes[LAYER] for patch in found)
+    assert all(one.equal(other) for one, other in zip(plain, told))
