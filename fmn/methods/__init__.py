@@ -20,7 +20,7 @@ METHODS = {
     "esd": ("esd", "esd-u", "esd-paper", "esd-2025"),
     "ablation": ("ablation", "ablation-released"),
     "uce": ("uce", "uce-2023"),
-    "rece": ("rece", "rece-style", "rece-nudity"),
+    "rece": ("rece", "rece-object", "rece-style", "rece-nudity"),
     "speed": ("speed", "speed-many"),
     "double_projections": ("double-projections", "double-projections-published"),
     "trce": ("trce", "trce-released"),

@@ -43,7 +43,7 @@ ABOUT = (
 @dataclass(frozen=True)
 class Settings(Base):
     rounds: int = setting(
-        1,
+        2,
         "How often the hardest embedding is found and edited away. More stand attacks better, and "
         "harm more.",
         low=1,
@@ -59,7 +59,7 @@ class Settings(Base):
     )
     erase: float = erase()
     preserve: float = preserve(0.1)
-    damping: float = damping(0.1)
+    damping: float = damping(0.5)
     tokens: str = tokens_setting()
     expand: bool = setting(
         False, "On: also edit five templates around each name, such as 'photo of NAME'."
@@ -71,8 +71,9 @@ class Settings(Base):
 
 PRESETS = {
     "rece": Settings(),
-    "rece-style": Settings(regularisation=1e-3, tokens="all"),
-    "rece-nudity": Settings(rounds=3, tokens="all"),
+    "rece-object": Settings(rounds=1, damping=0.1, tokens="all"),
+    "rece-style": Settings(rounds=1, damping=0.1, regularisation=1e-3, tokens="all"),
+    "rece-nudity": Settings(rounds=3, damping=0.1, tokens="all"),
 }
 
 

@@ -90,7 +90,7 @@ def test_a_round_undoes_what_the_hardest_embedding_brought_back():
     pairs = uce.Pairs(rows(1, 1), rows(1, 2))
     none, kept = uce.Pairs(rows(0), rows(0)), rows(2, 3)
     total = sum(w.T @ w for w in weights(model).values())
-    settings = rece.Settings(regularisation=1e-6, damping=1e-3)
+    settings = rece.Settings(rounds=1, regularisation=1e-6, damping=1e-3)
     first = uce.uce(*pairs, kept, 1.0, 0.1, 1e-3)
     change = torch.eye(WIDTH, dtype=torch.float64) + first.left @ first.right
     hardest = rece.hardest_contexts(change.T @ total @ change, change.T @ total, rows(1, 1), 1e-6)
@@ -125,5 +125,7 @@ def test_settings_are_the_papers():
     style, nudity = rece.PRESETS["rece-style"], rece.PRESETS["rece-nudity"]
     assert (style.regularisation, style.rounds) == (1e-3, 1)
     assert (nudity.regularisation, nudity.rounds) == (0.1, 3)
-    for settings in rece.PRESETS.values():
+    easy = rece.PRESETS["rece-object"]
+    assert (easy.regularisation, easy.rounds) == (0.1, 1)
+    for settings in (easy, style, nudity):
         assert (settings.damping, settings.preserve, settings.erase) == (0.1, 0.1, 1.0)
