@@ -48,6 +48,21 @@ def autograd():
         yield
 
 
+def reference_latents(model, concept, side):
+    """Latents [N, 4, h, w] of a concept's pictures, ``side`` pixels wide (0: the family's).
+
+    Raises:
+        ForgetError: the VAE is another model's.
+    """
+    latents = model.encode_images(concept.images, side or model.family.resolution)
+    if latents.shape[1] != 4:
+        raise ForgetError(
+            f"This VAE gives {latents.shape[1]} channels, but {model.family.title} reads 4: "
+            "use the VAE of the same checkpoint."
+        )
+    return latents
+
+
 def make_adapters(module_of, names, settings, device, downs=None):
     """Fresh adapters: layer name -> ``LowRank``, or ``Full`` if the settings say so.
 

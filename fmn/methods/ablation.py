@@ -14,7 +14,7 @@ import torch
 from ..concept import Prompt
 from ..errors import ForgetError
 from ..families import layers as layers_of
-from ..fitting import autograd, learn
+from ..fitting import autograd, learn, reference_latents
 from ..keep import keep_for
 from ..model import PLACEHOLDER, Text
 from ..objectives import concept_ablation
@@ -223,13 +223,7 @@ def _encoded(model, concept, settings):
             f"'{concept.name}' has no pictures: connect some that show what is to be drawn "
             "instead, or set references to 'samples'."
         )
-    latents = model.encode_images(concept.images, settings.size or model.family.resolution)
-    if latents.shape[1] != 4:
-        raise ForgetError(
-            f"This VAE gives {latents.shape[1]} channels, but {model.family.title} reads 4: "
-            "use the VAE of the same checkpoint."
-        )
-    return latents
+    return reference_latents(model, concept, settings.size)
 
 
 class Batch(NamedTuple):

@@ -14,7 +14,7 @@ from .. import inversion
 from ..attention import watch_attention
 from ..concept import Prompt
 from ..errors import ForgetError
-from ..fitting import autograd, learn
+from ..fitting import autograd, learn, reference_latents
 from ..model import PLACEHOLDER, Text, cross_attention_names, spelled
 from ..objectives import attention_resteering
 from ..probe import flags_of
@@ -177,13 +177,7 @@ def _inverted(model, index, concept, settings, on_step):
 
 def _latents(model, concept, settings, size):
     if concept.images is not None:
-        latents = model.encode_images(concept.images, size)
-        if latents.shape[1] != 4:
-            raise ForgetError(
-                f"This VAE gives {latents.shape[1]} channels, but {model.family.title} reads 4: "
-                "use the VAE of the same checkpoint."
-            )
-        return latents
+        return reference_latents(model, concept, size)
     if settings.references == "samples":
         seeds = range(settings.seed, settings.seed + settings.samples)
         prompt = concept.training_prompts()[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .frontend import opened
 from .others import Words, make
 from .server import Server
 
@@ -44,6 +45,13 @@ def base(tmp_path_factory):
 def server(base):
     with Server(comfyui_path(), base) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def page(server, tmp_path_factory):
+    """A page of the frontend."""
+    with opened(server.url, tmp_path_factory.mktemp("browser")) as page:
+        yield page
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Every example workflow in the real frontend: opened, understood, accepted by the server; two run.
+"""Every example workflow in the real frontend: opened, understood, accepted; some run.
 
 ``test_browser.py`` presses Run; here the page only says what it would send.
 """
@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from .test_browser import TEMPLATES, open_template, page  # noqa: F401
+from .frontend import TEMPLATES, open_template
 
 # What makes a run short. The outcome is not looked at, only that all nodes do their work.
 TINY = {
@@ -27,7 +27,7 @@ RUN = (
 
 
 @pytest.fixture(scope="module")
-def prompts(page):  # noqa: F811
+def prompts(page):
     """Example -> what its page would send to the server, and the titles of its previews."""
     made = {}
     for path in TEMPLATES:

@@ -8,7 +8,7 @@ from playwright.sync_api import sync_playwright
 from fmn.bench.report import write_report
 from tests.unit.summaries import COLUMNS, TARGETS, make_summary
 
-from .test_browser import QUIET
+from .frontend import QUIET
 
 ATTACK = '<img src="http://example.org/x" onerror="window.fmnAttacked = true">'
 

@@ -1,0 +1,50 @@
+"""Every method in a real ComfyUI: what it gives back after success, an error and Cancel."""
+
+import pytest
+
+from fmn.methods import METHODS
+
+from .parts import concept
+from .test_hosts import gradient_flags, leftovers, state
+from .test_measure import same_bits
+
+# What makes a run short; methods that solve take a moment as they are.
+SHORT = {
+    "resteer": {"steps": 2},
+    "esd": {"steps": 2, "sampling_steps": 2, "size": 64},
+    "ablation": {"steps": 2, "samples": 1, "sample_steps": 2, "size": 64},
+    "casteer": {"pairs": 2, "batch": 2, "sampling_steps": 2, "size": 64},
+    "hirm": {"steps": 2},
+    "trce": {"prompts": 8},
+}
+
+
+class Fault(Exception):
+    """Something goes wrong in the middle."""
+
+
+@pytest.mark.parametrize("ending", ["success", "error", "cancel"])
+@pytest.mark.parametrize("name", METHODS)
+def test_model_and_clip_come_back_bit_identical(pack, comfy_model, name, ending):
+    import comfy.model_management
+
+    cancelled = comfy.model_management.InterruptProcessingException
+    raised = {"success": None, "error": Fault, "cancel": cancelled}[ending]
+
+    def on_step(step):
+        if raised:
+            raise raised
+
+    methods = pack("fmn.methods")
+    settings = methods.settings_of(METHODS[name][0], SHORT.get(name, {}))
+    patchers = comfy_model.patcher, comfy_model.clip.patcher
+    before = [(state(patcher), gradient_flags(patcher)) for patcher in patchers]
+    if raised:
+        with pytest.raises(raised):
+            methods.forget(comfy_model, [concept(pack)], settings, on_step)
+    else:
+        patch = methods.forget(comfy_model, [concept(pack)], settings, on_step)
+        assert any(up.abs().sum() > 0 for up, _ in patch.changes.values())
+    for patcher, (weights, flags) in zip(patchers, before):
+        assert same_bits(weights, state(patcher)) and gradient_flags(patcher) == flags
+        assert leftovers(patcher.model) == [] and not patcher.patches
