@@ -74,10 +74,14 @@ def debias(contexts, attributes, weights, kept, erase=1.0, preserve=1.0, damping
     return uce(contexts, anchors, kept, erase, preserve, damping), (contexts, anchors)
 
 
+def exact(tensor):
+    """A tensor in float64, where it is; on the CPU if its device has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def weight_of(borrowed, layer):
-    """A layer's weight in float64, where it is; on the CPU if its device has no float64."""
-    weight = borrowed.module(layer.name).weight.detach()
-    return (weight.cpu() if weight.device.type == "mps" else weight).double()
+    """A layer's weight in float64."""
+    return exact(borrowed.module(layer.name).weight.detach())
 
 
 def weight_gram(borrowed, family):

@@ -16,6 +16,7 @@ from ..errors import ForgetError
 
 # module -> its presets, the defaults first
 METHODS = {
+    "reread": ("reread",),
     "resteer": ("resteer", "resteer-released"),
     "esd": ("esd", "esd-u", "esd-paper", "esd-2025"),
     "ablation": ("ablation", "ablation-released"),

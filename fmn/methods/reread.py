@@ -1,0 +1,234 @@
+"""Re-read, this pack's closed form: prompts are read as if the concept were not in them.
+
+UCE's ridge regression, moved from single tokens to what a layer reads out of whole prompts at the
+queries of real drawings. ``docs/methods/reread.md`` derives it and tells what else was tried.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..closed_form import exact, finished, gram, preserve, rank_setting
+from ..concept import Prompt
+from ..contexts import keep_list_setting
+from ..errors import ForgetError
+from ..fitting import autograd
+from ..keep import keep_for
+from ..lowrank import truncate
+from ..output_form import Progress
+from ..patch import MAX_RANK
+from ..readout import cross_attention_layers, read_out, record_queries
+from ..sentences import kept_sentences, sentences
+from ..settings import Settings as Base
+from ..settings import seed, setting, size
+from ..spans import SECTION
+
+TITLE = "Re-read"
+ABOUT = (
+    "Re-read, this pack's own closed form: makes cross-attention read prompts as if the concept "
+    "were not in them, and leaves what it reads out of other prompts. Nothing is trained."
+)
+KEPT_PLACES = 4  # at which a kept sentence is read
+AT_ONCE = 4  # drawings
+
+
+@dataclass(frozen=True)
+class Settings(Base):
+    push: float = setting(
+        0.7,
+        "How far beyond. 0: prompts are read as if the concept were not there. 1: as much to the "
+        "other side. Higher: it goes more surely, also where its lack looks like it, as with the "
+        "style a model draws anyway; neighbours suffer more.",
+        low=0.0,
+        high=4.0,
+        step=0.01,
+    )
+    preserve: float = preserve(10.0)
+    damping: float = setting(
+        1e-3,
+        "Weight of leaving all as it is (lambda), as a share of the mean square of what is read. "
+        "Small: a stronger edit. Large: none.",
+        low=1e-9,
+        high=1e6,
+        step=0.0001,
+    )
+    prompts: int = setting(
+        10,
+        "Sentences with each name of the concept, from a fixed list; its own prompts come on top.",
+        low=1,
+        high=180,
+    )
+    kept: int = setting(
+        256,
+        "Sentences with kept words. More: less harm, and longer to encode. Each word and prompt "
+        "that is connected to keep comes on top.",
+        low=0,
+        high=10_000,
+    )
+    drawn: int = setting(
+        4,
+        "How many prompts of each concept are drawn, beside as many without it and as many kept "
+        "ones, to see where cross-attention looks.",
+        low=1,
+        high=64,
+    )
+    sampling_steps: int = setting(4, "Steps in which each is drawn.", low=1, high=1000)
+    guidance: float = setting(
+        3.5, "Guidance scale while drawing. 1: none, half the time.", low=1.0, high=100.0, step=0.1
+    )
+    places: int = setting(
+        8, "Places of each picture and step whose queries are used.", low=1, high=1024
+    )
+    rank: int = rank_setting(8)
+    keep_list: str = keep_list_setting()
+    size: int = size()
+    seed: int = seed()
+
+
+PRESETS = {"reread": Settings()}
+
+
+@autograd()
+@torch.no_grad()
+def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+    """Solve for a patch; see ``methods.forget``.
+
+    The record's losses are what is left of the concept in what the layers read, their mean of
+    |W' o - W o*|^2 / |W o - W o*|^2: 1 at first, and push^2 where nothing holds it back.
+    """
+    base = model.fingerprint()
+    spoken = [sentences(concept, settings.prompts) for concept in concepts]
+    kept = kept_texts(concepts, keep, settings)
+    with model.borrow() as borrowed:
+        chosen = cross_attention_layers(borrowed, model.family)
+        draw = _Drawings(model, borrowed, settings, on_step, len(concepts), len(chosen))
+        readings = [Reading.of(model, pairs, draw) for pairs in spoken]
+        stay = Kept(model.encode_all(kept), [draw(kept), *(r.queries for r in readings)], settings)
+        changes, left = {}, []
+        for layer in chosen:
+            name = f"{layer.name}.to_out.0"
+            weight = exact(borrowed.module(name).weight.detach())
+            read = [reading.rows(layer) for reading in readings]
+            up, down = solve(weight, read, stay.rows(layer), settings)
+            changes[name] = up.float().cpu(), down.float().cpu()
+            left.append(_left(weight, up, down, read))
+            draw.progress(sum(left) / len(left))
+    return finished(model, base, concepts, settings, changes, [1.0, sum(left) / len(left)])
+
+
+def solve(weight, read, kept, settings):
+    """The best change of rank r of a layer that maps W o to W o + (1 + push) (W o* - W o).
+
+    It minimises, over concepts of n pairs (o, o*) each and m kept rows k,
+
+        sum_concepts mean |dW o - (1 + push) W (o* - o)|^2 + p mean |dW k|^2 + l t |dW|^2
+
+    with t the mean eigenvalue of the rest's S = sum mean o o^T + p mean k k^T. Without a bound on
+    the rank that is dW = W Z S^-1, Z = (1 + push) sum mean (o* - o) o^T, as in UCE. The best of
+    rank r is the r leading singular parts of dW L, S = L L^T, times L^-1 (reduced-rank regression,
+    Izenman 1975).
+
+    Args:
+        weight: W [out, C], float64. read: (o, o*) of each concept, [n, C]. kept: [m, C].
+
+    Returns:
+        up [out, r], down [r, C]
+    """
+    system = settings.preserve * gram(kept) / max(1, len(kept))
+    towards = torch.zeros_like(system)
+    for concept, other in read:
+        system += gram(concept) / len(concept)
+        towards += (1 + settings.push) * (other - concept).mT @ concept / len(concept)
+    mean = system.trace() / len(system)
+    system += settings.damping * mean * torch.eye(len(system)).to(system)
+    root = torch.linalg.cholesky(system)
+    # dW L = W Z L^-T
+    change = torch.linalg.solve_triangular(root, towards.mT @ weight.mT, upper=False).mT
+    up, down, _ = truncate(change, min(settings.rank * len(read) or MAX_RANK, MAX_RANK))
+    return up, torch.linalg.solve_triangular(root, down, upper=False, left=False)
+
+
+def _left(weight, up, down, read):
+    """Mean over concepts of |W' o - W o*|^2 / |W o - W o*|^2."""
+    shares = []
+    for concept, other in read:
+        before = (concept - other) @ weight.mT
+        after = before + concept @ down.mT @ up.mT
+        shares.append(float(after.square().sum() / before.square().sum()))
+    return sum(shares) / len(shares)
+
+
+def kept_texts(concepts, keep, settings):
+    """Sentences [..] to keep: the empty one, what the user gave, and shipped words."""
+    if not settings.preserve:
+        return [""]
+    words = keep_for(concepts, (), settings.keep_list)
+    styles = keep_for(concepts, (), "styles")
+    return [*kept_sentences(words, styles, settings.kept), *keep_for(concepts, keep, "none")]
+
+
+class Reading:
+    """A concept's sentences beside those without it, and queries of drawings of both.
+
+    Attributes:
+        concept, other: contexts [n, 77, D]. queries: layer name -> [drawn, S, C].
+    """
+
+    def __init__(self, concept, other, queries):
+        self.concept, self.other, self.queries = concept, other, queries
+
+    @staticmethod
+    def of(model, pairs, draw):
+        texts, others = ([pair[side] for pair in pairs] for side in (0, 1))
+        first, second = draw(texts), draw(others)
+        queries = {name: torch.cat([first[name], second[name]], 1) for name in first}
+        return Reading(model.encode_all(texts), model.encode_all(others), queries)
+
+    def rows(self, layer):
+        """What the layer reads out of both, at the same places: (o, o*) of [n S, C], float64."""
+        queries = self.queries[layer.name]
+        queries = queries[torch.arange(len(self.concept)) % len(queries)]
+        return tuple(
+            exact(read_out(layer, queries, contexts)).flatten(0, 1)
+            for contexts in (self.concept, self.other)
+        )
+
+
+class Kept:
+    """Kept sentences, each read at a few places of any drawing."""
+
+    def __init__(self, contexts, drawings, settings):
+        self.contexts, self.drawings = contexts, drawings
+        self.generator = torch.Generator().manual_seed(settings.seed)
+
+    def rows(self, layer):
+        """What the layer reads out of them, [n, C] in float64."""
+        queries = torch.cat([each[layer.name].flatten(0, 1) for each in self.drawings])
+        shape = len(self.contexts), KEPT_PLACES
+        chosen = torch.randint(len(queries), shape, generator=self.generator)
+        return exact(read_out(layer, queries[chosen], self.contexts)).flatten(0, 1)
+
+
+class _Drawings:
+    """Draws some of a list's texts and gives the queries recorded on the way."""
+
+    def __init__(self, model, borrowed, settings, on_step, concepts, layers):
+        self.model, self.borrowed, self.settings = model, borrowed, settings
+        self.empty = self._encoded("")
+        batches = -(-settings.drawn // AT_ONCE)
+        self.progress = Progress(on_step, batches * (2 * concepts + 1) + layers)
+
+    def __call__(self, texts):
+        settings, count = self.settings, min(self.settings.drawn, len(texts))
+        chosen = [texts[i * len(texts) // count] for i in range(count)]
+        side = (settings.size or self.model.family.resolution) // 8
+        return record_queries(
+            self.borrowed, self.model.family, [self._encoded(text) for text in chosen], self.empty,
+            settings, side, AT_ONCE, lambda: self.progress(1.0),
+        )  # fmt: skip
+
+    def _encoded(self, text):
+        found = self.model.encode(Prompt(text, text))
+        if found.context.shape[1] != SECTION:
+            raise ForgetError(f"'{text:.60}...' is too long: shorten it to 75 tokens.")
+        return found
