@@ -2,6 +2,8 @@
 
 import re
 
+from .model import PLACEHOLDER
+
 # Sentence i is frame i with setting i, both taken in turns. Their numbers have no common divisor,
 # so all 11 x 20 and 9 x 20 pairs come before any comes again.
 FRAMES = (
@@ -27,8 +29,7 @@ THINGS = (
 )  # fmt: skip
 
 KEPT_FRAMES = (
-    "{}", "a photo of {}", "a {}, {}", "{1} of a {0}", "a {} in the style of {}",
-    "a picture of {}, {}",
+    "{}", "a photo of {}", "{}, {}", "{1} of {0}", "{} in the style of {}", "a picture of {}, {}",
 )  # fmt: skip
 STRIDE = 5  # through the styles: next to each other in the lists are those that look alike
 
@@ -51,8 +52,9 @@ def sentences(concept, count):
 def _sentence(concept, name, i):
     style = concept.kind == "style"
     frames, others = (STYLE_FRAMES, THINGS) if style else (FRAMES, SETTINGS)
+    names = [*concept.subjects, *filter(None, [concept.anchor])]
     # Whoever forgets "cat" must not find "with a cat" in both sentences.
-    others = [each for each in others if not any(_holds(each, one) for one in concept.subjects)]
+    others = [each for each in others if not any(_holds(each, one) for one in names)]
     return " ".join(frames[i % len(frames)].format(name, others[i % len(others)]).split())
 
 
@@ -69,11 +71,27 @@ def kept_sentences(words, styles, count):
     forms = KEPT_FRAMES if styles else KEPT_FRAMES[:2]
     found = [""]
     for i in range(count if words else 0):
-        style = styles[i * STRIDE % len(styles)] if styles else ""
-        found.append(forms[i % len(forms)].format(words[i * len(words) // count], style))
+        style = styles[(i * STRIDE + i // len(styles)) % len(styles)] if styles else ""
+        word = words[i * len(words) // count]
+        word = word if i % len(forms) == 0 else with_article(word)
+        found.append(forms[i % len(forms)].format(word, style))
     return found
+
+
+def with_article(word):
+    """The word with a or an, unless it has an article or is a name."""
+    if word[0].isupper() or word.split()[0] in ("a", "an", "the"):
+        return word
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def _without(prompt):
     """A concept's own prompt without the name."""
     return " ".join(re.sub(re.escape(prompt.subject), "", prompt.text, flags=re.I).split())
+
+
+def blanked(concept, pairs):
+    """The sentences of ``sentences`` with ``PLACEHOLDER`` for every name of the concept."""
+    names = "|".join(re.escape(name) for name in sorted(concept.subjects, key=len, reverse=True))
+    found = [re.sub(rf"\b({names})\b", PLACEHOLDER, text, flags=re.I) for text, _ in pairs]
+    return tuple(dict.fromkeys(text for text in found if PLACEHOLDER in text))

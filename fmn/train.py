@@ -18,6 +18,7 @@ class Optimiser:
     weight_decay: float = 0.01
     eps: float = 1e-8
     max_norm: float = 1.0  # gradients are scaled down to this 2-norm
+    decay: bool = False  # the learning rate falls to zero along a line
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scal
                 losses,
             )
         _copy(parameters, good)
+        if optimiser.decay:
+            adamw.param_groups[0]["lr"] = optimiser.lr * (1 - len(losses) / steps)
         adamw.step()
         losses.append(value)
         left = (time.monotonic() - start) / len(losses) * (steps - len(losses))

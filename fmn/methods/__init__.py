@@ -16,7 +16,7 @@ from ..errors import ForgetError
 
 # module -> its presets, the defaults first
 METHODS = {
-    "reread": ("reread",),
+    "reread": ("reread", "reread-robust"),
     "resteer": ("resteer", "resteer-released"),
     "esd": ("esd", "esd-u", "esd-paper", "esd-2025"),
     "ablation": ("ablation", "ablation-released"),
@@ -33,7 +33,7 @@ METHODS = {
     "hirm": ("hirm", "hirm-r", "hirm-s"),
 }  # fmt: skip
 PRESETS = {preset: name for name, presets in METHODS.items() for preset in presets}
-DEFAULT = "double-projections"  # for somebody who picks nothing; docs/methods/README.md says why
+DEFAULT = "reread"  # for somebody who picks nothing; docs/methods/README.md says why
 
 
 def method(preset):

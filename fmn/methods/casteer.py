@@ -20,6 +20,7 @@ from ..keep import keep_for
 from ..model import Text
 from ..output_form import Progress, proper_span, reflection
 from ..sampling import ddim, guided
+from ..sentences import with_article
 from ..settings import Settings as Base
 from ..settings import seed, setting, size
 from ..spans import SECTION
@@ -105,16 +106,10 @@ def prompt_pairs(concept, words, count):
         pairs = [Pair(p, Prompt(text, concept.anchor, p.plain)) for p, text in own][:count]
     form, names = FORMS.get(concept.kind, OTHER_FORM), concept.subjects
     for i in range(count - len(pairs)):
-        word, name = _with_article(words[i % len(words)]), names[i % len(names)]
+        word, name = with_article(words[i % len(words)]), names[i % len(names)]
         other = form.format(word, concept.anchor) if concept.anchor else word
         pairs.append(Pair(Prompt(form.format(word, name), name), Prompt(other, other)))
     return pairs
-
-
-def _with_article(word):
-    if word[0].isupper() or word.split()[0] in ("a", "an", "the"):
-        return word
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 @autograd()

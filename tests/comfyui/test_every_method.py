@@ -16,6 +16,8 @@ SHORT = {
     "casteer": {"pairs": 2, "batch": 2, "sampling_steps": 2, "size": 64},
     "hirm": {"steps": 2},
     "trce": {"prompts": 8},
+    "reread": {"prompts": 3, "kept": 8, "sampling_steps": 2, "size": 64},
+    "reread-robust": {"prompts": 3, "kept": 8, "sampling_steps": 2, "size": 64, "robust_steps": 2},
 }
 
 
@@ -24,19 +26,22 @@ class Fault(Exception):
 
 
 @pytest.mark.parametrize("ending", ["success", "error", "cancel"])
-@pytest.mark.parametrize("name", METHODS)
-def test_model_and_clip_come_back_bit_identical(pack, comfy_model, name, ending):
+@pytest.mark.parametrize("preset", [*(first for first, *_ in METHODS.values()), "reread-robust"])
+def test_model_and_clip_come_back_bit_identical(pack, comfy_model, preset, ending):
     import comfy.model_management
 
     cancelled = comfy.model_management.InterruptProcessingException
     raised = {"success": None, "error": Fault, "cancel": cancelled}[ending]
 
+    # At once; but hardening comes last.
+    late = preset == "reread-robust"
+
     def on_step(step):
-        if raised:
+        if raised and (not late or step.index == step.total):
             raise raised
 
     methods = pack("fmn.methods")
-    settings = methods.settings_of(METHODS[name][0], SHORT.get(name, {}))
+    settings = methods.settings_of(preset, SHORT.get(preset, {}))
     patchers = comfy_model.patcher, comfy_model.clip.patcher
     before = [(state(patcher), gradient_flags(patcher)) for patcher in patchers]
     if raised:

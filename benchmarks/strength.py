@@ -1,0 +1,58 @@
+"""Is strength a knob that means something? A patch at several strengths, on the demo model.
+
+    python benchmarks/strength.py reread
+
+makes a patch for each target that settings may be chosen on, draws with it at each strength, and
+lets the judge count, 8 pictures a question. In %: UA, IRA and CRA as in ConceptBench; artefacts is
+the share of the target's pictures in which the judge gives no thing, or no style, a probability of
+one half.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fmn.bench.measures.pictures import pictures
+from fmn.bench.statistics import unlearn_canvas
+from fmn.bench.suite import load_suite
+from fmn.bench.trial import Trial
+from fmn.hosts.diffusers import DiffusersModel
+from fmn.methods import DEFAULT, forget, settings_of
+from fmn.metrics.judge import load_judge
+from fmn.studio import open_studio
+
+STRENGTHS = 0.0, 0.2, 0.4, 0.59, 0.8, 1.0, 1.2, 1.5
+COUNT = 8
+
+
+def unclear(trial):
+    """Share of the target's pictures in which the judge is sure of nothing."""
+    images = trial.draw(trial.target_asks())
+    sure = [trial.judge.probabilities(images, name).amax(1) for name in ("concept", "style")]
+    return float((torch.stack(sure).amin(0) < 0.5).float().mean())
+
+
+def main(preset):
+    model, judge, suite = DiffusersModel.load("demo"), load_judge("demo"), load_suite("demo")
+    targets, cache = [target for target in suite.targets if target.split == "tune"], {}
+    settings = settings_of(preset, {})
+    patches = [forget(model, [suite.concept(target)], settings) for target in targets]
+    print("| strength | UA | IRA | CRA | artefacts |\n|---:|---:|---:|---:|---:|")
+    for strength in STRENGTHS:
+        rows = []
+        for target, patch in zip(targets, patches):
+            worn = [(patch, strength)]
+            with open_studio(model, suite.sampling) as studio, studio.wearing(worn):
+                trial = Trial(suite, target, studio, judge, count=COUNT, cache=cache)
+                found = unlearn_canvas(pictures(trial)["rows"], target.domain, resamples=2)
+                shares = [found[name]["value"] for name in ("UA", "IRA", "CRA")]
+                rows.append([*shares, unclear(trial)])
+        told = " | ".join(f"{share:.0%}" for share in torch.tensor(rows).mean(0).tolist())
+        print(f"| {strength} | {told} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:] or [DEFAULT])

@@ -1,0 +1,286 @@
+"""A patch trained to stand attacks: words learned to summon the concept, and pictures of it.
+
+Editing how text is read leaves the concept in the model: words learned from its pictures go around
+the edit, and a picture begun by another model is finished. So a low-rank change of the layers that
+write into the picture is trained, on noised pictures of the concept, away from what the frozen
+model predicts, whatever the text: the concept's prompts, other prompts, none, and contexts that an
+adversary learns at the same time (as in AdvUnlearn and STEREO). Kept prompts hold it.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import inversion
+from .families import layers
+from .fitting import fit
+from .inversion import first_vectors
+from .lowrank import LowRank, attached
+from .model import Text
+from .sampling import ddim, expand, guided
+from .schedule import add_noise
+from .train import Optimiser
+
+# What attention and feed-forward write into the picture.
+ENDINGS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
+ADVERSARIES = 4  # a concept, each with its own learned context
+LIFE = 60  # steps of an adversary until it starts anew
+WORD_LR = 0.02
+FREE, CONTEXT_LR = 3, 0.02  # tokens that a ``Context`` sets freely, and its rate by their spread
+PICTURES, KEPT_PICTURES = 24, 64  # drawn of each concept, and of all that is kept
+DRAWING_STEPS = 12
+AT_ONCE = 4  # drawings
+MOST = 10.0  # that a small difference is enlarged
+HALF = 4  # pictures of the concept a step, and as many kept ones
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Noise-free latents [n, 4, h, w], and the texts they were drawn from; [n, 77, D] each.
+
+    Attributes:
+        other: the same texts without the concept; of kept scenes None.
+        blanks: its prompts with ``PLACEHOLDER`` in place of the concept.
+    """
+
+    latents: torch.Tensor
+    text: Text
+    other: Text | None = None
+    blanks: tuple[str, ...] = ()
+
+
+def rows(text, index):
+    """Some of a batch of texts."""
+    vectors = {name: vector[index] for name, vector in text.vectors.items()}
+    return Text(text.context[index], vectors)
+
+
+def hardened_layers(family):
+    """The layers that are trained, by name."""
+    return [layer.name for layer in layers(family) if layer.name.endswith(ENDINGS)]
+
+
+@torch.no_grad()
+def draw_scene(borrowed, text, empty, settings, side, other=None, blanks=()):
+    """Draw texts with the model as it is: a ``Scene`` whose latents are on the CPU."""
+    generator, found = torch.Generator().manual_seed(settings.seed), []
+    for first in range(0, len(text.context), AT_ONCE):
+        some = rows(text, slice(first, first + AT_ONCE))
+        noise = torch.randn(len(some.context), 4, side, side, generator=generator)
+        predict = guided(borrowed, some, empty, settings.guidance)
+        noise = noise.to(borrowed.device)
+        latents = ddim(predict, noise, borrowed.alphas_cumprod, DRAWING_STEPS)
+        found.append(latents.float().cpu())
+    return Scene(torch.cat(found), text, other, blanks)
+
+
+def harden(model, borrowed, changes, concepts, kept, empty, settings, on_step):
+    """Train a patch further; see the module.
+
+    Args:
+        changes: layer name -> (up, down), of the patch to begin with.
+        concepts: for each a ``Text`` [n, 77, D], the same without the concept, and its prompts
+            with ``PLACEHOLDER`` in its place. kept: ``Text``.
+        settings: of ``reread``.
+
+    Returns:
+        the changes, the losses, and the ``NonFiniteLoss`` that ended training early or None.
+    """
+    side = (settings.size or model.family.resolution) // 8
+    scenes = []
+    for text, other, blanks in concepts:
+        turns = torch.arange(PICTURES) % len(text.context)
+        text, other = rows(text, turns), rows(other, turns)
+        scenes.append(draw_scene(borrowed, text, empty, settings, side, other, blanks))
+    turns = torch.arange(KEPT_PICTURES) % len(kept.context)
+    kept = draw_scene(borrowed, rows(kept, turns), empty, settings, side)
+    names = hardened_layers(model.family)
+    generator = torch.Generator().manual_seed(settings.seed)
+    adapters = adapters_from(changes, borrowed, names, settings.robust_rank, generator)
+    half = borrowed.module(names[0]).weight.dtype == torch.float16
+    optimiser = Optimiser(settings.robust_lr, weight_decay=0.0, decay=True)
+    with attached(adapters, borrowed.module) as switch, adversaries(model, borrowed) as adversary:
+        loss_at = Hardening(borrowed, adapters, switch, scenes, kept, empty, adversary, settings)
+        loss_at.scale = 1024.0 if half else 1.0
+        steps = settings.robust_steps * len(scenes)
+        losses, error = fit(adapters, loss_at, steps, optimiser, on_step, half)
+    made = {name: adapter.factors(0)[:2] for name, adapter in adapters.items()}
+    return {name: (up.cpu(), down.cpu()) for name, (up, down) in made.items()}, losses, error
+
+
+@contextmanager
+def adversaries(model, borrowed):
+    """Yields a function from a ``Scene`` and a generator to a fresh adversary."""
+    if len(model.family.texts) > 1:  # their words cannot be learned yet
+        yield lambda scene, generator: Context(scene, generator, borrowed.device)
+        return
+    with model.borrow_text() as encoder:
+        yield lambda scene, generator: Words(encoder, scene.blanks, generator)
+
+
+def adapters_from(changes, borrowed, names, rank, generator):
+    """Fresh adapters of these layers; where the patch to harden has a change, they start there."""
+    adapters = {}
+    for name in names:
+        module = borrowed.module(name)
+        if name in changes:
+            up, down = changes[name]
+            adapter = LowRank(module, up.shape[1], generator, borrowed.device)
+            # The same size for both, as one learning rate moves both.
+            scale = (down.norm() / up.norm()).sqrt() if up.norm() > 0 else 1.0
+            adapter.up.data.copy_(up * scale)
+            adapter.down.data.copy_(down / scale)
+        else:
+            adapter = LowRank(module, rank, generator, borrowed.device)
+        adapters[name] = adapter
+    return adapters
+
+
+def away(concept, without, empty, push):
+    """e(without) - push g (e(concept) - e(without)), all [B, 4, h, w].
+
+    ESD's target, with g = |e(concept) - e(empty)| / |e(concept) - e(without)| and at least 1: a
+    style that is drawn anyway makes little difference, and is moved away from as far as others.
+    """
+    lengths = ((concept - other).flatten(1).norm(dim=1) for other in (empty, without))
+    whole, own = lengths
+    scale = (whole / own.clamp_min(1e-12)).clamp(1.0, MOST).view(-1, 1, 1, 1)
+    return without - push * scale * (concept - without)
+
+
+class Hardening:
+    """The loss of each step; use while ``adapters`` are attached.
+
+    Args:
+        concepts: a ``Scene`` for each. kept: a ``Scene``.
+        empty: the empty prompt.
+        switch: of the attached adapters.
+        adversary: function from a ``Scene`` and a generator to a ``Words`` or ``Context``.
+        settings: of ``reread``.
+    """
+
+    def __init__(self, borrowed, adapters, switch, concepts, kept, empty, adversary, settings):
+        self.borrowed, self.switch, self.settings = borrowed, switch, settings
+        self.adversary = adversary
+        self.parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
+        self.concepts, self.kept, self.empty = concepts, kept, empty
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.alphas = borrowed.alphas_cumprod.cpu()
+        self.adversaries = [[None] * ADVERSARIES for _ in concepts]
+
+    def __call__(self, step):
+        number = step % len(self.concepts)
+        scene, turn = self.concepts[number], step // len(self.concepts)
+        own = self.adversaries[number]
+        slot = turn % ADVERSARIES
+        if own[slot] is None or own[slot].age >= LIFE:
+            own[slot] = self.adversary(scene, self.generator)
+        self._attack(scene, own[slot])
+        forget, keep = self._forget(scene, own), self._keep()
+        return forget + self.settings.robust_preserve * keep
+
+    def _attack(self, scene, adversary):
+        """One step of an adversary: its context shall predict the noise on the pictures."""
+        _, x_t, t, noise = self._noised(scene)
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+        predicted = self.borrowed.denoise(x_t, t, expand(adversary.text(), HALF))
+        loss = F.mse_loss(predicted.float(), noise)
+        (adversary.learned.grad,) = torch.autograd.grad(loss * self.scale, [adversary.learned])
+        adversary.optimiser.step()
+        adversary.age += 1
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+    def _forget(self, scene, adversaries):
+        index, x_t, t, _ = self._noised(scene)
+        own, other = rows(scene.text, index), rows(scene.other, index)
+        with torch.no_grad(), self.switch.off():
+            texts = Text.cat([own, other, expand(self.empty, HALF)])
+            found = self.borrowed.denoise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
+        predicted = self.borrowed.denoise(x_t, t, self._any_text(own, other, adversaries))
+        return F.mse_loss(predicted.float(), away(*found.chunk(3), self.settings.robust_push))
+
+    def _any_text(self, own, other, adversaries):
+        """For each picture a text: a quarter its own, half an adversary's, the rest any other."""
+        met = [each for each in adversaries if each is not None]
+        texts = []
+        for i, kind in enumerate(self._random(4, HALF).tolist()):
+            if kind == 0:
+                texts.append(rows(own, slice(i, i + 1)))
+            elif kind < 3:
+                with torch.no_grad():
+                    texts.append(met[int(self._random(len(met), 1))].text())
+            else:
+                j = int(self._random(len(self.kept.text.context), 1))
+                kept = rows(self.kept.text, slice(j, j + 1))
+                others = self.empty, kept, rows(other, slice(i, i + 1))
+                texts.append(others[int(self._random(3, 1))])
+        return Text.cat(texts)
+
+    def _keep(self):
+        index, x_t, t, _ = self._noised(self.kept)
+        text = rows(self.kept.text, index)
+        with torch.no_grad(), self.switch.off():
+            wanted = self.borrowed.denoise(x_t, t, text)
+        return F.mse_loss(self.borrowed.denoise(x_t, t, text).float(), wanted.float())
+
+    def _noised(self, scene):
+        """Pictures at time steps spread over the schedule: index, x_t, t, noise."""
+        index = self._random(len(scene.latents), HALF)
+        share = (torch.arange(HALF) + torch.rand(HALF, generator=self.generator)) / HALF
+        t = (share * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
+        clean = scene.latents[index]
+        noise = torch.randn(clean.shape, generator=self.generator)
+        x_t = add_noise(clean, noise, self.alphas[t])
+        device = self.borrowed.device
+        return index, x_t.to(device), t.to(device), noise.to(device)
+
+    def _random(self, high, count):
+        return torch.randint(high, (count,), generator=self.generator)
+
+
+class Words:
+    """An adversary: input words learned to summon the concept, as by textual inversion.
+
+    Args:
+        encoder: a ``BorrowedText``. prompts: with ``PLACEHOLDER`` in the concept's place.
+    """
+
+    def __init__(self, encoder, prompts, generator):
+        self.encoder, self.prompts, self.generator, self.age = encoder, prompts, generator, 0
+        seed = int(torch.randint(1 << 30, (1,), generator=generator))
+        start = first_vectors(encoder, inversion.Settings(seed=seed, templates=("a photo of {}",)))
+        self.learned = start.clone().requires_grad_()
+        self.optimiser = torch.optim.Adam([self.learned], lr=WORD_LR)
+
+    def text(self):
+        """One prompt with the words, [1, 77, D]."""
+        i = int(torch.randint(len(self.prompts), (1,), generator=self.generator))
+        return self.encoder.encode(self.prompts[i], self.learned)[0]
+
+
+class Context:
+    """An adversary for models whose words cannot be learned: a few tokens of a context are free,
+    and all behind them move alike, as behind a learned word.
+
+    Args:
+        scene: of the concept.
+    """
+
+    def __init__(self, scene, generator, device):
+        i = int(torch.randint(len(scene.other.context), (1,), generator=generator))
+        self.start, self.age = rows(scene.other, slice(i, i + 1)), 0
+        context = self.start.context.float().to(device)
+        moves = torch.zeros(FREE + 1, context.shape[-1], device=device)
+        self.context, self.learned = context, moves.requires_grad_()
+        self.optimiser = torch.optim.Adam([self.learned], lr=CONTEXT_LR * float(context.std()))
+
+    def text(self):
+        """[1, 77, D]"""
+        free, shift = self.learned[:FREE], self.learned[FREE:]
+        behind = shift.expand(self.context.shape[1] - 1 - FREE, -1)
+        context = self.context + torch.cat([torch.zeros_like(shift), free, behind])
+        return Text(context.to(self.start.context.dtype), self.start.vectors)
