@@ -9,8 +9,8 @@ forms run at their defaults. What draws or trains runs for few steps on small pi
 table's last column says; it tells seconds a step, and nothing of quality.
 
     seconds      all of the method's run, of which: encoding of prompts and kept words
-    s/step       median time between two steps, for what trains (casteer: pairs); each of so few
-                 steps of esd, ablation and resteer also looks at the attention once
+    s/step       median time between two steps, for what trains (casteer: pairs; reread: layers);
+                 each of so few steps of esd, ablation and resteer also looks at the attention once
     GB           highest resident memory above that of the loaded model (Linux only)
     MB           the saved file
     weights      whether every weight of U-Net and text encoder still has the same bits
@@ -39,6 +39,8 @@ CLOSED = [
 ]  # fmt: skip
 # Few steps: what counts here is the time of one.
 SHORT = {
+    "reread": {},
+    "reread-robust": {"robust_steps": 3, "robust_pictures": 1},
     "casteer": {"pairs": 2, "sampling_steps": 3},
     "hirm": {"steps": 10},
     "esd": {"steps": 2, "sampling_steps": 4},

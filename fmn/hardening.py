@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from . import inversion
+from .closed_form import cut
 from .families import layers
 from .fitting import fit
+from .forwards import checkpointed
 from .inversion import first_vectors
-from .lowrank import LowRank, attached
+from .lowrank import Fixed, LowRank, attached
 from .model import Text
 from .sampling import ddim, expand, guided
 from .schedule import add_noise
@@ -29,10 +31,10 @@ ADVERSARIES = 4  # a concept, each with its own learned context
 LIFE = 60  # steps of an adversary until it starts anew
 WORD_LR = 0.02
 FREE, CONTEXT_LR = 3, 0.02  # tokens that a ``Context`` sets freely, and its rate by their spread
-PICTURES, KEPT_PICTURES = 24, 64  # drawn of each concept, and of all that is kept
 DRAWING_STEPS = 12
 AT_ONCE = 4  # drawings
 MOST = 10.0  # that a small difference is enlarged
+EMPTY = 6  # one in so many steps keeps what the empty prompt gives
 HALF = 4  # pictures of the concept a step, and as many kept ones
 
 
@@ -63,7 +65,7 @@ def hardened_layers(family):
 
 
 @torch.no_grad()
-def draw_scene(borrowed, text, empty, settings, side, other=None, blanks=()):
+def draw_scene(borrowed, text, empty, settings, side, on_batch, other=None, blanks=()):
     """Draw texts with the model as it is: a ``Scene`` whose latents are on the CPU."""
     generator, found = torch.Generator().manual_seed(settings.seed), []
     for first in range(0, len(text.context), AT_ONCE):
@@ -73,7 +75,19 @@ def draw_scene(borrowed, text, empty, settings, side, other=None, blanks=()):
         noise = noise.to(borrowed.device)
         latents = ddim(predict, noise, borrowed.alphas_cumprod, DRAWING_STEPS)
         found.append(latents.float().cpu())
+        on_batch()
     return Scene(torch.cat(found), text, other, blanks)
+
+
+def count(settings, concepts):
+    """How often ``harden`` tells how far it is."""
+    own, kept = (-(-pictures // AT_ONCE) for pictures in picture_counts(settings))
+    return (own + settings.robust_steps) * concepts + kept if settings.robust_steps else 0
+
+
+def picture_counts(settings):
+    """Pictures drawn of each concept, and of all that is kept."""
+    return settings.robust_pictures, 2 * settings.robust_pictures
 
 
 def harden(model, borrowed, changes, concepts, kept, empty, settings, on_step):
@@ -84,30 +98,51 @@ def harden(model, borrowed, changes, concepts, kept, empty, settings, on_step):
         concepts: for each a ``Text`` [n, 77, D], the same without the concept, and its prompts
             with ``PLACEHOLDER`` in its place. kept: ``Text``.
         settings: of ``reread``.
+        on_step: gets the loss after each step, 0 after each batch that is drawn; ``count`` times.
 
     Returns:
         the changes, the losses, and the ``NonFiniteLoss`` that ended training early or None.
     """
+
+    def drawn():
+        on_step(0.0)
+
+    def trained(step):
+        on_step(step.losses[-1])
+
     side = (settings.size or model.family.resolution) // 8
-    scenes = []
+    scenes, (own, others) = [], picture_counts(settings)
     for text, other, blanks in concepts:
-        turns = torch.arange(PICTURES) % len(text.context)
+        turns = torch.arange(own) % len(text.context)
         text, other = rows(text, turns), rows(other, turns)
-        scenes.append(draw_scene(borrowed, text, empty, settings, side, other, blanks))
-    turns = torch.arange(KEPT_PICTURES) % len(kept.context)
-    kept = draw_scene(borrowed, rows(kept, turns), empty, settings, side)
+        scenes.append(draw_scene(borrowed, text, empty, settings, side, drawn, other, blanks))
+    turns = torch.arange(others) % len(kept.context)
+    kept = draw_scene(borrowed, rows(kept, turns), empty, settings, side, drawn)
     names = hardened_layers(model.family)
     generator = torch.Generator().manual_seed(settings.seed)
-    adapters = adapters_from(changes, borrowed, names, settings.robust_rank, generator)
+    adapters = {
+        name: LowRank(borrowed.module(name), settings.robust_rank, generator, borrowed.device)
+        for name in names
+    }
+    # The patch itself stays as it is: trained along, it would be given up for what is kept.
+    worn = {name: Fixed([(*factors, 1.0)], borrowed.device) for name, factors in changes.items()}
     half = borrowed.module(names[0]).weight.dtype == torch.float16
     optimiser = Optimiser(settings.robust_lr, weight_decay=0.0, decay=True)
-    with attached(adapters, borrowed.module) as switch, adversaries(model, borrowed) as adversary:
-        loss_at = Hardening(borrowed, adapters, switch, scenes, kept, empty, adversary, settings)
+    blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
+    with (
+        attached(worn, borrowed.module) as patch,
+        attached(adapters, borrowed.module) as switch,
+        checkpointed(blocks),
+        adversaries(model, borrowed) as adversary,
+    ):
+        loss_at = Hardening(
+            borrowed, adapters, (patch, switch), scenes, kept, empty, adversary, settings
+        )
         loss_at.scale = 1024.0 if half else 1.0
         steps = settings.robust_steps * len(scenes)
-        losses, error = fit(adapters, loss_at, steps, optimiser, on_step, half)
-    made = {name: adapter.factors(0)[:2] for name, adapter in adapters.items()}
-    return {name: (up.cpu(), down.cpu()) for name, (up, down) in made.items()}, losses, error
+        losses, error = fit(adapters, loss_at, steps, optimiser, trained, half)
+    rank = max(up.shape[1] for up, _ in changes.values())
+    return joined(changes, adapters, rank), losses, error
 
 
 @contextmanager
@@ -120,22 +155,21 @@ def adversaries(model, borrowed):
         yield lambda scene, generator: Words(encoder, scene.blanks, generator)
 
 
-def adapters_from(changes, borrowed, names, rank, generator):
-    """Fresh adapters of these layers; where the patch to harden has a change, they start there."""
-    adapters = {}
-    for name in names:
-        module = borrowed.module(name)
+def joined(changes, adapters, rank):
+    """Both changes in one: layer name -> (up, down) on the CPU.
+
+    Args:
+        rank: of layers that both change; what is less is cut off.
+    """
+    made = {}
+    for name, adapter in adapters.items():
+        up, down = (factor.cpu() for factor in adapter.factors(0)[:2])
         if name in changes:
-            up, down = changes[name]
-            adapter = LowRank(module, up.shape[1], generator, borrowed.device)
-            # The same size for both, as one learning rate moves both.
-            scale = (down.norm() / up.norm()).sqrt() if up.norm() > 0 else 1.0
-            adapter.up.data.copy_(up * scale)
-            adapter.down.data.copy_(down / scale)
-        else:
-            adapter = LowRank(module, rank, generator, borrowed.device)
-        adapters[name] = adapter
-    return adapters
+            own = changes[name]
+            up, down = torch.cat([own[0], up], 1), torch.cat([own[1], down])
+            up, down = (factor.float() for factor in cut(up.double(), down.double(), rank)[:2])
+        made[name] = up, down
+    return made
 
 
 def away(concept, without, empty, push):
@@ -156,14 +190,17 @@ class Hardening:
     Args:
         concepts: a ``Scene`` for each. kept: a ``Scene``.
         empty: the empty prompt.
-        switch: of the attached adapters.
+        switches: of the patch and of the attached adapters.
         adversary: function from a ``Scene`` and a generator to a ``Words`` or ``Context``.
-        settings: of ``reread``.
+        settings: of ``reread``. half: the model is in float16.
     """
 
-    def __init__(self, borrowed, adapters, switch, concepts, kept, empty, adversary, settings):
-        self.borrowed, self.switch, self.settings = borrowed, switch, settings
+    def __init__(
+        self, borrowed, adapters, switches, concepts, kept, empty, adversary, settings, half
+    ):
+        self.borrowed, self.switches, self.settings = borrowed, switches, settings
         self.adversary = adversary
+        self.scale = 1024.0 if half else 1.0  # float16 loses small gradients; see ``train``
         self.parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
         self.concepts, self.kept, self.empty = concepts, kept, empty
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -186,10 +223,14 @@ class Hardening:
         _, x_t, t, noise = self._noised(scene)
         for parameter in self.parameters:
             parameter.requires_grad_(False)
-        predicted = self.borrowed.denoise(x_t, t, expand(adversary.text(), HALF))
+        predicted = self.borrowed.denoise(x_t, t, expand(adversary.alone(), HALF))
         loss = F.mse_loss(predicted.float(), noise)
-        (adversary.learned.grad,) = torch.autograd.grad(loss * self.scale, [adversary.learned])
-        adversary.optimiser.step()
+        (gradient,) = torch.autograd.grad(loss * self.scale, [adversary.learned])
+        if torch.isfinite(gradient).all():
+            adversary.learned.grad = gradient
+            adversary.optimiser.step()
+        else:
+            self.scale = max(1.0, self.scale / 2)
         adversary.age += 1
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -197,7 +238,7 @@ class Hardening:
     def _forget(self, scene, adversaries):
         index, x_t, t, _ = self._noised(scene)
         own, other = rows(scene.text, index), rows(scene.other, index)
-        with torch.no_grad(), self.switch.off():
+        with torch.no_grad(), self._frozen():
             texts = Text.cat([own, other, expand(self.empty, HALF)])
             found = self.borrowed.denoise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
         predicted = self.borrowed.denoise(x_t, t, self._any_text(own, other, adversaries))
@@ -223,9 +264,18 @@ class Hardening:
     def _keep(self):
         index, x_t, t, _ = self._noised(self.kept)
         text = rows(self.kept.text, index)
-        with torch.no_grad(), self.switch.off():
+        if self._random(EMPTY, 1) == 0:  # guidance needs it
+            text = expand(self.empty, HALF)
+        with torch.no_grad(), self._frozen():
             wanted = self.borrowed.denoise(x_t, t, text)
         return F.mse_loss(self.borrowed.denoise(x_t, t, text).float(), wanted.float())
+
+    @contextmanager
+    def _frozen(self):
+        """The model without any change."""
+        patch, trained = self.switches
+        with patch.off(), trained.off():
+            yield
 
     def _noised(self, scene):
         """Pictures at time steps spread over the schedule: index, x_t, t, noise."""
@@ -256,8 +306,12 @@ class Words:
         self.learned = start.clone().requires_grad_()
         self.optimiser = torch.optim.Adam([self.learned], lr=WORD_LR)
 
+    def alone(self):
+        """The first prompt, which says least beside the words, [1, 77, D]."""
+        return self.encoder.encode(self.prompts[0], self.learned)[0]
+
     def text(self):
-        """One prompt with the words, [1, 77, D]."""
+        """One of the prompts, [1, 77, D]."""
         i = int(torch.randint(len(self.prompts), (1,), generator=self.generator))
         return self.encoder.encode(self.prompts[i], self.learned)[0]
 
@@ -284,3 +338,5 @@ class Context:
         behind = shift.expand(self.context.shape[1] - 1 - FREE, -1)
         context = self.context + torch.cat([torch.zeros_like(shift), free, behind])
         return Text(context.to(self.start.context.dtype), self.start.vectors)
+
+    alone = text

@@ -2,6 +2,7 @@
 
 import re
 
+from .concept import TEMPLATES
 from .model import PLACEHOLDER
 
 # Sentence i is frame i with setting i, both taken in turns. Their numbers have no common divisor,
@@ -90,8 +91,11 @@ def _without(prompt):
     return " ".join(re.sub(re.escape(prompt.subject), "", prompt.text, flags=re.I).split())
 
 
-def blanked(concept, pairs):
-    """The sentences of ``sentences`` with ``PLACEHOLDER`` for every name of the concept."""
+def blanked(concept, count):
+    """Prompts with ``PLACEHOLDER`` for the name: the template, the own ones, ``count`` more."""
     names = "|".join(re.escape(name) for name in sorted(concept.subjects, key=len, reverse=True))
-    found = [re.sub(rf"\b({names})\b", PLACEHOLDER, text, flags=re.I) for text, _ in pairs]
-    return tuple(dict.fromkeys(text for text in found if PLACEHOLDER in text))
+    template = TEMPLATES.get(concept.kind, "{}").format(PLACEHOLDER)
+    own = [prompt.text for prompt, _ in concept.bare_prompts()[len(concept.subjects) :]]
+    own = [re.sub(rf"\b({names})\b", PLACEHOLDER, text, flags=re.I) for text in own]
+    more = [_sentence(concept, PLACEHOLDER, i) for i in range(count)]
+    return tuple(dict.fromkeys(text for text in (template, *own, *more) if PLACEHOLDER in text))

@@ -13,7 +13,8 @@ from ..concept import Prompt
 from ..contexts import keep_list_setting
 from ..errors import ForgetError
 from ..fitting import autograd
-from ..hardening import KEPT_PICTURES, harden
+from ..hardening import count as hardening_count
+from ..hardening import harden, picture_counts
 from ..keep import keep_for
 from ..lowrank import truncate
 from ..model import Text, cross_attention_names
@@ -22,7 +23,7 @@ from ..patch import MAX_RANK
 from ..readout import cross_attention_layers, read_out, record_queries
 from ..sentences import blanked, kept_sentences, sentences
 from ..settings import Settings as Base
-from ..settings import lr, seed, setting, size
+from ..settings import checkpointing, lr, seed, setting, size
 from ..spans import SECTION
 
 TITLE = "Re-read"
@@ -32,6 +33,7 @@ ABOUT = (
 )
 KEPT_PLACES = 4  # at which a kept sentence is read
 AT_ONCE = 4  # drawings
+BLANKS = 4  # sentences in which adversaries' words are met, beside the concept's own
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,14 @@ class Settings(Base):
         low=1,
         high=128,
     )
+    robust_pictures: int = setting(
+        24,
+        "With robust_steps: pictures drawn of each concept, and twice as many of kept prompts.",
+        low=1,
+        high=1000,
+    )
     robust_lr: float = lr(2e-3, "With robust_steps: AdamW's learning rate at the start.")
+    checkpointing: bool = checkpointing()
     keep_list: str = keep_list_setting()
     size: int = size()
     seed: int = seed()
@@ -137,12 +146,12 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         losses, error = [1.0, left], None
         if settings.robust_steps:
             texts = [
-                (*map(draw.encoded, zip(*pairs)), blanked(concept, pairs))
+                (*map(draw.encoded, zip(*pairs)), blanked(concept, BLANKS))
                 for concept, pairs in zip(concepts, spoken)
             ]
             found = harden(
                 model, borrowed, changes, texts, draw.encoded(kept), draw.empty, settings,
-                lambda step: draw.progress(step.losses[-1]),
+                draw.progress,
             )  # fmt: skip
             changes, error = found[0], found[2]
             losses += found[1]
@@ -279,7 +288,8 @@ class Drawings:
         drawn = [min(settings.drawn, len(texts)) for texts in (*spoken, *spoken, kept)]
         batches = sum(-(-count // AT_ONCE) for count in drawn)
         layers = len(cross_attention_names(model.family))
-        self.progress = Progress(on_step, batches + layers + settings.robust_steps * len(spoken))
+        total = batches + layers + hardening_count(settings, len(spoken))
+        self.progress = Progress(on_step, total)
 
     def __call__(self, texts):
         settings, count = self.settings, min(self.settings.drawn, len(texts))
@@ -297,8 +307,8 @@ class Drawings:
         return queries
 
     def encoded(self, texts):
-        """Texts as one batch, at most as many of them as hardening draws."""
-        count = min(len(texts), KEPT_PICTURES)
+        """Texts as one batch, at most as many of them as hardening draws of what is kept."""
+        count = min(len(texts), max(picture_counts(self.settings)))
         return Text.cat([self._encoded(texts[i * len(texts) // count]) for i in range(count)])
 
     def _encoded(self, text):
