@@ -135,10 +135,10 @@ def harden(model, borrowed, changes, concepts, kept, empty, settings, on_step):
         checkpointed(blocks),
         adversaries(model, borrowed) as adversary,
     ):
+        switches = patch, switch
         loss_at = Hardening(
-            borrowed, adapters, (patch, switch), scenes, kept, empty, adversary, settings
+            borrowed, adapters, switches, scenes, kept, empty, adversary, settings, half
         )
-        loss_at.scale = 1024.0 if half else 1.0
         steps = settings.robust_steps * len(scenes)
         losses, error = fit(adapters, loss_at, steps, optimiser, trained, half)
     rank = max(up.shape[1] for up, _ in changes.values())

@@ -101,7 +101,7 @@ class Settings(Base):
         step=0.1,
     )
     robust_preserve: float = setting(
-        3.0,
+        1.0,
         "With robust_steps: weight of kept prompts against what is forgotten. 0: none.",
         low=0.0,
         high=1000.0,
@@ -126,7 +126,7 @@ class Settings(Base):
     seed: int = seed()
 
 
-PRESETS = {"reread": Settings(), "reread-robust": Settings(robust_steps=300)}
+PRESETS = {"reread": Settings(), "reread-robust": Settings(push=1.2, robust_steps=300)}
 
 
 @autograd()

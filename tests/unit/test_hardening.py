@@ -1,0 +1,375 @@
+"""Hardening on the tiny model, against edited weights and plain loops."""
+
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fmn import hardening
+from fmn.concept import Concept, Prompt
+from fmn.errors import NonFiniteLoss
+from fmn.families import CLIP_G, CLIP_L
+from fmn.hardening import ADVERSARIES, FREE, HALF, MOST, Hardening, Scene, away, hardened_layers
+from fmn.lowrank import Fixed, LowRank, attached
+from fmn.methods import reread
+from fmn.model import Text
+from fmn.patch import save_patch
+
+from .literal import near
+from .test_readout import hooks_of
+from .test_reread_run import FEW, STEPS
+from .tiny import TINY, TinyModel, make_scheduler, random_changes, same_tensors, weights_of
+
+SETTINGS = replace(
+    FEW, push=0.7, rank=3, robust_steps=2, robust_pictures=2, robust_rank=2, robust_push=1.5,
+    robust_preserve=2.0, robust_lr=0.01,
+)  # fmt: skip
+DOG, CAR = Concept("dog", anchor="cat", prompts=("my dog on grass",)), Concept("car")
+NAMES = hardened_layers(TINY)
+BLANKS = ("a photo of <*>", "my <*> on grass", "<*> in a forest")
+TWO_ENCODERS = replace(TINY, texts=(CLIP_L, CLIP_G))
+ALPHAS = make_scheduler().alphas_cumprod.tolist()
+CHANGES = random_changes(TINY, 3, lambda layer: layer.name.endswith("attn2.to_out.0"), size=0.2)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(hardening, "DRAWING_STEPS", 3)
+
+
+@pytest.fixture
+def model():
+    return TinyModel()
+
+
+def text_of(model, *prompts):
+    return Text.cat([model.encode(Prompt(prompt, prompt)) for prompt in prompts])
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def told_of(model):
+    """What ``harden`` is told of two concepts, and of what is kept."""
+    pairs = [(("my dog", "a dog by day"), ("my", "a by day")), (("red car",), ("red",))]
+    spoken = [(*(text_of(model, *side) for side in sides), BLANKS) for sides in pairs]
+    return spoken, text_of(model, "", "blue house", "a man on a horse")
+
+
+def scenes_of(model):
+    """Of the same; the pictures are noise."""
+    spoken, kept = told_of(model)
+    found = [Scene(random(len(one[0].context), 4, 8, 8, seed=7), *one) for one in spoken]
+    return found, Scene(random(3, 4, 8, 8, seed=5), kept)
+
+
+@contextmanager
+def opened(model, settings=SETTINGS, concepts=2, half=False):
+    """(loss, adapters) with a patch and adapters that both change the model."""
+    (scenes, kept), generator = scenes_of(model), torch.Generator().manual_seed(3)
+    with model.borrow() as borrowed:
+        adapters = {name: LowRank(borrowed.module(name), 2, generator, "cpu") for name in NAMES}
+        for adapter in adapters.values():
+            torch.nn.init.normal_(adapter.up, std=0.05, generator=generator)
+        worn = {name: Fixed([(*pair, 1.0)], "cpu") for name, pair in CHANGES.items()}
+        with (
+            attached(worn, borrowed.module) as patch,
+            attached(adapters, borrowed.module) as switch,
+            hardening.adversaries(model, borrowed) as adversary,
+        ):
+            told = scenes[:concepts], kept, text_of(model, ""), adversary, settings, half
+            yield Hardening(borrowed, adapters, (patch, switch), *told), adapters
+
+
+def harden(model, concepts, settings, on_step=lambda loss: None):
+    spoken, kept = told_of(model)
+    with model.borrow() as borrowed:
+        rest = spoken[:concepts], kept, text_of(model, ""), settings, on_step
+        return hardening.harden(model, borrowed, CHANGES, *rest)
+
+
+def test_away_is_the_formula_and_its_clamps():
+    concept, step = random(5, 4, 2, 2), random(5, 4, 2, 2, seed=1)
+    lengths = [0.1, 1.0, 0.5, 0.01, 0.0]  # of e(concept) - e(without); that to e(empty) is 0.8
+    without = torch.stack([c - length * s for c, s, length in zip(concept, step, lengths)])
+    found = away(concept, without, concept - 0.8 * step, 1.5)
+    torch.testing.assert_close(found, literal_away(concept, without, concept - 0.8 * step, 1.5))
+    for i, scale in enumerate([min(8.0, MOST), 1.0, 1.6, min(80.0, MOST), 1.0]):
+        wanted = without[i] - 1.5 * scale * lengths[i] * step[i]
+        torch.testing.assert_close(found[i], wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(away(concept, concept, concept, 1.5), concept)
+
+
+def literal_away(concept, without, empty, push):
+    found = []
+    for c, w, e in zip(concept, without, empty):
+        whole, own = (math.sqrt(float(((c - other) ** 2).sum())) for other in (e, w))
+        found.append(w - push * min(max(whole / max(own, 1e-12), 1.0), MOST) * (c - w))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("rank", [5, 3, 1])
+def test_joined_is_the_best_cut_of_both(model, rank):
+    with opened(model) as (_, adapters):
+        made = hardening.joined(CHANGES, adapters, rank)
+    assert list(made) == NAMES and set(CHANGES) < set(NAMES)
+    for name, (up, down) in made.items():
+        adapter = adapters[name]
+        assert up.dtype == down.dtype == torch.float32 and not up.requires_grad
+        if name not in CHANGES:
+            assert torch.equal(up, adapter.up) and torch.equal(down, adapter.down)
+            continue
+        both = CHANGES[name][0] @ CHANGES[name][1] + (adapter.up @ adapter.down).detach()
+        u, s, vh = torch.linalg.svd(both.double())
+        assert up.shape[1] == len(down) == rank
+        near((up @ down).double(), u[:, :rank] * s[:rank] @ vh[:rank], 1e-5)
+        assert rank < 5 or float((up @ down - both).norm()) < 1e-5 * float(both.norm())
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 6])
+def test_scenes_are_drawn_by_ddim(model, monkeypatch, at_once):
+    """How many are drawn at once does not matter."""
+    monkeypatch.setattr(hardening, "AT_ONCE", at_once)
+    text, empty = text_of(model, *(f"word{i}" for i in range(6))), text_of(model, "")
+    settings, told = replace(SETTINGS, guidance=2.5, seed=4), []
+    with model.borrow() as borrowed:
+        given = borrowed, text, empty, settings, 8, lambda: told.append(len(model.seen))
+        scene = hardening.draw_scene(*given, text, BLANKS)
+    assert told == [3 * (i + 1) for i in range(-(-6 // at_once))]
+    assert scene.text is scene.other is text and scene.blanks == BLANKS
+    assert scene.latents.shape == (6, 4, 8, 8) and not scene.latents.requires_grad
+    for i, x in enumerate(random(6, 4, 8, 8, seed=4)):
+        x = x[None]
+        for now, following in ((999, 666), (666, 332), (332, None)):
+            with torch.no_grad():
+                found, other = (
+                    model.unet(x, now, context).sample
+                    for context in (text.context[i][None], empty.context)
+                )
+            noise = other + 2.5 * (found - other)
+            alpha, later = ALPHAS[now], 1.0 if following is None else ALPHAS[following]
+            clean = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
+            x = math.sqrt(later) * clean + math.sqrt(1 - later) * noise
+        near(scene.latents[i], x[0], 1e-4)
+
+
+class Literal:
+    """The same losses from two U-Nets, picture by picture, without hooks."""
+
+    def __init__(self, model, adapters, concepts, settings):
+        self.model, self.settings = model, settings
+        self.scenes, self.kept = scenes_of(model)
+        self.frozen, self.unet = (TinyModel().unet.requires_grad_(False) for _ in range(2))
+        trained = {name: (each.up, each.down) for name, each in adapters.items()}
+        for name, (up, down) in (*CHANGES.items(), *trained.items()):
+            self.unet.get_submodule(name).weight += (up @ down).detach()
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.adversaries = [[None] * hardening.ADVERSARIES for _ in range(concepts)]
+
+    def pick(self, high, count=1):
+        return torch.randint(high, (count,), generator=self.generator).tolist()
+
+    def noised(self, latents):
+        index = self.pick(len(latents), HALF)
+        share = torch.rand(HALF, generator=self.generator).tolist()
+        noise = torch.randn(HALF, *latents.shape[1:], generator=self.generator)
+        for i in range(HALF):
+            t = int((i + share[i]) * len(ALPHAS) / HALF)
+            x_t = math.sqrt(ALPHAS[t]) * latents[index[i]] + math.sqrt(1 - ALPHAS[t]) * noise[i]
+            yield index[i], x_t[None], t, noise[i][None]
+
+    def words(self, prompt, learned):
+        with self.model.borrow_text() as encoder:
+            return encoder.encode(prompt, learned)[0].context
+
+    def fresh(self):
+        """Two random directions, as long as words are; age, vectors, optimiser."""
+        directions = random(2, TINY.context_dim, seed=self.pick(1 << 30)[0])
+        with self.model.borrow_text() as encoder:
+            length = sum(float(v.norm()) for v in encoder.vectors("a photo of")) / 3
+        learned = torch.stack([length * v / v.norm() for v in directions]).requires_grad_()
+        return [0, learned, torch.optim.Adam([learned], lr=hardening.WORD_LR)]
+
+    def __call__(self, step):
+        number, turn = step % len(self.adversaries), step // len(self.adversaries)
+        scene, own = self.scenes[number], self.adversaries[number]
+        slot = turn % len(own)
+        if own[slot] is None or own[slot][0] == hardening.LIFE:
+            own[slot] = self.fresh()
+        own[slot][0] += 1
+        _, learned, adam = own[slot]
+        context, loss = self.words(BLANKS[0], learned), 0.0
+        for _, x_t, t, noise in self.noised(scene.latents):
+            loss += ((self.unet(x_t, t, context).sample - noise) ** 2).mean() / HALF
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            forget = self.forget(scene, [each[1] for each in own if each])
+            return float(forget + self.settings.robust_preserve * self.keep())
+
+    def forget(self, scene, met):
+        empty, drawn, loss = text_of(self.model, "").context, list(self.noised(scene.latents)), 0.0
+        for kind, (i, x_t, t, _) in zip(self.pick(4, HALF), drawn):
+            own, other = scene.text.context[i][None], scene.other.context[i][None]
+            if kind == 0:
+                text = own
+            elif kind < 3:
+                learned = met[self.pick(len(met))[0]]
+                text = self.words(BLANKS[self.pick(len(BLANKS))[0]], learned)
+            else:
+                kept = self.kept.text.context[self.pick(len(self.kept.text.context))[0]]
+                text = (empty, kept[None], other)[self.pick(3)[0]]
+            found = [self.frozen(x_t, t, context).sample for context in (own, other, empty)]
+            target = literal_away(*found, self.settings.robust_push)
+            loss += ((self.unet(x_t, t, text).sample - target) ** 2).mean() / HALF
+        return loss
+
+    def keep(self):
+        drawn, loss = list(self.noised(self.kept.latents)), 0.0
+        text = text_of(self.model, "").context if self.pick(hardening.EMPTY)[0] == 0 else None
+        for i, x_t, t, _ in drawn:
+            told = self.kept.text.context[i][None] if text is None else text
+            found, wanted = (unet(x_t, t, told).sample for unet in (self.unet, self.frozen))
+            loss += ((found - wanted) ** 2).mean() / HALF
+        return loss
+
+
+@pytest.mark.parametrize("seed, concepts, steps", [(0, 1, 3), (1, 2, 11), (2, 2, 4)])
+def test_losses_are_the_equations(model, monkeypatch, seed, concepts, steps):
+    """With two adversaries of each concept, each of which lives for two of its steps."""
+    monkeypatch.setattr(hardening, "ADVERSARIES", 2)
+    monkeypatch.setattr(hardening, "LIFE", 2)
+    monkeypatch.setattr(hardening, "EMPTY", 2)
+    settings = replace(SETTINGS, seed=seed)
+    with opened(model, settings, concepts) as (loss_at, adapters):
+        literal = Literal(model, adapters, concepts, settings)
+        for step in range(steps):
+            assert math.isclose(loss_at(step).item(), literal(step), rel_tol=1e-4)
+        for own, theirs in zip(loss_at.adversaries, literal.adversaries):
+            for found, (age, learned, _) in zip(own, theirs):
+                assert found.age == age
+                near(found.learned, learned, 1e-3)
+
+
+def test_adversaries_grow_old(model, monkeypatch):
+    monkeypatch.setattr(hardening, "LIFE", 2)
+    with opened(model) as (loss_at, _):
+        first, second = loss_at.adversaries  # of each concept
+        loss_at(0)
+        assert first[0].age == 1 and {*first[1:], *second} == {None}
+        for step in range(1, 2 * 2 * ADVERSARIES):
+            loss_at(step)
+        olds = [*first, *second]
+        assert [each.age for each in olds] == [2] * len(set(olds)) == [2] * 2 * ADVERSARIES
+        loss_at(2 * 2 * ADVERSARIES)
+        assert first[0].age == 1 and [*first[1:], *second] == olds[1:]
+
+
+def test_overflow_halves_the_scale_and_leaves_the_words(model, monkeypatch):
+    with opened(model, half=True) as (loss_at, _):
+        loss_at(0)
+        assert loss_at.scale == 1024
+        adversary, plain = loss_at.adversaries[0][0], loss_at.borrowed.denoise
+        before = adversary.learned.detach().clone()
+        with monkeypatch.context() as patched:
+            patched.setattr(loss_at.borrowed, "denoise", lambda *given: plain(*given) * math.inf)
+            loss_at._attack(loss_at.concepts[0], adversary)
+        assert loss_at.scale == 512 and torch.equal(adversary.learned, before)
+        assert adversary.age == 2 and all(p.requires_grad for p in loss_at.parameters)
+        loss_at._attack(loss_at.concepts[0], adversary)
+        assert loss_at.scale == 512 and not torch.equal(adversary.learned, before)
+
+
+def test_with_two_text_encoders_contexts_are_learned(model):
+    model.family = TWO_ENCODERS
+    with opened(model) as (loss_at, _):
+        loss_at(0)
+        loss_at(2)
+        moved, fresh = loss_at.adversaries[0][0], loss_at.adversaries[0][1]
+        starts = list(loss_at.concepts[0].other.context)
+    for each in (moved, fresh):
+        (start,) = [one for one in starts if torch.equal(one, each.start.context[0])]
+        shifts = each.text().context[0].detach() - start
+        assert float(shifts[0].abs().max()) == 0 and shifts.shape == (77, TINY.context_dim)
+        for i, shift in enumerate(shifts[1:]):
+            torch.testing.assert_close(
+                shift, each.learned[min(i, FREE)].detach(), atol=1e-6, rtol=0
+            )
+        # Adam's first step moves all that has a gradient by its rate.
+        rate = hardening.CONTEXT_LR * float(start.std())
+        near(each.learned.abs(), torch.full((FREE + 1, TINY.context_dim), rate), 0.1)
+
+
+@pytest.mark.parametrize("concepts", [1, 2])
+def test_steps_and_what_is_trained(model, concepts):
+    settings, told = replace(SETTINGS, robust_steps=3, robust_pictures=5, robust_rank=1), []
+    before = {name: (up.clone(), down.clone()) for name, (up, down) in CHANGES.items()}
+    changes, losses, error = harden(model, concepts, settings, told.append)
+    own, kept = -(-5 // hardening.AT_ONCE), -(-10 // hardening.AT_ONCE)
+    drawn = own * concepts + kept
+    assert told == [0.0] * drawn + losses and len(losses) == 3 * concepts and error is None
+    assert len(told) == hardening.count(settings, concepts)
+    assert hardening.count(replace(settings, robust_steps=0), concepts) == 0
+    for name in NAMES:
+        up, down = changes[name]
+        assert down.shape[0] == (3 if name in CHANGES else 1) and float(up.abs().max()) > 1e-4
+        if name in CHANGES:
+            assert all(map(torch.equal, CHANGES[name], before[name]))
+            assert not torch.allclose(up @ down, torch.matmul(*before[name]), atol=1e-4)
+
+
+def test_a_run_makes_a_plain_lora(model, tmp_path):
+    steps, settings = [], replace(SETTINGS, rank=2, robust_rank=3)
+    patch = reread.run(model, [DOG, CAR], settings, steps.append)
+    total = STEPS + 2 + hardening.count(settings, 2)
+    assert [(step.index, step.total) for step in steps] == [(i, total) for i in range(1, total + 1)]
+    assert list(patch.changes) == NAMES
+    assert {name.rpartition("blocks.0.")[2] for name in NAMES} == {*hardening.ENDINGS}
+    ranks = {name: len(down) for name, (_, down) in patch.changes.items()}
+    assert ranks == {name: 4 if "attn2" in name else 3 for name in NAMES}
+    file = load_file(save_patch(patch, tmp_path / "patch.safetensors"))
+    assert {key.partition(".")[2] for key in file} == {
+        "lora_up.weight", "lora_down.weight", "alpha"
+    } and len(file) == 3 * len(NAMES)  # fmt: skip
+    loss = patch.info["loss"]
+    assert loss["first"] == 1.0 and loss["steps"] == 2 + 4
+    assert loss["last"] == steps[-1].losses[-1]
+    again = reread.run(model, [DOG, CAR], replace(settings, checkpointing=True))
+    for name in NAMES:
+        torch.testing.assert_close(again.change_of(name), patch.change_of(name))
+
+
+def test_a_run_that_blows_up_leaves_a_patch(model):
+    first, settings = STEPS + 2, replace(SETTINGS, robust_steps=5)  # drawn in two batches
+
+    def poison(step):
+        model.poisoned = step.index == first + 3
+
+    with pytest.raises(NonFiniteLoss, match="step 4 of 5") as caught:
+        reread.run(model, [DOG], settings, poison)
+    patch = caught.value.patch
+    assert list(patch.changes) == NAMES and patch.info["loss"]["steps"] == 2 + 3
+    assert all(torch.isfinite(patch.change_of(name)).all() for name in NAMES)
+
+
+@pytest.mark.parametrize("last", [STEPS + 1, STEPS + 3, STEPS + 4])
+def test_cancelling(model, last):
+    """While pictures are drawn, after the first step of training, and after the last."""
+    model.unet.conv_in.weight.requires_grad_(False)
+    before = weights_of(model.unet)
+    flags = [parameter.requires_grad for parameter in model.unet.parameters()]
+
+    def cancel(step):
+        if step.index == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reread.run(model, [DOG], replace(SETTINGS, checkpointing=True), cancel)
+    assert same_tensors(before, weights_of(model.unet)) and not hooks_of(model)
+    assert flags == [parameter.requires_grad for parameter in model.unet.parameters()]
+    assert not any("forward" in vars(module) for module in model.unet.modules())
