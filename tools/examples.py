@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.comfyui.conftest import comfyui_path, make_base  # noqa: E402
 from tests.comfyui.server import Server  # noqa: E402
-from tests.comfyui.test_browser import QUIET, READY  # noqa: E402
+from tests.comfyui.frontend import QUIET, READY  # noqa: E402
 
 FOLDER = ROOT / "example_workflows"
 VIEW = {"width": 1900, "height": 1100}
@@ -164,14 +164,14 @@ def compared(flow, load, prompts, models, steps=16):
 
 def forget_a_concept():
     flow = Workflow(
-        "Trains a patch by **re-steering** on the small model that comes with the pack, saves "
-        "it, and draws the same prompt before and after.\n\nFor your own model put *Load "
+        "Makes a patch by **Re-read**, the default, on the small model that comes with the pack, "
+        "saves it, and draws the same prompt before and after.\n\nFor your own model put *Load "
         "Checkpoint* in place of *Load Demo Checkpoint*, and name your concept."
     )
     load = flow.demo()
     concept = flow.concept(prompts="a dog, noto emoji\na dog, twemoji\n3d render of a dog")
     flow.column()
-    method = flow.add("FMN_MethodResteer", steps=60)
+    method = flow.add("FMN_MethodReread")
     flow.column()
     train = flow.train(load, concept, method)
     flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_dog")

@@ -12,6 +12,7 @@ from fmn.sentences import (
     STRIDE,
     STYLE_FRAMES,
     THINGS,
+    blanked,
     kept_sentences,
     sentences,
     with_article,
@@ -168,3 +169,37 @@ def test_nothing_to_keep():
     assert kept_sentences([], ["ink"], 5) == [""]
     assert kept_sentences([], [], 5) == [""]
     assert kept_sentences(["owl"], ["ink"], 0) == [""]
+
+
+def test_blanked_prompts():
+    """The template, the own prompts without any name, then sentences from the lists."""
+    own = ("my Hot DOG on grass", "dog, another Dog and a dogma", "hotdogs", "a HOUND", "one dog")
+    concept = Concept("dog", aliases=("hot dog", "hound"), prompts=own)
+    assert blanked(concept, 2) == (
+        "a photo of <*>",
+        "my <*> on grass",  # not "my Hot <*>"
+        "<*>, another <*> and a dogma",
+        "a <*>",
+        "one <*>",
+        "a painting of <*> at the beach",  # the first sentence is the template
+    )
+    assert blanked(concept, 0) == blanked(concept, 1) == blanked(concept, 2)[:5]
+
+
+@pytest.mark.parametrize(
+    "concept, expected",
+    [
+        (Concept("ink", "style"), ("a photo in the style of <*>", "a painting of a house by <*>")),
+        (Concept("ink", "custom", prompts=("in ink",)), ("<*>", "in <*>", "a photo of <*>")),
+        (Concept("dog", prompts=("my dog", "my Dog")), ("a photo of <*>", "my <*>")),
+        (Concept("a.c", prompts=("my abc a.c",)), ("a photo of <*>", "my abc <*>")),
+    ],
+)
+def test_blanked_prompts_of_other_kinds(concept, expected):
+    assert blanked(concept, 1) == expected
+
+
+def test_blanked_sentences_leave_out_what_names_the_concept():
+    found = blanked(Concept("cat"), 180)
+    assert len(found) == len(set(found)) == 180 and all(text.count("<*>") == 1 for text in found)
+    assert not any("cat" in text for text in found)
