@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from . import inversion
+from .adversaries import adversaries
 from .closed_form import cut
 from .families import layers
 from .fitting import fit
 from .forwards import checkpointed
-from .inversion import first_vectors
 from .lowrank import Fixed, LowRank, attached
-from .model import Text
+from .model import Text, rows
 from .sampling import ddim, expand, guided
 from .schedule import add_noise
 from .train import Optimiser
@@ -29,10 +28,9 @@ from .train import Optimiser
 ENDINGS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
 ADVERSARIES = 4  # a concept, each with its own learned context
 LIFE = 60  # steps of an adversary until it starts anew
-WORD_LR = 0.02
-FREE, CONTEXT_LR = 3, 0.02  # tokens that a ``Context`` sets freely, and its rate by their spread
 DRAWING_STEPS = 12
 AT_ONCE = 4  # drawings
+LOOKS = 0.3, 0.5, 0.7, 0.9  # shares of the schedule at which a style shows
 MOST = 10.0  # that a small difference is enlarged
 EMPTY = 6  # one in so many steps keeps what the empty prompt gives
 HALF = 4  # pictures of the concept a step, and as many kept ones
@@ -45,18 +43,14 @@ class Scene:
     Attributes:
         other: the same texts without the concept; of kept scenes None.
         blanks: its prompts with ``PLACEHOLDER`` in place of the concept.
+        index: which rows of the scene that it was chosen from.
     """
 
     latents: torch.Tensor
     text: Text
     other: Text | None = None
     blanks: tuple[str, ...] = ()
-
-
-def rows(text, index):
-    """Some of a batch of texts."""
-    vectors = {name: vector[index] for name, vector in text.vectors.items()}
-    return Text(text.context[index], vectors)
+    index: torch.Tensor | None = None
 
 
 def hardened_layers(family):
@@ -90,13 +84,14 @@ def picture_counts(settings):
     return settings.robust_pictures, 2 * settings.robust_pictures
 
 
-def harden(model, borrowed, changes, concepts, kept, empty, settings, on_step):
+def harden(model, borrowed, changes, concepts, kept, styled, empty, settings, on_step):
     """Train a patch further; see the module.
 
     Args:
         changes: layer name -> (up, down), of the patch to begin with.
         concepts: for each a ``Text`` [n, 77, D], the same without the concept, and its prompts
-            with ``PLACEHOLDER`` in its place. kept: ``Text``.
+            with ``PLACEHOLDER`` in its place.
+        kept: ``Text``. styled: for each style to forget the same in that style.
         settings: of ``reread``.
         on_step: gets the loss after each step, 0 after each batch that is drawn; ``count`` times.
 
@@ -118,6 +113,9 @@ def harden(model, borrowed, changes, concepts, kept, empty, settings, on_step):
         scenes.append(draw_scene(borrowed, text, empty, settings, side, drawn, other, blanks))
     turns = torch.arange(others) % len(kept.context)
     kept = draw_scene(borrowed, rows(kept, turns), empty, settings, side, drawn)
+    for text in styled:
+        kept = least_like(borrowed, kept, rows(text, turns), settings)
+        turns = turns[kept.index]
     names = hardened_layers(model.family)
     generator = torch.Generator().manual_seed(settings.seed)
     adapters = {
@@ -145,14 +143,30 @@ def harden(model, borrowed, changes, concepts, kept, empty, settings, on_step):
     return joined(changes, adapters, rank), losses, error
 
 
-@contextmanager
-def adversaries(model, borrowed):
-    """Yields a function from a ``Scene`` and a generator to a fresh adversary."""
-    if len(model.family.texts) > 1:  # their words cannot be learned yet
-        yield lambda scene, generator: Context(scene, generator, borrowed.device)
-        return
-    with model.borrow_text() as encoder:
-        yield lambda scene, generator: Words(encoder, scene.blanks, generator)
+@torch.no_grad()
+def least_like(borrowed, scene, styled, settings):
+    """The half of a scene that looks least like a style.
+
+    A model draws some style where it is asked for none. If that is to be forgotten, such pictures
+    would keep it. They are told by the frozen model's error on them, given the prompt as it is and
+    in the style (a diffusion classifier, Li et al. 2023, arXiv 2303.16203).
+
+    Args:
+        styled: the scene's prompts with the style.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    alphas, gain = borrowed.alphas_cumprod.cpu(), torch.zeros(len(scene.latents))
+    for share in LOOKS:
+        t = torch.full((len(scene.latents),), int(share * len(alphas)))
+        noise = torch.randn(scene.latents.shape, generator=generator)
+        x_t = add_noise(scene.latents, noise, alphas[t])
+        for some in torch.arange(len(t)).split(AT_ONCE):
+            for text, sign in ((scene.text, 1), (styled, -1)):
+                place = x_t[some].to(borrowed.device), t[some].to(borrowed.device)
+                found = borrowed.denoise(*place, rows(text, some)).float().cpu()
+                gain[some] += sign * (found - noise[some]).square().flatten(1).mean(1)
+    best = gain.argsort()[: max(1, len(gain) // 2)].sort().values
+    return Scene(scene.latents[best], rows(scene.text, best), index=best)
 
 
 def joined(changes, adapters, rank):
@@ -290,53 +304,3 @@ class Hardening:
 
     def _random(self, high, count):
         return torch.randint(high, (count,), generator=self.generator)
-
-
-class Words:
-    """An adversary: input words learned to summon the concept, as by textual inversion.
-
-    Args:
-        encoder: a ``BorrowedText``. prompts: with ``PLACEHOLDER`` in the concept's place.
-    """
-
-    def __init__(self, encoder, prompts, generator):
-        self.encoder, self.prompts, self.generator, self.age = encoder, prompts, generator, 0
-        seed = int(torch.randint(1 << 30, (1,), generator=generator))
-        start = first_vectors(encoder, inversion.Settings(seed=seed, templates=("a photo of {}",)))
-        self.learned = start.clone().requires_grad_()
-        self.optimiser = torch.optim.Adam([self.learned], lr=WORD_LR)
-
-    def alone(self):
-        """The first prompt, which says least beside the words, [1, 77, D]."""
-        return self.encoder.encode(self.prompts[0], self.learned)[0]
-
-    def text(self):
-        """One of the prompts, [1, 77, D]."""
-        i = int(torch.randint(len(self.prompts), (1,), generator=self.generator))
-        return self.encoder.encode(self.prompts[i], self.learned)[0]
-
-
-class Context:
-    """An adversary for models whose words cannot be learned: a few tokens of a context are free,
-    and all behind them move alike, as behind a learned word.
-
-    Args:
-        scene: of the concept.
-    """
-
-    def __init__(self, scene, generator, device):
-        i = int(torch.randint(len(scene.other.context), (1,), generator=generator))
-        self.start, self.age = rows(scene.other, slice(i, i + 1)), 0
-        context = self.start.context.float().to(device)
-        moves = torch.zeros(FREE + 1, context.shape[-1], device=device)
-        self.context, self.learned = context, moves.requires_grad_()
-        self.optimiser = torch.optim.Adam([self.learned], lr=CONTEXT_LR * float(context.std()))
-
-    def text(self):
-        """[1, 77, D]"""
-        free, shift = self.learned[:FREE], self.learned[FREE:]
-        behind = shift.expand(self.context.shape[1] - 1 - FREE, -1)
-        context = self.context + torch.cat([torch.zeros_like(shift), free, behind])
-        return Text(context.to(self.start.context.dtype), self.start.vectors)
-
-    alone = text

@@ -35,6 +35,12 @@ class Text:
         return Text(torch.cat([text.context for text in texts]), vectors)
 
 
+def rows(text, index):
+    """Some of a batch of texts."""
+    vectors = {name: vector[index] for name, vector in text.vectors.items()}
+    return Text(text.context[index], vectors)
+
+
 class Borrowed(Protocol):
     """A loaded U-Net that autograd can work with, for as long as ``Model.borrow`` lasts.
 

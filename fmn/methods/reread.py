@@ -39,10 +39,16 @@ BLANKS = 4  # sentences in which adversaries' words are met, beside the concept'
 @dataclass(frozen=True)
 class Settings(Base):
     push: float = setting(
+        0.4,
+        "How far beyond, but for styles. 0: prompts are read as if the concept were not there. 1: "
+        "as much to the other side. Higher: it goes more surely, and neighbours suffer more.",
+        low=0.0,
+        high=4.0,
+        step=0.01,
+    )
+    push_style: float = setting(
         0.7,
-        "How far beyond. 0: prompts are read as if the concept were not there. 1: as much to the "
-        "other side. Higher: it goes more surely, also where its lack looks like it, as with the "
-        "style a model draws anyway; neighbours suffer more.",
+        "The same for styles, which need more: asked for none, a model draws one anyway.",
         low=0.0,
         high=4.0,
         step=0.01,
@@ -126,7 +132,10 @@ class Settings(Base):
     seed: int = seed()
 
 
-PRESETS = {"reread": Settings(), "reread-robust": Settings(push=1.2, robust_steps=300)}
+PRESETS = {
+    "reread": Settings(),
+    "reread-robust": Settings(push=0.7, push_style=1.2, robust_steps=300),
+}
 
 
 @autograd()
@@ -142,15 +151,21 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     kept = kept_texts(concepts, keep, settings)
     with model.borrow() as borrowed:
         draw = Drawings(model, borrowed, settings, on_step, spoken, kept)
-        changes, left = closed_form(draw, spoken, kept)
+        pushes = [
+            settings.push_style if concept.kind == "style" else settings.push
+            for concept in concepts
+        ]
+        changes, left = closed_form(draw, spoken, kept, pushes)
         losses, error = [1.0, left], None
         if settings.robust_steps:
             texts = [
                 (*map(draw.encoded, zip(*pairs)), blanked(concept, BLANKS))
                 for concept, pairs in zip(concepts, spoken)
             ]
+            styles = [concept.name for concept in concepts if concept.kind == "style"]
+            styled = [draw.encoded([f"{text}, {name}" for text in kept]) for name in styles]
             found = harden(
-                model, borrowed, changes, texts, draw.encoded(kept), draw.empty, settings,
+                model, borrowed, changes, texts, draw.encoded(kept), styled, draw.empty, settings,
                 draw.progress,
             )  # fmt: skip
             changes, error = found[0], found[2]
@@ -163,7 +178,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
 
 @torch.no_grad()
-def closed_form(draw, spoken, kept):
+def closed_form(draw, spoken, kept, pushes):
     """What the regression gives: layer name -> (up, down) on the CPU, and what is left."""
     model, borrowed, settings = draw.model, draw.borrowed, draw.settings
     readings = [Reading.of(model, pairs, draw) for pairs in spoken]
@@ -173,14 +188,14 @@ def closed_form(draw, spoken, kept):
         name = f"{layer.name}.to_out.0"
         weight = exact(borrowed.module(name).weight.detach())
         read = [reading.rows(layer) for reading in readings]
-        up, down = solve(weight, read, stay.rows(layer), settings)
+        up, down = solve(weight, read, stay.rows(layer), settings, pushes)
         changes[name] = up.float().cpu(), down.float().cpu()
         left.append(_left(weight, up, down, read))
         draw.progress(sum(left) / len(left))
     return changes, sum(left) / len(left)
 
 
-def solve(weight, read, kept, settings):
+def solve(weight, read, kept, settings, pushes=None):
     """The best change of rank r of a layer that maps W o to W o + (1 + push) (W o* - W o).
 
     It minimises, over concepts of n pairs (o, o*) each and m kept rows k,
@@ -194,15 +209,16 @@ def solve(weight, read, kept, settings):
 
     Args:
         weight: W [out, C], float64. read: (o, o*) of each concept, [n, C]. kept: [m, C].
+        pushes: of each concept; None takes ``settings.push`` for all.
 
     Returns:
         up [out, r], down [r, C]
     """
     system = settings.preserve * gram(kept) / max(1, len(kept))
     towards = torch.zeros_like(system)
-    for concept, other in read:
+    for (concept, other), push in zip(read, pushes or [settings.push] * len(read)):
         system += gram(concept) / len(concept)
-        towards += (1 + settings.push) * (other - concept).mT @ concept / len(concept)
+        towards += (1 + push) * (other - concept).mT @ concept / len(concept)
     mean = system.trace() / len(system)
     system += settings.damping * mean * torch.eye(len(system)).to(system)
     root = torch.linalg.cholesky(system)

@@ -173,14 +173,20 @@ def test_nothing_to_keep():
 
 def test_blanked_prompts():
     """The template, the own prompts without any name, then sentences from the lists."""
-    own = ("my Hot DOG on grass", "dog, another Dog and a dogma", "hotdogs", "a HOUND", "one dog")
-    concept = Concept("dog", aliases=("hot dog", "hound"), prompts=own)
+    own = (
+        "my Hot DOG on grass",
+        "dog, another Dog and a dogma",
+        "hotdogs",
+        "a HOUND",
+        "one dog rose",
+    )
+    concept = Concept("dog", aliases=("hot dog", "hound", "dog rose"), prompts=own)
     assert blanked(concept, 2) == (
         "a photo of <*>",
         "my <*> on grass",  # not "my Hot <*>"
         "<*>, another <*> and a dogma",
         "a <*>",
-        "one <*>",
+        "one <*>",  # not "one <*> rose"
         "a painting of <*> at the beach",  # the first sentence is the template
     )
     assert blanked(concept, 0) == blanked(concept, 1) == blanked(concept, 2)[:5]
