@@ -73,10 +73,24 @@ def draw_scene(borrowed, text, empty, settings, side, on_batch, other=None, blan
     return Scene(torch.cat(found), text, other, blanks)
 
 
-def count(settings, concepts):
-    """How often ``harden`` tells how far it is."""
-    own, kept = (-(-pictures // AT_ONCE) for pictures in picture_counts(settings))
-    return (own + settings.robust_steps) * concepts + kept if settings.robust_steps else 0
+def count(settings, concepts, styles=0):
+    """How often ``harden`` tells how far it is; ``styles`` of the concepts are styles."""
+    if not settings.robust_steps:
+        return 0
+    own, left = picture_counts(settings)
+    total = (batches(own) + settings.robust_steps) * concepts + batches(left)
+    for _ in range(styles):
+        total += len(LOOKS) * batches(left)
+        left = half(left)
+    return total
+
+
+def batches(pictures):
+    return -(-pictures // AT_ONCE)
+
+
+def half(pictures):
+    return max(1, pictures // 2)
 
 
 def picture_counts(settings):
@@ -114,7 +128,7 @@ def harden(model, borrowed, changes, concepts, kept, styled, empty, settings, on
     turns = torch.arange(others) % len(kept.context)
     kept = draw_scene(borrowed, rows(kept, turns), empty, settings, side, drawn)
     for text in styled:
-        kept = least_like(borrowed, kept, rows(text, turns), settings)
+        kept = least_like(borrowed, kept, rows(text, turns), settings, drawn)
         turns = turns[kept.index]
     names = hardened_layers(model.family)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -124,7 +138,7 @@ def harden(model, borrowed, changes, concepts, kept, styled, empty, settings, on
     }
     # The patch itself stays as it is: trained along, it would be given up for what is kept.
     worn = {name: Fixed([(*factors, 1.0)], borrowed.device) for name, factors in changes.items()}
-    half = borrowed.module(names[0]).weight.dtype == torch.float16
+    is_half = borrowed.module(names[0]).weight.dtype == torch.float16
     optimiser = Optimiser(settings.robust_lr, weight_decay=0.0, decay=True)
     blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
     with (
@@ -135,16 +149,16 @@ def harden(model, borrowed, changes, concepts, kept, styled, empty, settings, on
     ):
         switches = patch, switch
         loss_at = Hardening(
-            borrowed, adapters, switches, scenes, kept, empty, adversary, settings, half
+            borrowed, adapters, switches, scenes, kept, empty, adversary, settings, is_half
         )
         steps = settings.robust_steps * len(scenes)
-        losses, error = fit(adapters, loss_at, steps, optimiser, trained, half)
+        losses, error = fit(adapters, loss_at, steps, optimiser, trained, is_half)
     rank = max(up.shape[1] for up, _ in changes.values())
     return joined(changes, adapters, rank), losses, error
 
 
 @torch.no_grad()
-def least_like(borrowed, scene, styled, settings):
+def least_like(borrowed, scene, styled, settings, on_batch):
     """The half of a scene that looks least like a style.
 
     A model draws some style where it is asked for none. If that is to be forgotten, such pictures
@@ -165,7 +179,8 @@ def least_like(borrowed, scene, styled, settings):
                 place = x_t[some].to(borrowed.device), t[some].to(borrowed.device)
                 found = borrowed.denoise(*place, rows(text, some)).float().cpu()
                 gain[some] += sign * (found - noise[some]).square().flatten(1).mean(1)
-    best = gain.argsort()[: max(1, len(gain) // 2)].sort().values
+            on_batch()
+    best = gain.argsort()[: half(len(gain))].sort().values
     return Scene(scene.latents[best], rows(scene.text, best), index=best)
 
 

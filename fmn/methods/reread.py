@@ -107,7 +107,7 @@ class Settings(Base):
         step=0.1,
     )
     robust_preserve: float = setting(
-        1.0,
+        1.5,
         "With robust_steps: weight of kept prompts against what is forgotten. 0: none.",
         low=0.0,
         high=1000.0,
@@ -150,7 +150,8 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     spoken = [sentences(concept, settings.prompts) for concept in concepts]
     kept = kept_texts(concepts, keep, settings)
     with model.borrow() as borrowed:
-        draw = Drawings(model, borrowed, settings, on_step, spoken, kept)
+        styles = [concept.name for concept in concepts if concept.kind == "style"]
+        draw = Drawings(model, borrowed, settings, on_step, spoken, kept, len(styles))
         pushes = [
             settings.push_style if concept.kind == "style" else settings.push
             for concept in concepts
@@ -162,7 +163,6 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
                 (*map(draw.encoded, zip(*pairs)), blanked(concept, BLANKS))
                 for concept, pairs in zip(concepts, spoken)
             ]
-            styles = [concept.name for concept in concepts if concept.kind == "style"]
             styled = [draw.encoded([f"{text}, {name}" for text in kept]) for name in styles]
             found = harden(
                 model, borrowed, changes, texts, draw.encoded(kept), styled, draw.empty, settings,
@@ -298,13 +298,13 @@ class Kept:
 class Drawings:
     """Draws some of a list's texts and gives the queries recorded on the way."""
 
-    def __init__(self, model, borrowed, settings, on_step, spoken, kept):
+    def __init__(self, model, borrowed, settings, on_step, spoken, kept, styles=0):
         self.model, self.borrowed, self.settings = model, borrowed, settings
         self.empty = self._encoded("")
         drawn = [min(settings.drawn, len(texts)) for texts in (*spoken, *spoken, kept)]
         batches = sum(-(-count // AT_ONCE) for count in drawn)
         layers = len(cross_attention_names(model.family))
-        total = batches + layers + hardening_count(settings, len(spoken))
+        total = batches + layers + hardening_count(settings, len(spoken), styles)
         self.progress = Progress(on_step, total)
 
     def __call__(self, texts):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fmn import hardening
+from fmn import adversaries, hardening
+from fmn.adversaries import FREE
 from fmn.concept import Concept, Prompt
 from fmn.errors import NonFiniteLoss
 from fmn.families import CLIP_G, CLIP_L
-from fmn.hardening import ADVERSARIES, FREE, HALF, MOST, Hardening, Scene, away, hardened_layers
+from fmn.hardening import ADVERSARIES, HALF, MOST, Hardening, Scene, away, hardened_layers
 from fmn.lora_keys import PARTS
 from fmn.lowrank import Fixed, LowRank, attached
 from fmn.methods import reread
@@ -71,7 +72,7 @@ def opened(model, settings=SETTINGS, concepts=2, half=False):
         with (
             attached(worn, borrowed.module) as patch,
             attached(adapters, borrowed.module) as switch,
-            hardening.adversaries(model, borrowed) as adversary,
+            adversaries.adversaries(model, borrowed) as adversary,
         ):
             told = scenes[:concepts], kept, text_of(model, ""), adversary, settings, half
             yield Hardening(borrowed, adapters, (patch, switch), *told), adapters
@@ -172,7 +173,7 @@ class Literal:
         known = TinyText(self.model).vectors("a photo of")
         length = sum(float(v.norm()) for v in known) / len(known)
         learned = torch.stack([length * v / v.norm() for v in directions]).requires_grad_()
-        return [0, learned, torch.optim.Adam([learned], lr=hardening.WORD_LR)]
+        return [0, learned, torch.optim.Adam([learned], lr=adversaries.WORD_LR)]
 
     def __call__(self, step):
         number, turn = step % len(self.adversaries), step // len(self.adversaries)
@@ -275,7 +276,7 @@ def test_with_two_text_encoders_contexts_are_learned(model):
         for i, shift in enumerate(shifts[1:]):
             near(shift, each.learned[min(i, FREE)].detach(), 1e-4)
         # Adam's first step moves all that has a gradient by its rate.
-        rate = hardening.CONTEXT_LR * float(start.std())
+        rate = adversaries.CONTEXT_LR * float(start.std())
         near(each.learned.detach().abs(), torch.full((FREE + 1, TINY.context_dim), rate), 0.1)
 
 

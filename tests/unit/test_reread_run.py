@@ -27,8 +27,9 @@ DOG = Concept("dog", anchor="cat", aliases=("red hound",), prompts=("my dog on g
 OIL = Concept("oil painting", "style")
 CAR = Concept("car")
 FEW = reread.Settings(
-    prompts=2, kept=4, drawn=2, sampling_steps=2, guidance=2.0, places=2, size=64, damping=0.05
-)
+    prompts=2, kept=4, drawn=2, sampling_steps=2, guidance=2.0, places=2, size=64, damping=0.05,
+    push=0.7, push_style=0.7,
+)  # fmt: skip
 NAMES = cross_attention_names(TINY)
 OUTPUTS = [f"{name}.to_out.0" for name in NAMES]
 STEPS = 3 + len(NAMES)  # of one concept: drawn with it, without it, kept ones; then the layers
