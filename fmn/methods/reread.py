@@ -93,8 +93,8 @@ class Settings(Base):
     robust_steps: int = setting(
         0,
         "Training steps for each concept against attacks, after the closed form. 0: none, the "
-        "patch is made in a moment. 300: learned words and half-drawn pictures hardly bring the "
-        "concept back; takes minutes on a GPU and costs some of what is kept.",
+        "patch is made in a moment. 300: learned words bring the concept back less often; takes "
+        "minutes on a GPU and costs some of what is kept.",
         low=0,
         high=100_000,
     )
