@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.comfyui.conftest import comfyui_path, make_base  # noqa: E402
-from tests.comfyui.server import Server  # noqa: E402
 from tests.comfyui.frontend import QUIET, READY  # noqa: E402
+from tests.comfyui.server import Server  # noqa: E402
 
 FOLDER = ROOT / "example_workflows"
 VIEW = {"width": 1900, "height": 1100}
@@ -118,10 +118,12 @@ class Workflow:
     def latent(self, pictures=2):
         return self.add("EmptyLatentImage", width=128, height=128, batch_size=pictures)
 
-    def train(self, load, concept, method, **inputs):
+    def train(self, load, concept, method=None, **inputs):
+        """Without a method the node takes the default."""
+        chosen = {} if method is None else {"method": [method, 0]}
         return self.add(
             "FMN_TrainForgetPatch", model=[load, 0], clip=[load, 1], vae=[load, 2],
-            concepts=[concept, 0], method=[method, 0], **inputs,
+            concepts=[concept, 0], **chosen, **inputs,
         )  # fmt: skip
 
     def apply(self, load, train, **inputs):
@@ -164,16 +166,15 @@ def compared(flow, load, prompts, models, steps=16):
 
 def forget_a_concept():
     flow = Workflow(
-        "Makes a patch by **Re-read**, the default, on the small model that comes with the pack, "
-        "saves it, and draws the same prompt before and after.\n\nFor your own model put *Load "
-        "Checkpoint* in place of *Load Demo Checkpoint*, and name your concept."
+        "Makes a patch on the small model that comes with the pack, saves it, and draws the same "
+        "prompt before and after. No method is connected, so it is the default, "
+        "**Re-read**.\n\nFor your own model put *Load Checkpoint* in place of *Load Demo "
+        "Checkpoint*, and name your concept."
     )
     load = flow.demo()
     concept = flow.concept(prompts="a dog, noto emoji\na dog, twemoji\n3d render of a dog")
     flow.column()
-    method = flow.add("FMN_MethodReread")
-    flow.column()
-    train = flow.train(load, concept, method)
+    train = flow.train(load, concept)
     flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_dog")
     flow.add("FMN_InspectForgetPatch", patch=[train, 0])
     flow.column()
