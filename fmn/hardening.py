@@ -3,8 +3,8 @@
 Editing how text is read leaves the concept in the model: words learned from its pictures go around
 the edit, and a picture begun by another model is finished. So a low-rank change of the layers that
 write into the picture is trained, on noised pictures of the concept, away from what the frozen
-model predicts, whatever the text: the concept's prompts, other prompts, none, and contexts that an
-adversary learns at the same time (as in AdvUnlearn and STEREO). Kept prompts hold it.
+model predicts, whatever the text: the concept's prompts, other prompts, none, and words that
+adversaries learn at the same time (as in AdvUnlearn and STEREO). Kept prompts hold it.
 """
 
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .train import Optimiser
 
 # What attention and feed-forward write into the picture.
 ENDINGS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
-ADVERSARIES = 4  # a concept, each with its own learned context
+ADVERSARIES = 4  # a concept, each with words of its own
 LIFE = 60  # steps of an adversary until it starts anew
 DRAWING_STEPS = 12
 AT_ONCE = 4  # drawings
@@ -207,8 +207,7 @@ def away(concept, without, empty, push):
     ESD's target, with g = |e(concept) - e(empty)| / |e(concept) - e(without)| and at least 1: a
     style that is drawn anyway makes little difference, and is moved away from as far as others.
     """
-    lengths = ((concept - other).flatten(1).norm(dim=1) for other in (empty, without))
-    whole, own = lengths
+    whole, own = ((concept - other).flatten(1).norm(dim=1) for other in (empty, without))
     scale = (whole / own.clamp_min(1e-12)).clamp(1.0, MOST).view(-1, 1, 1, 1)
     return without - push * scale * (concept - without)
 
@@ -248,7 +247,7 @@ class Hardening:
         return forget + self.settings.robust_preserve * keep
 
     def _attack(self, scene, adversary):
-        """One step of an adversary: its context shall predict the noise on the pictures."""
+        """One step of an adversary: what it learns shall predict the noise on the pictures."""
         _, x_t, t, noise = self._noised(scene)
         for parameter in self.parameters:
             parameter.requires_grad_(False)

@@ -29,7 +29,7 @@ from ..spans import SECTION
 TITLE = "Re-read"
 ABOUT = (
     "Re-read, this pack's own closed form: makes cross-attention read prompts as if the concept "
-    "were not in them, and leaves what it reads out of other prompts. Nothing is trained."
+    "were not in them, and leaves what it reads out of other prompts. Trains only if asked to."
 )
 KEPT_PLACES = 4  # at which a kept sentence is read
 AT_ONCE = 4  # drawings
@@ -94,7 +94,7 @@ class Settings(Base):
         0,
         "Training steps for each concept against attacks, after the closed form. 0: none, the "
         "patch is made in a moment. 300: learned words bring the concept back less often; takes "
-        "minutes on a GPU and costs some of what is kept.",
+        "far longer and costs some of what is kept.",
         low=0,
         high=100_000,
     )
@@ -239,7 +239,7 @@ def _left(weight, up, down, read):
 
 
 def kept_texts(concepts, keep, settings):
-    """Sentences [..] to keep: the empty one, what the user gave, and shipped words."""
+    """What is to stay: the empty prompt, sentences of shipped words, and what the user gave."""
     if not settings.preserve:
         return [""]
     words = keep_for(concepts, (), settings.keep_list)
