@@ -7,7 +7,7 @@ draws with the demo model and lets its judge count, 8 pictures a question: UA, I
 their harmonic mean. Rows of one run have equal noise. Variants:
 
     re-read           the method at its defaults
-    push 0, push 1    without overshoot, and with more
+    push 0, push 1    people and things without overshoot, and with more; styles as ever
     rank 1, rank 2    narrower
     no kept           nothing but damping holds kept prompts
     values            the same regression on what goes into to_v, all heads alike
