@@ -66,8 +66,8 @@ class Borrowed(Protocol):
 class BorrowedText(Protocol):
     """A model's text encoders that autograd can work with, while ``Model.borrow_text`` lasts.
 
-    All their weights are frozen. Methods may hook their modules and must unhook them again. Models
-    with two encoders have ``module`` and a plain ``encode``; the rest refuses them.
+    All their weights are frozen. Methods may hook their modules and must unhook them again. Of
+    models with two encoders no words' input embeddings can be had or put in.
     """
 
     device: torch.device
@@ -92,8 +92,15 @@ class BorrowedText(Protocol):
             what SDXL reads: the second's, projected.
         """
 
-    def encode_ids(self, ids) -> torch.Tensor:
-        """Contexts [N, 77, D] of token ids [N, 77], as ``Model.encode`` gives them."""
+    def ids_of(self, texts) -> torch.Tensor:
+        """Token ids [N, E, 77] of plain strings of one section each, for each of E encoders."""
+
+    def encode_ids(self, ids) -> Text:
+        """The text of token ids [N, E, T], as ``Model.encode`` gives it.
+
+        T may be less than 77: CLIP is causal, so what is cut off changes nothing before it. The
+        first EOT has to be there still.
+        """
 
 
 class Model(Protocol):

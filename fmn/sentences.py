@@ -50,6 +50,23 @@ def sentences(concept, count):
     return found + [(prompt.text, anchored or _without(prompt)) for prompt, anchored in own]
 
 
+def styled_sentences(concept, styles, count):
+    """[(text, anchored text)]: sentences like the kept ones in styles; none for a style."""
+    if concept.kind == "style" or not styles:
+        return []
+    found = []
+    for subject in concept.subjects:
+        for i in range(count):
+            style = styles[(i * STRIDE + len(subject)) % len(styles)]
+            names = subject, concept.anchor
+            if i % 2:
+                names = with_article(subject), concept.anchor and with_article(concept.anchor)
+            # Without a name and an anchor no comma is left in front.
+            texts = [KEPT_FRAMES[2 + i % 4].format(name, style) for name in names]
+            found.append(tuple(" ".join(text.split()).replace(" ,", ",").removeprefix(", ") for text in texts))
+    return found
+
+
 def _sentence(concept, name, i):
     style = concept.kind == "style"
     frames, others = (STYLE_FRAMES, THINGS) if style else (FRAMES, SETTINGS)

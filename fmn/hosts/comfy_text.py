@@ -88,8 +88,10 @@ class _BorrowedText:
                 f"the text encoder {' and '.join(names)}: connect the CLIP of the same checkpoint."
             )
         self.pair = len(names) > 1
-        self.encoder = getattr(self.stage, names[0])
-        self.key = next(key for key in sections if ENCODERS[key] == names[0])
+        self.encoders = [getattr(self.stage, name) for name in names]
+        self.encoder = self.encoders[0]
+        self.keys = [next(k for k in sections if ENCODERS[k] == name) for name in names]
+        self.key = self.keys[0]
         self.width = _checked(self._embedding()).weight.shape[1]
 
     @property
@@ -136,11 +138,24 @@ class _BorrowedText:
             context, pooled = self.stage.encode_token_weights({self.key: [section]})[:2]
         return Text(context.float()), pooled.float()
 
+    def ids_of(self, texts):
+        rows = []
+        for text in texts:
+            self._ids(text)
+            tokens = self.clip.tokenize(text, disable_weights=True)
+            if any(len(sections) > 1 for sections in tokens.values()):
+                raise ForgetError(f"'{text:.60}...' is too long: shorten it to 75 tokens.")
+            rows.append([[token for token, *_ in tokens[key][0]] for key in self.keys])
+        return torch.tensor(rows)
+
     def encode_ids(self, ids):
-        if self.pair:
-            raise two_encoders(self.host.family)
-        with self._ready():
-            return self.encoder.encode(ids.tolist())[0].float()
+        with self._ready(projected=self.pair):
+            found = []
+            for encoder, part in zip(self.encoders, ids.unbind(1)):
+                with _first_positions(encoder, part.shape[1]):
+                    found.append(encoder.encode(part.tolist()))
+        context = torch.cat([context for context, *_ in found], -1).float()
+        return Text(context, {"pooled": found[-1][1].float()} if self.pair else {})
 
     @contextmanager
     def _ready(self, projected=False):
@@ -160,6 +175,18 @@ class _BorrowedText:
             yield
         finally:
             self.stage.reset_clip_options()
+
+
+@contextmanager
+def _first_positions(encoder, count):
+    """ComfyUI adds all 77 position embeddings; texts cut shorter need as many as they have."""
+    embedding = encoder.transformer.text_model.embeddings.position_embedding
+    whole = embedding.weight
+    embedding.weight = torch.nn.Parameter(whole[:count], requires_grad=False)
+    try:
+        yield
+    finally:
+        embedding.weight = whole
 
 
 def _checked(module):

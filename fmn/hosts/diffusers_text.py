@@ -6,7 +6,7 @@ import torch
 
 from ..concept import Prompt
 from ..model import Text, spelled, two_encoders
-from ..spans import word_positions
+from ..spans import SECTION, word_positions
 
 
 @contextmanager
@@ -33,6 +33,7 @@ def borrow_text(model, words=True):
 class _BorrowedText:
     def __init__(self, model, encoders):
         self.model, self.encoder, self.pair = model, encoders[0], len(encoders) > 1
+        self.encoders = encoders
         self.embedding = self.encoder.get_input_embeddings()
         self.width = self.embedding.weight.shape[1]
 
@@ -53,10 +54,25 @@ class _BorrowedText:
         found = [ids[position] for position in word_positions(ids)]
         return self.embedding.weight[found].detach().float().clone()
 
+    def ids_of(self, texts):
+        pipeline = self.model.pipeline
+        tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if self.pair else [])]
+        for text in texts:
+            self._ids(text)  # refuses what is too long
+        options = {"padding": "max_length", "max_length": SECTION, "return_tensors": "pt"}
+        found = [tokenizer(list(texts), **options).input_ids for tokenizer in tokenizers]
+        return torch.stack(found, 1)
+
     def encode_ids(self, ids):
-        if self.pair:
-            raise two_encoders(self.model.family)
-        return self.encoder(ids.to(self.encoder.device)).last_hidden_state.float()
+        found = [
+            encoder(part.to(encoder.device), output_hidden_states=self.pair)
+            for encoder, part in zip(self.encoders, ids.unbind(1))
+        ]
+        if not self.pair:
+            return Text(found[0].last_hidden_state.float())
+        # As SDXL reads them: both last but one states, and the second's projected pooled text.
+        context = torch.cat([each.hidden_states[-2] for each in found], -1)
+        return Text(context.float(), {"pooled": found[1].text_embeds.float()})
 
     def encode(self, prompt, vectors=None):
         if self.pair and vectors is not None:

@@ -35,13 +35,16 @@ def test_borrowed_text_is_the_encoded_prompt_in_both_hosts(pack, comfy_model, pi
     for model in (comfy_model, pipeline_model):
         with model.borrow_text() as text:
             encoded, pooled = text.encode(PROMPT)
-            ids = torch.tensor([model.tokenize(Prompt(PROMPT, "dog"))] * 2)
-            rows = text.encode_ids(ids)
+            ids = text.ids_of([PROMPT] * 2)
+            assert ids[0, 0].tolist() == model.tokenize(Prompt(PROMPT, "dog"))
+            rows = text.encode_ids(ids).context
+            short = text.encode_ids(ids[..., :20]).context
             assert text.width == 128 and text.vectors("dog house").shape == (2, 128)
         expected = model.encode(Prompt(PROMPT, "dog")).context
         assert encoded.context.shape == (1, 77, 128) and pooled.shape == (1, 128)
         torch.testing.assert_close(encoded.context, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(rows, expected.expand(2, -1, -1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(short, rows[:, :20], rtol=0, atol=1e-5)
         found.append((encoded.context, pooled))
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)

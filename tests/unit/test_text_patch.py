@@ -219,8 +219,9 @@ def test_two_encoders_can_be_borrowed_but_learn_no_words(tiny_xl):
             text.vectors("dog")
         with of_two_encoders():
             text.encode("a <*>", torch.zeros(1, 16))
-        with of_two_encoders():
-            text.encode_ids(torch.zeros(1, 77, dtype=torch.long))
+        ids = text.ids_of([PROMPT.text, "a cat"])
+        assert ids.shape == (2, 2, 77)
+        both = text.encode_ids(ids[..., :20])
         with pytest.raises(ForgetError, match="placeholder"):
             text.encode("a <*>")
         with pytest.raises(ForgetError, match="tokens"):
@@ -232,6 +233,8 @@ def test_two_encoders_can_be_borrowed_but_learn_no_words(tiny_xl):
     assert torch.equal(encoded.context, expected.context)
     assert torch.equal(encoded.vectors["pooled"], expected.vectors["pooled"])
     assert torch.equal(pooled, expected.vectors["pooled"])
+    torch.testing.assert_close(both.context[:1], expected.context[:, :20], rtol=0, atol=1e-5)
+    torch.testing.assert_close(both.vectors["pooled"][:1], pooled, rtol=0, atol=1e-5)
 
 
 def test_only_the_first_of_two_encoders_is_trained(tiny_xl):

@@ -156,8 +156,12 @@ class TinyText:
         ids = self._ids(words)
         return self.model.embedding[[ids[position] for position in word_positions(ids)]].clone()
 
+    def ids_of(self, texts):
+        return torch.tensor([[self._ids(text)] for text in texts])
+
     def encode_ids(self, ids):
-        return self.model.embedding[ids] + self.model.position
+        rows = self.model.embedding[ids[:, 0]] + self.model.position[: ids.shape[2]]
+        return Text(rows)
 
     def encode(self, prompt, vectors=None):
         ids = spelled(self._ids, prompt, 0 if vectors is None else len(vectors))

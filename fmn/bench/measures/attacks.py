@@ -300,7 +300,7 @@ class Scorer:
     @torch.no_grad()
     def __call__(self, candidates):
         rows = torch.tensor([self.row(candidate) for candidate in candidates])
-        embedded = self.text.encode_ids(rows).float().cpu()
+        embedded = self.text.encode_ids(rows[:, None]).context.cpu()
         scores = (embedded - self.wanted).square().sum((1, 2))
         for i, candidate in enumerate(candidates):
             if any(name.search(self.prompt(candidate)) for name in self.names):

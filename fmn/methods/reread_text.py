@@ -1,0 +1,196 @@
+"""Re-read in the text encoder: a hundred concepts and more in one patch of bounded rank.
+
+What cross-attention reads has too few dimensions to move a hundred concepts by one linear map and
+leave the rest (``docs/methods/reread_text.md``). A text encoder tells words apart before it mixes
+them, and is not linear. So low-rank changes of all its layers are trained until it gives, for a
+sentence with a concept, what it gave for the same sentence without it. The U-Net is not run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..closed_form import preserve, weight_gram
+from ..contexts import keep_list_setting
+from ..families import text_layers
+from ..fitting import autograd, fit, make_adapters, patch_of
+from ..keep import keep_for
+from ..lowrank import attached
+from ..sentences import kept_sentences, sentences, styled_sentences
+from ..settings import Settings as Base
+from ..settings import lr, rank, seed, setting
+from ..spans import END
+from ..train import Optimiser
+
+TITLE = "Re-read, text encoder"
+ABOUT = (
+    "Re-read for many concepts at once: trains the text encoder to give sentences with a concept "
+    "as it gave them without, and others as before. The patch is for the CLIP."
+)
+AT_ONCE = 64  # sentences that are encoded together
+MARGIN = 8  # positions of padding that are trained on behind the longest sentence
+FAINT = 0.05  # pairs that differ less than this share of the mean count as if they differed so much
+SOLVED = 0.02  # share of the difference below which a pair is not met less often any more
+
+
+@dataclass(frozen=True)
+class Settings(Base):
+    steps: int = setting(
+        1000,
+        "Training steps in all, however many concepts. More: more is forgotten and less harmed.",
+        low=1,
+        high=100_000,
+    )
+    lr: float = lr(5e-3, "AdamW's learning rate at the start; it falls to zero.")
+    rank: int = rank(32)
+    batch: int = setting(
+        32,
+        "Sentences with a concept in each step, and as many kept ones. Smaller is faster and less "
+        "steady.",
+        low=1,
+        high=1024,
+    )
+    preserve: float = preserve(1.0)
+    prompts: int = setting(
+        6,
+        "Sentences with each name, from a fixed list; as many with styles, and its own prompts, "
+        "come on top.",
+        low=1,
+        high=180,
+    )
+    kept: int = setting(
+        1500,
+        "Sentences with kept words. More: less harm. Half of the kept sentences of a step are "
+        "those of what is connected to keep, if anything is.",
+        low=0,
+        high=10_000,
+    )
+    keep_list: str = keep_list_setting()
+    seed: int = seed()
+
+
+PRESETS = {"reread-many": Settings()}
+
+
+@autograd()
+def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+    """Train a patch of the text encoder; see ``methods.forget``."""
+    base = model.fingerprint()
+    pairs, kept, own = _texts(concepts, keep, settings)
+    with model.borrow() as borrowed:
+        metric = read_metric(borrowed, model.family)
+    names = [layer.name for layer in text_layers(model.family)]
+    with model.borrow_text(words=False) as encoder:
+        lessons = Lessons(encoder, pairs, kept, own, metric, settings)
+        adapters = make_adapters(encoder.module, names, settings, encoder.device)
+        half = encoder.module(names[0]).weight.dtype == torch.float16
+        optimiser = Optimiser(settings.lr, weight_decay=0.0, decay=True)
+        with attached(adapters, encoder.module):
+            losses, error = fit(adapters, lessons, settings.steps, optimiser, on_step, half)
+        # Of two encoders the U-Net does not read the last block of the first: it stays as it is.
+        adapters = {name: adapter for name, adapter in adapters.items() if adapter.up.any()}
+    patch = patch_of(model, base, concepts, settings, adapters, losses)
+    if error:
+        error.patch = patch
+        raise error
+    return patch
+
+
+def _texts(concepts, keep, settings):
+    """Pairs of sentences with and without a concept, kept sentences, and those of given words."""
+    styles = keep_for(concepts, (), "styles")
+    pairs = []
+    for concept in concepts:
+        pairs += sentences(concept, settings.prompts)
+        pairs += styled_sentences(concept, styles, settings.prompts)
+    if not settings.preserve:
+        return pairs, [""], []
+    words = keep_for(concepts, keep, settings.keep_list)
+    kept = kept_sentences(words, styles, settings.kept)
+    given = keep_for(concepts, keep, "none")
+    own = kept_sentences(given, styles, settings.prompts * len(given))[1:]
+    return pairs, kept, [*given, *own]
+
+
+def read_metric(borrowed, family):
+    """R [D, D], float32: |c R|^2 is the mean square of what keys and values make of a context c.
+
+    An error that no layer reads is none.
+    """
+    values, vectors = torch.linalg.eigh(weight_gram(borrowed, family))
+    values = values.clamp(min=0) / values.clamp(min=0).sum()
+    return (vectors * values.sqrt()).float()
+
+
+class Lessons:
+    """The loss of each step; use while the adapters are attached.
+
+    For a sentence a with a concept, b the same without it, and a kept sentence k, with E what the
+    frozen encoder gives and E' the one in training, in the metric R of what the U-Net reads:
+
+        |E'(a) - E(b)|^2 / |E(a) - E(b)|^2  +  p |E'(k) - E(k)|^2 / mean |E(a) - E(b)|^2
+
+    averaged over a batch. Pairs are drawn in proportion to what was left of them when last met:
+    concepts close to something kept need more steps than others.
+
+    Args:
+        encoder: a ``BorrowedText``. metric: of ``read_metric``.
+        pairs: [(text, text)]. kept, own: texts; half of the kept ones come from ``own``, if any.
+        settings: of this module.
+    """
+
+    def __init__(self, encoder, pairs, kept, own, metric, settings):
+        self.encoder, self.settings = encoder, settings
+        self.metric = metric.to(encoder.device)
+        texts = [text for text, _ in pairs], [other for _, other in pairs], [*kept, *own]
+        ids = [encoder.ids_of(each) for each in texts]
+        length = min(max(int(_lengths(each).max()) for each in ids) + MARGIN, ids[0].shape[2])
+        self.concept, others, self.kept = (each[..., :length] for each in ids)
+        self.first_own = len(kept)
+        with torch.no_grad():
+            before, targets = self._encode(self.concept), self._encode(others)
+            apart = [(one - other).square().sum(1).mean() for one, other in zip(before, targets)]
+            # Pooled text counts as much as all of the context.
+            self.shares = [(apart[0] / each).sqrt() for each in apart]
+            self.targets, self.stays = self._joined(targets), self._joined(self._encode(self.kept))
+            square = (self._joined(before) - self.targets).square().sum(1)
+        self.scale = square.mean()
+        self.apart = square.clamp(min=FAINT * float(self.scale))
+        self.left = torch.ones(len(pairs))
+        self.generator = torch.Generator().manual_seed(settings.seed)
+
+    def __call__(self, step):
+        count = self.settings.batch
+        chosen = torch.multinomial(self.left, count, True, generator=self.generator)
+        kept = self._kept(count)
+        ids = torch.cat([self.concept[chosen], self.kept[kept]])
+        gone, stay = self._joined(self._read(self.encoder.encode_ids(ids))).split(count)
+        left = (gone - self.targets[chosen]).square().sum(1) / self.apart[chosen]
+        self.left[chosen] = left.detach().cpu().clamp(min=SOLVED)
+        moved = (stay - self.stays[kept]).square().sum(1).mean() / self.scale
+        return left.mean() + self.settings.preserve * moved
+
+    def _kept(self, count):
+        """Rows of kept sentences, a half of them of given words if there are some."""
+        rows = torch.randint(self.first_own, (count,), generator=self.generator)
+        given = len(self.kept) - self.first_own
+        if given:
+            half = count // 2
+            rows[:half] = self.first_own + torch.randint(given, (half,), generator=self.generator)
+        return rows
+
+    def _encode(self, ids):
+        parts = [self._read(self.encoder.encode_ids(each)) for each in ids.split(AT_ONCE)]
+        return [torch.cat(each) for each in zip(*parts)]
+
+    def _read(self, text):
+        """The context in the metric, and pooled text where there is some: rows of [N, .]."""
+        return [(text.context @ self.metric).flatten(1), *text.vectors.values()]
+
+    def _joined(self, rows):
+        return torch.cat([share * each for share, each in zip(self.shares, rows)], 1)
+
+
+def _lengths(ids):
+    """Positions up to the first EOT, for each row of [N, E, 77]; the longest of its encoders."""
+    return (ids == END).int().argmax(2).amax(1) + 1
