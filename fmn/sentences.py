@@ -63,8 +63,17 @@ def styled_sentences(concept, styles, count):
                 names = with_article(subject), concept.anchor and with_article(concept.anchor)
             # Without a name and an anchor no comma is left in front.
             texts = [KEPT_FRAMES[2 + i % 4].format(name, style) for name in names]
-            found.append(tuple(" ".join(text.split()).replace(" ,", ",").removeprefix(", ") for text in texts))
+            found.append(
+                tuple(
+                    " ".join(text.split()).replace(" ,", ",").removeprefix(", ") for text in texts
+                )
+            )
     return found
+
+
+def _tidy(text):
+    """Without the spaces and the comma in front that a missing name leaves."""
+    return " ".join(text.split()).replace(" ,", ",").removeprefix(", ")
 
 
 def _sentence(concept, name, i):

@@ -16,7 +16,7 @@ from ..errors import ForgetError
 
 # module -> its presets, the defaults first
 METHODS = {
-    "reread": ("reread", "reread-robust"),
+    "reread": ("reread", "reread-auto", "reread-robust"),
     "reread_text": ("reread-many",),
     "resteer": ("resteer", "resteer-released"),
     "esd": ("esd", "esd-u", "esd-paper", "esd-2025"),

@@ -5,34 +5,30 @@ queries of real drawings. ``docs/methods/reread.md`` derives it and tells what e
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..closed_form import exact, finished, gram, preserve, rank_setting
-from ..concept import Prompt
 from ..contexts import keep_list_setting
-from ..errors import ForgetError
 from ..fitting import autograd
-from ..hardening import count as hardening_count
-from ..hardening import harden, picture_counts
+from ..hardening import harden
 from ..keep import keep_for
 from ..lowrank import truncate
-from ..model import Text, cross_attention_names
-from ..output_form import Progress
 from ..patch import MAX_RANK
-from ..readout import cross_attention_layers, read_out, record_queries
+from ..readings import Drawings, Kept, Reading
+from ..readout import cross_attention_layers
+from ..remaining import Remaining
 from ..sentences import blanked, kept_sentences, sentences
 from ..settings import Settings as Base
 from ..settings import checkpointing, lr, seed, setting, size
-from ..spans import SECTION
 
 TITLE = "Re-read"
 ABOUT = (
     "Re-read, this pack's own closed form: makes cross-attention read prompts as if the concept "
     "were not in them, and leaves what it reads out of other prompts. Trains only if asked to."
 )
-KEPT_PLACES = 4  # at which a kept sentence is read
-AT_ONCE = 4  # drawings
+PUSH_STEP = 0.2
 BLANKS = 4  # sentences in which adversaries' words are met, beside the concept's own
 
 
@@ -51,6 +47,14 @@ class Settings(Base):
         "The same for styles, which need more: asked for none, a model draws one anyway.",
         low=0.0,
         high=4.0,
+        step=0.01,
+    )
+    stop_at: float = setting(
+        0.0,
+        "Go no further than needed: push is raised in steps until only this share of what the "
+        "concept does to a drawing's first predictions is left. 0: always as far as push says.",
+        low=0.0,
+        high=1.0,
         step=0.01,
     )
     preserve: float = preserve(10.0)
@@ -134,6 +138,7 @@ class Settings(Base):
 
 PRESETS = {
     "reread": Settings(),
+    "reread-auto": Settings(push=1.0, push_style=1.0, stop_at=0.08),
     "reread-robust": Settings(push=0.7, push_style=1.2, robust_steps=300),
 }
 
@@ -183,16 +188,57 @@ def closed_form(draw, spoken, kept, pushes):
     model, borrowed, settings = draw.model, draw.borrowed, draw.settings
     readings = [Reading.of(model, pairs, draw) for pairs in spoken]
     stay = Kept(model.encode_all(kept), [draw(kept), *(r.queries for r in readings)], settings)
+    problems = (
+        Problem(
+            f"{layer.name}.to_out.0",
+            exact(borrowed.module(f"{layer.name}.to_out.0").weight.detach()),
+            [reading.rows(layer) for reading in readings],
+            stay.rows(layer),
+        )
+        for layer in cross_attention_layers(borrowed, model.family)
+    )
+    if settings.stop_at:
+        problems = list(problems)
+        pushes = far_enough(draw, problems, spoken, pushes)
     changes, left = {}, []
-    for layer in cross_attention_layers(borrowed, model.family):
-        name = f"{layer.name}.to_out.0"
-        weight = exact(borrowed.module(name).weight.detach())
-        read = [reading.rows(layer) for reading in readings]
-        up, down = solve(weight, read, stay.rows(layer), settings, pushes)
-        changes[name] = up.float().cpu(), down.float().cpu()
-        left.append(_left(weight, up, down, read))
+    for problem in problems:
+        up, down = solve(problem.weight, problem.read, problem.kept, settings, pushes)
+        changes[problem.name] = up.float().cpu(), down.float().cpu()
+        left.append(_left(problem.weight, up, down, problem.read))
         draw.progress(sum(left) / len(left))
     return changes, sum(left) / len(left)
+
+
+class Problem(NamedTuple):
+    """What a layer's change is solved from: its name, W, (o, o*) of each concept, kept rows."""
+
+    name: str
+    weight: torch.Tensor
+    read: list
+    kept: torch.Tensor
+
+
+def far_enough(draw, problems, spoken, limits):
+    """For each concept the least push, in steps of ``PUSH_STEP`` up to its limit, that is enough.
+
+    Enough is when at most ``settings.stop_at`` of it remains; see ``Remaining``. Each concept is
+    judged with all the others at what they have reached.
+    """
+    settings = draw.settings
+    remaining = [Remaining(draw, pairs) for pairs in spoken]
+    pushes = [0.0] * len(limits)
+    while True:
+        changes = {
+            each.name: solve(each.weight, each.read, each.kept, settings, pushes)
+            for each in problems
+        }
+        further = [
+            min(push + PUSH_STEP, limit) if share(changes) > settings.stop_at else push
+            for share, push, limit in zip(remaining, pushes, limits)
+        ]
+        if further == pushes:
+            return pushes
+        pushes = further
 
 
 def solve(weight, read, kept, settings, pushes=None):
@@ -245,90 +291,3 @@ def kept_texts(concepts, keep, settings):
     words = keep_for(concepts, (), settings.keep_list)
     styles = keep_for(concepts, (), "styles")
     return [*kept_sentences(words, styles, settings.kept), *keep_for(concepts, keep, "none")]
-
-
-class Reading:
-    """A concept's sentences beside those without it, and queries of drawings of both.
-
-    Attributes:
-        concept, other: contexts [n, 77, D]. queries: layer name -> [drawn, S, C].
-    """
-
-    def __init__(self, concept, other, queries):
-        self.concept, self.other, self.queries = concept, other, queries
-
-    @staticmethod
-    def of(model, pairs, draw):
-        texts, others = ([pair[side] for pair in pairs] for side in (0, 1))
-        first, second = draw(texts), draw(others)
-        concept, other = model.encode_all(texts), model.encode_all(others)
-        if torch.equal(concept, other):
-            raise ForgetError(
-                f"'{texts[0]:.60}' is encoded as '{others[0]:.60}' is: check how the concept is "
-                "spelled, and that its anchor is something else."
-            )
-        queries = {name: torch.cat([first[name], second[name]], 1) for name in first}
-        return Reading(concept, other, queries)
-
-    def rows(self, layer):
-        """What the layer reads out of both, at the same places: (o, o*) of [n S, C], float64."""
-        queries = self.queries[layer.name]
-        queries = queries[torch.arange(len(self.concept)) % len(queries)]
-        return tuple(
-            exact(read_out(layer, queries, contexts)).flatten(0, 1)
-            for contexts in (self.concept, self.other)
-        )
-
-
-class Kept:
-    """Kept sentences, each read at a few places of any drawing."""
-
-    def __init__(self, contexts, drawings, settings):
-        self.contexts, self.drawings = contexts, drawings
-        self.generator = torch.Generator().manual_seed(settings.seed)
-
-    def rows(self, layer):
-        """What the layer reads out of them, [n, C] in float64."""
-        queries = torch.cat([each[layer.name].flatten(0, 1) for each in self.drawings])
-        shape = len(self.contexts), KEPT_PLACES
-        chosen = torch.randint(len(queries), shape, generator=self.generator)
-        return exact(read_out(layer, queries[chosen], self.contexts)).flatten(0, 1)
-
-
-class Drawings:
-    """Draws some of a list's texts and gives the queries recorded on the way."""
-
-    def __init__(self, model, borrowed, settings, on_step, spoken, kept, styles=0):
-        self.model, self.borrowed, self.settings = model, borrowed, settings
-        self.empty = self._encoded("")
-        drawn = [min(settings.drawn, len(texts)) for texts in (*spoken, *spoken, kept)]
-        batches = sum(-(-count // AT_ONCE) for count in drawn)
-        layers = len(cross_attention_names(model.family))
-        total = batches + layers + hardening_count(settings, len(spoken), styles)
-        self.progress = Progress(on_step, total)
-
-    def __call__(self, texts):
-        settings, count = self.settings, min(self.settings.drawn, len(texts))
-        chosen = [texts[i * len(texts) // count] for i in range(count)]
-        side = (settings.size or self.model.family.resolution) // 8
-        queries = record_queries(
-            self.borrowed, self.model.family, [self._encoded(text) for text in chosen], self.empty,
-            settings, side, AT_ONCE, lambda: self.progress(1.0),
-        )  # fmt: skip
-        if not all(torch.isfinite(each).all() for each in queries.values()):
-            raise ForgetError(
-                "Cross-attention gave numbers that are not finite while prompts were drawn: load "
-                "the model in float32 or bfloat16."
-            )
-        return queries
-
-    def encoded(self, texts):
-        """Texts as one batch, at most as many of them as hardening draws of what is kept."""
-        count = min(len(texts), max(picture_counts(self.settings)))
-        return Text.cat([self._encoded(texts[i * len(texts) // count]) for i in range(count)])
-
-    def _encoded(self, text):
-        found = self.model.encode(Prompt(text, text))
-        if found.context.shape[1] != SECTION:
-            raise ForgetError(f"'{text:.60}...' is too long: shorten it to 75 tokens.")
-        return found

@@ -108,7 +108,9 @@ def test_two_concepts_go_and_a_kept_one_stays(model, tmp_path):
     told = []
     settings = settings_of("reread-many", {"steps": 80, "kept": 60, "batch": 16})
     patch = forget(model, concepts, settings, told.append, keep=["a cat"])
-    assert same_tensors(before[0], weights_of(encoder)) and same_tensors(before[1], weights_of(unet))
+    assert same_tensors(before[0], weights_of(encoder)) and same_tensors(
+        before[1], weights_of(unet)
+    )
     assert not any(module._forward_hooks for module in encoder.modules())
     assert set(patch.changes) == {layer.name for layer in text_layers(DEMO)}
     assert len(told) == 80 and told[-1].losses[-1] < 0.3 * told[0].losses[0]
