@@ -5,7 +5,7 @@
 forgets the first N of the demo model's 120 things, in an order that a seed fixes; the last 20 are
 never forgotten. In %: of forgotten things' pictures, those that no longer show them (UA); of the
 other 20 things' pictures, those with the right thing, and with the right style. ``named``: these 20
-are given as what is to be kept; else only the shipped list speaks for them.
+and the styles are given as what is to be kept; else only the shipped lists speak for them.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def main():
                 if how == "apart":
                     patches = [forget(model, [each], settings) for each in concepts]
                 else:
-                    keep = [suite.concepts[name] for name in stay] if "named" in how else ()
+                    keep = [suite.concepts[name] for name in stay] + list(suite.styles)
+                    keep = keep if "named" in how else ()
                     patches = [forget(model, concepts, settings, keep=keep)]
                 row(method, count, how, patches, time.perf_counter() - start)
 

@@ -4,6 +4,7 @@ UCE's ridge regression, moved from single tokens to what a layer reads out of wh
 queries of real drawings. ``docs/methods/reread.md`` derives it and tells what else was tried.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,8 +52,9 @@ class Settings(Base):
     )
     stop_at: float = setting(
         0.0,
-        "Go no further than needed: push is raised in steps until only this share of what the "
-        "concept does to a drawing's first predictions is left. 0: always as far as push says.",
+        "Go no further than needed: push is raised in steps until at most this share of what the "
+        "concept does to a drawing's first predictions is left, or a step takes less of it than "
+        "that. 0: always as far as push says.",
         low=0.0,
         high=1.0,
         step=0.01,
@@ -138,7 +140,7 @@ class Settings(Base):
 
 PRESETS = {
     "reread": Settings(),
-    "reread-auto": Settings(push=1.0, push_style=1.0, stop_at=0.08),
+    "reread-auto": Settings(push=1.0, push_style=1.0, stop_at=0.03),
     "reread-robust": Settings(push=0.7, push_style=1.2, robust_steps=300),
 }
 
@@ -221,24 +223,26 @@ class Problem(NamedTuple):
 def far_enough(draw, problems, spoken, limits):
     """For each concept the least push, in steps of ``PUSH_STEP`` up to its limit, that is enough.
 
-    Enough is when at most ``settings.stop_at`` of it remains; see ``Remaining``. Each concept is
-    judged with all the others at what they have reached.
+    That is where at most ``settings.stop_at`` of it remains, or the last step took less than that;
+    see ``Remaining``. Each concept is judged with all the others at what they have reached.
     """
-    settings = draw.settings
-    remaining = [Remaining(draw, pairs) for pairs in spoken]
-    pushes = [0.0] * len(limits)
-    while True:
+    enough, remaining = draw.settings.stop_at, [Remaining(draw, pairs) for pairs in spoken]
+    pushes, going = [0.0] * len(limits), list(range(len(limits)))
+    shares = dict.fromkeys(going, math.inf)
+    while going:
         changes = {
-            each.name: solve(each.weight, each.read, each.kept, settings, pushes)
+            each.name: solve(each.weight, each.read, each.kept, draw.settings, pushes)
             for each in problems
         }
-        further = [
-            min(push + PUSH_STEP, limit) if share(changes) > settings.stop_at else push
-            for share, push, limit in zip(remaining, pushes, limits)
+        before, shares = shares, {i: remaining[i](changes) for i in going}
+        going = [
+            i
+            for i in going
+            if shares[i] > enough and before[i] - shares[i] >= enough and pushes[i] < limits[i]
         ]
-        if further == pushes:
-            return pushes
-        pushes = further
+        for i in going:
+            pushes[i] = min(pushes[i] + PUSH_STEP, limits[i])
+    return pushes
 
 
 def solve(weight, read, kept, settings, pushes=None):

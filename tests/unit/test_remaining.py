@@ -109,7 +109,8 @@ class Told:
     [
         ([0.05], [0.05], [0.0, 0.0]),
         ([0.3, 0.05], [0.1], [0.2, 0.0]),
-        ([0.3], [0.3, 0.2, 0.1], [0.5, 0.4]),  # the first never gets there: its limit
+        ([0.9, 0.7, 0.5, 0.3], [0.4, 0.25, 0.1], [0.5, 0.4]),  # the first stops at its limit
+        ([0.5, 0.35, 0.3], [0.2, 0.15], [0.4, 0.2]),  # a step that takes less than 0.1 is the last
     ],
 )
 def test_each_concept_goes_as_far_as_it_needs(model, monkeypatch, first, second, pushes):
