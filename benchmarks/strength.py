@@ -3,12 +3,14 @@
     python benchmarks/strength.py reread
 
 makes a patch for each target that settings may be chosen on, draws with it at each strength, and
-lets the judge count, 8 pictures a question. In %: UA, IRA and CRA as in ConceptBench; artefacts is
+lets the judge count, 8 pictures a question. In %: UA, IRA and CRA as in ConceptBench; unclear is
 the share of the target's pictures in which the judge gives no thing, or no style, a probability of
-one half.
+one half. The last row is the untouched model, asked with the target's name left out of the prompt:
+what "gone" looks like where nothing was edited.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,9 +30,9 @@ STRENGTHS = 0.0, 0.2, 0.4, 0.59, 0.8, 1.0, 1.2, 1.5
 COUNT = 8
 
 
-def unclear(trial):
-    """Share of the target's pictures in which the judge is sure of nothing."""
-    images = trial.draw(trial.target_asks())
+def unclear(trial, asks):
+    """Share of the pictures in which the judge is sure of nothing."""
+    images = trial.draw(asks)
     sure = [trial.judge.probabilities(images, name).amax(1) for name in ("concept", "style")]
     return float((torch.stack(sure).amin(0) < 0.5).float().mean())
 
@@ -40,7 +42,7 @@ def main(preset):
     targets, cache = [target for target in suite.targets if target.split == "tune"], {}
     settings = settings_of(preset, {})
     patches = [forget(model, [suite.concept(target)], settings) for target in targets]
-    print("| strength | UA | IRA | CRA | artefacts |\n|---:|---:|---:|---:|---:|")
+    print("| strength | UA | IRA | CRA | unclear |\n|---:|---:|---:|---:|---:|")
     for strength in STRENGTHS:
         rows = []
         for target, patch in zip(targets, patches):
@@ -49,9 +51,19 @@ def main(preset):
                 trial = Trial(suite, target, studio, judge, count=COUNT, cache=cache)
                 found = unlearn_canvas(pictures(trial)["rows"], target.domain, resamples=2)
                 shares = [found[name]["value"] for name in ("UA", "IRA", "CRA")]
-                rows.append([*shares, unclear(trial)])
+                rows.append([*shares, unclear(trial, trial.target_asks())])
         told = " | ".join(f"{share:.0%}" for share in torch.tensor(rows).mean(0).tolist())
         print(f"| {strength} | {told} |", flush=True)
+    with open_studio(model, suite.sampling) as studio:
+        shares = []
+        for target in targets:
+            trial = Trial(suite, target, studio, judge, count=COUNT)
+            asks = [
+                replace(ask, prompt=" ".join(ask.prompt.replace(target.name, "").split()))
+                for ask in trial.target_asks()
+            ]
+            shares.append(unclear(trial, asks))
+    print(f"| name left out | | | | {sum(shares) / len(shares):.0%} |")
 
 
 if __name__ == "__main__":

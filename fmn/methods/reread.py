@@ -12,10 +12,12 @@ import torch
 
 from ..closed_form import exact, finished, gram, preserve, rank_setting
 from ..contexts import keep_list_setting
+from ..errors import NonFiniteLoss
 from ..fitting import autograd
 from ..hardening import harden
 from ..keep import keep_for
 from ..lowrank import truncate
+from ..model import PLACEHOLDER
 from ..patch import MAX_RANK
 from ..readings import Drawings, Kept, Reading
 from ..readout import cross_attention_layers
@@ -30,6 +32,7 @@ ABOUT = (
     "were not in them, and leaves what it reads out of other prompts. Trains only if asked to."
 )
 PUSH_STEP = 0.2
+ADVERSARY = "a a"  # as long as the words that an adversary learns
 BLANKS = 4  # sentences in which adversaries' words are met, beside the concept's own
 
 
@@ -163,25 +166,37 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
             settings.push_style if concept.kind == "style" else settings.push
             for concept in concepts
         ]
+        texts = _hardening_texts(draw, concepts, spoken, kept) if settings.robust_steps else None
         changes, left = closed_form(draw, spoken, kept, pushes)
         losses, error = [1.0, left], None
-        if settings.robust_steps:
-            texts = [
-                (*map(draw.encoded, zip(*pairs)), blanked(concept, BLANKS))
-                for concept, pairs in zip(concepts, spoken)
-            ]
-            styled = [draw.encoded([f"{text}, {name}" for text in kept]) for name in styles]
-            found = harden(
-                model, borrowed, changes, texts, draw.encoded(kept), styled, draw.empty, settings,
-                draw.progress,
-            )  # fmt: skip
-            changes, error = found[0], found[2]
-            losses += found[1]
+        if texts:
+            try:
+                changes, more, error = harden(
+                    model, borrowed, changes, *texts, draw.empty, settings, draw.progress
+                )
+                losses += more
+            except NonFiniteLoss as caught:  # at once: the closed form is what there is
+                error = caught
     patch = finished(model, base, concepts, settings, changes, losses)
     if error:
         error.patch = patch
         raise error
     return patch
+
+
+def _hardening_texts(draw, concepts, spoken, kept):
+    """What ``harden`` trains on: of each concept, kept ones, and these in each style that goes.
+
+    Raises:
+        ForgetError: a prompt is too long, also with the adversaries' words in the name's place.
+    """
+    blanks = [blanked(concept, BLANKS) for concept in concepts]
+    for text in dict.fromkeys(text for own in blanks for text in own):
+        draw.encoded_one(text.replace(PLACEHOLDER, ADVERSARY))
+    own = [(*map(draw.encoded, zip(*pairs)), one) for pairs, one in zip(spoken, blanks)]
+    styles = [concept.name for concept in concepts if concept.kind == "style"]
+    styled = [draw.encoded([f"{text}, {name}" for text in kept]) for name in styles]
+    return own, draw.encoded(kept), styled
 
 
 @torch.no_grad()

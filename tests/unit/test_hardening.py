@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from fmn import adversaries, hardening
 from fmn.adversaries import FREE
 from fmn.concept import Concept, Prompt
-from fmn.errors import NonFiniteLoss
 from fmn.families import CLIP_G, CLIP_L
 from fmn.hardening import ADVERSARIES, HALF, MOST, Hardening, Scene, away, hardened_layers
 from fmn.lora_keys import PARTS
@@ -21,9 +20,8 @@ from fmn.model import Text
 from fmn.patch import save_patch
 
 from .literal import near
-from .test_readout import hooks_of
 from .test_reread_run import FEW, STEPS
-from .tiny import TINY, TinyBorrowed, TinyModel, TinyText, random_changes, same_tensors, weights_of
+from .tiny import TINY, TinyBorrowed, TinyModel, TinyText, random_changes
 
 SETTINGS = replace(
     FEW, push=0.7, rank=3, robust_steps=2, robust_pictures=2, robust_rank=2, robust_push=1.5,
@@ -32,7 +30,6 @@ SETTINGS = replace(
 DOG, CAR = Concept("dog", anchor="cat", prompts=("my dog on grass",)), Concept("car")
 NAMES = hardened_layers(TINY)
 BLANKS = ("a photo of <*>", "my <*> on grass", "<*> in a forest")
-TOTAL = STEPS + hardening.count(SETTINGS, 1)
 ALPHAS = TinyBorrowed(TinyModel()).alphas_cumprod.tolist()
 CHANGES = random_changes(TINY, 3, lambda layer: layer.name.endswith("attn2.to_out.0"), size=0.2)
 
@@ -316,36 +313,3 @@ def test_a_run_makes_a_plain_lora(model, tmp_path, monkeypatch):
     again, _ = reread.run(model, [DOG, CAR], replace(settings, checkpointing=True))
     for name in NAMES:
         torch.testing.assert_close(again.change_of(name), patch.change_of(name))
-
-
-def test_a_run_that_blows_up_leaves_a_patch(model):
-    def poison(step):
-        model.poisoned = step.index == step.total - 2
-
-    with pytest.raises(NonFiniteLoss, match="step 4 of 5") as caught:
-        reread.run(model, [DOG], replace(SETTINGS, robust_steps=5), poison)
-    patch = caught.value.patch
-    assert patch.info["loss"]["steps"] == 2 + 3
-    assert all(torch.isfinite(patch.change_of(name)).all() for name in NAMES)
-
-
-@pytest.mark.parametrize("last", [STEPS + 1, TOTAL - 1, TOTAL])
-def test_cancelling(model, last):
-    """While pictures are drawn, after the first step of training, and after the last."""
-    model.unet.conv_in.weight.requires_grad_(False)
-    before = weights_of(model.unet)
-    flags = [parameter.requires_grad for parameter in model.unet.parameters()]
-
-    def checkpointed():
-        return any("forward" in vars(module) for module in model.unet.modules())
-
-    def cancel(step):
-        assert checkpointed() == (step.index > TOTAL - 2)
-        if step.index == last:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        reread.run(model, [DOG], replace(SETTINGS, checkpointing=True), cancel)
-    assert same_tensors(before, weights_of(model.unet))
-    assert not hooks_of(model) and not checkpointed()
-    assert flags == [parameter.requires_grad for parameter in model.unet.parameters()]

@@ -1,0 +1,84 @@
+"""How a hardening run on the tiny model ends early: blown up, refused or cancelled."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fmn import hardening
+from fmn.concept import Concept
+from fmn.errors import ForgetError, NonFiniteLoss
+from fmn.methods import reread
+
+from .test_hardening import DOG, NAMES, SETTINGS
+from .test_readout import hooks_of
+from .test_reread_run import STEPS
+from .tiny import TinyModel, same_tensors, weights_of
+
+TOTAL = STEPS + hardening.count(SETTINGS, 1)
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(hardening, "DRAWING_STEPS", 3)
+    return TinyModel()
+
+
+def test_a_run_that_blows_up_leaves_a_patch(model):
+    def poison(step):
+        model.poisoned = step.index == step.total - 2
+
+    with pytest.raises(NonFiniteLoss, match="step 4 of 5") as caught:
+        reread.run(model, [DOG], replace(SETTINGS, robust_steps=5), poison)
+    patch = caught.value.patch
+    assert patch.info["loss"]["steps"] == 2 + 3
+    assert all(torch.isfinite(patch.change_of(name)).all() for name in NAMES)
+
+
+def test_a_run_that_blows_up_at_once_leaves_the_closed_form(model):
+    def poison(step):
+        model.poisoned = step.index == step.total - 5
+
+    settings = replace(SETTINGS, robust_steps=5)
+    with pytest.raises(NonFiniteLoss, match="step 1 of 5") as caught:
+        reread.run(model, [DOG], settings, poison)
+    model.poisoned = False
+    plain = reread.run(model, [DOG], replace(settings, robust_steps=0))
+    assert set(caught.value.patch.changes) == set(plain.changes)
+    for name in plain.changes:
+        torch.testing.assert_close(caught.value.patch.change_of(name), plain.change_of(name))
+
+
+@pytest.mark.parametrize(
+    "concept",
+    [
+        Concept("dog", prompts=("very " * 74 + "dog",)),  # two learned words make it 76
+        Concept("etching", "style", prompts=("very " * 74 + "etching",)),
+    ],
+)
+def test_prompts_too_long_to_be_attacked_are_refused_before_drawing(model, concept):
+    with pytest.raises(ForgetError, match="too long: shorten it to 75 tokens"):
+        reread.run(model, [concept], SETTINGS)
+    assert not model.seen and not hooks_of(model)
+
+
+@pytest.mark.parametrize("last", [STEPS + 1, TOTAL - 1, TOTAL])
+def test_cancelling(model, last):
+    """While pictures are drawn, after the first step of training, and after the last."""
+    model.unet.conv_in.weight.requires_grad_(False)
+    before = weights_of(model.unet)
+    flags = [parameter.requires_grad for parameter in model.unet.parameters()]
+
+    def checkpointed():
+        return any("forward" in vars(module) for module in model.unet.modules())
+
+    def cancel(step):
+        assert checkpointed() == (step.index > TOTAL - 2)
+        if step.index == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reread.run(model, [DOG], replace(SETTINGS, checkpointing=True), cancel)
+    assert same_tensors(before, weights_of(model.unet))
+    assert not hooks_of(model) and not checkpointed()
+    assert flags == [parameter.requires_grad for parameter in model.unet.parameters()]
