@@ -35,7 +35,7 @@ FAINT = 0.05  # pairs that differ less than this share of the mean count as if t
 @dataclass(frozen=True)
 class Settings(Base):
     steps: int = setting(
-        1000,
+        1500,
         "Training steps in all, however many concepts. More: more is forgotten and less harmed.",
         low=1,
         high=100_000,
@@ -49,7 +49,7 @@ class Settings(Base):
         low=1,
         high=1024,
     )
-    preserve: float = preserve(1.0)
+    preserve: float = preserve(2.0)
     prompts: int = setting(
         12,
         "Sentences with each name, from a fixed list; as many with styles, and its own prompts, "
