@@ -71,7 +71,7 @@ def _add_forget(commands, asked):
         help="words to forget; KIND:WORDS sets a kind, WORDS -> ANCHOR what is drawn instead, e.g. "
         "'style:van gogh -> oil painting'",
     )
-    forget.add_argument("--list", type=Path, help="file of more concepts: lines, YAML or JSON")
+    forget.add_argument("--list", type=Path, help="file of more concepts: lines, CSV, YAML, JSON")
     forget.add_argument("--kind", choices=KINDS, default="object", help="kind of the others")
     forget.add_argument("--out", type=Path, help="patch file (forget_NAME.safetensors)")
     forget.add_argument(

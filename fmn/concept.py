@@ -154,9 +154,10 @@ class Concept:
 
 
 def parse_concept(text, kind="object", **more):
-    """Read ``KIND:NAME -> ANCHOR``, kind and anchor optional, e.g. ``style:ink drawing -> photo``.
+    """Read ``KIND:NAME | ALIAS | ALIAS -> ANCHOR``, all but the name optional.
 
-    ``more`` goes to ``Concept``; what the text says goes first.
+    For example ``style:ink drawing | pen drawing -> photo``. ``more`` goes to ``Concept``; what the
+    text says goes first.
     """
     text, arrow, anchor = text.partition(ARROW)
     if arrow:
@@ -167,6 +168,9 @@ def parse_concept(text, kind="object", **more):
                 "only 'dog' to draw nothing instead."
             )
         more["anchor"] = anchor.strip()
+    text, *aliases = text.split("|")
+    if aliases:
+        more["aliases"] = (*(alias.strip() for alias in aliases), *more.get("aliases", ()))
     prefix, colon, name = text.partition(":")
     if colon and prefix.strip() in KINDS:
         return Concept(name.strip(), prefix.strip(), **more)

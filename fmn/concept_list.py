@@ -1,5 +1,7 @@
-"""Lists of concepts: plain lines, YAML or JSON. A list may be a stranger's, so all is bounded."""
+"""Lists of concepts: lines, CSV, YAML or JSON. A list may be a stranger's, so all is bounded."""
 
+import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -14,7 +16,8 @@ MAX_TEXTS = 200  # aliases or prompts of one concept
 MAX_LENGTH = 1000  # letters of one text
 FIELDS = ("name", "kind", "aliases", "prompts", "anchor")
 LISTS = ("aliases", "prompts")
-SUFFIXES = (".txt", ".yaml", ".yml", ".json")
+SUFFIXES = (".txt", ".csv", ".yaml", ".yml", ".json")
+SEPARATORS = re.compile(r"[|;]")  # of aliases and prompts in a cell of CSV
 KINDS_OF_DATA = {
     list: "a list", dict: "a mapping", type(None): "empty", bool: "yes or no",
     int: "a number", str: "a text", float: "a number",
@@ -25,10 +28,11 @@ def read_concepts(text_or_path, kind="object"):
     """Concepts from a text or a file: ``list[Concept]``.
 
     Args:
-        text_or_path: a ``Path``, or a string that is one line and ends like a file name (.txt,
-            .yaml, .yml, .json), is read as a file; any other string is the list itself, in lines
-            as ``parse_lines`` reads them. YAML and JSON files hold a list; each entry is such a
-            line or a mapping with the fields ``FIELDS``.
+        text_or_path: a ``Path``, or a string that is one line and ends like a file name
+            (``SUFFIXES``), is read as a file; any other string is the list itself, in lines as
+            ``parse_lines`` reads them. YAML and JSON files hold a list; each entry is such a line
+            or a mapping with the fields ``FIELDS``. CSV begins with a row of those fields, in any
+            order; aliases and prompts stand in one cell each, with | or ; between them.
         kind: kind of entries that name none.
 
     Raises:
@@ -45,11 +49,15 @@ def read_concepts(text_or_path, kind="object"):
         return _concepts(_json_entries(text, place), kind, place)
     if suffix in (".yaml", ".yml"):
         return _concepts(_yaml_entries(text, place), kind, place)
+    if suffix == ".csv":
+        return _concepts(_csv_entries(text, place), kind, place)
     return parse_lines(text, kind, place)
 
 
 def parse_lines(text, kind="object", place="Line "):
-    """Concepts from lines ``KIND:NAME -> ANCHOR``; kind and anchor are optional, ``#`` comments.
+    """Concepts from lines ``KIND:NAME | ALIAS -> ANCHOR``, all but the name optional.
+
+    ``#`` begins a comment.
 
     Args:
         place: begins error messages, before the line's number.
@@ -85,7 +93,7 @@ def _concepts(entries, kind, place):
                 f"{place}{number}: more than {MAX_CONCEPTS} concepts: split the list."
             )
         try:
-            concept = _concept(entry, kind)
+            concept = concept_of(entry, kind)
         except ForgetError as error:
             raise ForgetError(f"{place}{number}: {error}") from error
         first, kept = found.setdefault((concept.name.casefold(), concept.kind), (number, concept))
@@ -98,7 +106,12 @@ def _concepts(entries, kind, place):
     return [concept for _, concept in found.values()]
 
 
-def _concept(entry, kind):
+def concept_of(entry, kind="object"):
+    """A concept of plain data that may be a stranger's: a line, or a mapping of ``FIELDS``.
+
+    Raises:
+        ForgetError: it has other fields or kinds of values, or too many or long ones.
+    """
     if isinstance(entry, str):
         return parse_concept(_text(entry, "the line"), kind)
     if not isinstance(entry, dict):
@@ -131,6 +144,50 @@ def _texts(value, name):
 
 def _kind(value):
     return KINDS_OF_DATA.get(type(value), f"a {type(value).__name__}")
+
+
+def _csv_entries(text, place):
+    """(line number, entry) of the rows of a table; blank ones are skipped."""
+    reader, begun = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    columns = None
+    try:
+        for row in reader:
+            number, begun = begun, reader.line_num + 1
+            cells = [cell.strip() for cell in row]
+            if not any(cells):
+                continue
+            if columns is None:
+                columns = _columns([cell.lower() for cell in cells], f"{place}{number}: ")
+                continue
+            if len(cells) > len(columns):
+                raise ForgetError(
+                    f"{place}{number}: there are {len(cells)} cells for {len(columns)} columns: "
+                    "put a cell that has a comma in it in double quotes."
+                )
+            yield number, _entry_of_row(dict(zip(columns, cells)))
+    except csv.Error as error:
+        raise ForgetError(f"{place}{begun}: this CSV cannot be read: {error}.") from error
+
+
+def _columns(cells, place):
+    """The header row of a table, checked."""
+    wrong = [cell for cell in cells if cell not in FIELDS]
+    if wrong or "name" not in cells or len(set(cells)) < len(cells):
+        found = " ".join(", ".join(cells).split())
+        raise ForgetError(
+            f"{place}the first row has to name the columns, each once and with commas between "
+            f"them: name, and any of {', '.join(FIELDS[1:])}; this one has '{found:.80}'."
+        )
+    return cells
+
+
+def _entry_of_row(cells):
+    entry = {name: cell for name, cell in cells.items() if cell or name == "name"}
+    for name in LISTS:
+        if name in entry:
+            texts = (text.strip() for text in SEPARATORS.split(entry[name]))
+            entry[name] = [text for text in texts if text]
+    return entry
 
 
 def _json_entries(text, place):

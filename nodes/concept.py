@@ -1,14 +1,35 @@
 """The nodes that name concepts."""
 
+import os
+from pathlib import Path
+
+import folder_paths
 from comfy_api.latest import io
 
 from ..fmn.concept import KINDS, Concept
-from ..fmn.concept_list import parse_lines
+from ..fmn.concept_list import SUFFIXES, parse_lines, read_concepts
+from ..fmn.errors import ForgetError
 from .types import CATEGORY, Concepts, Learned
+
+NO_FILE = "none"
 
 
 def _lines(text):
     return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _list_files():
+    """Names of the lists in ComfyUI's input folder."""
+    found = Path(folder_paths.get_input_directory()).glob("*")
+    return sorted(path.name for path in found if path.suffix.lower() in SUFFIXES)
+
+
+def _list_path(name):
+    if name not in _list_files():
+        raise ForgetError(
+            f"There is no list '{name}' in the input folder: put the file there and choose it."
+        )
+    return Path(folder_paths.get_input_directory()) / name
 
 
 class ConceptNode(io.ComfyNode):
@@ -97,15 +118,17 @@ class ConceptListNode(io.ComfyNode):
             node_id="FMN_ConceptList",
             display_name="Concepts to Forget (List)",
             category=CATEGORY,
-            description="Names many things that a model shall forget, one a line.",
+            description="Names many things that a model shall forget, one a line, here or in a "
+            "file.",
             inputs=[
                 io.String.Input(
                     "text",
                     default="dog -> cat\nstyle:ink drawing\n# a comment",
                     multiline=True,
-                    tooltip="One concept a line: KIND:NAME -> ANCHOR. The kind (identity, object, "
-                    "style, unsafe) and the anchor (what is drawn instead) can be left out. # "
-                    "begins a comment. At most 2000 concepts.",
+                    tooltip="One concept a line: KIND:NAME | ALIAS -> ANCHOR. The kind (identity, "
+                    "object, style, unsafe), aliases (other words for the same thing) and the "
+                    "anchor (what is drawn instead) can be left out. # begins a comment. At most "
+                    "2000 concepts.",
                 ),
                 io.Combo.Input(
                     "kind",
@@ -120,13 +143,31 @@ class ConceptListNode(io.ComfyNode):
                     optional=True,
                     tooltip="Concepts to forget along with these. They come first.",
                 ),
+                io.Combo.Input(
+                    "file",
+                    options=[NO_FILE, *_list_files()],
+                    default=NO_FILE,
+                    optional=True,
+                    tooltip="A list in ComfyUI's input folder: lines (.txt), .csv with a row of "
+                    "column names, .yaml or .json. It is read in place of the text above. none: "
+                    "the text. New files show up after a refresh (R).",
+                ),
             ],
             outputs=[Concepts.Output("CONCEPTS", display_name="concepts")],
         )
 
     @classmethod
-    def execute(cls, text, kind="object", concepts=None):
-        return io.NodeOutput([*(concepts or []), *parse_lines(text, kind)])
+    def fingerprint_inputs(cls, text, kind="object", concepts=None, file=NO_FILE):
+        stat = os.stat(_list_path(file)) if file in _list_files() else None
+        return f"{stat.st_mtime_ns} {stat.st_size}" if stat else ""
+
+    @classmethod
+    def execute(cls, text, kind="object", concepts=None, file=NO_FILE):
+        if file == NO_FILE:
+            named = parse_lines(text, kind)
+        else:
+            named = read_concepts(_list_path(file), kind)
+        return io.NodeOutput([*(concepts or []), *named])
 
 
 NODES = [ConceptNode, ConceptListNode]

@@ -36,6 +36,15 @@ JSON = """[
 ]"""
 
 
+CSV = """kind,Name,anchor,aliases,prompts
+
+identity,ada lovelace,a woman,,
+,dog,cat,
+style,c#,d
+object,"mission: impossible"
+"""
+
+
 def written(folder, name, content):
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -52,6 +61,7 @@ def test_lines():
     [
         ("a.txt", LINES), ("a.md", LINES), ("b.txt", b"\xef\xbb\xbf" + LINES.encode()),
         ("c.txt", LINES.replace("\n", "\r\n")), ("a.yaml", YAML), ("a.YML", YAML), ("a.json", JSON),
+        ("a.csv", CSV), ("a.CSV", b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode()),
     ],
 )  # fmt: skip
 def test_files(tmp_path, name, content):
@@ -67,6 +77,54 @@ def test_all_fields(tmp_path):
     text += '"prompts": ["a dog", "a puppy"]}]'
     for name in ("a.json", "a.yaml"):
         assert read_concepts(written(tmp_path, name, text)) == [given]
+
+
+def test_a_line_may_have_aliases():
+    assert parse_lines("object: dog | puppy|hound -> cat\nfox|vixen") == [
+        Concept("dog", "object", ("puppy", "hound"), anchor="cat"),
+        Concept("fox", aliases=("vixen",)),
+    ]
+    with pytest.raises(ForgetError, match="Line 2: An alias of 'dog' is empty"):
+        parse_lines("# pets\ndog | ")
+
+
+def test_all_columns_of_a_table(tmp_path):
+    text = "aliases,name,prompts,kind,anchor\n"
+    text += '"puppy| hound;",dog,"a dog, sitting | two\nhounds",object,cat\nvixen,fox\n'
+    expected = [
+        Concept(
+            "dog", "object", ("puppy", "hound"), ("a dog, sitting", "two\nhounds"), anchor="cat"
+        ),
+        Concept("fox", aliases=("vixen",)),
+    ]
+    assert read_concepts(written(tmp_path, "a.csv", text)) == expected
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "names no concept"),
+        ("name,kind\n", "names no concept"),
+        ("\ndog,object\n", "line 2: the first row has to name the columns"),
+        ("name;kind\ndog;object", "line 1: the first row .* this one has 'name;kind'"),
+        ("name,name\ndog,cat", "line 1: the first row has to name the columns, each once"),
+        ("kind,anchor\nobject,cat", "line 1: the first row"),
+        ('name,prompts\ndog,"a\ndog"\n,x', "line 4: The concept's name is empty"),
+        ("name,kind\ndog,object\n\ncat,person", "line 4: Unknown kind 'person'"),
+        ("name,anchor\ndog,a cat, sleeping", "line 2: there are 3 cells for 2 columns"),
+        ('name\ndog\n"cat" x', "line 3: this CSV cannot be read"),
+        ('name\ndog\n"cat', "line 3: this CSV cannot be read"),
+        ("name,aliases\ndog," + "x|" * 201, "line 2: aliases has 201 entries"),
+        ("name\n" + "a" * 1001, "line 2: name has 1001 letters"),
+        ("name\n" + "a" * 200_000, "line 2: this CSV cannot be read: field larger"),
+        ("name\n" + "\n".join(f"dog {i}" for i in range(2001)), "line 2002: more than 2000"),
+        ("name\ndog\nDog", "line 3: 'Dog' is on line 2 already"),
+    ],
+)  # fmt: skip
+def test_bad_csv(tmp_path, content, message):
+    with pytest.raises(ForgetError, match=message) as caught:
+        read_concepts(written(tmp_path, "a.csv", content))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_a_kind_for_entries_that_name_none(tmp_path):
