@@ -7,7 +7,7 @@ from .errors import ForgetError
 INFO_TYPES = {
     "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
     "base.prediction": str, "loss": dict, "truncation_error": (int, float),
-    "rounding_error": (int, float), "date": str, "version": str,
+    "rounding_error": (int, float), "date": str, "version": str, "recipe": str,
 }  # fmt: skip
 
 

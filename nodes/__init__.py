@@ -2,7 +2,19 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import attack, bench, concept, demo, guidance, keep, measure, methods, patch, train
+from . import (
+    attack,
+    batch,
+    bench,
+    concept,
+    demo,
+    guidance,
+    keep,
+    measure,
+    methods,
+    patch,
+    train,
+)  # fmt: skip
 
 
 class ForgetMeNot(ComfyExtension):
@@ -12,6 +24,7 @@ class ForgetMeNot(ComfyExtension):
             *keep.NODES,
             *methods.NODES,
             *train.NODES,
+            *batch.NODES,
             *patch.NODES,
             *measure.NODES,
             *attack.NODES,

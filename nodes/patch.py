@@ -31,19 +31,29 @@ def output_folder():
     return os.path.join(folder_paths.get_output_directory(), KIND)
 
 
+def below_output(name):
+    """The path of a name below output/forget_patches.
+
+    Raises:
+        ForgetError: the name leads out of that folder.
+    """
+    root = Path(output_folder()).resolve()
+    path = (root / name.strip()).resolve()
+    if root not in path.parents:
+        raise ForgetError(
+            f"The name '{name}' leads out of output/{KIND}: use a plain name, with / for "
+            "folders inside it."
+        )
+    return path
+
+
 def output_path(prefix):
     """The next free ``PREFIX_00001.safetensors`` below output/forget_patches.
 
     Raises:
         ForgetError: the name leads out of that folder.
     """
-    root = Path(output_folder()).resolve()
-    stem = (root / (prefix.strip() or "patch")).resolve()
-    if root not in stem.parents:
-        raise ForgetError(
-            f"The name '{prefix}' leads out of output/{KIND}: use a plain name, with / for "
-            "folders inside it."
-        )
+    stem = below_output(prefix.strip() or "patch")
     pattern = f"{glob.escape(stem.name)}_*.safetensors"
     taken = stem.parent.glob(pattern) if stem.parent.is_dir() else ()
     numbers = [path.stem.removeprefix(f"{stem.name}_") for path in taken]

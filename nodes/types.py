@@ -12,6 +12,7 @@ Method = io.Custom("FMN_METHOD")  # a method's settings
 Keep = io.Custom("FMN_KEEP")  # tuple of words and prompts
 Learned = io.Custom("FMN_EMBEDDING")  # fmn.embedding.Embedding
 Patch = io.Custom("FORGET_PATCH")  # fmn.patch.ForgetPatch
+Patches = io.Custom("FMN_PATCHES")  # list of (fmn.patch.ForgetPatch or path of its file, strength)
 
 
 def show_text(text):

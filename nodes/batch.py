@@ -1,0 +1,97 @@
+"""One patch a concept, for a whole list."""
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io, ui
+
+from ..fmn.batch import forget_each
+from ..fmn.errors import ForgetError
+from ..fmn.hosts.comfy_other import host_of
+from ..fmn.methods import DEFAULT, settings_of
+from .patch import KIND, below_output
+from .types import CATEGORY, Concepts, Keep, Method, Patches, show_text
+
+FOLDER = "batch"
+PARTS = 100  # of a concept, on the progress bar
+
+
+class TrainForgetPatches(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FMN_TrainForgetPatches",
+            display_name="Train Forget Patches (Batch)",
+            category=CATEGORY,
+            description="Makes one forget patch for each concept of a list, as files in a folder. "
+            "Patches that are there already are not made again, so a stopped run goes on where it "
+            "was. For one patch of all concepts use Train Forget Patch.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="Stable Diffusion 1.x, 2.x or XL. The method ESD also takes other "
+                    "models that draw pictures from text, such as Flux.",
+                ),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                Concepts.Input("concepts", tooltip="What to forget, each in a patch of its own."),
+                io.String.Input(
+                    "folder",
+                    default=FOLDER,
+                    tooltip=f"Folder of the files below output/{KIND}, with / for folders inside "
+                    f"it. Empty: {FOLDER}.",
+                ),
+                Method.Input(
+                    "method", optional=True, tooltip=f"How. Empty: {DEFAULT} with its defaults."
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="Needed for concepts with reference pictures."
+                ),
+                Keep.Input(
+                    "keep",
+                    optional=True,
+                    tooltip="Words and prompts that shall not change, for the methods that can "
+                    "protect some. Empty: the method's own keep-list.",
+                ),
+            ],
+            outputs=[
+                Patches.Output("PATCHES", display_name="patches"),
+                io.String.Output("REPORT", display_name="report"),
+                io.Int.Output("FINISHED", display_name="finished"),
+                io.Int.Output("FAILED", display_name="failed"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, concepts, folder, method=None, vae=None, keep=()):
+        settings = method or settings_of(DEFAULT, {})
+        path = below_output(folder.strip() or FOLDER)
+        batch = forget_each(
+            host_of(model, clip, vae), concepts, settings, path, _Progress(), tuple(keep)
+        )
+        report = batch.report()
+        if not batch.files:
+            raise ForgetError(report)
+        show_text(f"output/{KIND}/{folder.strip() or FOLDER}: {report}")
+        counts = len(batch.files), len(batch.failed)
+        patches = [(file, 1.0) for file in batch.files]
+        return io.NodeOutput(patches, report, *counts, ui=ui.PreviewText(report))
+
+
+class _Progress:
+    """Draws where the batch is: the bar of the whole, and a line of text."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __call__(self, place):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        total = place.count * PARTS
+        self.bar = self.bar or comfy.utils.ProgressBar(total)
+        self.bar.update_absolute(round(place.done * PARTS), total)
+        text = f"{place.name}: {place.index}/{place.count}"
+        if place.seconds_left is not None:
+            text += f", {place.seconds_left:.0f} s left"
+        show_text(text)
+
+
+NODES = [TrainForgetPatches]
