@@ -14,7 +14,7 @@ from . import (
     methods,
     patch,
     train,
-)  # fmt: skip
+)
 
 
 class ForgetMeNot(ComfyExtension):

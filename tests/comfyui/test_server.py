@@ -19,7 +19,7 @@ NODES = {
     "FMN_LoadDemoCheckpoint", "FMN_AttentionMap", "FMN_MScore", "FMN_ConceptBench",
     "FMN_ConceptList", "FMN_KeepList", "FMN_TextualInversion", "FMN_ConceptInversionProbe",
     "FMN_HardestEmbedding", "FMN_SafeLatentDiffusion", "FMN_EraseByNegativePrompt",
-    "FMN_ApplyGatedPatch",
+    "FMN_ApplyGatedPatch", "FMN_TrainForgetPatches", "FMN_PatchList", "FMN_MergeForgetPatches",
 } | {
     f"FMN_Method{''.join(word.capitalize() for word in name.split('_'))}" for name in METHODS
 }  # fmt: skip
