@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .families import layers
+from .lowrank import product_svd
 from .patch import MAX_RANK, ForgetPatch, new_info
 from .settings import setting
 from .train import Step
@@ -116,11 +117,9 @@ def cut(up, down, rank):
     rank = min(rank, MAX_RANK, up.shape[0], down.shape[1])
     if up.shape[1] <= rank:
         return up, down, 0.0, float(((up.mT @ up) * (down @ down.mT)).sum())
-    up_basis, up_core = torch.linalg.qr(up)
-    down_basis, down_core = torch.linalg.qr(down.mT)
-    u, s, vh = torch.linalg.svd(up_core @ down_core.mT)
+    u, s, vh = product_svd(up, down)
     roots = s[:rank].sqrt()
-    up, down = up_basis @ u[:, :rank] * roots, roots[:, None] * vh[:rank] @ down_basis.mT
+    up, down = u[:, :rank] * roots, roots[:, None] * vh[:rank]
     return up, down, float(s[rank:].square().sum()), float(s.square().sum())
 
 

@@ -146,6 +146,16 @@ def truncate(change, rank, oversample=8, rounds=4):
     return up, down, error
 
 
+def product_svd(up, down):
+    """u, s, vh of up @ down, for [out, k] and [k, in]; the product is made only if k is large."""
+    if up.shape[1] >= min(len(up), down.shape[1]):
+        return torch.linalg.svd(up @ down, full_matrices=False)
+    up_basis, up_core = torch.linalg.qr(up)
+    down_basis, down_core = torch.linalg.qr(down.mT)
+    u, s, vh = torch.linalg.svd(up_core @ down_core.mT, full_matrices=False)
+    return up_basis @ u, s, vh @ down_basis.mT
+
+
 def merge(up, down):
     """The full change up @ down, [out, in] or [out, in, kh, kw], in float32."""
     product = up.flatten(1).float() @ down.flatten(1).float()

@@ -9,6 +9,7 @@ import time
 import torch
 
 from .errors import ForgetError
+from .lowrank import product_svd
 from .patch import MAX_RANK
 from .train import Step
 
@@ -56,9 +57,7 @@ def cut(up, down, rank=0, tolerance=1e-9):
     """
     if not up.shape[1]:
         return up.new_zeros(len(up), 1), down.new_zeros(1, down.shape[1]), 0.0
-    up_basis, up_core = torch.linalg.qr(up)
-    down_basis, down_core = torch.linalg.qr(down.mT)
-    u, s, vh = torch.linalg.svd(up_core @ down_core.mT, full_matrices=False)
+    u, s, vh = product_svd(up, down)
     whole = s.square().sum()
     # What is lost if only the first 0, 1, ... directions stay.
     lost = torch.cat([s.square().flip(0).cumsum(0).flip(0), s.new_zeros(1)])
@@ -66,8 +65,7 @@ def cut(up, down, rank=0, tolerance=1e-9):
     count = int((errors > tolerance).sum())
     count = max(1, min(count, rank or MAX_RANK))
     roots = s[:count].sqrt()
-    down = roots[:, None] * vh[:count] @ down_basis.mT
-    return up_basis @ u[:, :count] * roots, down, float(errors[count])
+    return u[:, :count] * roots, roots[:, None] * vh[:count], float(errors[count])
 
 
 class Progress:

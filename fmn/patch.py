@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from . import __version__, other
 from .errors import ForgetError, NonFiniteLoss
@@ -198,6 +198,12 @@ def save_patch(patch, path):
         )
     write_whole(path, lambda file: save_file(tensors, file, metadata=_metadata(patch, tensors)))
     return Path(path)
+
+
+def file_size(patch):
+    """Bytes of the file that ``save_patch`` writes."""
+    tensors = patch.lora()
+    return len(save(tensors, metadata=_metadata(patch, tensors)))
 
 
 def rescue(error, path):

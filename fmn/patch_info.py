@@ -8,6 +8,7 @@ INFO_TYPES = {
     "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
     "base.prediction": str, "loss": dict, "truncation_error": (int, float),
     "rounding_error": (int, float), "date": str, "version": str, "recipe": str,
+    "merged": list,
 }  # fmt: skip
 
 
@@ -28,6 +29,9 @@ def info_of(path, metadata):
         texts = [concept[part] for concept in info["concepts"] for part in ("name", "kind")]
         numbers = [info["loss"][part] for part in ("first", "last", "steps") if info.get("loss")]
         numbers += [info[part] for part in ("truncation_error", "rounding_error") if part in info]
+        for part in info.get("merged", []):
+            texts += [part["method"], *part["concepts"]]
+            numbers.append(part["strength"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ForgetError(
             f"The metadata of '{path.name}' is damaged ({type(error).__name__}): get it again."

@@ -1,5 +1,7 @@
 """Patches in words."""
 
+PARTS_SHOWN = 12  # of a merged patch
+
 
 def printable(text):
     """Text from a stranger without control characters, which a terminal would obey."""
@@ -18,6 +20,8 @@ def describe(patch):
         f"layers: {len(patch.changes)}, rank {ranks}",
         f"method: {info.get('method', 'unknown')}",
     ]
+    if info.get("merged"):
+        lines.append(f"merged: {_merged(info['merged'])}")
     settings = [f"{key} {value}" for key, value in info.get("settings", {}).items()]
     if settings:
         lines.append(f"settings: {', '.join(settings)}")
@@ -32,3 +36,15 @@ def describe(patch):
             lines.append(f"{meaning}: {info[key]:.2%} of the change")
     lines.append(f"made: {info.get('date', 'unknown')}, version {info.get('version', 'unknown')}")
     return "\n".join(printable(line) for line in lines)
+
+
+def _merged(parts):
+    """The patches that one was merged of, each with its strength; many of them in short."""
+    if len(parts) <= PARTS_SHOWN:
+        return "; ".join(
+            f"{', '.join(part['concepts'])} ({part['method']}) at {part['strength']:g}"
+            for part in parts
+        )
+    methods = ", ".join(dict.fromkeys(part["method"] for part in parts))
+    strengths = sorted(part["strength"] for part in parts)
+    return f"{len(parts)} patches by {methods}, at {strengths[0]:g} to {strengths[-1]:g}"
