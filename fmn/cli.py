@@ -4,17 +4,17 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from . import __version__
+from .batch_command import add_batch, add_merge, run_batch, run_merge
 from .bench.command import add_bench, run_bench
 from .concept import KINDS, parse_concept
 from .errors import ForgetError, NonFiniteLoss
-from .methods import DEFAULT, PRESETS
+from .options import Bar, add_method, asked_method, given_settings
 from .report import printable
 
-OK, FAILED, BAD_INPUT, NOT_FINITE, CANCELLED = 0, 1, 2, 3, 130
+OK, FAILED, BAD_INPUT, NOT_FINITE, PARTLY, CANCELLED = 0, 1, 2, 3, 4, 130
 
 EPILOG = """\
 MODEL is 'demo' (the small model that comes along), a Stable Diffusion 1.x, 2.x or XL checkpoint
@@ -27,9 +27,11 @@ examples:
   python -m fmn apply demo dog.safetensors --prompt "a photo of a dog" --out dog.png
   python -m fmn apply sd15.safetensors a.safetensors b.safetensors:0.7 --checkpoint safe.safetensors
   python -m fmn inspect dog.safetensors --json
+  python -m fmn batch list.csv --model sd15.safetensors --method uce --out patches
+  python -m fmn merge "patches/*" dog.safetensors:0.8 --out all.safetensors --budget-kb 2000
 
 exit codes: 0 done, 1 a fault of ours, 2 wrong input, 3 training blew up (the last good patch is
-kept), 130 cancelled
+kept), 4 some concepts of a batch failed, 130 cancelled
 """
 
 
@@ -45,6 +47,8 @@ def build_parser(asked=None):
     commands = parser.add_subparsers(dest="command", required=True)
     _add_forget(commands, asked)
     _add_apply(commands)
+    add_batch(commands, asked)
+    add_merge(commands)
     inspect = commands.add_parser("inspect", help="tell what a patch file forgets")
     inspect.add_argument("patch", type=Path)
     commands.add_parser("methods", help="list the methods")
@@ -81,12 +85,7 @@ def _add_forget(commands, asked):
     forget.add_argument(
         "--images", type=Path, help="folder of reference pictures; one concept only"
     )
-    forget.add_argument("--method", choices=list(PRESETS), default=DEFAULT, help="(%(default)s)")
-    forget.add_argument(
-        "--keep", action="append", default=[], help="words or a prompt that shall not change"
-    )
-    if asked:
-        _add_settings(forget, asked)
+    add_method(forget, asked)
 
 
 def _add_apply(commands):
@@ -105,28 +104,18 @@ def _add_apply(commands):
     apply.add_argument("--size", type=int, default=0, help="pixels a side; 0: the model's own")
 
 
-def _asked_method(arguments):
-    """The method of a ``forget`` command, whose settings become options; None for others."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] != ["forget"]:
-        return None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--method", default=DEFAULT)
-    asked = parser.parse_known_args(arguments)[0].method
-    return asked if asked in PRESETS else None
-
-
 def main(arguments=None):
     """Run a command; returns the exit code."""
-    options = build_parser(_asked_method(arguments)).parse_args(arguments)
+    options = build_parser(asked_method(arguments)).parse_args(arguments)
     # transformers tells at import which image processors it would rather use.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     commands = {
         "forget": _forget, "apply": _apply, "inspect": _inspect, "demo": _demo, "methods": _methods,
+        "batch": run_batch, "merge": run_merge,
     }  # fmt: skip
     run = (commands | {"bench": run_bench})[options.command]
     try:
-        result, text = run(options)
+        result, text, *partly = run(options)
     except NonFiniteLoss as error:
         return _fail(options, error, NOT_FINITE)
     except ForgetError as error:
@@ -134,7 +123,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return _fail(options, "Cancelled; no unfinished file was left.", CANCELLED)
     print(json.dumps(result, indent=1) if options.json else text)
-    return OK
+    return PARTLY if any(partly) else OK
 
 
 def _fail(options, error, code):
@@ -189,35 +178,6 @@ def read_images(folder):
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def _add_settings(parser, preset):
-    """Each setting of a method as an option, such as ``--steps 100`` or ``--no-full-weights``."""
-    from .methods import settings_of
-
-    group = parser.add_argument_group(f"settings of {preset}")
-    defaults = settings_of(preset, {})
-    for each in fields(defaults):
-        option, default = f"--{each.name.replace('_', '-')}", getattr(defaults, each.name)
-        how = {"dest": f"set_{each.name}", "help": f"{each.metadata['help']} ({default})"}
-        how["help"] = how["help"].replace("%", "%%")
-        if isinstance(default, bool):
-            group.add_argument(option, action=argparse.BooleanOptionalAction, **how)
-        elif each.metadata["choices"]:
-            group.add_argument(option, choices=each.metadata["choices"], **how)
-        else:
-            group.add_argument(option, type=type(default), metavar="X", **how)
-
-
-def _settings(options):
-    from .methods import settings_of
-
-    given = {
-        name.removeprefix("set_"): value
-        for name, value in vars(options).items()
-        if name.startswith("set_") and value is not None
-    }
-    return settings_of(options.method, given)
-
-
 def _methods(options):
     from .methods import METHODS, method
 
@@ -233,12 +193,12 @@ def _forget(options):
     from .patch import rescue, save_patch
     from .report import describe
 
-    settings = _settings(options)
+    settings = given_settings(options)
     concepts = _concepts(options)
     plain = "".join(letter if letter.isalnum() else "_" for letter in concepts[0].name)
     path = options.out or Path(f"forget_{plain}.safetensors")
     model = DiffusersModel.load(options.model)
-    with _Bar() as bar:
+    with Bar() as bar:
         try:
             patch = forget(model, concepts, settings, bar, tuple(options.keep))
         except NonFiniteLoss as error:
@@ -246,33 +206,6 @@ def _forget(options):
     save_patch(patch, path)
     result = {"patch": str(path), "bytes": path.stat().st_size, "info": patch.info}
     return result, f"{describe(patch)}\nsaved: {path} ({path.stat().st_size / 1e6:.2f} MB)"
-
-
-class _Bar:
-    """A progress bar on standard error that is a step callback."""
-
-    def __init__(self):
-        self.bar = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.bar:
-            self.bar.close()
-
-    def __call__(self, step):
-        from tqdm import tqdm
-
-        if self.bar and self.bar.total != step.total:  # another part of the work begins
-            self.bar.close()
-            self.bar = None
-        self.bar = self.bar or tqdm(total=step.total, unit="step")
-        text = f"loss {step.losses[-1]:.4g}"
-        if step.before:
-            text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
-        self.bar.set_postfix_str(text)
-        self.bar.update(1)
 
 
 def _parse_patch(text):

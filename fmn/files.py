@@ -49,3 +49,24 @@ def file_and_strength(text):
     if not math.isfinite(value):
         raise ForgetError(f"The strength in '{text}' is {strength}: use a number such as 0.8.")
     return (file, value) if file else (text, 1.0)
+
+
+def chosen_files(lines, find):
+    """Files of lines FILE, PATTERN, FILE:STRENGTH or PATTERN:STRENGTH: {file: strength}.
+
+    Where several lines match a file, the last one counts.
+
+    Args:
+        find: function from a pattern to the files that match it.
+    """
+    found = {}
+    for line in lines:
+        pattern, strength = file_and_strength(line)
+        files = find(pattern)
+        if not files:
+            raise ForgetError(
+                f"No patch file matches '{pattern:.200}': check the name, or write a pattern such "
+                "as batch/*."
+            )
+        found |= dict.fromkeys(files, strength)
+    return found

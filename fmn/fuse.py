@@ -10,13 +10,13 @@ from .concept import Prompt
 from .concept_list import FIELDS, concept_of
 from .errors import ForgetError
 from .fitting import autograd
+from .merged_names import PRESERVE
 from .merging import finished, joint, opened, system_of
 from .methods.reread import AT_ONCE, Kept, Settings, kept_texts
 from .output_form import Progress
 from .readout import cross_attention_layers, read_out, record_queries
 from .sentences import sentences
 
-PRESERVE = 10.0
 TEXTS = 40  # prompts of one concept, at most
 OUT = ".attn2.to_out.0"
 

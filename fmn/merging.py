@@ -18,7 +18,6 @@ from .lora_keys import PARTS, file_name
 from .lowrank import product_svd
 from .patch import MAX_RANK, ForgetPatch, file_size, load_patch
 
-HOW = ("concatenate", "joint")
 BYTES = 2  # of a number in a file
 ZERO = 1e-12  # of a layer's largest singular value
 DIGITS = 64  # bytes by which the record may grow when its numbers change
