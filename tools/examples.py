@@ -32,7 +32,8 @@ SIDE = 200  # of a picture in a thumbnail
 ROOM = {
     "PreviewImage": 300, "FMN_TrainForgetPatch": 330, "FMN_ConceptInversionProbe": 330,
     "FMN_SaveForgetPatch": 70, "FMN_ApplyForgetPatch": 60, "FMN_ApplyGatedPatch": 60,
-    "FMN_SafeLatentDiffusion": 60, "FMN_InspectForgetPatch": 250,
+    "FMN_SafeLatentDiffusion": 60, "FMN_InspectForgetPatch": 250, "FMN_TrainForgetPatches": 150,
+    "FMN_MergeForgetPatches": 80,
 }  # fmt: skip
 LAYOUT = """
 ([graph, columns, titles, note, room]) => {
@@ -289,6 +290,41 @@ def gated_patch():
     return flow
 
 
+def forget_many():
+    flow = Workflow(
+        "One patch **for each concept of a list**, as files in `output/forget_patches/batch`. Run "
+        "it again with more lines: only new ones are made. **Merge** then makes one patch of all, "
+        "no larger than you say.\n\nThe list can also be a file: .txt, .csv, .yaml or .json. See "
+        "docs/batch.md."
+    )
+    load = flow.demo()
+    concepts = flow.add(
+        "FMN_ConceptList", kind="object", file="none",
+        text="dog | puppy\nidentity:santa claus\nstyle:ink drawing",
+    )  # fmt: skip
+    flow.column()
+    method = flow.add("FMN_MethodUce", tokens="from-last")
+    batch = flow.add(
+        "FMN_TrainForgetPatches", model=[load, 0], clip=[load, 1], concepts=[concepts, 0],
+        method=[method, 0], folder="batch",
+    )  # fmt: skip
+    flow.column()
+    merge = flow.add(
+        "FMN_MergeForgetPatches", how="joint", budget_kb=60, strength=1.0, files="",
+        patches=[batch, 0], model=[load, 0], clip=[load, 1], preserve=10.0,
+    )  # fmt: skip
+    flow.add("FMN_SaveForgetPatch", patch=[merge, 0], filename_prefix="many")
+    flow.add("FMN_InspectForgetPatch", patch=[merge, 0])
+    flow.column()
+    patched = flow.apply(load, merge)
+    prompts = {
+        "Dog": "a photo of a dog", "Santa": "a photo of santa claus",
+        "Cat": "a photo of a cat, noto emoji",
+    }  # fmt: skip
+    compared(flow, load, prompts, {"before": load, "after": patched})
+    return flow
+
+
 def correct_a_concept():
     flow = Workflow(
         "Forgetting can mend. The demo model never learned the word *puppy* and draws anything. "
@@ -319,6 +355,7 @@ EXAMPLES = {
     "Safe Latent Diffusion (demo)": safe_latent_diffusion,
     "Gated patch (demo)": gated_patch,
     "Correct a concept (demo)": correct_a_concept,
+    "Forget many concepts (demo)": forget_many,
 }
 
 

@@ -23,6 +23,7 @@ RUN = (
     "Erase and repair, attack rounds (demo)",
     "Safe Latent Diffusion (demo)",
     "Gated patch (demo)",
+    "Forget many concepts (demo)",
 )
 
 
