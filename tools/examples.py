@@ -27,6 +27,7 @@ from tests.comfyui.server import Server  # noqa: E402
 
 FOLDER = ROOT / "example_workflows"
 VIEW = {"width": 1900, "height": 1100}
+SLOW = 240_000  # ms, for a page on a busy machine
 SIDE = 200  # of a picture in a thumbnail
 # What a node shows below its widgets once it has run, in pixels.
 ROOM = {
@@ -402,6 +403,7 @@ def main(names):
                 executable_path=os.environ.get("CHROMIUM_PATH") or None, args=QUIET
             )
             page = browser.new_page(viewport=VIEW)
+            page.set_default_timeout(SLOW)
             page.route(
                 "**/*",
                 lambda route: (
@@ -411,7 +413,7 @@ def main(names):
                 ),
             )
             page.goto(server.url, wait_until="domcontentloaded")
-            page.wait_for_function(READY, timeout=60_000)
+            page.wait_for_function(READY)
             for name in names or EXAMPLES:
                 make(page, server, name, EXAMPLES[name]())
                 print(name, flush=True)
