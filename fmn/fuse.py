@@ -12,8 +12,9 @@ from .errors import ForgetError
 from .fitting import autograd
 from .merged_names import PRESERVE
 from .merging import finished, joint, opened, system_of
-from .methods.reread import AT_ONCE, Kept, Settings, kept_texts
+from .methods.reread import Settings, kept_texts
 from .output_form import Progress
+from .readings import AT_ONCE, Kept
 from .readout import cross_attention_layers, read_out, record_queries
 from .sentences import sentences
 
