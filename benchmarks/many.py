@@ -5,7 +5,8 @@
 forgets the first N of the demo model's 120 things, in an order that a seed fixes; the last 20 are
 never forgotten. In %: of forgotten things' pictures, those that no longer show them (UA); of the
 other 20 things' pictures, those with the right thing, and with the right style. ``named``: these 20
-and the styles are given as what is to be kept; else only the shipped lists speak for them.
+and the styles are given as what is to be kept; else only the shipped lists speak for them. ``joint``:
+patches made apart are merged by solving for them jointly; else they are put on one after another.
 """
 
 import argparse
@@ -16,14 +17,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fmn.batch import Memo
 from fmn.bench.suite import Target, load_suite
 from fmn.bench.trial import Trial
 from fmn.concept import Concept
+from fmn.fuse import fuse
 from fmn.hosts.diffusers import DiffusersModel
 from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.judge import load_judge
 from fmn.studio import open_studio
 
+HOW = "one patch", "one patch, named", "apart", "apart, joint, named"
 KEPT, GONE_PICTURES, KEPT_PICTURES = 20, 60, 80
 
 
@@ -49,7 +53,7 @@ def main():
     )
     parser.add_argument("method", nargs="*", default=[DEFAULT])
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 5, 20, 50, 100])
-    parser.add_argument("--how", nargs="+", default=["one patch", "one patch, named", "apart"])
+    parser.add_argument("--how", nargs="+", default=HOW)
     options = parser.parse_args()
     model, judge, suite = DiffusersModel.load("demo"), load_judge("demo"), load_suite("demo")
     names = list(suite.kinds)
@@ -71,12 +75,15 @@ def main():
             concepts = [Concept(name, suite.kinds[name]) for name in names[:count]]
             for how in options.how:
                 start = time.perf_counter()
-                if how == "apart":
-                    patches = [forget(model, [each], settings) for each in concepts]
+                keep = [suite.concepts[name] for name in stay] + list(suite.styles)
+                keep = keep if "named" in how else ()
+                if "apart" in how:
+                    memo = Memo(model)
+                    patches = [forget(memo, [each], settings, keep=keep) for each in concepts]
                 else:
-                    keep = [suite.concepts[name] for name in stay] + list(suite.styles)
-                    keep = keep if "named" in how else ()
                     patches = [forget(model, concepts, settings, keep=keep)]
+                if "joint" in how:
+                    patches = [fuse(model, [(each, 1.0) for each in patches], keep=keep).patch]
                 row(method, count, how, patches, time.perf_counter() - start)
 
 
