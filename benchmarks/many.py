@@ -5,8 +5,8 @@
 forgets the first N of the demo model's 120 things, in an order that a seed fixes; the last 20 are
 never forgotten. In %: of forgotten things' pictures, those that no longer show them (UA); of the
 other 20 things' pictures, those with the right thing, and with the right style. ``named``: these 20
-and the styles are given as what is to be kept; else only the shipped lists speak for them. ``joint``:
-patches made apart are merged by solving for them jointly; else they are put on one after another.
+and the styles are given as what is to be kept; else only the shipped lists speak for them.
+``joint``: patches made apart are merged by solving for them jointly; else all are put on together.
 """
 
 import argparse
