@@ -11,9 +11,12 @@ from .forwards import checkpointed
 from .lowrank import Full, LowRank, attached
 from .patch import ForgetPatch, new_info
 from .probe import Probe
+from .resume import record_of, state_of
 from .train import Optimiser, train
+from .watch import Watcher
 
 SCOPES = ("kv", "attention", "not-attention", "unet")
+SMOOTHED = 10  # losses whose mean says which step was best
 LOOKS = 7  # how often a run looks at the first concept's attention; each costs a forward
 
 
@@ -93,42 +96,130 @@ def learn(
         settings: a method's, with ``steps`` (a concept), ``lr``, ``rank``, ``seed`` and
             ``checkpointing``.
         scope: of ``SCOPES``.
-        open_loss: (borrowed, switch) -> context manager that gives the loss of a step's index;
-            the switch turns the adapters off.
+        open_loss: (borrowed, switch) -> context manager that gives two functions: one picks at
+            random what the next step trains on, which costs little, the other makes a loss of it.
+            The switch turns the adapters off.
         optimiser: ``Optimiser``; None takes AdamW as released with ``settings.lr``.
         looked_at: what ``Probe`` takes; its first entry is shown as training goes on.
+        on_step: see ``methods.forget``.
         downs: see ``make_adapters``.
 
     Raises:
         NonFiniteLoss: training blew up; it carries the patch of the last good step.
     """
-    base = model.fingerprint()
     names = [layer.name for layer in in_scope(model.family, scope)]
+    total = settings.steps * len(concepts)
+    training = Training(model, concepts, settings, on_step)
     with model.borrow() as borrowed:
         adapters = make_adapters(borrowed.module, names, settings, borrowed.device, downs)
         blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
-        report = _Report(model, borrowed, looked_at, on_step, settings.steps * len(concepts))
+        report = _Report(model, borrowed, looked_at, on_step, total)
         with (
             attached(adapters, borrowed.module) as switch,
-            open_loss(borrowed, switch) as loss_at,
+            open_loss(borrowed, switch) as (draw, loss),
             checkpointed(blocks, in_place=not model.family.known),
         ):
+            training.put_on(adapters, switch, borrowed)
+            for _ in range(training.tries):
+                draw()
             half = borrowed.module(names[0]).weight.dtype == torch.float16
-            losses, error = fit(
-                adapters, loss_at, report.total, optimiser or Optimiser(settings.lr), report, half
+            optimiser = optimiser or Optimiser(settings.lr)
+            training.run(lambda index: loss(draw()), total, optimiser, report, half)
+    return training.finish()
+
+
+class Training:
+    """A run of a method that trains. Step callbacks get it as ``Step.training``.
+
+    Attributes:
+        switch: turns the adapters off.
+        borrowed: the U-Net in training, which draws as it is now; None if text is trained.
+    """
+
+    def __init__(self, model, concepts, settings, on_step=None):
+        self.model, self.concepts, self.settings = model, concepts, settings
+        self.base, self.method = model.fingerprint(), type(settings).__module__.rpartition(".")[2]
+        self.record = record_of(model, self.base, self.method, asdict(settings), concepts)
+        watcher = on_step if isinstance(on_step, Watcher) else Watcher()
+        self.begun, self.keeps_best = watcher.resume, watcher.keep_best
+        if self.begun:
+            self.begun.check(model, self.record)
+        self.tries, self.loop, self.best, self.error = 0, None, None, None
+
+    def put_on(self, adapters, switch, borrowed=None):
+        """Say what is trained; sets it as it was, if a run is resumed."""
+        self.adapters, self.switch, self.borrowed = adapters, switch, borrowed
+        self.parameters = {
+            f"{name}.{part}": parameter
+            for name, adapter in adapters.items()
+            for part, parameter in adapter.named_parameters()
+        }
+        if self.begun:
+            self.loop = self.begun.put_on(self.parameters)
+            self.tries, self.best = self.loop.tries, self.begun.best() if self.keeps_best else None
+
+    def run(self, loss_at, steps, optimiser, on_step, half):
+        """Train; see ``fit``."""
+        if self.loop and len(self.loop.losses) >= steps:
+            raise ForgetError(
+                f"'{self.begun.name}' has {len(self.loop.losses)} steps behind it and {steps} are "
+                "asked for: set more steps."
             )
-    patch = patch_of(model, base, concepts, settings, adapters, losses)
-    if error:
-        error.patch = patch
-        raise error
-    return patch
+
+        def told(step):
+            self.loop = step.loop
+            if self.keeps_best:
+                self._keep_best(step.losses)
+            on_step(replace(step, training=self))
+
+        found = fit(self.adapters, loss_at, steps, optimiser, told, half, self.loop)
+        self.losses, self.error = found
+
+    def _keep_best(self, losses):
+        if len(losses) < SMOOTHED:
+            return
+        mean = sum(losses[-SMOOTHED:]) / SMOOTHED
+        if self.best is None or mean < self.best[0]:
+            kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best = mean, len(losses), kept
+
+    def state(self):
+        """The ``resume.State`` after the last step."""
+        return state_of(self.record, self.parameters, self.loop, self.best)
+
+    def patch(self):
+        """The patch that the adapters make as they are."""
+        return self._patch(self.loop.losses)
+
+    def _patch(self, losses):
+        return patch_of(
+            self.model, self.base, self.concepts, self.settings, self.adapters, list(losses)
+        )
+
+    def finish(self):
+        """The patch that the run ends in.
+
+        Raises:
+            NonFiniteLoss: training blew up; it carries the patch of the last good step.
+        """
+        if self.error:
+            self.error.patch = self._patch(self.losses)
+            raise self.error
+        if self.best is None:
+            return self._patch(self.losses)
+        _, step, kept = self.best
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(kept[name])
+        return self._patch(self.losses[:step])
 
 
-def fit(adapters, loss_at, steps, optimiser, on_step, half):
+def fit(adapters, loss_at, steps, optimiser, on_step, half, begun=None):
     """Train adapters in place.
 
     Args:
         half: the model is in float16, which loses small gradients; see ``train``.
+        begun: ``train.Loop`` to go on with.
 
     Returns:
         the losses, and the NonFiniteLoss that ended them early or None.
@@ -136,7 +227,7 @@ def fit(adapters, loss_at, steps, optimiser, on_step, half):
     parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
     scale = 1024.0 if half else 1.0
     try:
-        return train(parameters, loss_at, steps, optimiser, on_step, scale), None
+        return train(parameters, loss_at, steps, optimiser, on_step, scale, begun), None
     except NonFiniteLoss as caught:
         if len(caught.losses) < 2:  # nothing learnt that could be kept
             raise

@@ -228,7 +228,7 @@ def load_patch(path):
         ForgetError: it is not a whole, well-formed forget patch.
     """
     path = Path(path)
-    _check_header_size(path)
+    check_header_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -253,7 +253,8 @@ def load_patch(path):
     return ForgetPatch(family, changes, info_of(path, metadata))
 
 
-def _check_header_size(path):
+def check_header_size(path):
+    """Refuse a safetensors file whose header cannot be as long as it claims."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

@@ -31,9 +31,28 @@ class Step:
     seconds_left: float
     before: object = None  # the first concept's ``probe.Attention`` before training, and
     now: object = None  # when last looked at
+    loop: object = None  # ``Loop``; good until the next step
+    training: object = None  # ``fitting.Training``, to draw with or to save; None where none is
 
 
-def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scale=1.0):
+@dataclass(frozen=True)
+class Loop:
+    """Where a loop is. With the parameters, all that it needs to go on later.
+
+    Attributes:
+        losses: one a finished step.
+        tries: how often the loss was asked for; more than steps if float16 overflowed.
+        scale: see ``train``.
+        moments: AdamW's state of each parameter, None for those that never had a gradient.
+    """
+
+    losses: list
+    tries: int
+    scale: float
+    moments: list
+
+
+def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scale=1.0, begun=None):
     """Minimise ``loss_at(step)``; returns the losses.
 
     Args:
@@ -43,6 +62,7 @@ def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scal
         scale: the loss is multiplied by it for the backward pass, and gradients divided again, so
             that a float16 model does not lose small ones (Micikevicius et al. 2018, section 3.2).
             Halved whenever it makes gradients overflow; powers of two change no float32 result.
+        begun: ``Loop`` of a run to go on with; ``parameters`` are as it left them.
 
     Raises:
         NonFiniteLoss: the loss or its gradient is not finite. The parameters are then those of
@@ -55,10 +75,15 @@ def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scal
         eps=optimiser.eps,
         weight_decay=optimiser.weight_decay,
     )
+    losses, tries = [], 0
+    if begun:
+        losses, tries, scale = list(begun.losses), begun.tries, begun.scale
+        _set_moments(adamw, begun.moments)
     good = [parameter.detach().clone() for parameter in parameters]
-    losses, start = [], time.monotonic()
+    start, done = time.monotonic(), len(losses)
     while len(losses) < steps:
         loss = loss_at(len(losses))
+        tries += 1
         value, norm = loss.item(), math.nan
         adamw.zero_grad(set_to_none=True)
         if math.isfinite(value):
@@ -78,8 +103,10 @@ def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scal
             adamw.param_groups[0]["lr"] = optimiser.lr * (1 - len(losses) / steps)
         adamw.step()
         losses.append(value)
-        left = (time.monotonic() - start) / len(losses) * (steps - len(losses))
-        on_step(Step(len(losses), steps, losses, left))
+        left = (time.monotonic() - start) / (len(losses) - done) * (steps - len(losses))
+        moments = [adamw.state.get(each) for each in parameters]
+        loop = Loop(losses, tries, scale, moments)
+        on_step(Step(len(losses), steps, losses, left, loop=loop))
     return losses
 
 
@@ -90,6 +117,12 @@ def backward(loss, parameters, scale, max_norm):
         if parameter.grad is not None and scale != 1:
             parameter.grad /= scale
     return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+def _set_moments(adamw, moments):
+    state = adamw.state_dict()
+    state["state"] = {i: own for i, own in enumerate(moments) if own is not None}
+    adamw.load_state_dict(state)
 
 
 @torch.no_grad()

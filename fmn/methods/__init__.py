@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from importlib import import_module
 
 from ..errors import ForgetError
+from ..watch import Watcher
 
 # module -> its presets, the defaults first
 METHODS = {
@@ -72,7 +73,8 @@ def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
     Args:
         model: a ``Model``; it comes back unchanged, also after an error.
         concepts: list of ``Concept``.
-        on_step: gets a ``train.Step`` after each step, and may raise to cancel.
+        on_step: gets a ``train.Step`` after each step, and may raise to cancel. A ``watch.Watcher``
+            can also resume a run and have its best step kept, in methods that train.
         keep: words or prompts to protect, for the methods that can.
 
     Raises:
@@ -81,9 +83,21 @@ def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
     module = method(preset_of(settings))
+    _check_resumed(on_step, settings)
     if not model.family.known and not getattr(module, "ANY_MODEL", False):
         raise ForgetError(
             f"{module.TITLE} works on the cross-attention of Stable Diffusion 1.x, 2.x and XL, and "
             f"{model.family.title} is none of them: use the method ESD."
         )
     return module.run(model, concepts, settings, on_step, keep)
+
+
+def _check_resumed(on_step, settings):
+    begun = on_step.resume if isinstance(on_step, Watcher) else None
+    name = type(settings).__module__.rpartition(".")[2]
+    # Methods that solve never look; they have no state that could match.
+    if begun and begun.record["method"] != name:
+        raise ForgetError(
+            f"'{begun.name}' was made with the method '{begun.record['method'][:40]}', and this is "
+            f"'{name}': use the same, or start anew."
+        )

@@ -308,15 +308,19 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         draws = Draws(pairs, settings.batch, generator, borrowed)
         draws_kept = Draws([kept], settings.batch, generator, borrowed)
 
-        def loss_at(index):
-            loss = ablated(borrowed, switch, draws(), settings)
+        def draw():
+            return draws(), draws_kept() if kept else None
+
+        def loss(drawn):
+            batches, batches_kept = drawn
+            loss = ablated(borrowed, switch, batches, settings)
             if not kept:
                 return loss
-            return loss + settings.preserve * ablated(borrowed, switch, draws_kept(), KEEPING)
+            return loss + settings.preserve * ablated(borrowed, switch, batches_kept, KEEPING)
 
         read = [layer.name for layer in layers_of(model.family) if layer.is_key_or_value]
         with start_detached([borrowed.module(name) for name in read * settings.detach_start]):
-            yield loss_at
+            yield draw, loss
 
     return learn(
         model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs

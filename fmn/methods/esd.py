@@ -177,12 +177,19 @@ class Draws:
 
     def __call__(self):
         """An ``Example``, x_t [B, C, h, w] and its t."""
+        return self.begun(*self.pick())
+
+    def pick(self):
+        """What is random in a batch: the ``Example``, noise, number of drawing steps, and t."""
         example = next(next(self.prompts_in_turn))
         k = self._number(0, self.settings.sampling_steps)
         exact = self.settings.timesteps == EXACT
         t = self.times[k] if exact else self._number(self.times[k + 1] + 1, self.times[k] + 1)
-        noise = torch.randn(self.shape, generator=self.generator).to(self.borrowed.device)
-        return example, self._draw(example, noise, k), t
+        return example, torch.randn(self.shape, generator=self.generator), k, t
+
+    def begun(self, example, noise, k, t):
+        """The batch of a ``pick``."""
+        return example, self._draw(example, noise.to(self.borrowed.device), k), t
 
     def _number(self, start, end):
         return int(torch.randint(start, end, (1,), generator=self.generator))
@@ -223,11 +230,10 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     def open_loss(borrowed, switch):
         draws = Draws(examples, settings, borrowed, switch, side, family.latent_channels)
 
-        def loss_at(index):
-            example, x_t, t = draws()
-            return loss_of(borrowed, switch, example, x_t, t, settings.eta)
+        def loss(picked):
+            return loss_of(borrowed, switch, *draws.begun(*picked), settings.eta)
 
-        return nullcontext(loss_at)
+        return nullcontext((draws.pick, loss))
 
     looked_at = []
     if family.known:

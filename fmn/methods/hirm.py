@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..contexts import keep_list_setting
 from ..families import text_layers
-from ..fitting import autograd, fit, make_adapters, patch_of
+from ..fitting import Training, autograd, make_adapters
 from ..keep import keep_for
 from ..lowrank import attached
 from ..settings import Settings as Base
@@ -105,7 +105,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     start |h0(c) - target|^2 is added, ``preserve`` times |h(k) - h0(k)|^2 / |h0(k)|^2 of a kept
     prompt k: the retain term of RMU (Li et al. 2024, arXiv 2403.03218), which HiRM left out.
     """
-    base, first = model.fingerprint(), BLOCK.format(0)
+    first, training = BLOCK.format(0), Training(model, concepts, settings, on_step)
     names = [layer.name for layer in text_layers(model.family) if layer.name.startswith(first)]
     with model.borrow_text(words=False) as borrowed:
         adapters = make_adapters(borrowed.module, names, settings, borrowed.device)
@@ -115,6 +115,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         ):
 
             def output(prompt):
+                seen.clear()  # a preview may have encoded its prompts too
                 borrowed.encode(prompt)
                 return seen.pop().float()
 
@@ -140,12 +141,9 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
                 return F.mse_loss(output(prompt), before) / before.square().mean()
 
             half = borrowed.module(names[0]).weight.dtype == torch.float16
-            losses, error = fit(adapters, loss_at, len(order), _optimiser(settings), on_step, half)
-    patch = patch_of(model, base, concepts, settings, adapters, losses)
-    if error:
-        error.patch = patch
-        raise error
-    return patch
+            training.put_on(adapters, switch)
+            training.run(loss_at, len(order), _optimiser(settings), on_step, half)
+    return training.finish()
 
 
 def last_projection(family):

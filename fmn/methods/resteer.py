@@ -253,11 +253,11 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
         with watch_attention(modules, borrowed.context_argument) as watch:
 
-            def loss_at(index):
-                batches = [watched_forward(borrowed, watch, batch) for batch in draws()]
-                return attention_resteering([layer for batch in batches for layer in batch])
+            def loss(batches):
+                seen = [watched_forward(borrowed, watch, batch) for batch in batches]
+                return attention_resteering([layer for batch in seen for layer in batch])
 
-            yield loss_at
+            yield draws, loss
 
     looked_at = data.looked_at()
     return learn(

@@ -1,0 +1,255 @@
+"""Training that goes on later: everything that it needs, in a file beside the patch.
+
+The patch itself would not do: its factors are rounded to 16 bits and AdamW's memory is not in it.
+Random numbers need no place here. They follow from the seed and from how many were drawn.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import ForgetError
+from .files import write_whole
+from .patch import check_header_size
+from .train import Loop
+
+ENDING = ".train.safetensors"
+FORMAT = "1"
+MOMENTS = "exp_avg", "exp_avg_sq", "step"  # AdamW's, of each parameter
+BEST = "best."
+MAX_STEPS = 1_000_000
+TOP_SCALE = 1024.0
+RECORD = {
+    "method": str, "settings": dict, "concepts": list, "family": str, "fingerprint": str,
+    "prediction": str, "tries": int, "scale": float, "best": (list, type(None)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class State:
+    """A training that can go on.
+
+    Attributes:
+        record: plain data; ``RECORD`` lists it. ``best`` is [loss, step] or None.
+        losses: one a finished step.
+        tensors: name -> float32 tensor: "LAYER.PART" of every trained parameter, its moments as
+            "LAYER.PART.exp_avg" and so on, and "best.LAYER.PART" if the best was kept.
+        name: of its file, for messages.
+    """
+
+    record: dict
+    losses: list
+    tensors: dict = field(repr=False)
+    name: str = "the training state"
+
+    def check(self, model, record):
+        """Refuse to go on with anything but what was begun.
+
+        Args:
+            record: what would be trained now, with the first keys of ``RECORD``.
+        """
+        for key, what in (
+            ("method", "the method"), ("concepts", "concepts"), ("family", "a model of family"),
+            ("prediction", "a model of prediction"), ("fingerprint", "a base model of fingerprint"),
+        ):  # fmt: skip
+            if record[key] != self.record[key]:
+                then, now = (_told(key, each[key]) for each in (self.record, record))
+                raise ForgetError(
+                    f"'{self.name}' was made with {what} {then}, and this is {now}: use the same, "
+                    "or start anew."
+                )
+        then, now = self.record["settings"], record["settings"]
+        for key in sorted(then.keys() | now.keys()):
+            # More steps may be added; nothing else would give the same training.
+            if key != "steps" and then.get(key) != now.get(key):
+                raise ForgetError(
+                    f"'{self.name}' was made with {key[:40]} {str(then.get(key, 'unset'))[:40]}, "
+                    f"and this is {str(now.get(key, 'unset'))[:40]}: only steps may differ."
+                )
+
+    def put_on(self, parameters):
+        """Set parameters as they were; returns the ``Loop`` to go on with.
+
+        Args:
+            parameters: name -> parameter, as in ``tensors``.
+        """
+        trained = {name for name in self.tensors if not name.startswith(BEST)}
+        trained = {name for name in trained if name.rpartition(".")[2] not in MOMENTS}
+        if trained != parameters.keys():
+            odd = sorted(trained ^ parameters.keys())[0]
+            raise ForgetError(
+                f"'{self.name}' does not fit what is trained: '{odd[:80]}' is in one of them only."
+            )
+        for name, parameter in parameters.items():
+            saved = self.tensors[name]
+            if saved.shape != parameter.shape:
+                raise ForgetError(
+                    f"'{self.name}' has '{name}' of shape {list(saved.shape)}, and "
+                    f"{list(parameter.shape)} is trained: use the state that this run saved."
+                )
+            with torch.no_grad():
+                parameter.copy_(saved)
+        moments = [self._moments(name, p.device) for name, p in parameters.items()]
+        return Loop(self.losses, self.record["tries"], self.record["scale"], moments)
+
+    def _moments(self, name, device):
+        found = {part: self.tensors.get(f"{name}.{part}") for part in MOMENTS}
+        if found["step"] is None:
+            return None
+        step = found.pop("step").clone()
+        return {part: each.to(device, copy=True) for part, each in found.items()} | {"step": step}
+
+    def best(self):
+        """(loss, step, name -> tensor) of the best so far, or None."""
+        if self.record["best"] is None:
+            return None
+        start = len(BEST)
+        kept = {name[start:]: t for name, t in self.tensors.items() if name.startswith(BEST)}
+        return *self.record["best"], kept
+
+
+def _told(key, value):
+    if key == "concepts":
+        value = ", ".join(str(c.get("name")) if isinstance(c, dict) else "?" for c in value)
+    return f"'{str(value)[:60]}'"
+
+
+def record_of(model, fingerprint, method, settings, concepts):
+    """What has to be the same for a training to go on."""
+    return {
+        "method": method,
+        "settings": settings,
+        "concepts": [concept.describe() for concept in concepts],
+        "family": model.family.key if model.family.known else model.family.title,
+        "fingerprint": fingerprint,
+        "prediction": model.prediction,
+    }
+
+
+def state_of(record, parameters, loop, best=None):
+    """The ``State`` of a training; its tensors are copies on the CPU.
+
+    Args:
+        parameters: name -> parameter, in the order of ``loop.moments``.
+        best: (loss, step, name -> tensor) or None.
+    """
+    tensors = dict(parameters)
+    for name, moments in zip(parameters, loop.moments):
+        tensors |= {f"{name}.{part}": moments[part] for part in MOMENTS if moments}
+    if best:
+        tensors |= {BEST + name: tensor for name, tensor in best[2].items()}
+    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    more = {"tries": loop.tries, "scale": loop.scale, "best": list(best[:2]) if best else None}
+    return State(record | more, list(loop.losses), tensors)
+
+
+def state_path(path):
+    """The file of a patch's training state: itself, if it is one already."""
+    path = Path(path)
+    if path.name.endswith(ENDING):
+        return path
+    return path.with_name(path.name.removesuffix(".safetensors") + ENDING)
+
+
+def save_state(state, path):
+    """Write the file; see ``files.write_whole``."""
+    losses = torch.tensor(state.losses, dtype=torch.float64)
+    metadata = {"fmn.train.format": FORMAT, "fmn.train": json.dumps(state.record)}
+    tensors = state.tensors | {"losses": losses}
+    write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
+    return Path(path)
+
+
+def load_state(path):
+    """Read and check a file that anyone may have made.
+
+    Raises:
+        ForgetError: it is not a whole, well-formed training state.
+    """
+    path = Path(path)
+    check_header_size(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = _record(path.name, file.metadata() or {})
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            wrong = [key for key in kinds if kinds[key] != ("F64" if key == "losses" else "F32")]
+            if wrong or "losses" not in kinds or len(kinds) == 1:
+                raise _damaged(path.name, f"tensors ({wrong[0]:.60})" if wrong else "tensors")
+            tensors = {key: file.get_tensor(key) for key in kinds}
+    except SafetensorError as error:
+        raise ForgetError(
+            f"'{path.name}' is damaged or not a safetensors file ({error}): start anew."
+        ) from error
+    losses = tensors.pop("losses")
+    _check_tensors(path.name, record, losses, tensors)
+    return State(record, losses.tolist(), tensors, path.name)
+
+
+def _damaged(name, what):
+    return ForgetError(f"The {what} in '{name}' cannot be those of a training: start anew.")
+
+
+def _record(name, metadata):
+    if metadata.get("fmn.train.format") != FORMAT:
+        found = metadata.get("fmn.train.format", "none")
+        raise ForgetError(
+            f"'{name}' is no training state (format {found:.20}, this version reads {FORMAT}): "
+            f"choose the file that ends in {ENDING} beside a patch."
+        )
+    try:
+        record = json.loads(metadata["fmn.train"])
+        for key, kind in RECORD.items():
+            if not isinstance(record[key], kind) or isinstance(record[key], bool):
+                raise TypeError(key)
+        best = record["best"]
+        if best is not None and [type(each) for each in best] != [float, int]:
+            raise TypeError("best")
+        if best is not None and not (math.isfinite(best[0]) and best[1] > 0):
+            raise ValueError("best")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ForgetError(
+            f"The record in '{name}' is damaged ({type(error).__name__}): start anew."
+        ) from error
+    return {key: record[key] for key in RECORD}
+
+
+def _check_tensors(name, record, losses, tensors):
+    steps, scale = losses.numel(), record["scale"]
+    if losses.dim() != 1 or not 0 < steps <= MAX_STEPS or not torch.isfinite(losses).all():
+        raise _damaged(name, "losses")
+    if not steps <= record["tries"] <= 2 * MAX_STEPS:
+        raise _damaged(name, f"{record['tries']} tries of {steps} steps")
+    if not 1 <= scale <= TOP_SCALE or not math.log2(scale).is_integer():
+        raise _damaged(name, "scale")
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise _damaged(name, f"values of '{key[:60]}', not all finite,")
+        owner, _, part = key.rpartition(".")
+        if part in MOMENTS:
+            _check_moments(name, owner, part, tensors, steps)
+    kept = {key.removeprefix(BEST) for key in tensors if key.startswith(BEST)}
+    own = {k for k in tensors if not k.startswith(BEST) and k.rpartition(".")[2] not in MOMENTS}
+    best = record["best"]
+    if kept != (own if best else set()) or (best and best[1] > steps):
+        raise _damaged(name, "best parameters")
+    if any(tensors[BEST + key].shape != tensors[key].shape for key in kept):
+        raise _damaged(name, "shapes of the best parameters")
+
+
+def _check_moments(name, owner, part, tensors, steps):
+    every = [tensors.get(f"{owner}.{each}") for each in MOMENTS]
+    if owner not in tensors or any(each is None for each in every):
+        raise _damaged(name, f"moments of '{owner[:60]}', which are not complete,")
+    tensor = tensors[f"{owner}.{part}"]
+    if part == "step":
+        fits = tensor.dim() == 0 and 0 < float(tensor) <= steps and float(tensor).is_integer()
+    else:
+        fits = tensor.shape == tensors[owner].shape
+        fits = fits and (part == "exp_avg" or not (tensor < 0).any())
+    if not fits:
+        raise _damaged(name, f"{part} of '{owner[:60]}'")
