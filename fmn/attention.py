@@ -57,9 +57,10 @@ class Watcher:
     def attend(self, module, x, context):
         q, k, v = module.to_q(x), module.to_k(context), module.to_v(context)
         output, probabilities = cross_attention(q, k, v, module.heads)
-        flagged = rearrange(probabilities, "b h p t -> b t h p")[self._flags[context.shape[1]]]
-        if self._collected is not None:
-            self._collected.append(flagged)
+        if self._collected is not None or torch.is_grad_enabled():  # else a preview is drawn
+            flagged = rearrange(probabilities, "b h p t -> b t h p")[self._flags[context.shape[1]]]
+            if self._collected is not None:
+                self._collected.append(flagged)
         for layer in module.to_out:
             output = layer(output)
         return output

@@ -12,8 +12,8 @@ from .lowrank import Full, LowRank, attached
 from .patch import ForgetPatch, new_info
 from .probe import Probe
 from .resume import record_of, state_of
+from .supervisor import Supervisor
 from .train import Optimiser, train
-from .watch import Watcher
 
 SCOPES = ("kv", "attention", "not-attention", "unet")
 SMOOTHED = 10  # losses whose mean says which step was best
@@ -140,8 +140,8 @@ class Training:
         self.model, self.concepts, self.settings = model, concepts, settings
         self.base, self.method = model.fingerprint(), type(settings).__module__.rpartition(".")[2]
         self.record = record_of(model, self.base, self.method, asdict(settings), concepts)
-        watcher = on_step if isinstance(on_step, Watcher) else Watcher()
-        self.begun, self.keeps_best = watcher.resume, watcher.keep_best
+        supervisor = on_step if isinstance(on_step, Supervisor) else Supervisor()
+        self.begun, self.keeps_best = supervisor.resume, supervisor.keep_best
         if self.begun:
             self.begun.check(model, self.record)
         self.tries, self.loop, self.best, self.error = 0, None, None, None

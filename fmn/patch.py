@@ -271,6 +271,11 @@ def check_header_size(path):
 
 
 def _family(path, metadata, found):
+    if "fmn.train.format" in metadata:
+        raise ForgetError(
+            f"'{path.name}' is what a training needs to be resumed, not a patch: "
+            "choose the patch beside it."
+        )
     if "fmn.format" not in metadata:
         raise ForgetError(
             f"'{path.name}' is not a forget patch: it lacks our metadata. "

@@ -83,6 +83,14 @@ def png_text(picture):
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def jpeg_text(picture, side):
+    """A PIL picture of at most ``side`` pixels a side as base64 of a JPEG."""
+    small, buffer = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((side, side))
+    small.save(buffer, "JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def labelled_grid(rows, columns, side=128):
     """A grid with a title over each column and a label beside each row.
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from .errors import ForgetError
 from .files import write_whole
-from .patch import check_header_size
+from .patch import check_header_size, save_patch
 from .train import Loop
 
 ENDING = ".train.safetensors"
@@ -188,6 +188,30 @@ def load_state(path):
     losses = tensors.pop("losses")
     _check_tensors(path.name, record, losses, tensors)
     return State(record, losses.tolist(), tensors, path.name)
+
+
+class Saves:
+    """A step callback that writes the patch and the training's state every some steps.
+
+    The state is several times as large as the patch, so only the newest of a run stays.
+
+    Args:
+        every: steps; 0 writes nothing.
+        path_of: function from a step's index to the file of the patch.
+    """
+
+    def __init__(self, every, path_of):
+        self.every, self.path_of, self.state = every, path_of, None
+
+    def __call__(self, step):
+        last = step.index == step.total
+        if not self.every or step.training is None or (step.index % self.every and not last):
+            return
+        path = save_patch(step.training.patch(), self.path_of(step.index))
+        state = save_state(step.training.state(), state_path(path))
+        if self.state and self.state != state:
+            self.state.unlink(missing_ok=True)
+        self.state = state
 
 
 def _damaged(name, what):

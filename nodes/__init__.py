@@ -1,6 +1,7 @@
 """The nodes: each parses its widgets, calls ``fmn`` and wraps the result."""
 
 from comfy_api.latest import ComfyExtension
+from server import PromptServer
 
 from . import (
     attack,
@@ -10,16 +11,19 @@ from . import (
     demo,
     guidance,
     keep,
+    live,
     measure,
     merge,
     methods,
     patch,
     train,
+    training,
 )
 
 
 class ForgetMeNot(ComfyExtension):
     async def get_node_list(self):
+        live.add_routes(PromptServer.instance.routes)
         return [
             *concept.NODES,
             *keep.NODES,
@@ -27,6 +31,7 @@ class ForgetMeNot(ComfyExtension):
             *train.NODES,
             *batch.NODES,
             *merge.NODES,
+            *training.NODES,
             *patch.NODES,
             *measure.NODES,
             *attack.NODES,

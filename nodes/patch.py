@@ -12,6 +12,7 @@ from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfy_other import host_of
 from ..fmn.patch import load_patch, save_patch
 from ..fmn.report import describe, printable
+from ..fmn.resume import ENDING
 from .types import CATEGORY, Patch, show_text
 
 KIND = "forget_patches"
@@ -94,6 +95,10 @@ class SaveForgetPatch(io.ComfyNode):
         return io.NodeOutput(patch, name, ui=ui.PreviewText(name))
 
 
+def _patch_files():
+    return [name for name in folder_paths.get_filename_list(KIND) if not name.endswith(ENDING)]
+
+
 class LoadForgetPatch(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -105,7 +110,7 @@ class LoadForgetPatch(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=folder_paths.get_filename_list(KIND),
+                    options=_patch_files(),
                     tooltip="New files show up after a refresh (R).",
                 ),
             ],
@@ -122,7 +127,7 @@ class LoadForgetPatch(io.ComfyNode):
     def execute(cls, file):
         # ComfyUI's lookup strips what leads out of the folders.
         path = folder_paths.get_full_path(KIND, file)
-        listed = [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(KIND)]
+        listed = [name.replace(os.sep, "/") for name in _patch_files()]
         if path is None or file.replace(os.sep, "/") not in listed:
             raise ForgetError(
                 f"There is no patch '{file}' in models/{KIND} or output/{KIND}: "

@@ -4,14 +4,18 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
-from ..fmn.concept import Concept
 from ..fmn.errors import NonFiniteLoss
 from ..fmn.hosts.comfy_other import host_of
 from ..fmn.methods import DEFAULT, forget, settings_of
 from ..fmn.patch import rescue
 from ..fmn.pictures import progress_picture
+from ..fmn.preview import Previews
+from ..fmn.resume import Saves, load_state
+from ..fmn.supervisor import Supervisor
+from .live import Live
 from .patch import output_path
-from .types import CATEGORY, Concepts, Keep, Method, Patch, show_text
+from .training import TrainingOptions
+from .types import CATEGORY, Concepts, Keep, Method, Options, Patch, show_text
 
 PREVIEW_SIDE = 512
 
@@ -37,13 +41,21 @@ class TrainForgetPatch(io.ComfyNode):
                     "method", optional=True, tooltip=f"How. Empty: {DEFAULT} with its defaults."
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="Needed for concepts with reference pictures."
+                    "vae",
+                    optional=True,
+                    tooltip="Needed for concepts with reference pictures, and for previews.",
                 ),
                 Keep.Input(
                     "keep",
                     optional=True,
                     tooltip="Words and prompts that shall not change, for the methods that can "
                     "protect some. Empty: the method's own keep-list.",
+                ),
+                Options.Input(
+                    "options",
+                    optional=True,
+                    tooltip="Previews, saving on the way, resuming: from Training Options. Empty: "
+                    "none of these.",
                 ),
             ],
             outputs=[
@@ -53,36 +65,47 @@ class TrainForgetPatch(io.ComfyNode):
                 ),
                 io.Custom("LOSS_MAP").Output("LOSS", display_name="loss"),
             ],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def execute(cls, model, clip, concepts, method=None, vae=None, keep=()):
-        settings = method or settings_of(DEFAULT, {})
-        losses = []
-        show = _Progress(concepts)
+    def execute(cls, model, clip, concepts, method=None, vae=None, keep=(), options=None):
+        settings, options = method or settings_of(DEFAULT, {}), options or TrainingOptions()
+        host, losses = host_of(model, clip, vae), []
+        resume = load_state(options.resume) if options.resume else None
+        title = ", ".join(concept.name for concept in concepts)
+        with Live(title, _workflow_id(cls.hidden.extra_pnginfo)) as live:
+            saves = Saves(
+                options.save_every,
+                lambda step: output_path(f"{options.filename_prefix}_step{step}"),
+            )
+            show, previews = _Progress(title, live), _Previews(host, concepts, options, live)
 
-        def on_step(step):
-            losses[:] = step.losses
-            show(step)
+            def on_step(step):
+                losses[:] = step.losses
+                show(step)
+                saves(step)
+                previews(step)
 
-        try:
-            patch = forget(host_of(model, clip, vae), concepts, settings, on_step, keep)
-        except NonFiniteLoss as error:
-            raise rescue(error, output_path("rescued")) from error
+            try:
+                supervisor = Supervisor(on_step, resume, options.keep_best)
+                patch = forget(host, concepts, settings, supervisor, keep)
+            except NonFiniteLoss as error:
+                raise rescue(error, output_path("rescued")) from error
+            previews.finish(patch)
         return io.NodeOutput(patch, patch.lora(), {"loss": losses})
 
 
 class _Progress:
-    """Draws a step on the node: bar, picture and a line of text."""
+    """Draws a step on the node: bar, picture, a line of text and the live view."""
 
-    def __init__(self, concepts: list[Concept]):
-        self.name = ", ".join(concept.name for concept in concepts)
-        self.bar = None
+    def __init__(self, title, live):
+        self.title, self.live, self.bar = title, live, None
 
     def __call__(self, step):
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.bar = self.bar or comfy.utils.ProgressBar(step.total)
-        text = f"{self.name}: step {step.index}/{step.total}, loss {step.losses[-1]:.4g}"
+        text = f"{self.title}: step {step.index}/{step.total}, loss {step.losses[-1]:.4g}"
         preview = None
         if step.before:
             picture = progress_picture(step.losses, step.total, step.before, step.now)
@@ -90,6 +113,44 @@ class _Progress:
             text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
         self.bar.update_absolute(step.index, step.total, preview)
         show_text(f"{text}, {step.seconds_left:.0f} s left")
+        self.live.step(step)
+
+
+class _Previews:
+    """Draws previews every some steps and when done, if they are asked for and can be drawn."""
+
+    def __init__(self, host, concepts, options, live):
+        self.every, self.live, self.steps, self.drawn = options.preview_every, live, 0, None
+        if not self.every:
+            return
+        missing = None if host.family.known else f"{host.family.title} has no previews yet."
+        if host.vae is None:
+            missing = "No previews: the vae input is empty."
+        if missing:
+            live.note(missing)
+            self.every = 0
+            return
+        own = concepts[0].training_prompts()[0].text if concepts else ""
+        prompts = options.forgotten_prompt.strip() or own, options.kept_prompt.strip()
+        self.drawn = Previews(
+            host, filter(None, prompts), options.preview_steps, options.preview_seed
+        )
+
+    def __call__(self, step):
+        self.steps = step.index
+        if self.every and step.training and step.index % self.every == 0 < step.total - step.index:
+            self.live.previews(self.drawn.during(step.training), step.index)
+
+    def finish(self, patch):
+        if self.every:
+            self.live.previews(self.drawn.after(patch), self.steps)
+
+
+def _workflow_id(info):
+    """The id of the workflow on the page that queued this, or None."""
+    workflow = info.get("workflow") if isinstance(info, dict) else None
+    found = workflow.get("id") if isinstance(workflow, dict) else None
+    return found[:64] if isinstance(found, str) else None
 
 
 NODES = [TrainForgetPatch]

@@ -9,6 +9,7 @@ from server import PromptServer
 CATEGORY = "forget-me-not"
 Concepts = io.Custom("FMN_CONCEPT")  # list of fmn.concept.Concept
 Method = io.Custom("FMN_METHOD")  # a method's settings
+Options = io.Custom("FMN_OPTIONS")  # nodes.training.Options
 Keep = io.Custom("FMN_KEEP")  # tuple of words and prompts
 Learned = io.Custom("FMN_EMBEDDING")  # fmn.embedding.Embedding
 Patch = io.Custom("FORGET_PATCH")  # fmn.patch.ForgetPatch

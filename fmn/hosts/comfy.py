@@ -148,6 +148,11 @@ class ComfyModel:
             raise ForgetError(
                 "Pictures are to be drawn but the VAE input is empty: connect the checkpoint's VAE."
             )
+        if self.vae.latent_channels != latents.shape[1]:
+            raise ForgetError(
+                f"This VAE reads {self.vae.latent_channels} channels, but {self.family.title} has "
+                f"{latents.shape[1]}: use the VAE of the same checkpoint."
+            )
         with torch.inference_mode():
             pictures = self.vae.decode(self.patcher.model.process_latent_out(latents.clone()))
         return pictures[..., :3].float().cpu().clone().clamp(0, 1)

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from importlib import import_module
 
 from ..errors import ForgetError
-from ..watch import Watcher
+from ..supervisor import Supervisor
 
 # module -> its presets, the defaults first
 METHODS = {
@@ -73,8 +73,8 @@ def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
     Args:
         model: a ``Model``; it comes back unchanged, also after an error.
         concepts: list of ``Concept``.
-        on_step: gets a ``train.Step`` after each step, and may raise to cancel. A ``watch.Watcher``
-            can also resume a run and have its best step kept, in methods that train.
+        on_step: gets a ``train.Step`` after each step, and may raise to cancel. A
+            ``Supervisor`` can also resume a run and have its best step kept, in methods that train.
         keep: words or prompts to protect, for the methods that can.
 
     Raises:
@@ -93,7 +93,7 @@ def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
 
 
 def _check_resumed(on_step, settings):
-    begun = on_step.resume if isinstance(on_step, Watcher) else None
+    begun = on_step.resume if isinstance(on_step, Supervisor) else None
     name = type(settings).__module__.rpartition(".")[2]
     # Methods that solve never look; they have no state that could match.
     if begun and begun.record["method"] != name:

@@ -12,8 +12,8 @@ from fmn.fitting import SMOOTHED
 from fmn.hosts.diffusers import DiffusersModel
 from fmn.methods import forget, settings_of
 from fmn.resume import load_state, save_state, state_path
+from fmn.supervisor import Supervisor
 from fmn.train import Optimiser, train
-from fmn.watch import Watcher
 
 from .test_train import Overflow, loss_of, start
 from .tiny import TinyModel, same_tensors, weights_of
@@ -46,17 +46,17 @@ def tensors_of(patch):
 
 
 def saved_at(step, path, **options):
-    """A watcher that writes the training's state to a file after one step, and goes on."""
+    """A supervisor that writes the training's state to a file after one step, and goes on."""
 
     def on_step(seen):
         if seen.index == step:
             save_state(seen.training.state(), path)
 
-    return Watcher(on_step, **options)
+    return Supervisor(on_step, **options)
 
 
-def run(model, settings, watcher=None, keep=("a house",)):
-    return forget(model, CONCEPTS, settings, watcher or Watcher(), keep)
+def run(model, settings, supervisor=None, keep=("a house",)):
+    return forget(model, CONCEPTS, settings, supervisor or Supervisor(), keep)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,7 +68,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path):
     watched = run(TinyModel(), settings, saved_at(3, file))
     model, steps = TinyModel(), []
     before = weights_of(model.unet)
-    resumed = run(model, settings, Watcher(steps.append, load_state(file)))
+    resumed = run(model, settings, Supervisor(steps.append, load_state(file)))
     assert same_tensors(tensors_of(resumed), tensors_of(whole))
     assert same_tensors(tensors_of(watched), tensors_of(whole))  # saving changes nothing
     assert [step.index for step in steps] == [4, 5, 6, 7, 8]
@@ -81,14 +81,14 @@ def test_a_text_encoder_s_training_goes_on_too(tmp_path):
     model = DiffusersModel.load("demo")
     whole = forget(model, CONCEPTS, settings)
     forget(model, CONCEPTS, replace(settings, steps=1), saved_at(2, file))
-    resumed = forget(model, CONCEPTS, settings, Watcher(resume=load_state(file)))
+    resumed = forget(model, CONCEPTS, settings, Supervisor(resume=load_state(file)))
     assert same_tensors(tensors_of(resumed), tensors_of(whole))
 
 
 def test_a_shorter_run_goes_on_with_more_steps(tmp_path):
     settings, file = settings_of("resteer", {"steps": 3}), tmp_path / "a.train.safetensors"
     run(TinyModel(), replace(settings, steps=1), saved_at(2, file))
-    resumed = run(TinyModel(), settings, Watcher(resume=load_state(file)))
+    resumed = run(TinyModel(), settings, Supervisor(resume=load_state(file)))
     assert same_tensors(tensors_of(resumed), tensors_of(run(TinyModel(), settings)))
 
 
@@ -97,7 +97,7 @@ def test_a_state_can_be_used_twice(tmp_path):
     settings, file = settings_of("resteer", {"steps": 2}), tmp_path / "a.train.safetensors"
     run(TinyModel(), settings, saved_at(2, file))
     state = load_state(file)
-    first, second = (run(TinyModel(), settings, Watcher(resume=state)) for _ in range(2))
+    first, second = (run(TinyModel(), settings, Supervisor(resume=state)) for _ in range(2))
     assert same_tensors(tensors_of(first), tensors_of(second))
 
 
@@ -109,7 +109,7 @@ def test_adamws_memory_matters(tmp_path):
     for key in list(state.tensors):
         if key.endswith(("exp_avg", "exp_avg_sq", "step")):
             del state.tensors[key]
-    resumed = run(TinyModel(), settings, Watcher(resume=state))
+    resumed = run(TinyModel(), settings, Supervisor(resume=state))
     assert not same_tensors(tensors_of(resumed), tensors_of(run(TinyModel(), settings)))
 
 
@@ -164,7 +164,7 @@ def best_by_hand(settings):
         patch = step.training.patch() if step.index >= SMOOTHED else None
         seen.append((list(step.losses), patch))
 
-    run(TinyModel(), settings, Watcher(on_step))
+    run(TinyModel(), settings, Supervisor(on_step))
     means = [
         (sum(losses[-SMOOTHED:]) / SMOOTHED, i)
         for i, (losses, patch) in enumerate(seen)
@@ -181,13 +181,13 @@ def test_the_best_step_is_kept(tmp_path):
     assert same_tensors(tensors_of(kept), tensors_of(best))
     assert not same_tensors(tensors_of(kept), tensors_of(last))
     assert kept.info["loss"]["steps"] == min(means)[1] + 1
-    resumed = run(TinyModel(), settings, Watcher(resume=load_state(file), keep_best=True))
+    resumed = run(TinyModel(), settings, Supervisor(resume=load_state(file), keep_best=True))
     assert same_tensors(tensors_of(resumed), tensors_of(best))
 
 
 def test_too_few_steps_to_choose_from_keep_the_last():
     settings = settings_of("resteer", {"steps": 3, "lr": 0.05})
-    kept = run(TinyModel(), settings, Watcher(keep_best=True))
+    kept = run(TinyModel(), settings, Supervisor(keep_best=True))
     assert same_tensors(tensors_of(kept), tensors_of(run(TinyModel(), settings)))
 
 
@@ -212,7 +212,7 @@ def test_nothing_else_goes_on(case, tmp_path):
     concepts, preset = changes.pop("concepts", CONCEPTS), changes.pop("preset", "resteer")
     settings = settings_of(preset, changes if preset != "resteer" else {"steps": 4} | changes)
     with pytest.raises(ForgetError, match=message) as caught:
-        forget(model, concepts, settings, Watcher(resume=load_state(file)))
+        forget(model, concepts, settings, Supervisor(resume=load_state(file)))
     assert "a.train.safetensors" in str(caught.value)
     assert same_tensors(weights_of(model.unet), before)
     assert not any(module._forward_hooks for module in model.unet.modules())

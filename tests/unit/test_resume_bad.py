@@ -9,7 +9,7 @@ from fmn.concept import Concept
 from fmn.errors import ForgetError
 from fmn.methods import forget, settings_of
 from fmn.resume import load_state, save_state
-from fmn.watch import Watcher
+from fmn.supervisor import Supervisor
 
 from .tiny import TinyModel, rewrite
 
@@ -25,8 +25,8 @@ def good(tmp_path_factory):
         if step.index == 11:
             save_state(step.training.state(), path)
 
-    watcher = Watcher(on_step, keep_best=True)
-    forget(TinyModel(), CONCEPTS, settings_of("resteer", SETTINGS), watcher)
+    supervisor = Supervisor(on_step, keep_best=True)
+    forget(TinyModel(), CONCEPTS, settings_of("resteer", SETTINGS), supervisor)
     return path
 
 
@@ -39,8 +39,8 @@ def copy(good, tmp_path):
 
 def load(path):
     state = load_state(path)
-    watcher = Watcher(resume=state)
-    return forget(TinyModel(), CONCEPTS, settings_of("resteer", SETTINGS), watcher)
+    supervisor = Supervisor(resume=state)
+    return forget(TinyModel(), CONCEPTS, settings_of("resteer", SETTINGS), supervisor)
 
 
 def test_the_good_one_is_read(copy):

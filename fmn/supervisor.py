@@ -1,7 +1,7 @@
 """What follows a training from outside."""
 
 
-class Watcher:
+class Supervisor:
     """A step callback that also says where training begins and which step it ends with.
 
     Methods pass it on as any other callback; only ``fitting`` reads the rest.

@@ -1,0 +1,263 @@
+// What a training looks like while it runs: the loss, the attention, the time left, previews.
+// The server sends states and keeps the last ones, so a page that is loaded again shows them too.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const NODE = "FMN_TrainForgetPatch";
+const EVENT = "forget-me-not.train";
+const ROUTE = "/forget-me-not/train";
+const WIDTH = 320;
+const CURVE = { width: 300, height: 96 };
+const STATUS = { running: "running", done: "done", cancelled: "cancelled", failed: "failed" };
+
+const states = new Map(); // workflow and node -> state
+const views = new Map(); // node on the page -> View
+
+const STYLE = `
+.fmn-train { box-sizing: border-box; width: 100%; padding: 6px 8px; overflow: hidden;
+  font: 12px/1.35 sans-serif; color: var(--input-text, #ddd);
+  background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #4e4e4e);
+  border-radius: 6px; }
+.fmn-train[hidden] { display: none; }
+.fmn-train svg { display: block; width: 100%; height: 96px; }
+.fmn-train .fmn-line { display: flex; justify-content: space-between; gap: 8px; }
+.fmn-train .fmn-quiet { color: var(--descrip-text, #999); overflow-wrap: anywhere; }
+.fmn-train .fmn-loss { color: #d64541; }
+.fmn-train .fmn-share { color: #3d8fd1; }
+.fmn-train .fmn-bar { height: 4px; margin: 4px 0; border-radius: 2px; overflow: hidden;
+  background: var(--border-color, #4e4e4e); }
+.fmn-train .fmn-bar div { height: 100%; background: #3d8fd1; }
+.fmn-train .fmn-pictures { display: grid; grid-template-columns: repeat(2, 1fr); gap: 4px; }
+.fmn-train figure { margin: 0; }
+.fmn-train figure div { display: flex; gap: 2px; }
+.fmn-train img { width: 50%; aspect-ratio: 1; object-fit: contain; }
+.fmn-train figcaption { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+`;
+
+function made(tag, name, text) {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text; // names are a stranger's words
+  return element;
+}
+
+function drawn(tag, attributes) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+}
+
+function duration(seconds) {
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  const minutes = Math.floor(whole / 60);
+  if (minutes < 60) return `${minutes} min ${whole % 60} s`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+/** An SVG polyline of [[index, value]], from 0 at the bottom to the highest value. */
+function curve(points, total, colour) {
+  const high = Math.max(...points.map(([, value]) => value), 1e-12);
+  const places = points.map(([index, value]) => {
+    const x = (index / Math.max(total, 1)) * CURVE.width;
+    const y = CURVE.height - 2 - (Math.max(value, 0) / high) * (CURVE.height - 6);
+    return `${x.toFixed(1)},${y.toFixed(1)}`;
+  });
+  if (places.length === 1) {
+    const [x, y] = places[0].split(",");
+    return drawn("circle", { cx: x, cy: y, r: 2, fill: colour });
+  }
+  return drawn("polyline", {
+    points: places.join(" "), fill: "none", stroke: colour, "stroke-width": 1.5,
+    "vector-effect": "non-scaling-stroke",
+  });
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(2)}%`;
+}
+
+class View {
+  constructor(node) {
+    this.node = node;
+    this.element = made("div", "fmn-train");
+    this.element.hidden = true;
+    this.height = 0;
+    const height = () => this.height;
+    this.widget = node.addDOMWidget("live", "FMN_TRAIN_LIVE", this.element, {
+      serialize: false,
+      hideOnZoom: false,
+      getMinHeight: height,
+      getMaxHeight: height,
+      getValue: () => "",
+      setValue: () => {},
+    });
+    this.widget.serialize = false;
+  }
+
+  show(state) {
+    if (state === this.state) return;
+    this.state = state;
+    this.element.hidden = false;
+    this.element.replaceChildren(...this.parts(state));
+    this.fit(state);
+  }
+
+  *parts(state) {
+    const head = made("div", "fmn-line");
+    head.append(made("span", "", `${STATUS[state.status] ?? ""}: ${state.title}`));
+    const left = state.status === "running" && state.step ? `${duration(state.seconds_left)} left` : "";
+    head.append(made("span", "fmn-quiet", left));
+    yield head;
+    const bar = made("div", "fmn-bar");
+    const done = made("div");
+    done.style.width = `${(100 * state.step) / Math.max(state.total, 1)}%`;
+    bar.append(done);
+    yield bar;
+    yield this.curves(state);
+    yield this.numbers(state);
+    if (state.note) yield made("div", "fmn-quiet", state.note);
+    if (state.previews?.length) yield this.pictures(state);
+  }
+
+  curves(state) {
+    const box = `0 0 ${CURVE.width} ${CURVE.height}`;
+    const svg = drawn("svg", { viewBox: box, preserveAspectRatio: "none", role: "img" });
+    svg.append(drawn("title", {}));
+    svg.firstChild.textContent = "loss and attention by step, each from 0 to its highest";
+    const y = CURVE.height - 1;
+    svg.append(drawn("line", {
+      x1: 0, y1: y, x2: CURVE.width, y2: y, stroke: "currentColor", "stroke-opacity": 0.3,
+    }));
+    if (state.best) {
+      const x = (state.best / Math.max(state.total, 1)) * CURVE.width;
+      svg.append(drawn("line", {
+        x1: x, y1: 0, x2: x, y2: y, stroke: "currentColor", "stroke-dasharray": "3 3",
+        "stroke-opacity": 0.6, class: "fmn-best",
+      }));
+    }
+    if (state.attention.length) svg.append(curve(state.attention, state.total, "#3d8fd1"));
+    if (state.losses.length) svg.append(curve(state.losses, state.total, "#d64541"));
+    return svg;
+  }
+
+  numbers(state) {
+    const line = made("div", "fmn-line");
+    const best = state.best ? `, best ${state.best}` : "";
+    line.append(made("span", "fmn-quiet", `step ${state.step}/${state.total}${best}`));
+    if (state.attention.length) {
+      const first = percent(state.attention[0][1]);
+      const last = percent(state.attention.at(-1)[1]);
+      line.append(made("span", "fmn-share", `attention ${first} to ${last}`));
+    }
+    if (state.losses.length) {
+      const loss = state.losses.at(-1)[1];
+      line.append(made("span", "fmn-loss", `loss ${Number(loss.toPrecision(4))}`));
+    }
+    return line;
+  }
+
+  pictures(state) {
+    const grid = made("div", "fmn-pictures");
+    for (const { prompt, before, now } of state.previews) {
+      const figure = made("figure");
+      const pair = made("div");
+      for (const [name, data] of [["before", before], [`step ${state.previews_at}`, now]]) {
+        const picture = made("img");
+        picture.src = `data:image/jpeg;base64,${data}`;
+        picture.alt = `${prompt}, ${name}`;
+        picture.title = `${prompt}, ${name}`;
+        pair.append(picture);
+      }
+      figure.append(pair, made("figcaption", "fmn-quiet", prompt));
+      grid.append(figure);
+    }
+    const caption = `before, and at step ${state.previews_at}`;
+    const box = made("div");
+    box.append(made("div", "fmn-quiet", caption), grid);
+    return box;
+  }
+
+  /** Make room: the node is as high as before, and this more. */
+  fit(state) {
+    const note = state.note ? 34 : 0;
+    const pictures = state.previews?.length ? 136 : 0;
+    const height = 170 + note + pictures;
+    if (height === this.height) return;
+    this.height = height;
+    const [width, before] = this.node.size;
+    const [, needed] = this.node.computeSize();
+    this.node.setSize([Math.max(width, WIDTH), Math.max(before, needed)]);
+    this.node.setDirtyCanvas?.(true, true);
+  }
+}
+
+function keyOf(workflow, node) {
+  return `${workflow ?? ""}/${node}`;
+}
+
+/** Every node of a graph and its subgraphs beside the id that the server knows it by. */
+function* everyNode(graph, prefix = "") {
+  for (const node of graph?.nodes ?? []) {
+    const id = `${prefix}${node.id}`;
+    yield [id, node];
+    if (node.subgraph) yield* everyNode(node.subgraph, `${id}:`);
+  }
+}
+
+/** Show what is known of the nodes on the page. */
+function refresh() {
+  const root = app.rootGraph ?? app.graph;
+  if (!root) return;
+  for (const [id, node] of everyNode(root)) {
+    const view = views.get(node);
+    const state = view && (states.get(keyOf(root.id, id)) ?? states.get(keyOf(null, id)));
+    if (state) view.show(state);
+  }
+}
+
+function receive(state) {
+  const key = keyOf(state.workflow, state.node);
+  const previews = state.previews ?? states.get(key)?.previews ?? [];
+  states.set(key, { ...state, previews });
+  refresh();
+}
+
+async function askServer() {
+  const client = api.clientId ?? api.initialClientId;
+  if (!client) return;
+  const answer = await api.fetchApi(`${ROUTE}?client=${encodeURIComponent(client)}`);
+  if (!answer.ok) return;
+  for (const state of (await answer.json()).states) receive(state);
+}
+
+app.registerExtension({
+  name: "forgetmenot.train",
+  setup() {
+    const style = made("style", "", STYLE);
+    style.id = "forgetmenot-train-style";
+    document.head.append(style);
+    api.addEventListener(EVENT, (event) => receive(event.detail));
+    // The server tells the page's id when it connects, and a new one after it was restarted.
+    api.addEventListener("status", askOnce);
+    askServer();
+  },
+  nodeCreated(node) {
+    if (node.comfyClass !== NODE) return;
+    views.set(node, new View(node));
+    const removed = node.onRemoved;
+    node.onRemoved = function (...args) {
+      views.delete(node);
+      return removed?.apply(this, args);
+    };
+  },
+  afterConfigureGraph: refresh,
+});
+
+let asked;
+function askOnce() {
+  if (asked === api.clientId) return;
+  asked = api.clientId;
+  askServer();
+}
