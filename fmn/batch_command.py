@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .concept import KINDS
 from .merged_names import HOW, PRESERVE
-from .options import Bar, BatchBar, add_method, given_settings
+from .options import add_method, given_settings
 
 
 def add_batch(commands, asked):
@@ -63,6 +63,7 @@ def add_merge(commands):
 
 def run_batch(options):
     """Returns the result, its text, and whether a concept failed."""
+    from .bar import BatchBar
     from .batch import forget_each
     from .concept_list import read_concepts
     from .hosts.diffusers import DiffusersModel
@@ -91,6 +92,7 @@ def run_merge(options):
         raise ForgetError(f"--budget-kb is {options.budget_kb}: use 0 for any size, or more.")
     sources, budget = chosen_files(options.patch, _matching).items(), options.budget_kb * 1000
     if options.how == "joint":
+        from .bar import Bar
         from .fuse import fuse
         from .hosts.diffusers import DiffusersModel
 

@@ -11,7 +11,7 @@ from .batch_command import add_batch, add_merge, run_batch, run_merge
 from .bench.command import add_bench, run_bench
 from .concept import KINDS, parse_concept
 from .errors import ForgetError, NonFiniteLoss
-from .options import Bar, add_method, asked_method, given_settings
+from .options import add_method, asked_method, given_settings
 from .report import printable
 
 OK, FAILED, BAD_INPUT, NOT_FINITE, PARTLY, CANCELLED = 0, 1, 2, 3, 4, 130
@@ -85,6 +85,18 @@ def _add_forget(commands, asked):
     forget.add_argument(
         "--images", type=Path, help="folder of reference pictures; one concept only"
     )
+    forget.add_argument(
+        "--save-every", type=int, default=0, metavar="N",
+        help="also save the patch, and what --resume needs, every N steps of training",
+    )  # fmt: skip
+    forget.add_argument(
+        "--resume", type=Path, metavar="FILE",
+        help="go on with a training that --save-every left: a patch, or the .train.safetensors",
+    )  # fmt: skip
+    forget.add_argument(
+        "--keep-best", action="store_true",
+        help="take the step with the lowest mean of the last 10 losses, not the last step",
+    )  # fmt: skip
     add_method(forget, asked)
 
 
@@ -188,19 +200,32 @@ def _methods(options):
 
 
 def _forget(options):
+    from .bar import Bar
     from .hosts.diffusers import DiffusersModel
     from .methods import forget
     from .patch import rescue, save_patch
     from .report import describe
+    from .resume import Saves, load_state, state_path
+    from .supervisor import Supervisor
 
     settings = given_settings(options)
     concepts = _concepts(options)
     plain = "".join(letter if letter.isalnum() else "_" for letter in concepts[0].name)
     path = options.out or Path(f"forget_{plain}.safetensors")
+    if options.save_every < 0:
+        raise ForgetError(f"--save-every is {options.save_every}: use 0 (never) or more steps.")
+    saves = Saves(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
+    resume = load_state(state_path(options.resume)) if options.resume else None
     model = DiffusersModel.load(options.model)
     with Bar() as bar:
+
+        def on_step(step):
+            bar(step)
+            saves(step)
+
+        supervisor = Supervisor(on_step, resume, options.keep_best)
         try:
-            patch = forget(model, concepts, settings, bar, tuple(options.keep))
+            patch = forget(model, concepts, settings, supervisor, tuple(options.keep))
         except NonFiniteLoss as error:
             raise rescue(error, path.with_stem(f"{path.stem}_rescued")) from error
     save_patch(patch, path)

@@ -17,7 +17,8 @@ from .train import Optimiser, train
 
 SCOPES = ("kv", "attention", "not-attention", "unet")
 SMOOTHED = 10  # losses whose mean says which step was best
-LOOKS = 7  # how often a run looks at the first concept's attention; each costs a forward
+# How often a run looks at the first concept's attention, each time for a forward: so many times, or
+LOOKS, STEPS_A_LOOK = 7, 25  # every so many steps, if that is more.
 
 
 def in_scope(family, scope):
@@ -258,7 +259,7 @@ class _Report:
         self.before = self.now
 
     def __call__(self, step):
-        often = max(1, self.total // LOOKS)
+        often = max(1, min(self.total // LOOKS, STEPS_A_LOOK))
         if self.probe and (step.index % often == 0 or step.index == step.total):
             self.now = self.probe.look(self.borrowed)[0]
         self.on_step(replace(step, before=self.before, now=self.now))

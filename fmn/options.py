@@ -1,4 +1,4 @@
-"""Options that several commands share: a method with its settings, and the progress bar."""
+"""Options that several commands share: a method with its settings."""
 
 import argparse
 import sys
@@ -54,41 +54,3 @@ def given_settings(options):
         if name.startswith("set_") and value is not None
     }
     return settings_of(options.method, given)
-
-
-class Bar:
-    """A progress bar on standard error that is a step callback."""
-
-    def __init__(self):
-        self.bar = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.bar:
-            self.bar.close()
-
-    def __call__(self, step):
-        from tqdm import tqdm
-
-        if self.bar and self.bar.total != step.total:  # another part of the work begins
-            self.bar.close()
-            self.bar = None
-        self.bar = self.bar or tqdm(total=step.total, unit="step")
-        text = f"loss {step.losses[-1]:.4g}"
-        if step.before:
-            text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
-        self.bar.set_postfix_str(text)
-        self.bar.update(1)
-
-
-class BatchBar(Bar):
-    """The same for the places of a batch: one unit a concept."""
-
-    def __call__(self, place):
-        from tqdm import tqdm
-
-        self.bar = self.bar or tqdm(total=place.count, unit="concept")
-        self.bar.set_postfix_str(f"{place.name:.40} {place.index}/{place.count}", refresh=False)
-        self.bar.update(place.done - self.bar.n)

@@ -9,22 +9,19 @@ from PIL import Image, ImageDraw, ImageFont
 INK, PALE, ACCENT, PAPER = (40, 44, 52), (205, 209, 216), (214, 69, 65), (250, 250, 248)
 
 
-def progress_picture(losses, total, before, now):
-    """The loss so far, and where the concept's attention was and is, 448 x 160 pixels.
+def maps_picture(before, now):
+    """Where a concept's attention was and is, 448 x 248 pixels.
 
     Args:
-        losses: one a finished step. total: steps in all.
-        before, now: ``probe.Attention`` of the first concept.
+        before, now: ``probe.Attention``.
     """
-    picture = Image.new("RGB", (448, 160), PAPER)
+    picture = Image.new("RGB", (448, 248), PAPER)
     draw = ImageDraw.Draw(picture)
-    _curve(draw, (12, 28, 196, 148), losses, total)
-    draw.text((12, 8), f"loss {losses[-1]:.4g}", INK, font=_font(13))
     brightest = max(float(before.map.max()), 1e-9)
-    for left, name, attention in ((212, "before", before), (332, "now", now)):
-        picture.paste(heat_map(attention.map / brightest, 104), (left, 44))
-        draw.text((left, 8), f"{name}: {attention.share:.2%}", INK, font=_font(13))
-    draw.text((212, 26), "of attention on the concept", INK, font=_font(11))
+    for left, name, attention in ((12, "before", before), (236, "now", now)):
+        picture.paste(heat_map(attention.map / brightest, 200), (left, 40))
+        draw.text((left, 4), f"{name}: {attention.share:.2%}", INK, font=_font(15))
+        draw.text((left, 22), "of attention on the concept", INK, font=_font(12))
     return picture
 
 

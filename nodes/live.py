@@ -60,8 +60,12 @@ class Live:
             for index, loss in enumerate(step.losses[:-1], step.index - len(step.losses) + 1):
                 self.losses.add(index, loss)
         self.losses.add(step.index, step.losses[-1])
-        if step.before:
+        if step.before and not self.attention.points:
+            self.attention.add(0, step.before.share)
+            self.looked = step.before
+        if step.before and step.now is not self.looked:
             self.attention.add(step.index, step.now.share)
+            self.looked = step.now
         best = step.training.best if step.training else None
         self.state |= {
             "step": step.index, "total": step.total, "seconds_left": round(step.seconds_left, 1),

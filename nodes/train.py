@@ -8,7 +8,7 @@ from ..fmn.errors import NonFiniteLoss
 from ..fmn.hosts.comfy_other import host_of
 from ..fmn.methods import DEFAULT, forget, settings_of
 from ..fmn.patch import rescue
-from ..fmn.pictures import progress_picture
+from ..fmn.pictures import maps_picture
 from ..fmn.preview import Previews
 from ..fmn.resume import Saves, load_state
 from ..fmn.supervisor import Supervisor
@@ -108,7 +108,7 @@ class _Progress:
         text = f"{self.title}: step {step.index}/{step.total}, loss {step.losses[-1]:.4g}"
         preview = None
         if step.before:
-            picture = progress_picture(step.losses, step.total, step.before, step.now)
+            picture = maps_picture(step.before, step.now)
             preview = ("JPEG", picture, PREVIEW_SIDE)
             text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
         self.bar.update_absolute(step.index, step.total, preview)

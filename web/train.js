@@ -7,31 +7,39 @@ import { api } from "../../scripts/api.js";
 const NODE = "FMN_TrainForgetPatch";
 const EVENT = "forget-me-not.train";
 const ROUTE = "/forget-me-not/train";
+const NO_ID = "00000000-0000-0000-0000-000000000000";
 const WIDTH = 320;
+const BORDER = 2; // of the view, both sides
+const MARGIN = 10; // that the page leaves around a widget
 const CURVE = { width: 300, height: 96 };
 const STATUS = { running: "running", done: "done", cancelled: "cancelled", failed: "failed" };
 
 const states = new Map(); // workflow and node -> state
 const views = new Map(); // node on the page -> View
+let viewCount = 0;
 
 const STYLE = `
-.fmn-train { box-sizing: border-box; width: 100%; padding: 6px 8px; overflow: hidden;
-  font: 12px/1.35 sans-serif; color: var(--input-text, #ddd);
-  background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #4e4e4e);
+.fmn-train { box-sizing: border-box; width: 100%; overflow: hidden; font: 12px/1.35 sans-serif;
+  color: var(--input-text, #ddd); border: 1px solid var(--border-color, #4e4e4e);
   border-radius: 6px; }
+.fmn-train { --fmn-loss: color-mix(in srgb, #d64541 75%, currentColor);
+  --fmn-share: color-mix(in srgb, #3d8fd1 75%, currentColor); }
 .fmn-train[hidden] { display: none; }
 .fmn-train svg { display: block; width: 100%; height: 96px; }
-.fmn-train .fmn-line { display: flex; justify-content: space-between; gap: 8px; }
-.fmn-train .fmn-quiet { color: var(--descrip-text, #999); overflow-wrap: anywhere; }
-.fmn-train .fmn-loss { color: #d64541; }
-.fmn-train .fmn-share { color: #3d8fd1; }
+.fmn-train .fmn-content { padding: 6px 8px; overflow-wrap: anywhere; }
+.fmn-train .fmn-line { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 8px; }
+.fmn-train .fmn-quiet { color: var(--descrip-text, #999); }
+.fmn-train .fmn-loss { color: var(--fmn-loss); }
+.fmn-train .fmn-share { color: var(--fmn-share); }
+.fmn-train svg .fmn-loss { stroke: var(--fmn-loss); fill: none; }
+.fmn-train svg .fmn-share { stroke: var(--fmn-share); fill: none; }
 .fmn-train .fmn-bar { height: 4px; margin: 4px 0; border-radius: 2px; overflow: hidden;
   background: var(--border-color, #4e4e4e); }
-.fmn-train .fmn-bar div { height: 100%; background: #3d8fd1; }
-.fmn-train .fmn-pictures { display: grid; grid-template-columns: repeat(2, 1fr); gap: 4px; }
+.fmn-train .fmn-bar div { height: 100%; background: var(--fmn-share); }
+.fmn-train .fmn-pictures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 4px; }
 .fmn-train figure { margin: 0; }
 .fmn-train figure div { display: flex; gap: 2px; }
-.fmn-train img { width: 50%; aspect-ratio: 1; object-fit: contain; }
+.fmn-train img { flex: 1; min-width: 0; width: 50%; aspect-ratio: 1; object-fit: contain; }
 .fmn-train figcaption { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 `;
 
@@ -56,26 +64,26 @@ function duration(seconds) {
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-/** An SVG polyline of [[index, value]], from 0 at the bottom to the highest value. */
-function curve(points, total, colour) {
+/** An SVG line of [[index, value]], from 0 at the bottom to the highest value. */
+function curve(points, steps, name) {
   const high = Math.max(...points.map(([, value]) => value), 1e-12);
   const places = points.map(([index, value]) => {
-    const x = (index / Math.max(total, 1)) * CURVE.width;
     const y = CURVE.height - 2 - (Math.max(value, 0) / high) * (CURVE.height - 6);
-    return `${x.toFixed(1)},${y.toFixed(1)}`;
+    return [across(index, steps), y].map((place) => place.toFixed(1));
   });
-  if (places.length === 1) {
-    const [x, y] = places[0].split(",");
-    return drawn("circle", { cx: x, cy: y, r: 2, fill: colour });
-  }
+  if (places.length === 1) places.push(places[0]); // a dot, by its round caps
   return drawn("polyline", {
-    points: places.join(" "), fill: "none", stroke: colour, "stroke-width": 1.5,
+    points: places.join(" "), class: name, "stroke-width": 1.5, "stroke-linecap": "round",
     "vector-effect": "non-scaling-stroke",
   });
 }
 
+function across(index, steps) {
+  return (index / Math.max(steps, 1)) * CURVE.width;
+}
+
 function percent(share) {
-  return `${(100 * share).toFixed(2)}%`;
+  return `${Number((100 * share).toPrecision(3))}%`;
 }
 
 class View {
@@ -83,9 +91,14 @@ class View {
     this.node = node;
     this.element = made("div", "fmn-train");
     this.element.hidden = true;
+    this.content = made("div", "fmn-content");
+    this.element.append(this.content);
     this.height = 0;
+    this.sized = new ResizeObserver(() => this.fit());
+    this.sized.observe(this.content);
     const height = () => this.height;
-    this.widget = node.addDOMWidget("live", "FMN_TRAIN_LIVE", this.element, {
+    // Nodes 2.0 keeps the element of a widget that has the same node id and name in another workflow.
+    this.widget = node.addDOMWidget(`live ${++viewCount}`, "FMN_TRAIN_LIVE", this.element, {
       serialize: false,
       hideOnZoom: false,
       getMinHeight: height,
@@ -100,8 +113,7 @@ class View {
     if (state === this.state) return;
     this.state = state;
     this.element.hidden = false;
-    this.element.replaceChildren(...this.parts(state));
-    this.fit(state);
+    this.content.replaceChildren(...this.parts(state));
   }
 
   *parts(state) {
@@ -131,14 +143,14 @@ class View {
       x1: 0, y1: y, x2: CURVE.width, y2: y, stroke: "currentColor", "stroke-opacity": 0.3,
     }));
     if (state.best) {
-      const x = (state.best / Math.max(state.total, 1)) * CURVE.width;
+      const x = across(state.best, state.step);
       svg.append(drawn("line", {
         x1: x, y1: 0, x2: x, y2: y, stroke: "currentColor", "stroke-dasharray": "3 3",
         "stroke-opacity": 0.6, class: "fmn-best",
       }));
     }
-    if (state.attention.length) svg.append(curve(state.attention, state.total, "#3d8fd1"));
-    if (state.losses.length) svg.append(curve(state.losses, state.total, "#d64541"));
+    if (state.attention.length) svg.append(curve(state.attention, state.step, "fmn-share"));
+    if (state.losses.length) svg.append(curve(state.losses, state.step, "fmn-loss"));
     return svg;
   }
 
@@ -179,12 +191,11 @@ class View {
     return box;
   }
 
-  /** Make room: the node is as high as before, and this more. */
-  fit(state) {
-    const note = state.note ? 34 : 0;
-    const pictures = state.previews?.length ? 136 : 0;
-    const height = 170 + note + pictures;
-    if (height === this.height) return;
+  /** Make room for what is shown. */
+  fit() {
+    if (!this.content.offsetHeight) return;
+    const height = this.content.offsetHeight + BORDER + 2 * (this.widget.margin ?? MARGIN);
+    if (Math.abs(height - this.height) < 2) return;
     this.height = height;
     const [width, before] = this.node.size;
     const [, needed] = this.node.computeSize();
@@ -213,7 +224,9 @@ function refresh() {
   for (const [id, node] of everyNode(root)) {
     const view = views.get(node);
     const state = view && (states.get(keyOf(root.id, id)) ?? states.get(keyOf(null, id)));
-    if (state) view.show(state);
+    // Workflows made from API files share one id, and may not share what was trained before.
+    const unsure = root.id === NO_ID && state?.status !== "running" && !view?.state;
+    if (state && !unsure) view.show(state);
   }
 }
 
@@ -248,6 +261,7 @@ app.registerExtension({
     views.set(node, new View(node));
     const removed = node.onRemoved;
     node.onRemoved = function (...args) {
+      views.get(node)?.sized.disconnect();
       views.delete(node);
       return removed?.apply(this, args);
     };

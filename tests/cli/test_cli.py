@@ -203,6 +203,24 @@ def test_blown_up_training_exits_3(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a child process")
+def test_saved_on_the_way_and_resumed(patch, tmp_path):
+    """To the last bit the patch of the run that was not interrupted."""
+    training = "forget", "demo", "dog", *RESTEER, "--lr", 0.002
+    part, resumed = tmp_path / "part.safetensors", tmp_path / "resumed.safetensors"
+    fmn(*training, "--steps", 12, "--save-every", 5, "--out", part)
+    step = tmp_path / "part_step12.safetensors"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "part.safetensors", "part_step10.safetensors", "part_step12.safetensors",
+        "part_step12.train.safetensors", "part_step5.safetensors",
+    ]  # fmt: skip
+    fmn(*training, "--steps", 20, "--resume", step, "--out", resumed)
+    ours, expected = load_file(resumed), load_file(patch)
+    assert ours.keys() == expected.keys()
+    assert all(ours[key].equal(expected[key]) for key in expected)
+    done = fmn(*training, "--steps", 20, "--resume", part, "--out", resumed, code=2)
+    assert "part.train.safetensors" in done.stderr and "cannot be read" in done.stderr
+
+
 def test_cancel_exits_130_and_writes_nothing(tmp_path):
     out = tmp_path / "dog.safetensors"
     process = subprocess.Popen(

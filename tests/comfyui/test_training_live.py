@@ -73,7 +73,7 @@ def test_curves_and_previews_reach_the_page(server):
     last = events[-1]
     assert last["status"] == "done" and last["title"] == "dog"
     assert [index for index, _ in last["losses"]] == [1, 2, 3, 4, 5]
-    assert [index for index, _ in last["attention"]] == [1, 2, 3, 4, 5]
+    assert [index for index, _ in last["attention"]] == [0, 1, 2, 3, 4, 5]
     assert all(0 < share < 1 for _, share in last["attention"])
     assert all(len(json.dumps(event)) < 200_000 for event in events)
     shown = [event for event in events if event.get("previews")]

@@ -1,17 +1,19 @@
 """The training node in the real frontend: its curve, its previews, a reload, Cancel."""
 
+import uuid
+
 import pytest
 
 from .frontend import ARTEFACTS, READY
 from .test_training_live import watched
 
 VIEW = ".fmn-train:not([hidden])"
-PLACE = """() => { let y = 40;
+PLACE = """() => { let y = 90;
   for (const node of app.graph.nodes) {
-    node.pos = node.type == 'FMN_TrainForgetPatch' ? [420, 60] : [40, y];
+    node.pos = node.type == 'FMN_TrainForgetPatch' ? [620, 90] : [90, y];
     if (node.type != 'FMN_TrainForgetPatch') y += node.size[1] + 60; }
   app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true); }"""
-FIRST_X = "document.querySelector('.fmn-train polyline').points.length"
+FIRST_X = "document.querySelector('.fmn-train polyline.fmn-loss').points.length"
 
 
 def opened_graph(page, nodes_2, seed, light=False, name="dog", **settings):
@@ -39,6 +41,7 @@ def opened_graph(page, nodes_2, seed, light=False, name="dog", **settings):
     theme = "light" if light else "dark"
     page.evaluate("name => app.extensionManager.setting.set('Comfy.ColorPalette', name)", theme)
     page.evaluate("graph => app.loadApiJson(graph, 'train')", graph)
+    page.evaluate("id => { app.graph.id = id; }", str(uuid.uuid4()))
     page.wait_for_timeout(500)
     page.evaluate(PLACE)
 
@@ -71,7 +74,7 @@ def test_the_curve_and_previews_are_drawn(page, nodes_2, light):
         ),
     )
     assert box["height"] > 150 and box["width"] <= node[0]
-    assert view.evaluate("e => e.scrollHeight <= e.clientHeight + 1"), "something is cut off"
+    assert view.evaluate("e => e.scrollHeight <= e.clientHeight + 2"), "something is cut off"
     assert not page.evaluate("window.fmnAttacked")
     assert page.locator("img[onerror]").count() == 0
     assert page.fmn_errors == []
@@ -83,19 +86,20 @@ def test_a_reload_shows_the_state_again_and_cancel_works(page, server, nodes_2):
     start(page)
     page.wait_for_function(
         "() => document.querySelectorAll('.fmn-train img').length == 4"
-        " && document.querySelector('.fmn-train polyline')",
+        " && document.querySelector('.fmn-train polyline.fmn-loss')",
         timeout=60_000,
     )
     page.wait_for_timeout(1500)  # the page saves its workflow
     page.reload(wait_until="domcontentloaded")
     page.wait_for_function(READY, timeout=60_000)
     page.wait_for_function(
-        "() => document.querySelector('.fmn-train polyline')?.points.length > 5", timeout=30_000
+        "() => document.querySelector('.fmn-train polyline.fmn-loss')?.points.length > 5",
+        timeout=30_000,
     )
     assert page.locator(f"{VIEW} img").count() == 4
     seen = page.evaluate(FIRST_X)
     page.wait_for_function(
-        "seen => document.querySelector('.fmn-train polyline').points.length > seen",
+        "seen => document.querySelector('.fmn-train polyline.fmn-loss').points.length > seen",
         arg=seen, timeout=30_000,
     )  # fmt: skip
     page.evaluate(PLACE)

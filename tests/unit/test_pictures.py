@@ -1,3 +1,6 @@
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,10 @@ from fmn.pictures import (
     PAPER,
     beside,
     heat_map,
+    jpeg_text,
     labelled_grid,
-    progress_picture,
+    loss_picture,
+    maps_picture,
     square,
     to_image,
 )
@@ -35,8 +40,12 @@ def look(share, value):
     return Attention(share, torch.full((32, 32), value))
 
 
-def draw(losses, total=4, before=0.5, now=0.0):
-    return progress_picture(losses, total, look(before, before), look(now, now))
+def maps(before=0.5, now=0.0):
+    return maps_picture(look(before, before), look(now, now))
+
+
+def draw(losses, total=4):
+    return loss_picture(losses, total)
 
 
 @pytest.mark.parametrize(
@@ -98,45 +107,57 @@ def test_beside():
     assert colours(row.crop((3, 2, 7, 5))) == {PAPER}
 
 
-def test_progress_shows_maps_side_by_side():
-    picture = draw([1.0], before=0.5, now=0.25)
-    assert picture.size == (448, 160)
+def test_maps_are_side_by_side():
+    picture = maps(before=0.5, now=0.25)
+    assert picture.size == (448, 248)
     # Both are scaled by the brightest place before training.
-    assert colours(picture.crop((212, 44, 316, 148))) == {BRIGHT}
-    assert colours(picture.crop((332, 44, 436, 148))) == {MIDDLE}
+    assert colours(picture.crop((12, 40, 212, 240))) == {BRIGHT}
+    assert colours(picture.crop((236, 40, 436, 240))) == {MIDDLE}
 
 
-def test_progress_without_any_attention():
-    picture = draw([1.0], before=0.0, now=0.0)
-    assert colours(picture.crop((212, 44, 316, 148))) == {DARK}
+def test_maps_without_any_attention():
+    assert colours(maps(before=0.0, now=0.0).crop((12, 40, 212, 240))) == {DARK}
+
+
+def test_shares_are_written():
+    box = 0, 0, 448, 22
+    pictures = [maps(), maps(before=0.4), maps(now=0.1)]
+    assert len({picture.crop(box).tobytes() for picture in pictures}) == 3
+
+
+def test_jpeg_text():
+    data = base64.b64decode(jpeg_text(plain("red", 64), 16))
+    small = Image.open(io.BytesIO(data))
+    assert small.format == "JPEG" and small.size == (16, 16)
+    assert np.abs(np.asarray(small).mean((0, 1)) - (255, 0, 0)).max() < 6
+    assert Image.open(io.BytesIO(base64.b64decode(jpeg_text(plain("red"), 16)))).size == (8, 8)
 
 
 def test_curve_falls_with_the_loss():
     places = accent_places(draw([4.0, 2.0, 1.0, 0.0]))
-    assert places[:, 1].min() >= 12 and places[:, 1].max() <= 197
-    rows = [places[places[:, 1] == column][:, 0].mean() for column in (60, 100, 150, 190)]
+    assert places[:, 1].min() >= 12 and places[:, 1].max() <= 437
+    rows = [places[places[:, 1] == column][:, 0].mean() for column in (124, 220, 325, 425)]
     assert rows == sorted(rows) and rows[0] < 45 and rows[-1] > 130
 
 
 def test_curve_grows_with_the_steps():
     half, whole = (accent_places(draw([1.0] * n, total=10)) for n in (5, 10))
-    assert abs(half[:, 1].max() - 104) <= 2 and abs(whole[:, 1].max() - 196) <= 2
+    assert abs(half[:, 1].max() - 224) <= 2 and abs(whole[:, 1].max() - 436) <= 2
     assert half[:, 0].min() == whole[:, 0].min()
 
 
 def test_first_step_is_a_dot():
     places = accent_places(draw([3.0], total=4))
-    assert np.abs(places - (32, 58)).max() <= 2 and len(places) > 4
+    assert np.abs(places - (32, 118)).max() <= 2 and len(places) > 4
 
 
 def test_losses_of_zero_lie_on_the_ground():
     assert np.abs(accent_places(draw([0.0, 0.0]))[:, 0] - 148).max() <= 2
 
 
-def test_numbers_are_written():
+def test_the_loss_is_written():
     box = 0, 0, 448, 26
-    pictures = [draw([1.0]), draw([2.0]), draw([1.0], before=0.4), draw([1.0], now=0.1)]
-    assert len({picture.crop(box).tobytes() for picture in pictures}) == 4
+    assert draw([1.0]).crop(box).tobytes() != draw([2.0]).crop(box).tobytes()
 
 
 def columns(height, width):

@@ -1,0 +1,83 @@
+"""Previews, saving and resuming in a real ComfyUI: the model comes back bit by bit."""
+
+import pytest
+import torch
+
+from .parts import concept
+from .test_every_method import SHORT, Fault
+from .test_hosts import gradient_flags, leftovers, state
+from .test_measure import same_bits
+
+TRAINED = "resteer", "esd", "ablation", "hirm"
+
+
+@pytest.mark.parametrize("ending", ["success", "error", "cancel"])
+@pytest.mark.parametrize("preset", TRAINED)
+def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, preset, ending):
+    """Ended in the middle of a preview's drawing, in the forward itself where it is Cancel."""
+    import comfy.model_management as management
+
+    cancelled = management.InterruptProcessingException
+    raised = {"success": None, "error": Fault, "cancel": cancelled}[ending]
+    methods, resume = pack("fmn.methods"), pack("fmn.resume")
+    drawn, saves = [], resume.Saves(1, lambda step: tmp_path / f"{step}.safetensors")
+
+    def on_pictures(count):
+        drawn.append(count)
+        if ending == "cancel" and len(drawn) == 3:  # the first picture with the adapters
+            management.interrupt_current_processing(True)
+        elif raised is Fault and len(drawn) == 3:
+            raise Fault
+
+    prompts = "a photo of a dog", "a house"
+    previews = pack("fmn.preview").Previews(comfy_model, prompts, 2, on_pictures=on_pictures)
+
+    def on_step(step):
+        saves(step)
+        previews.during(step.training)
+
+    supervisor = pack("fmn.supervisor").Supervisor(on_step, keep_best=True)
+    settings = methods.settings_of(preset, SHORT[preset])
+    patchers = comfy_model.patcher, comfy_model.clip.patcher
+    before = [(state(patcher), gradient_flags(patcher)) for patcher in patchers]
+    vae = {
+        key: value.clone() for key, value in comfy_model.vae.first_stage_model.state_dict().items()
+    }
+    with torch.inference_mode():
+        if raised:
+            with pytest.raises(raised):
+                methods.forget(comfy_model, [concept(pack)], settings, supervisor)
+        else:
+            methods.forget(comfy_model, [concept(pack)], settings, supervisor)
+            assert len(drawn) == 2 + 2 * 2
+    for patcher, (weights, flags) in zip(patchers, before):
+        assert same_bits(weights, state(patcher)) and gradient_flags(patcher) == flags
+        assert leftovers(patcher.model) == [] and not patcher.patches
+    after = decoder.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in vae.items())
+    assert {path.name for path in tmp_path.iterdir()} >= {"1.safetensors"}
+
+
+@pytest.mark.parametrize("preset", TRAINED)
+def test_a_resumed_run_equals_an_uninterrupted_one(pack, comfy_model, tmp_path, preset):
+    methods, resume = pack("fmn.methods"), pack("fmn.resume")
+    supervisor = pack("fmn.supervisor").Supervisor
+    settings = methods.settings_of(preset, SHORT[preset] | {"steps": 3})
+    file = tmp_path / "2.train.safetensors"
+
+    def on_step(step):
+        if step.index == 2:
+            resume.save_state(step.training.state(), file)
+
+    def run(supervised):
+        with torch.inference_mode():
+            return methods.forget(comfy_model, [concept(pack)], settings, supervised)
+
+    whole, resumed = run(supervisor(on_step)), run(supervisor(resume=resume.load_state(file)))
+    for name, factors in whole.changes.items():
+        assert all(map(torch.equal, factors, resumed.changes[name]))
+
+
+def test_the_vae_of_another_model_is_refused(pack, comfy_model):
+    with pytest.raises(pack("fmn.errors").ForgetError, match="This VAE reads 4 channels"):
+        comfy_model.decode(torch.zeros(1, 16, 16, 16))
