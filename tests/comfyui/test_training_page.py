@@ -13,7 +13,9 @@ PLACE = """() => { let y = 90;
     node.pos = node.type == 'FMN_TrainForgetPatch' ? [620, 90] : [90, y];
     if (node.type != 'FMN_TrainForgetPatch') y += node.size[1] + 60; }
   app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true); }"""
-FIRST_X = "document.querySelector('.fmn-train polyline.fmn-loss').points.length"
+OWN = """app.graph.nodes.find(n => n.type == 'FMN_TrainForgetPatch')
+  .widgets.find(w => w.name.startsWith('live')).element"""
+POINTS = f"{OWN}.querySelector('polyline.fmn-loss')?.points.length"
 
 
 def opened_graph(page, nodes_2, seed, light=False, name="dog", **settings):
@@ -85,23 +87,17 @@ def test_a_reload_shows_the_state_again_and_cancel_works(page, server, nodes_2):
     opened_graph(page, nodes_2, 411 + nodes_2, steps=3000, preview_every=5)
     start(page)
     page.wait_for_function(
-        "() => document.querySelectorAll('.fmn-train img').length == 4"
-        " && document.querySelector('.fmn-train polyline.fmn-loss')",
+        f"() => {OWN}.querySelectorAll('img').length == 4 && {POINTS} > 5",
         timeout=60_000,
     )
     page.wait_for_timeout(1500)  # the page saves its workflow
     page.reload(wait_until="domcontentloaded")
     page.wait_for_function(READY, timeout=60_000)
-    page.wait_for_function(
-        "() => document.querySelector('.fmn-train polyline.fmn-loss')?.points.length > 5",
-        timeout=30_000,
-    )
+    page.wait_for_function("() => app.graph.nodes.length == 6", timeout=30_000)
+    page.wait_for_function(f"() => {POINTS} > 5", timeout=30_000)
     assert page.locator(f"{VIEW} img").count() == 4
-    seen = page.evaluate(FIRST_X)
-    page.wait_for_function(
-        "seen => document.querySelector('.fmn-train polyline.fmn-loss').points.length > seen",
-        arg=seen, timeout=30_000,
-    )  # fmt: skip
+    seen = page.evaluate(POINTS)
+    page.wait_for_function(f"seen => {POINTS} > seen", arg=seen, timeout=30_000)
     page.evaluate(PLACE)
     page.wait_for_timeout(300)
     mode = "nodes 2" if nodes_2 else "classic"
