@@ -143,8 +143,6 @@ class Training:
         self.record = record_of(model, self.base, self.method, asdict(settings), concepts)
         supervisor = on_step if isinstance(on_step, Supervisor) else Supervisor()
         self.begun, self.keeps_best = supervisor.resume, supervisor.keep_best
-        if self.begun:
-            self.begun.check(model, self.record)
         self.tries, self.loop, self.best, self.error = 0, None, None, None
 
     def put_on(self, adapters, switch, borrowed=None):

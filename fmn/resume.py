@@ -47,7 +47,7 @@ class State:
     tensors: dict = field(repr=False)
     name: str = "the training state"
 
-    def check(self, model, record):
+    def check(self, record):
         """Refuse to go on with anything but what was begun.
 
         Args:

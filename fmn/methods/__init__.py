@@ -9,7 +9,7 @@ A method's module has:
 - ``ANY_MODEL = True`` if it works on models that are none of ``families.FAMILIES``.
 """
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from importlib import import_module
 
 from ..errors import ForgetError
@@ -83,7 +83,7 @@ def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
     module = method(preset_of(settings))
-    _check_resumed(on_step, settings)
+    _check_resumed(model, concepts, settings, on_step)
     if not model.family.known and not getattr(module, "ANY_MODEL", False):
         raise ForgetError(
             f"{module.TITLE} works on the cross-attention of Stable Diffusion 1.x, 2.x and XL, and "
@@ -92,12 +92,12 @@ def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
     return module.run(model, concepts, settings, on_step, keep)
 
 
-def _check_resumed(on_step, settings):
+def _check_resumed(model, concepts, settings, on_step):
+    """Refuse to go on with another training, before any work is done."""
     begun = on_step.resume if isinstance(on_step, Supervisor) else None
-    name = type(settings).__module__.rpartition(".")[2]
-    # Methods that solve never look; they have no state that could match.
-    if begun and begun.record["method"] != name:
-        raise ForgetError(
-            f"'{begun.name}' was made with the method '{begun.record['method'][:40]}', and this is "
-            f"'{name}': use the same, or start anew."
-        )
+    if begun:
+        from ..resume import record_of  # not at import, which is to stay light
+
+        name = type(settings).__module__.rpartition(".")[2]
+        # Methods that solve have no state that could match.
+        begun.check(record_of(model, model.fingerprint(), name, asdict(settings), concepts))
