@@ -208,8 +208,8 @@ def _forget(options):
     from .resume import Saves, load_state, state_path
     from .supervisor import Supervisor
 
-    settings = given_settings(options)
     concepts = _concepts(options)
+    settings = given_settings(options, concepts)
     plain = "".join(letter if letter.isalnum() else "_" for letter in concepts[0].name)
     path = options.out or Path(f"forget_{plain}.safetensors")
     if options.save_every < 0:

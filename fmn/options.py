@@ -4,14 +4,14 @@ import argparse
 import sys
 from dataclasses import fields
 
-from .methods import DEFAULT, PRESETS, settings_of
+from .methods import DEFAULT, PRESETS, default_settings, settings_of
 
 WITH_METHOD = ("forget", "batch")  # commands that take a method
 
 
 def add_method(parser, asked):
     """``--method`` and ``--keep``, and the settings of the method ``asked`` for."""
-    parser.add_argument("--method", choices=list(PRESETS), default=DEFAULT, help="(%(default)s)")
+    parser.add_argument("--method", choices=list(PRESETS), help=f"({DEFAULT})")
     parser.add_argument(
         "--keep", action="append", default=[], help="words or a prompt that shall not change"
     )
@@ -46,11 +46,17 @@ def _add_settings(parser, preset):
             group.add_argument(option, type=type(default), metavar="X", **how)
 
 
-def given_settings(options):
-    """The settings that a parsed command line asks for."""
+def given_settings(options, concepts=()):
+    """The settings that a parsed command line asks for.
+
+    Args:
+        concepts: what goes into one patch, which decides if neither method nor settings are given.
+    """
     given = {
         name.removeprefix("set_"): value
         for name, value in vars(options).items()
         if name.startswith("set_") and value is not None
     }
-    return settings_of(options.method, given)
+    if options.method is None and not given:
+        return default_settings(concepts)
+    return settings_of(options.method or DEFAULT, given)

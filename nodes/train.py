@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..fmn.errors import NonFiniteLoss
 from ..fmn.hosts.comfy_other import host_of
-from ..fmn.methods import DEFAULT, forget, settings_of
+from ..fmn.methods import DEFAULT, DEFAULT_MANY, MANY, default_settings, forget
 from ..fmn.patch import rescue
 from ..fmn.pictures import maps_picture
 from ..fmn.preview import Previews
@@ -38,7 +38,10 @@ class TrainForgetPatch(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 Concepts.Input("concepts", tooltip="What to forget."),
                 Method.Input(
-                    "method", optional=True, tooltip=f"How. Empty: {DEFAULT} with its defaults."
+                    "method",
+                    optional=True,
+                    tooltip=f"How. Empty: {DEFAULT} with its defaults; for more than {MANY} "
+                    f"concepts {DEFAULT_MANY}, whose patch is for the CLIP.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -70,7 +73,7 @@ class TrainForgetPatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concepts, method=None, vae=None, keep=(), options=None):
-        settings, options = method or settings_of(DEFAULT, {}), options or TrainingOptions()
+        settings, options = method or default_settings(concepts), options or TrainingOptions()
         host, losses = host_of(model, clip, vae), []
         resume = load_state(options.resume) if options.resume else None
         title = ", ".join(concept.name for concept in concepts)

@@ -36,6 +36,7 @@ METHODS = {
 }  # fmt: skip
 PRESETS = {preset: name for name, presets in METHODS.items() for preset in presets}
 DEFAULT = "reread"  # for somebody who picks nothing; docs/methods/README.md says why
+MANY, DEFAULT_MANY = 4, "reread-many"  # the same for more concepts than MANY in one patch
 
 
 def method(preset):
@@ -58,6 +59,11 @@ def settings_of(preset, changes):
         if name not in known:
             raise ForgetError(f"{preset} has no setting '{name}': use {', '.join(known)}.")
     return replace(settings, **changes)
+
+
+def default_settings(concepts):
+    """What is used for one patch of these concepts if nothing is picked."""
+    return settings_of(DEFAULT if len(concepts) <= MANY else DEFAULT_MANY, {})
 
 
 def preset_of(settings):

@@ -13,7 +13,7 @@ import torch
 from ..closed_form import preserve, weight_gram
 from ..contexts import keep_list_setting
 from ..families import text_layers
-from ..fitting import autograd, fit, make_adapters, patch_of
+from ..fitting import Training, autograd, make_adapters
 from ..keep import keep_for
 from ..lowrank import attached
 from ..sentences import kept_sentences, sentences, styled_sentences
@@ -74,25 +74,30 @@ PRESETS = {"reread-many": Settings()}
 @autograd()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Train a patch of the text encoder; see ``methods.forget``."""
-    base = model.fingerprint()
     pairs, kept, own = _texts(concepts, keep, settings)
+    training = Training(model, concepts, settings, on_step)
     with model.borrow() as borrowed:
         metric = read_metric(borrowed, model.family)
-    names = [layer.name for layer in text_layers(model.family)]
+    names = read_layers(model.family)
     with model.borrow_text(words=False) as encoder:
         lessons = Lessons(encoder, pairs, kept, own, metric, settings)
         adapters = make_adapters(encoder.module, names, settings, encoder.device)
         half = encoder.module(names[0]).weight.dtype == torch.float16
         optimiser = Optimiser(settings.lr, weight_decay=0.0, decay=True)
-        with attached(adapters, encoder.module):
-            losses, error = fit(adapters, lessons, settings.steps, optimiser, on_step, half)
-        # Of two encoders the U-Net does not read the last block of the first: it stays as it is.
-        adapters = {name: adapter for name, adapter in adapters.items() if adapter.up.any()}
-    patch = patch_of(model, base, concepts, settings, adapters, losses)
-    if error:
-        error.patch = patch
-        raise error
-    return patch
+        with attached(adapters, encoder.module) as switch:
+            training.put_on(adapters, switch)
+            for _ in range(training.tries):
+                lessons.pick()
+            training.run(lessons, settings.steps, optimiser, on_step, half)
+    return training.finish()
+
+
+def read_layers(family):
+    """Names of the text encoders' layers, but for the block that the U-Net does not read: of two
+    encoders, the first's last."""
+    unread = f"text_encoder.text_model.encoder.layers.{family.texts[0].blocks - 1}."
+    names = [layer.name for layer in text_layers(family)]
+    return [name for name in names if len(family.texts) == 1 or not name.startswith(unread)]
 
 
 def _texts(concepts, keep, settings):
@@ -158,14 +163,18 @@ class Lessons:
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def __call__(self, step):
-        count = self.settings.batch
-        chosen = torch.randint(len(self.concept), (count,), generator=self.generator)
-        kept = self._kept(count)
+        chosen, kept = self.pick()
         ids = torch.cat([self.concept[chosen], self.kept[kept]])
-        gone, stay = self._joined(self._read(self.encoder.encode_ids(ids))).split(count)
+        gone, stay = self._joined(self._read(self.encoder.encode_ids(ids))).split(len(chosen))
         left = (gone - self.targets[chosen]).square().sum(1) / self.apart[chosen]
         moved = (stay - self.stays[kept]).square().sum(1).mean() / self.scale
         return left.mean() + self.settings.preserve * moved
+
+    def pick(self):
+        """What is random in a step: which pairs, and which kept sentences."""
+        count = self.settings.batch
+        chosen = torch.randint(len(self.concept), (count,), generator=self.generator)
+        return chosen, self._kept(count)
 
     def _kept(self, count):
         """Rows of kept sentences, a half of them of given words if there are some."""

@@ -6,8 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from fmn.concept import Concept
 from fmn.errors import ForgetError
-from fmn.methods import DEFAULT, METHODS, PRESETS, forget, method, preset_of, settings_of
+from fmn.methods import (
+    DEFAULT,
+    DEFAULT_MANY,
+    MANY,
+    METHODS,
+    PRESETS,
+    default_settings,
+    forget,
+    method,
+    preset_of,
+    settings_of,
+)
 from fmn.settings import Settings, setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +54,9 @@ def test_a_method_has_its_two_pages(name):
 
 def test_presets():
     assert DEFAULT in PRESETS
+    few = [Concept(f"thing {i}") for i in range(MANY)]
+    assert default_settings(few) == settings_of(DEFAULT, {})
+    assert default_settings([*few, Concept("one more")]) == settings_of(DEFAULT_MANY, {})
     assert settings_of("resteer", {"steps": 7}).steps == 7
     assert preset_of(settings_of("resteer-released", {"steps": 7})) == "resteer"
     with pytest.raises(ForgetError, match="resteer has no setting 'speed': use steps, lr, rank"):
