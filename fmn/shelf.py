@@ -83,7 +83,7 @@ class Shelf:
         stamp = stat.st_mtime_ns, stat.st_size
         held = before.get(item.path)
         if held is None or held[0] != stamp:
-            held = stamp, read(item.path, stat)
+            held = stamp, read(Path(item.path), stat)
         self._held[item.path] = held
         return held[1]
 

@@ -93,12 +93,12 @@ def of_bytes(data):
 def _jpeg(picture):
     picture = picture.convert("RGBA") if picture.mode in ("P", "LA", "PA") else picture
     picture.thumbnail(SIZE)
-    if picture.mode == "RGBA":
-        ground = Image.new("RGB", picture.size, PAPER)
-        ground.paste(picture, mask=picture.getchannel("A"))
-        picture = ground
+    mask = picture.getchannel("A") if picture.mode == "RGBA" else None
+    # A new picture, as a copy would take comments and profiles along.
+    drawn = Image.new("RGB", picture.size, PAPER)
+    drawn.paste(picture.convert("RGB"), mask=mask)
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "JPEG", quality=85)
+    drawn.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 

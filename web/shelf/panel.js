@@ -7,7 +7,7 @@ import { details } from "./details.js";
 import { button, make } from "./dom.js";
 import { addPatch, keyOf } from "./graph.js";
 import { List } from "./list.js";
-import { familyOf, pictureHeight, row, rowHeight } from "./row.js";
+import { familyOf, layout, row } from "./row.js";
 import { change, patches } from "./server.js";
 import { familyName, kindName, locale, text } from "./texts.js";
 
@@ -103,6 +103,10 @@ class Panel {
       this.list.element,
       this.below,
     );
+    // The graph may have changed without a word, as when a workflow is opened.
+    for (const event of ["pointerenter", "focusin"]) {
+      this.root.addEventListener(event, () => this.later());
+    }
   }
 
   /** Read the folders and the graph again; what was selected stays selected. */
@@ -179,7 +183,7 @@ class Panel {
     const shown = this.entries.filter((patch) => this.passes(patch, words));
     const key = this.list.item && keyOf(this.list.item);
     const index = key === null ? -1 : shown.findIndex((patch) => keyOf(patch) === key);
-    this.list.show(shown, rowHeight(), index);
+    this.list.show(shown, layout().row, index);
     this.count.textContent = this.error
       ? `${text("failed")}: ${this.error}`
       : !this.entries.length
@@ -192,9 +196,11 @@ class Panel {
 
   /** The setting of the thumbnails' size has changed, or the tab was opened. */
   layOut() {
-    if (!this.isOpen) return;
-    this.root.style.setProperty("--fmn-height", `${pictureHeight()}px`);
-    this.list.show(this.list.items, rowHeight(), this.list.selected);
+    if (!this.root) return;
+    const { size, picture, row: height } = layout();
+    this.root.style.setProperty("--fmn-height", `${picture}px`);
+    this.root.className = `fmn-shelf fmn-${size}`;
+    this.list.show(this.list.items, height, this.list.selected);
   }
 
   painted() {

@@ -7,15 +7,19 @@ import { pictureOf } from "./server.js";
 import { familyName, kindName, locale, text } from "./texts.js";
 
 export const SIZE_SETTING = "forget-me-not.shelf.thumbnailSize";
-export const SIZES = { small: 36, medium: 56, large: 96 }; // pixels high, and twice as wide
+export const SIZES = { small: 32, medium: 48, large: 120 }; // pixels high, and twice as wide
 const LINES = 58; // pixels that three lines of text take
 const PADDING = 14;
+const STACKED = "large"; // its text stands below the picture
 
-/** Height of a picture, as the user set it. */
-export const pictureHeight = () => SIZES[app.extensionManager.setting.get(SIZE_SETTING)] ?? SIZES.medium;
-
-/** Height of a row, all alike. */
-export const rowHeight = () => Math.max(pictureHeight(), LINES) + PADDING;
+/** How the rows look: {size, picture, row}, the user's setting and heights in pixels. */
+export function layout() {
+  const chosen = app.extensionManager.setting.get(SIZE_SETTING);
+  const size = Object.hasOwn(SIZES, chosen) ? chosen : "medium";
+  const picture = SIZES[size];
+  const inner = size === STACKED ? picture + LINES : Math.max(picture, LINES);
+  return { size, picture, row: inner + PADDING };
+}
 
 /** What a patch is called in the list: its concepts, or its file. */
 export function titleOf(patch) {
@@ -78,7 +82,7 @@ export function row(patch, fit, place, add) {
       { className: "fmn-lines" },
       make("div", { className: "fmn-name", dir: "auto", title: patch.name }, titleOf(patch)),
       make("div", { className: "fmn-facts", dir: "auto" }, facts || patch.name),
-      make("div", { className: "fmn-facts" }, badge(patch, fit), ` ${dateOf(patch)} · ${sizeOf(patch)}`),
+      make("div", { className: "fmn-facts" }, badge(patch, fit), ` ${dateOf(patch)}`),
     ),
   );
   element.ondragstart = (event) => {
