@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 
 import { acceptDrops } from "./shelf/graph.js";
 import { panel } from "./shelf/panel.js";
-import { SIZES, SIZE_SETTING } from "./shelf/row.js";
+import { SIZES, SIZE_SETTING, chooseSize } from "./shelf/row.js";
 import { text } from "./shelf/texts.js";
 
 app.registerExtension({
@@ -17,10 +17,16 @@ app.registerExtension({
       type: "combo",
       options: Object.keys(SIZES).map((size) => ({ text: text(size), value: size })),
       defaultValue: "medium",
-      onChange: () => panel.layOut(),
+      onChange: (size) => {
+        chooseSize(size);
+        panel.layOut();
+      },
     },
   ],
-  setup() {
+  async setup() {
+    // Kept with the panel: a link to it would be followed anew each time the tab is opened.
+    const styles = await fetch(new URL("shelf/shelf.css", import.meta.url));
+    if (styles.ok) panel.styles = await styles.text();
     app.extensionManager.registerSidebarTab({
       id: "forget-me-not.shelf",
       icon: "pi pi-eraser",

@@ -3,12 +3,13 @@
 import shutil
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fmn.concept import Concept
-from fmn.families import DEMO, SDXL
-from fmn.patch import save_patch
+from fmn.families import DEMO, SDXL, layers
+from fmn.patch import ForgetPatch, save_patch
 from fmn.thumbnail import data_uri
-from tests.unit.tiny import make_patch, rewrite
 
 FOLDER = "shelf tests"
 DEMO_BASE = "31a36f84a352c2c121951bd00dad75e7"  # tests/unit/test_base_file.py
@@ -20,10 +21,13 @@ def folder_of(base):
 
 
 def write(folder, name, concept, kind="object", family=DEMO, thumbnail=None, **info):
-    few = {"scope": lambda layer: layer.name.endswith("attn2.to_k"), "rank": 1}
-    patch = make_patch(family, concepts=[Concept(concept, kind)], **few)
-    patch.info |= info
-    return save_patch(patch, folder / name, thumbnail)
+    layer = next(layer for layer in layers(family) if layer.is_key_or_value)
+    changes = {layer.name: (torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1]))}
+    record = {
+        "concepts": [Concept(concept, kind).describe()], "base.fingerprint": "f" * 32,
+        "loss": {"first": 2.0, "last": 1.0, "steps": 5},
+    }  # fmt: skip
+    return save_patch(ForgetPatch(family, changes, record | info), folder / name, thumbnail)
 
 
 def before_and_after():
@@ -64,7 +68,9 @@ def write_attack(folder):
         "ss_output_name": "../../../../etc/passwd",
         "modelspec.thumbnail": f"javascript:fmnAttacked=1//{ATTACK}",
     }
-    rewrite(path, lambda tensors, metadata: metadata.update(said))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | said
+    save_file(load_file(path), path, metadata=metadata)
     notes = path.with_name(path.name.replace(".safetensors", ".fmn.json"))
     notes.write_text(f'{{"notes": {quoted("</textarea>" + ATTACK)}}}')
     return path

@@ -52,11 +52,13 @@ export class List {
   }
 
   fill() {
-    const { scrollTop, clientHeight } = this.element;
+    const { scrollTop } = this.element;
+    // Without styles it would be as high as all rows together.
+    const seen = Math.min(this.element.clientHeight, window.innerHeight);
     const first = Math.max(0, Math.floor(scrollTop / this.height) - BEYOND);
     const end = Math.min(
       this.items.length,
-      Math.ceil((scrollTop + clientHeight) / this.height) + BEYOND,
+      Math.ceil((scrollTop + seen) / this.height) + BEYOND,
     );
     for (const [index, row] of this.rows) {
       if (index >= first && index < end) continue;

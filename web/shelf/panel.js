@@ -25,6 +25,7 @@ class Panel {
   entries = [];
   known = []; // bases of the graph
   asked = "";
+  styles = "";
 
   /** Show the tab in an element of the frontend, which may hand us the same one many times. */
   open(element) {
@@ -60,7 +61,6 @@ class Panel {
   build() {
     this.language = locale();
     this.detailed = undefined;
-    const style = make("link", { rel: "stylesheet", href: new URL("shelf.css", import.meta.url).href });
     this.search = make("input", {
       type: "search",
       className: "fmn-search",
@@ -91,7 +91,7 @@ class Panel {
     this.root = make(
       "div",
       { className: "fmn-shelf" },
-      style,
+      make("style", { textContent: this.styles }),
       make(
         "div",
         { className: "fmn-head" },

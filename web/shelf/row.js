@@ -1,6 +1,4 @@
 // One patch in the list.
-import { app } from "../../../scripts/app.js";
-
 import { button, make } from "./dom.js";
 import { DRAGGED, keyOf } from "./graph.js";
 import { pictureOf } from "./server.js";
@@ -12,13 +10,18 @@ const LINES = 58; // pixels that three lines of text take
 const PADDING = 14;
 const STACKED = "large"; // its text stands below the picture
 
-/** How the rows look: {size, picture, row}, the user's setting and heights in pixels. */
+let chosen = "medium";
+
+/** Take a size that the user has set. The setting itself still has the old one by then. */
+export function chooseSize(size) {
+  if (Object.hasOwn(SIZES, size)) chosen = size;
+}
+
+/** How the rows look: {size, picture, row}, the size's name and heights in pixels. */
 export function layout() {
-  const chosen = app.extensionManager.setting.get(SIZE_SETTING);
-  const size = Object.hasOwn(SIZES, chosen) ? chosen : "medium";
-  const picture = SIZES[size];
-  const inner = size === STACKED ? picture + LINES : Math.max(picture, LINES);
-  return { size, picture, row: inner + PADDING };
+  const picture = SIZES[chosen];
+  const inner = chosen === STACKED ? picture + LINES : Math.max(picture, LINES);
+  return { size: chosen, picture, row: inner + PADDING };
 }
 
 /** What a patch is called in the list: its concepts, or its file. */
