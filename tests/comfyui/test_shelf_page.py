@@ -87,7 +87,6 @@ def shelf(page, server):
 
     page.on("console", keep)
     page.fmn_errors.clear()
-    page.set_default_timeout(10_000)
     page.evaluate("app.graph.clear()")
     open_shelf(page)
     page.get_by_role("searchbox").fill("")
@@ -339,14 +338,19 @@ def test_the_attack_would_be_seen(shelf, server):
     }
     if (0) element.append(...children"""
     page = shelf.context.new_page()
-    page.route("**/shelf/dom.js", lambda route: route.fulfill(
-        body=source.replace(careful, careless), content_type="application/javascript",
-    ))  # fmt: skip
-    page.goto(server.url, wait_until="domcontentloaded")
-    page.wait_for_function(READY, timeout=60_000)
-    open_shelf(page)
-    assert look_at_the_attack(page) is True
-    page.close()
+    page.route(
+        "**/shelf/dom.js",
+        lambda route: route.fulfill(
+            body=source.replace(careful, careless), content_type="application/javascript"
+        ),
+    )
+    try:
+        page.goto(server.url, wait_until="domcontentloaded")
+        page.wait_for_function(READY, timeout=60_000)
+        open_shelf(page)
+        assert look_at_the_attack(page) is True
+    finally:
+        page.close()
 
 
 @pytest.mark.parametrize("palette", ["dark", "light"])

@@ -211,8 +211,10 @@ class Panel {
 
   detail(patch) {
     const key = patch && `${keyOf(patch)} ${JSON.stringify(patch)} ${fit(patch, this.known)}`;
-    if (key === this.detailed) return; // do not take the notes from under the user
-    this.detailed = key;
+    const writing = document.activeElement?.tagName === "TEXTAREA" && this.below.contains(document.activeElement);
+    const same = patch && this.patch && keyOf(patch) === keyOf(this.patch);
+    if (key === this.detailed || (writing && same)) return; // leave the user the notes
+    Object.assign(this, { detailed: key, patch });
     const actions = {
       add: (each) => this.add(each),
       rename: (each) => this.rename(each),
@@ -267,6 +269,7 @@ class Panel {
       this.say("error", text("changeFailed"), error.message);
     }
     await this.refresh();
+    if (what !== "notes") this.list.element.focus(); // the dialog had it
   }
 }
 
