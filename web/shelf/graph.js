@@ -32,8 +32,8 @@ export function addPatch(patch, place = visibleMiddle()) {
     const load = window.LiteGraph.createNode(LOAD);
     const apply = window.LiteGraph.createNode(APPLY);
     load.pos = [place[0], place[1]];
+    choose(load, patch.name); // before it is added: Nodes 2.0 reads the options only then
     graph.add(load);
-    choose(load, patch.name);
     apply.pos = [place[0] + load.size[0] + GAP, place[1]];
     graph.add(apply);
     load.connect(0, apply, apply.findInputSlot("patch"));
