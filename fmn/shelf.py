@@ -1,7 +1,8 @@
 """The patches in some folders: a fast list of them, and what may be done to their files.
 
-Beside ``dog.safetensors`` may lie ``dog.jpg`` (or .jpeg, .png, .webp), its thumbnail, and
-``dog.fmn.json``, the user's notes. They move and go with it. A file is only ever named by its
+Beside ``dog.safetensors`` may lie ``dog.jpg`` (or .jpeg, .png, .webp), its thumbnail,
+``dog.fmn.json``, the user's notes, and ``dog.train.safetensors``, from which its training can go on.
+They move and go with it. A file is only ever named by its
 folder's number and its path in the list, so no name leads out of the folders.
 """
 
@@ -15,6 +16,7 @@ from . import thumbnail
 from .errors import ForgetError
 from .files import write_whole
 from .patch_info import THUMBNAIL
+from .resume import ENDING as STATE
 from .shelf_header import HIDDEN, UNREADABLE, described, metadata_of
 from .shelf_names import checked_stem
 
@@ -65,10 +67,10 @@ class Shelf:
     def _entry(self, file, beside, before):
         try:
             entry = dict(self._read(file, before, described))
-            drawn = [item for item in beside if not item.name.endswith(NOTES)]
+            drawn = [item for item in beside if item.name.lower().endswith(PICTURES)]
             if entry.pop("thumbnail", False) or drawn:
                 entry["picture"] = f"{(drawn or [file])[0].stat().st_mtime_ns:x}"
-            for item in beside[len(drawn) :]:
+            for item in (item for item in beside if item.name.endswith(NOTES)):
                 entry["notes"] = self._read(item, before, lambda path, stat: _notes(path))
         except FileNotFoundError:
             raise
@@ -195,9 +197,11 @@ def _walk(root):
             except OSError:
                 continue  # a link that leads to itself or nowhere we may go
         for name, file in files.items():
+            if name.endswith(STATE):
+                continue
             if name.lower().endswith(SUFFIX) and _is_text(prefix + name):
                 stem = name[: -len(SUFFIX)]
-                beside = (files.get(stem + suffix) for suffix in (*PICTURES, NOTES))
+                beside = (files.get(stem + suffix) for suffix in (*PICTURES, NOTES, STATE))
                 yield prefix + name, file, [item for item in beside if item]
 
 
