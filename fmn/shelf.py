@@ -1,9 +1,9 @@
 """The patches in some folders: a fast list of them, and what may be done to their files.
 
 Beside ``dog.safetensors`` may lie ``dog.jpg`` (or .jpeg, .png, .webp), its thumbnail,
-``dog.fmn.json``, the user's notes, and ``dog.train.safetensors``, from which its training can go on.
-They move and go with it. A file is only ever named by its
-folder's number and its path in the list, so no name leads out of the folders.
+``dog.fmn.json``, the user's notes, and ``dog.train.safetensors``, from which its training can be
+resumed. They move and go with it. A file is only ever named by its folder's number and its path in
+the list, so no name leads out of the folders.
 """
 
 import json
