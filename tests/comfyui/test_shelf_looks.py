@@ -10,8 +10,9 @@ from .shelf_files import ATTACK, FOLDER, folder_of, write_attack
 from .shelf_page import TAB, close_shelf, only, open_shelf, quiet, refresh, row, setting
 
 MANY = 2000
-# For the best of three, as machines are shared; what was measured is printed.
-BOUND = 1000  # milliseconds
+# Well above the second that it should take, as other tests run at the same time: a page that draws
+# all rows takes longer by far. What was measured is printed.
+BOUND = 3000  # milliseconds, the best of three
 CONTRAST = """selector => {
   const channel = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const light = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number).map(channel)
@@ -80,7 +81,7 @@ def test_the_attack_would_be_seen(shelf, server):
     )
     try:
         page.goto(server.url, wait_until="domcontentloaded")
-        page.wait_for_function(READY, timeout=60_000)
+        page.wait_for_function(READY)
         open_shelf(page)
         assert look_at_the_attack(page) is True
     finally:
