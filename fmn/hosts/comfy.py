@@ -16,10 +16,10 @@ from ..families import identify, layers, layers_by_name
 from ..model import Text, fingerprint, two_encoders
 from ..pictures import square
 from ..spans import SECTION
-from .comfy_text import FLOATS, borrow_text, frozen, leave_inference_mode
+from .comfy_text import FLOATS, borrow_text, frozen, leave_inference_mode, shortened
 
 PREFIX = "diffusion_model."
-ENCODED_AT_ONCE = 32
+ENCODED_AT_ONCE = 32 * SECTION  # tokens
 TOKENIZERS = "l", "h"  # CLIP-L (also first of SDXL's two), OpenCLIP-H
 
 
@@ -76,23 +76,23 @@ class ComfyModel:
         vectors = {} if self.family.vector_dim is None else {"pooled": pooled.float().clone()}
         return Text(context.float().clone(), vectors)
 
-    def encode_all(self, texts):
+    def encode_all(self, texts, length=SECTION):
         self._need_clip()
-        found = []
-        for i in range(0, len(texts), ENCODED_AT_ONCE):
+        found, count = [], max(1, ENCODED_AT_ONCE // length)
+        for i in range(0, len(texts), count):
             comfy.model_management.throw_exception_if_processing_interrupted()
             # ComfyUI encodes the sections of a long prompt as one batch, each by itself.
             tokens = {}
-            for text in texts[i : i + ENCODED_AT_ONCE]:
+            for text in texts[i : i + count]:
                 for name, sections in self.clip.tokenize(text, disable_weights=True).items():
                     if len(sections) > 1:
                         raise ForgetError(f"'{text:.60}...' is too long: shorten it to 75 tokens.")
                     tokens[name] = tokens.get(name, []) + sections
-            with torch.inference_mode():
+            with torch.inference_mode(), shortened(self.clip.cond_stage_model, length):
                 context = self.clip.encode_from_tokens(tokens)
             if context.shape[-1] != self.family.context_dim:
                 raise self._wrong_clip(f"text of width {context.shape[-1]}")
-            found.append(context.float().clone().unflatten(1, (-1, SECTION))[0])
+            found.append(context.float().clone().unflatten(1, (-1, length))[0])
         return torch.cat(found)
 
     def text_module(self, name):

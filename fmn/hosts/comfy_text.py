@@ -9,7 +9,7 @@ import torch
 from ..concept import Prompt
 from ..errors import ForgetError
 from ..model import Text, spelled, two_encoders
-from ..spans import word_positions
+from ..spans import SECTION, word_positions
 
 FLOATS = torch.float32, torch.float16, torch.bfloat16
 # What the tokenizer calls a part, and what the encoder does.
@@ -74,6 +74,27 @@ def _copied_inputs(encoder):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def shortened(stage, length):
+    """CLIP encoders compute the first ``length`` of 77 tokens alone, for a while."""
+    found = [module for module in stage.modules() if type(module).__name__ == "CLIPEncoder"]
+
+    def cut(module, args, kwargs):
+        mask = kwargs["mask"]
+        return (args[0][:, :length], *args[1:]), kwargs | {"mask": mask[..., :length, :length]}
+
+    handles = [
+        module.register_forward_pre_hook(cut, with_kwargs=True)
+        for module in found
+        if length < SECTION
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _BorrowedText:

@@ -17,9 +17,9 @@ from ..model import Text, fingerprint
 from ..pictures import square
 from ..spans import SECTION
 from .diffusers_load import load_pipeline
-from .diffusers_text import borrow_text
+from .diffusers_text import borrow_text, shortened
 
-ENCODED_AT_ONCE = 32
+ENCODED_AT_ONCE = 32 * SECTION  # tokens
 WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 
 
@@ -86,18 +86,20 @@ class DiffusersModel:
         return Text(encoded[0])
 
     @torch.no_grad()
-    def encode_all(self, texts):
+    def encode_all(self, texts, length=SECTION):
         for text in texts:
             self.tokenize(Prompt(text, text))
-        found = [
-            self.pipeline.encode_prompt(
-                prompt=list(texts[i : i + ENCODED_AT_ONCE]),
-                device=self.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )[0].float()
-            for i in range(0, len(texts), ENCODED_AT_ONCE)
-        ]
+        count = max(1, ENCODED_AT_ONCE // length)
+        with shortened(self.pipeline, length):
+            found = [
+                self.pipeline.encode_prompt(
+                    prompt=list(texts[i : i + count]),
+                    device=self.device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=False,
+                )[0].float()
+                for i in range(0, len(texts), count)
+            ]
         return torch.cat(found)
 
     def text_module(self, name):

@@ -6,7 +6,7 @@ import torch
 
 from ..concept import Prompt
 from ..model import Text, spelled, two_encoders
-from ..spans import word_positions
+from ..spans import SECTION, word_positions
 
 
 @contextmanager
@@ -28,6 +28,29 @@ def borrow_text(model, words=True):
             encoder.train(was_training)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def shortened(pipeline, length):
+    """The text encoders compute the first ``length`` of 77 tokens alone, for a while."""
+    parts = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+
+    def cut(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs = kwargs | {"attention_mask": mask[:, :length]}
+        return (args[0][:, :length], *args[1:]), kwargs
+
+    handles = [
+        part.register_forward_pre_hook(cut, with_kwargs=True)
+        for part in parts
+        if part is not None and length < SECTION
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _BorrowedText:

@@ -121,6 +121,17 @@ def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_p
         assert difference < (1e-3 if name == "merged file" else 1e-4), name
 
 
+def test_first_tokens_alone_are_encoded_as_within_the_whole(pack, comfy_model, pipeline_model):
+    texts = ["", "a dog", "a photo of a dog on the beach"]
+    encoder = comfy_model.clip.cond_stage_model
+    for model in (comfy_model, pipeline_model):
+        whole, short = model.encode_all(texts), model.encode_all(texts, 10)
+        assert short.shape == (3, 10, 128)
+        torch.testing.assert_close(short, whole[:, :10], rtol=1e-4, atol=1e-5)
+        assert torch.equal(model.encode_all(texts), whole)
+    assert leftovers(encoder) == leftovers(pipeline_model.pipeline.text_encoder) == []
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layers, full", [("kv", False), ("attention", True), ("unet", True)])
 def test_borrowed_model_comes_back_unchanged(pack, comfy_model, layers, full, checkpointing):
