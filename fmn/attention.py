@@ -41,7 +41,7 @@ class Watcher:
 
     def __init__(self, count):
         self.count = count
-        self._flags = {}  # by prompt length: recomputation in backward must find its own again
+        self._places = {}  # by prompt length: recomputation in backward must find its own again
         self._collected = None
 
     def __call__(self, flags, forward):
@@ -53,7 +53,15 @@ class Watcher:
         Returns:
             per attn2 layer a tensor [N, H, P]: N flagged (sample, token) pairs, in row order.
         """
-        self._flags[flags.shape[1]] = flags
+        self.aim(flags)
+        return self.run(forward)
+
+    def aim(self, flags):
+        """Set the tokens that ``run`` is about."""
+        # Found once: a mask would be looked through in every layer, and a GPU waited for.
+        self._places[flags.shape[1]] = flags.nonzero(as_tuple=True)
+
+    def run(self, forward):
         self._collected = []
         try:
             with suppress(_Seen):
@@ -67,7 +75,8 @@ class Watcher:
     def attend(self, module, x, context):
         q, k, v = module.to_q(x), module.to_k(context), module.to_v(context)
         output, probabilities = cross_attention(q, k, v, module.heads)
-        flagged = rearrange(probabilities, "b h p t -> b t h p")[self._flags[context.shape[1]]]
+        samples, tokens = self._places[context.shape[1]]
+        flagged = probabilities[samples, :, :, tokens]
         if self._collected is not None:
             self._collected.append(flagged)
             if len(self._collected) == self.count:

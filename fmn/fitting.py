@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 
@@ -10,10 +11,13 @@ from .families import layers
 from .forwards import checkpointed
 from .lowrank import Full, LowRank, attached
 from .patch import ForgetPatch, new_info
+from .plan import estimate, planned
 from .probe import Probe
+from .sampling import expand, step_count
 from .train import Optimiser, train
 
 SCOPES = ("kv", "attention", "not-attention", "unet")
+ESTIMATES = {}  # of memory, by all that decides them: each takes a second or two
 LOOKS = 7  # how often a run looks at the first concept's attention; each costs a forward
 
 
@@ -85,7 +89,7 @@ def make_adapters(module_of, names, settings, device, downs=None):
 
 def learn(
     model, concepts, settings, scope, open_loss, optimiser=None, looked_at=(), on_step=None,
-    downs=None,
+    downs=None, rehearsed=None,
 ):  # fmt: skip
     """Train adapters on a U-Net and make the patch.
 
@@ -98,30 +102,74 @@ def learn(
         optimiser: ``Optimiser``; None takes AdamW as released with ``settings.lr``.
         looked_at: what ``Probe`` takes; its first entry is shown as training goes on.
         downs: see ``make_adapters``.
+        rehearsed: borrowed -> context manager that gives ``plan.estimate`` a step's loss; None
+            takes a forward and backward pass of the first of ``looked_at``.
 
     Raises:
+        ForgetError: memory ran out.
         NonFiniteLoss: training blew up; it carries the patch of the last good step.
     """
     base = model.fingerprint()
     names = [layer.name for layer in in_scope(model.family, scope)]
+    batch = getattr(settings, "batch", 1)
     with model.borrow() as borrowed:
-        adapters = make_adapters(borrowed.module, names, settings, borrowed.device, downs)
-        blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
         report = _Report(model, borrowed, looked_at, on_step, settings.steps * len(concepts))
-        with (
-            attached(adapters, borrowed.module) as switch,
-            open_loss(borrowed, switch) as loss_at,
-            checkpointed(blocks, in_place=not model.family.known),
-        ):
-            half = borrowed.module(names[0]).weight.dtype == torch.float16
-            losses, error = fit(
-                adapters, loss_at, report.total, optimiser or Optimiser(settings.lr), report, half
-            )
+        in_place = not model.family.known
+
+        @contextmanager
+        def adapted(checkpointing):
+            adapters = make_adapters(borrowed.module, names, settings, borrowed.device, downs)
+            blocks = borrowed.checkpoint_blocks() if checkpointing else []
+            with attached(adapters, borrowed.module) as switch, checkpointed(blocks, in_place):
+                yield adapters, switch
+
+        def estimate_of(checkpointing):
+            if not (looked_at and model.family.known):
+                return None
+            step = rehearsed or partial(_plain_step, looked_at[0], batch)
+            text, _, latent = looked_at[0]
+            alike = (
+                type(model), model.family.key, borrowed.device, type(settings), *names,
+                settings.rank, getattr(settings, "full_weights", False), batch, latent.shape,
+                text.context.shape, checkpointing, downs is None,
+                borrowed.module(names[0]).weight.dtype,
+            )  # fmt: skip
+            if alike not in ESTIMATES:
+                with adapted(checkpointing) as (adapters, _), step(borrowed) as loss_of:
+                    parameters = parameters_of(adapters)
+                    ESTIMATES[alike] = estimate(borrowed, model.family, parameters, loss_of)
+            return ESTIMATES[alike]
+
+        def trained(checkpointing, note):
+            report.note = note
+            with (
+                adapted(checkpointing) as (adapters, switch),
+                open_loss(borrowed, switch) as loss_at,
+            ):
+                half = borrowed.module(names[0]).weight.dtype == torch.float16
+                how = optimiser or Optimiser(settings.lr)
+                return adapters, *fit(adapters, loss_at, report.total, how, report, half)
+
+        found = planned(trained, settings.checkpointing, estimate_of, borrowed.device)
+        adapters, losses, error = found
     patch = patch_of(model, base, concepts, settings, adapters, losses)
     if error:
         error.patch = patch
         raise error
     return patch
+
+
+@contextmanager
+def _plain_step(looked_at, batch, borrowed):
+    """A forward and backward pass of a batch of one prompt."""
+    text, _, latent = looked_at
+    x = latent[:1].expand(batch, -1, -1, -1)
+    t = torch.full((batch,), step_count(borrowed) // 2)
+    yield lambda: borrowed.denoise(x, t, expand(text, batch)).square().sum()
+
+
+def parameters_of(adapters):
+    return [p for adapter in adapters.values() for p in adapter.parameters()]
 
 
 def fit(adapters, loss_at, steps, optimiser, on_step, half):
@@ -133,7 +181,7 @@ def fit(adapters, loss_at, steps, optimiser, on_step, half):
     Returns:
         the losses, and the NonFiniteLoss that ended them early or None.
     """
-    parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
+    parameters = parameters_of(adapters)
     scale = 1024.0 if half else 1.0
     try:
         return train(parameters, loss_at, steps, optimiser, on_step, scale), None
@@ -160,7 +208,7 @@ class _Report:
 
     def __init__(self, model, borrowed, looked_at, on_step, total):
         self.on_step, self.total, self.borrowed = on_step or (lambda step: None), total, borrowed
-        self.probe = self.now = None
+        self.probe, self.now, self.note = None, None, ""
         if looked_at:
             self.probe = Probe(model.family, looked_at[:1], borrowed.alphas_cumprod, steps=(0.5,))
             self.now = self.probe.look(borrowed)[0]
@@ -170,4 +218,4 @@ class _Report:
         often = max(1, self.total // LOOKS)
         if self.probe and (step.index % often == 0 or step.index == step.total):
             self.now = self.probe.look(self.borrowed)[0]
-        self.on_step(replace(step, before=self.before, now=self.now))
+        self.on_step(replace(step, before=self.before, now=self.now, note=self.note))

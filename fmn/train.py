@@ -31,6 +31,7 @@ class Step:
     seconds_left: float
     before: object = None  # the first concept's ``probe.Attention`` before training, and
     now: object = None  # when last looked at
+    note: str = ""  # on memory
 
 
 def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scale=1.0):
