@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from .errors import ForgetError, NonFiniteLoss
-from .families import layers
+from .families import layers, layers_by_name
 from .forwards import checkpointed
 from .lowrank import Full, LowRank, attached
 from .patch import ForgetPatch, new_info
@@ -113,6 +113,8 @@ def learn(
     names = [layer.name for layer in in_scope(model.family, scope)]
     batch = getattr(settings, "batch", 1)
     with model.borrow() as borrowed:
+        # The first layer of inpainting and editing variants has another shape: it stays.
+        names = [name for name in names if _as_expected(model.family, borrowed, name)]
         report = _Report(model, borrowed, looked_at, on_step, settings.steps * len(concepts))
         in_place = not model.family.known
 
@@ -157,6 +159,11 @@ def learn(
         error.patch = patch
         raise error
     return patch
+
+
+def _as_expected(family, borrowed, name):
+    shape = layers_by_name(family)[name].shape
+    return tuple(borrowed.module(name).weight.shape) == tuple(shape)
 
 
 @contextmanager

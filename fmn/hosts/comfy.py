@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 
 from ..errors import ForgetError
-from ..families import identify, layers, layers_by_name
+from ..families import INPUT_CHANNELS, identify, layers, layers_by_name
 from ..model import Text, fingerprint, two_encoders
 from ..pictures import square
 from ..spans import SECTION
@@ -167,10 +167,11 @@ class ComfyModel:
     def borrow(self):
         """Load the U-Net so that autograd can use it; see ``docs/architecture.md``."""
         channels = self.patcher.model.diffusion_model.in_channels
-        if channels != 4:
+        if channels not in INPUT_CHANNELS:
             raise ForgetError(
-                f"This model reads {channels} channels (an inpainting or editing variant), which "
-                "cannot be trained on yet: train on its base model and apply the patch here."
+                f"This model reads {channels} channels, and only 4, 8 (editing models) and 9 "
+                "(inpainting models) can be trained on: train on its base model and apply the "
+                "patch here."
             )
         with self._loaded() as patcher:
             yield Borrowed(self, patcher)
@@ -251,6 +252,8 @@ class Borrowed:
 
     def _conditions(self, x, text):
         given = {"cross_attn": text.context.to(self.device), "noise": x, "device": self.device}
+        # Without a mask, inpainting models get an empty picture to fill, whatever this one shows.
+        given["latent_image"] = x
         if "pooled" in text.vectors:
             height, width = x.shape[-2] * 8, x.shape[-1] * 8
             given |= {"pooled_output": text.vectors["pooled"], "height": height, "width": width}

@@ -74,6 +74,50 @@ def test_both_hosts_train_the_same_patch(pack, comfy_model, pipeline_model):
         assert difference <= 0.05 * one.change_of(name).norm()
 
 
+def with_more_inputs(pack, demo, channels):
+    """Both hosts over the demo model with a wider first layer of equal weights, and this layer's
+    empty picture: what its extra inputs are to be."""
+    import comfy.model_base
+
+    generator = torch.Generator().manual_seed(0)
+    extra = torch.randn(64, channels - 4, 3, 3, generator=generator) / 9
+    pipeline = pack("fmn.hosts.diffusers_load").load_pipeline("demo")
+    conv = pipeline.unet.conv_in
+    conv.weight = torch.nn.Parameter(torch.cat([conv.weight.detach(), extra], 1))
+    pipeline.unet.register_to_config(in_channels=channels)
+
+    model = demo[0].model
+    model.diffusion_model.in_channels = channels
+    first = model.diffusion_model.input_blocks[0][0]
+    first.weight = torch.nn.Parameter(torch.cat([first.weight.detach(), extra.to(first.weight)], 1))
+    if channels == 9:
+        model.set_inpaint()
+    else:
+        model.process_ip2p_image_in = lambda image: image
+        own = comfy.model_base.IP2P.concat_cond
+        model.concat_cond = lambda **given: own(model, **given)
+    hosts = pack("fmn.hosts.comfy").ComfyModel(*demo), pack("fmn.hosts.diffusers").DiffusersModel
+    return hosts[0], hosts[1](pipeline)
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_variants_with_more_inputs_are_trained_alike(pack, demo, channels):
+    """Instruct (8) and inpainting (9) models: their extra inputs are those of no picture."""
+    run = pack("fmn.methods.resteer").run
+    hosts = with_more_inputs(pack, demo, channels)
+    before, records = state(demo[0]), []
+    for model in hosts:
+        steps = []
+        patch = run(model, [concept(pack)], settings(pack, layers="unet"), steps.append)
+        assert "conv_in" not in patch.changes and "conv_out" in patch.changes
+        records.append(steps[-1].losses)
+        latents = model.sample(concept(pack).training_prompts()[0], [1], 64, 2, 3.5)
+        assert latents.shape == (1, 4, 8, 8) and latents.isfinite().all()
+    np.testing.assert_allclose(*records, rtol=1e-4)
+    after = state(demo[0])
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_path):
     """Our Apply node, stock Load LoRA, diffusers load_lora_weights and our merged checkpoint."""
     import comfy.sd
