@@ -223,6 +223,51 @@ def test_a_patched_model_can_be_trained_and_keeps_its_patch(pack, comfy_model):
     assert again.info["base.fingerprint"] == patch.info["base.fingerprint"]
 
 
+def dynamic(demo, cached_patcher_init):
+    """A mock: the demo's MODEL as from 0.16 on a GPU, whose weights are paged while it is used.
+
+    There, ``clone(disable_dynamic=True)`` loads the checkpoint anew as a plain patcher, and raises
+    for loaders that did not say how.
+    """
+    import comfy.model_patcher
+
+    class DynamicPatcher(comfy.model_patcher.ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+        def clone(self, disable_dynamic=False):
+            if not disable_dynamic:
+                return super().clone()
+            if cached_patcher_init is None:
+                raise RuntimeError("Cannot create non-dynamic delegate: cached_patcher_init")
+            return cached_patcher_init()
+
+        def load(self, *args, **arguments):
+            raise AssertionError("paged weights cannot be trained on")
+
+    plain = demo[0]
+    return DynamicPatcher(plain.model, plain.load_device, plain.offload_device)
+
+
+def test_paged_models_are_trained_on_a_plain_copy(pack, demo, comfy_model):
+    ComfyModel, load = pack("fmn.hosts.comfy").ComfyModel, pack("nodes.demo").load_demo_checkpoint
+    run, steps = pack("fmn.methods.resteer").run, settings(pack)
+    paged = dynamic(demo, lambda: load()[0])
+    before = state(paged)
+    with torch.inference_mode():
+        found = run(ComfyModel(paged, demo[1]), [concept(pack)], steps)
+        plain = run(comfy_model, [concept(pack)], steps)
+    for name in plain.changes:
+        torch.testing.assert_close(found.change_of(name), plain.change_of(name))
+    after = state(paged)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert leftovers(paged.model) == []
+
+    refused = pytest.raises(pack("fmn.errors").ForgetError, match="stock checkpoint loader")
+    with refused:
+        run(ComfyModel(dynamic(demo, None), demo[1]), [concept(pack)], steps)
+
+
 def test_another_packs_forward_survives(pack, comfy_model):
     """A forward that somebody else put on a module is back in place afterwards."""
     attention = comfy_model.patcher.model.diffusion_model.get_submodule(
