@@ -37,7 +37,7 @@ def measure(checkpoint, size, layers, checkpointing, steps):
             raise Enough
 
     model = DiffusersModel.load(checkpoint)
-    changes = {"size": size, "layers": layers, "checkpointing": checkpointing}
+    changes = {"size": size, "layers": layers, "checkpointing": bool(checkpointing)}
     loaded = _resident("VmRSS")
     with peak_memory() as peak, suppress(Enough):
         settings = settings_of("resteer", changes | {"steps": 35})
