@@ -16,6 +16,7 @@ from .families import layers
 from .methods import forget
 from .patch import FORMAT, load_patch, save_patch
 from .report import printable
+from .spans import SECTION
 
 MEMO_BYTES = 1 << 30
 NAME_LETTERS = 40  # of a concept's name in a file's
@@ -212,17 +213,24 @@ class Memo:
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def encode_all(self, texts):
-        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+    def encode_all(self, texts, length=SECTION):
+        # What is known of a text may be longer than is asked for now: tokens in front are the same.
+        missing = [
+            text
+            for text in dict.fromkeys(texts)
+            if text not in self._known or len(self._known[text]) < length
+        ]
         if missing:
-            fresh = self._model.encode_all(missing)
+            fresh = self._model.encode_all(missing, length)
             self._device = fresh.device
-            # Copies, or each would keep its whole batch alive.
-            self._known |= {text: row.cpu().clone() for text, row in zip(missing, fresh)}
-            self._bytes += fresh.nbytes
+            for text, row in zip(missing, fresh):
+                self._bytes -= self._known[text].nbytes if text in self._known else 0
+                # Copies, or each would keep its whole batch alive.
+                self._known[text] = row.cpu().clone()
+                self._bytes += row.nbytes
         for text in texts:
             self._known.move_to_end(text)
-        found = torch.stack([self._known[text] for text in texts]).to(self._device)
+        found = torch.stack([self._known[text][:length] for text in texts]).to(self._device)
         while self._bytes > self._limit:
             self._bytes -= self._known.popitem(last=False)[1].nbytes
         return found

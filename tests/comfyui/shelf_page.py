@@ -42,6 +42,8 @@ def row(page, title):
 @contextmanager
 def opened_shelf(page, server):
     """The tab open over fresh files and an empty graph; everything said on the console is kept."""
+    for left in server.base.rglob("forget_patches/**/*.safetensors"):
+        left.unlink()  # of other tests
     folder = fill(server.base)
     said = []
 
@@ -55,7 +57,7 @@ def opened_shelf(page, server):
     open_shelf(page)
     page.get_by_role("searchbox").fill("")
     refresh(page)
-    row(page, "dog").wait_for()
+    page.locator(".fmn-row").first.wait_for()
     page.fmn_said = said
     yield page
     page.remove_listener("console", keep)

@@ -9,6 +9,7 @@ from fmn.errors import ForgetError
 from fmn.families import FAMILIES
 from fmn.methods import forget, settings_of
 from fmn.patch import load_patch, save_patch
+from fmn.spans import SECTION
 
 from .tiny import TINY, TinyModel, metadata_of, rewrite, same_tensors, weights_of
 
@@ -35,9 +36,9 @@ class Counting(TinyModel):
         super().__init__(**options)
         self.encoded = []
 
-    def encode_all(self, texts):
+    def encode_all(self, texts, length=SECTION):
         self.encoded += texts
-        return super().encode_all(texts)
+        return super().encode_all(texts, length)
 
 
 def names(folder):
@@ -204,6 +205,12 @@ def test_the_memo_remembers_and_is_bounded():
     memo.encode_all(["b"])
     assert model.encoded == ["a", "b", "c", "b"]
     assert memo.family is model.family
+    assert memo.encode_all(["b"], 9).equal(expected[[1], :9])  # a part of what is known
+    assert model.encoded == ["a", "b", "c", "b"]
+    assert Memo(model).encode_all(["b"], 9).equal(expected[[1], :9])
+    longer = Memo(model)
+    assert longer.encode_all(["a"], 5).equal(expected[[0], :5])
+    assert longer.encode_all(["a"]).equal(expected[[0]]) and longer._bytes == size
 
 
 def test_the_recipe_is_in_the_file(tmp_path):
