@@ -85,9 +85,11 @@ def main():
     from tests.comfyui.conftest import comfyui_path, make_base
     from tests.comfyui.server import Server
 
-    with tempfile.TemporaryDirectory() as folder:
-        with Server(comfyui_path(), make_base(Path(folder) / "base")) as server:
-            texts = node_texts(server.get("/object_info"))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(comfyui_path(), make_base(Path(folder) / "base")) as server,
+    ):
+        texts = node_texts(server.get("/object_info"))
     book = read(BOOK)
     write(BOOK, {phrase: book.get(phrase, "") for phrase in phrases(texts)})
     lacking = missing(texts, book)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tools.locales import BOOK, LOCALES, literal, missing, node_defs, node_texts, phrases, read
+from tools.locales import BOOK, LOCALES, literal, missing, node_defs, node_texts, read
 
 from .frontend import ARTEFACTS, READY
 
