@@ -47,11 +47,12 @@ def labels(node, part):
 
 
 def with_labels(cell, known):
-    """ "low" becomes "low（下限）", so that the row can be found by either."""
+    """A name with the label it has on a Chinese page, so that a row is found by either."""
     names = cell.split(", ")
     told = {name: known[name] for name in names}
-    return "、".join(
-        name if told[name].lower() == name.lower() else f"{name}（{told[name]}）" for name in names
+    return "\u3001".join(
+        name if told[name].lower() == name.lower() else f"{name}\uff08{told[name]}\uff09"
+        for name in names
     )
 
 
