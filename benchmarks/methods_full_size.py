@@ -40,6 +40,7 @@ CLOSED = [
 # Few steps: what counts here is the time of one.
 SHORT = {
     "reread": {},
+    "reread-many": {"steps": 4, "kept": 64},
     "reread-robust": {"robust_steps": 3, "robust_pictures": 1},
     "casteer": {"pairs": 2, "sampling_steps": 3},
     "hirm": {"steps": 10},
@@ -86,9 +87,9 @@ def load(path):
             with Stopwatch(self):
                 return super().encode(prompt)
 
-        def encode_all(self, texts):
+        def encode_all(self, texts, *length):
             with Stopwatch(self):
-                return super().encode_all(texts)
+                return super().encode_all(texts, *length)
 
     with torch.inference_mode():  # as the executor runs a loader
         loaded = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)

@@ -4,7 +4,7 @@ Fused kernels do not give probabilities, so inside ``watch_attention`` every att
 an explicit softmax. It runs over 77 text tokens, not over pixels: the matrix stays small.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from einops import rearrange
@@ -28,15 +28,24 @@ def cross_attention(q, k, v, heads):
     return rearrange(output, "b h p d -> b p (h d)"), probabilities
 
 
-class Watcher:
-    """Collects the attention that flagged tokens get, layer by layer."""
+class _Seen(Exception):
+    """All layers have been watched: the rest of the forward pass would be for nothing."""
 
-    def __init__(self):
-        self._flags = {}  # by prompt length: recomputation in backward must find its own again
+
+class Watcher:
+    """Collects the attention that flagged tokens get, layer by layer.
+
+    Args:
+        count: of the layers; behind the last one a forward pass ends.
+    """
+
+    def __init__(self, count):
+        self.count = count
+        self._places = {}  # by prompt length: recomputation in backward must find its own again
         self._collected = None
 
     def __call__(self, flags, forward):
-        """Run ``forward()`` and return what the flagged tokens got.
+        """Run ``forward()`` up to the last layer and return what the flagged tokens got.
 
         Args:
             flags: bool [B, T]; each sample may flag other tokens, and another number of them.
@@ -44,10 +53,19 @@ class Watcher:
         Returns:
             per attn2 layer a tensor [N, H, P]: N flagged (sample, token) pairs, in row order.
         """
-        self._flags[flags.shape[1]] = flags
+        self.aim(flags)
+        return self.run(forward)
+
+    def aim(self, flags):
+        """Set the tokens that ``run`` is about."""
+        # Found once: a mask would be looked through in every layer, and a GPU waited for.
+        self._places[flags.shape[1]] = flags.nonzero(as_tuple=True)
+
+    def run(self, forward):
         self._collected = []
         try:
-            forward()
+            with suppress(_Seen):
+                forward()
             return self._collected
         finally:
             # Checkpointed blocks run again during backward: that pass must select, so that it
@@ -58,9 +76,12 @@ class Watcher:
         q, k, v = module.to_q(x), module.to_k(context), module.to_v(context)
         output, probabilities = cross_attention(q, k, v, module.heads)
         if self._collected is not None or torch.is_grad_enabled():  # else a preview is drawn
-            flagged = rearrange(probabilities, "b h p t -> b t h p")[self._flags[context.shape[1]]]
+            samples, tokens = self._places[context.shape[1]]
+            flagged = probabilities[samples, :, :, tokens]
             if self._collected is not None:
                 self._collected.append(flagged)
+                if len(self._collected) == self.count:
+                    raise _Seen
         for layer in module.to_out:
             output = layer(output)
         return output
@@ -75,7 +96,7 @@ def watch_attention(modules, context_argument):
             to_out and heads.
         context_argument: the keyword under which they get the text.
     """
-    watcher = Watcher()
+    watcher = Watcher(len(modules))
 
     def replacement(module):
         def forward(x, **arguments):

@@ -18,6 +18,7 @@ from .spans import END, SECTION, subject_positions, word_positions
 TOKENS = ("last", "from-last", "subject", "all")
 KEEP_TOKENS = ("last", "all")
 ENDS_AT_ONCE = 64  # pairs of prompts
+TEXTS_AT_ONCE = 128  # of about the same length
 
 OBJECT_TEMPLATES = (
     "image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}",
@@ -54,6 +55,14 @@ def keep_list_setting():
     )
 
 
+EMPTY = Prompt("", "")
+
+
+def templates_of(concept):
+    """UCE's further prompts of a concept."""
+    return ART_TEMPLATES if concept.kind == "style" else OBJECT_TEMPLATES
+
+
 class Pairs(NamedTuple):
     """Rows that belong together, float64 [n, D]: a concept's tokens and its anchor's."""
 
@@ -65,8 +74,8 @@ class Pairs(NamedTuple):
         return Pairs(*(torch.cat(parts) for parts in zip(*pairs)))
 
 
-def concept_pairs(model, concept, tokens="last", templates=()):
-    """The contexts of a concept's tokens, each beside that of its anchor.
+def concept_pairs(model, concepts, tokens="last", further=lambda concept: ()):
+    """The contexts of each concept's tokens beside those of its anchor: a ``Pairs`` a concept.
 
     A prompt's last token stands beside its anchor's, those behind it and before it likewise; an
     anchor with fewer words repeats its first. The empty prompt counts as its BOS, as in the
@@ -75,25 +84,43 @@ def concept_pairs(model, concept, tokens="last", templates=()):
 
     Args:
         tokens: of ``TOKENS``.
-        templates: further prompts, with {} for the name.
+        further: function from a concept to further prompts, with {} for the name.
 
     Raises:
         ForgetError: a concept's tokens cannot be found in its prompt.
     """
+    asked = [_asked(concept, further(concept)) for concept in concepts]
+    prompts = {prompt for pairs in asked for pair in pairs for prompt in pair}
+    encoded = _encoded(model, prompts, whole=tokens in ("from-last", "all"))
+    found = []
+    for concept, pairs in zip(concepts, asked):
+        made = []
+        for prompt, anchor in pairs:
+            (target, last, first), (other, other_last, _) = encoded[prompt], encoded[anchor]
+            made.append(_beside(target, other, _rows(tokens, last, first), last, other_last))
+        found.append(Pairs.cat(made + _learned_pairs(model, concept, tokens)))
+    return found
+
+
+def _asked(concept, templates):
+    """[(prompt, its anchor's)]; the empty one where there is no anchor."""
     found = concept.bare_prompts()
     for subject in concept.subjects:
         for template in templates:
             anchor = template.format(concept.anchor) if concept.anchor else ""
             found.append((Prompt(template.format(subject), subject), anchor))
-    made = [_pair(model, prompt, concept.anchor, text, tokens) for prompt, text in found]
-    return Pairs.cat(made + _learned_pairs(model, concept, tokens))
+    return [
+        (prompt, prompt._replace(text=text, subject=concept.anchor) if text else EMPTY)
+        for prompt, text in found
+    ]
 
 
 def _learned_pairs(model, concept, tokens):
     """Pairs of the embeddings that attacks found, which stand alone in a prompt as a name would."""
     if not concept.learned:
         return []
-    other, other_last = _anchor(model, Prompt("", concept.anchor), concept.anchor)
+    anchor = Prompt(concept.anchor, concept.anchor)
+    other, other_last, _ = _encoded(model, {anchor}, whole=True)[anchor]
     made = []
     with model.borrow_text() as encoder, torch.no_grad():
         for vectors in concept.learned:
@@ -107,19 +134,6 @@ def _learned_pairs(model, concept, tokens):
             rows = _rows(tokens, len(vectors), 1)
             made.append(_beside(target, other, rows, len(vectors), other_last))
     return made
-
-
-def _pair(model, prompt, anchor, anchor_text, tokens):
-    target, last, first = _encoded(model, prompt)
-    other, other_last = _anchor(model, prompt._replace(subject=anchor), anchor_text)
-    return _beside(target, other, _rows(tokens, last, first), last, other_last)
-
-
-def _anchor(model, prompt, text):
-    """The section [77, D] of an anchor's prompt, and where the anchor ends: none ends at BOS."""
-    if not text:
-        return model.encode(Prompt("", "")).context[0].cpu().double(), 0
-    return _encoded(model, prompt._replace(text=text))[:2]
 
 
 def _rows(tokens, last, first):
@@ -143,9 +157,31 @@ def _beside(target, other, rows, position, other_position):
     return Pairs(target[rows], other[beside])
 
 
-def _encoded(model, prompt):
-    """The section [77, D] with a subject's last mention, and where in it that ends and begins."""
-    ids = model.tokenize(prompt)
+def _encoded(model, prompts, whole):
+    """Prompt -> the section with its subject's last mention, where in it that ends and begins.
+
+    The section is [77, D], or if not ``whole`` as much of it as holds the prompt's words.
+    """
+    found, plain = {}, {}
+    for prompt in prompts:
+        ids = model.tokenize(prompt)
+        section, last, first = _mentioned(model, prompt, ids)
+        if prompt.plain and len(ids) == SECTION:
+            plain[prompt] = SECTION if whole else _first_end(ids) + 1
+            found[prompt] = None, last, first
+        else:
+            context = model.encode(prompt).context[0].cpu().double()
+            found[prompt] = context[section : section + SECTION], last, first
+    texts = [prompt.text for prompt in plain]
+    for prompt, rows in zip(plain, beginnings(model, texts, list(plain.values()))):
+        found[prompt] = rows, *found[prompt][1:]
+    return found
+
+
+def _mentioned(model, prompt, ids):
+    """Where the section with a subject's last mention starts, and the mention ends and begins."""
+    if not prompt.text:
+        return 0, 0, 0
     subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
     found = subject_positions(ids, subject)
     if not found:
@@ -154,9 +190,31 @@ def _encoded(model, prompt):
             "set it apart by spaces, spell it the same way, and keep it whole."
         )
     section = found[-1] // SECTION * SECTION
-    first = max(found[-len(word_positions(subject))] - section, 1)
-    context = model.encode(prompt).context[0].cpu().double()
-    return context[section : section + SECTION], found[-1] - section, first
+    return section, found[-1] - section, max(found[-len(word_positions(subject))] - section, 1)
+
+
+def beginnings(model, texts, lengths):
+    """The first tokens of encoded texts: [length, D] each, float64, on the CPU.
+
+    CLIP is causal, a token knows nothing of those behind it: so they need not be computed. Of a
+    short text's 77 tokens that is nearly all.
+
+    Args:
+        texts: plain strings of at most 75 tokens.
+        lengths: of each, at least up to its first end of text.
+    """
+    found, order = {}, sorted(set(zip(lengths, texts)))
+    for begin in range(0, len(order), TEXTS_AT_ONCE):
+        part = order[begin : begin + TEXTS_AT_ONCE]
+        contexts = model.encode_all([text for _, text in part], part[-1][0]).cpu().double()
+        found |= {each: rows[: each[0]] for each, rows in zip(part, contexts)}
+    return [found[each] for each in zip(lengths, texts)]
+
+
+def words_of(model, texts):
+    """The contexts of texts up to the first end, that included: [n, D] each, float64."""
+    lengths = [_first_end(model.tokenize(Prompt(text, text))) + 1 for text in texts]
+    return beginnings(model, texts, lengths)
 
 
 def end_pairs(model, texts, which="first"):
@@ -170,16 +228,20 @@ def end_pairs(model, texts, which="first"):
     # Whole sections of hundreds of concepts would not fit into memory.
     for begin in range(0, len(texts), ENDS_AT_ONCE):
         both = [text for pair in texts[begin : begin + ENDS_AT_ONCE] for text in pair]
-        contexts = model.encode_all(both).cpu().double()
-        ends = [_first_end(model, text) for text in both]
+        if which == "first":
+            contexts = words_of(model, both)
+            ends = [len(rows) - 1 for rows in contexts]
+        else:
+            contexts = model.encode_all(both).cpu().double()
+            ends = [_first_end(model.tokenize(Prompt(text, text))) for text in both]
         for i in range(0, len(both), 2):
             rows = torch.arange(ends[i], (ends[i] if which == "first" else SECTION - 1) + 1)
             found.append(_beside(contexts[i], contexts[i + 1], rows, ends[i], ends[i + 1]))
     return Pairs.cat(found)
 
 
-def _first_end(model, text):
-    return model.tokenize(Prompt(text, text))[:SECTION].index(END)
+def _first_end(ids):
+    return ids[:SECTION].index(END)
 
 
 def kept_contexts(model, texts, tokens="last"):
@@ -191,8 +253,6 @@ def kept_contexts(model, texts, tokens="last"):
     """
     if not texts:
         return torch.zeros(0, model.family.context_dim, dtype=torch.float64)
-    contexts = model.encode_all(texts).cpu().double()
     if tokens == "all":
-        return contexts.flatten(0, 1)
-    last = torch.tensor([_first_end(model, text) - 1 for text in texts])
-    return contexts[torch.arange(len(texts)), last]
+        return model.encode_all(texts).cpu().double().flatten(0, 1)
+    return torch.stack([rows[-2] for rows in words_of(model, texts)])

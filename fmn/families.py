@@ -19,6 +19,8 @@ class TextEncoder:
     width: int
 
 
+# What U-Nets read: noise; also a picture to edit; also a mask and a picture to fill.
+INPUT_CHANNELS = 4, 8, 9
 CLIP_L = TextEncoder("clip_l", 12, 768)
 # The last of OpenCLIP-H's 24 blocks is never used, and diffusers' copies of it lack it.
 CLIP_H = TextEncoder("clip_h", 23, 1024)

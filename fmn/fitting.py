@@ -1,22 +1,23 @@
-"""What the methods that train share: adapters on layers, the loop, and the patch they end in."""
+"""What the methods that train share: adapters on the layers of a scope, and how they are fitted."""
 
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-from .errors import ForgetError, NonFiniteLoss
-from .families import layers
+from .errors import ForgetError
+from .families import layers, layers_by_name
 from .forwards import checkpointed
 from .lowrank import Full, LowRank, attached
-from .patch import ForgetPatch, new_info
+from .plan import estimate, planned
 from .probe import Probe
-from .resume import record_of, state_of
-from .supervisor import Supervisor
-from .train import Optimiser, train
+from .sampling import expand, step_count
+from .train import Optimiser
+from .training import Training, parameters_of
 
 SCOPES = ("kv", "attention", "not-attention", "unet")
-SMOOTHED = 10  # losses whose mean says which step was best
+ESTIMATES = {}  # of memory, by all that decides them: each takes a second or two
 # How often a run looks at the first concept's attention, each time for a forward: so many times, or
 LOOKS, STEPS_A_LOOK = 7, 25  # every so many steps, if that is more.
 
@@ -89,7 +90,7 @@ def make_adapters(module_of, names, settings, device, downs=None):
 
 def learn(
     model, concepts, settings, scope, open_loss, optimiser=None, looked_at=(), on_step=None,
-    downs=None,
+    downs=None, rehearsed=None,
 ):  # fmt: skip
     """Train adapters on a U-Net and make the patch.
 
@@ -104,145 +105,76 @@ def learn(
         looked_at: what ``Probe`` takes; its first entry is shown as training goes on.
         on_step: see ``methods.forget``.
         downs: see ``make_adapters``.
+        rehearsed: borrowed -> context manager that gives ``plan.estimate`` a step's loss; None
+            takes a forward and backward pass of the first of ``looked_at``.
 
     Raises:
+        ForgetError: memory ran out.
         NonFiniteLoss: training blew up; it carries the patch of the last good step.
     """
     names = [layer.name for layer in in_scope(model.family, scope)]
-    total = settings.steps * len(concepts)
+    total, batch = settings.steps * len(concepts), getattr(settings, "batch", 1)
     training = Training(model, concepts, settings, on_step)
     with model.borrow() as borrowed:
-        adapters = make_adapters(borrowed.module, names, settings, borrowed.device, downs)
-        blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
+        # The first layer of inpainting and editing variants has another shape: it stays.
+        names = [name for name in names if _as_expected(model.family, borrowed, name)]
         report = _Report(model, borrowed, looked_at, on_step, total)
-        with (
-            attached(adapters, borrowed.module) as switch,
-            open_loss(borrowed, switch) as (draw, loss),
-            checkpointed(blocks, in_place=not model.family.known),
-        ):
-            training.put_on(adapters, switch, borrowed)
-            for _ in range(training.tries):
-                draw()
-            half = borrowed.module(names[0]).weight.dtype == torch.float16
-            optimiser = optimiser or Optimiser(settings.lr)
-            training.run(lambda index: loss(draw()), total, optimiser, report, half)
+        in_place = not model.family.known
+
+        @contextmanager
+        def adapted(checkpointing):
+            adapters = make_adapters(borrowed.module, names, settings, borrowed.device, downs)
+            blocks = borrowed.checkpoint_blocks() if checkpointing else []
+            with attached(adapters, borrowed.module) as switch, checkpointed(blocks, in_place):
+                yield adapters, switch
+
+        def estimate_of(checkpointing):
+            if not (looked_at and model.family.known):
+                return None
+            step = rehearsed or partial(_plain_step, looked_at[0], batch)
+            text, _, latent = looked_at[0]
+            alike = (
+                type(model), model.family.key, borrowed.device, type(settings), *names,
+                settings.rank, getattr(settings, "full_weights", False), batch, latent.shape,
+                text.context.shape, checkpointing, downs is None,
+                borrowed.module(names[0]).weight.dtype,
+            )  # fmt: skip
+            if alike not in ESTIMATES:
+                with adapted(checkpointing) as (adapters, _), step(borrowed) as loss_of:
+                    parameters = parameters_of(adapters)
+                    ESTIMATES[alike] = estimate(borrowed, model.family, parameters, loss_of)
+            return ESTIMATES[alike]
+
+        def trained(checkpointing, note):
+            report.note = note
+            with (
+                adapted(checkpointing) as (adapters, switch),
+                open_loss(borrowed, switch) as (draw, loss),
+            ):
+                training.put_on(adapters, switch, borrowed)
+                for _ in range(training.tries):
+                    draw()
+                half = borrowed.module(names[0]).weight.dtype == torch.float16
+                how = optimiser or Optimiser(settings.lr)
+                training.run(lambda index: loss(draw()), total, how, report, half)
+                return training
+
+        planned(trained, settings.checkpointing, estimate_of, borrowed.device)
     return training.finish()
 
 
-class Training:
-    """A run of a method that trains. Step callbacks get it as ``Step.training``.
-
-    Attributes:
-        switch: turns the adapters off.
-        borrowed: the U-Net in training, which draws as it is now; None if text is trained.
-    """
-
-    def __init__(self, model, concepts, settings, on_step=None):
-        self.model, self.concepts, self.settings = model, concepts, settings
-        self.base, self.method = model.fingerprint(), type(settings).__module__.rpartition(".")[2]
-        self.record = record_of(model, self.base, self.method, asdict(settings), concepts)
-        supervisor = on_step if isinstance(on_step, Supervisor) else Supervisor()
-        self.begun, self.keeps_best = supervisor.resume, supervisor.keep_best
-        self.tries, self.loop, self.best, self.error = 0, None, None, None
-
-    def put_on(self, adapters, switch, borrowed=None):
-        """Say what is trained; sets it as it was, if a run is resumed."""
-        self.adapters, self.switch, self.borrowed = adapters, switch, borrowed
-        self.parameters = {
-            f"{name}.{part}": parameter
-            for name, adapter in adapters.items()
-            for part, parameter in adapter.named_parameters()
-        }
-        if self.begun:
-            self.loop = self.begun.put_on(self.parameters)
-            self.tries, self.best = self.loop.tries, self.begun.best() if self.keeps_best else None
-
-    def run(self, loss_at, steps, optimiser, on_step, half):
-        """Train; see ``fit``."""
-        if self.loop and len(self.loop.losses) >= steps:
-            raise ForgetError(
-                f"'{self.begun.name}' has {len(self.loop.losses)} steps behind it and {steps} are "
-                "asked for: set more steps."
-            )
-
-        def told(step):
-            self.loop = step.loop
-            if self.keeps_best:
-                self._keep_best(step.losses)
-            on_step(replace(step, training=self))
-
-        found = fit(self.adapters, loss_at, steps, optimiser, told, half, self.loop)
-        self.losses, self.error = found
-
-    def _keep_best(self, losses):
-        if len(losses) < SMOOTHED:
-            return
-        mean = sum(losses[-SMOOTHED:]) / SMOOTHED
-        if self.best is None or mean < self.best[0]:
-            kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-            self.best = mean, len(losses), kept
-
-    def state(self):
-        """The ``resume.State`` after the last step."""
-        return state_of(self.record, self.parameters, self.loop, self.best)
-
-    def patch(self):
-        """The patch that the adapters make as they are."""
-        return self._patch(self.loop.losses)
-
-    def _patch(self, losses):
-        return patch_of(
-            self.model, self.base, self.concepts, self.settings, self.adapters, list(losses)
-        )
-
-    def finish(self):
-        """The patch that the run ends in.
-
-        Raises:
-            NonFiniteLoss: training blew up; it carries the patch of the last good step.
-        """
-        if self.error:
-            self.error.patch = self._patch(self.losses)
-            raise self.error
-        if self.best is None:
-            return self._patch(self.losses)
-        _, step, kept = self.best
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(kept[name])
-        return self._patch(self.losses[:step])
+def _as_expected(family, borrowed, name):
+    shape = layers_by_name(family)[name].shape
+    return tuple(borrowed.module(name).weight.shape) == tuple(shape)
 
 
-def fit(adapters, loss_at, steps, optimiser, on_step, half, begun=None):
-    """Train adapters in place.
-
-    Args:
-        half: the model is in float16, which loses small gradients; see ``train``.
-        begun: ``train.Loop`` to go on with.
-
-    Returns:
-        the losses, and the NonFiniteLoss that ended them early or None.
-    """
-    parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
-    scale = 1024.0 if half else 1.0
-    try:
-        return train(parameters, loss_at, steps, optimiser, on_step, scale, begun), None
-    except NonFiniteLoss as caught:
-        if len(caught.losses) < 2:  # nothing learnt that could be kept
-            raise
-        return caught.losses, caught
-
-
-def patch_of(model, base, concepts, settings, adapters, losses):
-    """The patch that trained adapters make."""
-    changes, worst = {}, 0.0
-    for name, adapter in adapters.items():
-        up, down, error = adapter.factors(settings.rank)
-        changes[name] = up.cpu().clone(), down.cpu().clone()
-        worst = max(worst, error)
-    method = type(settings).__module__.rpartition(".")[2]
-    info = new_info(model, base, method, asdict(settings), concepts, losses, worst)
-    return ForgetPatch(model.family, changes, info)
+@contextmanager
+def _plain_step(looked_at, batch, borrowed):
+    """A forward and backward pass of a batch of one prompt."""
+    text, _, latent = looked_at
+    x = latent[:1].expand(batch, -1, -1, -1)
+    t = torch.full((batch,), step_count(borrowed) // 2)
+    yield lambda: borrowed.denoise(x, t, expand(text, batch)).square().sum()
 
 
 class _Report:
@@ -250,7 +182,7 @@ class _Report:
 
     def __init__(self, model, borrowed, looked_at, on_step, total):
         self.on_step, self.total, self.borrowed = on_step or (lambda step: None), total, borrowed
-        self.probe = self.now = None
+        self.probe, self.now, self.note = None, None, ""
         if looked_at:
             self.probe = Probe(model.family, looked_at[:1], borrowed.alphas_cumprod, steps=(0.5,))
             self.now = self.probe.look(borrowed)[0]
@@ -260,4 +192,4 @@ class _Report:
         often = max(1, min(self.total // LOOKS, STEPS_A_LOOK))
         if self.probe and (step.index % often == 0 or step.index == step.total):
             self.now = self.probe.look(self.borrowed)[0]
-        self.on_step(replace(step, before=self.before, now=self.now))
+        self.on_step(replace(step, before=self.before, now=self.now, note=self.note))

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from .adversaries import adversaries
 from .closed_form import cut
 from .families import layers
-from .fitting import fit
 from .forwards import checkpointed
 from .lowrank import Fixed, LowRank, attached
 from .model import Text, rows
 from .sampling import ddim, expand, guided
 from .schedule import add_noise
 from .train import Optimiser
+from .training import fit
 
 # What attention and feed-forward write into the picture.
 ENDINGS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")

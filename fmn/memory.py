@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMINFO = Path("/proc/meminfo")
 
 
 @contextmanager
@@ -33,9 +34,21 @@ def peak_memory():
 
 
 def _resident(name):
-    if not STATUS.is_file():
-        return None
-    for line in STATUS.read_text().splitlines():
+    return _kilobytes(STATUS, name) if STATUS.is_file() else None
+
+
+def _kilobytes(file, name):
+    for line in file.read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
+    return None
+
+
+def free_memory(device):
+    """Bytes that a device can still give, or None where nobody tells."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    if device.type == "cpu" and MEMINFO.is_file():
+        return _kilobytes(MEMINFO, "MemAvailable")
     return None

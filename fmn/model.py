@@ -113,8 +113,13 @@ class Model(Protocol):
     def encode(self, prompt) -> Text:
         """Encode a ``Prompt``, [1, T, D]."""
 
-    def encode_all(self, texts) -> torch.Tensor:
-        """Contexts [N, 77, D] of plain strings of one section each, in batches."""
+    def encode_all(self, texts, length=SECTION) -> torch.Tensor:
+        """Contexts [N, length, D] of plain strings of one section each, in batches.
+
+        Args:
+            length: of the 77 tokens these first ones, at least up to each text's first EOT. CLIP
+                is causal: fewer tokens are less work and change nothing in those before.
+        """
 
     def text_module(self, name) -> torch.nn.Module:
         """The text encoder's Linear of that diffusers name; it may be hooked, as long as it is

@@ -15,10 +15,8 @@ from .families import FAMILIES, Family, layers_by_name
 from .files import write_whole
 from .lora_keys import PARTS, file_name, known_names
 from .lowrank import merge
-from .patch_info import info_of
+from .patch_info import FORMAT, MAX_HEADER, THUMBNAIL, info_of
 
-FORMAT = "1"
-MAX_HEADER = 16 << 20  # bytes; SDXL's full header of tensor names is below 1 MiB
 MAX_RANK = 1024
 
 
@@ -184,8 +182,11 @@ def _metadata(patch, tensors):
     }
 
 
-def save_patch(patch, path):
+def save_patch(patch, path, thumbnail=None):
     """Write the file; nothing half-written stays behind, whatever happens.
+
+    Args:
+        thumbnail: a picture for lists of patches, as ``thumbnail.data_uri`` gives it.
 
     Raises:
         ForgetError: the folder cannot be written to, or the disk is full.
@@ -196,7 +197,10 @@ def save_patch(patch, path):
             "The patch's changes are too large for 16-bit numbers: train with fewer steps or a "
             "lower learning rate."
         )
-    write_whole(path, lambda file: save_file(tensors, file, metadata=_metadata(patch, tensors)))
+    metadata = _metadata(patch, tensors)
+    if thumbnail:
+        metadata[THUMBNAIL] = thumbnail
+    write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
     return Path(path)
 
 

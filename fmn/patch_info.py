@@ -4,11 +4,14 @@ import json
 
 from .errors import ForgetError
 
+FORMAT = "1"
+MAX_HEADER = 16 << 20  # bytes; SDXL's full header of tensor names is below 1 MiB
+THUMBNAIL = "modelspec.thumbnail"  # a picture as a data URI
 INFO_TYPES = {
     "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
     "base.prediction": str, "loss": dict, "truncation_error": (int, float),
     "rounding_error": (int, float), "date": str, "version": str, "recipe": str,
-    "merged": list,
+    "merged": list, "scores": dict,
 }  # fmt: skip
 
 
@@ -36,11 +39,12 @@ def info_of(path, metadata):
         raise ForgetError(
             f"The metadata of '{path.name}' is damaged ({type(error).__name__}): get it again."
         ) from error
-    if not all(isinstance(text, str) for text in texts) or not all(map(_is_number, numbers)):
+    if not all(isinstance(text, str) for text in texts) or not all(map(is_number, numbers)):
         raise ForgetError(f"The metadata of '{path.name}' has values of the wrong kind.")
     return info
 
 
-def _is_number(value):
+def is_number(value):
+    """Whether a value from JSON is a number to reckon with."""
     # JSON allows integers that no float can hold, and NaN.
     return isinstance(value, (int, float)) and abs(value) < 1e300

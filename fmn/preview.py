@@ -35,7 +35,7 @@ class Previews:
         """Pictures of a run between two of its steps: [(prompt, before, now)] of PIL pictures.
 
         Args:
-            training: ``fitting.Training``, whose adapters are on the model.
+            training: ``training.Training``, whose adapters are on the model.
         """
         with torch.no_grad(), self._borrowed(training) as borrowed:
             studio = Studio(self.model, borrowed, self.sampling, 1, self.on_pictures)

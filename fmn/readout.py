@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 
 from .model import Text, cross_attention_names
-from .sampling import ddim, guided
+from .sampling import ddim, guided, spaced
 
 TEXTS_AT_ONCE = 32
 
@@ -124,7 +124,11 @@ def record_queries(borrowed, family, texts, empty, settings, side, batch=4, on_b
                 ]
             ).to(borrowed.device)
             predict = guided(borrowed, some, empty, settings.guidance)
-            ddim(predict, noise, borrowed.alphas_cumprod, settings.sampling_steps)
+            steps, alphas = settings.sampling_steps, borrowed.alphas_cumprod
+            x = ddim(predict, noise, alphas, steps, last=steps - 1)
+            # Nothing is drawn from the last step, so it needs no guidance.
+            t = torch.full((count,), spaced(len(alphas), steps)[-1])
+            borrowed.denoise(x, t, some)
             parts.append(taken(count))
             if on_batch:
                 on_batch()

@@ -32,7 +32,8 @@ class Step:
     before: object = None  # the first concept's ``probe.Attention`` before training, and
     now: object = None  # when last looked at
     loop: object = None  # ``Loop``; good until the next step
-    training: object = None  # ``fitting.Training``, to draw with or to save; None where none is
+    training: object = None  # ``training.Training``, to draw with or to save; None where none is
+    note: str = ""  # on memory
 
 
 @dataclass(frozen=True)

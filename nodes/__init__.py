@@ -16,6 +16,7 @@ from . import (
     merge,
     methods,
     patch,
+    shelf,
     train,
     training,
 )
@@ -24,6 +25,7 @@ from . import (
 class ForgetMeNot(ComfyExtension):
     async def get_node_list(self):
         live.add_routes(PromptServer.instance.routes)
+        shelf.start()  # not in on_load, which ComfyUI 0.3.75 never calls
         return [
             *concept.NODES,
             *keep.NODES,

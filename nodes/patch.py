@@ -13,6 +13,7 @@ from ..fmn.hosts.comfy_other import host_of
 from ..fmn.patch import load_patch, save_patch
 from ..fmn.report import describe, printable
 from ..fmn.resume import ENDING
+from ..fmn.thumbnail import data_uri
 from .types import CATEGORY, Patch, show_text
 
 KIND = "forget_patches"
@@ -78,6 +79,13 @@ class SaveForgetPatch(io.ComfyNode):
                     default="patch",
                     tooltip="Name of the file, with / for folders; a number is added.",
                 ),
+                io.Image.Input(
+                    "thumbnail",
+                    optional=True,
+                    tooltip="Shown on the patch shelf: up to four pictures, such as one before "
+                    "and one after. They are stored small in the file, so whoever gets it sees "
+                    "them.",
+                ),
             ],
             outputs=[
                 Patch.Output("PATCH", display_name="patch"),
@@ -87,8 +95,9 @@ class SaveForgetPatch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, patch, filename_prefix):
-        path = save_patch(patch, output_path(filename_prefix))
+    def execute(cls, patch, filename_prefix, thumbnail=None):
+        picture = None if thumbnail is None else data_uri(thumbnail)
+        path = save_patch(patch, output_path(filename_prefix), picture)
         name = path.relative_to(Path(output_folder()).resolve()).as_posix()
         size = path.stat().st_size / 1e6
         show_text(f"saved {name}, {size:.2f} MB, in output/{KIND}")

@@ -115,7 +115,8 @@ class _Progress:
             preview = ("JPEG", picture, PREVIEW_SIDE)
             text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
         self.bar.update_absolute(step.index, step.total, preview)
-        show_text(f"{text}, {step.seconds_left:.0f} s left")
+        note = f"\n{step.note}" if step.note else ""
+        show_text(f"{text}, {step.seconds_left:.0f} s left{note}")
         self.live.step(step)
 
 

@@ -8,8 +8,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
-from ..fmn.fitting import SMOOTHED
 from ..fmn.resume import ENDING
+from ..fmn.training import SMOOTHED
 from .patch import KIND, output_path
 from .types import CATEGORY, Options
 

@@ -12,14 +12,14 @@ import comfy.utils
 import torch
 
 from ..errors import ForgetError
-from ..families import identify, layers, layers_by_name
+from ..families import INPUT_CHANNELS, identify, layers, layers_by_name
 from ..model import Text, fingerprint, two_encoders
 from ..pictures import square
 from ..spans import SECTION
-from .comfy_text import FLOATS, borrow_text, frozen, leave_inference_mode
+from .comfy_text import FLOATS, borrow_text, frozen, leave_inference_mode, shortened
 
 PREFIX = "diffusion_model."
-ENCODED_AT_ONCE = 32
+ENCODED_AT_ONCE = 32 * SECTION  # tokens
 TOKENIZERS = "l", "h"  # CLIP-L (also first of SDXL's two), OpenCLIP-H
 
 
@@ -76,23 +76,23 @@ class ComfyModel:
         vectors = {} if self.family.vector_dim is None else {"pooled": pooled.float().clone()}
         return Text(context.float().clone(), vectors)
 
-    def encode_all(self, texts):
+    def encode_all(self, texts, length=SECTION):
         self._need_clip()
-        found = []
-        for i in range(0, len(texts), ENCODED_AT_ONCE):
+        found, count = [], max(1, ENCODED_AT_ONCE // length)
+        for i in range(0, len(texts), count):
             comfy.model_management.throw_exception_if_processing_interrupted()
             # ComfyUI encodes the sections of a long prompt as one batch, each by itself.
             tokens = {}
-            for text in texts[i : i + ENCODED_AT_ONCE]:
+            for text in texts[i : i + count]:
                 for name, sections in self.clip.tokenize(text, disable_weights=True).items():
                     if len(sections) > 1:
                         raise ForgetError(f"'{text:.60}...' is too long: shorten it to 75 tokens.")
                     tokens[name] = tokens.get(name, []) + sections
-            with torch.inference_mode():
+            with torch.inference_mode(), shortened(self.clip.cond_stage_model, length):
                 context = self.clip.encode_from_tokens(tokens)
             if context.shape[-1] != self.family.context_dim:
                 raise self._wrong_clip(f"text of width {context.shape[-1]}")
-            found.append(context.float().clone().unflatten(1, (-1, SECTION))[0])
+            found.append(context.float().clone().unflatten(1, (-1, length))[0])
         return torch.cat(found)
 
     def text_module(self, name):
@@ -172,10 +172,11 @@ class ComfyModel:
     def borrow(self):
         """Load the U-Net so that autograd can use it; see ``docs/architecture.md``."""
         channels = self.patcher.model.diffusion_model.in_channels
-        if channels != 4:
+        if channels not in INPUT_CHANNELS:
             raise ForgetError(
-                f"This model reads {channels} channels (an inpainting or editing variant), which "
-                "cannot be trained on yet: train on its base model and apply the patch here."
+                f"This model reads {channels} channels, and only 4, 8 (editing models) and 9 "
+                "(inpainting models) can be trained on: train on its base model and apply the "
+                "patch here."
             )
         with self._loaded() as patcher:
             yield Borrowed(self, patcher)
@@ -256,6 +257,8 @@ class Borrowed:
 
     def _conditions(self, x, text):
         given = {"cross_attn": text.context.to(self.device), "noise": x, "device": self.device}
+        # Without a mask, inpainting models get an empty picture to fill, whatever this one shows.
+        given["latent_image"] = x
         if "pooled" in text.vectors:
             height, width = x.shape[-2] * 8, x.shape[-1] * 8
             given |= {"pooled_output": text.vectors["pooled"], "height": height, "width": width}

@@ -9,7 +9,7 @@ import torch
 from ..concept import Prompt
 from ..errors import ForgetError
 from ..model import Text, spelled, two_encoders
-from ..spans import word_positions
+from ..spans import END, SECTION, word_positions
 
 FLOATS = torch.float32, torch.float16, torch.bfloat16
 # What the tokenizer calls a part, and what the encoder does.
@@ -74,6 +74,27 @@ def _copied_inputs(encoder):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def shortened(stage, length):
+    """CLIP encoders compute the first ``length`` of 77 tokens alone, for a while."""
+    found = [module for module in stage.modules() if type(module).__name__ == "CLIPEncoder"]
+
+    def cut(module, args, kwargs):
+        mask = kwargs["mask"]
+        return (args[0][:, :length], *args[1:]), kwargs | {"mask": mask[..., :length, :length]}
+
+    handles = [
+        module.register_forward_pre_hook(cut, with_kwargs=True)
+        for module in found
+        if length < SECTION
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _BorrowedText:
@@ -149,11 +170,14 @@ class _BorrowedText:
         return torch.tensor(rows)
 
     def encode_ids(self, ids):
-        with self._ready(projected=self.pair):
-            found = []
-            for encoder, part in zip(self.encoders, ids.unbind(1)):
-                with _first_positions(encoder, part.shape[1]):
-                    found.append(encoder.encode(part.tolist()))
+        length = ids.shape[2]
+        # ComfyUI adds all 77 position embeddings, so the cut comes behind them.
+        whole = torch.nn.functional.pad(ids, (0, SECTION - length), value=END)
+        with self._ready(projected=self.pair), shortened(self.stage, length):
+            found = [
+                encoder.encode(part.tolist())
+                for encoder, part in zip(self.encoders, whole.unbind(1))
+            ]
         context = torch.cat([context for context, *_ in found], -1).float()
         return Text(context, {"pooled": found[-1][1].float()} if self.pair else {})
 
@@ -175,18 +199,6 @@ class _BorrowedText:
             yield
         finally:
             self.stage.reset_clip_options()
-
-
-@contextmanager
-def _first_positions(encoder, count):
-    """ComfyUI adds all 77 position embeddings; texts cut shorter need as many as they have."""
-    embedding = encoder.transformer.text_model.embeddings.position_embedding
-    whole = embedding.weight
-    embedding.weight = torch.nn.Parameter(whole[:count], requires_grad=False)
-    try:
-        yield
-    finally:
-        embedding.weight = whole
 
 
 def _checked(module):

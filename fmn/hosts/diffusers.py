@@ -11,16 +11,33 @@ from safetensors import SafetensorError
 
 from ..concept import Prompt
 from ..errors import ForgetError
-from ..families import identify
+from ..families import INPUT_CHANNELS, identify
 from ..lowrank import merge
 from ..model import Text, fingerprint
 from ..pictures import square
 from ..spans import SECTION
-from .diffusers_load import load_pipeline
-from .diffusers_text import borrow_text
+from .diffusers_load import drawing_text, load_pipeline
+from .diffusers_text import borrow_text, shortened
 
-ENCODED_AT_ONCE = 32
+ENCODED_AT_ONCE = 32 * SECTION  # tokens
 WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
+
+
+# Of an empty picture, the first moments of Stable Diffusion's latents, as ComfyUI has them.
+EMPTY_PICTURE = 0.8223, -0.6876, 0.6364, 0.1380
+
+
+def _filled(unet, args):
+    """Variants of a model read more than the noise: give them an empty picture, all to be filled.
+
+    That is for instruct models zeros, for inpainting models a mask of ones and the latents of grey.
+    """
+    x, missing = args[0], unet.config.in_channels - args[0].shape[1]
+    extra = x.new_zeros(len(x), max(0, missing), *x.shape[2:])
+    if missing == 5:
+        extra[:, 0] = 1
+        extra[:, 1:] = x.new_tensor(EMPTY_PICTURE).view(-1, 1, 1)
+    return (torch.cat([x, extra], 1) if missing in (4, 5) else x, *args[1:])
 
 
 class DiffusersModel:
@@ -39,8 +56,9 @@ class DiffusersModel:
                 f"{type(pipeline).__name__} is no model we know: Stable Diffusion 1.x, 2.x and XL "
                 "are supported."
             )
-        self.pipeline = pipeline
-        self.unet = unet
+        self.saved, self.pipeline, self.unet = pipeline, drawing_text(pipeline), unet
+        if unet.config.in_channels != 4:
+            unet.register_forward_pre_hook(_filled)
         kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
         self.prediction = "v" if kind == "v_prediction" else "epsilon"
 
@@ -86,18 +104,20 @@ class DiffusersModel:
         return Text(encoded[0])
 
     @torch.no_grad()
-    def encode_all(self, texts):
+    def encode_all(self, texts, length=SECTION):
         for text in texts:
             self.tokenize(Prompt(text, text))
-        found = [
-            self.pipeline.encode_prompt(
-                prompt=list(texts[i : i + ENCODED_AT_ONCE]),
-                device=self.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )[0].float()
-            for i in range(0, len(texts), ENCODED_AT_ONCE)
-        ]
+        count = max(1, ENCODED_AT_ONCE // length)
+        with shortened(self.pipeline, length):
+            found = [
+                self.pipeline.encode_prompt(
+                    prompt=list(texts[i : i + count]),
+                    device=self.device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=False,
+                )[0].float()
+                for i in range(0, len(texts), count)
+            ]
         return torch.cat(found)
 
     def text_module(self, name):
@@ -161,10 +181,11 @@ class DiffusersModel:
     @contextmanager
     def borrow(self):
         channels = self.unet.config.in_channels
-        if channels != 4:
+        if channels not in INPUT_CHANNELS:
             raise ForgetError(
-                f"This model reads {channels} channels (an inpainting or editing variant), which "
-                "cannot be trained on yet: train on its base model and apply the patch to it."
+                f"This model reads {channels} channels, and only 4, 8 (editing models) and 9 "
+                "(inpainting models) can be trained on: train on its base model and apply the "
+                "patch to it."
             )
         flags = [(parameter, parameter.requires_grad) for parameter in self.unet.parameters()]
         training = self.unet.training
@@ -204,7 +225,7 @@ class DiffusersModel:
             raise ForgetError(f"'{folder}' exists already: name a new folder.")
         part = folder.with_name(f"{folder.name}.part")
         try:
-            self.pipeline.save_pretrained(part)
+            self.saved.save_pretrained(part)
             part.rename(folder)
         except (OSError, SafetensorError) as error:
             raise ForgetError(

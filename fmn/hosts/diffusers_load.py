@@ -4,6 +4,7 @@ Nothing is fetched: the configurations and the tokenizer's merges of the familie
 ``fmn/assets``.
 """
 
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint import checkpoint_family
+from ..checkpoint import UNET_PREFIX, checkpoint_family
 from ..errors import ForgetError
 from ..families import DEMO, SDXL
 
@@ -63,6 +64,21 @@ def _folder(path, dtype):
         raise ForgetError(f"'{path}' is no complete diffusers folder: {error}") from error
 
 
+def drawing_text(pipeline):
+    """The pipeline, or one of the same parts that draws from text alone: inpainting and editing
+    variants have pipelines that ask for pictures."""
+    kind = type(pipeline).__name__
+    if "Inpaint" not in kind and "InstructPix2Pix" not in kind:
+        return pipeline
+    xl = hasattr(pipeline, "text_encoder_2")
+    make = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    names = inspect.signature(make.__init__).parameters
+    given = {name: part for name, part in pipeline.components.items() if name in names}
+    made = make(**given, **({} if xl else {"requires_safety_checker": False}))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def _config(family):
     return json.loads((ASSETS / "pipelines.json").read_text())[family.key]
 
@@ -90,7 +106,9 @@ def _single_file(path, family, dtype):
     if family is SDXL:
         given["tokenizer_2"] = make_tokenizer("!")
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in _config(family).items():
+        contents = _config(family)
+        contents["unet/config.json"]["in_channels"] = _inputs(path)
+        for name, content in contents.items():
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(content))
@@ -100,6 +118,12 @@ def _single_file(path, family, dtype):
     if _predicts_v(path):
         pipeline.scheduler.register_to_config(prediction_type="v_prediction")
     return pipeline
+
+
+def _inputs(path):
+    """Channels that a checkpoint's U-Net reads."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice(f"{UNET_PREFIX}input_blocks.0.0.weight").get_shape()[1]
 
 
 def _predicts_v(path):

@@ -30,6 +30,29 @@ def borrow_text(model, words=True):
             parameter.requires_grad_(flag)
 
 
+@contextmanager
+def shortened(pipeline, length):
+    """The text encoders compute the first ``length`` of 77 tokens alone, for a while."""
+    parts = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+
+    def cut(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs = kwargs | {"attention_mask": mask[:, :length]}
+        return (args[0][:, :length], *args[1:]), kwargs
+
+    handles = [
+        part.register_forward_pre_hook(cut, with_kwargs=True)
+        for part in parts
+        if part is not None and length < SECTION
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _BorrowedText:
     def __init__(self, model, encoders):
         self.model, self.encoder, self.pair = model, encoders[0], len(encoders) > 1

@@ -65,7 +65,8 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     count = settings.directions or model.family.context_dim // 2
     basis = protected(own, kept, count)
     safe = main_directions(kept, settings.proxy or count)
-    pairs = Pairs.cat([_pairs(model, each, basis, safe, settings.tokens) for each in concepts])
+    found = concept_pairs(model, concepts, settings.tokens)
+    pairs = Pairs.cat([_anchored(each, own, basis, safe) for each, own in zip(concepts, found)])
     edit = double_projections(*pairs, basis)
     return input_patch(model, concepts, settings, pairs, lambda borrowed: edit, on_step=on_step)
 
@@ -96,9 +97,8 @@ def double_projections(targets, anchors, basis):
     return InputEdit((anchors - targets).mT, inverse @ outside)
 
 
-def _pairs(model, concept, basis, safe, tokens):
+def _anchored(concept, pairs, basis, safe):
     """A concept's tokens with its anchor's, or with their projection on the safe span."""
-    pairs = concept_pairs(model, concept, tokens)
     outside = off(pairs.targets, basis)
     if (outside.square().sum(1) < SMALLEST * pairs.targets.square().sum(1)).all():
         raise ForgetError(

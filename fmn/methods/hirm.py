@@ -15,13 +15,14 @@ import torch.nn.functional as F
 
 from ..contexts import keep_list_setting
 from ..families import text_layers
-from ..fitting import Training, autograd, make_adapters
+from ..fitting import autograd, make_adapters
 from ..keep import keep_for
 from ..lowrank import attached
 from ..settings import Settings as Base
 from ..settings import lr, seed, setting
 from ..spans import SECTION
 from ..train import Optimiser
+from ..training import Training
 
 TITLE = "HiRM"
 ABOUT = (

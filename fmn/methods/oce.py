@@ -9,15 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from ..closed_form import finished, gram, key_value_layers
-from ..concept import Prompt
-from ..contexts import ART_TEMPLATES, OBJECT_TEMPLATES, concept_pairs, kept_contexts
+from ..contexts import concept_pairs, kept_contexts, templates_of, words_of
 from ..errors import ForgetError
 from ..fitting import autograd
 from ..keep import CHOICES, keep_for
 from ..output_form import Progress, cut, proper_span, reflection, span
 from ..settings import Settings as Base
 from ..settings import setting
-from ..spans import END, SECTION
 
 TITLE = "OCE"
 ABOUT = (
@@ -116,9 +114,7 @@ def second_moment(model, texts):
 
     The start and the first end of the text count, padding does not, as in the released code.
     """
-    contexts = model.encode_all(texts).double()
-    ids = [model.tokenize(Prompt(text, text))[:SECTION] for text in texts]
-    rows = torch.cat([rows[: own.index(END) + 1] for rows, own in zip(contexts, ids)])
+    rows = torch.cat(words_of(model, texts))
     return gram(rows) / len(rows)
 
 
@@ -178,9 +174,10 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 def _contexts(model, concepts, settings):
     """Contexts [n, D] of the concepts' last tokens, and [m, D] of what guides."""
     targets, guides = [], []
-    for concept in concepts:
-        templates = ART_TEMPLATES if concept.kind == "style" else OBJECT_TEMPLATES
-        pairs = concept_pairs(model, concept, "last", templates * settings.expand)
+    found = concept_pairs(
+        model, concepts, "last", lambda concept: templates_of(concept) * settings.expand
+    )
+    for concept, pairs in zip(concepts, found):
         targets.append(pairs.targets)
         if concept.anchor or settings.guide == "start":
             guides.append(pairs.anchors)

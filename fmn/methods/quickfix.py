@@ -70,9 +70,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         with _inputs(model, borrowed.module(LAYER)) as inputs:
             # Embeddings that attacks on the U-Net found are none of this layer's inputs.
             named = [replace(concept, learned=()) for concept in concepts]
-            pairs = Pairs.cat(
-                [concept_pairs(inputs, each, settings.tokens, TEMPLATES) for each in named]
-            )
+            pairs = Pairs.cat(concept_pairs(inputs, named, settings.tokens, lambda _: TEMPLATES))
             words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
             kept = _kept(inputs, words, pairs.targets)
         weight = weight_of(borrowed, layers_by_name(model.family)[LAYER]).cpu()
@@ -105,9 +103,9 @@ class _Inputs:
         sections = len(self.model.tokenize(prompt)) // SECTION
         return Text(torch.cat(self.seen)[:sections].flatten(0, 1)[None].clone())
 
-    def encode_all(self, texts):
+    def encode_all(self, texts, length=SECTION):
         self.seen.clear()
-        self.model.encode_all(texts)
+        self.model.encode_all(texts, length)
         return torch.cat(self.seen).clone()
 
 

@@ -13,7 +13,7 @@ import torch
 from ..closed_form import preserve, weight_gram
 from ..contexts import keep_list_setting
 from ..families import text_layers
-from ..fitting import Training, autograd, make_adapters
+from ..fitting import autograd, make_adapters
 from ..keep import keep_for
 from ..lowrank import attached
 from ..sentences import kept_sentences, sentences, styled_sentences
@@ -21,6 +21,7 @@ from ..settings import Settings as Base
 from ..settings import lr, rank, seed, setting
 from ..spans import END
 from ..train import Optimiser
+from ..training import Training
 
 TITLE = "Re-read, text encoder"
 ABOUT = (

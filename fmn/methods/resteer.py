@@ -6,6 +6,7 @@ the paper leaves open is taken from the released code, SHI-Labs/Forget-Me-Not tr
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -259,10 +260,23 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
             yield draws, loss
 
+    @contextmanager
+    def rehearsed(borrowed):
+        batches = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device)()
+        modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
+        with watch_attention(modules, borrowed.context_argument) as watch:
+            for batch in batches:
+                watch.aim(batch.flags)
+            forwards = [partial(borrowed.denoise, each.x_t, each.t, each.text) for each in batches]
+            yield lambda: attention_resteering(
+                [layer for forward in forwards for layer in watch.run(forward)]
+            )
+
     looked_at = data.looked_at()
     return learn(
-        model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs
-    )
+        model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs,
+        rehearsed,
+    )  # fmt: skip
 
 
 def watched_forward(borrowed, watch, batch):

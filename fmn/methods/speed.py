@@ -92,7 +92,7 @@ class Problem(NamedTuple):
 @torch.no_grad()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Solve for a patch; see ``methods.forget``."""
-    pairs = Pairs.cat([concept_pairs(model, each, settings.tokens) for each in concepts])
+    pairs = Pairs.cat(concept_pairs(model, concepts, settings.tokens))
     kept = kept_contexts(model, keep_for(concepts, keep, settings.keep_list))
     exact = invariants(model)[: None if settings.invariants else 0]
     problem = Problem(pairs, kept, exact)

@@ -11,15 +11,14 @@ import torch
 
 from ..closed_form import damping, debias, erase, input_patch, preserve, rank_setting, uce
 from ..contexts import (
-    ART_TEMPLATES,
-    OBJECT_TEMPLATES,
     Pairs,
     concept_pairs,
     keep_list_setting,
     keep_tokens_setting,
     kept_contexts,
+    templates_of,
     tokens_setting,
-)  # fmt: skip
+)
 from ..errors import ForgetError
 from ..fitting import autograd
 from ..keep import keep_for
@@ -84,11 +83,6 @@ PRESETS = {
 }
 
 
-def templates_of(concept):
-    """The templates that ``expand`` adds for a concept."""
-    return ART_TEMPLATES if concept.kind == "style" else OBJECT_TEMPLATES
-
-
 @autograd()
 @torch.no_grad()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
@@ -111,10 +105,9 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
 def rows_of(model, concepts, settings, keep):
     """The ``Pairs`` to edit and the rows to keep."""
-    pairs = [
-        concept_pairs(model, concept, settings.tokens, templates_of(concept) * settings.expand)
-        for concept in concepts
-    ]
+    pairs = concept_pairs(
+        model, concepts, settings.tokens, lambda concept: templates_of(concept) * settings.expand
+    )
     words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
     if words and settings.keep_tokens == "all":
         words = ("", *words)

@@ -45,14 +45,14 @@ def test_a_failed_folder_leaves_nothing(model, tmp_path, monkeypatch):
 
 
 def test_a_variant_with_another_input_layer_is_refused(model):
-    """An inpainting U-Net: it takes a K/V patch, but neither training nor a whole-U-Net patch."""
+    """A U-Net that reads depth: it takes a K/V patch, but no training and no whole-U-Net patch."""
     conv = model.unet.conv_in
-    model.unet.conv_in = torch.nn.Conv2d(9, conv.out_channels, 3, padding=1)
-    model.unet.register_to_config(in_channels=9)
+    model.unet.conv_in = torch.nn.Conv2d(5, conv.out_channels, 3, padding=1)
+    model.unet.register_to_config(in_channels=5)
     patch = ForgetPatch(DEMO, {"conv_in": (torch.ones(64, 1, 1, 1), torch.ones(1, 4, 3, 3))})
-    with pytest.raises(ForgetError, match=r"\[64, 4, 3, 3\], the model has \[64, 9, 3, 3\]"):
+    with pytest.raises(ForgetError, match=r"\[64, 4, 3, 3\], the model has \[64, 5, 3, 3\]"):
         model.merged([(patch, 1.0)])
-    with pytest.raises(ForgetError, match="reads 9 channels"), model.borrow():
+    with pytest.raises(ForgetError, match="reads 5 channels"), model.borrow():
         pass
     keys = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     before = model.unet.get_submodule(keys).weight.clone()

@@ -13,6 +13,7 @@ import torch
 from .frontend import opened
 from .others import Words, make
 from .server import Server
+from .shelf_page import opened_shelf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +53,13 @@ def page(server, tmp_path_factory):
     """A page of the frontend."""
     with opened(server.url, tmp_path_factory.mktemp("browser")) as page:
         yield page
+
+
+@pytest.fixture
+def shelf(page, server):
+    """The page with the patch shelf open over a few files."""
+    with opened_shelf(page, server) as opened_page:
+        yield opened_page
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+PATIENCE = 120_000  # ms
 READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.FMN_Concept"
 
 
@@ -27,6 +28,7 @@ def opened(url, folder):
             viewport={"width": 1600, "height": 1000},
             args=QUIET,
         )
+        context.set_default_timeout(PATIENCE)  # a busy machine is slow, not wrong
         context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
         ours = url, "data:", "blob:"
         context.route(
@@ -38,8 +40,8 @@ def opened(url, folder):
         page = context.pages[0]
         page.fmn_errors = []
         page.on("pageerror", lambda error: page.fmn_errors.append(str(error)))
-        page.goto(url, wait_until="domcontentloaded", timeout=120_000)
-        page.wait_for_function(READY, timeout=60_000)
+        page.goto(url, wait_until="domcontentloaded")
+        page.wait_for_function(READY)
         yield page
         context.close()
 

@@ -74,6 +74,50 @@ def test_both_hosts_train_the_same_patch(pack, comfy_model, pipeline_model):
         assert difference <= 0.05 * one.change_of(name).norm()
 
 
+def with_more_inputs(pack, demo, channels):
+    """Both hosts over the demo model with a wider first layer of equal weights, and this layer's
+    empty picture: what its extra inputs are to be."""
+    import comfy.model_base
+
+    generator = torch.Generator().manual_seed(0)
+    extra = torch.randn(64, channels - 4, 3, 3, generator=generator) / 9
+    pipeline = pack("fmn.hosts.diffusers_load").load_pipeline("demo")
+    conv = pipeline.unet.conv_in
+    conv.weight = torch.nn.Parameter(torch.cat([conv.weight.detach(), extra], 1))
+    pipeline.unet.register_to_config(in_channels=channels)
+
+    model = demo[0].model
+    model.diffusion_model.in_channels = channels
+    first = model.diffusion_model.input_blocks[0][0]
+    first.weight = torch.nn.Parameter(torch.cat([first.weight.detach(), extra.to(first.weight)], 1))
+    if channels == 9:
+        model.set_inpaint()
+    else:
+        model.process_ip2p_image_in = lambda image: image
+        own = comfy.model_base.IP2P.concat_cond
+        model.concat_cond = lambda **given: own(model, **given)
+    hosts = pack("fmn.hosts.comfy").ComfyModel(*demo), pack("fmn.hosts.diffusers").DiffusersModel
+    return hosts[0], hosts[1](pipeline)
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_variants_with_more_inputs_are_trained_alike(pack, demo, channels):
+    """Instruct (8) and inpainting (9) models: their extra inputs are those of no picture."""
+    run = pack("fmn.methods.resteer").run
+    hosts = with_more_inputs(pack, demo, channels)
+    before, records = state(demo[0]), []
+    for model in hosts:
+        steps = []
+        patch = run(model, [concept(pack)], settings(pack, layers="unet"), steps.append)
+        assert "conv_in" not in patch.changes and "conv_out" in patch.changes
+        records.append(steps[-1].losses)
+        latents = model.sample(concept(pack).training_prompts()[0], [1], 64, 2, 3.5)
+        assert latents.shape == (1, 4, 8, 8) and latents.isfinite().all()
+    np.testing.assert_allclose(*records, rtol=1e-4)
+    after = state(demo[0])
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_path):
     """Our Apply node, stock Load LoRA, diffusers load_lora_weights and our merged checkpoint."""
     import comfy.sd
@@ -121,6 +165,17 @@ def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_p
         assert difference < (1e-3 if name == "merged file" else 1e-4), name
 
 
+def test_first_tokens_alone_are_encoded_as_within_the_whole(pack, comfy_model, pipeline_model):
+    texts = ["", "a dog", "a photo of a dog on the beach"]
+    encoder = comfy_model.clip.cond_stage_model
+    for model in (comfy_model, pipeline_model):
+        whole, short = model.encode_all(texts), model.encode_all(texts, 10)
+        assert short.shape == (3, 10, 128)
+        torch.testing.assert_close(short, whole[:, :10], rtol=1e-4, atol=1e-5)
+        assert torch.equal(model.encode_all(texts), whole)
+    assert leftovers(encoder) == leftovers(pipeline_model.pipeline.text_encoder) == []
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layers, full", [("kv", False), ("attention", True), ("unet", True)])
 def test_borrowed_model_comes_back_unchanged(pack, comfy_model, layers, full, checkpointing):
@@ -166,6 +221,51 @@ def test_a_patched_model_can_be_trained_and_keeps_its_patch(pack, comfy_model):
     )
     assert losses[0] < 0.95 * patch.info["loss"]["first"]
     assert again.info["base.fingerprint"] == patch.info["base.fingerprint"]
+
+
+def dynamic(demo, cached_patcher_init):
+    """A mock: the demo's MODEL as from 0.16 on a GPU, whose weights are paged while it is used.
+
+    There, ``clone(disable_dynamic=True)`` loads the checkpoint anew as a plain patcher, and raises
+    for loaders that did not say how.
+    """
+    import comfy.model_patcher
+
+    class DynamicPatcher(comfy.model_patcher.ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+        def clone(self, disable_dynamic=False):
+            if not disable_dynamic:
+                return super().clone()
+            if cached_patcher_init is None:
+                raise RuntimeError("Cannot create non-dynamic delegate: cached_patcher_init")
+            return cached_patcher_init()
+
+        def load(self, *args, **arguments):
+            raise AssertionError("paged weights cannot be trained on")
+
+    plain = demo[0]
+    return DynamicPatcher(plain.model, plain.load_device, plain.offload_device)
+
+
+def test_paged_models_are_trained_on_a_plain_copy(pack, demo, comfy_model):
+    ComfyModel, load = pack("fmn.hosts.comfy").ComfyModel, pack("nodes.demo").load_demo_checkpoint
+    run, steps = pack("fmn.methods.resteer").run, settings(pack)
+    paged = dynamic(demo, lambda: load()[0])
+    before = state(paged)
+    with torch.inference_mode():
+        found = run(ComfyModel(paged, demo[1]), [concept(pack)], steps)
+        plain = run(comfy_model, [concept(pack)], steps)
+    for name in plain.changes:
+        torch.testing.assert_close(found.change_of(name), plain.change_of(name))
+    after = state(paged)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert leftovers(paged.model) == []
+
+    refused = pytest.raises(pack("fmn.errors").ForgetError, match="stock checkpoint loader")
+    with refused:
+        run(ComfyModel(dynamic(demo, None), demo[1]), [concept(pack)], steps)
 
 
 def test_another_packs_forward_survives(pack, comfy_model):

@@ -217,6 +217,8 @@ def test_two_encoders_can_be_borrowed_but_learn_no_words(pack, demo):
         pass
     expected = host.encode(pack("fmn.concept").Prompt(PROMPT, "dog"))
     assert expected.context.shape == (1, 77, 40)
+    short, whole = (host.encode_all([PROMPT, ""], length) for length in (20, 77))
+    torch.testing.assert_close(short, whole[:, :20])
     before = state(host.clip.patcher)
     with torch.inference_mode(), host.borrow_text(words=False) as text:
         found, pooled = text.encode(PROMPT)

@@ -59,7 +59,7 @@ def test_the_curve_and_previews_are_drawn(page, nodes_2, light):
     opened_graph(page, nodes_2, 401 + nodes_2 + 2 * light, light, name)
     assert page.locator(VIEW).count() == 0
     start(page)
-    page.get_by_text(f"done: {name}").wait_for(timeout=120_000)
+    page.get_by_text(f"done: {name}").wait_for()
     view = page.locator(VIEW)
     assert view.locator("polyline").count() == 2  # attention and loss
     assert view.locator("polyline").last.evaluate("line => line.points.length") == 8
@@ -86,23 +86,20 @@ def test_the_curve_and_previews_are_drawn(page, nodes_2, light):
 def test_a_reload_shows_the_state_again_and_cancel_works(page, server, nodes_2):
     opened_graph(page, nodes_2, 411 + nodes_2, steps=3000, preview_every=5)
     start(page)
-    page.wait_for_function(
-        f"() => {OWN}.querySelectorAll('img').length == 4 && {POINTS} > 5",
-        timeout=120_000,
-    )
+    page.wait_for_function(f"() => {OWN}.querySelectorAll('img').length == 4 && {POINTS} > 5")
     page.wait_for_timeout(1500)  # the page saves its workflow
     page.reload(wait_until="domcontentloaded")
-    page.wait_for_function(READY, timeout=120_000)
-    page.wait_for_function("() => app.graph.nodes.length == 6", timeout=120_000)
-    page.wait_for_function(f"() => {POINTS} > 5", timeout=120_000)
+    page.wait_for_function(READY)
+    page.wait_for_function("() => app.graph.nodes.length == 6")
+    page.wait_for_function(f"() => {POINTS} > 5")
     assert page.locator(f"{VIEW} img").count() == 4
     seen = page.evaluate(POINTS)
-    page.wait_for_function(f"seen => {POINTS} > seen", arg=seen, timeout=120_000)
+    page.wait_for_function(f"seen => {POINTS} > seen", arg=seen)
     page.evaluate(PLACE)
     page.wait_for_timeout(300)
     mode = "nodes 2" if nodes_2 else "classic"
     page.screenshot(path=ARTEFACTS / f"training after reload, {mode}.png")
     page.get_by_label("Cancel current run").first.click()
-    page.get_by_text("cancelled: dog").wait_for(timeout=120_000)
+    page.get_by_text("cancelled: dog").wait_for()
     assert server.get("/queue")["queue_running"] == []
     assert page.fmn_errors == []

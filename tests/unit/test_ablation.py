@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch.func import functional_call
 
-from fmn import fitting
+from fmn import fitting, training
 from fmn.concept import Concept, Prompt
 from fmn.errors import ForgetError
 from fmn.methods.ablation import PRESETS, Draws, Pair, Settings, prepare, prompt_pairs, run
@@ -227,7 +227,7 @@ def first_step(monkeypatch, model, concepts, settings, keep=()):
     with monkeypatch.context() as patched, pytest.raises(Captured):
         patched.setattr(fitting, "make_adapters", made)
         patched.setattr(Draws, "__call__", drawn)
-        patched.setattr(fitting, "train", train)
+        patched.setattr(training, "train", train)
         run(model, concepts, settings, keep=keep)
     return caught
 

@@ -90,7 +90,7 @@ def test_watching_does_not_change_the_output(batch):
     x, context, flags = batch
     module = make_module()
     expected, outputs = module(x, encoder_hidden_states=context), []
-    with watch_attention([module], "encoder_hidden_states") as watch:
+    with watch_attention([module, make_module()], "encoder_hidden_states") as watch:
         watch(flags, lambda: outputs.append(module(x, encoder_hidden_states=context)))
     torch.testing.assert_close(outputs[0], expected)
 
@@ -119,6 +119,20 @@ def test_layers_come_in_forward_order_and_each_call_starts_anew(batch):
     expected = explicit_probabilities(second, x, context).transpose(1, 3).transpose(2, 3)[flags]
     torch.testing.assert_close(watched[0], expected)
     assert torch.equal(watched[1], again[1])
+
+
+def test_a_forward_ends_at_the_last_layer(batch):
+    x, context, flags = batch
+    first, second, passed = make_module(1), make_module(2), []
+
+    def forward():
+        passed.append(first(x, encoder_hidden_states=context))
+        passed.append(second(x, encoder_hidden_states=context))
+
+    with watch_attention([first, second], "encoder_hidden_states") as watch:
+        assert len(watch(flags, forward)) == 2 and len(passed) == 1
+        forward()  # unwatched
+    assert len(passed) == 3
 
 
 def test_nothing_is_collected_after_the_call(batch):
@@ -173,7 +187,7 @@ def test_watcher_works_on_after_an_error(batch):
         module(x, encoder_hidden_states=context)
         raise ValueError
 
-    with watch_attention([module], "encoder_hidden_states") as watch:
+    with watch_attention([module, make_module()], "encoder_hidden_states") as watch:
         with pytest.raises(ValueError):
             watch(flags, fails)
         assert len(watch(flags, lambda: module(x, encoder_hidden_states=context))) == 1

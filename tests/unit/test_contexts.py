@@ -30,7 +30,7 @@ def encoded(model, text):
 )
 def test_tokens_stand_beside_their_anchors(pad, tokens, rows, anchors):
     model = TinyModel(pad)
-    pairs = concept_pairs(model, Concept("red dog", anchor="a house boat"), tokens)
+    pairs = concept_pairs(model, [Concept("red dog", anchor="a house boat")], tokens)[0]
     assert pairs.targets.equal(encoded(model, "red dog")[rows])
     assert pairs.anchors.equal(encoded(model, "a house boat")[anchors])
 
@@ -47,14 +47,14 @@ def test_tokens_stand_beside_their_anchors(pad, tokens, rows, anchors):
 )
 def test_no_anchor_is_the_empty_prompt_from_its_start(pad, tokens, rows, anchors):
     model = TinyModel(pad)
-    pairs = concept_pairs(model, Concept("red dog"), tokens)
+    pairs = concept_pairs(model, [Concept("red dog")], tokens)[0]
     assert pairs.targets.equal(encoded(model, "red dog")[rows])
     assert pairs.anchors.equal(encoded(model, "")[anchors])
 
 
 def test_a_short_anchor_repeats_its_first_word_not_the_start():
     model = TinyModel()
-    pairs = concept_pairs(model, Concept("big red dog", anchor="cat"), "subject")
+    pairs = concept_pairs(model, [Concept("big red dog", anchor="cat")], "subject")[0]
     assert pairs.anchors.equal(encoded(model, "cat")[[1, 1, 1]])
 
 
@@ -63,7 +63,7 @@ def test_a_short_anchor_repeats_its_first_word_not_the_start():
 def test_long_prompts_count_in_the_section_with_the_concept(pad, tokens):
     model = TinyModel(pad)
     text = " ".join(f"w{i}" for i in range(80)) + " red dog on grass"
-    pairs = concept_pairs(model, Concept("red dog", prompts=(text,), anchor="cat"), tokens)
+    pairs = concept_pairs(model, [Concept("red dog", prompts=(text,), anchor="cat")], tokens)[0]
     ids = model.tokenize(Prompt(text, text))
     assert len(ids) == 154
     # Second section: BOS, w75 ... w79, red, dog at 7.
@@ -81,7 +81,7 @@ def test_long_prompts_count_in_the_section_with_the_concept(pad, tokens):
 def test_a_concept_across_sections_counts_from_the_last_ones_start():
     model = TinyModel()
     text = " ".join(f"w{i}" for i in range(74)) + " red dog"  # "dog" opens the second section
-    pairs = concept_pairs(model, Concept("red dog", prompts=(text,), anchor="cat"), "subject")
+    pairs = concept_pairs(model, [Concept("red dog", prompts=(text,), anchor="cat")], "subject")[0]
     assert pairs.targets[-1].equal(encoded(model, text)[77 + 1])
     assert len(pairs.targets) == 2 + 1
 
@@ -89,20 +89,20 @@ def test_a_concept_across_sections_counts_from_the_last_ones_start():
 def test_aliases_templates_and_own_prompts_add_pairs():
     concept = Concept("dog", aliases=("red hound",), prompts=("a dog here",), anchor="cat")
     model = TinyModel()
-    pairs = concept_pairs(model, concept, "last", OBJECT_TEMPLATES)
+    pairs = concept_pairs(model, [concept], "last", lambda _: OBJECT_TEMPLATES)[0]
     assert len(pairs.targets) == 2 + 1 + 2 * 5
     assert pairs.targets[1].equal(encoded(model, "red hound")[2])
     assert pairs.targets[2].equal(encoded(model, "a dog here")[2])
     assert pairs.anchors[2].equal(encoded(model, "a cat here")[2])
     assert pairs.targets[3].equal(encoded(model, "image of dog")[3])
     assert pairs.anchors[3].equal(encoded(model, "image of cat")[3])
-    bare = concept_pairs(model, Concept("dog"), "last", OBJECT_TEMPLATES)
+    bare = concept_pairs(model, [Concept("dog")], "last", lambda _: OBJECT_TEMPLATES)[0]
     assert bare.anchors.equal(encoded(model, "")[[0] * 6])
 
 
 def test_a_name_without_tokens_is_refused():
     with pytest.raises(ForgetError, match="are not in the encoded prompt"):
-        concept_pairs(TinyModel(), Concept("dog", prompts=("hotdogs",)), "last")
+        concept_pairs(TinyModel(), [Concept("dog", prompts=("hotdogs",))], "last")[0]
 
 
 @PADS
@@ -134,6 +134,24 @@ def test_ends_stand_beside_ends(pad):
     assert every.anchors[73:].equal(encoded(model, "one big cat")[[*range(4, 77), 76, 76]])
 
 
+def test_no_more_tokens_are_encoded_than_are_read():
+    """Words in few batches, each as long as its longest text up to the first end."""
+    asked = []
+
+    class Asked(TinyModel):
+        def encode_all(self, texts, length=77):
+            asked.append((len(texts), length))
+            return super().encode_all(texts, length)
+
+    model = Asked()
+    kept_contexts(model, [f"w{i}" for i in range(200)] + ["one two three", "w1"])
+    assert asked == [(128, 3), (73, 5)]
+    asked.clear()
+    concepts = [Concept(f"red thing{i}") for i in range(50)]
+    concept_pairs(model, concepts)
+    assert asked == [(51, 4)]
+
+
 def test_the_anchor_alone():
     model = TinyModel()
     assert anchor_context(model, Concept("dog", anchor="cat")).equal(encoded(model, "cat"))
@@ -145,10 +163,10 @@ def test_what_an_attack_found_is_forgotten_too():
     model = TinyModel()
     with model.borrow_text() as encoder:
         vectors = encoder.vectors("old dog")
-    plain = concept_pairs(model, Concept("old dog", anchor="cat"))
-    both = concept_pairs(model, Concept("old dog", anchor="cat", learned=(vectors,)))
+    plain = concept_pairs(model, [Concept("old dog", anchor="cat")])[0]
+    both = concept_pairs(model, [Concept("old dog", anchor="cat", learned=(vectors,))])[0]
     assert len(both.targets) == 2 * len(plain.targets)
     for found, known in zip(both, plain):
         torch.testing.assert_close(found[len(known) :], known)
     with pytest.raises(ForgetError, match=r"shape \[2, 3\].*reads \[k, 12\]"):
-        concept_pairs(model, Concept("dog", learned=(torch.zeros(2, 3),)))
+        concept_pairs(model, [Concept("dog", learned=(torch.zeros(2, 3),))])

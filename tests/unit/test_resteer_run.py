@@ -237,11 +237,11 @@ def test_an_error_in_the_model_leaves_it_as_it_was():
     def fails(*args, **arguments):
         raise RuntimeError("out of memory")
 
-    model.unet.conv_out.forward = fails
+    model.unet.mid_block.forward = fails
     with pytest.raises(RuntimeError, match="out of memory"):
         run(model, [MUSK], SETTINGS)
     assert same_tensors(weights_of(model.unet), before)
-    assert traces(model.unet) == ["conv_out"] and model.unet.conv_out.forward is fails
+    assert traces(model.unet) == ["mid_block"] and model.unet.mid_block.forward is fails
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -8,12 +8,12 @@ from torch import nn
 
 from fmn.concept import Concept
 from fmn.errors import ForgetError
-from fmn.fitting import SMOOTHED
 from fmn.hosts.diffusers import DiffusersModel
 from fmn.methods import forget, settings_of
 from fmn.resume import load_state, save_state, state_path
 from fmn.supervisor import Supervisor
 from fmn.train import Optimiser, train
+from fmn.training import SMOOTHED
 
 from .test_train import Overflow, loss_of, start
 from .tiny import TinyModel, same_tensors, weights_of

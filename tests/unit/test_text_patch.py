@@ -213,6 +213,9 @@ def test_two_encoders_can_be_borrowed_but_learn_no_words(tiny_xl):
     with of_two_encoders(), tiny_xl.borrow_text():
         pass
     expected = tiny_xl.encode(PROMPT)
+    short, whole = (tiny_xl.encode_all([PROMPT.text, ""], length) for length in (20, 77))
+    assert whole.shape == (2, 77, 40)
+    torch.testing.assert_close(short, whole[:, :20])
     with borrow_text(tiny_xl, words=False) as text:
         encoded, pooled = text.encode(PROMPT.text)
         with of_two_encoders():

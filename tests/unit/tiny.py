@@ -84,8 +84,8 @@ class TinyModel:
         position = self.position.repeat(len(ids) // SECTION, 1)
         return Text((self.embedding[torch.tensor(ids)] + position)[None])
 
-    def encode_all(self, texts):
-        return torch.cat([self.encode(Prompt(text, text)).context for text in texts])
+    def encode_all(self, texts, length=SECTION):
+        return torch.cat([self.encode(Prompt(text, text)).context for text in texts])[:, :length]
 
     def sample(self, prompt, seeds, size, steps, guidance):
         shape = 4, size // 8, size // 8

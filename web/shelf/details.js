@@ -1,0 +1,69 @@
+// All about the selected patch, and what can be done with it.
+import { button, make } from "./dom.js";
+import { badge, dateOf, familyOf, sizeOf, thumbnail, titleOf } from "./row.js";
+import { kindName, text } from "./texts.js";
+
+const MOST_NOTES = 4000; // letters, as in fmn/shelf.py
+
+const number = (value) => Number(value).toPrecision(4).replace(/\.?0+$/, "");
+
+function facts(patch) {
+  const concepts = (patch.concepts ?? []).map(([name, kind]) => `${name} (${kindName(kind)})`);
+  const loss = (patch.loss ?? []).map(number).join(" → ");
+  const scores = Object.entries(patch.scores ?? {}).map(([name, value]) => `${name} ${number(value)}`);
+  return [
+    ["concepts", concepts.join(", ")],
+    ["method", patch.method],
+    ["family", familyOf(patch)],
+    ["base", patch.base],
+    ["prediction", patch.prediction],
+    ["rank", patch.rank],
+    ["scores", scores.join(", ")],
+    ["loss", loss],
+    ["made", dateOf(patch)],
+    ["size", sizeOf(patch)],
+    ["file", patch.name],
+  ].filter(([, value]) => value);
+}
+
+function notes(patch, save) {
+  const area = make("textarea", {
+    className: "fmn-notes",
+    value: patch.notes ?? "",
+    maxLength: MOST_NOTES,
+    rows: 2,
+    placeholder: text("notesHelp"),
+    "aria-label": text("notes"),
+  });
+  area.onchange = () => save(patch, area.value);
+  return area;
+}
+
+/**
+ * The element for a patch.
+ * @param actions add, rename, remove: functions of the patch; save: of the patch and its notes.
+ */
+export function details(patch, fit, actions) {
+  const add = button("pi-plus", text("add"), () => actions.add(patch));
+  add.disabled = Boolean(patch.problem);
+  const list = make("dl", { className: "fmn-details-list" });
+  for (const [name, value] of facts(patch)) {
+    list.append(make("dt", {}, text(name)), make("dd", { dir: "auto" }, value));
+  }
+  return make(
+    "section",
+    { className: "fmn-details", "aria-label": text("details") },
+    make("div", { className: "fmn-details-title", dir: "auto" }, titleOf(patch)),
+    make(
+      "div",
+      { className: "fmn-actions" },
+      add,
+      button("pi-pencil", text("rename"), () => actions.rename(patch)),
+      button("pi-trash", text("remove"), () => actions.remove(patch)),
+    ),
+    patch.problem ? make("p", { className: "fmn-told" }, text(patch.problem)) : badge(patch, fit),
+    patch.picture ? thumbnail(patch) : null,
+    list,
+    notes(patch, actions.save),
+  );
+}

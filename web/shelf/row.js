@@ -1,0 +1,103 @@
+// One patch in the list.
+import { button, make } from "./dom.js";
+import { DRAGGED, keyOf } from "./graph.js";
+import { pictureOf } from "./server.js";
+import { familyName, kindName, locale, text } from "./texts.js";
+
+export const SIZE_SETTING = "forget-me-not.shelf.thumbnailSize";
+export const SIZES = { small: 32, medium: 48, large: 120 }; // pixels high, and twice as wide
+const LINES = 58; // pixels that three lines of text take
+const PADDING = 14;
+const STACKED = "large"; // its text stands below the picture
+
+let chosen = "medium";
+
+/** Take a size that the user has set. The setting itself still has the old one by then. */
+export function chooseSize(size) {
+  if (Object.hasOwn(SIZES, size)) chosen = size;
+}
+
+/** How the rows look: {size, picture, row}, the size's name and heights in pixels. */
+export function layout() {
+  const picture = SIZES[chosen];
+  const inner = chosen === STACKED ? picture + LINES : Math.max(picture, LINES);
+  return { size: chosen, picture, row: inner + PADDING };
+}
+
+/** What a patch is called in the list: its concepts, or its file. */
+export function titleOf(patch) {
+  const names = (patch.concepts ?? []).map(([name]) => name).join(", ");
+  return names || patch.name.split("/").at(-1);
+}
+
+export function dateOf(patch) {
+  if (!patch.date) return "";
+  return new Date(patch.date * 1000).toLocaleDateString(locale(), { dateStyle: "medium" });
+}
+
+export function sizeOf({ size = 0 }) {
+  const megabytes = size / 1e6;
+  return megabytes < 1 ? `${Math.ceil(size / 1e3)} kB` : `${megabytes.toFixed(1)} MB`;
+}
+
+export function familyOf(patch) {
+  return patch.model || familyName(patch.family);
+}
+
+/** The thumbnail, or a mark in its place. */
+export function thumbnail(patch) {
+  const mark = () => make("i", { className: "pi pi-eraser", "aria-hidden": "true" });
+  if (!patch.picture) return make("div", { className: "fmn-picture" }, mark());
+  const alt = text("before", { name: titleOf(patch) });
+  const image = make("img", { alt, decoding: "async", draggable: false });
+  const frame = make("div", { className: "fmn-picture" }, image);
+  image.onerror = () => frame.replaceChildren(mark());
+  image.src = pictureOf(patch);
+  return frame;
+}
+
+/** How a patch goes with the graph, or why it cannot be used. */
+export function badge(patch, fit) {
+  const kind = patch.problem ? "problem" : fit;
+  const label = patch.problem ? text(patch.problem).split(/[.。,，:：]/)[0] : text(fit);
+  const title = text(patch.problem ?? `${fit}Help`);
+  return make("span", { className: `fmn-badge fmn-${kind}`, title }, label);
+}
+
+/** The element of a patch: an option of the list box, which may be dragged to the canvas. */
+export function row(patch, fit, place, add) {
+  const kinds = [...new Set((patch.concepts ?? []).map(([, kind]) => kindName(kind)))].join(", ");
+  const facts = [kinds, patch.method, familyOf(patch)].filter(Boolean).join(" · ");
+  const element = make(
+    "div",
+    {
+      className: "fmn-row",
+      role: "option",
+      id: `fmn-row-${place.index}`,
+      draggable: !patch.problem,
+      "aria-setsize": place.count,
+      "aria-posinset": place.index + 1,
+      "aria-selected": place.selected,
+    },
+    thumbnail(patch),
+    make(
+      "div",
+      { className: "fmn-lines" },
+      make("div", { className: "fmn-name", dir: "auto", title: patch.name }, titleOf(patch)),
+      make("div", { className: "fmn-facts", dir: "auto" }, facts || patch.name),
+      make("div", { className: "fmn-facts" }, badge(patch, fit), ` ${dateOf(patch)}`),
+    ),
+  );
+  element.ondragstart = (event) => {
+    event.dataTransfer.setData(DRAGGED, keyOf(patch));
+    event.dataTransfer.effectAllowed = "copy";
+  };
+  if (!patch.problem) {
+    // For the mouse; keys have Enter, and the button below the list.
+    const plus = button("pi-plus", text("add"), add, false);
+    plus.tabIndex = -1;
+    plus.classList.add("fmn-plus");
+    element.append(plus);
+  }
+  return element;
+}
