@@ -64,7 +64,7 @@ class ConceptBench(io.ComfyNode):
                 Method.Input(
                     "method",
                     optional=True,
-                    tooltip="How to train. Empty, and no patch: re-steer with its defaults.",
+                    tooltip="How to train. Empty, and no patch: reread with its defaults.",
                 ),
                 io.Combo.Input(
                     "suite",

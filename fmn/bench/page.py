@@ -29,7 +29,7 @@ GROUPS = {  # group -> heading, what it is about; "main" and "text", "beyond" co
     "scale": ("Many at once", "What is left when several patches are worn together."),
     "cost": ("Cost", "What forgetting takes."),
 }  # fmt: skip
-BETTER = {"high": "↑ higher is better", "low": "↓ lower is better", None: ""}
+BETTER = {"high": "\u2191 higher is better", "low": "\u2193 lower is better", None: ""}
 SHARES = "UA", "IRA", "CRA"
 OPEN = 2  # picture grids that are unfolded at first
 
@@ -191,7 +191,7 @@ def _scroll(name, content):
 
 def _head(column):
     unit = f" ({_plain(column['unit'])})" if column["unit"] else ""
-    arrow = {"high": "↑", "low": "↓", None: ""}[column["better"]]
+    arrow = {"high": "\u2191", "low": "\u2193", None: ""}[column["better"]]
     return f"{_text(column['title'])}<small>{arrow}{unit}</small>"
 
 
@@ -203,9 +203,9 @@ def _method(summary, name):
 def _cell(value, unit, leads=False):
     if not is_measured(value):
         return '<td class="none">not measured</td>'
-    text = number(value["value"], unit).replace("-", "−")
+    text = number(value["value"], unit).replace("-", "\u2212")
     text = f"<b>{text}</b>" if leads else text
-    ends = interval(value, unit).replace("-", "−")
+    ends = interval(value, unit).replace("-", "\u2212")
     return f"<td>{text}<small>{ends}</small></td>" if ends else f"<td>{text}</td>"
 
 

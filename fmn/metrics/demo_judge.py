@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn import LayerNorm, Linear
 from torch.nn.functional import conv2d, gelu, scaled_dot_product_attention
 
 from ..errors import ForgetError
@@ -75,9 +76,9 @@ class Attentive(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.norm_1, self.norm_2 = LayerNorm(width), LayerNorm(width)
+        self.qkv, self.out = Linear(width, 3 * width, bias=False), Linear(width, width)
+        self.up, self.down = Linear(width, 3 * width), Linear(3 * width, width)
 
     def forward(self, x):
         shape = (*x.shape[:2], 3, self.heads, -1)
@@ -105,7 +106,7 @@ class Patches(nn.Module):
         )
         self.places = nn.Parameter(torch.randn((SIDE // self.patch) ** 2, self.width) * 0.02)
         self.layers = nn.Sequential(*[Attentive(self.width, 4) for _ in range(5)])
-        self.norm = nn.LayerNorm(self.width)
+        self.norm = LayerNorm(self.width)
 
     def forward(self, x):
         tokens = self.embed(x).flatten(2).transpose(1, 2) + self.places
@@ -127,7 +128,7 @@ class Network(nn.Module):
         super().__init__()
         self.trunk = ARCHITECTURES[name]()
         self.heads = nn.ModuleDict(
-            {domain: nn.Linear(self.trunk.width, len(found)) for domain, found in labels.items()}
+            {domain: Linear(self.trunk.width, len(found)) for domain, found in labels.items()}
         )
 
     def forward(self, x):

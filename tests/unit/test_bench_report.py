@@ -17,7 +17,7 @@ HOSTILE = {
     '<script>alert("x")</script>': "object",
     "\"'><img src=x onerror=alert(1)>": "style",
     "long " * 500: "object",
-    "\u202eكلب": "identity",
+    "\u202e\u0643\u0644\u0628": "identity",
     "| pipe ` * _ [a](http://example.org) \n# head": "object",
     "&lt;b&gt;": "object",
 }
@@ -94,7 +94,7 @@ def test_cells_have_values_intervals_and_gaps(tmp_path):
     row = cells[cells.index("object (1)") + 1 :][:6]
     assert row == [
         "esd", "87.575.0 to 100.0", "50.00.0 to 100.0, n 2", "not measured", "not measured",
-        "−0.0123",
+        "\u22120.0123",
     ]  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def test_hostile_names_stay_text(tmp_path):
     assert page.stack == [] and "script" not in page.tags
     assert not [key for key, _ in page.attributes if key.startswith("on")]
     assert html.escape(attack) in text
-    assert "\u202e" not in text and "كلب" in text
+    assert "\u202e" not in text and "\u0643\u0644\u0628" in text
     for line in markdown_table(summary).splitlines() + target_table(summary).splitlines():
         assert line.startswith("| ") and line.endswith(" |") and "<script" not in line
     heads = target_table(summary).splitlines()[0]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn import Linear
 
 from ...errors import ForgetError
 from ...schedule import add_noise
@@ -180,9 +181,9 @@ class LatentClassifier(nn.Module):
         super().__init__()
         layers, width = [], latents[0].numel() + 2
         for wider in hidden:
-            layers += [nn.Linear(width, wider), nn.SiLU(), nn.Dropout(0.3)]
+            layers += [Linear(width, wider), nn.SiLU(), nn.Dropout(0.3)]
             width = wider
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.layers = nn.Sequential(*layers, Linear(width, 1))
 
     def forward(self, x, alpha):
         alpha = alpha.to(x).expand(len(x))[:, None]

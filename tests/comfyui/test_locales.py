@@ -1,0 +1,116 @@
+"""The nodes' texts in English and Chinese: fresh, whole, and shown by the page as they are."""
+
+import re
+
+import pytest
+
+from tools.locales import BOOK, LOCALES, literal, missing, node_defs, node_texts, read
+
+from .frontend import ARTEFACTS, READY
+
+HAN = re.compile(r"[\u4e00-\u9fff]")
+SAME_IN_CHINESE = {"clip", "CLIP", "vae", "VAE", "lora", "token", "tokens", "eta"}
+LANGUAGES = ["en", "zh"]
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    info = server.get("/object_info")
+    return {name: node for name, node in info.items() if name.startswith("FMN_")}
+
+
+@pytest.fixture(scope="module")
+def texts(info):
+    return node_texts(info)
+
+
+def test_every_text_has_its_chinese(texts):
+    assert missing(texts, read(BOOK)) == [], "write them into tools/chinese.json"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_files_are_fresh(texts, language):
+    made = node_defs(texts, read(BOOK))[language]
+    assert read(LOCALES / language / "nodeDefs.json") == made, "run tools/locales.py"
+
+
+def test_chinese_is_chinese_and_keeps_numbers():
+    for english, chinese in read(BOOK).items():
+        assert HAN.search(chinese) or english in SAME_IN_CHINESE, english
+        numbers = [sorted(re.findall(r"\d+(?:\.\d+)?", text)) for text in (english, chinese)]
+        assert numbers[0] == numbers[1], english
+
+
+def test_categories_and_sockets_have_their_chinese(info):
+    main = read(LOCALES / "zh" / "main.json")
+    parts = {part for node in info.values() for part in node["category"].split("/")}
+    assert parts == main["nodeCategories"].keys()
+    sockets = {kind for node in info.values() for kind in node["output"]}
+    ours = {kind for kind in sockets if kind.startswith("FMN_") or kind == "FORGET_PATCH"}
+    assert ours == main["dataTypes"].keys()
+
+
+@pytest.mark.parametrize("text", ["a {} b", "x | y -> z", "{'@'}", "50 % of it"])
+def test_a_literal_message_has_no_syntax_left(text):
+    message = literal(text)
+    assert re.sub(r"\{'[{}@|]'\}", "", message).strip("{}@|") == re.sub(r"[{}@|]", "", text)
+
+
+def flat(texts, path):
+    if isinstance(texts, str):
+        return {path: texts}
+    pairs = [flat(value, f"{path}.{key}") for key, value in texts.items()]
+    return {key: value for pair in pairs for key, value in pair.items()}
+
+
+def test_the_page_shows_what_was_written(page, texts):
+    """Through the page's own i18n, in which braces and bars have a meaning."""
+    book = read(BOOK)
+    for language, say in (("en", str), ("zh", book.__getitem__)):
+        wanted = {key: say(text) for key, text in flat(texts, "nodeDefs").items()}
+        shown = page.evaluate(
+            """([keys, language]) => {
+              const app = document.querySelector("#vue-app").__vue_app__;
+              const t = app.config.globalProperties.$t;
+              return keys.map(key => [key, t(key, {}, { locale: language })]);
+            }""",
+            [list(wanted), language],
+        )
+        assert dict(shown) == wanted
+
+
+def test_help_opens_in_chinese(page):
+    """From the page's own button, on a page that is set to Chinese."""
+    page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
+        page.reload(wait_until="domcontentloaded")
+        page.wait_for_function(READY, timeout=60_000)
+        page.evaluate(
+            """() => {
+              app.graph.clear();
+              const node = LiteGraph.createNode("FMN_MethodResteer");
+              node.pos = [300, 200];
+              app.graph.add(node);
+              app.canvas.selectNode(node);
+              app.canvas.setDirty(true, true);
+            }"""
+        )
+        page.get_by_test_id("info-button").click()
+        title = read(BOOK)["Method: Re-steer"]
+        page.get_by_role("heading", name=title).first.wait_for()
+        page.wait_for_timeout(500)
+        page.screenshot(path=ARTEFACTS / "help in Chinese.png")
+        assert page.locator("table").count() == 3
+    finally:
+        page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        page.reload(wait_until="domcontentloaded")
+        page.wait_for_function(READY, timeout=60_000)
+
+
+def test_a_label_is_what_the_schema_calls_it(page):
+    """1.32 shows an input's display_name only from nodeDefs.json."""
+    label = page.evaluate(
+        """() => LiteGraph.createNode("FMN_MethodResteer")
+                   .widgets.find(widget => widget.name == "lr").label"""
+    )
+    assert label == "learning rate"
