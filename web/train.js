@@ -92,7 +92,8 @@ class View {
     this.element = made("div", "fmn-train");
     this.element.hidden = true;
     this.content = made("div", "fmn-content");
-    this.element.append(this.content);
+    // In the element itself: nothing of ours is put into the page's head.
+    this.element.append(made("style", "", STYLE), this.content);
     this.height = 0;
     this.sized = new ResizeObserver(() => this.fit());
     this.sized.observe(this.content);
@@ -248,9 +249,6 @@ async function askServer() {
 app.registerExtension({
   name: "forgetmenot.train",
   setup() {
-    const style = made("style", "", STYLE);
-    style.id = "forgetmenot-train-style";
-    document.head.append(style);
     api.addEventListener(EVENT, (event) => receive(event.detail));
     // The server tells the page's id when it connects, and a new one after it was restarted.
     api.addEventListener("status", askOnce);
