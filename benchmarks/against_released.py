@@ -101,9 +101,10 @@ def whole(preset, concepts=1, kept=0):
             named = [Concept(name, "style") for name in keep_words("artists")[:concepts]]
             changes = {"keep_list": "none"}
         words = [*keep_words("common"), *keep_words("people")]
-        keep = kept_sentences(words, keep_words("styles"), kept)[1:]
-        if len(named) != concepts or len(set(keep)) < kept:
-            sys.exit(f"{len(named)} concepts and {len(set(keep))} prompts: the lists are shorter.")
+        # Some sentences come twice.
+        keep = list(dict.fromkeys(kept_sentences(words, keep_words("styles"), 2 * kept)[1:]))[:kept]
+        if len(named) != concepts or len(keep) < kept:
+            sys.exit(f"{len(named)} concepts and {len(keep)} prompts: the lists are shorter.")
         start = clock()
         forget(model, named, settings_of(preset, changes), keep=keep)
         return [start, clock()], None
