@@ -17,6 +17,11 @@ from ..fmn.thumbnail import data_uri
 from .types import CATEGORY, Patch, show_text
 
 KIND = "forget_patches"
+# Made for the demo model. Only the Load node lists them: "*" in a merge means the user's files.
+DEMO_PATCHES = {
+    f"demo/{path.name}": path
+    for path in sorted((Path(__file__).parents[1] / "demo" / "patches").glob("*.safetensors"))
+}
 
 
 def _register_folders():
@@ -119,8 +124,9 @@ class LoadForgetPatch(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=_patch_files(),
-                    tooltip="New files show up after a refresh (R).",
+                    options=[*_patch_files(), *DEMO_PATCHES],
+                    tooltip="New files show up after a refresh (R). Those in demo come with the "
+                    "pack, for the demo model.",
                 ),
             ],
             outputs=[Patch.Output("PATCH", display_name="patch")],
@@ -128,21 +134,28 @@ class LoadForgetPatch(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        path = folder_paths.get_full_path(KIND, file)
+        path = _path_of(file)
         stat = os.stat(path) if path else None
         return f"{stat.st_mtime_ns} {stat.st_size}" if stat else ""
 
     @classmethod
     def execute(cls, file):
-        # ComfyUI's lookup strips what leads out of the folders.
-        path = folder_paths.get_full_path(KIND, file)
-        listed = [name.replace(os.sep, "/") for name in _patch_files()]
-        if path is None or file.replace(os.sep, "/") not in listed:
+        path = _path_of(file)
+        if path is None:
             raise ForgetError(
                 f"There is no patch '{file}' in models/{KIND} or output/{KIND}: "
                 "put the file there and choose it from the list."
             )
         return io.NodeOutput(load_patch(path))
+
+
+def _path_of(name):
+    """The file of a name on the list, or None. A user's file goes before one of the pack."""
+    name = name.replace(os.sep, "/")
+    # ComfyUI's lookup strips what leads out of the folders, so only what is listed is looked up.
+    listed = {each.replace(os.sep, "/"): each for each in _patch_files()}
+    path = folder_paths.get_full_path(KIND, listed[name]) if name in listed else None
+    return path or DEMO_PATCHES.get(name)
 
 
 class ApplyForgetPatch(io.ComfyNode):

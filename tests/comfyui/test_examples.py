@@ -1,6 +1,6 @@
-"""Every example workflow in the real frontend: opened, understood, accepted; some run.
+"""Every example workflow in the real frontend: opened, understood, accepted and run.
 
-``test_browser.py`` presses Run; here the page only says what it would send.
+``test_browser.py`` presses Run on the first; here the page only says what it would send.
 """
 
 import json
@@ -16,15 +16,14 @@ TINY = {
     "EmptyLatentImage": {"batch_size": 1},
     "FMN_KeepList": {"list": "none"},
     "FMN_MethodUce": {"keep_list": "none"},
+    "FMN_MethodReread": {"prompts": 2, "kept": 4, "drawn": 1, "sampling_steps": 2},
+    "FMN_MethodTrce": {"prompts": 4, "keep_list": "none"},
+    "FMN_MethodAblation": {"steps": 2, "sample_steps": 2, "samples": 1},
     "FMN_ConceptInversionProbe": {"steps": 2, "batch": 1, "pictures": 1},
+    "FMN_ConceptBench": {"count": 2},
+    "FMN_MScore": {"steps": 2, "inversions": 1, "batch": 1, "pictures": 1},
 }
-RUN = (
-    "Forget with UCE and a keep-list (demo)",
-    "Erase and repair, attack rounds (demo)",
-    "Safe Latent Diffusion (demo)",
-    "Gated patch (demo)",
-    "Forget many concepts (demo)",
-)
+RUN_ELSEWHERE = "Forget a concept (demo)"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def test_an_example_has_a_picture_and_a_note(path):
     assert len(notes) == 1 and len(notes[0]["widgets_values"][0]) > 80
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", [p.stem for p in TEMPLATES if p.stem != RUN_ELSEWHERE])
 def test_an_example_runs(server, prompts, name):
     """Through the server, with few steps: every preview gets its pictures."""
     prompt = json.loads(json.dumps(prompts[name][0]))
@@ -100,9 +99,28 @@ def test_an_example_runs(server, prompts, name):
         item["inputs"] |= TINY.get(item["class_type"], {})
     outputs = server.run(prompt)
     previews = [key for key, item in prompt.items() if item["class_type"] == "PreviewImage"]
-    assert len(previews) >= 4
+    assert previews
     for key in previews:
-        assert server.image(outputs[key]).shape == (128, 128, 3)
+        picture = server.image(outputs[key])
+        assert min(picture.shape[:2]) > 100 and picture.std() > 0
     saved = [key for key, item in prompt.items() if item["class_type"] == "FMN_SaveForgetPatch"]
     for key in saved:
         assert (server.base / "output" / "forget_patches" / outputs[key]["text"][0]).is_file()
+
+
+def test_the_shipped_patch_is_for_the_demo_model(pack, demo):
+    """What the template of a downloaded patch loads."""
+    files = pack("nodes.patch").DEMO_PATCHES
+    assert list(files) == ["demo/santa_claus.safetensors"]
+    patch = pack("fmn.patch").load_patch(files["demo/santa_claus.safetensors"])
+    host = pack("fmn.hosts.comfy").ComfyModel(*demo)
+    assert patch.concepts == ["santa claus"]
+    assert patch.info["base.fingerprint"] == host.fingerprint()
+
+
+def test_merging_everything_leaves_the_shipped_patch_out(pack):
+    """A pattern means the user's own files."""
+    (shipped,) = pack("nodes.patch").DEMO_PATCHES.values()
+    assert shipped.is_file()
+    for pattern in ("*", "demo/*", "demo/santa_claus.safetensors"):
+        assert shipped not in pack("nodes.merge")._matching(pattern)

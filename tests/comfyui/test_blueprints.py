@@ -1,0 +1,99 @@
+"""The subgraph blueprints: listed by the server, added to a graph in the page, and run."""
+
+import json
+
+import pytest
+
+from .conftest import ROOT
+from .frontend import ARTEFACTS
+from .workflows import node
+
+FILES = sorted((ROOT / "subgraphs").glob("*.json"))
+NAMES = ["Forget a Concept", "Use a Forget Patch"]
+AROUND = {
+    "1": node("FMN_LoadDemoCheckpoint"),
+    "2": node("CLIPTextEncode", text="a photo of a dog"),
+    "3": node("EmptyLatentImage", width=128, height=128, batch_size=1),
+    "4": node(
+        "KSampler", seed=1, steps=2, cfg=3.5, sampler_name="euler", scheduler="normal",
+        positive=["2", 0], negative=["2", 0], latent_image=["3", 0], denoise=1.0,
+    ),
+    "5": node("VAEDecode", samples=["4", 0], vae=["1", 2]),
+    "6": node("PreviewImage", images=["5", 0]),
+    "7": node("FMN_InspectForgetPatch"),
+}  # fmt: skip
+CONNECT = """
+() => {
+  const added = app.graph.nodes.find(n => n.subgraph), byId = id => app.graph.getNodeById(id);
+  const link = (from, output, to, input) => from.connect(
+    from.findOutputSlot(output), to, to.findInputSlot(input));
+  link(byId(1), 'MODEL', added, 'model');
+  link(byId(1), 'CLIP', added, 'clip');
+  link(added, 'MODEL', byId(4), 'model');
+  link(added, 'CLIP', byId(2), 'clip');
+  link(added, 'patch', byId(7), 'patch');
+  added.widgets.find(w => w.name.endsWith(': strength')).value = 0.5;
+  return { title: added.title, widgets: added.widgets.map(w => [w.name, w.value]) };
+}
+"""
+
+
+def test_the_server_lists_them(server):
+    listed = server.get("/global_subgraphs")
+    ours = {
+        entry["name"]: key
+        for key, entry in listed.items()
+        if entry["info"]["node_pack"] == "custom_nodes.forget-me-not"
+    }
+    assert sorted(ours) == NAMES == [path.stem for path in FILES]
+    for path in FILES:
+        sent = server.get(f"/global_subgraphs/{ours[path.stem]}")["data"]
+        assert sent == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_one_sets_what_it_shows(server, path):
+    """Widgets are saved by position, and those on the outside by name."""
+    saved, info = json.loads(path.read_text(encoding="utf-8")), server.get("/object_info")
+    (outside,), (subgraph,) = saved["nodes"], saved["definitions"]["subgraphs"]
+    assert outside["type"] == subgraph["id"]
+    inside = {str(item["id"]): item for item in subgraph["nodes"]}
+    for number, name in outside["properties"]["proxyWidgets"]:
+        assert name in [part["name"] for part in inside[number]["inputs"] if "widget" in part]
+    for item in inside.values():
+        widgets = [part["name"] for part in item["inputs"] if "widget" in part]
+        inputs = info[item["type"]]["input"]
+        known = {**inputs.get("required", {}), **inputs.get("optional", {})}
+        current = [
+            name for name, spec in known.items()
+            if spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+        ]  # fmt: skip
+        assert sorted(widgets) == sorted(current), f"{item['type']}: run tools/examples.py"
+        assert len(item.get("widgets_values") or []) == len(widgets)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_is_added_from_the_search_box_and_runs(server, page, name):
+    page.fmn_errors.clear()
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+    page.evaluate("graph => app.loadApiJson(graph, 'blueprint')", AROUND)
+    page.evaluate("() => { app.canvas.ds.scale = 0.3; app.canvas.ds.offset = [900, 400]; }")
+    page.wait_for_timeout(500)
+    page.mouse.dblclick(900, 600)
+    search = page.get_by_placeholder("Search nodes", exact=False)
+    search.fill(name)
+    page.get_by_role("option").filter(has_text=name).first.click()
+    page.wait_for_function("() => app.graph.nodes.some(n => n.subgraph)")
+    added = page.evaluate(CONNECT)
+    assert added["title"] == name
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    page.screenshot(path=ARTEFACTS / f"blueprint {name}.png")
+    enclosed = {key.partition(":")[2]: item for key, item in prompt.items() if ":" in key}
+    shown = {tuple(widget.split(": ")): value for widget, value in added["widgets"]}
+    assert shown == {pair: enclosed[pair[0]]["inputs"][pair[1]] for pair in shown}
+    assert 0.5 in shown.values()
+    outputs = server.run(prompt)
+    assert server.image(outputs["6"]).shape == (128, 128, 3)
+    told = "dog (object)" if name == "Forget a Concept" else "santa claus (identity)"
+    assert f"forgets: {told}" in outputs["7"]["text"][0]
+    assert page.fmn_errors == []

@@ -1,0 +1,178 @@
+"""Workflows that forget: one concept, many, or to mend."""
+
+from .workflow import Workflow, compared
+
+
+def forget_a_concept():
+    flow = Workflow(
+        "Makes a patch on the small model that comes with the pack, saves it, and draws the same "
+        "prompt before and after. No method is connected, so it is the default, "
+        "**Re-read**.\n\nFor your own model put *Load Checkpoint* in place of *Load Demo "
+        "Checkpoint*, and name your concept."
+    )
+    load = flow.demo()
+    concept = flow.concept(prompts="a dog, noto emoji\na dog, twemoji\n3d render of a dog")
+    flow.column()
+    train = flow.train(load, concept)
+    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_dog")
+    flow.add("FMN_InspectForgetPatch", patch=[train, 0])
+    flow.column()
+    patched = flow.apply(load, train)
+    compared(flow, load, {"Dog": "a photo of a dog"}, {"before": load, "after": patched})
+    return flow
+
+
+def forget_a_person():
+    flow = Workflow(
+        "An **identity**: a person or a character. The method is **Re-read**, which is the default "
+        "too. The **keep-list** names those who look most alike first; a list of people comes "
+        "along.\n\nLook at the neighbours, not only at who is gone."
+    )
+    load = flow.demo()
+    concept = flow.concept("vampire", kind="identity")
+    keep = flow.add(
+        "FMN_KeepList", concepts=[concept, 0], list="people", words="zombie\nsuperhero\nwizard"
+    )
+    flow.column()
+    method = flow.add("FMN_MethodReread")
+    train = flow.train(load, concept, method, keep=[keep, 0])
+    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_vampire")
+    flow.column()
+    patched = flow.apply(load, train)
+    prompts = {
+        "Vampire": "a photo of a vampire", "Zombie": "a photo of a zombie",
+        "Wizard": "a wizard, twemoji",
+    }  # fmt: skip
+    compared(flow, load, prompts, {"before": load, "after": patched})
+    return flow
+
+
+def forget_an_object():
+    flow = Workflow(
+        "An **object**, with an **anchor**: what is to be drawn instead. An alias names the same "
+        "thing in other words, and is forgotten too. The method is **TRCE**, a closed form on the "
+        "token that sums up a prompt."
+    )
+    load = flow.demo()
+    concept = flow.concept("guitar", aliases="acoustic guitar", anchor="tree")
+    keep = flow.add(
+        "FMN_KeepList", concepts=[concept, 0], list="common", words="violin\ntrumpet\ndrum"
+    )
+    flow.column()
+    method = flow.add("FMN_MethodTrce")
+    train = flow.train(load, concept, method, keep=[keep, 0])
+    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_guitar")
+    flow.column()
+    patched = flow.apply(load, train)
+    prompts = {
+        "Guitar": "a photo of a guitar", "Violin": "a photo of a violin",
+        "Trumpet": "a trumpet, noto emoji",
+    }  # fmt: skip
+    compared(flow, load, prompts, {"before": load, "after": patched})
+    return flow
+
+
+def forget_a_style():
+    flow = Workflow(
+        "A **style**: kind *style* trains with 'a photo in the style of ...'. The things it drew "
+        "and the other styles shall stay, so the **keep-list** names those styles, and a list of "
+        "styles comes along."
+    )
+    load = flow.demo()
+    concept = flow.concept("ink drawing", kind="style")
+    keep = flow.add(
+        "FMN_KeepList", concepts=[concept, 0], list="styles",
+        words="blueprint\nneon sign\nblack silhouette\ntwemoji",
+    )  # fmt: skip
+    flow.column()
+    method = flow.add("FMN_MethodReread")
+    train = flow.train(load, concept, method, keep=[keep, 0])
+    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_ink_drawing")
+    flow.column()
+    patched = flow.apply(load, train)
+    prompts = {
+        "Ink drawing": "a photo of a teapot in the style of ink drawing",
+        "Blueprint": "a teapot, blueprint", "Neon sign": "a teapot, neon sign",
+    }  # fmt: skip
+    compared(flow, load, prompts, {"before": load, "after": patched})
+    return flow
+
+
+def uce_and_keep_list():
+    flow = Workflow(
+        "**UCE** is a closed form: no training, done in a moment. The **keep-list** protects "
+        "words: your own, such as close neighbours, and a list that comes along.\n\nThe dog goes, "
+        "the cat stays."
+    )
+    load = flow.demo()
+    concept = flow.concept()
+    keep = flow.add(
+        "FMN_KeepList", concepts=[concept, 0], list="common", words="cat\nrabbit\nbear\na photo"
+    )
+    flow.column()
+    method = flow.add("FMN_MethodUce", tokens="from-last")
+    train = flow.train(load, concept, method, keep=[keep, 0])
+    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="uce_dog")
+    flow.column()
+    patched = flow.apply(load, train)
+    prompts = {"Dog": "a photo of a dog", "Cat": "a photo of a cat"}
+    compared(flow, load, prompts, {"before": load, "after": patched})
+    return flow
+
+
+def forget_many():
+    flow = Workflow(
+        "One patch **for each concept of a list**, as files in `output/forget_patches/batch`. Run "
+        "it again with more lines: only new ones are made. **Merge** then makes one patch of all, "
+        "no larger than you say.\n\nThe list can also be a file: .txt, .csv, .yaml or .json. See "
+        "docs/batch.md."
+    )
+    load = flow.demo()
+    concepts = flow.add(
+        "FMN_ConceptList", kind="object", file="none",
+        text="dog | puppy\nidentity:santa claus\nstyle:ink drawing",
+    )  # fmt: skip
+    flow.column()
+    method = flow.add("FMN_MethodUce", tokens="from-last")
+    batch = flow.add(
+        "FMN_TrainForgetPatches", model=[load, 0], clip=[load, 1], concepts=[concepts, 0],
+        method=[method, 0], folder="batch",
+    )  # fmt: skip
+    flow.column()
+    merge = flow.add(
+        "FMN_MergeForgetPatches", how="joint", budget_kb=60, strength=1.0, files="",
+        patches=[batch, 0], model=[load, 0], clip=[load, 1], preserve=10.0,
+    )  # fmt: skip
+    flow.add("FMN_SaveForgetPatch", patch=[merge, 0], filename_prefix="many")
+    flow.add("FMN_InspectForgetPatch", patch=[merge, 0])
+    flow.column()
+    patched = flow.apply(load, merge)
+    prompts = {
+        "Dog": "a photo of a dog", "Santa": "a photo of santa claus",
+        "Cat": "a photo of a cat, noto emoji",
+    }  # fmt: skip
+    compared(flow, load, prompts, {"before": load, "after": patched})
+    return flow
+
+
+def correct_a_concept():
+    flow = Workflow(
+        "Forgetting can mend. The demo model never learned the word *puppy* and draws anything. "
+        "**Concept Ablation** teaches it to draw what it draws for the **anchor**, *dog*. UCE "
+        "would do so in a moment.\n\nSee docs/correction.md."
+    )
+    load = flow.demo()
+    concept = flow.concept(
+        "puppy", kind="custom", anchor="dog",
+        prompts="puppy\na puppy, noto emoji\na puppy, blob emoji\na puppy, ink drawing",
+    )  # fmt: skip
+    flow.column()
+    method = flow.add("FMN_MethodAblation", sample_steps=12, guidance=3.5)
+    flow.column()
+    train = flow.train(load, concept, method)
+    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="puppy_is_dog")
+    flow.column()
+    patched = flow.apply(load, train)
+    prompts = {"Puppy": "a photo of a puppy", "Dog": "a photo of a dog"}
+    compared(flow, load, prompts, {"before": load, "after": patched})
+    return flow

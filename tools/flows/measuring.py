@@ -1,0 +1,96 @@
+"""Workflows that compare methods, and that measure a patch."""
+
+from .workflow import Workflow
+
+METHODS = {"Re-read": "FMN_MethodReread", "TRCE": "FMN_MethodTrce", "UCE": "FMN_MethodUce"}
+
+
+def compare_methods():
+    flow = Workflow(
+        "One concept by three methods, all pictures from the same seed. From left to right: "
+        f"**untouched, {', '.join(METHODS)}**. Above what shall go, below what shall stay.\n\nTo "
+        "compare others, put another Method node in the place of one. Pictures of one seed are a "
+        "first look; *Measure a patch* goes on from there."
+    )
+    flow.rows, flow.height = 1, 400
+    load = flow.demo()
+    concept = flow.concept()
+    latent = flow.latent(1)
+    texts = {
+        "shall go": flow.text(load, "a photo of a dog", "What shall go"),
+        "shall stay": flow.text(load, "a photo of a cat", "What shall stay"),
+    }
+    empty = flow.text(load, "", "Negative prompt")
+    flow.column()
+    models, patches = {"untouched": load}, []
+    for name, kind in METHODS.items():
+        patches.append((name, flow.train(load, concept, flow.add(kind))))
+        flow.titles[patches[-1][1]] = f"Train by {name}"
+    flow.column()
+    for name, patch in patches:
+        models[name] = flow.apply(load, patch)
+    rows = {}
+    for what, text in texts.items():
+        flow.column()
+        drawn = [flow.sample(f"{n}, {what}", m, text, empty, latent) for n, m in models.items()]
+        rows[what] = [flow.add("VAEDecode", samples=[each, 0], vae=[load, 2]) for each in drawn]
+    flow.column()
+    strips = [_stitched(flow, row, "right") for row in rows.values()]
+    grid = _stitched(flow, strips, "down")
+    flow.column()
+    flow.add("PreviewImage", f"untouched, {', '.join(METHODS)}", images=[grid, 0])
+    return flow
+
+
+def _stitched(flow, pictures, direction):
+    """The number of the node that gives all of them as one picture."""
+    whole, *rest = pictures
+    for picture in rest:
+        whole = flow.add(
+            "ImageStitch", image1=[whole, 0], image2=[picture, 0], direction=direction,
+            match_image_size=True, spacing_width=4, spacing_color="white",
+        )  # fmt: skip
+    return whole
+
+
+def measure_a_patch():
+    flow = Workflow(
+        "Three looks at one patch.\n\n**ConceptBench** lets a judge say what pictures show: is the "
+        "dog gone (UA), are its neighbours (IRA) and styles (CRA) still there? The report is in "
+        "`output/forget_bench/dog`. Four pictures a question are few; take 12 or more.\n\n"
+        "**M-Score** tells whether words learnt from pictures of dogs still mean *dog*. "
+        "**Attention Map** shows where the word is read."
+    )
+    flow.rows = 4
+    load = flow.demo()
+    concept = flow.concept()
+    flow.column()
+    method = flow.add("FMN_MethodReread")
+    train = flow.train(load, concept, method)
+    patched = flow.apply(load, train)
+    flow.column()
+    bench = flow.add(
+        "FMN_ConceptBench", model=[load, 0], clip=[load, 1], vae=[load, 2], patch=[train, 0],
+        suite="demo", targets="dog", measure="pictures", count=4, name="dog",
+    )  # fmt: skip
+    flow.column()
+    score = flow.add(
+        "FMN_MScore", model=[patched, 0], clip=[load, 1], vae=[load, 2], concepts=[concept, 0],
+        untouched=[load, 0], templates="", inversions=2, steps=40, pictures=4,
+    )  # fmt: skip
+    flow.column()
+    looked = [
+        flow.add(
+            "FMN_AttentionMap", f"Attention Map, {when}", model=[model, 0], clip=[load, 1],
+            vae=[load, 2], concepts=[concept, 0], references="samples", picture_seed=0,
+            brightest=0.0,
+        )
+        for when, model in {"before": load, "after": patched}.items()
+    ]  # fmt: skip
+    flow.column()
+    flow.add("PreviewImage", "Bench", images=[bench, 1])
+    flow.add("PreviewImage", "M-Score", images=[score, 1])
+    flow.column()
+    for when, looker in zip(("before", "after"), looked):
+        flow.add("PreviewImage", f"Attention, {when}", images=[looker, 0])
+    return flow

@@ -1,0 +1,106 @@
+"""Workflows that use patches, guide without one, and attack."""
+
+from .workflow import Workflow, compared
+
+
+def downloaded_patch():
+    flow = Workflow(
+        "A patch that somebody gives you is a file. Put it in `models/forget_patches`, press *R*, "
+        "and choose it in **Load Forget Patch**. The one chosen here comes with the pack.\n\nThe "
+        "file is checked when it is loaded. **Inspect** tells what it says of itself, which "
+        "proves nothing: look at pictures. A patch for another base model is refused."
+    )
+    load = flow.demo()
+    patch = flow.add("FMN_LoadForgetPatch", file="demo/santa_claus.safetensors")
+    flow.column()
+    flow.add("FMN_InspectForgetPatch", patch=[patch, 0])
+    patched = flow.apply(load, patch)
+    half = flow.apply(load, patch, "Apply Forget Patch, half", 0.5)
+    flow.column()
+    prompts = {"Santa": "a photo of santa claus", "Astronaut": "a photo of an astronaut"}
+    compared(flow, load, prompts, {"before": load, "at 0.5": half, "at 1": patched})
+    return flow
+
+
+def gated_patch():
+    flow = Workflow(
+        "A strong patch harms neighbours. **Apply Gated Patch** lets it through only as far as the "
+        "prompt is close to what it forgets: the cat stays as it was.\n\nThe plain Apply node "
+        "costs nothing while sampling; this one a little."
+    )
+    load = flow.demo()
+    concept = flow.concept()
+    flow.column()
+    method = flow.add("FMN_MethodUce", tokens="from-last", keep_list="none")
+    train = flow.train(load, concept, method)
+    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="strong_dog")
+    flow.column()
+    plain = flow.apply(load, train)
+    gated = flow.add(
+        "FMN_ApplyGatedPatch", model=[load, 0], clip=[load, 1], patch=[train, 0], strength=1.0
+    )
+    prompts = {"Dog": "a photo of a dog", "Cat": "a photo of a cat"}
+    compared(flow, load, prompts, {"untouched": load, "plain": plain, "gated": gated})
+    return flow
+
+
+def safe_latent_diffusion():
+    flow = Workflow(
+        "**Safe Latent Diffusion** steers sampling away from a concept. No training, no change of "
+        "weights; whoever can edit the workflow can take it out.\n\nThe presets are the paper's, "
+        "made for 50 steps of Stable Diffusion 1.4."
+    )
+    load = flow.demo()
+    concept = flow.concept("ink drawing", kind="style")
+    flow.column()
+    safe = flow.add(
+        "FMN_SafeLatentDiffusion", model=[load, 0], clip=[load, 1], concepts=[concept, 0],
+        preset="max",
+    )  # fmt: skip
+    flow.column()
+    prompts = {"Ink": "a photo of a cat in the style of ink drawing", "Emoji": "a cat, noto emoji"}
+    compared(flow, load, prompts, {"before": load, "steered": safe}, steps=50)
+    return flow
+
+
+def probe(flow, load, pictures, train, title):
+    return flow.add(
+        "FMN_ConceptInversionProbe", title, model=[load, 0], clip=[load, 1], vae=[load, 2],
+        images=[pictures, 0], words="dog", patch=[train, 0], strength=1.0, pictures=4, tokens=1,
+        steps=40,
+    )  # fmt: skip
+
+
+def erase_and_repair():
+    flow = Workflow(
+        "A patch by **RECE** is **attacked**: the probe learns a made-up word that still brings "
+        "the dog back. In a second round that word is forgotten along with the name, and the new "
+        "patch is attacked afresh.\n\nCompare what the learned words draw. An attack that fails "
+        "proves nothing: a longer one may succeed. More rounds withstand more, and harm more."
+    )
+    load = flow.demo()
+    concept = flow.concept()
+    text, empty = flow.text(load, "a photo of a dog"), flow.text(load, "", "Negative prompt")
+    latent = flow.latent(4)
+    flow.column()
+    method = flow.add("FMN_MethodRece", rounds=3, tokens="all")
+    sampler = flow.sample("What the untouched model draws", load, text, empty, latent)
+    pictures = flow.add("VAEDecode", samples=[sampler, 0], vae=[load, 2])
+    flow.column()
+    first = flow.train(load, concept, method)
+    flow.titles[first] = "Round 1: forget the name"
+    attack = probe(flow, load, pictures, first, "Attack on round 1")
+    flow.column()
+    again = flow.concept(learned=[attack, 3])
+    second = flow.train(load, again, method)
+    flow.titles[second] = "Round 2: forget what the attack found, too"
+    flow.add("FMN_SaveForgetPatch", patch=[second, 0], filename_prefix="repaired_dog")
+    flow.column()
+    fresh = probe(flow, load, pictures, second, "Attack on round 2")
+    flow.column()
+    flow.add("PreviewImage", "Untouched", images=[pictures, 0])
+    flow.add("PreviewImage", "Round 1, by name", images=[attack, 1])
+    flow.column()
+    flow.add("PreviewImage", "Round 1, by learned words", images=[attack, 0])
+    flow.add("PreviewImage", "Round 2, by learned words", images=[fresh, 0])
+    return flow
