@@ -38,8 +38,8 @@ def opened(url, folder):
         page = context.pages[0]
         page.fmn_errors = []
         page.on("pageerror", lambda error: page.fmn_errors.append(str(error)))
-        page.goto(url, wait_until="domcontentloaded")
-        page.wait_for_function(READY, timeout=60_000)
+        page.goto(url, wait_until="domcontentloaded", timeout=120_000)
+        page.wait_for_function(READY, timeout=120_000)
         yield page
         context.close()
 
