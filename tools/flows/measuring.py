@@ -22,20 +22,25 @@ def compare_methods():
     }
     empty = flow.text(load, "", "Negative prompt")
     flow.column()
-    models, patches = {"untouched": load}, []
-    for name, kind in METHODS.items():
-        patches.append((name, flow.train(load, concept, flow.add(kind))))
-        flow.titles[patches[-1][1]] = f"Train by {name}"
+    methods = {name: flow.add(kind) for name, kind in METHODS.items()}
     flow.column()
-    for name, patch in patches:
-        models[name] = flow.apply(load, patch)
-    rows = {}
+    trains = {name: flow.train(load, concept, method) for name, method in methods.items()}
+    flow.titles |= {train: f"Train by {name}" for name, train in trains.items()}
+    flow.column()
+    models = {"untouched": load}
+    models |= {name: flow.apply(load, train) for name, train in trains.items()}
+    rows = []
     for what, text in texts.items():
         flow.column()
-        drawn = [flow.sample(f"{n}, {what}", m, text, empty, latent) for n, m in models.items()]
-        rows[what] = [flow.add("VAEDecode", samples=[each, 0], vae=[load, 2]) for each in drawn]
+        rows.append(
+            [flow.sample(f"{n}, {what}", m, text, empty, latent) for n, m in models.items()]
+        )
     flow.column()
-    strips = [_stitched(flow, row, "right") for row in rows.values()]
+    decoded = [
+        [flow.add("VAEDecode", samples=[each, 0], vae=[load, 2]) for each in row] for row in rows
+    ]
+    flow.column()
+    strips = [_stitched(flow, row, "right") for row in decoded]
     grid = _stitched(flow, strips, "down")
     flow.column()
     flow.add("PreviewImage", f"untouched, {', '.join(METHODS)}", images=[grid, 0])
