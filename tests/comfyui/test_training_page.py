@@ -62,7 +62,7 @@ def test_the_curve_and_previews_are_drawn(page, nodes_2, light):
     page.get_by_text(f"done: {name}").wait_for()
     view = page.locator(VIEW)
     assert view.locator("polyline").count() == 2  # attention and loss
-    assert view.locator("polyline").last.evaluate("line => line.points.length") == 8
+    page.wait_for_function(f"() => {POINTS} == 8")
     assert view.locator("img").count() == 4
     sizes = view.locator("img").evaluate_all("all => all.map(i => [i.naturalWidth, i.width])")
     assert all(natural == 128 and shown > 30 for natural, shown in sizes)
