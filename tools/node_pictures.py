@@ -22,7 +22,7 @@ from tests.comfyui.frontend import opened  # noqa: E402
 from tests.comfyui.server import Server  # noqa: E402
 
 FOLDER = ROOT / "web" / "docs" / "images"
-COLOURS = 96
+COLOURS = 48
 SETTINGS = {
     "Comfy.VueNodes.Enabled": False,
     "Comfy.ColorPalette": "dark",
@@ -69,7 +69,7 @@ def picture(page, name):
         sys.exit(f"{name} does not fit on the page: it ends at {bottom:.0f} pixels.")
     page.wait_for_timeout(600)  # until text fields have followed their node
     shot = Image.open(io.BytesIO(page.screenshot(clip=place))).convert("RGB")
-    return shot.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    return shot.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
 
 def main(names):
