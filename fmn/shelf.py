@@ -209,8 +209,8 @@ def _listed(folder):
     try:
         with os.scandir(folder) as items:
             return sorted(items, key=lambda item: item.name)
-    except FileNotFoundError:
-        return []  # a folder that nobody has made yet, or that has just gone
+    except (FileNotFoundError, NotADirectoryError):
+        return []  # nobody has made the folder yet, or it has gone, or a file is in its place
     except OSError as error:
         raise ForgetError(
             f"The folder '{folder}' cannot be read ({error.strerror}): check its permissions."

@@ -79,25 +79,37 @@ def test_the_page_shows_what_was_written(page, texts):
         assert dict(shown) == wanted
 
 
+def open_help(page, title):
+    """From the page's own button; returns once the picture of the node has loaded."""
+    page.evaluate(
+        """() => {
+          app.graph.clear();
+          const node = LiteGraph.createNode("FMN_MethodResteer");
+          node.pos = [300, 200];
+          app.graph.add(node);
+          app.canvas.selectNode(node);
+          app.canvas.setDirty(true, true);
+        }"""
+    )
+    page.get_by_test_id("info-button").click()
+    page.get_by_role("heading", name=title).first.wait_for()
+    page.wait_for_function(
+        "title => document.querySelector(`img[alt='${title}']`)?.naturalWidth > 300", arg=title
+    )
+
+
+def test_help_opens_with_a_picture(page):
+    open_help(page, "Method: Re-steer")
+    page.screenshot(path=ARTEFACTS / "help.png")
+
+
 def test_help_opens_in_chinese(page):
-    """From the page's own button, on a page that is set to Chinese."""
+    """On a page that is set to Chinese."""
     page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
     try:
         page.reload(wait_until="domcontentloaded")
         page.wait_for_function(READY, timeout=60_000)
-        page.evaluate(
-            """() => {
-              app.graph.clear();
-              const node = LiteGraph.createNode("FMN_MethodResteer");
-              node.pos = [300, 200];
-              app.graph.add(node);
-              app.canvas.selectNode(node);
-              app.canvas.setDirty(true, true);
-            }"""
-        )
-        page.get_by_test_id("info-button").click()
-        title = read(BOOK)["Method: Re-steer"]
-        page.get_by_role("heading", name=title).first.wait_for()
+        open_help(page, read(BOOK)["Method: Re-steer"])
         page.wait_for_timeout(500)
         page.screenshot(path=ARTEFACTS / "help in Chinese.png")
         assert page.locator("table").count() == 3

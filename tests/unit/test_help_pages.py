@@ -4,6 +4,7 @@ import re
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 from tools.locales import BOOK, LOCALES, ROOT, read
 
@@ -59,6 +60,23 @@ def with_labels(cell, known):
 def test_no_page_is_left_over():
     assert sorted(path.parent.name for path in DOCS.glob("*/*.md")) == PAGES
     assert len(PAGES) > 30
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_picture_of_the_node_is_under_the_title(name):
+    """Made by tools/node_pictures.py. The page looks below docs/, for each language."""
+    address = f"images/{name}.png"
+    for text in (english(name), chinese(name)):
+        title = text.partition("\n")[0].removeprefix("# ")
+        assert text.startswith(f"# {title}\n\n![{title}]({address})\n\n")
+    assert (DOCS / address).stat().st_size < 25_000
+    with Image.open(DOCS / address) as picture:
+        picture.load()  # all of it is there
+        assert picture.format == "PNG" and picture.width > 300
+
+
+def test_no_picture_is_left_over():
+    assert sorted(path.stem for path in (DOCS / "images").iterdir()) == PAGES
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -346,5 +346,13 @@ def test_what_is_not_listed_is_not_touched(shelf, folders, whole, folder, name):
 
 
 def test_a_folder_that_cannot_be_read_is_said(folders):
-    with pytest.raises(ForgetError, match="cannot be read .Not a directory"):
-        Shelf([folders[0] / "dog.txt"]).entries()
+    loop = folders[0] / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(ForgetError, match="cannot be read .Too many levels"):
+        Shelf([loop]).entries()
+
+
+def test_a_file_in_place_of_a_folder_holds_no_patches(folders):
+    """As for ComfyUI; the other folders are listed."""
+    shelf = Shelf([folders[0] / "dog.txt", folders[0]])
+    assert {entry["folder"] for entry in shelf.entries()} == {1}

@@ -1,0 +1,95 @@
+"""Make the pictures of the nodes on their help pages anew: web/docs/images/NODE.png.
+
+    COMFYUI_PATH=... python tools/node_pictures.py [NODE ...]
+
+Starts ComfyUI, puts each node alone on the canvas of its page in Chromium, as it is when a user
+adds it, and takes a picture. After a change of a node's widgets, run this. It needs what
+``tools/run.py tests`` needs.
+"""
+
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.comfyui.conftest import comfyui_path, make_base  # noqa: E402
+from tests.comfyui.frontend import opened  # noqa: E402
+from tests.comfyui.server import Server  # noqa: E402
+
+FOLDER = ROOT / "web" / "docs" / "images"
+COLOURS = 48
+SETTINGS = {
+    "Comfy.VueNodes.Enabled": False,
+    "Comfy.ColorPalette": "dark",
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",  # the pack's name above each title
+}
+PREPARE = """
+async settings => {
+  for (const [name, value] of Object.entries(settings))
+    await app.extensionManager.setting.set(name, value);
+  app.canvas.background_image = null;  // the grid
+}
+"""
+NAMES = """
+Object.keys(LiteGraph.registered_node_types).filter(name => name.startsWith('FMN_')).sort()
+"""
+# Returns the node's place on the page; sharp enough at 1.25, and the tallest node fits.
+ADD = """
+name => {
+  app.graph.clear();
+  const node = LiteGraph.createNode(name), scale = 1.25, margin = 10;
+  app.graph.add(node);
+  const size = node.computeSize();
+  node.setSize([Math.max(size[0], 320), size[1]]);
+  node.pos = [0, 0];
+  const view = app.canvas.canvas.getBoundingClientRect();
+  app.canvas.ds.scale = scale;
+  app.canvas.ds.offset = [400 / scale, 130 / scale];
+  app.canvas.setDirty(true, true);
+  const title = LiteGraph.NODE_TITLE_HEIGHT;
+  return {
+    x: view.x + 400 - margin, y: view.y + 130 - title * scale - margin,
+    width: node.size[0] * scale + 2 * margin,
+    height: (node.size[1] + title) * scale + 2 * margin,
+  };
+}
+"""
+
+
+def picture(page, name):
+    """PNG of one node in few colours, so that it is small."""
+    place = page.evaluate(ADD, name)
+    bottom = place["y"] + place["height"]
+    if bottom > page.viewport_size["height"]:
+        sys.exit(f"{name} does not fit on the page: it ends at {bottom:.0f} pixels.")
+    page.wait_for_timeout(600)  # until text fields have followed their node
+    shot = Image.open(io.BytesIO(page.screenshot(clip=place))).convert("RGB")
+    return shot.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+
+
+def main(names):
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        base = make_base(Path(folder) / "base")
+        with (
+            Server(comfyui_path(), base) as server,
+            opened(server.url, Path(folder) / "browser") as page,
+        ):
+            page.evaluate(PREPARE, SETTINGS)
+            known = page.evaluate(NAMES)
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                sys.exit(f"There is no node '{unknown[0]}': use {', '.join(known)}.")
+            for name in names or known:
+                path = FOLDER / f"{name}.png"
+                picture(page, name).save(path, optimize=True)
+                print(f"{name}: {path.stat().st_size / 1000:.1f} kB", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
