@@ -35,3 +35,14 @@ class BatchBar(Bar):
         self.bar = self.bar or tqdm(total=place.count, unit="concept")
         self.bar.set_postfix_str(f"{place.name:.40} {place.index}/{place.count}", refresh=False)
         self.bar.update(place.done - self.bar.n)
+
+
+class CellBar(Bar):
+    """The same for a bench: one unit a cell."""
+
+    def __call__(self, progress):
+        if self.bar is None:
+            self.bar = tqdm(total=progress.total, unit="cell", initial=progress.done - 1)
+        cell = progress.cell
+        self.bar.set_postfix_str(f"{cell.work}, {cell.method}, {cell.targets[0]}")
+        self.bar.update(1)

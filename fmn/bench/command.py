@@ -65,6 +65,7 @@ def add_bench(commands, formatter):
 
 def run_bench(options):
     """Run what the options say; returns (data, text) for the command line."""
+    from ..bar import CellBar
     from .cells import parse_method, plan
     from .judges import check_domains, judge_for
     from .report import markdown_table
@@ -78,7 +79,7 @@ def run_bench(options):
     names = [target.name for target in targets]
     cells = plan(setup, suite, names, methods, measures, options.scale)
     command = shlex.join(["python", "-m", "fmn", *sys.argv[1:]])
-    with _Bar() as bar:
+    with CellBar() as bar:
         summary, paths, failed = bench(
             setup, suite, cells, methods, options.out, _executor(options), bar, command
         )
@@ -148,26 +149,3 @@ def _executor(options):
         raise ForgetError(f"--workers is {options.workers}: use 1 to 256, or 0 to choose.")
     workers = options.workers or max(1, min(4, cores))
     return Processes(workers, max(1, cores // workers))
-
-
-class _Bar:
-    """A progress bar on standard error that is a callback."""
-
-    def __init__(self):
-        self.bar = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.bar:
-            self.bar.close()
-
-    def __call__(self, progress):
-        from tqdm import tqdm
-
-        if self.bar is None:
-            self.bar = tqdm(total=progress.total, unit="cell", initial=progress.done - 1)
-        cell = progress.cell
-        self.bar.set_postfix_str(f"{cell.work}, {cell.method}, {cell.targets[0]}")
-        self.bar.update(1)
