@@ -2,14 +2,20 @@
 
     COMFYUI_PATH=... python benchmarks/memory.py [--size 256 512] [--layers kv unet] [--steps 2]
 
-Re-steers Stable Diffusion 1.5 with random weights, in float32 by diffusers, each row in a process
-of its own. GB beyond the loaded model: *tensors* is the estimate, *measured* the peak of resident
-memory on a CPU, and of what torch allocated on a GPU; *off* is their difference in % of all that is
-in memory.
+Re-steers Stable Diffusion 1.5 with random weights, in float32 by diffusers, each row in processes
+of their own that first made some steps at 64 pixels, for what Python loads. GB beyond that:
+
+    estimate    what is told before training
+    alive       peak of what torch allocated on a GPU. On a CPU, of resident memory where malloc
+                gives back what is freed from the start of the process; off: how far the estimate is
+    given back  peak of resident memory on a CPU where training asks malloc for that, as it does
+                when memory is short; seconds a step, of all threads
+    kept        the same where training asks malloc to keep what is freed, as it does else
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,31 +25,46 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 GB = 1e9
+ROW = "size", "layers", "checkpointing", "heap"
+HEAPS = "alive", "given back", "kept"
+STRICT = {"MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 class Enough(Exception):
     """Ends training after some steps."""
 
 
-def measure(checkpoint, size, layers, checkpointing, steps):
-    from fmn import fitting
+def measure(checkpoint, size, layers, checkpointing, heap, steps):
+    import time
+
+    from fmn import fitting, plan
     from fmn.concept import Concept
     from fmn.hosts.diffusers import DiffusersModel
-    from fmn.memory import _resident, peak_memory
+    from fmn.memory import peak_memory
     from fmn.methods import forget, settings_of
 
+    plan.HELD = 0 if heap == "kept" else 10**6
+    times = []
+
     def on_step(step):
+        times.append(time.process_time())
         if step.index == steps:
             raise Enough
 
+    def train(changes):
+        fitting.ESTIMATES.clear()
+        times.clear()
+        with peak_memory() as peak, suppress(Enough):
+            settings = settings_of("resteer", changes | {"layers": layers, "steps": 35})
+            forget(model, [Concept("elon musk", "identity")], settings, on_step)
+        return peak()
+
     model = DiffusersModel.load(checkpoint)
-    changes = {"size": size, "layers": layers, "checkpointing": bool(checkpointing)}
-    loaded = _resident("VmRSS")
-    with peak_memory() as peak, suppress(Enough):
-        settings = settings_of("resteer", changes | {"steps": 35})
-        forget(model, [Concept("elon musk", "identity")], settings, on_step)
+    train({"size": 64})
+    measured = train({"size": size, "checkpointing": bool(checkpointing)})
     (found,) = fitting.ESTIMATES.values()
-    return {"estimate": found.beyond, "measured": peak(), "loaded": loaded}
+    seconds = (times[-1] - times[0]) / (len(times) - 1)
+    return {"estimate": found.beyond, "measured": measured, "seconds": seconds}
 
 
 def main():
@@ -53,16 +74,19 @@ def main():
     parser.add_argument("--size", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--layers", nargs="+", default=["kv"])
     parser.add_argument("--checkpointing", type=int, nargs="+", choices=[0, 1], default=[0, 1])
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--heap", nargs=1, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--checkpoint", help="of random_checkpoint.py; else one is made")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        row = (getattr(options, name)[0] for name in ("size", "layers", "checkpointing"))
+        row = (getattr(options, name)[0] for name in ROW)
         print(json.dumps(measure(options.checkpoint, *row, options.steps)))
         return
-    print("| size | layers | checkpointing | tensors | measured | with the model | off |")
-    print("|---:|---|---|---:|---:|---:|---:|", flush=True)
+    print(
+        "| size | layers | checkpointing | estimate | alive | off | given back | s/step | kept | s/step |"
+    )
+    print("|---:|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.checkpoint or f"{folder}/sd15.safetensors"
         if not options.checkpoint:
@@ -71,22 +95,28 @@ def main():
         for size in options.size:
             for layers in options.layers:
                 for checkpointing in options.checkpointing:
-                    row = ["--size", size, "--layers", layers, "--checkpointing", checkpointing]
-                    row += ["--steps", options.steps, "--checkpoint", checkpoint, "--row"]
-                    command = [sys.executable, __file__, *map(str, row)]
-                    done = subprocess.run(command, capture_output=True, text=True, check=True)
-                    show(size, layers, checkpointing, json.loads(done.stdout.splitlines()[-1]))
+                    row = size, layers, checkpointing
+                    show(row, [in_process(checkpoint, *row, x, options.steps) for x in HEAPS])
 
 
-def show(size, layers, checkpointing, row):
-    off = (row["estimate"] - row["measured"]) / (row["loaded"] + row["measured"])
-    told = [row[name] / GB for name in ("estimate", "measured")]
-    told.append((row["loaded"] + row["measured"]) / GB)
-    print(
-        f"| {size} | {layers} | {'yes' if checkpointing else 'no'} | "
-        f"{' | '.join(f'{each:.2f}' for each in told)} | {off:+.0%} |",
-        flush=True,
-    )
+def in_process(checkpoint, *row):
+    names = [f"--{name}" for name in (*ROW, "steps")]
+    given = [each for pair in zip(names, map(str, row)) for each in pair]
+    command = [sys.executable, __file__, *given, "--checkpoint", checkpoint, "--row"]
+    environment = os.environ | (STRICT if row[3] == "alive" else {})
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(row, measured):
+    size, layers, checkpointing = row
+    alive, back, kept = measured
+    off = alive["estimate"] / alive["measured"] - 1
+    cells = [f"{alive[name] / GB:.2f}" for name in ("estimate", "measured")] + [f"{off:+.0%}"]
+    for each in (back, kept):
+        cells += [f"{each['measured'] / GB:.2f}", f"{each['seconds']:.1f}"]
+    told = "yes" if checkpointing else "no"
+    print(f"| {size} | {layers} | {told} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

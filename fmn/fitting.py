@@ -10,7 +10,7 @@ from .errors import ForgetError
 from .families import layers, layers_by_name
 from .forwards import checkpointed
 from .lowrank import Full, LowRank, attached
-from .plan import estimate, planned
+from .plan import estimate, planned, plans
 from .probe import Probe
 from .sampling import expand, step_count
 from .train import Optimiser
@@ -18,6 +18,7 @@ from .training import Training, parameters_of
 
 SCOPES = ("kv", "attention", "not-attention", "unet")
 ESTIMATES = {}  # of memory, by all that decides them: each takes a second or two
+MOST_ESTIMATES = 100
 # How often a run looks at the first concept's attention, each time for a forward: so many times, or
 LOOKS, STEPS_A_LOOK = 7, 25  # every so many steps, if that is more.
 
@@ -98,15 +99,16 @@ def learn(
         settings: a method's, with ``steps`` (a concept), ``lr``, ``rank``, ``seed`` and
             ``checkpointing``.
         scope: of ``SCOPES``.
-        open_loss: (borrowed, switch) -> context manager that gives two functions: one picks at
-            random what the next step trains on, which costs little, the other makes a loss of it.
-            The switch turns the adapters off.
+        open_loss: (borrowed, switch, apart) -> context manager that gives two functions: one picks
+            at random what the next step trains on, which costs little, the other makes a loss of
+            it, or its parts; see ``train.train``. The switch turns the adapters off; ``apart``
+            asks for one part a prompt.
         optimiser: ``Optimiser``; None takes AdamW as released with ``settings.lr``.
         looked_at: what ``Probe`` takes; its first entry is shown as training goes on.
         on_step: see ``methods.forget``.
         downs: see ``make_adapters``.
-        rehearsed: borrowed -> context manager that gives ``plan.estimate`` a step's loss; None
-            takes a forward and backward pass of the first of ``looked_at``.
+        rehearsed: (borrowed, batch) -> context manager that gives ``plan.estimate`` the loss of
+            so many prompts; None takes a forward and backward pass of the first of ``looked_at``.
 
     Raises:
         ForgetError: memory ran out.
@@ -122,34 +124,36 @@ def learn(
         in_place = not model.family.known
 
         @contextmanager
-        def adapted(checkpointing):
+        def adapted(plan):
             adapters = make_adapters(borrowed.module, names, settings, borrowed.device, downs)
-            blocks = borrowed.checkpoint_blocks() if checkpointing else []
+            blocks = borrowed.checkpoint_blocks() if plan.checkpointing else []
             with attached(adapters, borrowed.module) as switch, checkpointed(blocks, in_place):
                 yield adapters, switch
 
-        def estimate_of(checkpointing):
+        def estimate_of(plan):
             if not (looked_at and model.family.known):
                 return None
-            step = rehearsed or partial(_plain_step, looked_at[0], batch)
+            step, rows = rehearsed or partial(_plain_step, looked_at[0]), 1 if plan.apart else batch
             text, _, latent = looked_at[0]
             alike = (
                 type(model), model.family.key, borrowed.device, type(settings), *names,
-                settings.rank, getattr(settings, "full_weights", False), batch, latent.shape,
-                text.context.shape, checkpointing, downs is None,
+                settings.rank, getattr(settings, "full_weights", False), rows, latent.shape,
+                text.context.shape, plan.checkpointing, downs is None,
                 borrowed.module(names[0]).weight.dtype,
             )  # fmt: skip
             if alike not in ESTIMATES:
-                with adapted(checkpointing) as (adapters, _), step(borrowed) as loss_of:
+                if len(ESTIMATES) == MOST_ESTIMATES:
+                    ESTIMATES.clear()
+                with adapted(plan) as (adapters, _), step(borrowed, rows) as loss_of:
                     parameters = parameters_of(adapters)
                     ESTIMATES[alike] = estimate(borrowed, model.family, parameters, loss_of)
             return ESTIMATES[alike]
 
-        def trained(checkpointing, note):
+        def trained(plan, note):
             report.note = note
             with (
-                adapted(checkpointing) as (adapters, switch),
-                open_loss(borrowed, switch) as (draw, loss),
+                adapted(plan) as (adapters, switch),
+                open_loss(borrowed, switch, plan.apart) as (draw, loss),
             ):
                 training.put_on(adapters, switch, borrowed)
                 for _ in range(training.tries):
@@ -159,7 +163,8 @@ def learn(
                 training.run(lambda index: loss(draw()), total, how, report, half)
                 return training
 
-        planned(trained, settings.checkpointing, estimate_of, borrowed.device)
+        ways = plans(settings.checkpointing, batch)
+        planned(trained, ways, estimate_of, borrowed.device)
     return training.finish()
 
 
@@ -169,7 +174,7 @@ def _as_expected(family, borrowed, name):
 
 
 @contextmanager
-def _plain_step(looked_at, batch, borrowed):
+def _plain_step(looked_at, borrowed, batch):
     """A forward and backward pass of a batch of one prompt."""
     text, _, latent = looked_at
     x = latent[:1].expand(batch, -1, -1, -1)

@@ -1,5 +1,7 @@
-"""Peak memory of a piece of work, beyond what was in use before it."""
+"""Memory: the peak of a piece of work, what is free, and what becomes of what is freed."""
 
+import ctypes
+import platform
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MEMINFO = Path("/proc/meminfo")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
 
 
 @contextmanager
@@ -52,3 +55,36 @@ def free_memory(device):
     if device.type == "cpu" and MEMINFO.is_file():
         return _kilobytes(MEMINFO, "MemAvailable")
     return None
+
+
+def has_heap():
+    """Whether ``heap`` can do anything: the C library is glibc."""
+    return platform.libc_ver()[0] == "glibc"
+
+
+@contextmanager
+def heap(gives_back):
+    """What the C library does for a while with memory that tensors on a CPU leave (glibc only).
+
+    By its own rules it keeps blocks of some megabytes in a heap that gets holes, and so holds two
+    to four times what is alive; it still returns enough of it for page faults to cost time
+    (``benchmarks/memory.py``). Afterwards its thresholds are those that it arrives at by itself.
+
+    Args:
+        gives_back: whether freed memory goes back at once, so that the process holds what is
+            alive; else all of it is kept, which is faster.
+    """
+    set_option = ctypes.CDLL(None).mallopt
+    try:
+        if gives_back:
+            set_option(M_MMAP_THRESHOLD, 128 << 10)
+            set_option(M_TRIM_THRESHOLD, 128 << 10)
+        else:
+            set_option(M_MMAP_MAX, 0)
+            set_option(M_TRIM_THRESHOLD, -1)
+        yield
+    finally:
+        set_option(M_MMAP_MAX, 1 << 16)
+        set_option(M_MMAP_THRESHOLD, 32 << 20)
+        set_option(M_TRIM_THRESHOLD, 64 << 20)
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from contextlib import nullcontext
 from math import prod
 from typing import NamedTuple
 
@@ -13,15 +14,18 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import ForgetError
 from .families import layers
-from .memory import free_memory
+from .memory import free_memory, has_heap, heap
 
 log = logging.getLogger(__name__)
 GB = 1e9
+HELD = 4  # a CPU's heap holds so many times of what is alive, at most, unless it gives back
 COPIES = 3  # of what is trained, beside it and its gradient: AdamW's two moments, the last good one
+CONVOLUTIONS = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
 CANNOT = DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException
 
 
@@ -45,7 +49,7 @@ def estimate(borrowed, family, parameters, loss_of):
     """What a training step takes, without computing one.
 
     The step is gone through on tensors that have a shape and no numbers (``FakeTensorMode``), and
-    what is alive at once is counted. What kernels take inside is not.
+    what is alive at once is counted, with what convolutions on a CPU take inside.
 
     Args:
         parameters: that are trained.
@@ -66,44 +70,89 @@ def estimate(borrowed, family, parameters, loss_of):
     return Estimate(weights, alive.most, trained * (1 + COPIES))
 
 
-def planned(train, checkpointing, estimate_of, device):
-    """What ``train(checkpointing, note)`` returns, if need be with checkpointing.
+class Plan(NamedTuple):
+    """How a step is computed; each way gives the same gradients, but for rounding.
 
-    It is turned on where the estimate says that memory will not do, and where memory ran out: then
-    training starts anew, once. Either is logged, and is in the note with the estimate.
+    Attributes:
+        checkpointing: what is inside of blocks is computed again for gradients, not stored.
+        apart: the prompts of a step go one after the other, not as a batch.
+    """
+
+    checkpointing: bool
+    apart: bool = False
+
+    def beside(self, other):
+        """What this plan does and the other does not, in words."""
+        told = {"checkpointing is on": self.checkpointing > other.checkpointing,
+                "prompts go one at a time": self.apart > other.apart}  # fmt: skip
+        return " and ".join(words for words, new in told.items() if new)
+
+
+def plans(checkpointing, batch):
+    """Plans from the fastest to the one that takes the least memory.
 
     Args:
-        checkpointing: whether the settings ask for it.
-        estimate_of: function from checkpointing to an ``Estimate`` or None.
+        checkpointing: whether the settings ask for it. batch: prompts a step.
+    """
+    apart = batch > 1
+    ways = Plan(checkpointing), Plan(checkpointing, apart), Plan(True, apart)
+    return list(dict.fromkeys(ways))
+
+
+def planned(train, ways, estimate_of, device):
+    """What ``train(plan, note)`` returns with the first plan that fits the free memory.
+
+    If memory runs out all the same, training starts anew, once, with the next. Either is logged,
+    and is in the note with the estimate.
+
+    Args:
+        ways: of ``plans``.
+        estimate_of: function from a plan to an ``Estimate`` or None.
 
     Raises:
         ForgetError: memory ran out, and there is no cheaper way.
     """
-    needed, free = estimate_of(checkpointing), free_memory(device)
+    free = free_memory(device)
+    plan, needed = _first_that_fits(ways, estimate_of, free)
+    cheaper = ways[ways.index(plan) + 1 :]
     note = "" if needed is None else str(needed)
-    if not (checkpointing or needed is None or free is None) and needed.beyond > free:
-        checkpointing = True
-        needed = estimate_of(True)
-        note = f"{needed}; checkpointing was turned on, as {free / GB:.1f} GB are free"
+    if plan != ways[0]:
+        note = f"{note}; {plan.beside(ways[0])}, as {free / GB:.1f} GB are free"
     if note:
         log.info(note)
-    found = _tried(train, checkpointing, note)
-    if found is None and not checkpointing:
-        note = f"{note}; memory ran out, so training began anew with checkpointing".strip("; ")
+    with _heap_for(needed, free, device):
+        found = _tried(train, plan, note)
+    if found is None and cheaper:
+        what = f"memory ran out, so training began anew: {cheaper[0].beside(plan)}"
+        note = f"{note}; {what}".strip("; ")
         log.warning(note)
-        found = _tried(train, True, note)
+        found = _tried(train, cheaper[0], note)
     if found is None:
         raise ForgetError(
-            "Memory ran out while training, with checkpointing too: choose a smaller size, a "
-            "smaller batch, or fewer layers."
+            "Memory ran out while training, in the way that takes the least: choose a smaller "
+            "size, or fewer layers."
         )
     return found
 
 
-def _tried(train, checkpointing, note):
+def _first_that_fits(ways, estimate_of, free):
+    for plan in ways:
+        needed = estimate_of(plan)
+        if needed is None or free is None or needed.beyond <= free:
+            break
+    return plan, needed
+
+
+def _heap_for(needed, free, device):
+    if device.type != "cpu" or needed is None or free is None or not has_heap():
+        return nullcontext()
+    return heap(gives_back=needed.beyond * HELD > free)
+
+
+def _tried(train, plan, note):
     # A function of its own: its frame, and what the error's frames hold, is gone afterwards.
     try:
-        return train(checkpointing, note)
+        return train(plan, note)
     except torch.OutOfMemoryError:
         return None
 
@@ -118,8 +167,9 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
+        self.most = max(self.most, self.now + _workspace(function, args, made))
         views = any(each.alias_info is not None for each in function._schema.returns)
-        for each in () if views else torch.utils._pytree.tree_leaves(made):
+        for each in () if views else tree_leaves(made):
             if isinstance(each, torch.Tensor):
                 self._add(each.untyped_storage())
         return made
@@ -135,3 +185,12 @@ class _Alive(TorchDispatchMode):
 
     def _free(self, size):
         self.now -= size
+
+
+def _workspace(function, args, made):
+    """Bytes that a convolution on a CPU takes inside: oneDNN lays its tensors out in blocks, and
+    makes a copy of each for that."""
+    if function.overloadpacket not in CONVOLUTIONS:
+        return 0
+    tensors = [each for each in (*args, *tree_leaves(made)) if isinstance(each, torch.Tensor)]
+    return sum(each.nbytes for each in tensors) if tensors[0].device.type == "cpu" else 0

@@ -58,7 +58,8 @@ def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scal
 
     Args:
         parameters: list of float32 tensors that require grad.
-        loss_at: function from the step's index (from 0) to a scalar loss.
+        loss_at: function from the step's index (from 0) to a scalar loss, or to a generator of
+            the parts that it is the sum of, which then are in memory one at a time.
         on_step: called after each step; whatever it raises ends training.
         scale: the loss is multiplied by it for the backward pass, and gradients divided again, so
             that a float16 model does not lose small ones (Micikevicius et al. 2018, section 3.2).
@@ -83,12 +84,11 @@ def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scal
     good = [parameter.detach().clone() for parameter in parameters]
     start, done = time.monotonic(), len(losses)
     while len(losses) < steps:
-        loss = loss_at(len(losses))
-        tries += 1
-        value, norm = loss.item(), math.nan
         adamw.zero_grad(set_to_none=True)
+        value, norm = _backward(loss_at(len(losses)), scale), math.nan
+        tries += 1
         if math.isfinite(value):
-            norm = backward(loss, parameters, scale, optimiser.max_norm)
+            norm = _clipped(parameters, scale, optimiser.max_norm)
         if math.isfinite(value) and not math.isfinite(norm) and scale > 1:
             scale /= 2
             continue
@@ -111,9 +111,19 @@ def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scal
     return losses
 
 
-def backward(loss, parameters, scale, max_norm):
-    """Clipped gradients of the loss; returns their norm before clipping."""
-    (loss * scale).backward()
+def _backward(loss, scale):
+    """Gradients of a loss, given whole or in parts; returns its value."""
+    value = 0.0
+    for part in (loss,) if isinstance(loss, torch.Tensor) else loss:
+        value += part.item()
+        if not math.isfinite(value):
+            break
+        (part * scale).backward()
+    return value
+
+
+def _clipped(parameters, scale, max_norm):
+    """Divide gradients by the scale and clip them; returns their norm before clipping."""
     for parameter in parameters:
         if parameter.grad is not None and scale != 1:
             parameter.grad /= scale

@@ -240,19 +240,22 @@ class Draws:
 
     Args:
         concepts: pairs by concept, [[Pair]]. batch: pairs a step.
+        apart: each pair makes a batch of its own.
     """
 
-    def __init__(self, concepts, batch, generator, borrowed):
-        self.batch, self.generator, self.device = batch, generator, borrowed.device
+    def __init__(self, concepts, batch, generator, borrowed, apart=False):
+        self.batch, self.apart = batch, apart
+        self.generator, self.device = generator, borrowed.device
         self.alphas_cumprod = borrowed.alphas_cumprod.cpu()
         self.concepts = _turns([_turns(pairs, generator) for pairs in concepts], generator)
 
     def __call__(self):
         """What one step trains on: a ``Batch`` for each pair of prompt lengths drawn."""
         groups = {}
-        for _ in range(self.batch):
+        for index in range(self.batch):
             row = self._draw()
-            groups.setdefault((row.target.context.shape, row.anchor.context.shape), []).append(row)
+            alike = row.target.context.shape, row.anchor.context.shape, index * self.apart
+            groups.setdefault(alike, []).append(row)
         return [self._stack(rows) for rows in groups.values()]
 
     def _draw(self):
@@ -303,20 +306,19 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     looked_at = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
 
     @contextmanager
-    def open_loss(borrowed, switch):
+    def open_loss(borrowed, switch, apart):
         generator = torch.Generator().manual_seed(settings.seed)
-        draws = Draws(pairs, settings.batch, generator, borrowed)
-        draws_kept = Draws([kept], settings.batch, generator, borrowed)
+        draws = Draws(pairs, settings.batch, generator, borrowed, apart)
+        draws_kept = Draws([kept], settings.batch, generator, borrowed, apart)
 
         def draw():
-            return draws(), draws_kept() if kept else None
+            return draws(), draws_kept() if kept else ()
 
         def loss(drawn):
-            batches, batches_kept = drawn
-            loss = ablated(borrowed, switch, batches, settings)
-            if not kept:
-                return loss
-            return loss + settings.preserve * ablated(borrowed, switch, batches_kept, KEEPING)
+            for batches, how, weight in zip(drawn, (settings, KEEPING), (1.0, settings.preserve)):
+                for batch in batches:
+                    share = len(batch.t) / settings.batch
+                    yield ablated(borrowed, switch, batch, how) * (weight * share)
 
         read = [layer.name for layer in layers_of(model.family) if layer.is_key_or_value]
         with start_detached([borrowed.module(name) for name in read * settings.detach_start]):
@@ -327,14 +329,8 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     )
 
 
-def ablated(borrowed, switch, batches, settings):
-    """``concept_ablation`` of a step's batches together."""
-    rows = [_predictions(borrowed, switch, batch, settings) for batch in batches]
-    return concept_ablation(*(torch.cat(parts) for parts in zip(*rows)), weight=settings.prior)
-
-
-def _predictions(borrowed, switch, batch, settings):
-    """What ``concept_ablation`` compares, in its order."""
+def ablated(borrowed, switch, batch, settings):
+    """``concept_ablation`` of a batch."""
     predicted = borrowed.denoise(batch.x_t, batch.t, batch.target)
     wanted = batch.noise
     if settings.target == "model":
@@ -342,5 +338,6 @@ def _predictions(borrowed, switch, batch, settings):
         with torch.no_grad(), switch.off() if frozen else nullcontext():
             wanted = borrowed.denoise(batch.x_t, batch.t, batch.anchor)
     if not settings.prior:
-        return predicted, wanted
-    return predicted, wanted, borrowed.denoise(batch.x_t, batch.t, batch.anchor), batch.noise
+        return concept_ablation(predicted, wanted)
+    prior = borrowed.denoise(batch.x_t, batch.t, batch.anchor)
+    return concept_ablation(predicted, wanted, prior, batch.noise, settings.prior)

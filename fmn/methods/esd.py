@@ -227,11 +227,14 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     examples = prepare(model, concepts, settings)
     side = (settings.size or family.resolution) // family.latent_factor
 
-    def open_loss(borrowed, switch):
+    def open_loss(borrowed, switch, apart):
         draws = Draws(examples, settings, borrowed, switch, side, family.latent_channels)
 
         def loss(picked):
-            return loss_of(borrowed, switch, *draws.begun(*picked), settings.eta)
+            example, x_t, t = draws.begun(*picked)
+            parts = x_t.split(1 if apart else len(x_t))
+            for part in parts:
+                yield loss_of(borrowed, switch, example, part, t, settings.eta) / len(parts)
 
         return nullcontext((draws.pick, loss))
 

@@ -5,7 +5,7 @@ the paper leaves open is taken from the released code, SHI-Labs/Forget-Me-Not tr
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -196,15 +196,18 @@ class Batch(NamedTuple):
 class Draws:
     """Endless training batches: shuffled examples, a random latent, time step and noise each."""
 
-    def __init__(self, data, settings, alphas_cumprod, device):
-        self.data, self.batch, self.device = data, settings.batch, device
+    def __init__(self, data, settings, alphas_cumprod, device, apart=False):
+        self.data, self.batch, self.apart, self.device = data, settings.batch, apart, device
         self.alphas_cumprod = alphas_cumprod.cpu()
         self.generator = torch.Generator().manual_seed(settings.seed)
         self._queues = {}
 
     def __call__(self):
-        """What one step trains on: a ``Batch`` for each length of prompt that was drawn."""
+        """What one step trains on: a ``Batch`` for each length of prompt that was drawn, or, apart,
+        for each prompt."""
         drawn = [self._draw() for _ in range(self.batch)]
+        if self.apart:
+            return [self._stack([row]) for row in drawn]
         lengths = {row.flags.shape[1] for row in drawn}
         return [
             self._stack([row for row in drawn if row.flags.shape[1] == length])
@@ -249,20 +252,17 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     data = prepare(model, concepts, settings, on_step)
 
     @contextmanager
-    def open_loss(borrowed, switch):
-        draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device)
+    def open_loss(borrowed, switch, apart):
+        draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device, apart)
         modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
         with watch_attention(modules, borrowed.context_argument) as watch:
-
-            def loss(batches):
-                seen = [watched_forward(borrowed, watch, batch) for batch in batches]
-                return attention_resteering([layer for batch in seen for layer in batch])
-
+            loss = partial(apart_loss if apart else whole_loss, borrowed, watch)
             yield draws, loss
 
     @contextmanager
-    def rehearsed(borrowed):
-        batches = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device)()
+    def rehearsed(borrowed, batch):
+        how = replace(settings, batch=batch)
+        batches = Draws(data, how, borrowed.alphas_cumprod, borrowed.device)()
         modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
         with watch_attention(modules, borrowed.context_argument) as watch:
             for batch in batches:
@@ -277,6 +277,26 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs,
         rehearsed,
     )  # fmt: skip
+
+
+def whole_loss(borrowed, watch, batches):
+    """``attention_resteering`` of a step."""
+    seen = [watched_forward(borrowed, watch, batch) for batch in batches]
+    return attention_resteering([layer for batch in seen for layer in batch])
+
+
+def apart_loss(borrowed, watch, batches):
+    """The same in parts, one a batch, whose gradients sum to its own.
+
+    A norm is no sum, but its gradient is: of |v|^2 / (2 |v|) with the divisor held, which needs
+    all norms first, and so a second forward pass.
+    """
+    with torch.no_grad():
+        norms = [whole_loss(borrowed, watch, [batch]) for batch in batches]
+        whole = torch.stack(norms).norm()
+    for batch, norm in zip(batches, norms):
+        half = whole_loss(borrowed, watch, [batch]).square() / (2 * whole)
+        yield half + norm.square() / (2 * whole)
 
 
 def watched_forward(borrowed, watch, batch):

@@ -219,7 +219,7 @@ def first_step(monkeypatch, model, concepts, settings, keep=()):
         with torch.no_grad():
             for parameter in parameters:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        loss = loss_at(0)
+        loss = sum(loss_at(0))
         loss.backward()
         caught["loss"] = loss.detach()
         raise Captured
