@@ -83,9 +83,8 @@ def main():
         row = (getattr(options, name)[0] for name in ROW)
         print(json.dumps(measure(options.checkpoint, *row, options.steps)))
         return
-    print(
-        "| size | layers | checkpointing | estimate | alive | off | given back | s/step | kept | s/step |"
-    )
+    names = "size | layers | checkpointing | estimate | alive | off | given back | s/step | kept"
+    print(f"| {names} | s/step |")
     print("|---:|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.checkpoint or f"{folder}/sd15.safetensors"
