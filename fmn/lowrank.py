@@ -149,11 +149,21 @@ def truncate(change, rank, oversample=8, rounds=4):
 def product_svd(up, down):
     """u, s, vh of up @ down, for [out, k] and [k, in]; the product is made only if k is large."""
     if up.shape[1] >= min(len(up), down.shape[1]):
-        return torch.linalg.svd(up @ down, full_matrices=False)
+        return _svd(up @ down)
     up_basis, up_core = torch.linalg.qr(up)
     down_basis, down_core = torch.linalg.qr(down.mT)
     u, s, vh = torch.linalg.svd(up_core @ down_core.mT, full_matrices=False)
     return up_basis @ u, s, vh @ down_basis.mT
+
+
+def _svd(matrix):
+    """Its thin one; of the square factor of the longer side's QR, which LAPACK is faster at."""
+    if len(matrix) < matrix.shape[1]:
+        u, s, vh = _svd(matrix.mT)
+        return vh.mT, s, u.mT
+    basis, core = torch.linalg.qr(matrix)
+    u, s, vh = torch.linalg.svd(core)
+    return basis @ u, s, vh
 
 
 def merge(up, down):
