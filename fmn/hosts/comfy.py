@@ -168,9 +168,9 @@ class ComfyModel:
             pictures = self.vae.decode(self.patcher.model.process_latent_out(latents.clone()))
         return pictures[..., :3].float().cpu().clone().clamp(0, 1)
 
-    def _check_precision(self):
+    def _check_precision(self, model):
         for layer in layers(self.family):
-            weight = comfy.utils.get_attr(self.patcher.model, self.key(layer.name))
+            weight = comfy.utils.get_attr(model, self.key(layer.name))
             plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
             if weight.dtype not in FLOATS or not plain:
                 kind = str(weight.dtype).removeprefix("torch.")
@@ -206,8 +206,8 @@ class ComfyModel:
     @contextmanager
     def _loaded(self):
         """A clone of the patcher, wholly loaded, frozen and ready for autograd."""
-        self._check_precision()
         patcher = plain_clone(self.patcher)
+        self._check_precision(patcher.model)
         _load_whole(patcher)
         with frozen(patcher.model):
             yield patcher
