@@ -45,8 +45,8 @@ class ComfyModel:
         family = known_family(self.patcher)
         if family is None:
             raise ForgetError(
-                f"{type(self.patcher.model).__name__} is no model we know: Stable Diffusion 1.x, "
-                "2.x and XL are supported, this one has other cross-attention layers."
+                f"{type(self.patcher.model).__name__} is no model we know: use Stable Diffusion "
+                "1.x, 2.x or XL here; on others, patches can be trained by the method ESD and worn."
             )
         return family
 

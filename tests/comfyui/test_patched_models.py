@@ -119,6 +119,31 @@ def test_other_samplings_by_a_node(pack, stock, demo, sampling, count):
     assert max(float(up.abs().max()) for up, _ in patch.changes.values()) > 0.001
 
 
+@pytest.mark.parametrize("sampling", ["v_prediction", "edm_playground_v2.5"])
+def test_noise_levels_of_edm_by_a_node(pack, stock, demo, sampling):
+    """What an EDM network is given: x / sqrt(sigma^2 + sigma_data^2), written out once more."""
+    node = stock("comfy_extras.nodes_model_advanced", "ModelSamplingContinuousEDM")
+    patcher = node.patch(demo[0], sampling, 120.0, 0.002)[0]
+    model = pack("fmn.hosts.comfy").ComfyModel(patcher, demo[1])
+    text = model.encode(concept(pack).training_prompts()[0])
+    x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with model.borrow() as borrowed, torch.no_grad():
+        level = borrowed.model.model_sampling
+        for t in TIMES:
+            sigma, data = float(level.sigmas[t]), level.sigma_data
+            x = x_t * (1 + sigma**2) ** 0.5
+            given, width = x / (sigma**2 + data**2) ** 0.5, (sigma**2 + data**2) ** 0.5
+            time = torch.tensor([0.25 * torch.tensor(sigma).log()])
+            out = borrowed.model.diffusion_model(given, time, context=text.context)
+            sign = -1 if sampling == "v_prediction" else 1
+            clean = x * data**2 / width**2 + sign * out * sigma * data / width
+            wanted = (x - clean) / sigma
+            torch.testing.assert_close(
+                borrowed.denoise(x_t, torch.tensor([t]), text), wanted, rtol=1e-3, atol=1e-3
+            )
+    assert all(loss == loss for loss in trained(pack, model)[1])
+
+
 def test_a_clip_that_skips_a_layer(pack, stock, demo, comfy_model):
     """CLIP Set Last Layer: whatever reads text reads it as the prompts will be encoded."""
     clip = stock("nodes", "CLIPSetLastLayer").set_last_layer(demo[1], -2)[0]
