@@ -34,6 +34,7 @@ UNETS = {
         "adm_in_channels": 2816, "num_classes": "sequential",
     },
 }  # fmt: skip
+V_MARK = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 COMMON = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
     "use_spatial_transformer": True, "use_temporal_attention": False, "legacy": False,
@@ -61,10 +62,12 @@ def main(name, path):
         clip = comfy.sd.CLIP(config.clip_target({}), model_options={"dtype": torch.float16})
         vae = comfy.sd.VAE(sd=_vae_marks(torch), dtype=torch.float16)
         generator = torch.Generator().manual_seed(0)
+        # SD 2.1 predicts v, which ComfyUI tells by how wide this bias spreads.
+        marks = {V_MARK: torch.linspace(-0.3, 0.3, 320).half()} if name == "sd21" else {}
         for part in (model.diffusion_model, clip.cond_stage_model, vae.first_stage_model):
             _fill(part, generator)
         patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-        comfy.sd.save_checkpoint(path, patcher, clip, vae)
+        comfy.sd.save_checkpoint(path, patcher, clip, vae, extra_keys=marks)
 
 
 def _vae_marks(torch):

@@ -29,6 +29,11 @@ OPENCLIP = {
 }
 
 
+# Beside a weight that has to be multiplied by it, in quantised checkpoints.
+SCALES = ".scale_weight", ".weight_scale"
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
 def checkpoint_family(path):
     """The family of a CompVis-style checkpoint, from the shapes in its header.
 
@@ -50,9 +55,21 @@ def checkpoint_family(path):
     if family is None:
         raise ForgetError(
             f"'{Path(path).name}' is no checkpoint we know: it has {len(kv)} cross-attention key "
-            "and value layers; Stable Diffusion 1.x, 2.x and XL are supported."
+            "and value layers; Stable Diffusion 1.x, 2.x and XL are supported, and other models "
+            "inside ComfyUI, by the method ESD."
         )
     return family
+
+
+def refuse_quantised(path):
+    """Refuse a checkpoint whose weights mean something only together with scales beside them."""
+    with safe_open(path, framework="pt") as file:
+        told = "_quantization_metadata" in (file.metadata() or {})
+        if told or any(key.endswith(SCALES) for key in file.keys()):  # noqa: SIM118
+            raise ForgetError(
+                f"'{Path(path).name}' holds quantised weights, which can neither be trained on nor "
+                "changed in the file: use the same checkpoint in float16, bfloat16 or float32."
+            )
 
 
 def merge_into_checkpoint(source, patches, target):
@@ -63,6 +80,7 @@ def merge_into_checkpoint(source, patches, target):
             each weight's own precision.
     """
     family = checkpoint_family(source)
+    refuse_quantised(source)
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -82,6 +100,12 @@ def merge_into_checkpoint(source, patches, target):
                 raise ForgetError(
                     f"The patch changes '{layer.compvis}' of shape {list(layer.shape)}, which is "
                     f"{found} in '{Path(source).name}': use a patch for this variant."
+                )
+            if weight.dtype not in FLOATS:
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise ForgetError(
+                    f"'{key}' in '{Path(source).name}' is {kind}, in which a patch would be lost "
+                    "to rounding: use the same checkpoint in float16, bfloat16 or float32."
                 )
             changed = weight[rows].float() + torch.stack(changes).sum(0)
             weight[rows] = changed.to(weight.dtype)

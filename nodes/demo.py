@@ -1,5 +1,6 @@
 """The demo model: a tiny Stable Diffusion 1.x that ComfyUI's own classes can run."""
 
+import inspect
 from pathlib import Path
 
 import comfy.model_management
@@ -102,11 +103,14 @@ def load_demo_checkpoint(path=FILE):
         )
     )
     weights = config.process_clip_state_dict(state)
+    # From 0.16 on, GPUs page text encoders, and only stock loaders can make a plain copy of those.
+    pages = "disable_dynamic" in inspect.signature(comfy.sd.CLIP).parameters
     clip = comfy.sd.CLIP(
         config.clip_target(state),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         tokenizer_data=weights,
         parameters=comfy.utils.calculate_parameters(weights),
+        **({"disable_dynamic": True} if pages else {}),
     )
     clip.load_sd(weights, full_model=True)
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)

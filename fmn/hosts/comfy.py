@@ -1,6 +1,5 @@
 """ComfyUI as a host, for the model families we know; ``comfy_other`` adds all others."""
 
-import inspect
 from contextlib import contextmanager
 
 import comfy.ldm.modules.attention
@@ -16,7 +15,15 @@ from ..families import INPUT_CHANNELS, identify, layers, layers_by_name
 from ..model import Text, fingerprint, two_encoders
 from ..pictures import square
 from ..spans import SECTION
-from .comfy_text import FLOATS, borrow_text, frozen, leave_inference_mode, shortened
+from .comfy_text import (
+    FLOATS,
+    borrow_text,
+    frozen,
+    leave_inference_mode,
+    plain_clip,
+    plain_clone,
+    shortened,
+)
 
 PREFIX = "diffusion_model."
 ENCODED_AT_ONCE = 32 * SECTION  # tokens
@@ -38,8 +45,8 @@ class ComfyModel:
         family = known_family(self.patcher)
         if family is None:
             raise ForgetError(
-                f"{type(self.patcher.model).__name__} is no model we know: Stable Diffusion 1.x, "
-                "2.x and XL are supported, this one has other cross-attention layers."
+                f"{type(self.patcher.model).__name__} is no model we know: use Stable Diffusion "
+                "1.x, 2.x or XL here; on others, patches can be trained by the method ESD and worn."
             )
         return family
 
@@ -97,6 +104,10 @@ class ComfyModel:
 
     def text_module(self, name):
         self._need_clip()
+        self.clip = plain_clip(self.clip)  # what is hooked is to be what encodes from now on
+        return self._text_layer(name)
+
+    def _text_layer(self, name):
         stage, path = self.clip.cond_stage_model, layers_by_name(self.family)[name].compvis
         try:
             return stage.get_submodule(path)
@@ -157,15 +168,16 @@ class ComfyModel:
             pictures = self.vae.decode(self.patcher.model.process_latent_out(latents.clone()))
         return pictures[..., :3].float().cpu().clone().clamp(0, 1)
 
-    def _check_precision(self):
+    def _check_precision(self, model):
         for layer in layers(self.family):
-            weight = comfy.utils.get_attr(self.patcher.model, self.key(layer.name))
+            weight = comfy.utils.get_attr(model, self.key(layer.name))
             plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
             if weight.dtype not in FLOATS or not plain:
                 kind = str(weight.dtype).removeprefix("torch.")
                 raise ForgetError(
-                    f"The model's weights are quantised ({layer.compvis} is {kind}): load the "
-                    "checkpoint in float16, bfloat16 or float32 to train on it."
+                    f"The model's weights are quantised ({layer.compvis} is {kind}) and cannot be "
+                    "trained on: train on the same model loaded in float16, bfloat16 or float32 "
+                    "(weight_dtype default), and apply the patch here."
                 )
 
     @contextmanager
@@ -178,14 +190,24 @@ class ComfyModel:
                 "(inpainting models) can be trained on: train on its base model and apply the "
                 "patch here."
             )
+        if channels != (given := 4 + self._channels_beside_noise()):
+            raise ForgetError(
+                f"This {self.family.title} reads {channels} channels, but ComfyUI gives it "
+                f"{given}, as it knows no such variant of the family: train on its base model."
+            )
         with self._loaded() as patcher:
             yield Borrowed(self, patcher)
+
+    def _channels_beside_noise(self):
+        x = torch.zeros(1, 4, 8, 8)
+        beside = self.patcher.model.concat_cond(noise=x, latent_image=x, device=x.device)
+        return 0 if beside is None else beside.shape[1]
 
     @contextmanager
     def _loaded(self):
         """A clone of the patcher, wholly loaded, frozen and ready for autograd."""
-        self._check_precision()
-        patcher = _clone(self.patcher)
+        patcher = plain_clone(self.patcher)
+        self._check_precision(patcher.model)
         _load_whole(patcher)
         with frozen(patcher.model):
             yield patcher
@@ -196,6 +218,7 @@ class ComfyModel:
         self._need_clip()
         if words and self.family.vector_dim is not None:
             raise two_encoders(self.family)
+        self.clip = plain_clip(self.clip)
         with borrow_text(self) as borrowed:
             yield borrowed
 
@@ -212,7 +235,8 @@ class ComfyModel:
     def patched_clip(self, patch, strength):
         """A clone of the CLIP with the patch's changes of the text encoder on it."""
         patch.check_family(self.family)
-        patch.check_shapes(lambda layer: self.text_module(layer.name).weight, text=True)
+        self._need_clip()
+        patch.check_shapes(lambda layer: self._text_layer(layer.name).weight, text=True)
         clone = self.clip.clone()
         names = comfy.lora.model_lora_keys_clip(clone.cond_stage_model, {})
         _put_on(clone, names, patch, strength, True)
@@ -302,19 +326,6 @@ def _put_on(clone, names, patch, strength, text):
             f"The model has only {len(applied)} of the patch's {count} layers: "
             "use a patch made for the model's family."
         )
-
-
-def _clone(patcher):
-    # From 0.16 on, GPU models page their weights; a clone without that can be trained.
-    if "disable_dynamic" in inspect.signature(patcher.clone).parameters and patcher.is_dynamic():
-        try:
-            return patcher.clone(disable_dynamic=True)
-        except RuntimeError as error:
-            raise ForgetError(
-                f"ComfyUI cannot make a trainable copy of this model ({error}): load it with the "
-                "stock checkpoint loader."
-            ) from error
-    return patcher.clone()
 
 
 def _load_whole(patcher):

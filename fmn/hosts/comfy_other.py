@@ -119,7 +119,8 @@ def _is_layer(module):
     """Whether it is a layer that ``fmn.lowrank`` can add to."""
     if isinstance(module, torch.nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros"
-    return isinstance(module, torch.nn.Linear)
+    # ComfyUI's quantised layers are no subclass of Linear.
+    return hasattr(module, "in_features") and getattr(module, "weight", None) is not None
 
 
 def _ordinary(value):

@@ -1,5 +1,6 @@
 """ComfyUI's text encoders, to look inside and to learn words; weights that autograd accepts."""
 
+import inspect
 from contextlib import contextmanager
 
 import comfy.model_management
@@ -14,6 +15,34 @@ from ..spans import END, SECTION, word_positions
 FLOATS = torch.float32, torch.float16, torch.bfloat16
 # What the tokenizer calls a part, and what the encoder does.
 ENCODERS = {"l": "clip_l", "h": "clip_h", "g": "clip_g"}
+
+
+def _is_paged(patcher):
+    """Whether ComfyUI moves the weights in and out while they are used, as on GPUs from 0.16 on."""
+    return "disable_dynamic" in inspect.signature(patcher.clone).parameters and patcher.is_dynamic()
+
+
+def plain_clone(patcher):
+    """A clone that autograd can work with; of paged weights that is a copy, read from the file."""
+    if not _is_paged(patcher):
+        return patcher.clone()
+    try:
+        return patcher.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise ForgetError(
+            f"ComfyUI cannot make a trainable copy of this model ({error}): load it with the "
+            "stock checkpoint loader."
+        ) from error
+
+
+def plain_clip(clip):
+    """The CLIP, or one with a copy of its text encoders if their weights are paged."""
+    if not _is_paged(clip.patcher):
+        return clip
+    plain = clip.clone()
+    plain.patcher = plain_clone(clip.patcher)
+    plain.cond_stage_model = plain.patcher.model
+    return plain
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from .diffusers_text import borrow_text, shortened
 ENCODED_AT_ONCE = 32 * SECTION  # tokens
 WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 
-
 # Of an empty picture, the first moments of Stable Diffusion's latents, as ComfyUI has them.
 EMPTY_PICTURE = 0.8223, -0.6876, 0.6364, 0.1380
 
@@ -40,6 +39,18 @@ def _filled(unet, args):
     return (torch.cat([x, extra], 1) if missing in (4, 5) else x, *args[1:])
 
 
+def _prediction(scheduler):
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    known = {"epsilon": "epsilon", "v_prediction": "v"}
+    if kind not in known or not hasattr(scheduler, "alphas_cumprod"):
+        raise ForgetError(
+            f"The pipeline's {type(scheduler).__name__} predicts '{kind}' by noise levels that are "
+            "not known here, only epsilon and v prediction by Stable Diffusion's are: train on it "
+            "inside ComfyUI."
+        )
+    return known[kind]
+
+
 class DiffusersModel:
     """``fmn.model.Model`` over a pipeline; see ``load``."""
 
@@ -54,13 +65,12 @@ class DiffusersModel:
         if self.family is None:
             raise ForgetError(
                 f"{type(pipeline).__name__} is no model we know: Stable Diffusion 1.x, 2.x and XL "
-                "are supported."
+                "are supported, and other models inside ComfyUI, by the method ESD."
             )
         self.saved, self.pipeline, self.unet = pipeline, drawing_text(pipeline), unet
         if unet.config.in_channels != 4:
             unet.register_forward_pre_hook(_filled)
-        kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
-        self.prediction = "v" if kind == "v_prediction" else "epsilon"
+        self.prediction = _prediction(pipeline.scheduler)
 
     @classmethod
     def load(cls, path, device=None):
@@ -242,7 +252,8 @@ class _Borrowed:
     def __init__(self, model):
         self.model, self.unet = model, model.unet
         self.device = model.device
-        self.alphas_cumprod = model.pipeline.scheduler.alphas_cumprod.float()
+        # Some schedulers for models of zero terminal SNR have 0 in it, by which nothing divides.
+        self.alphas_cumprod = model.pipeline.scheduler.alphas_cumprod.float().clamp(min=2**-24)
 
     def module(self, name):
         return self.unet.get_submodule(name)

@@ -25,14 +25,16 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint import UNET_PREFIX, checkpoint_family
+from ..checkpoint import UNET_PREFIX, checkpoint_family, refuse_quantised
 from ..errors import ForgetError
-from ..families import DEMO, SDXL
+from ..families import DEMO
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DEMO_FILE = Path(__file__).parent.parent.parent / "demo" / "fmn-demo.safetensors"
 # TAESD works on latents of unit variance times 0.18215; the demo's own factor replaces it.
 SD_SCALE = 0.18215
+EDM = {"edm_mean", "edm_vpred.sigma_max"}
+V_MARK = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
 def load_pipeline(path, dtype=torch.float32):
@@ -54,14 +56,25 @@ def load_pipeline(path, dtype=torch.float32):
             "or a diffusers folder."
         )
     family = checkpoint_family(path)
+    refuse_quantised(path)
     return _demo(dtype, path) if family is DEMO else _single_file(path, family, dtype)
 
 
 def _folder(path, dtype):
     try:
+        _refuse_quantised_parts(path)
         return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ForgetError(f"'{path}' is no complete diffusers folder: {error}") from error
+
+
+def _refuse_quantised_parts(path):
+    for config in path.glob("*/config.json"):
+        if "quantization_config" in json.loads(config.read_text()):
+            raise ForgetError(
+                f"'{config.parent}' holds quantised weights, which cannot be trained on: use the "
+                "same model in float16, bfloat16 or float32."
+            )
 
 
 def drawing_text(pipeline):
@@ -101,23 +114,23 @@ def make_tokenizer(pad_token="<|endoftext|>"):
 
 
 def _single_file(path, family, dtype):
-    make = StableDiffusionXLPipeline if family is SDXL else StableDiffusionPipeline
+    pair = len(family.texts) > 1
+    make = StableDiffusionXLPipeline if pair else StableDiffusionPipeline
     given = {"tokenizer": make_tokenizer("<|endoftext|>" if family.key != "sd2" else "!")}
-    if family is SDXL:
+    if pair:
         given["tokenizer_2"] = make_tokenizer("!")
+    channels, prediction = _inputs(path), _prediction(path, family)
     with tempfile.TemporaryDirectory() as folder:
         contents = _config(family)
-        contents["unet/config.json"]["in_channels"] = _inputs(path)
+        contents["unet/config.json"]["in_channels"] = channels
+        contents["scheduler/scheduler_config.json"] |= prediction
         for name, content in contents.items():
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(content))
-        pipeline = make.from_single_file(
+        return make.from_single_file(
             str(path), config=folder, torch_dtype=dtype, local_files_only=True, **given
         )
-    if _predicts_v(path):
-        pipeline.scheduler.register_to_config(prediction_type="v_prediction")
-    return pipeline
 
 
 def _inputs(path):
@@ -126,19 +139,27 @@ def _inputs(path):
         return file.get_slice(f"{UNET_PREFIX}input_blocks.0.0.weight").get_shape()[1]
 
 
-def _predicts_v(path):
-    """Whether a checkpoint was trained to predict v, by the marks that ComfyUI goes by.
+def _prediction(path, family):
+    """What the scheduler is to know of a checkpoint's training, by the marks that ComfyUI goes by.
 
-    XL checkpoints carry a key for it. In Stable Diffusion 2.x the last block's norm tells: its
-    bias spreads wider in the 768 px model.
+    XL checkpoints carry keys for it. In Stable Diffusion 2.x the last block's norm tells: its bias
+    spreads wider in the 768 px model, which has no variants with more inputs.
     """
-    mark = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
     with safe_open(path, framework="pt") as file:
-        keys = file.keys()
-        if "v_pred" in keys:
-            return True
-        is_sd2 = "cond_stage_model.model.ln_final.weight" in keys
-        return is_sd2 and float(file.get_tensor(mark).float().std(unbiased=False)) > 0.09
+        keys = set(file.keys())
+        if len(family.texts) > 1:
+            if keys & EDM:
+                raise ForgetError(
+                    f"'{path.name}' was trained on EDM's noise levels, as CosXL and Playground 2.5 "
+                    "are, which only ComfyUI knows here: train on it inside ComfyUI."
+                )
+            v, zero_snr = "v_pred" in keys, {"v_pred", "ztsnr"} <= keys
+        else:
+            bias = file.get_tensor(V_MARK) if family.key == "sd2" and _inputs(path) == 4 else None
+            v = bias is not None and float(bias.float().std(unbiased=False)) > 0.09
+            zero_snr = False
+    kind = "v_prediction" if v else "epsilon"
+    return {"prediction_type": kind, "rescale_betas_zero_snr": zero_snr}
 
 
 def _demo(dtype, path=DEMO_FILE):

@@ -1,4 +1,6 @@
-"""Small concepts and settings, made from the pack under test."""
+"""Small concepts and settings, made from the pack under test; what a model is and carries."""
+
+import torch
 
 
 def concept(pack, name="dog", **more):
@@ -7,3 +9,24 @@ def concept(pack, name="dog", **more):
 
 def settings(pack, **more):
     return pack("fmn.methods.resteer").Settings(**{"steps": 3, "lr": 0.002} | more)
+
+
+def state(patcher):
+    """Weights as bytes: some that no checkpoint holds are NaN."""
+    return {
+        key: value.clone().flatten().view(torch.uint8)
+        for key, value in patcher.model.state_dict().items()
+    }
+
+
+def gradient_flags(patcher):
+    return {name: parameter.requires_grad for name, parameter in patcher.model.named_parameters()}
+
+
+def leftovers(module):
+    """Names of modules with hooks or a replaced forward."""
+    return [
+        name
+        for name, part in module.named_modules()
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+    ]

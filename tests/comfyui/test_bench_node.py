@@ -6,9 +6,8 @@ import sqlite3
 import pytest
 import torch
 
-from .parts import concept, settings
+from .parts import concept, leftovers, settings, state
 from .server import Interrupted, PromptError
-from .test_hosts import leftovers, state
 from .workflows import demo_loader, node, training
 
 

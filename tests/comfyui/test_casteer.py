@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from .parts import concept
-from .test_hosts import leftovers, state
+from .parts import concept, leftovers, state
 
 
 def few(pack, **more):

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and 2.1 at their real size, with random weights, by the stock loader."""
+"""Stable Diffusion 1.5 and 2.1 (v prediction) at their real size, with random weights."""
 
 import json
 import os
@@ -82,8 +82,12 @@ def test_train_save_apply_and_sample(big_server):
     assert "lora key not loaded" not in big_server.log_text()
 
 
-@pytest.mark.parametrize("name, family", [("sd15", "sd1"), ("sd21", "sd2")])
-def test_the_command_line_trains_the_same_file_alike(big_server, tmp_path, name, family):
+@pytest.mark.parametrize(
+    "name, family, prediction", [("sd15", "sd1", "epsilon"), ("sd21", "sd2", "v")]
+)
+def test_the_command_line_trains_the_same_file_alike(
+    big_server, tmp_path, name, family, prediction
+):
     """diffusers from the single file: the same family, base, token positions and losses."""
     checkpoint = big_server.base / "models" / "checkpoints" / f"{name}.safetensors"
     if not checkpoint.exists():
@@ -102,9 +106,9 @@ def test_the_command_line_trains_the_same_file_alike(big_server, tmp_path, name,
         checkpoint.unlink()
     with safe_open(big_server.base / "output" / "forget_patches" / file_name, "pt") as file:
         assert file.metadata()["fmn.base.family"] == family
-        ours = {
-            key: json.loads(file.metadata()[f"fmn.{key}"]) for key in ("loss", "base.fingerprint")
-        }
+        keys = "loss", "base.fingerprint", "base.prediction"
+        ours = {key: json.loads(file.metadata()[f"fmn.{key}"]) for key in keys}
+    assert ours["base.prediction"] == theirs["base.prediction"] == prediction
     assert ours["base.fingerprint"] == theirs["base.fingerprint"]
     assert ours["loss"]["first"] == pytest.approx(theirs["loss"]["first"], rel=1e-3)
     assert ours["loss"]["last"] == pytest.approx(theirs["loss"]["last"], rel=1e-3)

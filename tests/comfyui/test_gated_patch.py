@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from .parts import concept, settings
+from .parts import concept, leftovers, settings, state
 from .test_guidance import CONCEPT, PROMPT, conditioning, refused, sample
-from .test_hosts import leftovers, state
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from .parts import state
 from .server import PromptError
-from .test_hosts import state
 from .workflows import demo_loader, drawing, node, training
 
 PROMPT, CONCEPT = "a photo of a dog, twemoji", "twemoji"

@@ -1,4 +1,4 @@
-"""The two hosts against each other, and what borrowing leaves behind, with objects in hand."""
+"""The two hosts against each other, with objects in hand."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .conftest import ROOT
-from .parts import concept, settings
+from .parts import concept, leftovers, settings, state
 
 PROMPT = "a photo of a dog"
 STEPS = 10  # 999 / 9 is whole: both hosts then sample at the same trained time steps
@@ -17,23 +17,6 @@ STEPS = 10  # 999 / 9 is whole: both hosts then sample at the same trained time 
 @pytest.fixture(scope="module")
 def pipeline_model(pack):
     return pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
-
-
-def state(patcher):
-    return {key: value.clone() for key, value in patcher.model.state_dict().items()}
-
-
-def gradient_flags(patcher):
-    return {name: parameter.requires_grad for name, parameter in patcher.model.named_parameters()}
-
-
-def leftovers(module):
-    """Names of modules with hooks or a replaced forward."""
-    return [
-        name
-        for name, part in module.named_modules()
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
-    ]
 
 
 def test_both_hosts_draw_the_same_picture(pack, demo, pipeline_model):
@@ -176,177 +159,6 @@ def test_first_tokens_alone_are_encoded_as_within_the_whole(pack, comfy_model, p
     assert leftovers(encoder) == leftovers(pipeline_model.pipeline.text_encoder) == []
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("layers, full", [("kv", False), ("attention", True), ("unet", True)])
-def test_borrowed_model_comes_back_unchanged(pack, comfy_model, layers, full, checkpointing):
-    patcher = comfy_model.patcher
-    before, flags = state(patcher), gradient_flags(patcher)
-    pack("fmn.methods.resteer").run(
-        comfy_model,
-        [concept(pack)],
-        settings(pack, layers=layers, full_weights=full, checkpointing=checkpointing),
-    )
-    after = state(patcher)
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert leftovers(patcher.model) == []
-    assert gradient_flags(patcher) == flags
-
-
-@pytest.mark.parametrize("when", [1, 2])
-def test_borrowed_model_comes_back_after_an_exception(pack, comfy_model, when):
-    patcher = comfy_model.patcher
-    before = state(patcher)
-
-    def fail(step):
-        if step.index == when:
-            raise RuntimeError("a fault in the loop")
-
-    with pytest.raises(RuntimeError, match="a fault in the loop"):
-        pack("fmn.methods.resteer").run(
-            comfy_model, [concept(pack)], settings(pack, checkpointing=True), fail
-        )
-    after = state(patcher)
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert leftovers(patcher.model) == []
-
-
-def test_a_patched_model_can_be_trained_and_keeps_its_patch(pack, comfy_model):
-    """Training on a MODEL that carries a LoRA sees the LoRA; the base's fingerprint stays."""
-    run = pack("fmn.methods.resteer").run
-    patch = run(comfy_model, [concept(pack)], settings(pack, steps=10))
-    patched = type(comfy_model)(comfy_model.patched(patch, 1.0), comfy_model.clip)
-    losses = []
-    again = run(
-        patched, [concept(pack)], settings(pack), lambda step: losses.append(step.losses[-1])
-    )
-    assert losses[0] < 0.95 * patch.info["loss"]["first"]
-    assert again.info["base.fingerprint"] == patch.info["base.fingerprint"]
-
-
-def dynamic(demo, cached_patcher_init):
-    """A mock: the demo's MODEL as from 0.16 on a GPU, whose weights are paged while it is used.
-
-    There, ``clone(disable_dynamic=True)`` loads the checkpoint anew as a plain patcher, and raises
-    for loaders that did not say how.
-    """
-    import comfy.model_patcher
-
-    class DynamicPatcher(comfy.model_patcher.ModelPatcher):
-        def is_dynamic(self):
-            return True
-
-        def clone(self, disable_dynamic=False):
-            if not disable_dynamic:
-                return super().clone()
-            if cached_patcher_init is None:
-                raise RuntimeError("Cannot create non-dynamic delegate: cached_patcher_init")
-            return cached_patcher_init()
-
-        def load(self, *args, **arguments):
-            raise AssertionError("paged weights cannot be trained on")
-
-    plain = demo[0]
-    return DynamicPatcher(plain.model, plain.load_device, plain.offload_device)
-
-
-def test_paged_models_are_trained_on_a_plain_copy(pack, demo, comfy_model):
-    ComfyModel, load = pack("fmn.hosts.comfy").ComfyModel, pack("nodes.demo").load_demo_checkpoint
-    run, steps = pack("fmn.methods.resteer").run, settings(pack)
-    paged = dynamic(demo, lambda: load()[0])
-    before = state(paged)
-    with torch.inference_mode():
-        found = run(ComfyModel(paged, demo[1]), [concept(pack)], steps)
-        plain = run(comfy_model, [concept(pack)], steps)
-    for name in plain.changes:
-        torch.testing.assert_close(found.change_of(name), plain.change_of(name))
-    after = state(paged)
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert leftovers(paged.model) == []
-
-    refused = pytest.raises(pack("fmn.errors").ForgetError, match="stock checkpoint loader")
-    with refused:
-        run(ComfyModel(dynamic(demo, None), demo[1]), [concept(pack)], steps)
-
-
-def test_another_packs_forward_survives(pack, comfy_model):
-    """A forward that somebody else put on a module is back in place afterwards."""
-    attention = comfy_model.patcher.model.diffusion_model.get_submodule(
-        "middle_block.1.transformer_blocks.0.attn2"
-    )
-    theirs = attention.forward
-    attention.forward = theirs
-    try:
-        pack("fmn.methods.resteer").run(comfy_model, [concept(pack)], settings(pack))
-        assert attention.__dict__["forward"] is theirs
-    finally:
-        del attention.forward
-
-
-def test_reference_pictures_and_own_samples_change_the_patch(pack, comfy_model):
-    run = pack("fmn.methods.resteer").run
-    pictures = torch.rand(2, 96, 160, 4, generator=torch.Generator().manual_seed(0))
-    data = pack("fmn.methods.resteer").prepare(
-        comfy_model, [concept(pack, images=pictures)], settings(pack)
-    )
-    with torch.inference_mode():
-        cut = torch.nn.functional.interpolate(
-            pictures[..., :3].movedim(-1, 1)[..., 32:128], size=128, mode="bilinear", antialias=True
-        )
-        encoded = comfy_model.vae.encode(cut.movedim(1, -1)) * 0.18215
-    # Cut before or after scaling: a third of a pixel apart.
-    assert (data.latents[0] - encoded).abs().mean() < 0.05 * encoded.abs().mean()
-    losses = {
-        "zeros": run(comfy_model, [concept(pack)], settings(pack)),
-        "images": run(comfy_model, [concept(pack, images=pictures)], settings(pack)),
-        "samples": run(
-            comfy_model, [concept(pack)], settings(pack, references="samples", samples=1)
-        ),
-    }
-    assert len({round(patch.info["loss"]["first"], 6) for patch in losses.values()}) == 3
-
-
-def test_weights_and_long_prompts_are_understood(pack, comfy_model):
-    """(name:1.2) is flagged without its weight; a prompt of two sections is found in both."""
-    prepare = pack("fmn.methods.resteer").prepare
-    long = "a dog, " + "very " * 80 + "big dog"
-    data = prepare(comfy_model, [concept(pack, prompts=("a (dog:1.2) here", long))], settings(pack))
-    template, weighted, two_sections = data.examples
-    assert template.flags.nonzero()[:, 1].tolist() == [4]  # BOS a photo of dog
-    assert weighted.flags.nonzero()[:, 1].tolist() == [2]
-    assert two_sections.flags.shape == (1, 154)
-    assert two_sections.text.context.shape[1] == 154
-    first, last = two_sections.flags.nonzero()[:, 1].tolist()
-    assert first == 2 and last > 77
-    plain = prepare(comfy_model, [concept(pack, prompts=("a dog here",))], settings(pack))
-    assert not torch.equal(plain.examples[1].text.context, weighted.text.context)
-
-
-def test_parentheses_in_a_name_are_letters(pack, comfy_model):
-    data = pack("fmn.methods.resteer").prepare(
-        comfy_model, [concept(pack, "apollo (god)")], settings(pack)
-    )
-    assert int(data.examples[0].flags.sum()) >= 4  # apollo ( god )
-
-
-def test_cancel_ends_training_within_the_step(pack, comfy_model):
-    """ComfyUI's interrupt stops the very next forward: no other step is reported."""
-    import comfy.model_management as management
-
-    steps = []
-
-    def cancel_at_the_third(step):
-        steps.append(step.index)
-        if step.index == 3:
-            management.interrupt_current_processing()
-
-    with pytest.raises(management.InterruptProcessingException):
-        pack("fmn.methods.resteer").run(
-            comfy_model, [concept(pack)], settings(pack, steps=10), cancel_at_the_third
-        )
-    assert steps == [1, 2, 3]
-    assert leftovers(comfy_model.patcher.model) == []
-
-
 @pytest.mark.parametrize("family, modules", [("SD1", 32), ("SD2", 32), ("SDXL", 140)])
 def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, family, modules):
     """ComfyUI's key map and diffusers' converter, on U-Nets without memory."""
@@ -388,32 +200,3 @@ def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, family, mo
     ending = re.compile(r"\.processor\.(to_[kv])_lora\.(down|up)\.weight$")
     found = {ending.sub(r".\1", key) for key in converted}
     assert len(found) == modules and found <= inside
-
-
-TOKENIZERS = {
-    # family: (module and class of ComfyUI, how diffusers pads, positions flagged with all ends)
-    "sd1": ("comfy.sd1_clip", "SD1Tokenizer", "<|endoftext|>", 73),
-    "sd2": ("comfy.text_encoders.sd2_clip", "SD2Tokenizer", "!", 3),
-    "sdxl": ("comfy.sdxl_clip", "SDXLTokenizer", "<|endoftext|>", 73),
-}
-
-
-@pytest.mark.parametrize("family", TOKENIZERS)
-def test_positions_with_the_real_tokenizers(pack, demo, family):
-    """Both hosts see the same ids, and flag what the released rule flags on each family."""
-    import importlib
-
-    import comfy.sd
-
-    module, name, pad, flagged = TOKENIZERS[family]
-    clip = comfy.sd.CLIP(no_init=True)
-    clip.tokenizer = getattr(importlib.import_module(module), name)()
-    clip.tokenizer_options = {}
-    model = pack("fmn.hosts.comfy").ComfyModel(demo[0], clip)
-    prompt = pack("fmn.concept").Prompt("a photo of elon musk", "elon musk")
-    ids = model.tokenize(prompt)
-    tokenizer = pack("fmn.hosts.diffusers_load").make_tokenizer(pad)
-    assert ids == tokenizer(prompt.text, padding="max_length", max_length=77).input_ids
-    subject = model.tokenize(prompt._replace(text="elon musk"))
-    positions = pack("fmn.spans").flagged_positions(prompt, ids, subject, "all")
-    assert len(positions) == flagged and positions[:2] == [4, 5]

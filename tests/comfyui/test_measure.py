@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from .parts import concept
+from .parts import concept, gradient_flags, leftovers, state
 from .server import Interrupted, PromptError
-from .test_hosts import gradient_flags, leftovers, state
 from .workflows import demo_loader, node, training
 
 PROMPT = "a dog, noto emoji"

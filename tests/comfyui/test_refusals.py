@@ -32,21 +32,6 @@ def test_clip_of_another_family_is_refused(pack, demo):
         pack("fmn.methods.resteer").run(model, [concept(pack)], settings(pack))
 
 
-def test_quantised_model_is_refused(pack, demo):
-    """For training; a patch goes on all the same, as stock Load LoRA's do."""
-    patcher, clip, vae = demo
-    with torch.inference_mode():
-        patcher.model.diffusion_model.to(torch.float8_e4m3fn)
-    model = pack("fmn.hosts.comfy").ComfyModel(patcher, clip, vae)
-    with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*float8_e4m3fn"):
-        pack("fmn.methods.resteer").run(model, [concept(pack)], settings(pack))
-    families, patches = pack("fmn.families"), pack("fmn.patch")
-    layer = next(layer for layer in families.layers(families.DEMO) if layer.is_key_or_value)
-    factors = torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1])
-    patch = patches.ForgetPatch(families.DEMO, {layer.name: factors}, {"concepts": []})
-    assert len(model.patched(patch, 1.0).patches) == 1
-
-
 def test_unknown_model_is_refused(pack, demo):
     patcher = demo[0]
     attention = patcher.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2

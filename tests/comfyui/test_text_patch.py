@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from .parts import concept
+from .parts import concept, gradient_flags, leftovers, state
 from .server import PromptError
-from .test_hosts import gradient_flags, leftovers, state
 from .test_measure import same_bits, text_patcher
 from .workflows import demo_loader, drawing, node
 

@@ -1,0 +1,216 @@
+"""Quantised weights as ComfyUI's stock loaders make them: no training, but a patch can be worn."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from .others import Words, esd_settings, make
+from .parts import concept, settings
+from .reduced import known, text_options, write_checkpoint
+
+FP8 = torch.float8_e4m3fn
+PREFIX = "model.diffusion_model."
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pack, tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("plain") / "sd1.safetensors", "sd1")
+
+
+def clip_of(checkpoint, **options):
+    import comfy.sd
+
+    with torch.inference_mode():
+        found = comfy.sd.load_checkpoint_guess_config(
+            str(checkpoint), output_vae=False, te_model_options=text_options("sd1") | options
+        )
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def clip(checkpoint):
+    return clip_of(checkpoint)
+
+
+def is_linear(key, tensor):
+    return key.endswith(".weight") and tensor.dim() == 2
+
+
+def scaled(weights, scale_key):
+    """Matrices in 8 bits over their own scale, as ``scaled_fp8`` checkpoints have them."""
+    made = {}
+    for key, tensor in weights.items():
+        if is_linear(key, tensor):
+            scale = tensor.float().abs().max() / torch.finfo(FP8).max
+            made[key] = (tensor.float() / scale).to(FP8)
+            made[key.removesuffix("weight") + scale_key] = scale
+        else:
+            made[key] = tensor
+    return made
+
+
+def saved_as(kind, checkpoint, folder):
+    """The U-Net of a checkpoint as a file for Load Diffusion Model."""
+    weights = load_file(checkpoint)
+    weights = {k.removeprefix(PREFIX): v for k, v in weights.items() if k.startswith(PREFIX)}
+    metadata = None
+    if kind == "scaled":
+        weights = scaled(weights, "scale_weight") | {"scaled_fp8": torch.zeros(2, dtype=FP8)}
+    elif kind == "mixed":
+        names = [k.removesuffix(".weight") for k, v in weights.items() if is_linear(k, v)]
+        layers = {name: {"format": "float8_e4m3fn"} for name in names}
+        metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+        weights = scaled(weights, "weight_scale")
+    path = folder / f"{kind}.safetensors"
+    save_file(weights, path, metadata=metadata)
+    return path
+
+
+def loaded(path, weight_dtype=None):
+    """As Load Diffusion Model loads it."""
+    import comfy.sd
+
+    options = {} if weight_dtype is None else {"dtype": weight_dtype}
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model(str(path), model_options=options)
+
+
+def output(patcher, context):
+    """What ComfyUI computes in sampling."""
+    import comfy.model_management
+
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([patcher])
+        sigma = patcher.model.model_sampling.sigmas[500:501].to(x)
+        return x - patcher.model.apply_model(x, sigma, c_crossattn=context)
+
+
+@pytest.fixture
+def plain(pack, monkeypatch, checkpoint, clip, tmp_path):
+    """The host of the unquantised model, and a strong patch for it."""
+    with known(pack, monkeypatch, "sd1") as family:
+        model = loaded(saved_as("plain", checkpoint, tmp_path))
+        host = pack("fmn.hosts.comfy").ComfyModel(model, clip)
+        generator = torch.Generator().manual_seed(0)
+        changes = {
+            layer.name: (
+                5 * torch.randn(layer.shape[0], 1, generator=generator),
+                torch.randn(1, layer.shape[1], generator=generator) / layer.shape[1],
+            )
+            for layer in pack("fmn.families").layers(family)
+            if layer.is_key_or_value
+        }
+        yield host, pack("fmn.patch").ForgetPatch(family, changes, {"concepts": []})
+
+
+@pytest.mark.parametrize("kind", ["fp8", "scaled", "mixed"])
+def test_quantised_models_wear_patches_and_are_not_trained(pack, plain, checkpoint, tmp_path, kind):
+    host, patch = plain
+    text = host.encode(concept(pack).training_prompts()[0]).context
+    path = saved_as("plain" if kind == "fp8" else kind, checkpoint, tmp_path)
+    quantised = type(host)(loaded(path, FP8 if kind == "fp8" else None), host.clip)
+    before, base = output(quantised.patcher, text), output(host.patcher, text)
+    assert 0 < (before - base).norm() < 0.2 * base.norm()  # it is the same model, in 8 bits
+
+    for run, chosen in (("resteer", settings(pack)), ("uce", None), ("esd", esd_settings(pack))):
+        method = pack(f"fmn.methods.{run}")
+        with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*apply the patch h"):
+            method.run(quantised, [concept(pack)], chosen or method.Settings(keep_list="none"))
+
+    assert len(quantised.fingerprint()) == 32
+    wanted = output(host.patched(patch, 1.0), text) - base
+    found = output(quantised.patched(patch, 1.0), text) - before
+    assert wanted.norm() > 0.1 * base.norm()
+    assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), 0) > 0.9
+    assert torch.equal(output(quantised.patcher, text), before)
+
+
+def test_a_text_encoder_in_8_bits(pack, plain, checkpoint):
+    """As --fp8_e4m3fn-text-enc loads it: it encodes prompts, but is not worked on itself."""
+    host, _ = plain
+    clip = clip_of(checkpoint, dtype=FP8)
+    assert clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.dtype is FP8
+    quantised = type(host)(host.patcher, clip)
+    steps = [[], []]
+    for model, seen in zip((host, quantised), steps):
+        chosen = settings(pack, steps=1, size=64)
+        pack("fmn.methods.resteer").run(model, [concept(pack)], chosen, seen.append)
+    (one,), (two,) = (seen[-1].losses for seen in steps)
+    assert one != two == pytest.approx(one, rel=0.2)
+    refused = pytest.raises(pack("fmn.errors").ForgetError, match="CLIP's weights are quantised")
+    with refused, quantised.borrow_text():
+        pass
+
+
+def test_weights_of_another_packs_kind(pack, demo):
+    """A mock of GGUF's loader: bytes in a tensor class of its own, which claims the real shape."""
+
+    class PackedTensor(torch.Tensor):
+        @property
+        def shape(self):
+            return torch.Size((192, 128))
+
+    attention = demo[0].model.diffusion_model.middle_block[1].transformer_blocks[0].attn2
+    with torch.inference_mode():
+        packed = torch.zeros(100, dtype=torch.uint8).as_subclass(PackedTensor)
+        attention.to_k.weight = torch.nn.Parameter(packed, requires_grad=False)
+    host = pack("fmn.hosts.comfy").ComfyModel(*demo)
+    with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*is uint8"):
+        pack("fmn.methods.resteer").run(host, [concept(pack)], settings(pack))
+
+
+def test_a_quantised_transformer_says_so(pack):
+    """ComfyUI's quantised layers are of another class than Linear; they are layers all the same."""
+    import comfy.supported_models
+
+    plain = make("SD3", {})
+    weights = scaled(plain.model.diffusion_model.state_dict(), "weight_scale")
+    names = [key.removesuffix(".weight_scale") for key in weights if key.endswith("weight_scale")]
+    config = comfy.supported_models.SD3(dict(plain.model.model_config.unet_config))
+    config.layer_quant_config = {name: {"format": "float8_e4m3fn"} for name in names}
+    config.set_inference_dtype(torch.float32, torch.float32)
+    with torch.inference_mode():
+        model = config.get_model({}, device="cpu")
+        model.load_model_weights(weights)
+    plain.model = model
+    host_of, words = pack("fmn.hosts.comfy_other").host_of, Words()
+    forget, layers = pack("fmn.methods").forget, pack("fmn.families").layers
+    host = host_of(plain, words)
+    assert {layer.compvis for layer in layers(host.family)} >= set(names)
+    with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*float8_e4m3fn"):
+        forget(host, [concept(pack)], esd_settings(pack))
+
+
+@pytest.mark.parametrize("kind", ["scale_weight", "weight_scale"])
+def test_files_with_scales_are_refused_outside_comfyui(pack, plain, checkpoint, tmp_path, kind):
+    _, patch = plain
+    path = tmp_path / "scaled.safetensors"
+    weights = {k: v for k, v in load_file(checkpoint).items() if k.startswith(PREFIX)}
+    save_file(scaled(weights, kind), path)
+    merge = pack("fmn.checkpoint").merge_into_checkpoint
+    refused = pytest.raises(pack("fmn.errors").ForgetError, match="quantised weights.*float16")
+    with refused:
+        merge(path, [(patch, 1.0)], tmp_path / "merged.safetensors")
+    with refused:
+        pack("fmn.hosts.diffusers").DiffusersModel.load(path)
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
+def test_plain_8_bit_files_outside_comfyui(pack, plain, checkpoint, tmp_path):
+    """diffusers trains on what they hold, in float32; no patch is merged into them."""
+    host, patch = plain
+    path = tmp_path / "eight.safetensors"
+    cast = {
+        key: tensor.to(FP8) if key.startswith(PREFIX) and tensor.dim() == 2 else tensor
+        for key, tensor in load_file(checkpoint).items()
+    }
+    save_file(cast, path)
+    with pytest.raises(pack("fmn.errors").ForgetError, match="is float8_e4m3fn.*lost to rounding"):
+        pack("fmn.checkpoint").merge_into_checkpoint(path, [(patch, 1.0)], tmp_path / "merged")
+    model = pack("fmn.hosts.diffusers").DiffusersModel.load(path)
+    for name in patch.changes:
+        key = f"{PREFIX}{host.key(name).removeprefix('diffusion_model.')}"
+        assert torch.equal(model.unet.get_submodule(name).weight, cast[key].float())
