@@ -18,7 +18,7 @@ from .files import write_whole
 from .patch import check_header_size, save_patch
 from .train import Loop
 
-ENDING = ".train.safetensors"
+ENDING = ".fmn-train"  # no ending that loaders of models list
 FORMAT = "1"
 MOMENTS = "exp_avg", "exp_avg_sq", "step"  # AdamW's, of each parameter
 BEST = "best."

@@ -65,7 +65,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pack, comfy_model, tmp_path, 
     methods, resume = pack("fmn.methods"), pack("fmn.resume")
     supervisor = pack("fmn.supervisor").Supervisor
     settings = methods.settings_of(preset, SHORT[preset] | {"steps": 3})
-    file = tmp_path / "2.train.safetensors"
+    file = tmp_path / "2.fmn-train"
 
     def on_step(step):
         if step.index == 2:
