@@ -49,7 +49,7 @@ def saved_at(step, path, **options):
     """A supervisor that writes the training's state to a file after one step, and goes on."""
 
     def on_step(seen):
-        if seen.index == step:
+        if seen.training and seen.index == step:
             save_state(seen.training.state(), path)
 
     return Supervisor(on_step, **options)
@@ -76,11 +76,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path):
     assert same_tensors(weights_of(model.unet), before)
 
 
-def test_a_text_encoder_s_training_goes_on_too(tmp_path):
-    settings, file = settings_of("hirm", {"steps": 3}), tmp_path / "a.fmn-train"
+TEXT = {
+    "hirm": ({"steps": 3}, {"steps": 1}),  # of each concept
+    "reread-many": ({"steps": 4, "kept": 8, "batch": 2}, {}),  # its rate depends on their number
+}
+
+
+@pytest.mark.parametrize("preset", TEXT)
+def test_a_text_encoder_s_training_goes_on_too(preset, tmp_path):
+    settings, file = settings_of(preset, TEXT[preset][0]), tmp_path / "a.fmn-train"
     model = DiffusersModel.load("demo")
     whole = forget(model, CONCEPTS, settings)
-    forget(model, CONCEPTS, replace(settings, steps=1), saved_at(2, file))
+    forget(model, CONCEPTS, replace(settings, **TEXT[preset][1]), saved_at(2, file))
     resumed = forget(model, CONCEPTS, settings, Supervisor(resume=load_state(file)))
     assert same_tensors(tensors_of(resumed), tensors_of(whole))
 
