@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -13,6 +14,7 @@ from ..fmn.hosts.comfy_other import host_of
 from ..fmn.patch import load_patch, save_patch
 from ..fmn.report import describe, printable
 from ..fmn.resume import ENDING
+from ..fmn.scores import source_of
 from ..fmn.thumbnail import data_uri
 from .types import CATEGORY, Patch, show_text
 
@@ -108,7 +110,8 @@ class SaveForgetPatch(io.ComfyNode):
         name = path.relative_to(Path(output_folder()).resolve()).as_posix()
         size = path.stat().st_size / 1e6
         show_text(f"saved {name}, {size:.2f} MB, in output/{KIND}")
-        return io.NodeOutput(patch, name, ui=ui.PreviewText(name))
+        saved = replace(patch, source=source_of(path))
+        return io.NodeOutput(saved, name, ui=ui.PreviewText(name))
 
 
 class LoadForgetPatch(io.ComfyNode):
@@ -144,7 +147,7 @@ class LoadForgetPatch(io.ComfyNode):
                 f"There is no patch '{file}' in models/{KIND} or output/{KIND}: "
                 "put the file there and choose it from the list."
             )
-        return io.NodeOutput(load_patch(path))
+        return io.NodeOutput(replace(load_patch(path), source=source_of(path)))
 
 
 def _path_of(name):
