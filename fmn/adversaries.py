@@ -40,10 +40,13 @@ class Words:
         """The first prompt, which says least beside the words, [1, 77, D]."""
         return self.encoder.encode(self.prompts[0], self.learned)[0]
 
-    def text(self):
-        """One of the prompts, [1, 77, D]."""
-        i = int(torch.randint(len(self.prompts), (1,), generator=self.generator))
-        return self.encoder.encode(self.prompts[i], self.learned)[0]
+    def pick(self):
+        """One of the prompts, by chance."""
+        return int(torch.randint(len(self.prompts), (1,), generator=self.generator))
+
+    def text(self, picked):
+        """The prompt of a ``pick``, [1, 77, D]."""
+        return self.encoder.encode(self.prompts[picked], self.learned)[0]
 
 
 class Context:
@@ -62,7 +65,10 @@ class Context:
         self.context, self.learned = context, moves.requires_grad_()
         self.optimiser = torch.optim.Adam([self.learned], lr=CONTEXT_LR * float(context.std()))
 
-    def text(self):
+    def pick(self):
+        """There is but one text."""
+
+    def text(self, picked=None):
         """[1, 77, D]"""
         free, shift = self.learned[:FREE], self.learned[FREE:]
         behind = shift.expand(self.context.shape[1] - 1 - FREE, -1)

@@ -117,4 +117,4 @@ def _matching(pattern):
     path = Path(pattern)
     if path.exists() or not glob.has_magic(pattern):
         return [path]
-    return [Path(name) for name in sorted(glob.glob(pattern))]
+    return [Path(name) for name in sorted(glob.glob(pattern)) if name.endswith(".safetensors")]

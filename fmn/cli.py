@@ -91,7 +91,7 @@ def _add_forget(commands, asked):
     )  # fmt: skip
     forget.add_argument(
         "--resume", type=Path, metavar="FILE",
-        help="go on with a training that --save-every left: a patch, or the .train.safetensors",
+        help="go on with a training that --save-every left: a patch, or the .fmn-train beside it",
     )  # fmt: skip
     forget.add_argument(
         "--keep-best", action="store_true",

@@ -98,14 +98,15 @@ class Switch:
 
 
 @contextmanager
-def attached(adapters, module_of):
+def attached(adapters, module_of, switch=None):
     """Add each adapter's output to its layer's for a while; yields their ``Switch``.
 
     Args:
         adapters: layer name -> LowRank, Full or Fixed.
         module_of: function from a layer name to the host's module.
+        switch: of others that are attached, to turn all off at once; None makes a new one.
     """
-    handles, switch = [], Switch()
+    handles, switch = [], switch or Switch()
     try:
         for name, adapter in adapters.items():
 

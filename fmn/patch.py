@@ -16,6 +16,7 @@ from .files import write_whole
 from .lora_keys import PARTS, file_name, known_names
 from .lowrank import merge
 from .patch_info import FORMAT, MAX_HEADER, THUMBNAIL, info_of
+from .scores import Source
 
 MAX_RANK = 1024
 
@@ -28,11 +29,13 @@ class ForgetPatch:
         changes: layer name -> (up [out, r], down [r, in]), CPU tensors whose product is added to
             the weight at strength 1. Conv2d factors carry their kernel dimensions.
         info: plain data about it, JSON-able; ``new_info`` lists the fields.
+        source: ``scores.Source``, where it is known which file this is the content of.
     """
 
     family: Family
     changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
     info: dict = field(default_factory=dict)
+    source: Source | None = None
 
     @property
     def concepts(self):

@@ -11,7 +11,7 @@ INFO_TYPES = {
     "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
     "base.prediction": str, "loss": dict, "truncation_error": (int, float),
     "rounding_error": (int, float), "date": str, "version": str, "recipe": str,
-    "merged": list, "scores": dict,
+    "merged": list, "scores": dict, "measured": dict,
 }  # fmt: skip
 
 
@@ -35,6 +35,12 @@ def info_of(path, metadata):
         for part in info.get("merged", []):
             texts += [part["method"], *part["concepts"]]
             numbers.append(part["strength"])
+        for measured in filter(None, [info.get("measured")]):
+            texts += [measured[part] for part in ("suite", "judge", "base", "date")]
+            texts += measured["targets"]
+            if not isinstance(measured["targets"], list):
+                raise TypeError("targets")
+            numbers.append(measured["count"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ForgetError(
             f"The metadata of '{path.name}' is damaged ({type(error).__name__}): get it again."

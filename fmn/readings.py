@@ -9,11 +9,11 @@ import torch
 from .closed_form import exact
 from .concept import Prompt
 from .errors import ForgetError
-from .hardening import count as hardening_count
-from .hardening import picture_counts
 from .model import Text, cross_attention_names
 from .output_form import Progress
 from .readout import read_out, record_queries
+from .scenes import count as scenes_count
+from .scenes import picture_counts
 from .spans import SECTION
 
 KEPT_PLACES = 4  # at which a kept sentence is read
@@ -78,7 +78,7 @@ class Drawings:
         drawn = [min(settings.drawn, len(texts)) for texts in (*spoken, *spoken, kept)]
         batches = sum(-(-count // AT_ONCE) for count in drawn)
         layers = len(cross_attention_names(model.family))
-        total = batches + layers + hardening_count(settings, len(spoken), styles)
+        total = batches + layers + scenes_count(settings, len(spoken), styles)
         self.progress = Progress(on_step, total)
 
     def __call__(self, texts):

@@ -1,5 +1,7 @@
 """Patches in words."""
 
+from .scores import scores_text
+
 PARTS_SHOWN = 12  # of a merged patch
 
 
@@ -28,6 +30,7 @@ def describe(patch):
     loss = info.get("loss")
     if loss:
         lines.append(f"loss: {loss['first']:.4g} -> {loss['last']:.4g} in {loss['steps']} steps")
+    lines += scores_text(info)
     for key, meaning in (
         ("truncation_error", "cut off by the rank"),
         ("rounding_error", "lost by 16-bit rounding"),

@@ -18,10 +18,11 @@ from .files import write_whole
 from .patch import check_header_size, save_patch
 from .train import Loop
 
-ENDING = ".train.safetensors"
+ENDING = ".fmn-train"  # no ending that loaders of models list
 FORMAT = "1"
 MOMENTS = "exp_avg", "exp_avg_sq", "step"  # AdamW's, of each parameter
-BEST = "best."
+BEST, BESIDE = "best.", "beside."
+GROW = "steps", "robust_steps"  # settings that may be raised to go on
 MAX_STEPS = 1_000_000
 TOP_SCALE = 1024.0
 RECORD = {
@@ -38,7 +39,8 @@ class State:
         record: plain data; ``RECORD`` lists it. ``best`` is [loss, step] or None.
         losses: one a finished step.
         tensors: name -> float32 tensor: "LAYER.PART" of every trained parameter, its moments as
-            "LAYER.PART.exp_avg" and so on, and "best.LAYER.PART" if the best was kept.
+            "LAYER.PART.exp_avg" and so on, "best.LAYER.PART" if the best was kept, and what else
+            learns, which is no part of the patch, as "beside.NAME" and "beside.NAME.exp_avg".
         name: of its file, for messages.
     """
 
@@ -66,7 +68,7 @@ class State:
         then, now = self.record["settings"], record["settings"]
         for key in sorted(then.keys() | now.keys()):
             # More steps may be added; nothing else would give the same training.
-            if key != "steps" and then.get(key) != now.get(key):
+            if then.get(key) != now.get(key) and not (key in GROW and now.get(key)):
                 raise ForgetError(
                     f"'{self.name}' was made with {key[:40]} {str(then.get(key, 'unset'))[:40]}, "
                     f"and this is {str(now.get(key, 'unset'))[:40]}: only steps may differ."
@@ -78,8 +80,21 @@ class State:
         Args:
             parameters: name -> parameter, as in ``tensors``.
         """
-        trained = {name for name in self.tensors if not name.startswith(BEST)}
-        trained = {name for name in trained if name.rpartition(".")[2] not in MOMENTS}
+        moments = self._put_on(parameters, beside=False)
+        return Loop(self.losses, self.record["tries"], self.record["scale"], list(moments.values()))
+
+    def put_beside(self, learned):
+        """The same for what else learns; returns the moments of each, None for those without.
+
+        Args:
+            learned: name -> tensor, without "beside.".
+        """
+        learned = {BESIDE + name: tensor for name, tensor in learned.items()}
+        moments = self._put_on(learned, beside=True)
+        return {name.removeprefix(BESIDE): each for name, each in moments.items()}
+
+    def _put_on(self, parameters, beside):
+        trained = {name for name in _owners(self.tensors) if name.startswith(BESIDE) == beside}
         if trained != parameters.keys():
             odd = sorted(trained ^ parameters.keys())[0]
             raise ForgetError(
@@ -94,8 +109,7 @@ class State:
                 )
             with torch.no_grad():
                 parameter.copy_(saved)
-        moments = [self._moments(name, p.device) for name, p in parameters.items()]
-        return Loop(self.losses, self.record["tries"], self.record["scale"], moments)
+        return {name: self._moments(name, p.device) for name, p in parameters.items()}
 
     def _moments(self, name, device):
         found = {part: self.tensors.get(f"{name}.{part}") for part in MOMENTS}
@@ -111,6 +125,12 @@ class State:
         start = len(BEST)
         kept = {name[start:]: t for name, t in self.tensors.items() if name.startswith(BEST)}
         return *self.record["best"], kept
+
+
+def _owners(tensors):
+    """Names of what is trained: neither moments nor kept as the best."""
+    names = [name for name in tensors if not name.startswith(BEST)]
+    return {name for name in names if name.rpartition(".")[2] not in MOMENTS}
 
 
 def _told(key, value):
@@ -131,15 +151,19 @@ def record_of(model, fingerprint, method, settings, concepts):
     }
 
 
-def state_of(record, parameters, loop, best=None):
+def state_of(record, parameters, loop, best=None, beside=None):
     """The ``State`` of a training; its tensors are copies on the CPU.
 
     Args:
         parameters: name -> parameter, in the order of ``loop.moments``.
         best: (loss, step, name -> tensor) or None.
+        beside: name -> (tensor, its moments or None) of what else learns.
     """
-    tensors = dict(parameters)
-    for name, moments in zip(parameters, loop.moments):
+    trained = {name: (own, each) for (name, own), each in zip(parameters.items(), loop.moments)}
+    trained |= {BESIDE + name: both for name, both in (beside or {}).items()}
+    tensors = {}
+    for name, (own, moments) in trained.items():
+        tensors[name] = own
         tensors |= {f"{name}.{part}": moments[part] for part in MOMENTS if moments}
     if best:
         tensors |= {BEST + name: tensor for name, tensor in best[2].items()}
@@ -255,9 +279,9 @@ def _check_tensors(name, record, losses, tensors):
             raise _damaged(name, f"values of '{key[:60]}', not all finite,")
         owner, _, part = key.rpartition(".")
         if part in MOMENTS:
-            _check_moments(name, owner, part, tensors, steps)
+            _check_moments(name, owner, part, tensors, record["tries"])
     kept = {key.removeprefix(BEST) for key in tensors if key.startswith(BEST)}
-    own = {k for k in tensors if not k.startswith(BEST) and k.rpartition(".")[2] not in MOMENTS}
+    own = {key for key in _owners(tensors) if not key.startswith(BESIDE)}
     best = record["best"]
     if kept != (own if best else set()) or (best and best[1] > steps):
         raise _damaged(name, "best parameters")
@@ -265,13 +289,13 @@ def _check_tensors(name, record, losses, tensors):
         raise _damaged(name, "shapes of the best parameters")
 
 
-def _check_moments(name, owner, part, tensors, steps):
+def _check_moments(name, owner, part, tensors, tries):
     every = [tensors.get(f"{owner}.{each}") for each in MOMENTS]
     if owner not in tensors or any(each is None for each in every):
         raise _damaged(name, f"moments of '{owner[:60]}', which are not complete,")
     tensor = tensors[f"{owner}.{part}"]
     if part == "step":
-        fits = tensor.dim() == 0 and 0 < float(tensor) <= steps and float(tensor).is_integer()
+        fits = tensor.dim() == 0 and 0 < float(tensor) <= tries and float(tensor).is_integer()
     else:
         fits = tensor.shape == tensors[owner].shape
         fits = fits and (part == "exp_avg" or not (tensor < 0).any())

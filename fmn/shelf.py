@@ -1,7 +1,7 @@
 """The patches in some folders: a fast list of them, and what may be done to their files.
 
 Beside ``dog.safetensors`` may lie ``dog.jpg`` (or .jpeg, .png, .webp), its thumbnail,
-``dog.fmn.json``, the user's notes, and ``dog.train.safetensors``, from which its training can be
+``dog.fmn.json``, the user's notes, and ``dog.fmn-train``, from which its training can be
 resumed. They move and go with it. A file is only ever named by its folder's number and its path in
 the list, so no name leads out of the folders.
 """
@@ -44,8 +44,9 @@ class Shelf:
 
         Keys: folder (number), name (path with /), size (bytes), date (seconds since 1970);
         concepts ([name, kind] each), method, family, model, base (fingerprint), prediction, rank,
-        loss, scores, notes; picture (changes with the thumbnail), beside (names of the files that
-        go with it); problem (a word of ``shelf_header``, if it cannot be used).
+        loss, scores, measured ([suite, [target]]), notes; picture (changes with the thumbnail),
+        beside (names of the files that go with it); problem (a word of ``shelf_header``, if it
+        cannot be used).
 
         Raises:
             ForgetError: a folder cannot be read.
@@ -197,8 +198,6 @@ def _walk(root):
             except OSError:
                 continue  # a link that leads to itself or nowhere we may go
         for name, file in files.items():
-            if name.endswith(STATE):
-                continue
             if name.lower().endswith(SUFFIX) and _is_text(prefix + name):
                 stem = name[: -len(SUFFIX)]
                 beside = (files.get(stem + suffix) for suffix in (*PICTURES, NOTES, STATE))

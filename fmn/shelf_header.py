@@ -12,10 +12,11 @@ from .errors import ForgetError
 from .families import FAMILIES
 from .patch_info import FORMAT, MAX_HEADER, THUMBNAIL, info_of, is_number
 from .report import printable
+from .scores import MOST as MOST_SCORES
 
 CHUNK = 1 << 16  # bytes; most headers end before
 START = '{"__metadata__":'  # safetensors writes its metadata first
-MOST_CONCEPTS, MOST_SCORES = 64, 12
+MOST_CONCEPTS = 64
 LONGEST = 200  # letters of a text
 
 # Why a file cannot be used, in a word; the page has the sentences.
@@ -102,8 +103,14 @@ def _fields(metadata, info):
         _text(name): value for name, value in info.get("scores", {}).items() if is_number(value)
     }
     yield "scores", dict(list(scores.items())[:MOST_SCORES])
+    measured = info.get("measured")
+    yield "measured", measured and [_text(measured["suite"]), _named(measured["targets"])]
     yield "date", _seconds(info.get("date", ""))
     yield "thumbnail", THUMBNAIL in metadata
+
+
+def _named(names):
+    return [_text(name) for name in names[:MOST_CONCEPTS]]
 
 
 def _text(text):

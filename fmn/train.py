@@ -80,7 +80,7 @@ def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scal
     losses, tries = [], 0
     if begun:
         losses, tries, scale = list(begun.losses), begun.tries, begun.scale
-        _set_moments(adamw, begun.moments)
+        set_moments(adamw, begun.moments)
     good = [parameter.detach().clone() for parameter in parameters]
     start, done = time.monotonic(), len(losses)
     while len(losses) < steps:
@@ -130,7 +130,8 @@ def _clipped(parameters, scale, max_norm):
     return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
-def _set_moments(adamw, moments):
+def set_moments(adamw, moments):
+    """Give an Adam or AdamW the state of each of its parameters, None for those without."""
     state = adamw.state_dict()
     state["state"] = {i: own for i, own in enumerate(moments) if own is not None}
     adamw.load_state_dict(state)

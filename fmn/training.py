@@ -29,9 +29,14 @@ class Training:
         self.begun, self.keeps_best = supervisor.resume, supervisor.keep_best
         self.tries, self.loop, self.best, self.error = 0, None, None, None
 
-    def put_on(self, adapters, switch, borrowed=None):
-        """Say what is trained; sets it as it was, if a run is resumed."""
+    def put_on(self, adapters, switch, borrowed=None, make=None):
+        """Say what is trained; sets it as it was, if a run is resumed.
+
+        Args:
+            make: function from the losses to the patch; None: the adapters are all of it.
+        """
         self.adapters, self.switch, self.borrowed = adapters, switch, borrowed
+        self.make, self.beside = make, None
         self.tries, self.loop, self.best = 0, None, None  # memory may have run out in a first try
         self.parameters = {
             f"{name}.{part}": parameter
@@ -41,6 +46,21 @@ class Training:
         if self.begun:
             self.loop = self.begun.put_on(self.parameters)
             self.tries, self.best = self.loop.tries, self.begun.best() if self.keeps_best else None
+
+    def put_beside(self, learned_of):
+        """Say what else learns, which is no part of the patch, and set it as it was.
+
+        Args:
+            learned_of: function without arguments that gives, as it is now, name -> (tensor, its
+                moments or None).
+
+        Returns:
+            name -> moments to go on with; none if no run is resumed.
+        """
+        self.beside = learned_of
+        if not self.begun:
+            return {}
+        return self.begun.put_beside({name: both[0] for name, both in learned_of().items()})
 
     def run(self, loss_at, steps, optimiser, on_step, half):
         """Train; see ``fit``."""
@@ -69,13 +89,16 @@ class Training:
 
     def state(self):
         """The ``resume.State`` after the last step."""
-        return state_of(self.record, self.parameters, self.loop, self.best)
+        beside = self.beside() if self.beside else {}
+        return state_of(self.record, self.parameters, self.loop, self.best, beside)
 
     def patch(self):
         """The patch that the adapters make as they are."""
         return self._patch(self.loop.losses)
 
     def _patch(self, losses):
+        if self.make:
+            return self.make(list(losses))
         return patch_of(
             self.model, self.base, self.concepts, self.settings, self.adapters, list(losses)
         )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from ..fmn import scores
 from ..fmn.bench.cells import Setup, given, plan, trained
 from ..fmn.bench.judges import check_domains, files_of, hash_of, judge_for
 from ..fmn.bench.lab import Lab, to_bytes
@@ -25,6 +26,7 @@ from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfy import ComfyModel
 from ..fmn.methods import PRESETS, preset_of, settings_of
 from ..fmn.report import printable
+from .patch import DEMO_PATCHES
 from .types import CATEGORY, Method, Patch, show_text
 
 KIND = "forget_suites"
@@ -113,6 +115,14 @@ class ConceptBench(io.ComfyNode):
                     tooltip="Folder below output/forget_bench for the report. What is measured "
                     "there already is not measured again.",
                 ),
+                io.Boolean.Input(
+                    "write_scores",
+                    default=False,
+                    tooltip="On: the means are written into the patch's own file, where the patch "
+                    "shelf shows them and whoever gets the file reads them. Its weights stay as "
+                    "they are, but it is no longer the same file, byte by byte. Needs a patch "
+                    "straight from Load or Save Forget Patch. Off: no patch file is touched.",
+                ),
             ],
             outputs=[
                 io.String.Output("REPORT", display_name="report"),
@@ -125,20 +135,22 @@ class ConceptBench(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, suite, targets, measure, judge, count, bench_seed, name,
-        patch=None, method=None,
+        write_scores, patch=None, method=None,
     ):  # fmt: skip
         data = read_suite(_suite_path(suite))
         world = parse_suite(data, Path(suite).stem)
         host = ComfyModel(model, clip, vae)
         setup = _setup(host, data, world, judge, count, bench_seed)
         targets = _targets(world, targets, patch)
+        if write_scores:
+            _check_scored(patch, targets)
         judges = {
             kind: judge_for(spec, world) if (spec := getattr(setup, kind)) else None
             for kind in ("judge", "check")
         }
         check_domains(judges["judge"], targets)
         measures = {"quick": QUICK, "all": MEASURES}.get(measure, (measure,))
-        under_test = _method(patch, method)
+        under_test = _method(patch, method, write_scores)
         names = [target.name for target in targets]
         cells = plan(setup, world, names, [under_test], measures)
         show = _Progress()
@@ -152,6 +164,9 @@ class ConceptBench(io.ComfyNode):
             raise ForgetError(failures(failed, paths))
         images = {plot.name: plot.image for plot in plots(summary)}
         report = f"{markdown_table(summary)}\n\n{paths['html']}"
+        if write_scores:
+            scores.write_scores(patch.source, *scores.scores_of(summary, setup, under_test.name))
+            report += f"\n\nscores written into {patch.source.path.name}"
         shown = [_image(images[name]) for name in ("bars", "erased-vs-kept")]
         return io.NodeOutput(report, *shown, ui=ui.PreviewText(report))
 
@@ -201,11 +216,28 @@ def _targets(suite, text, patch):
     return targets
 
 
-def _method(patch, method):
+def _check_scored(patch, targets):
+    """Refuse before measuring what no scores could be written of."""
+    if patch is None or patch.source is None:
+        raise ForgetError(
+            "write_scores is on, but what is measured is no file yet: connect the patch of Load "
+            "Forget Patch or Save Forget Patch, or turn it off."
+        )
+    path = patch.source.path
+    if path in [each.resolve() for each in DEMO_PATCHES.values()]:
+        raise ForgetError(
+            f"'{path.name}' belongs to this pack, so nothing is written into it: copy it to "
+            "models/forget_patches and load it from there, or turn write_scores off."
+        )
+    scores.check_targets(path.name, patch.concepts, [target.name for target in targets])
+
+
+def _method(patch, method, as_file):
     if patch is not None:
         if method is not None:
             raise ForgetError("A patch and a method are connected: remove one of them.")
-        return given("patch", to_bytes(patch))
+        # A file's own numbers; written once more they would be rounded once more.
+        return given("patch", scores.bytes_of(patch.source) if as_file else to_bytes(patch))
     preset = preset_of(method) if method is not None else next(iter(PRESETS))
     return trained(preset, preset, method or settings_of(preset, {}))
 

@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -13,10 +14,12 @@ from ..fmn.hosts.comfy_other import host_of
 from ..fmn.patch import load_patch, save_patch
 from ..fmn.report import describe, printable
 from ..fmn.resume import ENDING
+from ..fmn.scores import source_of
 from ..fmn.thumbnail import data_uri
 from .types import CATEGORY, Patch, show_text
 
 KIND = "forget_patches"
+STATES = "forget_trainings"  # what lies beside patches to resume their training
 # Made for the demo model. Only the Load node lists them: "*" in a merge means the user's files.
 DEMO_PATCHES = {
     f"demo/{path.name}": path
@@ -30,6 +33,7 @@ def _register_folders():
     known, extensions = folder_paths.folder_names_and_paths.get(KIND, ([], set()))
     paths = [*known, *(folder for folder in folders if folder not in known)]
     folder_paths.folder_names_and_paths[KIND] = (paths, extensions | {".safetensors"})
+    folder_paths.folder_names_and_paths[STATES] = (paths, {ENDING})
     for folder in folders:
         folder_paths.add_model_folder_path("loras", folder)
 
@@ -106,11 +110,8 @@ class SaveForgetPatch(io.ComfyNode):
         name = path.relative_to(Path(output_folder()).resolve()).as_posix()
         size = path.stat().st_size / 1e6
         show_text(f"saved {name}, {size:.2f} MB, in output/{KIND}")
-        return io.NodeOutput(patch, name, ui=ui.PreviewText(name))
-
-
-def _patch_files():
-    return [name for name in folder_paths.get_filename_list(KIND) if not name.endswith(ENDING)]
+        saved = replace(patch, source=source_of(path))
+        return io.NodeOutput(saved, name, ui=ui.PreviewText(name))
 
 
 class LoadForgetPatch(io.ComfyNode):
@@ -124,7 +125,7 @@ class LoadForgetPatch(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=[*_patch_files(), *DEMO_PATCHES],
+                    options=[*folder_paths.get_filename_list(KIND), *DEMO_PATCHES],
                     tooltip="New files show up after a refresh (R). Those in demo come with the "
                     "pack, for the demo model.",
                 ),
@@ -146,14 +147,14 @@ class LoadForgetPatch(io.ComfyNode):
                 f"There is no patch '{file}' in models/{KIND} or output/{KIND}: "
                 "put the file there and choose it from the list."
             )
-        return io.NodeOutput(load_patch(path))
+        return io.NodeOutput(replace(load_patch(path), source=source_of(path)))
 
 
 def _path_of(name):
     """The file of a name on the list, or None. A user's file goes before one of the pack."""
     name = name.replace(os.sep, "/")
     # ComfyUI's lookup strips what leads out of the folders, so only what is listed is looked up.
-    listed = {each.replace(os.sep, "/"): each for each in _patch_files()}
+    listed = {each.replace(os.sep, "/"): each for each in folder_paths.get_filename_list(KIND)}
     path = folder_paths.get_full_path(KIND, listed[name]) if name in listed else None
     return path or DEMO_PATCHES.get(name)
 

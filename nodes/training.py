@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..fmn.errors import ForgetError
 from ..fmn.resume import ENDING
 from ..fmn.training import SMOOTHED
-from .patch import KIND, output_path
+from .patch import KIND, STATES, output_path
 from .types import CATEGORY, Options
 
 ANEW = "start anew"
@@ -35,8 +35,7 @@ class TrainingOptions:
 
 def _states():
     """Training states that were saved, by name."""
-    names = [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(KIND)]
-    return [name for name in names if name.endswith(ENDING)]
+    return [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(STATES)]
 
 
 class TrainingOptionsNode(io.ComfyNode):
@@ -119,7 +118,7 @@ class TrainingOptionsNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, resume=ANEW, **widgets):
-        path = folder_paths.get_full_path(KIND, resume) if resume in _states() else None
+        path = folder_paths.get_full_path(STATES, resume) if resume in _states() else None
         stat = os.stat(path) if path else None
         return f"{stat.st_mtime_ns} {stat.st_size}" if stat else ""
 
@@ -135,7 +134,7 @@ class TrainingOptionsNode(io.ComfyNode):
 
 def _path_of(name):
     # ComfyUI's lookup strips what leads out of the folders.
-    path = folder_paths.get_full_path(KIND, name)
+    path = folder_paths.get_full_path(STATES, name)
     if path is None or name.replace(os.sep, "/") not in _states():
         raise ForgetError(
             f"There is no training state '{name[:80]}' in output/{KIND}: choose one from the list, "

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import ForgetError
 from ..files import file_and_strength
 from ..methods import PRESETS, settings_of
 from ..patch import load_patch
+from ..scores import Source, source_of
 from .names import UNTOUCHED
 
 FORMAT = 1  # raise it when a cell's meaning changes: stored results are then made anew
@@ -80,11 +81,13 @@ class Method:
         name: as it stands in tables.
         settings: plain data: a preset and its settings, or the hash and strength of a patch.
         patch: bytes of the patch file, if there is one already.
+        source: of that file, if it is known.
     """
 
     name: str
     settings: dict
     patch: bytes | None = field(default=None, repr=False)
+    source: Source | None = field(default=None, repr=False)
 
 
 def parse_method(text):
@@ -133,8 +136,8 @@ def _file_method(text):
             f"'{text}' is neither a method ({', '.join(PRESETS)}) nor a patch file: choose one."
         )
     load_patch(path)  # refused now rather than in the middle of the run
-    return given(path.name if strength == 1 else f"{path.name}:{strength:g}",
-                 path.read_bytes(), strength)  # fmt: skip
+    name = path.name if strength == 1 else f"{path.name}:{strength:g}"
+    return replace(given(name, path.read_bytes(), strength), source=source_of(path))
 
 
 def plan(setup, suite, targets, methods, measures, scale=()):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import ForgetError
 from ..methods import DEFAULT
+from ..scores import check_targets, scores_of, write_scores
 from .names import MEASURES, QUICK, SCALE
 
 EPILOG = """\
@@ -19,6 +20,7 @@ Finished pieces are kept in OUT/cells.sqlite: run the same command again to go o
 
 examples:
   python -m fmn bench --target "santa claus" dog "ink drawing"
+  python -m fmn bench --method dog.safetensors --write-scores
   python -m fmn bench --measure all --scale many sequence --out out/full
   python -m fmn bench --suite stable-diffusion --model sd15.safetensors --judge clip:clip-vit-large
 """
@@ -60,6 +62,11 @@ def add_bench(commands, formatter):
     bench.add_argument("--size", type=int, help="pixels a side; default: the suite's")
     bench.add_argument("--workers", type=int, default=0, help="processes; 0: one a core, at most 4")
     bench.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: HOST:PORT or auto")
+    bench.add_argument(
+        "--write-scores", action="store_true",
+        help="write the means into the patch files that were measured, where the patch shelf and "
+        "'inspect' show them; without --target, targets are those that the patches forget",
+    )  # fmt: skip
     bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (%(default)s)")
 
 
@@ -71,11 +78,13 @@ def run_bench(options):
     from .report import markdown_table
     from .run import bench, failures
 
+    methods = [parse_method(text) for text in dict.fromkeys(options.method)]
     setup, suite = make_setup(options)
     targets = _targets(options, suite)
+    if options.write_scores:
+        targets = _scored(targets, options, methods)
     check_domains(judge_for(setup.judge, suite), targets)
     measures = MEASURES if "all" in options.measure else tuple(dict.fromkeys(options.measure))
-    methods = [parse_method(text) for text in dict.fromkeys(options.method)]
     names = [target.name for target in targets]
     cells = plan(setup, suite, names, methods, measures, options.scale)
     command = shlex.join(["python", "-m", "fmn", *sys.argv[1:]])
@@ -86,8 +95,12 @@ def run_bench(options):
     if failed:
         raise ForgetError(failures(failed, paths))
     files = {name: str(path) for name, path in paths.items()}
+    text = f"{markdown_table(summary)}\nreport: {files['html']}"
+    for method in methods if options.write_scores else ():
+        write_scores(method.source, *scores_of(summary, setup, method.name))
+        text += f"\nscores written into {method.source.path}"
     told = {key: value for key, value in summary.items() if key != "grids"}
-    return {"summary": told, "files": files}, f"{markdown_table(summary)}\nreport: {files['html']}"
+    return {"summary": told, "files": files}, text
 
 
 def make_setup(options):
@@ -134,6 +147,25 @@ def _targets(options, suite):
     targets = [t for t in targets if options.split in (None, t.split)]
     if not targets:
         raise ForgetError(f"No target named is in the half '{options.split}': name others.")
+    return targets
+
+
+def _scored(targets, options, methods):
+    """Of the targets those whose scores can be written: all if they are named."""
+    from ..patch import load_patch
+
+    for method in methods:
+        if method.source is None or method.settings["strength"] != 1:
+            raise ForgetError(
+                f"--write-scores is for patch files at strength 1, and '{method.name:.80}' is "
+                "none: name files such as dog.safetensors with --method."
+            )
+    concepts = {method.name: load_patch(method.source.path).concepts for method in methods}
+    if not options.target:
+        forgotten = {name for own in concepts.values() for name in own}
+        targets = [target for target in targets if target.name in forgotten]
+    for name, own in concepts.items():
+        check_targets(name, own, [target.name for target in targets])
     return targets
 
 

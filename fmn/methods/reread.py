@@ -6,6 +6,7 @@ queries of real drawings. ``docs/methods/reread.md`` derives it and tells what e
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,9 +23,11 @@ from ..patch import MAX_RANK
 from ..readings import Drawings, Kept, Reading
 from ..readout import cross_attention_layers
 from ..remaining import Remaining
+from ..scenes import draw_scenes
 from ..sentences import blanked, kept_sentences, sentences
 from ..settings import Settings as Base
 from ..settings import checkpointing, lr, seed, setting, size
+from ..training import Training
 
 TITLE = "Re-read"
 ABOUT = (
@@ -168,24 +171,25 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         ]
         texts = _hardening_texts(draw, concepts, spoken, kept) if settings.robust_steps else None
         changes, left = closed_form(draw, spoken, kept, pushes)
-        losses, error = [1.0, left], None
-        if texts:
-            try:
-                changes, more, error = harden(
-                    model, borrowed, changes, *texts, draw.empty, settings, draw.progress
-                )
-                losses += more
-            except NonFiniteLoss as caught:  # at once: the closed form is what there is
-                error = caught
-    patch = finished(model, base, concepts, settings, changes, losses)
-    if error:
-        error.patch = patch
-        raise error
-    return patch
+
+        def made(changes, losses=()):
+            return finished(model, base, concepts, settings, changes, [1.0, left, *losses])
+
+        if not texts:
+            return made(changes)
+        drawn = partial(draw.progress, 0.0)
+        scenes = draw_scenes(borrowed, *texts, draw.empty, settings, draw.side, drawn)
+        training = Training(model, concepts, settings, on_step)
+        try:
+            harden(training, borrowed, changes, *scenes, draw.empty, made, on_step)
+        except NonFiniteLoss as error:  # at once: the closed form is what there is
+            error.patch = made(changes)
+            raise
+    return training.finish()
 
 
 def _hardening_texts(draw, concepts, spoken, kept):
-    """What ``harden`` trains on: of each concept, kept ones, and these in each style that goes.
+    """What ``draw_scenes`` needs: of each concept, kept ones, and these in each style that goes.
 
     Raises:
         ForgetError: a prompt is too long, also with the adversaries' words in the name's place.

@@ -53,6 +53,7 @@ def test_merge_files_and_patterns(patches, tmp_path, capsys):
     name = next(iter(load_patch(out).changes))
     expected = 0.5 * load_patch(dog).change_of(name) + load_patch(ink).change_of(name)
     assert (load_patch(out).change_of(name) - expected).norm() < 2e-3 * expected.norm()
+    dog.with_suffix(".fmn-train").write_text("no patch, and not taken for one")
     pattern = run(capsys, "merge", f"{dog.parent}/*:0.25", dog, "--out", out)
     assert [part["strength"] for part in pattern["info"]["merged"]] == [1.0, 0.25]
     small = run(capsys, "merge", *patches, "--out", out, "--budget-kb", 12)

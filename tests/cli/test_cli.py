@@ -210,15 +210,15 @@ def test_saved_on_the_way_and_resumed(patch, tmp_path):
     fmn(*training, "--steps", 12, "--save-every", 5, "--out", part)
     step = tmp_path / "part_step12.safetensors"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "part.safetensors", "part_step10.safetensors", "part_step12.safetensors",
-        "part_step12.train.safetensors", "part_step5.safetensors",
+        "part.safetensors", "part_step10.safetensors", "part_step12.fmn-train",
+        "part_step12.safetensors", "part_step5.safetensors",
     ]  # fmt: skip
     fmn(*training, "--steps", 20, "--resume", step, "--out", resumed)
     ours, expected = load_file(resumed), load_file(patch)
     assert ours.keys() == expected.keys()
     assert all(ours[key].equal(expected[key]) for key in expected)
     done = fmn(*training, "--steps", 20, "--resume", part, "--out", resumed, code=2)
-    assert "part.train.safetensors" in done.stderr and "cannot be read" in done.stderr
+    assert "part.fmn-train" in done.stderr and "cannot be read" in done.stderr
 
 
 def test_cancel_exits_130_and_writes_nothing(tmp_path):

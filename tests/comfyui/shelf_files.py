@@ -42,9 +42,13 @@ def fill(base):
     folder = folder_of(base)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    scores = {"UA": 0.97, "IRA": 0.914}
+    scores = {"UA": 0.97, "IRA": 0.914, "M-Score": 0.4123}
+    measured = {
+        "suite": "Demo model", "targets": ["dog"], "judge": "demo", "base": DEMO_BASE,
+        "count": 12, "date": "2026-05-04T00:00:00+00:00",
+    }  # fmt: skip
     write(folder, "dog.safetensors", "dog", method="reread", date="2026-05-04T00:00:00+00:00",
-          thumbnail=data_uri(before_and_after()), scores=scores,
+          thumbnail=data_uri(before_and_after()), scores=scores, measured=measured,
           **{"base.fingerprint": DEMO_BASE})  # fmt: skip
     write(folder, "cat.safetensors", "cat", method="uce", date="2026-05-03T00:00:00+00:00")
     write(folder, "gogh.safetensors", "van gogh", "style", method="esd",

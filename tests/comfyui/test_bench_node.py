@@ -8,13 +8,13 @@ import torch
 
 from .parts import concept, leftovers, settings, state
 from .server import Interrupted, PromptError
-from .workflows import demo_loader, node, training
+from .workflows import demo_loader, node, saving, training
 
 
 def bench(**inputs):
     given = {
         "suite": "demo", "targets": "dog", "measure": "pictures", "judge": "", "count": 2,
-        "bench_seed": 0, "name": "test",
+        "bench_seed": 0, "name": "test", "write_scores": False,
     } | inputs  # fmt: skip
     return demo_loader() | {
         "bench": node(
@@ -69,6 +69,52 @@ def test_a_second_run_measures_only_what_is_missing(server, measured):
     assert len(after) == len(before) + 3  # untouched, training, re-steered
 
 
+def weights(path):
+    data = path.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def loading(file, name="load"):
+    return {name: node("FMN_LoadForgetPatch", file=file)}
+
+
+def test_scores_are_written_into_the_patch_s_file(server, measured):
+    """That of Load Forget Patch; the shelf shows them, and a second run touches nothing."""
+    file = server.run(demo_loader() | training(steps=3) | saving("scored"))["save"]["text"][0]
+    path = server.base / "output" / "forget_patches" / file
+    before, whole = weights(path), path.read_bytes()
+    server.run(loading(file) | bench(patch=["load", 0], targets=""))
+    assert path.read_bytes() == whole  # a measure alone writes nothing
+    prompt = loading(file) | bench(patch=["load", 0], targets="", write_scores=True)
+    report = server.run(prompt)["bench"]["text"][0]
+    assert report.endswith(f"scores written into {file}")
+    assert weights(path) == before and path.read_bytes() != whole
+
+    saved = json.loads((folder_of(server) / "report.json").read_text(encoding="utf-8"))
+    values = [row for row in saved["means"] if row["method"] == "patch"][-1]["values"]
+    listed = server.get("/forget-me-not/shelf")["patches"]
+    entry = next(each for each in listed if each["name"] == file)
+    named = {"UA": "UA", "IRA": "IRA", "CRA": "CRA", "mean": "HM"}
+    found = {name: round(values[key]["value"], 4) for name, key in named.items()}
+    assert entry["scores"] == found and entry["measured"] == [saved["suite"], ["dog"]]
+    inspect = {"inspect": node("FMN_InspectForgetPatch", patch=["load", 0])}
+    text = server.run(loading(file) | inspect)["inspect"]["text"][0]
+    assert "scores: UA " in text and f"measured: {saved['suite']}: dog; 2 pictures" in text
+
+    written = path.stat().st_mtime_ns
+    server.run(prompt)
+    assert path.stat().st_mtime_ns == written
+
+
+def test_scores_of_a_patch_that_was_just_saved(server, measured):
+    prompt = training(steps=3) | saving("fresh") | bench(patch=["save", 0], write_scores=True)
+    outputs = server.run(prompt)
+    path = server.base / "output" / "forget_patches" / outputs["save"]["text"][0]
+    assert outputs["bench"]["text"][0].endswith(f"scores written into {path.name}")
+    header = path.read_bytes()[:4000]
+    assert b"fmn.scores" in header and b"fmn.measured" in header
+
+
 @pytest.mark.parametrize(
     "inputs, told",
     [
@@ -79,11 +125,22 @@ def test_a_second_run_measures_only_what_is_missing(server, measured):
         ({"name": "../../escape"}, "leads out of output/forget_bench"),
         ({"patch": ["train", 0], "method": ["method", 0]}, "remove one of them"),
         ({"patch": ["train", 0], "suite": "demo", "targets": "wolf"}, "no target 'wolf'"),
+        ({"write_scores": True}, "what is measured is no file yet"),
+        ({"write_scores": True, "patch": ["train", 0]}, "what is measured is no file yet"),
+        (
+            {"write_scores": True, "patch": ["shipped", 0], "targets": "santa claus"},
+            "'santa_claus.safetensors' belongs to this pack",
+        ),
+        (
+            {"write_scores": True, "patch": ["save", 0], "targets": "dog\ncar"},
+            "does not forget 'car'",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(server, inputs, told):
     with pytest.raises(PromptError) as caught:
-        server.run(training(steps=1) | bench(**inputs))
+        shipped = loading("demo/santa_claus.safetensors", "shipped")
+        server.run(training(steps=1) | saving("refused") | shipped | bench(**inputs))
     assert told in str(caught.value)
 
 
@@ -111,7 +168,7 @@ def test_the_model_comes_back_bit_identical(pack, demo, monkeypatch):
     node_class = pack("nodes.bench").ConceptBench
     with torch.inference_mode():
         node_class.execute(
-            model, clip, vae, "demo", "dog", "pictures", "", 2, 0, "in_process", patch=patch
+            model, clip, vae, "demo", "dog", "pictures", "", 2, 0, "in_process", False, patch=patch
         )
     after = state(model)
     assert before.keys() == after.keys()

@@ -47,7 +47,14 @@ def test_list_search_and_filters(shelf):
     page.get_by_label("Method", exact=True).select_option(label="Method: all")
     row(page, "dog").click()
     told = page.locator(".fmn-details").inner_text()
-    for part in ("dog (object)", "reread", "UA 0.97, IRA 0.914", "2 → 1", "May 4, 2026"):
+    for part in (
+        "dog (object)",
+        "reread",
+        "UA 97 %, IRA 91 %, M-Score 0.4123",
+        "Demo model: dog",
+        "2 → 1",
+        "May 4, 2026",
+    ):
         assert part in told
     assert page.evaluate("document.querySelector('.fmn-details img').naturalWidth") == 256
     row(page, "junk").click()

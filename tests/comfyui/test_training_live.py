@@ -62,6 +62,12 @@ def picture(text):
     return image
 
 
+def options_of(server, kind, widget):
+    """What a node offers in a list; ComfyUI's older nodes tell it in another way."""
+    given = server.get(f"/object_info/{kind}")[kind]["input"]["required"][widget]
+    return given[0] if isinstance(given[0], list) else given[1]["options"]
+
+
 def files(server, prefix):
     folder = server.base / "output" / "forget_patches"
     return sorted(path.name for path in folder.glob(f"{prefix}*"))
@@ -157,14 +163,15 @@ def test_saved_on_the_way_cancelled_and_resumed(server):
         for kind, data in server.events(prompt_id):
             if kind == "progress" and data["node"] == "train" and data["value"] == 7:
                 server.post("/interrupt", {})
-    state = "dog_step6_00001.train.safetensors"
+    state = "dog_step6_00001.fmn-train"
     assert files(server, "part/dog") == [
-        "dog_step3_00001.safetensors", "dog_step6_00001.safetensors", state,
+        "dog_step3_00001.safetensors", state, "dog_step6_00001.safetensors",
     ]  # fmt: skip
-    offered = server.get("/object_info/FMN_TrainingOptions")["FMN_TrainingOptions"]["input"]
-    assert f"part/{state}" in offered["required"]["resume"][1]["options"]
-    loader = server.get("/object_info/FMN_LoadForgetPatch")["FMN_LoadForgetPatch"]["input"]
-    assert not any("train.safetensors" in n for n in loader["required"]["file"][1]["options"])
+    assert f"part/{state}" in options_of(server, "FMN_TrainingOptions", "resume")
+    for loader, widget in (("FMN_LoadForgetPatch", "file"), ("LoraLoader", "lora_name")):
+        listed = options_of(server, loader, widget)
+        assert "part/dog_step6_00001.safetensors" in listed
+        assert not any("fmn-train" in name for name in listed)
 
     events = events_of(server, watched(settings, resume=f"part/{state}"))
     assert events[-1]["step"] == 9 and len(events[-1]["losses"]) == 9
@@ -189,7 +196,7 @@ def test_the_best_step_is_marked_and_kept(server):
     assert last["best"] == 10 + means.index(min(means))
 
 
-@pytest.mark.parametrize("name", ["../../escape", "/etc/passwd", "missing.train.safetensors"])
+@pytest.mark.parametrize("name", ["../../escape", "/etc/passwd", "missing.fmn-train"])
 def test_resuming_outside_the_folder_is_refused(server, name):
     with pytest.raises(PromptError, match="There is no training state"):
         server.run(watched({"training_seed": 311}, resume=name) | saving("never"))

@@ -10,7 +10,7 @@ from .parts import concept, gradient_flags, leftovers, state
 from .test_every_method import SHORT, Fault
 from .test_measure import same_bits
 
-TRAINED = "resteer", "esd", "ablation", "hirm"
+TRAINED = "resteer", "esd", "ablation", "hirm", "reread-many", "reread-robust"
 
 
 @pytest.mark.parametrize("ending", ["success", "error", "cancel"])
@@ -36,7 +36,8 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
 
     def on_step(step):
         saves(step)
-        previews.during(step.training)
+        if step.training:
+            previews.during(step.training)
 
     supervisor = pack("fmn.supervisor").Supervisor(on_step, keep_best=True)
     settings = methods.settings_of(preset, SHORT[preset])
@@ -63,11 +64,12 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
 def test_a_resumed_run_equals_an_uninterrupted_one(pack, comfy_model, tmp_path, preset):
     methods, resume = pack("fmn.methods"), pack("fmn.resume")
     supervisor = pack("fmn.supervisor").Supervisor
-    settings = methods.settings_of(preset, SHORT[preset] | {"steps": 3})
-    file = tmp_path / "2.train.safetensors"
+    steps = "robust_steps" if preset == "reread-robust" else "steps"
+    settings = methods.settings_of(preset, SHORT[preset] | {steps: 3})
+    file = tmp_path / "2.fmn-train"
 
     def on_step(step):
-        if step.index == 2:
+        if step.training and step.index == 2:
             resume.save_state(step.training.state(), file)
 
     def run(supervised):

@@ -8,16 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fmn import adversaries, hardening
+from fmn import adversaries, hardening, scenes
 from fmn.adversaries import FREE
 from fmn.concept import Concept, Prompt
 from fmn.families import CLIP_G, CLIP_L
-from fmn.hardening import ADVERSARIES, HALF, MOST, Hardening, Scene, away, hardened_layers
+from fmn.hardening import ADVERSARIES, HALF, MOST, Hardening, away, hardened_layers
 from fmn.lora_keys import PARTS
 from fmn.lowrank import Fixed, LowRank, attached
 from fmn.methods import reread
 from fmn.model import Text
 from fmn.patch import save_patch
+from fmn.scenes import Scene
+from fmn.training import Training
 
 from .literal import near
 from .test_reread_run import FEW, STEPS
@@ -36,7 +38,7 @@ CHANGES = random_changes(TINY, 3, lambda layer: layer.name.endswith("attn2.to_ou
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(hardening, "DRAWING_STEPS", 3)
+    monkeypatch.setattr(scenes, "DRAWING_STEPS", 3)
     return TinyModel()
 
 
@@ -60,19 +62,19 @@ def scenes_of(model):
 @contextmanager
 def opened(model, settings=SETTINGS, concepts=2, half=False):
     """(loss, adapters) with a patch and adapters that both change the model."""
-    (scenes, kept), generator = scenes_of(model), torch.Generator().manual_seed(3)
+    (own, kept), generator = scenes_of(model), torch.Generator().manual_seed(3)
     with model.borrow() as borrowed:
         adapters = {name: LowRank(borrowed.module(name), 2, generator, "cpu") for name in NAMES}
         for adapter in adapters.values():
             torch.nn.init.normal_(adapter.up, std=0.05, generator=generator)
         worn = {name: Fixed([(*pair, 1.0)], "cpu") for name, pair in CHANGES.items()}
         with (
-            attached(worn, borrowed.module) as patch,
-            attached(adapters, borrowed.module) as switch,
+            attached(worn, borrowed.module) as switch,
+            attached(adapters, borrowed.module, switch),
             adversaries.adversaries(model, borrowed) as adversary,
         ):
-            told = scenes[:concepts], kept, text_of(model, ""), adversary, settings, half
-            yield Hardening(borrowed, adapters, (patch, switch), *told), adapters
+            told = own[:concepts], kept, text_of(model, ""), adversary, settings, half
+            yield Hardening(borrowed, adapters, switch, *told), adapters
 
 
 def test_away_is_the_formula_and_its_clamps():
@@ -115,12 +117,12 @@ def test_joined_is_the_best_cut_of_both(model, rank):
 @pytest.mark.parametrize("at_once", [1, 4, 6])
 def test_scenes_are_drawn_by_ddim(model, monkeypatch, at_once):
     """How many are drawn at once does not matter."""
-    monkeypatch.setattr(hardening, "AT_ONCE", at_once)
+    monkeypatch.setattr(scenes, "AT_ONCE", at_once)
     text, empty = text_of(model, *(f"word{i}" for i in range(6))), text_of(model, "")
     settings, told = replace(SETTINGS, guidance=2.5, seed=4), []
     with model.borrow() as borrowed:
         given = borrowed, text, empty, settings, 8, lambda: told.append(len(model.seen))
-        scene = hardening.draw_scene(*given, text, BLANKS)
+        scene = scenes.draw_scene(*given, text, BLANKS)
     assert told == [3 * (i + 1) for i in range(-(-6 // at_once))]
     assert scene.text is scene.other is text and scene.blanks == BLANKS and len(scene.latents) == 6
     for i, x in enumerate(random(6, 4, 8, 8, seed=4)):
@@ -134,6 +136,10 @@ def test_scenes_are_drawn_by_ddim(model, monkeypatch, at_once):
             clean = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
             x = math.sqrt(later) * clean + math.sqrt(1 - later) * noise
         near(scene.latents[i], x[0], 1e-4)
+
+
+def stepped(loss_at):
+    return loss_at(loss_at.pick())
 
 
 class Literal:
@@ -226,7 +232,7 @@ def test_losses_are_the_equations(model, monkeypatch, seed, concepts, steps):
     with opened(model, settings, concepts) as (loss_at, adapters):
         literal = Literal(model, adapters, concepts, settings)
         for step in range(steps):
-            assert math.isclose(loss_at(step).item(), literal(step), rel_tol=1e-4)
+            assert math.isclose(stepped(loss_at).item(), literal(step), rel_tol=1e-4)
         for own, theirs in zip(sum(loss_at.adversaries, []), sum(literal.adversaries, [])):
             assert own.age == theirs[0]
             near(own.learned.detach(), theirs[1].detach(), 1e-3)
@@ -236,35 +242,36 @@ def test_adversaries_grow_old(model, monkeypatch):
     monkeypatch.setattr(hardening, "LIFE", 2)
     with opened(model) as (loss_at, _):
         first, second = loss_at.adversaries  # of each concept
-        loss_at(0)
+        stepped(loss_at)
         assert first[0].age == 1 and {*first[1:], *second} == {None}
-        for step in range(1, 2 * 2 * ADVERSARIES):
-            loss_at(step)
+        for _ in range(1, 2 * 2 * ADVERSARIES):
+            stepped(loss_at)
         olds = [*first, *second]
         assert [each.age for each in olds] == [2] * len(set(olds)) == [2] * 2 * ADVERSARIES
-        loss_at(2 * 2 * ADVERSARIES)
+        stepped(loss_at)
         assert first[0].age == 1 and [*first[1:], *second] == olds[1:]
 
 
 def test_overflow_halves_the_scale_and_leaves_the_words(model, monkeypatch):
     with opened(model, half=True) as (loss_at, _):
-        loss_at(0)  # its scale is 1024
+        stepped(loss_at)  # its scale is 1024
         adversary, plain = loss_at.adversaries[0][0], loss_at.borrowed.denoise
+        picked = loss_at.pick()._replace(scene=loss_at.concepts[0], adversary=adversary)
         before = adversary.learned.detach().clone()
         with monkeypatch.context() as patched:
             patched.setattr(loss_at.borrowed, "denoise", lambda *given: plain(*given) * math.inf)
-            loss_at._attack(loss_at.concepts[0], adversary)
+            loss_at._attack(picked)
         assert loss_at.scale == 512 and torch.equal(adversary.learned, before)
-        assert adversary.age == 2 and all(p.requires_grad for p in loss_at.parameters)
-        loss_at._attack(loss_at.concepts[0], adversary)
+        assert all(p.requires_grad for p in loss_at.parameters)
+        loss_at._attack(picked)
         assert loss_at.scale == 512 and not torch.equal(adversary.learned, before)
 
 
 def test_with_two_text_encoders_contexts_are_learned(model):
     model.family = replace(TINY, texts=(CLIP_L, CLIP_G))
     with opened(model) as (loss_at, _):
-        loss_at(0)
-        loss_at(2)
+        for _ in range(3):
+            stepped(loss_at)
     for each in loss_at.adversaries[0][:2]:
         starts = loss_at.concepts[0].other.context
         (start,) = [one for one in starts if torch.equal(one, each.start.context[0])]
@@ -280,16 +287,24 @@ def test_with_two_text_encoders_contexts_are_learned(model):
 @pytest.mark.parametrize("concepts", [1, 2])
 def test_steps_and_what_is_trained(model, concepts):
     settings, told = replace(SETTINGS, robust_steps=3, robust_pictures=5, robust_rank=1), []
+    drawn, made = [], []
     before = {name: (up.clone(), down.clone()) for name, (up, down) in CHANGES.items()}
-    scenes, kept = scenes_of(model)
-    spoken = [(scene.text, scene.other, scene.blanks) for scene in scenes[:concepts]]
+    own, kept = scenes_of(model)
+    spoken = [(scene.text, scene.other, scene.blanks) for scene in own[:concepts]]
+    training, empty = Training(model, [DOG, CAR][:concepts], settings), text_of(model, "")
     with model.borrow() as borrowed:
-        given = CHANGES, spoken, kept.text, [], text_of(model, ""), settings, told.append
-        changes, losses, error = hardening.harden(model, borrowed, *given)
-    drawn = concepts * -(-5 // hardening.AT_ONCE) - (-10 // hardening.AT_ONCE)
-    assert told == [0.0] * drawn + losses and len(losses) == 3 * concepts and error is None
-    assert len(told) == hardening.count(settings, concepts)
-    assert hardening.count(replace(settings, robust_steps=0), concepts) == 0
+        found = scenes.draw_scenes(
+            borrowed, spoken, kept.text, [], empty, settings, 8, lambda: drawn.append(1)
+        )
+        given = CHANGES, *found, empty, lambda *both: made.append(both), told.append
+        hardening.harden(training, borrowed, *given)
+    training.finish()
+    ((changes, losses),) = made
+    assert len(drawn) == concepts * -(-5 // scenes.AT_ONCE) - (-10 // scenes.AT_ONCE)
+    assert len(drawn) == scenes.count(settings, concepts)
+    assert scenes.count(replace(settings, robust_steps=0), concepts) == 0
+    assert told[-1].losses == losses and len(losses) == len(told) == 3 * concepts
+    assert {(step.total, step.training) for step in told} == {(3 * concepts, training)}
     for name, (up, down) in changes.items():
         assert len(down) == (3 if name in CHANGES else 1) and float(up.abs().max()) > 1e-4
     for name, pair in before.items():
@@ -301,15 +316,17 @@ def test_a_run_makes_a_plain_lora(model, tmp_path, monkeypatch):
     steps, settings, finished = [], replace(SETTINGS, rank=2, robust_rank=3), reread.finished
     monkeypatch.setattr(reread, "finished", lambda *given: (finished(*given), given[-1]))
     patch, losses = reread.run(model, [DOG, CAR], settings, steps.append)
-    total = STEPS + 2 + hardening.count(settings, 2)
-    assert [(step.index, step.total) for step in steps] == [(i, total) for i in range(1, total + 1)]
+    total = STEPS + 2 + scenes.count(settings, 2)
+    assert [(step.index, step.total) for step in steps] == [
+        *((i, total) for i in range(1, total + 1)), *((i, 4) for i in range(1, 5)),
+    ]  # fmt: skip
     kinds = {"attn1.to_out.0", "attn2.to_out.0", "ff.net.2"}
     assert {name.rpartition("blocks.0.")[2] for name in patch.changes} == kinds
     ranks = {name: len(down) for name, (_, down) in patch.changes.items()}
     assert ranks == {name: 4 if "attn2" in name else 3 for name in NAMES}
     file = load_file(save_patch(patch, tmp_path / "patch.safetensors"))
     assert sorted(key.partition(".")[2] for key in file) == sorted(PARTS * len(NAMES))
-    assert losses == [1.0, steps[STEPS + 2 - 1].losses[-1], *steps[-1].losses[-4:]]
+    assert losses == [1.0, steps[STEPS + 2 - 1].losses[-1], *steps[-1].losses]
     again, _ = reread.run(model, [DOG, CAR], replace(settings, checkpointing=True))
     for name in NAMES:
         torch.testing.assert_close(again.change_of(name), patch.change_of(name))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fmn import hardening
+from fmn import scenes
 from fmn.concept import Concept
 from fmn.errors import ForgetError, NonFiniteLoss
 from fmn.methods import reread
@@ -15,18 +15,18 @@ from .test_readout import hooks_of
 from .test_reread_run import STEPS
 from .tiny import TinyModel, same_tensors, weights_of
 
-TOTAL = STEPS + hardening.count(SETTINGS, 1)
+DRAWN = STEPS + scenes.count(SETTINGS, 1)
 
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(hardening, "DRAWING_STEPS", 3)
+    monkeypatch.setattr(scenes, "DRAWING_STEPS", 3)
     return TinyModel()
 
 
 def test_a_run_that_blows_up_leaves_a_patch(model):
     def poison(step):
-        model.poisoned = step.index == step.total - 2
+        model.poisoned = bool(step.training) and step.index == 3
 
     with pytest.raises(NonFiniteLoss, match="step 4 of 5") as caught:
         reread.run(model, [DOG], replace(SETTINGS, robust_steps=5), poison)
@@ -37,7 +37,7 @@ def test_a_run_that_blows_up_leaves_a_patch(model):
 
 def test_a_run_that_blows_up_at_once_leaves_the_closed_form(model):
     def poison(step):
-        model.poisoned = step.index == step.total - 5
+        model.poisoned = step.index == step.total  # all is drawn
 
     settings = replace(SETTINGS, robust_steps=5)
     with pytest.raises(NonFiniteLoss, match="step 1 of 5") as caught:
@@ -62,7 +62,7 @@ def test_prompts_too_long_to_be_attacked_are_refused_before_drawing(model, conce
     assert not model.seen and not hooks_of(model)
 
 
-@pytest.mark.parametrize("last", [STEPS + 1, TOTAL - 1, TOTAL])
+@pytest.mark.parametrize("last", [STEPS + 1, DRAWN + 1, DRAWN + SETTINGS.robust_steps])
 def test_cancelling(model, last):
     """While pictures are drawn, after the first step of training, and after the last."""
     model.unet.conv_in.weight.requires_grad_(False)
@@ -72,9 +72,12 @@ def test_cancelling(model, last):
     def checkpointed():
         return any("forward" in vars(module) for module in model.unet.modules())
 
+    seen = []
+
     def cancel(step):
-        assert checkpointed() == (step.index > TOTAL - 2)
-        if step.index == last:
+        seen.append(step)
+        assert checkpointed() == (step.training is not None) == (len(seen) > DRAWN)
+        if len(seen) == last:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

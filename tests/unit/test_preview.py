@@ -118,13 +118,13 @@ def test_saved_every_some_steps_and_at_the_end(tmp_path):
 
     patch = forget(TinyModel(), DOG, settings_of("resteer", SETTINGS | {"steps": 7}), on_step)
     assert kept[1] == []
-    assert kept[2] == ["dog_3.safetensors", "dog_3.train.safetensors"]
-    assert kept[5] == ["dog_3.safetensors", "dog_6.safetensors", "dog_6.train.safetensors"]
-    assert [name for name in kept[6] if "train" in name] == ["dog_7.train.safetensors"]
+    assert kept[2] == ["dog_3.fmn-train", "dog_3.safetensors"]
+    assert kept[5] == ["dog_3.safetensors", "dog_6.fmn-train", "dog_6.safetensors"]
+    assert [name for name in kept[6] if "train" in name] == ["dog_7.fmn-train"]
     assert len(load_state(state_path(tmp_path / "dog_7.safetensors")).losses) == 7
     assert same_tensors(load_file(tmp_path / "dog_7.safetensors"), patch.lora())
     with pytest.raises(ForgetError, match="choose the patch beside it"):
-        load_patch(tmp_path / "dog_7.train.safetensors")
+        load_patch(tmp_path / "dog_7.fmn-train")
 
 
 def test_nothing_is_saved_by_methods_that_solve(tmp_path):

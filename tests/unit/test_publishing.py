@@ -2,6 +2,8 @@
 
 import copy
 import re
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import tomllib
@@ -11,10 +13,13 @@ from tools import artwork
 from tools.publishing import ROOT, decision
 
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-NEEDED = {
-    "__init__.py", "LICENSE", "NOTICE", "README.md", "demo", "docs", "example_workflows", "fmn",
-    "install.py", "locales", "nodes", "pyproject.toml", "requirements.txt", "web",
-}  # fmt: skip
+NEEDED = (
+    "__init__.py", "LICENSE", "NOTICE", "README.md", "docs", "example_workflows", "fmn",
+    "install.py", "locales", "nodes", "pyproject.toml", "requirements.txt", "subgraphs", "web",
+    "tools/run.py", "demo/README.md", "demo/fmn-demo.safetensors",
+    "demo/fmn-demo-judges.safetensors", "demo/controls", "demo/patches",
+)  # fmt: skip
+UNNEEDED = "tests", "benchmarks", "CONTRIBUTING.md", "demo/train.py", "tools/chinese.json"
 
 
 def test_metadata_as_the_registry_wants_it():
@@ -27,11 +32,23 @@ def test_metadata_as_the_registry_wants_it():
 
 
 def test_only_what_nobody_needs_is_left_out():
+    for name in NEEDED:
+        path = ROOT / name
+        files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+        assert files and not [each for each in files if left_out(each)]
+    assert all((ROOT / name).exists() and left_out(ROOT / name) for name in UNNEEDED)
+
+
+def left_out(path):
+    """As git would read the file's lines, of which the last that fits counts."""
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
-    left_out = {line.rstrip("/") for line in lines if not line.startswith("#")}
-    assert all((ROOT / name).exists() for name in left_out | NEEDED)
-    assert not left_out & NEEDED
-    assert not [name for name in left_out if set(name) & set("*?!/[")]  # names, so that this holds
+    name, out = path.relative_to(ROOT).as_posix(), False
+    for line in lines:
+        pattern = line.removeprefix("!").rstrip("/")
+        above = [name, *(parent.as_posix() for parent in Path(name).parents)]
+        if not line.startswith("#") and any(fnmatch(each, pattern) for each in above):
+            out = not line.startswith("!")
+    return out
 
 
 @pytest.mark.parametrize("name, make", [("icon", artwork.icon), ("banner", artwork.banner)])

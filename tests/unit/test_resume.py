@@ -49,7 +49,7 @@ def saved_at(step, path, **options):
     """A supervisor that writes the training's state to a file after one step, and goes on."""
 
     def on_step(seen):
-        if seen.index == step:
+        if seen.training and seen.index == step:
             save_state(seen.training.state(), path)
 
     return Supervisor(on_step, **options)
@@ -63,7 +63,7 @@ def run(model, settings, supervisor=None, keep=("a house",)):
 def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path):
     preset, changes = CASES[case]
     settings = settings_of(preset, changes | {"steps": 4, "seed": 3})
-    file = tmp_path / "dog.train.safetensors"
+    file = tmp_path / "dog.fmn-train"
     whole = run(TinyModel(), settings)  # 8 steps: 4 for each concept
     watched = run(TinyModel(), settings, saved_at(3, file))
     model, steps = TinyModel(), []
@@ -76,17 +76,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path):
     assert same_tensors(weights_of(model.unet), before)
 
 
-def test_a_text_encoder_s_training_goes_on_too(tmp_path):
-    settings, file = settings_of("hirm", {"steps": 3}), tmp_path / "a.train.safetensors"
+TEXT = {
+    "hirm": ({"steps": 3}, {"steps": 1}),  # of each concept
+    "reread-many": ({"steps": 4, "kept": 8, "batch": 2}, {}),  # its rate depends on their number
+}
+
+
+@pytest.mark.parametrize("preset", TEXT)
+def test_a_text_encoder_s_training_goes_on_too(preset, tmp_path):
+    settings, file = settings_of(preset, TEXT[preset][0]), tmp_path / "a.fmn-train"
     model = DiffusersModel.load("demo")
     whole = forget(model, CONCEPTS, settings)
-    forget(model, CONCEPTS, replace(settings, steps=1), saved_at(2, file))
+    forget(model, CONCEPTS, replace(settings, **TEXT[preset][1]), saved_at(2, file))
     resumed = forget(model, CONCEPTS, settings, Supervisor(resume=load_state(file)))
     assert same_tensors(tensors_of(resumed), tensors_of(whole))
 
 
 def test_a_shorter_run_goes_on_with_more_steps(tmp_path):
-    settings, file = settings_of("resteer", {"steps": 3}), tmp_path / "a.train.safetensors"
+    settings, file = settings_of("resteer", {"steps": 3}), tmp_path / "a.fmn-train"
     run(TinyModel(), replace(settings, steps=1), saved_at(2, file))
     resumed = run(TinyModel(), settings, Supervisor(resume=load_state(file)))
     assert same_tensors(tensors_of(resumed), tensors_of(run(TinyModel(), settings)))
@@ -94,7 +101,7 @@ def test_a_shorter_run_goes_on_with_more_steps(tmp_path):
 
 def test_a_state_can_be_used_twice(tmp_path):
     """Going on must not write into it."""
-    settings, file = settings_of("resteer", {"steps": 2}), tmp_path / "a.train.safetensors"
+    settings, file = settings_of("resteer", {"steps": 2}), tmp_path / "a.fmn-train"
     run(TinyModel(), settings, saved_at(2, file))
     state = load_state(file)
     first, second = (run(TinyModel(), settings, Supervisor(resume=state)) for _ in range(2))
@@ -103,7 +110,7 @@ def test_a_state_can_be_used_twice(tmp_path):
 
 def test_adamws_memory_matters(tmp_path):
     """So that the tests above could fail."""
-    settings, file = settings_of("resteer", {"steps": 3}), tmp_path / "a.train.safetensors"
+    settings, file = settings_of("resteer", {"steps": 3}), tmp_path / "a.fmn-train"
     run(TinyModel(), settings, saved_at(3, file))
     state = load_state(file)
     for key in list(state.tensors):
@@ -174,7 +181,7 @@ def best_by_hand(settings):
 
 
 def test_the_best_step_is_kept(tmp_path):
-    settings, file = settings_of("resteer", LONG), tmp_path / "a.train.safetensors"
+    settings, file = settings_of("resteer", LONG), tmp_path / "a.fmn-train"
     means, best, last = best_by_hand(settings)
     assert min(means)[1] < len(means) + SMOOTHED - 2  # else keeping the last would do
     kept = run(TinyModel(), settings, saved_at(17, file, keep_best=True))
@@ -205,7 +212,7 @@ OTHER = {
 @pytest.mark.parametrize("case", OTHER)
 def test_nothing_else_goes_on(case, tmp_path):
     changes, message = dict(OTHER[case][0]), OTHER[case][1]
-    file = tmp_path / "a.train.safetensors"
+    file = tmp_path / "a.fmn-train"
     run(TinyModel(), settings_of("resteer", {"steps": 2}), saved_at(4, file))
     model = TinyModel(seed=changes.pop("model_seed", 0))
     before = weights_of(model.unet)
@@ -213,12 +220,12 @@ def test_nothing_else_goes_on(case, tmp_path):
     settings = settings_of(preset, changes if preset != "resteer" else {"steps": 4} | changes)
     with pytest.raises(ForgetError, match=message) as caught:
         forget(model, concepts, settings, Supervisor(resume=load_state(file)))
-    assert "a.train.safetensors" in str(caught.value)
+    assert "a.fmn-train" in str(caught.value)
     assert same_tensors(weights_of(model.unet), before)
     assert not any(module._forward_hooks for module in model.unet.modules())
 
 
 def test_the_file_stands_beside_the_patch(tmp_path):
-    assert state_path(tmp_path / "a_00001.safetensors").name == "a_00001.train.safetensors"
-    assert state_path("a.train.safetensors").name == "a.train.safetensors"
-    assert state_path("a").name == "a.train.safetensors"
+    assert state_path(tmp_path / "a_00001.safetensors").name == "a_00001.fmn-train"
+    assert state_path("a.fmn-train").name == "a.fmn-train"
+    assert state_path("a").name == "a.fmn-train"

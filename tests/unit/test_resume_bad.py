@@ -19,7 +19,7 @@ SETTINGS = {"steps": 12, "rank": 2}
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    path = tmp_path_factory.mktemp("state") / "good.train.safetensors"
+    path = tmp_path_factory.mktemp("state") / "good.fmn-train"
 
     def on_step(step):
         if step.index == 11:
@@ -32,7 +32,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def copy(good, tmp_path):
-    path = tmp_path / "bad.train.safetensors"
+    path = tmp_path / "bad.fmn-train"
     path.write_bytes(good.read_bytes())
     return path
 
@@ -182,7 +182,7 @@ def test_a_bad_state_is_refused(case, copy):
     change, message = BAD[case]
     with pytest.raises(ForgetError, match=message) as caught:
         load(rewrite(copy, change))
-    assert "bad.train.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+    assert "bad.fmn-train" in str(caught.value) and "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
@@ -203,4 +203,4 @@ def test_a_damaged_file_is_refused(spoil, message, copy):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(ForgetError, match="cannot be read .No such file"):
-        load_state(tmp_path / "no.train.safetensors")
+        load_state(tmp_path / "no.fmn-train")

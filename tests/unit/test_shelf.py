@@ -35,7 +35,7 @@ def folders(tmp_path, whole):
     (models / "dog.safetensors").write_bytes(whole)
     (models / "dog.png").write_bytes(b"no picture")
     (models / "dog.fmn.json").write_text('{"notes": "works"}')
-    (models / "dog.train.safetensors").write_bytes(whole)
+    (models / "dog.fmn-train").write_bytes(whole)
     (models / "dog.txt").write_text("not ours")
     (output / "deep" / "er" / "cat.safetensors").write_bytes(whole)
     return models, output
@@ -68,11 +68,8 @@ def test_what_is_listed(shelf, folders, whole):
         "method": "resteer", "family": "demo", "base": "f" * 32, "prediction": "epsilon",
         "rank": "1", "loss": [2.0, 1.0], "scores": {"UA": 0.97},
     }  # fmt: skip
-    assert beside["notes"] == "works" and beside["beside"] == [
-        "dog.png",
-        "dog.fmn.json",
-        "dog.train.safetensors",
-    ]
+    assert beside["notes"] == "works"
+    assert beside["beside"] == ["dog.png", "dog.fmn.json", "dog.fmn-train"]
     stamp = (folders[0] / "dog.png").stat().st_mtime_ns
     assert beside["picture"] == f"{stamp:x}"  # the file beside it goes first
 
@@ -249,7 +246,7 @@ def test_saved_thumbnail_does_not_change_the_patch(tmp_path):
 
 
 def test_delete_takes_what_lies_beside(shelf, folders):
-    beside = ["dog.png", "dog.fmn.json", "dog.train.safetensors"]
+    beside = ["dog.png", "dog.fmn.json", "dog.fmn-train"]
     assert shelf.delete(0, "dog.safetensors") == ["dog.safetensors", *beside]
     assert files(folders[0]) == ["dog.txt"]
 
@@ -265,8 +262,8 @@ def test_delete_of_a_link_leaves_the_file(shelf, folders, tmp_path, whole):
 def test_rename_takes_what_lies_beside(shelf, folders, whole, to):
     assert shelf.rename(0, "dog.safetensors", to) == "a new one.safetensors"
     assert files(folders[0]) == [
-        "a new one.fmn.json", "a new one.png", "a new one.safetensors",
-        "a new one.train.safetensors", "dog.txt",
+        "a new one.fmn-train", "a new one.fmn.json", "a new one.png", "a new one.safetensors",
+        "dog.txt",
     ]  # fmt: skip
     assert (folders[0] / "a new one.safetensors").read_bytes() == whole
     assert named(shelf)["a new one.safetensors"]["notes"] == "works"

@@ -76,7 +76,7 @@ def measure_a_patch():
     flow.column()
     bench = flow.add(
         "FMN_ConceptBench", model=[load, 0], clip=[load, 1], vae=[load, 2], patch=[train, 0],
-        suite="demo", targets="dog", measure="pictures", count=4, name="dog",
+        suite="demo", targets="dog", measure="pictures", count=4, name="dog", write_scores=False,
     )  # fmt: skip
     flow.column()
     score = flow.add(

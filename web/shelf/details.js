@@ -5,12 +5,20 @@ import { kindName, text } from "./texts.js";
 
 const MOST_NOTES = 4000; // letters, as in fmn/shelf.py
 
+// Scores that are shares, 0 to 1; as in fmn/scores.py.
+const SHARES = new Set([
+  "UA", "IRA", "CRA", "mean", "inversion", "Ring-A-Bell", "completion", "noise", "classifier",
+  "inpainting", "relearn",
+]);
+
 const number = (value) => Number(value).toPrecision(4).replace(/\.?0+$/, "");
+const score = (name, value) => (SHARES.has(name) ? `${Math.round(100 * value)} %` : number(value));
 
 function facts(patch) {
   const concepts = (patch.concepts ?? []).map(([name, kind]) => `${name} (${kindName(kind)})`);
   const loss = (patch.loss ?? []).map(number).join(" → ");
-  const scores = Object.entries(patch.scores ?? {}).map(([name, value]) => `${name} ${number(value)}`);
+  const scores = Object.entries(patch.scores ?? {}).map(([name, value]) => `${name} ${score(name, value)}`);
+  const [suite, targets] = patch.measured ?? [];
   return [
     ["concepts", concepts.join(", ")],
     ["method", patch.method],
@@ -19,6 +27,7 @@ function facts(patch) {
     ["prediction", patch.prediction],
     ["rank", patch.rank],
     ["scores", scores.join(", ")],
+    ["measured", suite && `${suite}: ${targets.join(", ")}`],
     ["loss", loss],
     ["made", dateOf(patch)],
     ["size", sizeOf(patch)],
