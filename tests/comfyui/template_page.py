@@ -55,7 +55,7 @@ FAULTS = """() => {
   });
   return found;
 }"""
-# Of every node, how many pictures and which text can be seen.
+# Of every node, how many pictures and how many texts can be seen.
 PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
   const element = document.querySelector(`[data-node-id="${node.id}"]`);
   const images = element ? [...element.querySelectorAll('img')] : node.imgs ?? [];
@@ -65,7 +65,7 @@ TEXTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
   const text = node.widgets?.find(widget => widget.name === '$$node-text-preview')?.value ?? '';
   const element = document.querySelector(`[data-node-id="${node.id}"]`);
   const [first] = text.split('\\n');
-  return [node.id, !element || element.innerText.includes(first) ? first : ''];
+  return [node.id, first && (!element || element.innerText.includes(first)) ? 1 : 0];
 }))"""
 
 
@@ -106,6 +106,13 @@ def run(page):
     prompt_id, told = page.wait_for_function(ENDED, timeout=PATIENCE).json_value()
     assert told["ended"] == "success"
     return prompt_id, told.get("cached", []), time.monotonic() - start
+
+
+def seen(page, counts, wanted):
+    """Wait until ``counts`` gives what is wanted of each node: {id: number}."""
+    missing = f"""wanted => {{ const seen = ({counts})();
+      return Object.keys(wanted).filter(id => seen[id] !== wanted[id]); }}"""
+    page.wait_for_function(f"wanted => !({missing})(wanted).length", arg=wanted)
 
 
 def photograph(page, name):
