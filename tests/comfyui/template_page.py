@@ -64,7 +64,7 @@ PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
 TEXTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
   const text = node.widgets?.find(widget => widget.name === '$$node-text-preview')?.value ?? '';
   const element = document.querySelector(`[data-node-id="${node.id}"]`);
-  const [first] = text.split('\\n');
+  const [first] = text.split(/\\n|&/); // of a text that is HTML, the start that is plain
   return [node.id, first && (!element || element.innerText.includes(first)) ? 1 : 0];
 }))"""
 
