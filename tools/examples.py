@@ -31,14 +31,15 @@ VIEW = {"width": 1900, "height": 1100}
 SLOW = 240_000  # ms, for a page on a busy machine
 # What a node shows below its widgets once it has run, in pixels.
 ROOM = {
-    "PreviewImage": 300, "FMN_TrainForgetPatch": 330, "FMN_ConceptInversionProbe": 330,
+    "PreviewImage": 330, "FMN_TrainForgetPatch": 330, "FMN_ConceptInversionProbe": 330,
     "FMN_SaveForgetPatch": 70, "FMN_ApplyForgetPatch": 60, "FMN_ApplyGatedPatch": 60,
-    "FMN_SafeLatentDiffusion": 60, "FMN_InspectForgetPatch": 250, "FMN_TrainForgetPatches": 150,
+    "FMN_SafeLatentDiffusion": 60, "FMN_InspectForgetPatch": 380, "FMN_TrainForgetPatches": 150,
     "FMN_MergeForgetPatches": 80, "FMN_ConceptBench": 250, "FMN_MScore": 120,
     "FMN_AttentionMap": 120,
 }  # fmt: skip
+TALLER = 4  # pixels that a widget is higher in Nodes 2.0
 LAYOUT = """
-([graph, columns, titles, note, room]) => {
+([graph, columns, titles, note, room, taller]) => {
   app.loadApiJson(graph, 'example');
   const byId = id => app.graph.getNodeById(id) ?? app.graph.getNodeById(String(id));
   let x = 0;
@@ -61,7 +62,7 @@ LAYOUT = """
           if (widget.name === 'control_after_generate') widget.value = 'fixed';
       }
       node.pos = [x, y];
-      y += node.size[1] + 60;
+      y += node.size[1] + 60 + taller * (node.widgets?.length ?? 0);
       width = Math.max(width, node.size[0]);
     }
     x += width + 50;
@@ -100,7 +101,7 @@ FIT = """
 
 def lay_out(page, flow):
     titles = {str(number): title for number, title in flow.titles.items()}
-    page.evaluate(LAYOUT, [flow.nodes, flow.columns, titles, flow.note, ROOM])
+    page.evaluate(LAYOUT, [flow.nodes, flow.columns, titles, flow.note, ROOM | flow.room, TALLER])
 
 
 def make(page, server, name, flow):

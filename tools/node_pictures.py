@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +23,6 @@ from tests.comfyui.frontend import opened  # noqa: E402
 from tests.comfyui.server import Server  # noqa: E402
 
 FOLDER = ROOT / "web" / "docs" / "images"
-COLOURS = 48
 SETTINGS = {
     "Comfy.VueNodes.Enabled": False,
     "Comfy.ColorPalette": "dark",
@@ -62,14 +62,32 @@ name => {
 
 
 def picture(page, name):
-    """PNG of one node in few colours, so that it is small."""
+    """One node as a small PNG."""
     place = page.evaluate(ADD, name)
     bottom = place["y"] + place["height"]
     if bottom > page.viewport_size["height"]:
         sys.exit(f"{name} does not fit on the page: it ends at {bottom:.0f} pixels.")
     page.wait_for_timeout(600)  # until text fields have followed their node
     shot = Image.open(io.BytesIO(page.screenshot(clip=place))).convert("RGB")
-    return shot.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    return with_palette(np.asarray(shot))
+
+
+def with_palette(pixels):
+    """The picture with the 256 colours of [H, W, 3] that most pixels have, and these exactly.
+
+    What else there is, a few pixels at the edges of letters, gets the nearest of them.
+    """
+    height, width, _ = pixels.shape
+    colours, which, counts = np.unique(
+        pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True
+    )
+    kept = colours[np.argsort(-counts, kind="stable")[:256]]
+    distances = ((colours[:, None].astype(int) - kept.astype(int)) ** 2).sum(-1)
+    picture = Image.fromarray(
+        distances.argmin(1)[which].reshape(height, width).astype(np.uint8), "P"
+    )
+    picture.putpalette(kept.tobytes())
+    return picture
 
 
 def main(names):

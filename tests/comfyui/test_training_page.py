@@ -102,5 +102,6 @@ def test_a_reload_shows_the_state_again_and_cancel_works(page, server, nodes_2):
     page.get_by_label("Cancel current run").first.click()
     page.get_by_text("cancelled: dog").wait_for()
     assert server.get("/queue")["queue_running"] == []
-    # The frontend itself throws this where progress arrives before its canvas is there.
+    # The frontend's own handleProgressText throws this where a node's text (progress_text) arrives
+    # before the canvas is there; it does so without this pack's web files, too.
     assert set(page.fmn_errors) <= {"getCanvas: canvas is null"}

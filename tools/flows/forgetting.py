@@ -161,6 +161,7 @@ def correct_a_concept():
         "**Concept Ablation** teaches it to draw what it draws for the **anchor**, *dog*. UCE "
         "would do so in a moment.\n\nSee docs/correction.md."
     )
+    flow.room = {"FMN_TrainForgetPatch": 600}  # curve, text and maps
     load = flow.demo()
     concept = flow.concept(
         "puppy", kind="custom", anchor="dog",

@@ -93,7 +93,7 @@ def erase_and_repair():
     flow.column()
     again = flow.concept(learned=[attack, 3])
     second = flow.train(load, again, method)
-    flow.titles[second] = "Round 2: forget what the attack found, too"
+    flow.titles[second] = "Round 2: what was found"
     flow.add("FMN_SaveForgetPatch", patch=[second, 0], filename_prefix="repaired_dog")
     flow.column()
     fresh = probe(flow, load, pictures, second, "Attack on round 2")

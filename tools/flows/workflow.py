@@ -13,6 +13,7 @@ class Workflow:
         self.note, self.nodes, self.titles, self.columns = note, {}, {}, [[0]]
         self.rows, self.height = 2, 200  # of pictures in the thumbnail, and of each in pixels
         self.enclosed, self.promoted = [], []
+        self.room = {}  # {type of node: pixels} below its widgets, where it shows more than usual
         self._numbers = count(1)
 
     def add(self, kind, title="", /, **inputs):

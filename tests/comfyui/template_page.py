@@ -1,0 +1,119 @@
+"""Templates in a page of the frontend: opened by their card, run by its button, measured."""
+
+import time
+
+from .frontend import ARTEFACTS, PATIENCE
+
+# Runs of the page, by their ids: how they ended, which nodes they took from the cache.
+WATCH = """() => {
+  if (window.fmnRuns) return;
+  window.fmnRuns = {};
+  const note = (id, said) => Object.assign(fmnRuns[id] ??= {}, said);
+  const on = (name, keep) =>
+    app.api.addEventListener(name, ({ detail }) => note(detail.prompt_id, keep(detail)));
+  on('execution_start', () => ({ started: true }));
+  on('execution_cached', ({ nodes }) => ({ cached: nodes }));
+  on('execution_success', () => ({ ended: 'success' }));
+  on('execution_error', detail => ({ ended: detail.exception_message }));
+  on('execution_interrupted', () => ({ ended: 'interrupted' }));
+}"""
+ENDED = "() => Object.entries(fmnRuns).find(([, run]) => run.ended)"
+# Sets {type: {widget: value}}. Not by widget.callback: Nodes 2.0 of frontend 1.32.9 shows no text
+# that comes to a node after its widgets were changed so.
+SET = """wanted => {
+  for (const node of app.graph.nodes)
+    for (const widget of node.widgets ?? []) {
+      const value = wanted[node.type]?.[widget.name];
+      if (value !== undefined) widget.value = value;
+    }
+}"""
+# What looks wrong, in words: nodes over each other, and what sticks out of its node.
+FAULTS = """() => {
+  const found = [], scale = app.canvas.ds.scale, nodes = app.graph.nodes;
+  const element = node => document.querySelector(`[data-node-id="${node.id}"]`);
+  const box = node => {
+    const { x, y, width, height } = element(node)?.getBoundingClientRect() ?? {};
+    return element(node) ? [x, y, width, height] : [...node.boundingRect];
+  };
+  const boxes = nodes.map(box);
+  boxes.forEach(([x, y, w, h], i) => boxes.slice(0, i).forEach(([x2, y2, w2, h2], j) => {
+    if (x < x2 + w2 && x2 < x + w && y < y2 + h2 && y2 < y + h)
+      found.push(`${nodes[i].title} lies over ${nodes[j].title}`);
+  }));
+  const edge = 3 * scale;
+  nodes.forEach((node, i) => {
+    const [x, y, width, height] = boxes[i];
+    for (const widget of element(node) ? [] : node.widgets ?? [])
+      if (widget.y + (widget.computedHeight ?? 20) > node.size[1] + 1)
+        found.push(`${widget.name} sticks out of ${node.title}`);
+    const inside = [...(element(node)?.querySelectorAll('.lg-node-widget, img, textarea') ?? [])];
+    for (const each of inside) {
+      const b = each.getBoundingClientRect();
+      if (b.height && (b.bottom > y + height + edge || b.right > x + width + edge))
+        found.push(`${each.tagName} sticks out of ${node.title}`);
+    }
+  });
+  return found;
+}"""
+# Of every node, how many pictures and how many texts can be seen.
+PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
+  const element = document.querySelector(`[data-node-id="${node.id}"]`);
+  const images = element ? [...element.querySelectorAll('img')] : node.imgs ?? [];
+  return [node.id, images.filter(image => image.complete && image.naturalWidth > 100).length];
+}))"""
+TEXTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
+  const text = node.widgets?.find(widget => widget.name === '$$node-text-preview')?.value ?? '';
+  const element = document.querySelector(`[data-node-id="${node.id}"]`);
+  const [first] = text.split(/\\n|&/); // of a text that is HTML, the start that is plain
+  return [node.id, first && (!element || element.innerText.includes(first)) ? 1 : 0];
+}))"""
+
+
+def dress(page, nodes_2, palette):
+    """Choose how nodes are drawn, and the theme."""
+    for name, value in (("VueNodes.Enabled", nodes_2), ("ColorPalette", palette)):
+        page.evaluate(
+            "([name, value]) => app.extensionManager.setting.set(name, value)",
+            [f"Comfy.{name}", value],
+        )
+
+
+def choose_template(page, name):
+    """As users do it: the Templates browser, and a click on the card."""
+    page.get_by_role("button", name="Templates").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(name, exact=True).first.click()
+    dialog.wait_for(state="detached")
+
+
+def drawn(page, nodes_2):
+    """Wait until all nodes are on the page, and bring them into sight."""
+    elements = "document.querySelectorAll('[data-node-id]').length"
+    page.wait_for_function(
+        f"on => app.graph.nodes.length && {elements} == (on ? app.graph.nodes.length : 0)",
+        arg=nodes_2,
+    )
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(500)  # it glides there
+
+
+def run(page):
+    """Press Run; (id of the run, nodes that came from the cache, seconds)."""
+    page.evaluate(WATCH)
+    page.evaluate("() => { for (const id in fmnRuns) delete fmnRuns[id]; }")
+    start = time.monotonic()
+    page.get_by_test_id("queue-button").click()
+    prompt_id, told = page.wait_for_function(ENDED, timeout=PATIENCE).json_value()
+    assert told["ended"] == "success"
+    return prompt_id, told.get("cached", []), time.monotonic() - start
+
+
+def seen(page, counts, wanted):
+    """Wait until ``counts`` gives what is wanted of each node: {id: number}."""
+    missing = f"""wanted => {{ const seen = ({counts})();
+      return Object.keys(wanted).filter(id => seen[id] !== wanted[id]); }}"""
+    page.wait_for_function(f"wanted => !({missing})(wanted).length", arg=wanted)
+
+
+def photograph(page, name):
+    page.screenshot(path=ARTEFACTS / f"{name}.png")

@@ -1,0 +1,102 @@
+"""Every template in the real frontend, in both renderers and both themes: opened, looked at, and in
+one of the four run by the page's own button."""
+
+import pytest
+
+from .frontend import TEMPLATES, open_template
+from .template_page import (
+    FAULTS,
+    PICTURES,
+    SET,
+    TEXTS,
+    choose_template,
+    drawn,
+    dress,
+    photograph,
+    run,
+    seen,
+)  # fmt: skip
+
+# What makes a run short. The outcome is not looked at, only that all nodes do their work.
+TINY = {
+    "KSampler": {"steps": 2},
+    "EmptyLatentImage": {"batch_size": 1},
+    "FMN_KeepList": {"list": "none"},
+    "FMN_MethodUce": {"keep_list": "none"},
+    "FMN_MethodReread": {"prompts": 2, "kept": 4, "drawn": 1, "sampling_steps": 2},
+    "FMN_MethodTrce": {"prompts": 4, "keep_list": "none"},
+    "FMN_MethodAblation": {"steps": 2, "sample_steps": 2, "samples": 1},
+    "FMN_ConceptInversionProbe": {"steps": 2, "batch": 1, "pictures": 1},
+    "FMN_ConceptBench": {"count": 2},
+    "FMN_MScore": {"steps": 2, "inversions": 1, "batch": 1, "pictures": 1},
+}
+AS_IT_IS = "Forget a concept (demo)"  # the first that users open: nothing made short
+LOOKS = [(nodes_2, palette) for nodes_2 in (False, True) for palette in ("dark", "light")]
+RUN_IN = {path.stem: LOOKS[i % len(LOOKS)] for i, path in enumerate(TEMPLATES)}
+TELL = {  # types that always show a text once they have run
+    "FMN_TrainForgetPatch", "FMN_TrainForgetPatches", "FMN_SaveForgetPatch",
+    "FMN_InspectForgetPatch", "FMN_MergeForgetPatches", "FMN_ConceptBench", "FMN_MScore",
+    "FMN_AttentionMap", "FMN_ConceptInversionProbe", "FMN_SafeLatentDiffusion",
+}  # fmt: skip
+
+
+def titled(looks):
+    nodes_2, palette = looks
+    return f"{'nodes 2' if nodes_2 else 'classic'}, {palette}"
+
+
+@pytest.fixture(scope="module", params=LOOKS, ids=titled)
+def looks(request, page):
+    page.set_viewport_size({"width": 2600, "height": 1600})
+    dress(page, *request.param)
+    yield request.param
+    dress(page, False, "dark")
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_in_the_page(page, server, looks, path):
+    page.fmn_errors.clear()
+    page.fmn_console.clear()
+    here = RUN_IN[path.stem] == looks
+    nodes_2, _ = looks
+    if here:
+        choose_template(page, path.stem)
+    else:
+        open_template(page, path, nodes_2, pause=0)
+    drawn(page, nodes_2)
+    assert page.get_by_text("missing node", exact=False).count() == 0
+    name = f"{path.stem}, {titled(looks)}"
+    photograph(page, name)
+    assert page.evaluate(FAULTS) == []
+    if here:
+        page.evaluate(SET, {} if path.stem == AS_IT_IS else TINY)
+        prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+        prompt_id, cached, seconds = run(page)
+        assert seconds < 120
+        everything_came(server, page, prompt, prompt_id, cached)
+        page.wait_for_timeout(500)
+        photograph(page, f"{name}, run")
+        assert page.evaluate(FAULTS) == []
+    assert page.fmn_errors == [] and page.fmn_console == []
+
+
+def everything_came(server, page, prompt, prompt_id, cached):
+    """The server has made all outputs, and the page shows them."""
+    told = server.get(f"/history/{prompt_id}")[prompt_id]
+    assert told["status"]["status_str"] == "success"
+    types = {key: item["class_type"] for key, item in prompt.items()}
+    previews = [key for key, name in types.items() if name == "PreviewImage"]
+    assert previews
+    for key in previews:
+        picture = server.image(told["outputs"][key])
+        assert min(picture.shape[:2]) > 100 and picture.std() > 0
+    seen(page, PICTURES, {key: len(told["outputs"][key]["images"]) for key in previews})
+    for key in (key for key, name in types.items() if name == "FMN_SaveForgetPatch"):
+        saved = told["outputs"][key]["text"][0]
+        assert (server.base / "output" / "forget_patches" / saved).is_file()
+    seen(page, TEXTS, {key: 1 for key in types.keys() - set(cached) if types[key] in TELL})
+
+
+def test_every_look_runs_some_templates():
+    counts = [list(RUN_IN.values()).count(each) for each in LOOKS]
+    assert sum(counts) == len(TEMPLATES) and max(counts) - min(counts) <= 1
