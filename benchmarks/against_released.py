@@ -14,6 +14,7 @@ that, divided by the number of threads. On a GPU they are seconds that pass.
                      average, which is computed from two steps that draw 2 and 8
     resteer          ours: keys and values at rank 4, 35 steps, with its looks at the attention
     reread           ours, the default method, layer by layer
+    reread quick     its preset for machines without a GPU; half: with drawings of half the side
     uce              ours, a closed form, one concept, the default keep-list (383 words)
     uce 100          the same for 100 concepts with 1000 prompts to keep
     peak GB          highest memory while it ran, with the model; on a GPU what torch allocated
@@ -88,7 +89,7 @@ def literal(name, steps):
     return run
 
 
-def whole(preset, concepts=1, kept=0):
+def whole(preset, concepts=1, kept=0, share=1):
     def run(model, size, measured):
         from fmn.concept import Concept
         from fmn.keep import keep_words
@@ -96,7 +97,7 @@ def whole(preset, concepts=1, kept=0):
         from fmn.sentences import kept_sentences
 
         named = [Concept(*CONCEPT)]
-        changes = {"size": size} if preset == "reread" else {}
+        changes = {"size": size // share} if preset.startswith("reread") else {}
         if concepts > 1:
             named = [Concept(name, "style") for name in keep_words("artists")[:concepts]]
             changes = {"keep_list": "none"}
@@ -119,6 +120,8 @@ ROWS = {
     "resteer": (trained("resteer", 35), 6, UNET),
     "resteer, checkpointing": (trained("resteer", 35, checkpointing=True), 6, UNET),
     "reread": (whole("reread"), 0, UNET),
+    "reread quick": (whole("reread-quick"), 0, UNET),
+    "reread quick, half": (whole("reread-quick", share=2), 0, UNET),
     "uce": (whole("uce"), 0, UNET),
     "uce 100": (whole("uce", 100, 1000), 0, UNET),
 }

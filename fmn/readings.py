@@ -16,7 +16,7 @@ from .scenes import count as scenes_count
 from .scenes import picture_counts
 from .spans import SECTION
 
-KEPT_PLACES = 4  # at which a kept sentence is read
+KEPT_PLACES = 4  # at which a kept sentence is read, for each word
 AT_ONCE = 4  # drawings
 
 
@@ -58,12 +58,13 @@ class Kept:
 
     def __init__(self, contexts, drawings, settings):
         self.contexts, self.drawings = contexts, drawings
+        self.places = KEPT_PLACES * settings.together
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def rows(self, layer):
         """What the layer reads out of them, [n, C] in float64."""
         queries = torch.cat([each[layer.name].flatten(0, 1) for each in self.drawings])
-        shape = len(self.contexts), KEPT_PLACES
+        shape = len(self.contexts), self.places
         chosen = torch.randint(len(queries), shape, generator=self.generator)
         return exact(read_out(layer, queries[chosen], self.contexts)).flatten(0, 1)
 

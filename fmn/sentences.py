@@ -105,6 +105,14 @@ def kept_sentences(words, styles, count):
     return found
 
 
+def together(words, count):
+    """Words in groups of up to ``count``, from all over the list, as one word each: "a, b, c"."""
+    groups = -(-len(words) // count)
+    if groups == len(words):
+        return list(words)
+    return [", ".join(map(with_article, words[i::groups])) for i in range(groups)]
+
+
 def with_article(word):
     """The word with a or an, unless it has an article or is a name."""
     if word[0].isupper() or word.split()[0] in ("a", "an", "the"):

@@ -17,7 +17,7 @@ from ..supervisor import Supervisor
 
 # module -> its presets, the defaults first
 METHODS = {
-    "reread": ("reread", "reread-auto", "reread-robust"),
+    "reread": ("reread", "reread-quick", "reread-auto", "reread-robust"),
     "reread_text": ("reread-many",),
     "resteer": ("resteer", "resteer-released"),
     "esd": ("esd", "esd-u", "esd-paper", "esd-2025"),

@@ -24,7 +24,7 @@ from ..readings import Drawings, Kept, Reading
 from ..readout import cross_attention_layers
 from ..remaining import Remaining
 from ..scenes import draw_scenes
-from ..sentences import blanked, kept_sentences, sentences
+from ..sentences import blanked, kept_sentences, sentences, together
 from ..settings import Settings as Base
 from ..settings import checkpointing, lr, seed, setting, size
 from ..training import Training
@@ -87,6 +87,13 @@ class Settings(Base):
         low=0,
         high=10_000,
     )
+    together: int = setting(
+        1,
+        "Kept words in each of these sentences. 1: as many words as sentences are kept. More: "
+        "fewer sentences do for a list, which are what takes long to encode.",
+        low=1,
+        high=6,
+    )
     drawn: int = setting(
         4,
         "How many prompts of each concept are drawn, beside as many without it and as many kept "
@@ -146,6 +153,9 @@ class Settings(Base):
 
 PRESETS = {
     "reread": Settings(),
+    "reread-quick": Settings(
+        kept=64, together=4, drawn=1, sampling_steps=2, guidance=1.0, places=24
+    ),
     "reread-auto": Settings(push=1.0, push_style=1.0, stop_at=0.03),
     "reread-robust": Settings(push=0.7, push_style=1.2, robust_steps=300),
 }
@@ -313,4 +323,5 @@ def kept_texts(concepts, keep, settings):
         return [""]
     words = keep_for(concepts, (), settings.keep_list)
     styles = keep_for(concepts, (), "styles")
+    words = together(words, settings.together)
     return [*kept_sentences(words, styles, settings.kept), *keep_for(concepts, keep, "none")]

@@ -16,7 +16,7 @@ from fmn.methods import reread
 from fmn.model import cross_attention_names
 from fmn.patch import save_patch
 from fmn.readout import record_queries
-from fmn.sentences import kept_sentences, sentences
+from fmn.sentences import kept_sentences, sentences, together
 
 from .literal import near
 from .test_readout import hooks_of, read_by_loops
@@ -177,6 +177,8 @@ def test_what_is_kept():
     words, styles = keep_for(concepts), keep_for(concepts, (), "styles")
     assert "dog" not in words and "oil painting" not in styles
     assert found[1:21] == kept_sentences(words, styles, 20)[1:]
+    fours = kept_sentences(together(words, 4), styles, 20)
+    assert reread.kept_texts(concepts, (), replace(settings, together=4)) == fours
     alone = ["", "blue house"]
     assert reread.kept_texts(concepts, alone[1:], replace(settings, keep_list="none")) == alone
     assert reread.kept_texts(concepts, alone[1:], replace(settings, kept=0)) == alone

@@ -15,6 +15,7 @@ from fmn.sentences import (
     blanked,
     kept_sentences,
     sentences,
+    together,
     with_article,
 )
 
@@ -114,6 +115,17 @@ def test_kept_sentences_word_by_word():
         "a photo of a tree",
     ]
     assert STRIDE == 5
+
+
+def test_words_together():
+    words = ["red fox", "elm", "Ada Lovelace", "tree", "the sea"]
+    assert together(words, 1) == words
+    assert together(words, 2) == ["a red fox, a tree", "an elm, the sea", "Ada Lovelace"]
+    assert together(words, 9) == ["a red fox, an elm, Ada Lovelace, a tree, the sea"]
+    assert together([], 4) == []
+    assert kept_sentences(together(words[:2], 2), ["ink"], 3) == [
+        "", "a red fox, an elm", "a photo of a red fox, an elm", "a red fox, an elm, ink",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("words, count", [(3, 12), (5, 12), (12, 5), (300, 256), (2, 1)])
