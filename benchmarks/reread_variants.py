@@ -57,8 +57,9 @@ def by_layer(model, concept, solved):
     with model.borrow() as borrowed, torch.no_grad():
         pairs = sentences(concept, DEFAULTS.prompts)
         draw = reread.Drawings(model, borrowed, DEFAULTS, lambda step: None, [pairs], kept)
-        reading = reread.Reading.of(model, pairs, draw)
-        stay = reread.Kept(model.encode_all(kept), [draw(kept), reading.queries], DEFAULTS)
+        first, second, of_kept = draw(*draw.sides([pairs]), kept)
+        reading = reread.Reading.of(model, pairs, first, second)
+        stay = reread.Kept(model.encode_all(kept), [of_kept, reading.queries], DEFAULTS)
         for layer in cross_attention_layers(borrowed, model.family):
             name, up, down = solved(borrowed, layer, reading, stay)
             changes[name] = up.float(), down.float()

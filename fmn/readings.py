@@ -31,9 +31,13 @@ class Reading:
         self.concept, self.other, self.queries = concept, other, queries
 
     @staticmethod
-    def of(model, pairs, draw):
-        texts, others = ([pair[side] for pair in pairs] for side in (0, 1))
-        first, second = draw(texts), draw(others)
+    def of(model, pairs, first, second):
+        """
+        Args:
+            pairs: [(text with the concept, the same without)].
+            first, second: queries of drawings of both.
+        """
+        texts, others = zip(*pairs)
         concept, other = model.encode_all(texts), model.encode_all(others)
         if torch.equal(concept, other):
             raise ForgetError(
@@ -72,30 +76,49 @@ class Kept:
 class Drawings:
     """Draws some of a list's texts and gives the queries recorded on the way."""
 
+    @staticmethod
+    def sides(spoken):
+        """The lists of texts to draw of concepts' pairs: with the concept, and without, in turn."""
+        return [[pair[side] for pair in pairs] for pairs in spoken for side in (0, 1)]
+
     def __init__(self, model, borrowed, settings, on_step, spoken, kept, styles=0):
         self.model, self.borrowed, self.settings = model, borrowed, settings
         self.side = (settings.size or model.family.resolution) // 8
         self.empty = self.encoded_one("")
-        drawn = [min(settings.drawn, len(texts)) for texts in (*spoken, *spoken, kept)]
-        batches = sum(-(-count // AT_ONCE) for count in drawn)
+        drawn = [min(settings.drawn, len(texts)) for texts in (*self.sides(spoken), kept)]
+        batches = sum(-(-sum(some) // AT_ONCE) for some in self._shared(drawn))
         layers = len(cross_attention_names(model.family))
         total = batches + layers + scenes_count(settings, len(spoken), styles)
         self.progress = Progress(on_step, total)
 
-    def __call__(self, texts):
-        settings, count = self.settings, min(self.settings.drawn, len(texts))
-        chosen = [texts[i * len(texts) // count] for i in range(count)]
-        texts = [self.encoded_one(text) for text in chosen]
+    def __call__(self, *lists):
+        """Queries by list of texts: of each, layer name -> [drawn, S, C]."""
+        return [queries for some in self._shared(lists) for queries in self._drawn(some)]
+
+    def _shared(self, lists):
+        """Lists of which so little is drawn that a batch holds several, several at a time."""
+        share = max(1, AT_ONCE // self.settings.drawn)
+        return [lists[first : first + share] for first in range(0, len(lists), share)]
+
+    def _drawn(self, lists):
+        counts = [min(self.settings.drawn, len(texts)) for texts in lists]
+        texts = [
+            self.encoded_one(texts[i * len(texts) // count])
+            for texts, count in zip(lists, counts)
+            for i in range(count)
+        ]
+        numbers = [self.settings.seed + i for count in counts for i in range(count)]
         queries = record_queries(
-            self.borrowed, self.model.family, texts, self.empty, settings, self.side,
-            AT_ONCE, lambda: self.progress(1.0),
+            self.borrowed, self.model.family, texts, self.empty, self.settings, self.side,
+            AT_ONCE, lambda: self.progress(1.0), numbers,
         )  # fmt: skip
         if not all(torch.isfinite(each).all() for each in queries.values()):
             raise ForgetError(
                 "Cross-attention gave numbers that are not finite while prompts were drawn: load "
                 "the model in float32 or bfloat16."
             )
-        return queries
+        parts = {name: each.split(counts) for name, each in queries.items()}
+        return [{name: own[i] for name, own in parts.items()} for i in range(len(lists))]
 
     def encoded(self, texts):
         """Texts as one batch, at most as many of them as hardening draws of what is kept."""

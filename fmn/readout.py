@@ -102,7 +102,9 @@ def recorded(borrowed, family, places, seed):
 
 
 @torch.no_grad()
-def record_queries(borrowed, family, texts, empty, settings, side, batch=4, on_batch=None):
+def record_queries(
+    borrowed, family, texts, empty, settings, side, batch=4, on_batch=None, numbers=None
+):
     """Draw texts, and record queries on the way: layer name -> [N, S, C].
 
     Args:
@@ -111,8 +113,10 @@ def record_queries(borrowed, family, texts, empty, settings, side, batch=4, on_b
             from the noise of seed + i.
         side: latents' height and width.
         on_batch: called after each batch, may raise.
+        numbers: seeds of the texts' noise, in place of those.
     """
     parts = []
+    numbers = numbers or range(settings.seed, settings.seed + len(texts))
     with recorded(borrowed, family, settings.places, settings.seed) as taken:
         for first in range(0, len(texts), batch):
             some = Text.cat(texts[first : first + batch])
@@ -120,7 +124,7 @@ def record_queries(borrowed, family, texts, empty, settings, side, batch=4, on_b
             noise = torch.cat(
                 [
                     torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(number))
-                    for number in range(settings.seed + first, settings.seed + first + count)
+                    for number in numbers[first : first + count]
                 ]
             ).to(borrowed.device)
             predict = guided(borrowed, some, empty, settings.guidance)

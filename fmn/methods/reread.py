@@ -217,8 +217,12 @@ def _hardening_texts(draw, concepts, spoken, kept):
 def closed_form(draw, spoken, kept, pushes):
     """What the regression gives: layer name -> (up, down) on the CPU, and what is left."""
     model, borrowed, settings = draw.model, draw.borrowed, draw.settings
-    readings = [Reading.of(model, pairs, draw) for pairs in spoken]
-    stay = Kept(model.encode_all(kept), [draw(kept), *(r.queries for r in readings)], settings)
+    *drawn, of_kept = draw(*draw.sides(spoken), kept)
+    readings = [
+        Reading.of(model, pairs, first, second)
+        for pairs, first, second in zip(spoken, drawn[::2], drawn[1::2])
+    ]
+    stay = Kept(model.encode_all(kept), [of_kept, *(r.queries for r in readings)], settings)
     problems = (
         Problem(
             f"{layer.name}.to_out.0",

@@ -15,6 +15,7 @@ from fmn.lora_keys import file_name
 from fmn.methods import reread
 from fmn.model import cross_attention_names
 from fmn.patch import save_patch
+from fmn.readings import Drawings
 from fmn.readout import record_queries
 from fmn.sentences import kept_sentences, sentences, together
 
@@ -32,7 +33,7 @@ FEW = reread.Settings(
 )  # fmt: skip
 NAMES = cross_attention_names(TINY)
 OUTPUTS = [f"{name}.to_out.0" for name in NAMES]
-STEPS = 3 + len(NAMES)  # of one concept: drawn with it, without it, kept ones; then the layers
+STEPS = 2 + len(NAMES)  # of one concept: drawn with and without it, kept ones; then the layers
 
 
 @pytest.fixture
@@ -214,12 +215,36 @@ def test_what_is_drawn(model):
         assert torch.equal(context, model.encode_all(prompts))
 
 
+@pytest.mark.parametrize("drawn, batches", [(1, [4, 1]), (2, [4, 4, 2]), (3, [3, 3, 2, 2, 3])])
+def test_short_lists_share_a_batch(model, drawn, batches):
+    """The noise of a list's i-th text, and what is seen, is the same as where it is alone."""
+    settings = replace(FEW, drawn=drawn)
+    pairs = [sentences(each, FEW.prompts + (each is DOG)) for each in (DOG, CAR)]
+    lists = [*Drawings.sides(pairs), ["a house", "a tree", "the sea"]]
+    with model.borrow() as borrowed:
+        draw = Drawings(model, borrowed, settings, lambda step: None, pairs, lists[-1])
+        found = draw(*lists)
+    assert [len(x) for x, _, _ in model.seen[1::2]] == batches  # a step with guidance, one without
+    for texts, queries in zip(lists, found):
+        alone = queries_of(model, texts, settings)
+        assert queries.keys() == alone.keys()
+        for name in NAMES:
+            torch.testing.assert_close(queries[name], alone[name])
+
+
 @pytest.mark.parametrize(
     "concepts, drawn, total",
-    [([DOG], 2, STEPS), ([DOG, OIL], 2, STEPS + 2), ([DOG], 5, STEPS + 3), ([CAR], 64, STEPS + 1)],
+    [
+        ([DOG], 1, STEPS - 1),
+        ([DOG], 2, STEPS),
+        ([DOG, OIL], 2, STEPS + 1),
+        ([DOG], 4, STEPS + 1),
+        ([DOG], 5, STEPS + 4),
+        ([CAR], 64, STEPS + 2),
+    ],  # fmt: skip
 )
 def test_steps_are_told(model, concepts, drawn, total):
-    """A step for every four drawings of a list, and for each layer."""
+    """A step for every four drawings, of one list or of several whole ones, and for each layer."""
     steps = []
     patch = reread.run(model, concepts, replace(FEW, drawn=drawn), steps.append)
     assert [(step.index, step.total, len(step.losses)) for step in steps] == [
@@ -230,7 +255,7 @@ def test_steps_are_told(model, concepts, drawn, total):
     assert steps[-1].losses[-1] == patch.info["loss"]["last"] != 1.0
 
 
-@pytest.mark.parametrize("last", [1, 3, 3 + len(NAMES)])
+@pytest.mark.parametrize("last", [1, 2, STEPS])
 def test_cancelling(model, last):
     before, seen = weights_of(model.unet), []
 
@@ -242,7 +267,7 @@ def test_cancelling(model, last):
     with pytest.raises(KeyboardInterrupt):
         reread.run(model, [DOG], FEW, cancel)
     assert seen == list(range(1, last + 1))
-    assert len(model.seen) == min(last, 3) * FEW.sampling_steps
+    assert len(model.seen) == min(last, 2) * FEW.sampling_steps
     assert same_tensors(before, weights_of(model.unet)) and not hooks_of(model)
 
 
