@@ -35,7 +35,8 @@ def info_of(path, metadata):
         for part in info.get("merged", []):
             texts += [part["method"], *part["concepts"]]
             numbers.append(part["strength"])
-        for measured in filter(None, [info.get("measured")]):
+        if "measured" in info:
+            measured = info["measured"]
             texts += [measured[part] for part in ("suite", "judge", "base", "date")]
             texts += measured["targets"]
             if not isinstance(measured["targets"], list):

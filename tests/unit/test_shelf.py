@@ -8,11 +8,11 @@ import torch
 
 from fmn.errors import ForgetError
 from fmn.families import SD1
-from fmn.patch import load_patch, save_patch
+from fmn.patch import save_patch
 from fmn.shelf import MAX_NOTES, Shelf
 from fmn.thumbnail import data_uri
 
-from .tiny import make_patch, metadata_of, rewrite
+from .tiny import make_patch, rewrite
 
 PICTURE = data_uri(torch.zeros(1, 8, 8, 3))
 
@@ -154,6 +154,7 @@ PROBLEMS = {
     "loss NaN": (given(loss='{"first":NaN,"last":1,"steps":1}'), "damaged"),
     "method a list": (given(method="[]"), "damaged"),
     "scores a list": (given(scores="[]"), "damaged"),
+    "measured nothing": (given(measured="{}"), "damaged"),
 }
 
 
@@ -232,17 +233,6 @@ def test_no_thumbnail(shelf, folders):
     assert "picture" not in named(shelf)["dog.safetensors"]
     with pytest.raises(ForgetError, match="has no thumbnail"):
         shelf.picture(0, "dog.safetensors")
-
-
-def test_saved_thumbnail_does_not_change_the_patch(tmp_path):
-    plain = save_patch(make_patch(), tmp_path / "plain.safetensors")
-    shown = save_patch(make_patch(), tmp_path / "shown.safetensors", PICTURE)
-    assert metadata_of(shown)["modelspec.thumbnail"] == PICTURE
-    first, second = load_patch(plain), load_patch(shown)
-    assert all(
-        up.equal(second.changes[name][0]) and down.equal(second.changes[name][1])
-        for name, (up, down) in first.changes.items()
-    )
 
 
 def test_delete_takes_what_lies_beside(shelf, folders):

@@ -12,6 +12,9 @@ from PIL import Image
 
 from fmn import thumbnail
 from fmn.errors import ForgetError
+from fmn.patch import load_patch, save_patch
+
+from .tiny import make_patch, metadata_of
 
 
 def encoded(kind="PNG", size=(64, 32), mode="RGB", colour=(200, 30, 40), **options):
@@ -139,3 +142,15 @@ def test_thumbnails_are_small(shape):
     assert len(text) < 200_000
     picture = opened(thumbnail.of_uri(text))
     assert picture.width <= 512 and picture.height <= 256
+
+
+def test_saved_thumbnail_does_not_change_the_patch(tmp_path):
+    picture = thumbnail.data_uri(torch.zeros(1, 8, 8, 3))
+    plain = save_patch(make_patch(), tmp_path / "plain.safetensors")
+    shown = save_patch(make_patch(), tmp_path / "shown.safetensors", picture)
+    assert metadata_of(shown)["modelspec.thumbnail"] == picture
+    first, second = load_patch(plain), load_patch(shown)
+    assert all(
+        up.equal(second.changes[name][0]) and down.equal(second.changes[name][1])
+        for name, (up, down) in first.changes.items()
+    )
