@@ -25,7 +25,6 @@ from ..fmn.bench.worker import demo_controls, read_controls
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfy import ComfyModel
 from ..fmn.methods import PRESETS, preset_of, settings_of
-from ..fmn.report import printable
 from .patch import DEMO_PATCHES
 from .types import CATEGORY, Method, Patch, show_text
 
@@ -118,6 +117,7 @@ class ConceptBench(io.ComfyNode):
                 io.Boolean.Input(
                     "write_scores",
                     default=False,
+                    optional=True,
                     tooltip="On: the means are written into the patch's own file, where the patch "
                     "shelf shows them and whoever gets the file reads them. Its weights stay as "
                     "they are, but it is no longer the same file, byte by byte. Needs a patch "
@@ -135,7 +135,7 @@ class ConceptBench(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, suite, targets, measure, judge, count, bench_seed, name,
-        write_scores, patch=None, method=None,
+        write_scores=False, patch=None, method=None,
     ):  # fmt: skip
         data = read_suite(_suite_path(suite))
         world = parse_suite(data, Path(suite).stem)
@@ -206,14 +206,7 @@ def _targets(suite, text, patch):
         return [suite.find(name) for name in dict.fromkeys(names)]
     if patch is None:
         return list(suite.targets)
-    targets = [target for target in suite.targets if target.name in patch.concepts]
-    if not targets:
-        forgets = ", ".join(map(printable, patch.concepts)) or "nothing by name"
-        raise ForgetError(
-            f"The patch forgets {forgets}, which suite '{suite.name}' does not ask about: name "
-            "targets of the suite, or choose another one."
-        )
-    return targets
+    return suite.forgotten(patch.concepts)
 
 
 def _check_scored(patch, targets):

@@ -79,10 +79,11 @@ def run_bench(options):
     from .run import bench, failures
 
     methods = [parse_method(text) for text in dict.fromkeys(options.method)]
+    _check_names(methods)
     setup, suite = make_setup(options)
     targets = _targets(options, suite)
     if options.write_scores:
-        targets = _scored(targets, options, methods)
+        targets = _scored(targets, options, suite, methods)
     check_domains(judge_for(setup.judge, suite), targets)
     measures = MEASURES if "all" in options.measure else tuple(dict.fromkeys(options.measure))
     names = [target.name for target in targets]
@@ -142,15 +143,31 @@ def make_setup(options):
     return setup, suite
 
 
+def _check_names(methods):
+    """Refuse two that a report could not tell apart."""
+    known = {}
+    for method in methods:
+        if known.setdefault(method.name, method.settings) != method.settings:
+            raise ForgetError(
+                f"Two different patches are both named '{method.name:.80}', and a report tells "
+                "methods apart by name: rename one of the files."
+            )
+
+
 def _targets(options, suite):
     targets = [suite.find(name) for name in dict.fromkeys(options.target)] or list(suite.targets)
-    targets = [t for t in targets if options.split in (None, t.split)]
-    if not targets:
-        raise ForgetError(f"No target named is in the half '{options.split}': name others.")
-    return targets
+    return _of_half(targets, options)
 
 
-def _scored(targets, options, methods):
+def _of_half(targets, options):
+    found = [target for target in targets if options.split in (None, target.split)]
+    if not found:
+        names = ", ".join(target.name for target in targets)
+        raise ForgetError(f"None of {names:.200} is in the half '{options.split}': name others.")
+    return found
+
+
+def _scored(targets, options, suite, methods):
     """Of the targets those whose scores can be written: all if they are named."""
     from ..patch import load_patch
 
@@ -160,12 +177,11 @@ def _scored(targets, options, methods):
                 f"--write-scores is for patch files at strength 1, and '{method.name:.80}' is "
                 "none: name files such as dog.safetensors with --method."
             )
-    concepts = {method.name: load_patch(method.source.path).concepts for method in methods}
+    concepts = [load_patch(method.source.path).concepts for method in methods]
     if not options.target:
-        forgotten = {name for own in concepts.values() for name in own}
-        targets = [target for target in targets if target.name in forgotten]
-    for name, own in concepts.items():
-        check_targets(name, own, [target.name for target in targets])
+        targets = _of_half(suite.forgotten([name for own in concepts for name in own]), options)
+    for method, own in zip(methods, concepts, strict=True):
+        check_targets(method.name, own, [target.name for target in targets])
     return targets
 
 

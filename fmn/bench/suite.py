@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..concept import Concept
 from ..errors import ForgetError
+from ..report import printable
 from ..sampling import Sampling
 
 SUITES = Path(__file__).parent / "suites"
@@ -95,6 +96,21 @@ class Suite:
                 return target
         known = ", ".join(target.name for target in self.targets)
         raise ForgetError(f"Suite '{self.name}' has no target '{name}': choose from {known}.")
+
+    def forgotten(self, concepts):
+        """The targets among the concepts of a patch, by name.
+
+        Raises:
+            ForgetError: there is none.
+        """
+        targets = [target for target in self.targets if target.name in concepts]
+        if not targets:
+            forgets = printable(", ".join(concepts)[:200]) or "nothing by name"
+            raise ForgetError(
+                f"The patch forgets {forgets}, which suite '{self.name}' does not ask about: name "
+                "targets of the suite, or choose another one."
+            )
+        return targets
 
 
 def load_suite(name):

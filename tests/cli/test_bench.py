@@ -20,7 +20,7 @@ from fmn.bench.suite import parse_suite, read_suite
 from fmn.bench.worker import make_lab, read_controls
 from fmn.families import DEMO, layers
 from fmn.hosts.diffusers import DiffusersModel
-from fmn.patch import ForgetPatch, load_patch
+from fmn.patch import ForgetPatch, load_patch, save_patch
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 9  # a picture of each style
@@ -164,7 +164,7 @@ def test_a_second_run_does_nothing_again(finished, capsys):
     [
         (["--suite", "nosuch"], "There is no suite"),
         (["--target", "wolf"], "has no target 'wolf'"),
-        (["--target", "dog", "--split", "report"], "No target named is in the half"),
+        (["--target", "dog", "--split", "report"], "None of dog is in the half 'report'"),
         (["--method", "nosuch"], "neither a method"),
         (["--method", "resteer:steps=0"], "steps is 0"),
         (["--count", "1"], "--count is 1"),
@@ -182,6 +182,35 @@ def test_what_is_wrong_with_the_options_is_said(arguments, told, tmp_path, capsy
     assert bench(*arguments, "--out", str(tmp_path / "out")) == 2
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
+
+
+def test_two_patches_of_one_name_are_refused(tmp_path, capsys):
+    """Each would get the other's results; the same patch twice is no harm."""
+    paths = []
+    for folder, size in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
+        (tmp_path / folder).mkdir()
+        paths.append(save_patch(noise_patch(size), tmp_path / folder / "dog.safetensors"))
+    first, other, same = map(str, paths)
+    out = "--out", str(tmp_path / "out"), "--target", "wolf"
+    assert bench("--method", first, other, *out) == 2
+    told = "Two different patches are both named 'dog.safetensors'"
+    assert told in capsys.readouterr().err
+    assert bench("--method", first, same, *out) == 2
+    assert "has no target 'wolf'" in capsys.readouterr().err
+    assert bench("--method", first, f"{other}:0.5", *out) == 2
+    assert "has no target 'wolf'" in capsys.readouterr().err
+
+
+def test_scores_of_a_patch_that_forgets_nothing_of_the_suite(tmp_path, capsys):
+    path = save_patch(noise_patch(1.0), tmp_path / "noise.safetensors")
+    out = "--out", str(tmp_path / "out")
+    assert bench("--method", str(path), "--write-scores", *out) == 2
+    assert "forgets nothing by name, which suite 'demo'" in capsys.readouterr().err
+    patch = noise_patch(1.0)
+    patch.info["concepts"] = [{"name": "dog", "kind": "object"}]
+    path = save_patch(patch, tmp_path / "dog.safetensors")
+    assert bench("--method", str(path), "--write-scores", "--split", "report", *out) == 2
+    assert "None of dog is in the half 'report'" in capsys.readouterr().err
 
 
 def test_strips_of_controls(tmp_path):

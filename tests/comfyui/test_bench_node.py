@@ -14,7 +14,7 @@ from .workflows import demo_loader, node, saving, training
 def bench(**inputs):
     given = {
         "suite": "demo", "targets": "dog", "measure": "pictures", "judge": "", "count": 2,
-        "bench_seed": 0, "name": "test", "write_scores": False,
+        "bench_seed": 0, "name": "test",
     } | inputs  # fmt: skip
     return demo_loader() | {
         "bench": node(
@@ -168,7 +168,7 @@ def test_the_model_comes_back_bit_identical(pack, demo, monkeypatch):
     node_class = pack("nodes.bench").ConceptBench
     with torch.inference_mode():
         node_class.execute(
-            model, clip, vae, "demo", "dog", "pictures", "", 2, 0, "in_process", False, patch=patch
+            model, clip, vae, "demo", "dog", "pictures", "", 2, 0, "in_process", patch=patch
         )
     after = state(model)
     assert before.keys() == after.keys()
