@@ -49,11 +49,15 @@ def bytes_of(source):
     """
     data = _read(source.path)
     if _hash(data) != source.weights:
-        raise ForgetError(
-            f"'{source.path.name}' is not the patch any more that it was when it was loaded, so no "
-            "scores are written into it: load it again."
-        )
+        raise _replaced(source)
     return data
+
+
+def _replaced(source):
+    return ForgetError(
+        f"'{source.path.name}' is not the patch any more that it was when it was loaded, so no "
+        "scores are written into it: load it again."
+    )
 
 
 def check_targets(name, concepts, targets):
@@ -87,6 +91,7 @@ def scores_of(summary, setup, method):
         "count": setup.count,
         "seed": setup.seed,
         "base": setup.fingerprint,
+        "setup": setup.key(),
         "version": summary["version"],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -107,7 +112,9 @@ def write_scores(source, scores, measured):
     data = bytes_of(source)
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    metadata = header["__metadata__"]
+    metadata = header.get("__metadata__", {})
+    if "fmn.format" not in metadata:  # only the header was written anew, by another program
+        raise _replaced(source)
     info = info_of(source.path, metadata)
     before, old = info.get("scores", {}), info.get("measured", {})
     if old | {"date": ""} == measured | {"date": ""}:

@@ -42,6 +42,17 @@ class Setup:
     count: int = 12
     seed: int = 0
 
+    def told(self):
+        """All of it that matters to results, as plain data; where files lie does not."""
+        places = {"model": "", "controls": ""}
+        if "clip:" in self.judge + self.check + self.clip:
+            places |= {name: getattr(self, name)[:5] for name in ("judge", "check", "clip")}
+        return asdict(self) | places
+
+    def key(self):
+        """Short hash of what ``told`` says."""
+        return _hash(self.told())[:12]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -64,13 +75,13 @@ class Cell:
 
     def key(self, setup):
         """Hash of everything that matters to the result; where files lie does not."""
-        places = {"model": "", "controls": ""}
-        if "clip:" in setup.judge + setup.check + setup.clip:
-            places |= {name: getattr(setup, name)[:5] for name in ("judge", "check", "clip")}
-        shared = asdict(setup) | places
-        told = {"format": FORMAT, "version": __version__, "setup": shared, "cell": asdict(self)}
-        text = json.dumps(told, sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        told = {"format": FORMAT, "version": __version__, "setup": setup.told()}
+        return _hash(told | {"cell": asdict(self)})[:32]
+
+
+def _hash(told):
+    text = json.dumps(told, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

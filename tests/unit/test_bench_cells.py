@@ -44,6 +44,18 @@ def test_a_key_does_not_change_with_where_files_lie():
     assert cell.key(one) == cell.key(other) != cell.key(setup)
 
 
+def test_a_setup_s_key():
+    """As a cell's: all that decides numbers, and no place of a file."""
+    key = (setup := make_setup()).key()
+    changes = [{"fingerprint": "g"}, {"judge": "other"}, {"judges": "h"}, {"check": "c"},
+               {"count": 5}, {"seed": 1}, {"suite": data(far=["cat"])},
+               {"suite": data(sampling={"steps": 3, "guidance": 2})}]  # fmt: skip
+    keys = {replace(setup, **change).key() for change in changes}
+    assert len(key) == 12 and len(keys) == len(changes) and key not in keys
+    assert key == replace(setup, model="elsewhere", controls="elsewhere").key()
+    assert replace(setup, judge="clip:/a").key() == replace(setup, judge="clip:/b").key()
+
+
 def test_a_plan_lists_what_others_need_first():
     setup = make_setup()
     cells = plan(setup, SUITE, ["dog", "light"], [parse_method("resteer")], ("pictures", "rungs"))

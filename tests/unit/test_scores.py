@@ -18,7 +18,8 @@ from .test_shelf import PICTURE
 
 MEASURED = {
     "suite": "Demo model", "targets": ["dog"], "judge": "demo", "count": 12, "seed": 0,
-    "base": "f" * 32, "version": "0.1.0", "date": "2026-05-04T03:02:01+00:00",
+    "base": "f" * 32, "setup": "0" * 12, "version": "0.1.0",
+    "date": "2026-05-04T03:02:01+00:00",
 }  # fmt: skip
 SCORES = {"UA": 0.98, "IRA": 0.951, "M-Score": 0.4123}
 
@@ -60,7 +61,13 @@ def test_what_reads_a_patch_tells_them(path):
 
 @pytest.mark.parametrize(
     "changes, kept",
-    [({"date": "later"}, True), ({"count": 8}, False), ({"targets": ["cat"]}, False)],
+    [
+        ({"date": "later"}, True),
+        ({"count": 8}, False),
+        ({"targets": ["cat"]}, False),
+        ({"setup": "1" * 12}, False),
+        ({"version": "0.2.0"}, False),
+    ],
 )
 def test_scores_that_were_measured_alike_stay(path, changes, kept):
     write_scores(source_of(path), SCORES, MEASURED)
@@ -87,6 +94,19 @@ def test_another_file_of_the_same_name_gets_none(path):
     path.unlink()
     with pytest.raises(ForgetError, match="cannot be read .No such file"):
         write_scores(source, SCORES, MEASURED)
+
+
+@pytest.mark.parametrize("stripped", [None, {"title": "mine"}])
+def test_a_file_whose_header_was_replaced_gets_none(path, stripped):
+    """Its weights are still the same, but nothing in it says that it is a patch."""
+    source = source_of(path)
+    content = {"__metadata__": stripped} if stripped else {}
+    header = json.dumps(content).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + weights(path))
+    before = path.read_bytes()
+    with pytest.raises(ForgetError, match="'dog.safetensors' is not the patch any more"):
+        write_scores(source, SCORES, MEASURED)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows asks for rights to make links")
@@ -133,7 +153,7 @@ def test_which_figures_are_taken():
     date = measured.pop("date")
     assert date.startswith("20") and measured == {
         "suite": "Mine", "targets": ["dog", "oil"], "judge": "clip:vit-large", "count": 8,
-        "seed": 3, "base": "f" * 32, "version": "9",
+        "seed": 3, "base": "f" * 32, "setup": setup.key(), "version": "9",
     }  # fmt: skip
 
 
@@ -161,7 +181,8 @@ def test_a_stranger_s_record_is_checked(path, changes):
     assert described(path, path.stat())["problem"] == "damaged"
 
 
-def test_a_record_that_lacks_something(path):
-    write_scores(source_of(path), SCORES, {"suite": "Demo"})
+@pytest.mark.parametrize("measured", [{"suite": "Demo"}, {}])
+def test_a_record_that_lacks_something(path, measured):
+    write_scores(source_of(path), SCORES, measured)
     with pytest.raises(ForgetError, match="metadata of 'dog.safetensors' is damaged"):
         load_patch(path)
