@@ -89,6 +89,13 @@ def make_adapters(module_of, names, settings, device, downs=None):
     return adapters
 
 
+def turns(values, generator):
+    """The values in a shuffled order, then in another one, without end."""
+    while True:
+        for index in torch.randperm(len(values), generator=generator).tolist():
+            yield values[index]
+
+
 def learn(
     model, concepts, settings, scope, open_loss, optimiser=None, looked_at=(), on_step=None,
     downs=None, rehearsed=None,
@@ -139,7 +146,7 @@ def learn(
                 type(model), model.family.key, borrowed.device, type(settings), *names,
                 settings.rank, getattr(settings, "full_weights", False), rows, latent.shape,
                 text.context.shape, plan.checkpointing, downs is None,
-                borrowed.module(names[0]).weight.dtype,
+                borrowed.module(names[0]).weight.dtype, bool(getattr(settings, "prior", 0)),
             )  # fmt: skip
             if alike not in ESTIMATES:
                 if len(ESTIMATES) == MOST_ESTIMATES:

@@ -15,7 +15,7 @@ from .families import FAMILIES, Family, layers_by_name
 from .files import write_whole
 from .lora_keys import PARTS, file_name, known_names
 from .lowrank import merge
-from .patch_info import FORMAT, MAX_HEADER, THUMBNAIL, info_of
+from .patch_info import FORMAT, THUMBNAIL, check_header_size, info_of
 from .scores import Source
 
 MAX_RANK = 1024
@@ -258,23 +258,6 @@ def load_patch(path):
             )
         changes[layer.name] = up * (alpha / down.shape[0]), down
     return ForgetPatch(family, changes, info_of(path, metadata))
-
-
-def check_header_size(path):
-    """Refuse a safetensors file whose header cannot be as long as it claims."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-    except OSError as error:
-        raise ForgetError(
-            f"'{path}' cannot be read ({error.strerror}): check the name and its folder."
-        ) from error
-    if size < 8 or header > min(size - 8, MAX_HEADER):
-        raise ForgetError(
-            f"'{path.name}' is cut short or not a safetensors file: its header claims {header} "
-            f"bytes, the file has {size} and we read at most {MAX_HEADER}; get it again."
-        )
 
 
 def _family(path, metadata, found):

@@ -55,3 +55,20 @@ def is_number(value):
     """Whether a value from JSON is a number to reckon with."""
     # JSON allows integers that no float can hold, and NaN.
     return isinstance(value, (int, float)) and abs(value) < 1e300
+
+
+def check_header_size(path):
+    """Refuse a safetensors file whose header cannot be as long as it claims."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise ForgetError(
+            f"'{path}' cannot be read ({error.strerror}): check the name and its folder."
+        ) from error
+    if size < 8 or header > min(size - 8, MAX_HEADER):
+        raise ForgetError(
+            f"'{path.name}' is cut short or not a safetensors file: its header claims {header} "
+            f"bytes, the file has {size} and we read at most {MAX_HEADER}; get it again."
+        )

@@ -102,7 +102,7 @@ def plans(checkpointing, batch):
 def planned(train, ways, estimate_of, device):
     """What ``train(plan, note)`` returns with the first plan that fits the free memory.
 
-    If memory runs out all the same, training starts anew, once, with the next. Either is logged,
+    If memory runs out all the same, training starts anew, once, with the last. Either is logged,
     and is in the note with the estimate.
 
     Args:
@@ -114,7 +114,7 @@ def planned(train, ways, estimate_of, device):
     """
     free = free_memory(device)
     plan, needed = _first_that_fits(ways, estimate_of, free)
-    cheaper = ways[ways.index(plan) + 1 :]
+    least = ways[-1]
     note = "" if needed is None else str(needed)
     if plan != ways[0]:
         note = f"{note}; {plan.beside(ways[0])}, as {free / GB:.1f} GB are free"
@@ -122,11 +122,11 @@ def planned(train, ways, estimate_of, device):
         log.info(note)
     with _heap_for(needed, free, device):
         found = _tried(train, plan, note)
-    if found is None and cheaper:
-        what = f"memory ran out, so training began anew: {cheaper[0].beside(plan)}"
+    if found is None and plan != least:
+        what = f"memory ran out, so training began anew: {least.beside(plan)}"
         note = f"{note}; {what}".strip("; ")
         log.warning(note)
-        found = _tried(train, cheaper[0], note)
+        found = _tried(train, least, note)
     if found is None:
         raise ForgetError(
             "Memory ran out while training, in the way that takes the least: choose a smaller "

@@ -12,12 +12,11 @@ from .errors import ForgetError
 from .model import Text, cross_attention_names
 from .output_form import Progress
 from .readout import read_out, record_queries
+from .scenes import AT_ONCE, picture_counts
 from .scenes import count as scenes_count
-from .scenes import picture_counts
 from .spans import SECTION
 
 KEPT_PLACES = 4  # at which a kept sentence is read, for each word
-AT_ONCE = 4  # drawings
 
 
 class Reading:

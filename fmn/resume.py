@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from .errors import ForgetError
 from .files import write_whole
-from .patch import check_header_size, save_patch
+from .patch import save_patch
+from .patch_info import check_header_size
 from .train import Loop
 
 ENDING = ".fmn-train"  # no ending that loaders of models list
@@ -67,7 +68,7 @@ class State:
                 )
         then, now = self.record["settings"], record["settings"]
         for key in sorted(then.keys() | now.keys()):
-            # More steps may be added; nothing else would give the same training.
+            # More steps may be added. Any other change, and a falling rate, gives another training.
             if then.get(key) != now.get(key) and not (key in GROW and now.get(key)):
                 raise ForgetError(
                     f"'{self.name}' was made with {key[:40]} {str(then.get(key, 'unset'))[:40]}, "
@@ -272,7 +273,9 @@ def _check_tensors(name, record, losses, tensors):
         raise _damaged(name, "losses")
     if not steps <= record["tries"] <= 2 * MAX_STEPS:
         raise _damaged(name, f"{record['tries']} tries of {steps} steps")
-    if not 1 <= scale <= TOP_SCALE or not math.log2(scale).is_integer():
+    beside = tensors.get(BESIDE + "scale")
+    scales = [scale] if beside is None else [scale, *beside.flatten().tolist()]
+    if not all(1 <= each <= TOP_SCALE and math.log2(each).is_integer() for each in scales):
         raise _damaged(name, "scale")
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

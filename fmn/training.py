@@ -47,6 +47,14 @@ class Training:
             self.loop = self.begun.put_on(self.parameters)
             self.tries, self.best = self.loop.tries, self.begun.best() if self.keeps_best else None
 
+    def check_steps(self, steps):
+        """Refuse to go on where no step is left."""
+        if self.begun and len(self.begun.losses) >= steps:
+            raise ForgetError(
+                f"'{self.begun.name}' has {len(self.begun.losses)} steps behind it and {steps} are "
+                "asked for: set more steps."
+            )
+
     def put_beside(self, learned_of):
         """Say what else learns, which is no part of the patch, and set it as it was.
 
@@ -64,11 +72,7 @@ class Training:
 
     def run(self, loss_at, steps, optimiser, on_step, half):
         """Train; see ``fit``."""
-        if self.loop and len(self.loop.losses) >= steps:
-            raise ForgetError(
-                f"'{self.begun.name}' has {len(self.loop.losses)} steps behind it and {steps} are "
-                "asked for: set more steps."
-            )
+        self.check_steps(steps)
 
         def told(step):
             self.loop = step.loop

@@ -26,7 +26,20 @@ WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 EMPTY_PICTURE = 0.8223, -0.6876, 0.6364, 0.1380
 
 
-def _filled(unet, args):
+@contextmanager
+def _filled(unet):
+    """Lets a variant's U-Net take noise alone, for a while."""
+    handles = []
+    if unet.config.in_channels != 4:
+        handles.append(unet.register_forward_pre_hook(_fill))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fill(unet, args):
     """Variants of a model read more than the noise: give them an empty picture, all to be filled.
 
     That is for instruct models zeros, for inpainting models a mask of ones and the latents of grey.
@@ -68,8 +81,6 @@ class DiffusersModel:
                 "are supported, and other models inside ComfyUI, by the method ESD."
             )
         self.saved, self.pipeline, self.unet = pipeline, drawing_text(pipeline), unet
-        if unet.config.in_channels != 4:
-            unet.register_forward_pre_hook(_filled)
         self.prediction = _prediction(pipeline.scheduler)
 
     @classmethod
@@ -163,15 +174,16 @@ class DiffusersModel:
         if start > 1:  # samples are not of unit variance: the schedulers of Karras et al.
             largest = float(scheduler.sigmas.max())
             noise = noise * ((1 + largest**2) ** 0.5 / start)
-        return self.pipeline(
-            prompt=texts,
-            latents=noise.to(self.device, self.unet.dtype),
-            height=noise.shape[-2] * 8,
-            width=noise.shape[-1] * 8,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            output_type="latent",
-        ).images
+        with _filled(self.unet):
+            return self.pipeline(
+                prompt=texts,
+                latents=noise.to(self.device, self.unet.dtype),
+                height=noise.shape[-2] * 8,
+                width=noise.shape[-1] * 8,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="latent",
+            ).images
 
     @torch.no_grad()
     def decode(self, latents):
@@ -201,7 +213,7 @@ class DiffusersModel:
         training = self.unet.training
         try:
             self.unet.requires_grad_(False).train(False)
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), _filled(self.unet):
                 yield _Borrowed(self)
         finally:
             self.unet.train(training)

@@ -14,8 +14,9 @@ import torch
 from ..concept import Prompt
 from ..errors import ForgetError
 from ..families import layers as layers_of
-from ..fitting import autograd, learn, reference_latents
+from ..fitting import autograd, learn, reference_latents, turns
 from ..keep import keep_for
+from ..lowrank import Switch
 from ..model import PLACEHOLDER, Text
 from ..objectives import concept_ablation
 from ..probe import flags_of
@@ -247,18 +248,18 @@ class Draws:
         self.batch, self.apart = batch, apart
         self.generator, self.device = generator, borrowed.device
         self.alphas_cumprod = borrowed.alphas_cumprod.cpu()
-        self.concepts = _turns([_turns(pairs, generator) for pairs in concepts], generator)
+        self.concepts = turns([turns(pairs, generator) for pairs in concepts], generator)
 
     def __call__(self):
         """What one step trains on: a ``Batch`` for each pair of prompt lengths drawn."""
         groups = {}
         for index in range(self.batch):
-            row = self._draw()
+            row = self.one()
             alike = row.target.context.shape, row.anchor.context.shape, index * self.apart
             groups.setdefault(alike, []).append(row)
-        return [self._stack(rows) for rows in groups.values()]
+        return [self.stacked(rows) for rows in groups.values()]
 
-    def _draw(self):
+    def one(self):
         pair = next(next(self.concepts))
         index = torch.randint(len(pair.latents), (1,), generator=self.generator)
         t = torch.randint(len(self.alphas_cumprod), (1,), generator=self.generator)
@@ -266,17 +267,10 @@ class Draws:
         x_t = add_noise(pair.latents[index], noise, self.alphas_cumprod[t])
         return Batch(x_t, t, noise, pair.target, pair.anchor)
 
-    def _stack(self, rows):
+    def stacked(self, rows):
         x_t, t, noise, targets, anchors = zip(*rows)
         x_t, t, noise = (torch.cat(tensors).to(self.device) for tensors in (x_t, t, noise))
         return Batch(x_t, t, noise, Text.cat(targets), Text.cat(anchors))
-
-
-def _turns(values, generator):
-    """Endless: all values in a shuffled order, then again in another."""
-    while True:
-        for i in torch.randperm(len(values), generator=generator).tolist():
-            yield values[i]
 
 
 @contextmanager
@@ -324,9 +318,16 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         with start_detached([borrowed.module(name) for name in read * settings.detach_start]):
             yield draw, loss
 
+    @contextmanager
+    def rehearsed(borrowed, batch):
+        draws = Draws(pairs, batch, torch.Generator().manual_seed(settings.seed), borrowed)
+        rows = draws.stacked([draws.one()] * batch)
+        yield lambda: ablated(borrowed, Switch(), rows, settings)
+
     return learn(
-        model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs
-    )
+        model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs,
+        rehearsed,
+    )  # fmt: skip
 
 
 def ablated(borrowed, switch, batch, settings):

@@ -12,7 +12,7 @@ import torch
 
 from ..concept import Prompt
 from ..errors import ForgetError
-from ..fitting import autograd, in_scope, learn
+from ..fitting import autograd, in_scope, learn, turns
 from ..model import Text
 from ..objectives import esd
 from ..probe import flags_of
@@ -170,8 +170,8 @@ class Draws:
         self.settings, self.borrowed, self.switch = settings, borrowed, switch
         self.shape = settings.batch, channels, side, side
         self.generator = torch.Generator().manual_seed(settings.seed)
-        own = [_turns(each, self.generator) for each in examples]
-        self.prompts_in_turn = _turns(own, self.generator)
+        own = [turns(each, self.generator) for each in examples]
+        self.prompts_in_turn = turns(own, self.generator)
         # The drawing stops at times[k]; bin k reaches down to times[k + 1], not included.
         self.times = [*spaced(step_count(borrowed), settings.sampling_steps), -1]
 
@@ -201,13 +201,6 @@ class Draws:
         frozen = self.settings.sample_from == FROZEN
         with self.switch.off() if frozen else nullcontext():
             return begin(self.borrowed, predict, noise, self.settings.sampling_steps, k)
-
-
-def _turns(values, generator):
-    """The values in a shuffled order, then in another one, without end."""
-    while True:
-        for index in torch.randperm(len(values), generator=generator).tolist():
-            yield values[index]
 
 
 @autograd()

@@ -172,6 +172,9 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     base = model.fingerprint()
     spoken = [sentences(concept, settings.prompts) for concept in concepts]
     kept = kept_texts(concepts, keep, settings)
+    if settings.robust_steps:
+        training = Training(model, concepts, settings, on_step)
+        training.check_steps(settings.robust_steps * len(concepts))
     with model.borrow() as borrowed:
         styles = [concept.name for concept in concepts if concept.kind == "style"]
         draw = Drawings(model, borrowed, settings, on_step, spoken, kept, len(styles))
@@ -189,7 +192,6 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
             return made(changes)
         drawn = partial(draw.progress, 0.0)
         scenes = draw_scenes(borrowed, *texts, draw.empty, settings, draw.side, drawn)
-        training = Training(model, concepts, settings, on_step)
         try:
             harden(training, borrowed, changes, *scenes, draw.empty, made, on_step)
         except NonFiniteLoss as error:  # at once: the closed form is what there is

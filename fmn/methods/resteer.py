@@ -293,7 +293,7 @@ def apart_loss(borrowed, watch, batches):
     """
     with torch.no_grad():
         norms = [whole_loss(borrowed, watch, [batch]) for batch in batches]
-        whole = torch.stack(norms).norm()
+        whole = torch.stack(norms).norm().clamp_min(torch.finfo(torch.float32).tiny)
     for batch, norm in zip(batches, norms):
         half = whole_loss(borrowed, watch, [batch]).square() / (2 * whole)
         yield half + norm.square() / (2 * whole)

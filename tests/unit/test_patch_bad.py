@@ -10,7 +10,8 @@ from safetensors.torch import load
 from fmn.errors import ForgetError
 from fmn.families import DEMO, layers
 from fmn.lora_keys import file_name
-from fmn.patch import MAX_HEADER, load_patch, save_patch
+from fmn.patch import load_patch, save_patch
+from fmn.patch_info import MAX_HEADER
 from fmn.report import describe
 
 from .tiny import make_patch, rewrite

@@ -143,12 +143,12 @@ def test_memory_that_runs_out_is_told_and_training_begins_anew(monkeypatch, capl
 @pytest.mark.parametrize("batch, asked, fails", [
     (1, True, [1]), (1, False, [1, 2]), (4, False, [1, 2]),
 ])  # fmt: skip
-def test_it_begins_anew_once(monkeypatch, batch, asked, fails):
+def test_it_begins_anew_once_in_the_way_that_takes_the_least(monkeypatch, batch, asked, fails):
     monkeypatch.setattr(plan, "free_memory", lambda device: None)
     train, calls = train_that(fails)
     with pytest.raises(ForgetError, match="choose a smaller size"):
         planned(train, plans(asked, batch), lambda _: None, CPU)
-    assert len(calls) == len(fails)
+    assert len(calls) == len(fails) and calls[-1][0] == Plan(True, batch > 1)
 
 
 @pytest.mark.parametrize("free, gives_back", [(17e9, False), (15e9, True), (1e8, True)])
@@ -243,6 +243,15 @@ def test_prompts_that_go_apart_give_the_same_patch(monkeypatch, method, settings
         torch.testing.assert_close(
             found.change_of(name), expected.change_of(name), rtol=1e-2, atol=1e-6
         )
+
+
+def test_what_ablation_holds_for_the_prior_is_estimated(monkeypatch):
+    monkeypatch.setattr(fitting, "ESTIMATES", {})
+    given = {"steps": 1, "batch": 1, "references": "samples", "samples": 1, "sample_steps": 2}
+    for prior in (0.0, 1.0):
+        ablation.run(TinyModel(), [DOG], ablation.Settings(**given, prior=prior))
+    without, with_prior = (each.activations for each in fitting.ESTIMATES.values())
+    assert 1.8 * without < with_prior < 2.2 * without
 
 
 def test_estimates_are_told_and_kept(monkeypatch):

@@ -123,6 +123,10 @@ def nan(tensor):
     return torch.full_like(tensor, float("nan"))
 
 
+def beside_scale(value):
+    return {"beside.scale": torch.tensor(value)}
+
+
 BAD = {
     "no format": (lambda t, m: m.pop("fmn.train.format"), "is no training state"),
     "another format": (lambda t, m: m.update({"fmn.train.format": "2"}), "format 2, this version"),
@@ -138,6 +142,9 @@ BAD = {
     "scale nan": (raw('{"scale": NaN}'), "record .* damaged .KeyError"),
     "scale not a power": (record(scale=3.0), "The scale in"),
     "scale huge": (record(scale=2.0**40), "The scale in"),
+    "scale beside zero": (lambda t, m: t.update(beside_scale(0.0)), "The scale in"),
+    "scale beside negative": (lambda t, m: t.update(beside_scale(-2.0)), "The scale in"),
+    "scale beside nan": (lambda t, m: t.update(beside_scale(torch.nan)), "The scale in"),
     "settings as a list": (record(settings=[]), "record .* damaged .TypeError"),
     "best as text": (record(best=["a", 1]), "record .* damaged .TypeError"),
     "best in the future": (record(best=[0.1, 12]), "best parameters"),
