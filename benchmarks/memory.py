@@ -3,7 +3,8 @@
     COMFYUI_PATH=... python benchmarks/memory.py [--size 256 512] [--layers kv unet] [--steps 2]
 
 Re-steers Stable Diffusion 1.5 with random weights, in float32 by diffusers, each row in processes
-of their own that first made some steps at 64 pixels, for what Python loads. GB beyond that:
+of their own that made the same steps once before, for what Python loads and kernels that are
+compiled for these sizes, which take some 0.1 GB. GB beyond that:
 
     estimate    what is told before training
     alive       peak of what torch allocated on a GPU. On a CPU, of resident memory where malloc
@@ -60,8 +61,9 @@ def measure(checkpoint, size, layers, checkpointing, heap, steps):
         return peak()
 
     model = DiffusersModel.load(checkpoint)
-    train({"size": 64})
-    measured = train({"size": size, "checkpointing": bool(checkpointing)})
+    changes = {"size": size, "checkpointing": bool(checkpointing)}
+    train(changes)
+    measured = train(changes)
     (found,) = fitting.ESTIMATES.values()
     seconds = (times[-1] - times[0]) / (len(times) - 1)
     return {"estimate": found.beyond, "measured": measured, "seconds": seconds}
