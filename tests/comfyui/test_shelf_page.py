@@ -201,6 +201,7 @@ def test_delete_and_rename_ask_first(shelf, server):
     page.get_by_text("a file stays in its folder").wait_for()
     assert (folder / "gogh.safetensors").exists()
 
+    dialog.wait_for(state="detached")  # it fades out, and would take what the next one is to get
     page.get_by_role("listbox").focus()
     page.keyboard.press("F2")
     dialog.get_by_role("textbox").fill("vincent")
