@@ -265,8 +265,8 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         batches = Draws(data, how, borrowed.alphas_cumprod, borrowed.device)()
         modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
         with watch_attention(modules, borrowed.context_argument) as watch:
-            for batch in batches:
-                watch.aim(batch.flags)
+            for each in batches:
+                watch.aim(each.flags)
             forwards = [partial(borrowed.denoise, each.x_t, each.t, each.text) for each in batches]
             yield lambda: attention_resteering(
                 [layer for forward in forwards for layer in watch.run(forward)]

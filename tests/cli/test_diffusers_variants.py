@@ -88,9 +88,23 @@ def test_folders_of_variants_are_trained_and_merged(tmp_path, monkeypatch, chann
     model = DiffusersModel.load(tmp_path / "base")
     assert type(model.saved) is kind and (model.family is XL) == xl
     settings = resteer.Settings(steps=2, size=64, lr=0.01, layers="attention")
+    before = {name: weight.clone() for name, weight in model.unet.state_dict().items()}
+
+    def as_it_was():
+        now = model.unet.state_dict()
+        hooked = [m for m in model.unet.modules() if m._forward_hooks or m._forward_pre_hooks]
+        return not hooked and all(torch.equal(now[name], before[name]) for name in before)
+
+    def cancel(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resteer.run(model, [Concept("dog")], settings, cancel)
+    assert as_it_was()
     patch = resteer.run(model, [Concept("dog")], settings)
+    assert as_it_was()
     latents = model.sample(Prompt("a photo of a dog", "dog"), [1], 64, 2, 3.5)
-    assert latents.shape == (1, 4, 8, 8) and latents.isfinite().all()
+    assert latents.shape == (1, 4, 8, 8) and latents.isfinite().all() and as_it_was()
 
     model.merged([(patch, 1.0)]).save(tmp_path / "merged")
     again = DiffusersModel.load(tmp_path / "merged")
