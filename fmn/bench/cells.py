@@ -44,10 +44,8 @@ class Setup:
 
     def told(self):
         """All of it that matters to results, as plain data; where files lie does not."""
-        places = {"model": "", "controls": ""}
-        if "clip:" in self.judge + self.check + self.clip:
-            places |= {name: getattr(self, name)[:5] for name in ("judge", "check", "clip")}
-        return asdict(self) | places
+        judges = {name: _without_folder(getattr(self, name)) for name in ("judge", "check", "clip")}
+        return asdict(self) | {"model": "", "controls": ""} | judges
 
     def key(self):
         """Short hash of what ``told`` says."""
@@ -77,6 +75,13 @@ class Cell:
         """Hash of everything that matters to the result; where files lie does not."""
         told = {"format": FORMAT, "version": __version__, "setup": setup.told()}
         return _hash(told | {"cell": asdict(self)})[:32]
+
+
+def _without_folder(judge):
+    """``clip:FOLDER+nudenet`` as ``clip:+nudenet``; other specs as they are."""
+    if not judge.startswith("clip:"):
+        return judge
+    return "clip:" + ("+nudenet" if judge.endswith("+nudenet") else "")
 
 
 def _hash(told):

@@ -6,6 +6,7 @@ Nothing is fetched: the configurations and the tokenizer's merges of the familie
 
 import inspect
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -33,6 +34,9 @@ ASSETS = Path(__file__).parent.parent / "assets"
 DEMO_FILE = Path(__file__).parent.parent.parent / "demo" / "fmn-demo.safetensors"
 # TAESD works on latents of unit variance times 0.18215; the demo's own factor replaces it.
 SD_SCALE = 0.18215
+UNET_FILE = re.compile(
+    r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+)
 EDM = {"edm_mean", "edm_vpred.sigma_max"}
 V_MARK = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
@@ -63,9 +67,17 @@ def load_pipeline(path, dtype=torch.float32):
 def _folder(path, dtype):
     try:
         _refuse_quantised_parts(path)
-        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+        return DiffusionPipeline.from_pretrained(
+            path, torch_dtype=dtype, local_files_only=True, variant=_copy(path)
+        )
     except (OSError, ValueError) as error:
         raise ForgetError(f"'{path}' is no complete diffusers folder: {error}") from error
+
+
+def _copy(path):
+    """Which copy of a folder's weights to read: None is the plain one; else ``fp16`` or another."""
+    found = {match[1] for file in path.glob("unet/*") if (match := UNET_FILE.fullmatch(file.name))}
+    return None if None in found else min(found, default=None)
 
 
 def _refuse_quantised_parts(path):

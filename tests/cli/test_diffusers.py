@@ -1,5 +1,7 @@
 """The diffusers host beside the command line: schedulers, folders, shapes."""
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -30,6 +32,19 @@ def test_samples_have_unit_variance_with_any_scheduler(model, name):
     )
     latents = model.sample_latents(["a photo of a dog"], model.latents_like([0], 128), 6, 3.5)
     assert 0.5 < latents.std() < 2
+
+
+@pytest.mark.parametrize("shard", ["10GB", "2MB"])
+def test_a_folder_of_half_precision_copies(model, tmp_path, shard):
+    """As many are published; where there is a plain copy too, that one is read."""
+    halves = copy.deepcopy(model.pipeline).to(torch.float16)
+    halves.save_pretrained(tmp_path / "base", variant="fp16", max_shard_size=shard)
+    assert not list((tmp_path / "base").rglob("*model.safetensors"))
+    weight, found = model.unet.conv_in.weight, DiffusersModel.load(tmp_path / "base")
+    assert found.unet.dtype == found.pipeline.text_encoder.dtype == torch.float32
+    assert torch.equal(found.unet.conv_in.weight, weight.half().float())
+    model.pipeline.save_pretrained(tmp_path / "base")
+    assert torch.equal(DiffusersModel.load(tmp_path / "base").unet.conv_in.weight, weight)
 
 
 def test_a_failed_folder_leaves_nothing(model, tmp_path, monkeypatch):

@@ -53,7 +53,11 @@ def test_a_setup_s_key():
     keys = {replace(setup, **change).key() for change in changes}
     assert len(key) == 12 and len(keys) == len(changes) and key not in keys
     assert key == replace(setup, model="elsewhere", controls="elsewhere").key()
-    assert replace(setup, judge="clip:/a").key() == replace(setup, judge="clip:/b").key()
+    keys = {
+        ending: [replace(setup, judge=f"clip:{place}{ending}").key() for place in ("/a", "/b")]
+        for ending in ("", "+nudenet")
+    }
+    assert all(one == other for one, other in keys.values()) and keys[""] != keys["+nudenet"]
 
 
 def test_a_plan_lists_what_others_need_first():
