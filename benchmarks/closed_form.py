@@ -112,14 +112,14 @@ def methods(model, concepts, pairs, kept):
         whole = main_directions(kept, c.shape[1])
         noise = torch.Generator().manual_seed(0)
 
-        def change_of(layer, weight):
-            up = weight @ (pairs.anchors - pairs.targets).mT
-            weakest = speed.weakest_direction(weight)
-            retained = speed.retained_rows(problem, up, weakest, how.copies, noise)
-            span = speed.extended(whole, weakest)
-            return up, speed.right_factor(problem, retained, span, how)
+        left = (pairs.anchors - pairs.targets).mT
 
-        return layer_patch(model, concepts, how, pairs, lambda _: change_of, "v")
+        def right_of(layer, weight):
+            weakest = speed.weakest_direction(weight)
+            retained = speed.retained_rows(problem, weight @ left, weakest, how.copies, noise)
+            return speed.right_factor(problem, retained, speed.extended(whole, weakest), how)
+
+        return layer_patch(model, concepts, how, pairs, lambda _: (left, right_of), "v")
 
     def literal_speed(weight):
         a, b = anchors.T @ c / len(c), c.T @ c / len(c)

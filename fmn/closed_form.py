@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 
 from .families import layers
-from .lowrank import product_svd
+from .lowrank import full_rank, product_svd
 from .patch import MAX_RANK, ForgetPatch, new_info
 from .settings import setting
 from .train import Step
+
+NONE_LEFT = 1e-9  # of a norm: float64's noise in what is left of a vector
 
 
 class InputEdit(NamedTuple):
@@ -112,15 +114,67 @@ def cut(up, down, rank):
     """The best factors of at most that rank for up @ down (Eckart and Young 1936).
 
     Returns:
-        up [out, r], down [r, in]; the sum of squares of up @ down that is lost, and all of it.
+        up [out, r], down [r, in], and the sum of squares of up @ down that is lost.
     """
     rank = min(rank, MAX_RANK, up.shape[0], down.shape[1])
     if up.shape[1] <= rank:
-        return up, down, 0.0, float(((up.mT @ up) * (down @ down.mT)).sum())
+        return up, down, 0.0
+    if rank in (up.shape[0], down.shape[1]):
+        return *full_rank(up @ down), 0.0
     u, s, vh = product_svd(up, down)
     roots = s[:rank].sqrt()
-    up, down = u[:, :rank] * roots, roots[:, None] * vh[:rank]
-    return up, down, float(s[rank:].square().sum()), float(s.square().sum())
+    return u[:, :rank] * roots, roots[:, None] * vh[:rank], float(s[rank:].square().sum())
+
+
+class Distances:
+    """Sums of squares of what keys and values W do to pairs of contexts c, c*, before and after.
+
+    With W' = W (I + left right), all of W (c - c*) and W' c - W c* are combinations of the few
+    columns of W left, and of W times what of c - c* is no combination of left. So they follow from
+    the Gram matrix of these columns: no context goes through any W.
+
+    Attributes:
+        inputs: [D, k + r] in float64: left, and a basis of that rest; for most edits r is 0.
+        rank: k.
+    """
+
+    def __init__(self, pairs, left):
+        targets, anchors = _fewer(pairs)
+        off = (targets - anchors).mT
+        shares = torch.linalg.lstsq(left, off).solution
+        rest = off - left @ shares
+        some = rest.norm() > NONE_LEFT * off.norm()
+        basis = torch.linalg.qr(rest).Q if some else rest[:, :0]
+        self.inputs, self.rank = torch.cat([left, basis], 1), left.shape[1]
+        self.targets, self.off = targets.mT, torch.cat([shares, basis.mT @ rest])
+        self.before, self.right = gram(self.off.mT), None
+
+    def change(self, weight, right, rank):
+        """A layer's change, cut to a rank.
+
+        Args:
+            weight: W [out, D] in float64. right: [k, D].
+
+        Returns:
+            up [out, r], down [r, D]; sums of squares: of W left right what is lost and all of it,
+            of W c - W c*, and of W' c - W c*.
+        """
+        read = weight @ self.inputs.to(weight)
+        up, down, lost = cut(read[:, : self.rank], right.to(weight), rank)
+        if right is not self.right:
+            self._see(right)
+        sums = [(gram(read) * each.to(weight)).sum() for each in self.squares]
+        if lost:
+            left = read @ self.off.to(weight) + up @ (down @ self.targets.to(weight))
+            sums[2] = left.square().sum()
+        return up, down, [lost, *map(float, sums)]
+
+    def _see(self, right):
+        """Of W left right, W c - W c* and W' c - W c*: the squares of shares of ``inputs``."""
+        whole, after = torch.zeros_like(self.before), self.off.clone()
+        whole[: self.rank, : self.rank] = gram(right.mT)
+        after[: self.rank] += right @ self.targets
+        self.right, self.squares = right, (whole, self.before, gram(after.mT))
 
 
 def rank_setting(default=0):
@@ -171,15 +225,15 @@ def input_patch(model, concepts, settings, pairs, edit_of, which="kv", on_step=N
         edit_of: function from the ``Borrowed`` to the edit.
     """
 
-    def open_changes(borrowed):
+    def open_edits(borrowed):
         edit = compact(edit_of(borrowed))
-        return lambda layer, weight: (weight @ edit.left.to(weight), edit.right.to(weight))
+        return edit.left, lambda layer, weight: edit.right
 
-    return layer_patch(model, concepts, settings, pairs, open_changes, which, on_step)
+    return layer_patch(model, concepts, settings, pairs, open_edits, which, on_step)
 
 
-def layer_patch(model, concepts, settings, pairs, open_changes, which="kv", on_step=None):
-    """A patch whose layers each have a change of their own.
+def layer_patch(model, concepts, settings, pairs, open_edits, which="kv", on_step=None):
+    """A patch whose layers have edits W (I + left right) with a ``right`` of their own.
 
     A layer is cut to ``settings.rank`` by itself: no basis shared by layers can be better.
 
@@ -187,31 +241,27 @@ def layer_patch(model, concepts, settings, pairs, open_changes, which="kv", on_s
         settings: the method's, with ``rank`` of ``rank_setting``; also for the record.
         pairs: ``contexts.Pairs``; the record's losses are the sums of |W c - W c*|^2 and of
             |W' c - W c*|^2 over them and the layers.
-        open_changes: function from the ``Borrowed`` to a function from (``Layer``, its float64
-            weight) to float64 (up, down).
+        open_edits: function from the ``Borrowed`` to left [D, n] in float64, and a function from
+            (``Layer``, its float64 weight) to right [n, D].
         which: ``kv``, ``k`` or ``v``.
         on_step: gets a ``train.Step`` after each layer, whose loss is the second sum so far.
     """
     base, start = model.fingerprint(), time.monotonic()
     chosen, rank = key_value_layers(model.family, which), settings.rank * len(concepts)
-    targets, anchors = _fewer(pairs)
     changes, sums = {}, torch.zeros(4, dtype=torch.float64)
     with model.borrow() as borrowed, torch.no_grad():
-        change_of = open_changes(borrowed)
+        left, right_of = open_edits(borrowed)
+        distances = Distances(pairs, left)
         for done, layer in enumerate(chosen, 1):
             weight = weight_of(borrowed, layer)
-            up, down, lost, whole = cut(*change_of(layer, weight), rank or MAX_RANK)
-            off = (targets - anchors).to(weight) @ weight.mT
-            left = off + targets.to(weight) @ down.mT @ up.mT
-            found = lost, whole, off.square().sum(), left.square().sum()
+            right = right_of(layer, weight)
+            up, down, found = distances.change(weight, right, rank or MAX_RANK)
             sums += torch.tensor(found, dtype=torch.float64)
             changes[layer.name] = up.float().cpu(), down.float().cpu()
             if on_step:
                 seconds = (time.monotonic() - start) / done * (len(chosen) - done)
                 on_step(Step(done, len(chosen), sums[3:].tolist(), seconds))
-    lost, whole, before, after = sums.tolist()
-    error = (lost / whole) ** 0.5 if whole > 0 else 0.0
-    return finished(model, base, concepts, settings, changes, [before, after], error)
+    return finished(model, base, concepts, settings, changes, sums.tolist())
 
 
 def _fewer(pairs):
@@ -220,12 +270,14 @@ def _fewer(pairs):
     return (torch.linalg.qr(both).R if len(both) > both.shape[1] else both).chunk(2, 1)
 
 
-def finished(model, base, concepts, settings, changes, losses, lost=0.0):
+def finished(model, base, concepts, settings, changes, sums):
     """The patch with its record.
 
     Args:
-        base: fingerprint. changes: layer name -> (up, down). lost: relative error of any cut.
+        base: fingerprint. changes: layer name -> (up, down). sums: of ``Distances.change``.
     """
     method = type(settings).__module__.rpartition(".")[2]
-    info = new_info(model, base, method, asdict(settings), concepts, losses, lost)
+    lost, whole, *losses = sums
+    error = (lost / whole) ** 0.5 if whole > 0 else 0.0
+    info = new_info(model, base, method, asdict(settings), concepts, losses, error)
     return ForgetPatch(model.family, changes, info)

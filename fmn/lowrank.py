@@ -4,6 +4,7 @@ A change is additive and Linear or Conv2d is linear in its weight, so a forward 
 change's own output is exact: the loaded weights are never written to.
 """
 
+import math
 from contextlib import contextmanager
 
 import torch
@@ -155,6 +156,19 @@ def product_svd(up, down):
     down_basis, down_core = torch.linalg.qr(down.mT)
     u, s, vh = torch.linalg.svd(up_core @ down_core.mT, full_matrices=False)
     return up_basis @ u, s, vh @ down_basis.mT
+
+
+def full_rank(matrix):
+    """Factors of a matrix as they are: its shorter side's identity, and itself.
+
+    Scaled by a power of two, which rounds nothing, so that both are of like size: half precision
+    has no small numbers.
+    """
+    out, width = matrix.shape
+    size = float(matrix.norm()) / min(out, width) ** 0.5
+    scale = 2.0 ** round(math.log2(size) / 2) if size else 1.0
+    eye = scale * torch.eye(min(out, width)).to(matrix)
+    return (eye, matrix / scale) if out <= width else (matrix / scale, eye)
 
 
 def _svd(matrix):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..closed_form import compact, cut, finished, gram, rank_setting, uce, weight_of
+from ..closed_form import Distances, compact, finished, gram, rank_setting, uce, weight_of
 from ..contexts import Pairs, concept_pairs, keep_list_setting, tokens_setting
 from ..families import layers_by_name
 from ..fitting import autograd
@@ -76,15 +76,10 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         weight = weight_of(borrowed, layers_by_name(model.family)[LAYER]).cpu()
         edit = compact(uce(*pairs, kept, preserve=settings.preserve, damping=settings.damping))
         rank = settings.rank * len(concepts) or max(weight.shape)
-        up, down, lost, whole = cut(weight @ edit.left, edit.right, rank)
-        off = (pairs.targets - pairs.anchors) @ weight.mT
-        losses = [
-            float(rows.square().sum()) for rows in (off, off + pairs.targets @ down.mT @ up.mT)
-        ]
+        up, down, sums = Distances(pairs, edit.left).change(weight, edit.right, rank)
+    on_step(Step(1, 1, sums[2:], 0.0))
     changes = {LAYER: (up.float(), down.float())}
-    error = (lost / whole) ** 0.5 if whole > 0 else 0.0
-    on_step(Step(1, 1, losses, 0.0))
-    return finished(model, base, concepts, settings, changes, losses, error)
+    return finished(model, base, concepts, settings, changes, sums)
 
 
 class _Inputs:

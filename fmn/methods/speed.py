@@ -98,22 +98,23 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     problem = Problem(pairs, kept, exact)
     generator = torch.Generator().manual_seed(settings.seed)
 
-    def open_changes(borrowed):
+    left = (pairs.anchors - pairs.targets).mT
+
+    def open_edits(borrowed):
         whole = main_directions(kept, model.family.context_dim)
         shared = None if settings.filter else right_factor(problem, kept, whole, settings)
 
-        def change_of(layer, weight):
-            up = weight @ (pairs.anchors - pairs.targets).mT.to(weight)
-            right = shared
-            if settings.filter:
-                weakest = weakest_direction(weight).cpu()
-                retained = retained_rows(problem, up.cpu(), weakest, settings.copies, generator)
-                right = right_factor(problem, retained, extended(whole, weakest), settings)
-            return up, right.to(weight)
+        def right_of(layer, weight):
+            if not settings.filter:
+                return shared
+            weakest = weakest_direction(weight).cpu()
+            up = (weight @ left.to(weight)).cpu()
+            retained = retained_rows(problem, up, weakest, settings.copies, generator)
+            return right_factor(problem, retained, extended(whole, weakest), settings)
 
-        return change_of
+        return left, right_of
 
-    return layer_patch(model, concepts, settings, pairs, open_changes, settings.layers, on_step)
+    return layer_patch(model, concepts, settings, pairs, open_edits, settings.layers, on_step)
 
 
 def right_factor(problem, retained, span, settings):

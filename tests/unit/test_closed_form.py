@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fmn.closed_form import (
+    Distances,
     InputEdit,
     compact,
     cut,
@@ -88,17 +89,51 @@ def test_compact_drops_what_adds_no_direction():
 def test_cut_is_the_truncated_svd():
     up, down = rows(9, 1, 40).T, rows(9, 2)
     u, s, vh = torch.linalg.svd(up @ down)
-    for rank in (1, 4, 8):
-        first, second, lost, total = cut(up, down, rank)
+    for rank in (1, 4):
+        first, second, lost = cut(up, down, rank)
         assert first.shape == (40, rank) and second.shape == (rank, WIDTH)
         near(first @ second, u[:, :rank] * s[:rank] @ vh[:rank], 1e-12)
         assert lost == pytest.approx(float(s[rank:].square().sum()), rel=1e-9)
-        assert total == pytest.approx(float((up @ down).square().sum()), rel=1e-9)
-    first, _, lost, total = cut(up, down, 9)
+    first, _, lost = cut(up, down, 9)
     assert first is up and lost == 0
-    assert total == pytest.approx(float((up @ down).square().sum()), rel=1e-9)
-    small, _, lost, _ = cut(up[:4], down, 9)  # more columns than outputs
-    assert small.shape == (4, 4) and lost == 0
+
+
+@pytest.mark.parametrize("outputs", [4, 40])  # fewer and more than inputs
+def test_a_cut_to_all_that_a_layer_can_have_loses_nothing(outputs):
+    up, down = rows(50, 1, outputs).T, rows(50, 2) * 1e-6
+    rank = min(outputs, WIDTH)
+    first, second, lost = cut(up, down, 50)
+    assert first.shape == (outputs, rank) and second.shape == (rank, WIDTH) and lost == 0
+    near(first @ second, up @ down, 1e-20)
+    sizes = [float(part.norm()) for part in (first, second)]
+    assert max(sizes) < 2 * min(sizes)  # neither is too small for half precision
+
+
+@pytest.mark.parametrize("columns", [0, 2, WIDTH, 3 * WIDTH])
+@pytest.mark.parametrize("rank", [1, WIDTH])
+def test_distances_need_no_context(columns, rank):
+    """Of contexts that an edit has to do with (``columns`` is 0), in part, and not at all."""
+    edit = uce(C, ANCHORS, KEPT)
+    pairs = Pairs(C, ANCHORS)
+    if columns:
+        edit = InputEdit(rows(columns, 7).T, rows(columns, 8))
+        pairs = Pairs(torch.cat([C, rows(3, 9)]), torch.cat([ANCHORS, rows(3, 10)]))
+    weight = rows(5, 11)
+    distances = Distances(pairs, edit.left)
+    up, down, (lost, whole, before, after) = distances.change(weight, edit.right, rank)
+    change = weight @ edit.left @ edit.right
+    assert lost == pytest.approx(float((up @ down - change).square().sum()), rel=1e-9, abs=1e-18)
+    assert whole == pytest.approx(float(change.square().sum()), rel=1e-9)
+    off = (pairs.targets - pairs.anchors) @ weight.T
+    assert before == pytest.approx(float(off.square().sum()), rel=1e-9)
+    left = off + pairs.targets @ (up @ down).T
+    assert after == pytest.approx(float(left.square().sum()), rel=1e-9)
+
+
+def test_distances_of_an_edit_that_is_none():
+    none = compact(InputEdit.none(WIDTH))
+    _, _, sums = Distances(Pairs(C, ANCHORS), none.left).change(rows(5, 11), none.right, 9)
+    assert sums[:2] == [0, 0] and sums[2] == pytest.approx(sums[3], rel=1e-12)
 
 
 def test_the_gram_is_the_sum_over_keys_and_values():
