@@ -126,6 +126,11 @@ def cut(up, down, rank):
     return u[:, :rank] * roots, roots[:, None] * vh[:rank], float(s[rank:].square().sum())
 
 
+def share(lost, whole):
+    """The relative error of a cut, of sums of squares."""
+    return (lost / whole) ** 0.5 if whole > 0 else 0.0
+
+
 class Distances:
     """Sums of squares of what keys and values W do to pairs of contexts c, c*, before and after.
 
@@ -261,7 +266,8 @@ def layer_patch(model, concepts, settings, pairs, open_edits, which="kv", on_ste
             if on_step:
                 seconds = (time.monotonic() - start) / done * (len(chosen) - done)
                 on_step(Step(done, len(chosen), sums[3:].tolist(), seconds))
-    return finished(model, base, concepts, settings, changes, sums.tolist())
+    lost, whole, *losses = sums.tolist()
+    return finished(model, base, concepts, settings, changes, losses, share(lost, whole))
 
 
 def _fewer(pairs):
@@ -270,14 +276,12 @@ def _fewer(pairs):
     return (torch.linalg.qr(both).R if len(both) > both.shape[1] else both).chunk(2, 1)
 
 
-def finished(model, base, concepts, settings, changes, sums):
+def finished(model, base, concepts, settings, changes, losses, lost=0.0):
     """The patch with its record.
 
     Args:
-        base: fingerprint. changes: layer name -> (up, down). sums: of ``Distances.change``.
+        base: fingerprint. changes: layer name -> (up, down). lost: relative error of any cut.
     """
     method = type(settings).__module__.rpartition(".")[2]
-    lost, whole, *losses = sums
-    error = (lost / whole) ** 0.5 if whole > 0 else 0.0
-    info = new_info(model, base, method, asdict(settings), concepts, losses, error)
+    info = new_info(model, base, method, asdict(settings), concepts, losses, lost)
     return ForgetPatch(model.family, changes, info)

@@ -141,7 +141,7 @@ def first_vectors(text_encoder, settings):
     if settings.start:
         return known.repeat(-(-settings.tokens // len(known)), 1)[: settings.tokens].clone()
     generator = torch.Generator().manual_seed(settings.seed)
-    random = torch.randn(settings.tokens, text_encoder.width, generator=generator)
+    random = torch.randn(settings.tokens, text_encoder.width, generator=generator).to(known)
     return random / random.norm(dim=1, keepdim=True) * known.norm(dim=1).mean()
 
 

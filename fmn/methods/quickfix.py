@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..closed_form import Distances, compact, finished, gram, rank_setting, uce, weight_of
+from ..closed_form import Distances, compact, finished, gram, rank_setting, share, uce, weight_of
 from ..contexts import Pairs, concept_pairs, keep_list_setting, tokens_setting
 from ..families import layers_by_name
 from ..fitting import autograd
@@ -77,9 +77,10 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         edit = compact(uce(*pairs, kept, preserve=settings.preserve, damping=settings.damping))
         rank = settings.rank * len(concepts) or max(weight.shape)
         up, down, sums = Distances(pairs, edit.left).change(weight, edit.right, rank)
-    on_step(Step(1, 1, sums[2:], 0.0))
+    lost, whole, *losses = sums
+    on_step(Step(1, 1, losses, 0.0))
     changes = {LAYER: (up.float(), down.float())}
-    return finished(model, base, concepts, settings, changes, sums)
+    return finished(model, base, concepts, settings, changes, losses, share(lost, whole))
 
 
 class _Inputs:
