@@ -14,7 +14,7 @@ def settings(pack, **more):
 def state(patcher):
     """Weights as bytes: some that no checkpoint holds are NaN."""
     return {
-        key: value.clone().flatten().view(torch.uint8)
+        key: value.to("cpu", copy=True).flatten().view(torch.uint8)
         for key, value in patcher.model.state_dict().items()
     }
 

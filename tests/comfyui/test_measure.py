@@ -25,7 +25,7 @@ def text_patcher(model):
 def same_bits(first, second):
     """The demo has no text projection: that weight is whatever the memory held, NaN included."""
     return first.keys() == second.keys() and all(
-        first[key].numpy().tobytes() == second[key].numpy().tobytes() for key in first
+        first[key].cpu().numpy().tobytes() == second[key].cpu().numpy().tobytes() for key in first
     )
 
 
