@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from websocket import WebSocketTimeoutException, create_connection
 
-START_TIMEOUT = 180
+START_TIMEOUT = 300
 
 
 class PromptError(Exception):
