@@ -75,7 +75,7 @@ def test_a_failure_in_the_middle_and_going_on(server):
 
 def test_cancel_in_the_middle_keeps_the_finished_files(server):
     prompt = batch(
-        "stopped", "dog\ncat\nfox", "FMN_MethodResteer", steps=100, lr=0.002, rank=4, layers="kv",
+        "stopped", "dog\ncat\nfox", "FMN_MethodResteer", steps=60, lr=0.002, rank=4, layers="kv",
         full_weights=False, end_tokens="none", references="zeros", samples=1, batch=1, size=64,
         checkpointing=False, training_seed=0,
     )  # fmt: skip
