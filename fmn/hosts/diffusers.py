@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,17 +26,9 @@ WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 EMPTY_PICTURE = 0.8223, -0.6876, 0.6364, 0.1380
 
 
-@contextmanager
 def _filled(unet):
     """Lets a variant's U-Net take noise alone, for a while."""
-    handles = []
-    if unet.config.in_channels != 4:
-        handles.append(unet.register_forward_pre_hook(_fill))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return nullcontext() if unet.config.in_channels == 4 else unet.register_forward_pre_hook(_fill)
 
 
 def _fill(unet, args):

@@ -1,6 +1,6 @@
 """The text encoders of a diffusers pipeline, for methods that look inside or learn words."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -41,16 +41,11 @@ def shortened(pipeline, length):
             kwargs = kwargs | {"attention_mask": mask[:, :length]}
         return (args[0][:, :length], *args[1:]), kwargs
 
-    handles = [
-        part.register_forward_pre_hook(cut, with_kwargs=True)
-        for part in parts
-        if part is not None and length < SECTION
-    ]
-    try:
+    with ExitStack() as hooks:
+        for part in parts:
+            if part is not None and length < SECTION:
+                hooks.enter_context(part.register_forward_pre_hook(cut, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _BorrowedText:
@@ -117,10 +112,6 @@ class _BorrowedText:
             rows = vectors.repeat(len(held) // len(vectors), 1).to(output)
             return output.index_copy(1, torch.tensor(held, device=output.device), rows[None])
 
-        hook = self.embedding.register_forward_hook(put_in) if held else None
-        try:
+        with self.embedding.register_forward_hook(put_in) if held else nullcontext():
             output = self.encoder(known.to(self.encoder.device))
-        finally:
-            if hook:
-                hook.remove()
         return Text(output.last_hidden_state.float()), output.pooler_output.float()

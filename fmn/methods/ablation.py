@@ -5,7 +5,7 @@ leaves open is taken from the released code, nupurkmr9/concept-ablation diffuser
 """
 
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -280,12 +280,10 @@ def start_detached(modules):
     def hook(module, args, output):
         return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
 
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @autograd()

@@ -200,8 +200,5 @@ def _kept(concepts, given, settings, count):
 def _watched(module):
     """What a module puts out, newest last."""
     seen = []
-    hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
+    with module.register_forward_hook(lambda module, args, output: seen.append(output)):
         yield seen
-    finally:
-        hook.remove()
