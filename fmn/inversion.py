@@ -13,7 +13,7 @@ from .errors import ForgetError
 from .model import PLACEHOLDER, cross_attention_names
 from .sampling import expand
 from .schedule import add_noise
-from .train import Optimiser, train
+from .train import Optimiser, scale_for, train
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,7 @@ def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: No
             predicted = borrowed.denoise(x_t, t, expand(text, len(x_t)))
             return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
 
-        # float16 loses small gradients; see ``train``.
-        key = borrowed.module(f"{cross_attention_names(model.family)[0]}.to_k")
-        scale = 1024.0 if key.weight.dtype == torch.float16 else 1.0
+        scale = scale_for(borrowed.module(f"{cross_attention_names(model.family)[0]}.to_k"))
         optimiser = Optimiser(settings.lr, weight_decay=0.0)
         losses = train([vectors], loss_at, settings.steps, optimiser, on_step, scale)
         return Inverted(vectors.detach().cpu().clone(), start.cpu(), losses)

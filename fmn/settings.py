@@ -62,6 +62,11 @@ class Settings:
             check(each, getattr(self, each.name))
 
 
+def method_of(settings):
+    """Name of the method whose settings these are: of the module that defines them."""
+    return type(settings).__module__.rpartition(".")[2]
+
+
 def check(described, value):
     """Raise a ``ForgetError`` unless the value suits the field."""
     name, told, kind = described.name, described.metadata, type(described.default)

@@ -21,7 +21,7 @@ from ..lowrank import attached
 from ..settings import Settings as Base
 from ..settings import lr, seed, setting
 from ..spans import SECTION
-from ..train import Optimiser
+from ..train import Optimiser, scale_for
 from ..training import Training
 
 TITLE = "HiRM"
@@ -141,9 +141,9 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
                     before = output(prompt)
                 return F.mse_loss(output(prompt), before) / before.square().mean()
 
-            half = borrowed.module(names[0]).weight.dtype == torch.float16
+            scale = scale_for(borrowed.module(names[0]))
             training.put_on(adapters, switch)
-            training.run(loss_at, len(order), _optimiser(settings), on_step, half)
+            training.run(loss_at, len(order), _optimiser(settings), on_step, scale)
     return training.finish()
 
 

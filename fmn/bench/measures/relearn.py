@@ -13,7 +13,8 @@ from ...errors import ForgetError
 from ...families import layers
 from ...lowrank import LowRank, attached
 from ...schedule import add_noise
-from ...train import Optimiser, train
+from ...train import Optimiser, scale_for, train
+from ...training import parameters_of
 from .attacks import examples
 from .text import judged_rows
 
@@ -156,9 +157,8 @@ def fine_tune(studio, adapters, prompts, pictures, settings, seed):
         predicted = borrowed.denoise(x_t, t.to(borrowed.device), text)
         return F.mse_loss(predicted.float(), noise.to(predicted.device))
 
-    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    half = borrowed.module(next(iter(adapters))).weight.dtype == torch.float16
-    scale = 1024.0 if half else 1.0
+    parameters = parameters_of(adapters)
+    scale = scale_for(borrowed.module(next(iter(adapters))))
     # ``open_studio`` works without gradients; cancelling goes through its callback.
     with torch.enable_grad():
         return train(
