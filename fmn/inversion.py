@@ -13,6 +13,7 @@ from .errors import ForgetError
 from .model import PLACEHOLDER, cross_attention_names
 from .sampling import expand
 from .schedule import add_noise
+from .settings import check_limits
 from .train import Optimiser, scale_for, train
 
 
@@ -41,13 +42,9 @@ class Settings:
 
     def __post_init__(self):
         limits = {"tokens": (1, 64), "steps": (1, 100_000), "batch": (1, 256)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ForgetError(f"{name} is {getattr(self, name)}: use {low} to {high}.")
+        check_limits(self, limits | {"seed": (0, 2**63 - 1)})
         if not 0 < self.lr < 10:
             raise ForgetError(f"lr is {self.lr}: use a number between 0 and 10, such as 0.01.")
-        if not 0 <= self.seed < 2**63:
-            raise ForgetError(f"seed is {self.seed}: use 0 to {2**63 - 1}.")
         check_templates(self.templates)
 
 

@@ -62,6 +62,14 @@ class Settings:
             check(each, getattr(self, each.name))
 
 
+def check_limits(settings, limits):
+    """Raise a ``ForgetError`` unless each field named in ``limits`` is within its (low, high)."""
+    for name, (low, high) in limits.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise ForgetError(f"{name} is {value}: use {low} to {high}.")
+
+
 def method_of(settings):
     """Name of the method whose settings these are: of the module that defines them."""
     return type(settings).__module__.rpartition(".")[2]

@@ -13,6 +13,7 @@ from ...errors import ForgetError
 from ...families import layers
 from ...lowrank import LowRank, attached
 from ...schedule import add_noise
+from ...settings import check_limits
 from ...train import Optimiser, scale_for, train
 from ...training import parameters_of
 from .attacks import examples
@@ -36,9 +37,8 @@ class Settings:
     rank: int = 8
 
     def __post_init__(self):
-        for name, high in (("pictures", 10_000), ("steps", 100_000), ("batch", 256), ("rank", 128)):
-            if not 1 <= getattr(self, name) <= high:
-                raise ForgetError(f"{name} is {getattr(self, name)}: use 1 to {high}.")
+        limits = {"pictures": 10_000, "steps": 100_000, "batch": 256, "rank": 128}
+        check_limits(self, {name: (1, high) for name, high in limits.items()})
         if not 0 < self.lr < 1:
             raise ForgetError(f"lr is {self.lr}: use a number between 0 and 1, such as 0.001.")
 
