@@ -35,6 +35,14 @@ def rank(default=4):
     )
 
 
+def full_weights():
+    return setting(
+        False,
+        "On: train whole weight matrices, as released, and cut them to the rank when done; needs "
+        "far more memory. Off: train the low rank itself.",
+    )
+
+
 def size():
     return setting(
         0,

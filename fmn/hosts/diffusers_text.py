@@ -16,16 +16,23 @@ def borrow_text(model, words=True):
         raise two_encoders(model.family)
     names = ("text_encoder", "text_encoder_2")[: len(model.family.texts)]
     encoders = [getattr(model.pipeline, name) for name in names]
-    flags = [(p, p.requires_grad) for encoder in encoders for p in encoder.parameters()]
-    training = [encoder.training for encoder in encoders]
+    with frozen(encoders):
+        yield _BorrowedText(model, encoders)
+
+
+@contextmanager
+def frozen(modules):
+    """Modules with frozen weights and out of training mode, where autograd works, for a while."""
+    flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    training = [module.training for module in modules]
     try:
-        for encoder in encoders:
-            encoder.requires_grad_(False).train(False)
+        for module in modules:
+            module.requires_grad_(False).train(False)
         with torch.inference_mode(False), torch.enable_grad():
-            yield _BorrowedText(model, encoders)
+            yield
     finally:
-        for encoder, was_training in zip(encoders, training):
-            encoder.train(was_training)
+        for module, was_training in zip(modules, training):
+            module.train(was_training)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -9,13 +9,14 @@ fmp453/erase-eval train_hirm.py.
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 
 from ..contexts import keep_list_setting
 from ..families import text_layers
-from ..fitting import autograd, make_adapters
+from ..fitting import autograd, make_adapters, turns
 from ..keep import keep_for
 from ..lowrank import attached
 from ..settings import Settings as Base
@@ -190,10 +191,8 @@ def _order(concepts, settings):
 def _kept(concepts, given, settings, count):
     """A kept prompt for each step, in a shuffled order; none if nothing is kept."""
     words = keep_for(concepts, given, settings.keep_list) if settings.preserve else ()
-    generator, found = torch.Generator().manual_seed(settings.seed), []
-    while words and len(found) < count:
-        found += [words[i] for i in torch.randperm(len(words), generator=generator).tolist()]
-    return found
+    generator = torch.Generator().manual_seed(settings.seed)
+    return list(islice(turns(words, generator), count)) if words else []
 
 
 @contextmanager
