@@ -38,9 +38,9 @@ def tokens_setting(default="last"):
     )
 
 
-def keep_tokens_setting(default="last"):
+def keep_tokens_setting():
     return setting(
-        default,
+        "last",
         "Which tokens of kept words stay. last: the last one. all: every position, padding and "
         "the empty prompt too.",
         choices=KEEP_TOKENS,

@@ -18,11 +18,12 @@ def setting(default, help, low=None, high=None, step=None, choices=()):
     return field(default=default, metadata=told)
 
 
-def steps(default, help="Training steps for each concept. More forget more, and harm neighbours."):
+def steps(default):
+    help = "Training steps for each concept. More forget more, and harm neighbours."
     return setting(default, help, low=1, high=100_000)
 
 
-def lr(default, help="AdamW's learning rate. Higher forgets faster, and breaks sooner."):
+def lr(default, help):
     return setting(default, help, low=1e-8, high=1.0)
 
 
