@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from .parts import concept, leftovers, settings, state
+from .parts import concept, leftovers, same_bits, settings, state
 from .server import LATE, Interrupted, PromptError
-from .test_measure import same_bits
 from .workflows import demo_loader, drawing, node, training
 
 QUICK = {

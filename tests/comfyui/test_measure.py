@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from .parts import concept, gradient_flags, leftovers, state
+from .parts import concept, gradient_flags, leftovers, same_bits, state
 from .server import LATE, Interrupted, PromptError
 from .workflows import demo_loader, node, training
 
@@ -20,13 +20,6 @@ def pipeline_model(pack):
 
 def text_patcher(model):
     return model.clip.patcher
-
-
-def same_bits(first, second):
-    """The demo has no text projection: that weight is whatever the memory held, NaN included."""
-    return first.keys() == second.keys() and all(
-        first[key].cpu().numpy().tobytes() == second[key].cpu().numpy().tobytes() for key in first
-    )
 
 
 def test_borrowed_text_is_the_encoded_prompt_in_both_hosts(pack, comfy_model, pipeline_model):
