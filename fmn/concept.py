@@ -158,6 +158,9 @@ def parse_concept(text, kind="object", **more):
 
     For example ``style:ink drawing | pen drawing -> photo``. ``more`` goes to ``Concept``; what the
     text says goes first.
+
+    Raises:
+        ForgetError: a word before a colon is no kind, or the arrow points to nothing.
     """
     text, arrow, anchor = text.partition(ARROW)
     if arrow:
@@ -171,10 +174,26 @@ def parse_concept(text, kind="object", **more):
     text, *aliases = text.split("|")
     if aliases:
         more["aliases"] = (*(alias.strip() for alias in aliases), *more.get("aliases", ()))
+    kind, name = kind_and_name(text, kind)
+    return Concept(name, kind, **more)
+
+
+def kind_and_name(text, kind):
+    """Read ``KIND:NAME``, or the name alone, which is of the kind given: (kind, name).
+
+    Raises:
+        ForgetError: one word stands before the first colon, and is no kind.
+    """
     prefix, colon, name = text.partition(":")
-    if colon and prefix.strip() in KINDS:
-        return Concept(name.strip(), prefix.strip(), **more)
-    return Concept(text.strip(), kind, **more)
+    prefix = prefix.strip()
+    if not colon or len(prefix.split()) != 1:
+        return kind, text.strip()
+    if prefix not in KINDS:
+        raise ForgetError(
+            f"'{prefix:.60}' is no kind: use {', '.join(KINDS)}; a name that holds a colon needs a "
+            f"kind before it, as in '{kind}:{text.strip():.60}'."
+        )
+    return prefix, name.strip()
 
 
 def _terms(name):

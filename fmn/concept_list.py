@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from .concept import Concept, parse_concept
+from .concept import Concept, kind_and_name, parse_concept
 from .errors import ForgetError
 from .wordlists import lines_of
 
@@ -32,7 +32,8 @@ def read_concepts(text_or_path, kind="object"):
             (``SUFFIXES``), is read as a file; any other string is the list itself, in lines as
             ``parse_lines`` reads them. YAML and JSON files hold a list; each entry is such a line
             or a mapping with the fields ``FIELDS``. CSV begins with a row of those fields, in any
-            order; aliases and prompts stand in one cell each, with | or ; between them.
+            order; aliases and prompts stand in one cell each, with | or ; between them. Where no
+            kind is given, the name may be KIND:NAME.
         kind: kind of entries that name none.
 
     Raises:
@@ -122,7 +123,9 @@ def concept_of(entry, kind="object"):
             raise ForgetError(f"there is no field {shown}: use {', '.join(FIELDS)}.")
     if "name" not in entry:
         raise ForgetError("the field 'name' is missing: write the words to forget.")
-    texts = {"kind": kind} | {k: _text(v, k) for k, v in entry.items() if k not in LISTS}
+    texts = {k: _text(v, k) for k, v in entry.items() if k not in LISTS}
+    if "kind" not in texts:
+        texts["kind"], texts["name"] = kind_and_name(texts["name"], kind)
     return Concept(**texts, **{k: _texts(v, k) for k, v in entry.items() if k in LISTS})
 
 

@@ -1,14 +1,16 @@
-"""Writing files so that a failure leaves nothing half-written."""
+"""Writing files so that a failure leaves nothing half-written, and names given for them."""
 
-import math
 import os
 import secrets
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from .errors import ForgetError
+
+MAX_STRENGTH = 100
 
 
 def write_whole(path, write):
@@ -18,7 +20,7 @@ def write_whole(path, write):
         ForgetError: the folder cannot be written to, or the disk is full. Nothing is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         open(temporary, "xb").close()
@@ -29,14 +31,79 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ForgetError(
-            f"'{path.name}' could not be saved in {path.parent} ({reason}): "
-            "free some space or choose a folder you can write to."
-        ) from error
+        raise _not_saved(path, error) from error
     finally:
         with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path):
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _not_saved(path, error):
+    reason = getattr(error, "strerror", None) or str(error)
+    return ForgetError(
+        f"'{path.name}' could not be saved in {path.parent} ({reason}): "
+        "free some space or choose a folder you can write to."
+    )
+
+
+def check_file(path, ending, replaces=False):
+    """Refuse the name of a file that could not be written, before there is work to lose.
+
+    Args:
+        ending: that it has to have, such as ".safetensors".
+        replaces: a file of that name may be there.
+
+    Raises:
+        ForgetError: another ending, a folder, a file that is there, or no place to write to.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise ForgetError(f"'{path}' is a folder: name a file in it, as {path / ('dog' + ending)}.")
+    if path.suffix != ending:
+        raise ForgetError(
+            f"'{path.name:.80}' does not end in {ending}, which is all that is written here: name "
+            f"it {path.stem + ending:.90}."
+        )
+    check_new(path) if not replaces else _check_place(path)
+
+
+def check_new(path):
+    """Refuse a file or folder that is there, or could not be made; see ``check_file``."""
+    path = Path(path)
+    if os.path.lexists(path):
+        raise ForgetError(f"'{path}' exists already: give another name, or move it away.")
+    _check_place(path)
+
+
+def check_folder(path):
+    """Refuse a folder that cannot be made or written into, before there is work to lose."""
+    path = Path(path)
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise ForgetError(f"'{path}' is a file, and the results are several: name a folder.")
+    _check_place(path / "result")
+
+
+def _check_place(path):
+    """Try whether the folder of a file, or the one that it would be made in, can be written."""
+    folder = next(each for each in path.parents if os.path.lexists(each))
+    temporary = _temporary(folder / path.name)
+    try:
+        open(temporary, "xb").close()
+        temporary.unlink()
+    except (OSError, ValueError) as error:
+        raise _not_saved(path, error) from error
+
+
+def free_name(path):
+    """The path, or if it is taken the first free one of NAME_2, NAME_3 and so on."""
+    path = Path(path)
+    if not os.path.lexists(path):
+        return path
+    numbered = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
+    return next(each for each in numbered if not os.path.lexists(each))
 
 
 def file_and_strength(text):
@@ -46,15 +113,18 @@ def file_and_strength(text):
         value = float(strength)
     except ValueError:  # no strength; a colon is part of the name
         return text, 1.0
-    if not math.isfinite(value):
-        raise ForgetError(f"The strength in '{text}' is {strength}: use a number such as 0.8.")
+    if not abs(value) <= MAX_STRENGTH:  # nor what is no number
+        raise ForgetError(
+            f"The strength in '{text}' is {strength}: use a number such as 0.8, from "
+            f"-{MAX_STRENGTH} to {MAX_STRENGTH}."
+        )
     return (file, value) if file else (text, 1.0)
 
 
 def chosen_files(lines, find):
     """Files of lines FILE, PATTERN, FILE:STRENGTH or PATTERN:STRENGTH: {file: strength}.
 
-    Where several lines match a file, the last one counts.
+    Where several lines match a file, their strengths add up, as if it were put on by each.
 
     Args:
         find: function from a pattern to the files that match it.
@@ -68,5 +138,5 @@ def chosen_files(lines, find):
                 f"No patch file matches '{pattern:.200}': check the name, or write a pattern such "
                 "as batch/*."
             )
-        found |= dict.fromkeys(files, strength)
+        found |= {file: found.get(file, 0.0) + strength for file in files}
     return found

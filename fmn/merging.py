@@ -35,8 +35,9 @@ class Merged(NamedTuple):
         """A few lines of text."""
         patch, size = self.patch, file_size(self.patch) / 1000
         ranks = "-".join(dict.fromkeys((str(patch.ranks[0]), str(patch.ranks[-1]))))
+        count = len(patch.info["merged"])
         text = (
-            f"{len(patch.info['merged'])} patches merged ({patch.info['settings']['how']}): "
+            f"{count} patch{'es' * (count != 1)} merged ({patch.info['settings']['how']}): "
             f"{len(patch.changes)} layers, rank {ranks}, {size:.1f} kB; "
             f"cut off: {self.error:.2%} of the change"
         )

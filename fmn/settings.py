@@ -4,6 +4,8 @@ from dataclasses import field, fields
 
 from .errors import ForgetError
 
+MAX_SEED = 2**53  # what a page's numbers hold exactly
+
 
 def setting(default, help, low=None, high=None, step=None, choices=()):
     """A field of a settings dataclass.
@@ -60,7 +62,7 @@ def checkpointing():
 
 
 def seed():
-    return setting(0, "The same seed and settings give the same patch.", low=0, high=2**53)
+    return setting(0, "The same seed and settings give the same patch.", low=0, high=MAX_SEED)
 
 
 class Settings:

@@ -11,7 +11,7 @@ from safetensors.torch import load
 from .. import __version__
 from ..errors import ForgetError
 from ..files import file_and_strength
-from ..methods import PRESETS, settings_of
+from ..methods import PRESETS, check_preset, settings_of
 from ..patch import load_patch
 from ..scores import Source, source_of
 from .names import UNTOUCHED
@@ -148,9 +148,9 @@ def _file_method(text):
     file, strength = file_and_strength(text)
     path = Path(file)
     if not path.is_file():
-        raise ForgetError(
-            f"'{text}' is neither a method ({', '.join(PRESETS)}) nor a patch file: choose one."
-        )
+        if path.suffix != ".safetensors" and len(path.parts) < 2:
+            check_preset(text.partition(":")[0])
+        raise ForgetError(f"There is no patch file '{file}': check the name and its folder.")
     load_patch(path)  # refused now rather than in the middle of the run
     name = path.name if strength == 1 else f"{path.name}:{strength:g}"
     return replace(given(name, path.read_bytes(), strength), source=source_of(path))

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import ForgetError
 from ..methods import DEFAULT
 from ..scores import check_targets, scores_of, write_scores
+from ..settings import MAX_SEED
 from .names import MEASURES, QUICK, SCALE
 
 EPILOG = """\
@@ -31,13 +32,26 @@ def add_bench(commands, formatter):
     bench = commands.add_parser(
         "bench",
         help="measure forgetting: what is gone, what is kept, how robust, at what cost",
+        usage="%(prog)s [--method METHOD ...] [--target TARGET ...] [--out FOLDER] [option ...]",
+        description="Measure forgetting: what is gone, what is kept, how robust, at what cost.",
         epilog=EPILOG,
         formatter_class=formatter,
     )
-    bench.add_argument("--suite", default="demo", help="(%(default)s)")
-    bench.add_argument("--model", default="", help="default: the suite's")
-    bench.add_argument("--method", nargs="+", default=[DEFAULT], help=f"({DEFAULT})")
-    bench.add_argument("--target", nargs="+", default=[], help="default: all of the suite")
+    bench.add_argument(
+        "--suite", default="demo", help="what is asked: demo, stable-diffusion, or FILE.yaml (demo)"
+    )
+    bench.add_argument(
+        "--model", default="",
+        help="demo, a .safetensors checkpoint, or a diffusers folder; default: the suite's",
+    )  # fmt: skip
+    bench.add_argument(
+        "--method", nargs="+", default=[DEFAULT], metavar="METHOD",
+        help=f"what is measured, see below ({DEFAULT})",
+    )  # fmt: skip
+    bench.add_argument(
+        "--target", nargs="+", default=[], metavar="TARGET",
+        help="what is forgotten, by the suite's names; default: all of them",
+    )  # fmt: skip
     bench.add_argument("--split", choices=("tune", "report"), help="only targets of this half")
     bench.add_argument(
         "--measure",
@@ -51,33 +65,58 @@ def add_bench(commands, formatter):
         "--scale", nargs="*", default=[], choices=SCALE, help="many: 1 to 100 patches added; "
         "sequence: twelve one after another, in both orders",
     )  # fmt: skip
-    bench.add_argument("--judge", default="", help="demo, clip:FOLDER; default: the suite's")
+    bench.add_argument(
+        "--judge", default="",
+        help="who says what a picture shows: demo, clip:FOLDER; default: the suite's",
+    )  # fmt: skip
     bench.add_argument("--check", help="a second judge; '' for none; default: the suite's")
     bench.add_argument("--clip", default="", help="clip:FOLDER, for CLIP scores")
     bench.add_argument("--controls", default="", help="folder of strips of things never known")
-    bench.add_argument("--count", type=int, default=12, help="pictures a question (%(default)s)")
-    bench.add_argument("--seed", type=int, default=0)
-    bench.add_argument("--steps", type=int, help="sampling steps; default: the suite's")
-    bench.add_argument("--guidance", type=float, help="default: the suite's")
-    bench.add_argument("--size", type=int, help="pixels a side; default: the suite's")
-    bench.add_argument("--workers", type=int, default=0, help="processes; 0: one a core, at most 4")
+    bench.add_argument(
+        "--count", type=int, default=12, metavar="N",
+        help="pictures a question, 2 to 1000 (%(default)s)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--seed", type=int, default=0, metavar="N",
+        help="of everything drawn by chance (%(default)s)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--steps", type=int, metavar="N", help="sampling steps, 1 to 1000; default: the suite's"
+    )
+    bench.add_argument(
+        "--guidance", type=float, metavar="X",
+        help="guidance scale, 0 to 100; 1: none; default: the suite's",
+    )  # fmt: skip
+    bench.add_argument(
+        "--size", type=int, metavar="N",
+        help="pixels a side, a multiple of 64; 0: the model's own; default: the suite's",
+    )  # fmt: skip
+    bench.add_argument(
+        "--workers", type=int, default=0, metavar="N",
+        help="processes, up to 256; 0: one a core, at most 4",
+    )  # fmt: skip
     bench.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: HOST:PORT or auto")
     bench.add_argument(
         "--write-scores", action="store_true",
         help="write the means into the patch files that were measured, where the patch shelf and "
         "'inspect' show them; without --target, targets are those that the patches forget",
     )  # fmt: skip
-    bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (%(default)s)")
+    bench.add_argument(
+        "--out", type=Path, default=Path("out/bench"), metavar="FOLDER",
+        help="of the report, and of what is finished (%(default)s)",
+    )  # fmt: skip
 
 
 def run_bench(options):
     """Run what the options say; returns (data, text) for the command line."""
     from ..bar import CellBar
+    from ..files import check_folder
     from .cells import parse_method, plan
     from .judges import check_domains, judge_for
     from .report import markdown_table
     from .run import bench, failures
 
+    check_folder(options.out)
     methods = [parse_method(text) for text in dict.fromkeys(options.method)]
     _check_names(methods)
     setup, suite = make_setup(options)
@@ -114,6 +153,8 @@ def make_setup(options):
 
     if not 2 <= options.count <= 1000:
         raise ForgetError(f"--count is {options.count}: use 2 to 1000 pictures.")
+    if not 0 <= options.seed <= MAX_SEED:
+        raise ForgetError(f"--seed is {options.seed}: use 0 to {MAX_SEED}.")
     data = read_suite(options.suite)
     given = {name: getattr(options, name) for name in ("steps", "guidance", "size")}
     changed = {name: value for name, value in given.items() if value is not None}

@@ -10,6 +10,7 @@ A method's module has:
 """
 
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from importlib import import_module
 
 from ..errors import ForgetError
@@ -38,6 +39,16 @@ METHODS = {
 PRESETS = {preset: name for name, presets in METHODS.items() for preset in presets}
 DEFAULT = "reread"  # for somebody who picks nothing; docs/methods/README.md says why
 MANY, DEFAULT_MANY = 4, "reread-many"  # the same for more concepts than MANY in one patch
+
+
+def check_preset(name):
+    """Refuse what is none of ``PRESETS``."""
+    if name not in PRESETS:
+        close = get_close_matches(name.lower(), PRESETS, 3)
+        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ForgetError(
+            f"There is no method '{name:.60}': {meant}'python -m fmn methods' lists all of them."
+        )
 
 
 def method(preset):

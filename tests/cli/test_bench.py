@@ -165,7 +165,12 @@ def test_a_second_run_does_nothing_again(finished, capsys):
         (["--suite", "nosuch"], "There is no suite"),
         (["--target", "wolf"], "has no target 'wolf'"),
         (["--target", "dog", "--split", "report"], "None of dog is in the half 'report'"),
-        (["--method", "nosuch"], "neither a method"),
+        (["--method", "ucee"], "There is no method 'ucee': did you mean uce"),
+        (["--method", "nosuch.safetensors"], "There is no patch file 'nosuch.safetensors'"),
+        (["--seed", "-1"], "--seed is -1: use 0 to"),
+        (["--guidance", "nan"], "Guidance is nan"),
+        (["--out", __file__], "is a file"),
+        (["--out", "/proc"], "could not be saved"),
         (["--method", "resteer:steps=0"], "steps is 0"),
         (["--count", "1"], "--count is 1"),
         (["--judge", "nosuch"], "There is no judge"),
@@ -179,7 +184,7 @@ def test_a_second_run_does_nothing_again(finished, capsys):
     ],
 )
 def test_what_is_wrong_with_the_options_is_said(arguments, told, tmp_path, capsys):
-    assert bench(*arguments, "--out", str(tmp_path / "out")) == 2
+    assert bench("--out", str(tmp_path / "out"), *arguments) == 2
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
 

@@ -104,11 +104,12 @@ def test_reference_pictures_and_several_concepts(tmp_path):
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (150, 100, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "a.png")
-    out = tmp_path / "patch.safetensors"
-    fmn("forget", "demo", "dog", *RESTEER, "--images", folder, "--steps", 2, "--out", out)
+    fmn("forget", "demo", "dog", *RESTEER, "--images", folder, "--steps", 2, cwd=tmp_path)
     done = fmn(
-        "forget", "demo", "dog", "style:twemoji", *RESTEER, "--steps", 2, "--out", out, "--json"
+        "forget", "demo", "dog", *RESTEER, "--steps", 2, "style:twemoji", "--json", cwd=tmp_path
     )
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == ["forget_dog.safetensors", "forget_dog_2.safetensors"]
     info = json.loads(done.stdout)["info"]
     assert [(c["name"], c["kind"]) for c in info["concepts"]] == [
         ("dog", "object"),
@@ -152,7 +153,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys, monke
     """In this process: starting one for each of these would cost minutes."""
     monkeypatch.chdir(ROOT)
     arguments, sentence = BAD[case]
-    out = ["--out", str(tmp_path / "x")] if arguments[0] == "forget" else []
+    out = ["--out", str(tmp_path / "x.safetensors")] if arguments[0] == "forget" else []
     assert main([*arguments, *out]) == 2
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -216,8 +217,11 @@ def test_saved_on_the_way_and_resumed(patch, tmp_path):
     ours, expected = load_file(resumed), load_file(patch)
     assert ours.keys() == expected.keys()
     assert all(ours[key].equal(expected[key]) for key in expected)
-    done = fmn(*training, "--steps", 20, "--resume", part, "--out", resumed, code=2)
-    assert "part.fmn-train" in done.stderr and "cannot be read" in done.stderr
+    again = step.with_name("part.safetensors")  # of the same training: it goes on with this file
+    before = again.read_bytes()
+    fmn(*training, "--steps", 20, "--resume", step, "--out", again)
+    assert again.read_bytes() != before and load_file(again).keys() == ours.keys()
+    fmn(*training, "--steps", 20, "--resume", step, "--out", resumed, code=2)  # another's
 
 
 def test_cancel_exits_130_and_writes_nothing(tmp_path):
@@ -250,7 +254,8 @@ def test_help_tells_the_true_defaults():
     for name in ("steps", "lr", "rank", "layers", "end_tokens", "references", "samples", "batch",
                  "size", "seed"):  # fmt: skip
         option = text.split(f" --{name.replace('_', '-')} ")[-1].split(" --")[0]
-        assert f"({getattr(Settings(), name)})" in option, name
+        assert f"({getattr(Settings(), name)}" in option, name
+    assert "(50; 1 to 100000)" in text
 
 
 def test_the_main_job(tmp_path):

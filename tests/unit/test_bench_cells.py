@@ -108,8 +108,8 @@ def test_methods_that_are_files(tmp_path):
 @pytest.mark.parametrize(
     "text, told",
     [
-        ("nosuch", "neither a method"),
-        ("nosuch:0.5", "neither a method"),
+        ("nosuch", "There is no method 'nosuch'"),
+        ("nosuch.safetensors:0.5", "There is no patch file 'nosuch.safetensors'"),
         ("resteer:steps", "is no setting"),
         ("resteer:speed=1", "has no setting 'speed'"),
         ("resteer:steps=many", "steps is 'many': it has to be like 50"),
@@ -119,7 +119,7 @@ def test_methods_that_are_files(tmp_path):
         ("resteer:layers=all", "layers is 'all'"),
         ("resteer:steps=0", "steps is 0"),
         ("resteer:lr=[1]", "is [1]"),
-        ("", "neither a method"),
+        ("", "There is no method ''"),
     ],
 )
 def test_methods_that_are_none(text, told):

@@ -108,11 +108,20 @@ def test_describe_leaves_out_pictures():
         ("style:ink drawing", "ink drawing", "style"),
         (" style : ink drawing ", "ink drawing", "style"),
         ("object:dog: the film", "dog: the film", "object"),
-        ("mission: impossible", "mission: impossible", "identity"),
+        ("object:mission: impossible", "mission: impossible", "object"),
+        ("two words: a film", "two words: a film", "identity"),
+        (":dog", ":dog", "identity"),
     ],
 )
 def test_parse_concept(text, name, kind):
     assert parse_concept(text, "identity") == Concept(name, kind)
+
+
+@pytest.mark.parametrize("text", ["person:elon musk", " mission : impossible", "Style:x | y -> z"])
+def test_a_word_that_is_no_kind(text):
+    word = text.split(":")[0].strip()
+    with pytest.raises(ForgetError, match=f"^'{word}' is no kind: use identity, .* 'style:{word}"):
+        parse_concept(text, "style")
 
 
 @pytest.mark.parametrize("text", ["", " ", "style:"])

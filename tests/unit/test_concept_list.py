@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ identity: ada lovelace -> a woman  # a comment
 dog->cat
 
 style:c# -> d
-mission: impossible
+object:mission: impossible
 """
 FOUND = [
     Concept("ada lovelace", "identity", anchor="a woman"),
@@ -27,12 +28,12 @@ YAML = """
   anchor: a woman
 - dog -> cat
 - {name: "c#", kind: style, anchor: d}
-- "mission: impossible"
+- "object:mission: impossible"
 """
 JSON = """[
   {"name": "ada lovelace", "kind": "identity", "anchor": "a woman"},
   "dog -> cat", {"name": "c#", "kind": "style", "anchor": "d"},
-  "mission: impossible"
+  "object:mission: impossible"
 ]"""
 
 
@@ -86,6 +87,19 @@ def test_a_line_may_have_aliases():
     ]
     with pytest.raises(ForgetError, match="Line 2: An alias of 'dog' is empty"):
         parse_lines("# pets\ndog | ")
+
+
+def test_a_name_without_a_field_for_its_kind_is_read_as_a_line_is(tmp_path):
+    both = "style:ink drawing", "object:mission: impossible"
+    expected = [Concept("ink drawing", "style"), Concept("mission: impossible")]
+    table = "\n".join(["name,kind", *(f"{name}," for name in both)])
+    assert read_concepts(written(tmp_path, "a.csv", table)) == expected
+    mappings = [{"name": name} for name in both]
+    assert read_concepts(written(tmp_path, "a.json", json.dumps(mappings))) == expected
+    given = written(tmp_path, "b.csv", "kind,name\nstyle,person: a play")
+    assert read_concepts(given) == [Concept("person: a play", "style")]
+    with pytest.raises(ForgetError, match="line 3: 'person' is no kind"):
+        read_concepts(written(tmp_path, "a.csv", "name\ndog\nperson:elon musk"))
 
 
 def test_all_columns_of_a_table(tmp_path):
@@ -143,6 +157,7 @@ def test_the_same_name_may_have_two_kinds():
         (" \n# nothing\n", "names no concept"),
         ("dog\n\nstyle:", "Line 3: The concept's name is empty"),
         ("dog\n-> cat", "Line 2: The concept's name is empty"),
+        ("dog\nperson:elon musk", "Line 2: 'person' is no kind: use identity"),
         ("dog ->", "Line 1: .* nothing after"),
         ("dog -> cat -> fox", "Line 1: .* more than one"),
         ("# a\ndog -> DOG", "Line 2: The anchor of 'dog' is 'DOG'"),

@@ -1,0 +1,132 @@
+"""What cannot be done is said in one sentence before any work, and changes no file."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fmn.cli import main
+from fmn.hosts.diffusers import DiffusersModel
+
+ROOT = Path(__file__).resolve().parents[2]
+PATCH = str(ROOT / "demo" / "patches" / "santa_claus.safetensors")
+FORGET = "forget", "demo", "dog"
+APPLY = "apply", "demo", PATCH
+DRAW = *APPLY, "--prompt", "a dog"
+BATCH = "batch", "list.txt", "--model", "demo"
+TRAIN = *FORGET, "--method", "resteer"
+REFUSED = {
+    # Endings and places of what is written
+    "forget ckpt": ([*FORGET, "--out", "d.ckpt"], "'d.ckpt' does not end in .safetensors, which"),
+    "forget bare": ([*FORGET, "--out", "d"], "name it d.safetensors"),
+    "merge ckpt": (["merge", PATCH, "--out", "d.ckpt"], "does not end in .safetensors"),
+    "checkpoint ckpt": ([*APPLY, "--checkpoint", "d.ckpt"], "does not end in .safetensors"),
+    "checkpoint bare": ([*APPLY, "--checkpoint", "d"], "does not end in .safetensors"),
+    "folder as file": (
+        ["apply", "folder", PATCH, "--checkpoint", "d.safetensors"], "name a folder, not 'd.s",
+    ),
+    "picture gif": ([*DRAW, "--out", "d.gif"], "'d.gif' does not end in .png"),
+    "forget folder": ([*FORGET, "--out", "folder"], "'folder' is a folder: name a file in it, as"),
+    "merge folder": (["merge", PATCH, "--out", "folder"], "'folder' is a folder"),
+    "checkpoint folder": ([*APPLY, "--checkpoint", "folder"], "'folder' is a folder"),
+    "picture folder": ([*DRAW, "--out", "folder"], "'folder' is a folder"),
+    "batch file": ([*BATCH, "--out", "there.png"], "'there.png' is a file"),
+    "demo file": (["demo", "--out", "there.png"], "'there.png' is a file"),
+    "below a file": ([*FORGET, "--out", "there.png/d.safetensors"], "could not be saved in there"),
+    "long": ([*FORGET, "--out", f"{'d' * 250}.safetensors"], "could not be saved in . ("),
+    "zero byte": ([*FORGET, "--out", "d\0.safetensors"], "could not be saved"),
+    "forget proc": ([*FORGET, "--out", "/proc/x.safetensors"], "could not be saved in /proc ("),
+    "merge proc": (["merge", PATCH, "--out", "/proc/x.safetensors"], "could not be saved"),
+    "checkpoint proc": ([*APPLY, "--checkpoint", "/proc/a/x.safetensors"], "could not be saved"),
+    "picture proc": ([*DRAW, "--out", "/proc/x.png"], "could not be saved"),
+    "batch proc": ([*BATCH, "--out", "/proc/a"], "could not be saved in /proc/a ("),
+    "demo proc": (["demo", "--out", "/proc"], "could not be saved"),
+    "forget over": ([*FORGET, "--out", "there.safetensors"], "'there.safetensors' exists already"),
+    "merge over": (["merge", PATCH, "--out", "there.safetensors"], "exists already"),
+    "checkpoint over": ([*APPLY, "--checkpoint", "there.safetensors"], "exists already"),
+    "picture over": ([*DRAW, "--out", "there.png"], "exists already"),
+    "steps over": ([*TRAIN, "--save-every", "2", "--out", "half.safetensors"],
+                   "'half_step2.safetensors' is left from an earlier training"),
+    # Numbers
+    "steps": ([*DRAW, "--steps", "-3"], "steps is -3: use 1 to 1000"),
+    "no steps": ([*DRAW, "--steps", "0"], "steps is 0"),
+    "guidance": ([*DRAW, "--guidance", "nan"], "guidance is nan: use 0 to 100"),
+    "size": ([*DRAW, "--size", "-8"], "size is -8: use 0 to 4096"),
+    "large": ([*DRAW, "--size", "5000000"], "size is 5000000"),
+    "odd size": ([*DRAW, "--size", "100"], "size is 100: use a multiple of 64"),
+    "seed": ([*DRAW, "--seed", "12345678901234567890123"], "use 0 to 9.00"),
+    "no number": ([*DRAW, "--steps", "many"], "invalid int value: 'many': see python -m fmn apply"),
+    "strength": (["merge", f"{PATCH}:1e30"], "is 1e30: use a number such as 0.8, from -100 to 100"),
+    "preserve": (["merge", PATCH, "--how", "joint", "--model", "demo", "--preserve", "nan"],
+                 "--preserve is nan: use 0 to 1000"),
+    "save every": ([*FORGET, "--save-every", "-1"], "--save-every is -1"),
+    # Kinds, methods and options that do not fit
+    "kind": (["forget", "demo", "person:elon musk"], "'person' is no kind: use identity, object"),
+    "no model": (["batch", "list.txt"], "required: --model: see python -m fmn batch --help"),
+    "joint without": (["merge", PATCH, "--how", "joint"], "give the --model"),
+    "for joint": (["merge", PATCH, "--model", "demo"], "--model is for --how joint"),
+    "setting": ([*FORGET, "--steps", "10"],
+                "reread has no setting 'steps': see python -m fmn forget --method reread --help."),
+    "of another": ([*FORGET, "--method", "uce", "--push=0.5"], "uce has no setting 'push': see"),
+    "misspelled": ([*TRAIN, "--stepz", "10"], "no setting 'stepz': did you mean --steps? See"),
+    "shortened": ([*FORGET, "--meth", "uce"], "did you mean --method?"),
+    "of a batch": ([*BATCH, "--steps", "10"], "see python -m fmn batch --method reread --help."),
+    "no option": ([*DRAW, "--step", "10"], "apply has no option 'step': did you mean --steps?"),
+    "too many": (["inspect", PATCH, "b"], "'b' is one argument too many"),
+    "method": ([*FORGET, "--method", "ucee"], "There is no method 'ucee': did you mean uce"),
+    "no method": ([*BATCH, "--method", "x"], "'x': 'python -m fmn methods' lists all of them"),
+    "no save": ([*FORGET, "--save-every", "2"],
+                "--save-every is for methods that train, and reread only solves without --robust"),
+    "no best": ([*FORGET, "--method", "uce", "--keep-best"], "and uce only solves: leave it out"),
+    "no images": ([*FORGET, "--images", "folder"], "--images is for methods that learn from"),
+    "no state": ([*TRAIN, "--resume", "there.safetensors"],
+                 "There is no saved training beside 'there.safetensors' (there.fmn-train): "
+                 "--save-every N makes one"),
+    "not drawn": ([*APPLY, "--checkpoint", "d.safetensors", "--steps", "3"], "--steps is for draw"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Files that are in the way, and no model to be had."""
+
+    def load(*_):
+        raise AssertionError("work was begun")
+
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "folder" / "a.png")
+    (tmp_path / "list.txt").write_text("dog\n")
+    for name in ("there.safetensors", "there.png", "half_step2.safetensors"):
+        (tmp_path / name).write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiffusersModel, "load", load)
+    monkeypatch.setattr("fmn.checkpoint.checkpoint_family", load)
+    return tmp_path
+
+
+def files(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_one_sentence_before_any_work(case, folder, capsys):
+    arguments, told = REFUSED[case]
+    before = files(folder)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert files(folder) == before
+
+
+def test_a_wrong_option_is_json_too(folder, capsys):
+    assert main([*FORGET, "--json", "--steps", "10"]) == 2
+    assert "no setting 'steps'" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write it")
+def test_a_folder_that_may_not_be_written(folder, capsys):
+    (folder / "folder").chmod(0o500)
+    assert main([*FORGET, "--out", "folder/d.safetensors"]) == 2
+    assert "could not be saved in folder (Permission denied)" in capsys.readouterr().err
