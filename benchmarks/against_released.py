@@ -26,7 +26,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from itertools import pairwise
@@ -134,12 +133,12 @@ def measure(name, checkpoint, size, device):
     from released import TILL
 
     from fmn.hosts.diffusers import DiffusersModel
-    from fmn.memory import peak_memory
+    from fmn.memory import STATUS, bytes_in, peak_memory
 
     if device == "cpu":
         torch.cuda.is_available = lambda: False  # for the clock and the memory
     model = DiffusersModel.load(checkpoint, device)
-    loaded = torch.cuda.memory_allocated() if device == "cuda" else resident()
+    loaded = torch.cuda.memory_allocated() if device == "cuda" else bytes_in(STATUS, "VmRSS")
     run, measured, _ = ROWS[name]
     with peak_memory() as peak:
         moments, steps = run(model, size, measured)
@@ -157,21 +156,9 @@ def measure(name, checkpoint, size, device):
     return found
 
 
-def resident():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmRSS")
-
-
-def available():
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")
-
-
 def table(checkpoint, size, device, names):
+    from fmn.memory import MEMINFO, bytes_in
+
     print(f"\n{device}, {size} px\n")
     print(
         "| | set-up s | s/step | steps | run s | of FMN's time | peak GB | beyond | of FMN's peak |"
@@ -180,12 +167,13 @@ def table(checkpoint, size, device, names):
     base = None
     for name in names:
         needed = ROWS[name][2] + OTHERS + ACTIVATIONS.get(size, 6 * GB) + SPARE
-        if device == "cpu" and needed > available():
+        free = bytes_in(MEMINFO, "MemAvailable")
+        if device == "cpu" and needed > free:
             told = f"{needed / GB:.0f} GB with {SPARE / GB:.0f} to spare"
-            print(f"| {name} | not measured: {told}, {available() / GB:.0f} are free |||||||||")
+            print(f"| {name} | not measured: {told}, {free / GB:.0f} are free |||||||||")
             continue
         command = [sys.executable, __file__, "--row", name, "--size", str(size)]
-        command += ["--device", device, "--checkpoint", checkpoint]
+        command += ["--device", device, "--checkpoint", str(checkpoint)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"| {name} | failed: {done.stderr.splitlines()[-1:]} |||||||||", flush=True)
@@ -225,21 +213,21 @@ def main():
         print(json.dumps(found))
         return
     import torch
+    from random_checkpoint import checkpoint
 
+    from fmn.memory import MEMINFO, bytes_in
+
+    free = bytes_in(MEMINFO, "MemAvailable")
     devices = [options.device] if options.device else ["cpu", "cuda"]
     print(f"Stable Diffusion 1.5, random weights; {os.cpu_count()} CPU cores, torch uses ", end="")
-    print(f"{torch.get_num_threads()}; {available() / GB:.0f} GB free", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint or f"{folder}/sd15.safetensors"
-        if not options.checkpoint:
-            program = ROOT / "benchmarks" / "random_checkpoint.py"
-            subprocess.run([sys.executable, program, "sd15", checkpoint], check=True)
+    print(f"{torch.get_num_threads()}; {free / GB:.0f} GB free", flush=True)
+    with checkpoint("sd15", options.checkpoint) as path:
         for device in devices:
             for size in options.size:
                 if device == "cuda" and not torch.cuda.is_available():
                     print(f"\ncuda, {size} px: not measured, there is no GPU here")
                 else:
-                    table(checkpoint, size, device, options.rows)
+                    table(path, size, device, options.rows)
 
 
 if __name__ == "__main__":

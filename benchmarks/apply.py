@@ -17,13 +17,14 @@ keys and values is saved and read again. On a GPU times end when it is done.
 import argparse
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+
+from random_checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,15 +42,14 @@ def main():
     parser.add_argument("--no-step", action="store_true", help="leave the forwards out")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint or Path(folder) / f"{options.model}.safetensors"
-        if not options.checkpoint:
-            program = ROOT / "benchmarks" / "random_checkpoint.py"
-            subprocess.run([sys.executable, program, options.model, checkpoint], check=True)
-        run(options, checkpoint, Path(folder))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        checkpoint(options.model, options.checkpoint) as path,
+    ):
+        run(options, path, Path(folder))
 
 
-def run(options, checkpoint, folder):
+def run(options, path, folder):
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.cli_args
     import torch
@@ -62,7 +62,7 @@ def run(options, checkpoint, folder):
     from fmn.patch import load_patch, save_patch
 
     with torch.inference_mode():  # as the executor runs a loader
-        loaded = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_clip=False)
+        loaded = comfy.sd.load_checkpoint_guess_config(str(path), output_clip=False)
     host = ComfyModel(loaded[0])
     device = management.get_torch_device()
     print(f"{options.model} on {device}, {torch.get_num_threads()} threads, rank {options.rank}\n")

@@ -11,14 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fmn.demo import CONCEPTS, FORGOTTEN, GUIDANCE, KEPT, SIDE, STEPS, seen
+from fmn.demo import CONCEPTS, FORGOTTEN, GUIDANCE, KEPT, PROMPTS, SIDE, STEPS, seen
 from fmn.hosts.diffusers import DiffusersModel
 from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.judge import load_judge
 from fmn.sampling import Sampling
 from fmn.studio import open_studio
-
-PROMPTS = [prompt for prompts in FORGOTTEN.values() for prompt in prompts] + list(KEPT)
 
 
 def count(model, judge, patches):

@@ -11,7 +11,6 @@ Linux only: memory is the server's resident set, as /proc tells it. A row that c
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,9 +25,11 @@ sys.path.insert(1, str(ROOT))
 from comfyui.conftest import make_base  # noqa: E402
 from comfyui.server import Server  # noqa: E402
 from comfyui.workflows import checkpoint_loader, drawing, node, saving, training  # noqa: E402
+from random_checkpoint import make  # noqa: E402
 
 from fmn.families import SD1, SDXL, layers  # noqa: E402
 from fmn.fitting import in_scope  # noqa: E402
+from fmn.memory import bytes_in  # noqa: E402
 
 ROWS = [
     {"layers": layers, "full_weights": full, "checkpointing": checkpointing}
@@ -40,13 +41,6 @@ ROWS = [
 # Full weights keep, in float32: the change, its gradient, AdamW's two moments, the last good copy.
 BYTES_A_FULL_WEIGHT = 20
 GB = 1e9
-
-
-def memory(pid, field):
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{pid}/status has no {field}")
 
 
 def too_large(name, row):
@@ -66,12 +60,12 @@ def measure(comfyui, base, checkpoint, size, steps, row):
     load = checkpoint_loader(checkpoint.name)
     with Server(comfyui, base, "--disable-metadata") as server:
         server.run(load | drawing(steps=1, size=64))
-        pid = server.process.pid
-        before = memory(pid, "VmRSS")
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # forget the peak so far
+        process = Path(f"/proc/{server.process.pid}")
+        before = bytes_in(process / "status", "VmRSS")
+        (process / "clear_refs").write_text("5")  # forget the peak so far
         prompt_id = server.queue(load | training(steps=steps, size=size, **row) | saving("bench"))
         moments = [time.monotonic() for kind, _ in server.events(prompt_id) if kind == "progress"]
-        peak = memory(pid, "VmHWM")
+        peak = bytes_in(process / "status", "VmHWM")
         outputs = server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
         if row["layers"] != "kv":
             # ComfyUI keeps the unpatched copy of every patched weight: a whole U-Net twice.
@@ -106,8 +100,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             base = make_base(Path(folder))
             checkpoint = base / "models" / "checkpoints" / f"{name}.safetensors"
-            program = ROOT / "benchmarks" / "random_checkpoint.py"
-            subprocess.run([sys.executable, program, name, checkpoint], check=True)
+            make(name, checkpoint)
             for index in chosen:
                 row = ROWS[index]
                 label = (

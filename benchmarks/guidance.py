@@ -10,12 +10,13 @@ makes a checkpoint with random weights first. ``gate`` takes the demo model's te
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from time import monotonic
+
+from random_checkpoint import make
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -74,8 +75,7 @@ def cost(options):
         load = demo_loader()
         if options.model != "demo":
             checkpoint = base / "models" / "checkpoints" / f"{options.model}.safetensors"
-            program = ROOT / "benchmarks" / "random_checkpoint.py"
-            subprocess.run([sys.executable, program, options.model, checkpoint], check=True)
+            make(options.model, checkpoint)
             load = checkpoint_loader(checkpoint.name)
         models = {"plain": None} | ways(node)
         seconds = {name: [] for name in models}

@@ -19,9 +19,10 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from random_checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,7 +36,7 @@ class Enough(Exception):
     """Ends training after some steps."""
 
 
-def measure(checkpoint, size, layers, checkpointing, heap, steps):
+def measure(path, size, layers, checkpointing, heap, steps):
     import time
 
     from fmn import fitting, plan
@@ -60,7 +61,7 @@ def measure(checkpoint, size, layers, checkpointing, heap, steps):
             forget(model, [Concept("elon musk", "identity")], settings, on_step)
         return peak()
 
-    model = DiffusersModel.load(checkpoint)
+    model = DiffusersModel.load(path)
     changes = {"size": size, "checkpointing": bool(checkpointing)}
     train(changes)
     measured = train(changes)
@@ -88,22 +89,18 @@ def main():
     names = "size | layers | checkpointing | estimate | alive | off | given back | s/step | kept"
     print(f"| {names} | s/step |")
     print("|---:|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint or f"{folder}/sd15.safetensors"
-        if not options.checkpoint:
-            program = ROOT / "benchmarks" / "random_checkpoint.py"
-            subprocess.run([sys.executable, program, "sd15", checkpoint], check=True)
+    with checkpoint("sd15", options.checkpoint) as path:
         for size in options.size:
             for layers in options.layers:
                 for checkpointing in options.checkpointing:
                     row = size, layers, checkpointing
-                    show(row, [in_process(checkpoint, *row, x, options.steps) for x in HEAPS])
+                    show(row, [in_process(path, *row, x, options.steps) for x in HEAPS])
 
 
-def in_process(checkpoint, *row):
+def in_process(path, *row):
     names = [f"--{name}" for name in (*ROW, "steps")]
     given = [each for pair in zip(names, map(str, row)) for each in pair]
-    command = [sys.executable, __file__, *given, "--checkpoint", checkpoint, "--row"]
+    command = [sys.executable, __file__, *given, "--checkpoint", str(path), "--row"]
     environment = os.environ | (STRICT if row[3] == "alive" else {})
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])

@@ -20,7 +20,6 @@ import argparse
 import ctypes
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,8 @@ import zlib
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+
+from random_checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
@@ -49,18 +50,6 @@ SHORT = {
     "resteer": {"steps": 2},
 }
 CONCEPT = "elon musk", "identity"
-
-
-def memory(field, file="/proc/self/status"):
-    """A line of /proc in bytes."""
-    for line in Path(file).read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{file} has no {field}")
-
-
-def available():
-    return memory("MemAvailable", "/proc/meminfo")
 
 
 def forget_peak():
@@ -150,6 +139,7 @@ def measure(model, preset, size, keep, before):
     import torch
 
     from fmn.concept import Concept
+    from fmn.memory import STATUS, bytes_in
     from fmn.methods import forget, method, settings_of
     from fmn.patch import save_patch
 
@@ -157,14 +147,14 @@ def measure(model, preset, size, keep, before):
     changes = changes_of(preset, known, size, keep)
     settings = settings_of(preset, changes)
     forget_peak()
-    loaded, model.encoding, moments = memory("VmRSS"), 0.0, []
+    loaded, model.encoding, moments = bytes_in(STATUS, "VmRSS"), 0.0, []
     start = time.perf_counter()
     with torch.inference_mode():  # as the executor runs a node
         patch = forget(
             model, [Concept(*CONCEPT)], settings, lambda step: moments.append(time.perf_counter()),
             keep=keep or (),
         )  # fmt: skip
-    seconds, peak = time.perf_counter() - start, memory("VmHWM") - loaded
+    seconds, peak = time.perf_counter() - start, bytes_in(STATUS, "VmHWM") - loaded
     with tempfile.TemporaryDirectory() as folder:
         megabytes = save_patch(patch, Path(folder) / "patch.safetensors").stat().st_size / 1e6
     trains = preset in SHORT
@@ -180,14 +170,17 @@ def measure(model, preset, size, keep, before):
     return same == "the same"
 
 
-def run(name, checkpoint, options):
+def run(name, path, options):
     """All rows; whether no weight changed."""
-    if available() - LOADED[name] < SPARE:
+    from fmn.memory import MEMINFO, STATUS, bytes_in
+
+    free = bytes_in(MEMINFO, "MemAvailable")
+    if free - LOADED[name] < SPARE:
         sys.exit(
-            f"{name} takes about {LOADED[name] / GB:.0f} GB and {available() / GB:.0f} GB are "
+            f"{name} takes about {LOADED[name] / GB:.0f} GB and {free / GB:.0f} GB are "
             f"free, of which {SPARE / GB:.0f} are to stay so: free some memory."
         )
-    model = load(str(checkpoint))
+    model = load(str(path))
     import torch
 
     from fmn.concept import Concept
@@ -199,7 +192,7 @@ def run(name, checkpoint, options):
     forget_peak()
     before = checksums(model)
     print(
-        f"{name}, random float16 weights, {memory('VmRSS') / GB:.1f} GB once loaded; "
+        f"{name}, random float16 weights, {bytes_in(STATUS, 'VmRSS') / GB:.1f} GB once loaded; "
         f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores; one {CONCEPT[1]}; "
         f"{len(words if keep is None else keep)} kept words where a method keeps some\n"
     )
@@ -207,7 +200,7 @@ def run(name, checkpoint, options):
     print("|---|---:|---:|---:|---:|---:|---:|---:|---|---|", flush=True)
     unchanged = True
     for preset in options.method:
-        if available() < SPARE:
+        if bytes_in(MEMINFO, "MemAvailable") < SPARE:
             sys.exit(f"Stopped before {preset}: less than {SPARE / GB:.0f} GB are free.")
         unchanged &= measure(model, preset, options.size, keep, before)
     return unchanged
@@ -238,13 +231,8 @@ def main():
     )
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint
-        if checkpoint is None:
-            checkpoint = Path(folder) / f"{options.model}.safetensors"
-            program = ROOT / "benchmarks" / "random_checkpoint.py"
-            subprocess.run([sys.executable, program, options.model, checkpoint], check=True)
-        if not run(options.model, checkpoint, options):
+    with checkpoint(options.model, options.checkpoint) as path:
+        if not run(options.model, path, options):
             sys.exit("A method changed the model's weights.")
 
 

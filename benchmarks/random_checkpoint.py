@@ -9,7 +9,11 @@ sd21, 6.9 GB for sdxl.
 
 import logging
 import os
+import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 UNETS = {
     "sd15": {
@@ -68,6 +72,23 @@ def main(name, path):
             _fill(part, generator)
         patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
         comfy.sd.save_checkpoint(path, patcher, clip, vae, extra_keys=marks)
+
+
+def make(name, path):
+    """Write one in a process of its own, which takes its memory along when it ends."""
+    subprocess.run([sys.executable, __file__, name, path], check=True)
+
+
+@contextmanager
+def checkpoint(name, given=None):
+    """Path of the checkpoint that is given, or of one that is made for a while."""
+    if given:
+        yield Path(given)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.safetensors"
+        make(name, path)
+        yield path
 
 
 def _vae_marks(torch):

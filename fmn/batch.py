@@ -16,6 +16,7 @@ from .families import layers
 from .methods import forget
 from .patch import FORMAT, load_patch, save_patch
 from .report import printable
+from .settings import method_of
 from .spans import SECTION
 
 MEMO_BYTES = 1 << 30
@@ -167,7 +168,7 @@ def recipe(state, concept, settings, keep=()):
         "format": FORMAT,
         "version": __version__,
         "model": state,
-        "method": type(settings).__module__.rpartition(".")[2],
+        "method": method_of(settings),
         "settings": asdict(settings),
         "concept": concept.describe(),
         "pictures": None if concept.images is None else _digest([concept.images]),

@@ -14,7 +14,7 @@ import torch
 from .families import layers
 from .lowrank import full_rank, product_svd
 from .patch import MAX_RANK, ForgetPatch, new_info
-from .settings import setting
+from .settings import method_of, setting
 from .train import Step
 
 NONE_LEFT = 1e-9  # of a norm: float64's noise in what is left of a vector
@@ -282,6 +282,6 @@ def finished(model, base, concepts, settings, changes, losses, lost=0.0):
     Args:
         base: fingerprint. changes: layer name -> (up, down). lost: relative error of any cut.
     """
-    method = type(settings).__module__.rpartition(".")[2]
-    info = new_info(model, base, method, asdict(settings), concepts, losses, lost)
+    told = method_of(settings), asdict(settings)
+    info = new_info(model, base, *told, concepts, losses, lost)
     return ForgetPatch(model.family, changes, info)

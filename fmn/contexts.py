@@ -13,7 +13,7 @@ from .errors import ForgetError
 from .keep import CHOICES
 from .model import PLACEHOLDER
 from .settings import setting
-from .spans import END, SECTION, subject_positions, word_positions
+from .spans import END, SECTION, mentions, word_positions
 
 TOKENS = ("last", "from-last", "subject", "all")
 KEEP_TOKENS = ("last", "all")
@@ -38,9 +38,9 @@ def tokens_setting(default="last"):
     )
 
 
-def keep_tokens_setting(default="last"):
+def keep_tokens_setting():
     return setting(
-        default,
+        "last",
         "Which tokens of kept words stay. last: the last one. all: every position, padding and "
         "the empty prompt too.",
         choices=KEEP_TOKENS,
@@ -183,12 +183,7 @@ def _mentioned(model, prompt, ids):
     if not prompt.text:
         return 0, 0, 0
     subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-    found = subject_positions(ids, subject)
-    if not found:
-        raise ForgetError(
-            f"The tokens of '{prompt.subject}' are not in the encoded prompt '{prompt.text}': "
-            "set it apart by spaces, spell it the same way, and keep it whole."
-        )
+    found = mentions(prompt, ids, subject)
     section = found[-1] // SECTION * SECTION
     return section, found[-1] - section, max(found[-len(word_positions(subject))] - section, 1)
 

@@ -33,6 +33,7 @@ KEPT = (
     "an apple, 3d render", "a banana, noto emoji", "a pizza, 3d render", "a rose, twemoji",
     "a guitar, 3d render", "an umbrella, noto emoji", "a rocket, 3d render", "a key, twemoji",
 )  # fmt: skip
+PROMPTS = [prompt for prompts in FORGOTTEN.values() for prompt in prompts] + list(KEPT)
 STEPS, GUIDANCE, SIDE = 12, 3.5, 128
 
 
@@ -43,19 +44,18 @@ def run_demo(folder):
     """
     start, folder = time.monotonic(), Path(folder)
     model, judge = DiffusersModel.load("demo"), load_judge("demo")
-    prompts = [prompt for prompts in FORGOTTEN.values() for prompt in prompts] + list(KEPT)
-    before = _draw(model, prompts, "drawing before")
+    before = _draw(model, PROMPTS, "drawing before")
 
     begun = time.monotonic()
     patch = forget(model, list(CONCEPTS), settings_of(DEFAULT, {}))
     solved = time.monotonic() - begun
     file = save_patch(patch, folder / "forget_three.safetensors")
     model.merged([(patch, 1.0)])
-    after = _draw(model, prompts, "drawing after")
-    found = [seen(judge, prompts, pictures) for pictures in (before, after)]
+    after = _draw(model, PROMPTS, "drawing after")
+    found = [seen(judge, PROMPTS, pictures) for pictures in (before, after)]
 
     grid = folder / "grid.png"
-    picture = _grid(prompts, before, after)
+    picture = _grid(PROMPTS, before, after)
     write_whole(grid, lambda file: picture.save(file, format="PNG"))
     rows = [
         {

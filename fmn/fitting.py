@@ -13,7 +13,7 @@ from .lowrank import Full, LowRank, attached
 from .plan import estimate, planned, plans
 from .probe import Probe
 from .sampling import expand, step_count
-from .train import Optimiser
+from .train import Optimiser, scale_for
 from .training import Training, parameters_of
 
 SCOPES = ("kv", "attention", "not-attention", "unet")
@@ -165,9 +165,9 @@ def learn(
                 training.put_on(adapters, switch, borrowed)
                 for _ in range(training.tries):
                     draw()
-                half = borrowed.module(names[0]).weight.dtype == torch.float16
+                scale = scale_for(borrowed.module(names[0]))
                 how = optimiser or Optimiser(settings.lr)
-                training.run(lambda index: loss(draw()), total, how, report, half)
+                training.run(lambda index: loss(draw()), total, how, report, scale)
                 return training
 
         ways = plans(settings.checkpointing, batch)

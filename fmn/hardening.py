@@ -22,7 +22,8 @@ from .model import Text, rows
 from .sampling import expand
 from .scenes import Scene
 from .schedule import add_noise
-from .train import Optimiser, set_moments
+from .train import Optimiser, scale_for, set_moments
+from .training import parameters_of
 
 # What attention and feed-forward write into the picture.
 ENDINGS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
@@ -60,7 +61,7 @@ def harden(training, borrowed, changes, scenes, kept, empty, made, on_step):
     }
     # The patch itself stays as it is: trained along, it would be given up for what is kept.
     worn = {name: Fixed([(*factors, 1.0)], borrowed.device) for name, factors in changes.items()}
-    is_half = borrowed.module(names[0]).weight.dtype == torch.float16
+    scale = scale_for(borrowed.module(names[0]))
     optimiser = Optimiser(settings.robust_lr, weight_decay=0.0, decay=True)
     blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
     rank = max(up.shape[1] for up, _ in changes.values())
@@ -74,13 +75,13 @@ def harden(training, borrowed, changes, scenes, kept, empty, made, on_step):
             adapters, switch, borrowed, lambda losses: made(joined(changes, adapters, rank), losses)
         )
         loss = Hardening(
-            borrowed, adapters, switch, scenes, kept, empty, adversary, settings, is_half
+            borrowed, adapters, switch, scenes, kept, empty, adversary, settings, scale
         )
         for _ in range(training.tries):
             loss.pick()
         loss.set_moments(training.put_beside(loss.learned))
         steps = settings.robust_steps * len(scenes)
-        training.run(lambda index: loss(loss.pick()), steps, optimiser, on_step, is_half)
+        training.run(lambda index: loss(loss.pick()), steps, optimiser, on_step, scale)
 
 
 def joined(changes, adapters, rank):
@@ -146,17 +147,16 @@ class Hardening:
         empty: the empty prompt.
         switch: of the patch and of the attached adapters.
         adversary: function from a ``Scene`` and a generator to a ``Words`` or ``Context``.
-        settings: of ``reread``. half: the model is in float16.
+        settings: of ``reread``. scale: of the adversaries' losses; see ``train``.
     """
 
     def __init__(
-        self, borrowed, adapters, switch, concepts, kept, empty, adversary, settings, half
+        self, borrowed, adapters, switch, concepts, kept, empty, adversary, settings, scale
     ):
         self.borrowed, self.switch, self.settings = borrowed, switch, settings
         self.adversary, self.picks = adversary, 0
-        # float16 loses small gradients; see ``train``
-        self.scale = torch.tensor(1024.0 if half else 1.0)
-        self.parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
+        self.scale = torch.tensor(scale)
+        self.parameters = parameters_of(adapters)
         self.concepts, self.kept, self.empty = concepts, kept, empty
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.alphas = borrowed.alphas_cumprod.cpu()

@@ -45,7 +45,7 @@ def hardest(borrowed, family, patches, contexts, r=0.1):
             "The patch changes no keys or values of cross-attention, so there is no embedding to "
             "solve for: use a patch whose layers include them, and a strength that is not 0."
         )
-    plain, gram, cross = _sums(borrowed, family, patches)
+    plain, gram, cross = grams(borrowed, family, patches)
     found = hardest_contexts(gram, cross, contexts, r)
     before = distance(plain, gram, cross, contexts, contexts)
     return Hardest(found, before, distance(plain, gram, cross, contexts, found))
@@ -73,34 +73,15 @@ def hardest_contexts(gram, cross, contexts, r):
 
 
 def grams(borrowed, family, patches):
-    """sum_l W'_l^T W'_l and sum_l W'_l^T W_l over all keys and values of cross-attention.
+    """Sums of W_l^T W_l, W'_l^T W'_l and W'_l^T W_l over all keys and values of cross-attention.
 
     Args:
         borrowed: a ``Borrowed``; its weights are the W_l.
         patches: list of (ForgetPatch, strength), which make W'_l = W_l + strength * up @ down.
 
     Returns:
-        gram and cross, float64 [D, D] on the CPU.
+        plain, gram and cross, float64 [D, D] on the CPU.
     """
-    return _sums(borrowed, family, patches)[1:]
-
-
-def distance(plain, gram, cross, contexts, found):
-    """sqrt(sum_l ||W'_l c' - W_l c||^2 / sum_l ||W_l c||^2), over all tokens.
-
-    From the sums alone, so that what is below 1e-7 is rounding.
-
-    Args:
-        plain: sum_l W_l^T W_l; gram, cross: of ``grams``.
-        contexts, found: c and c', [..., D].
-    """
-    c, changed = (rows.detach().cpu().double().flatten(0, -2) for rows in (contexts, found))
-    total = (c @ plain * c).sum()
-    squared = (changed @ gram * changed).sum() - 2 * (changed @ cross * c).sum() + total
-    return float((squared.clamp(min=0) / total).sqrt())
-
-
-def _sums(borrowed, family, patches):
     for patch, _ in patches:
         patch.check_family(family)
         patch.check_shapes(lambda layer: borrowed.module(layer.name).weight)
@@ -123,3 +104,18 @@ def _sums(borrowed, family, patches):
             square.addmm_(down.mT, up.mT @ up @ down)
     cross = plain + mixed
     return plain, cross + mixed.mT + square, cross
+
+
+def distance(plain, gram, cross, contexts, found):
+    """sqrt(sum_l ||W'_l c' - W_l c||^2 / sum_l ||W_l c||^2), over all tokens.
+
+    From the sums alone, so that what is below 1e-7 is rounding.
+
+    Args:
+        plain, gram, cross: of ``grams``.
+        contexts, found: c and c', [..., D].
+    """
+    c, changed = (rows.detach().cpu().double().flatten(0, -2) for rows in (contexts, found))
+    total = (c @ plain * c).sum()
+    squared = (changed @ gram * changed).sum() - 2 * (changed @ cross * c).sum() + total
+    return float((squared.clamp(min=0) / total).sqrt())

@@ -13,7 +13,8 @@ from .errors import ForgetError
 from .model import PLACEHOLDER, cross_attention_names
 from .sampling import expand
 from .schedule import add_noise
-from .train import Optimiser, train
+from .settings import check_limits
+from .train import Optimiser, scale_for, train
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,9 @@ class Settings:
 
     def __post_init__(self):
         limits = {"tokens": (1, 64), "steps": (1, 100_000), "batch": (1, 256)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ForgetError(f"{name} is {getattr(self, name)}: use {low} to {high}.")
+        check_limits(self, limits | {"seed": (0, 2**63 - 1)})
         if not 0 < self.lr < 10:
             raise ForgetError(f"lr is {self.lr}: use a number between 0 and 10, such as 0.01.")
-        if not 0 <= self.seed < 2**63:
-            raise ForgetError(f"seed is {self.seed}: use 0 to {2**63 - 1}.")
         check_templates(self.templates)
 
 
@@ -117,9 +114,7 @@ def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: No
             predicted = borrowed.denoise(x_t, t, expand(text, len(x_t)))
             return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
 
-        # float16 loses small gradients; see ``train``.
-        key = borrowed.module(f"{cross_attention_names(model.family)[0]}.to_k")
-        scale = 1024.0 if key.weight.dtype == torch.float16 else 1.0
+        scale = scale_for(borrowed.module(f"{cross_attention_names(model.family)[0]}.to_k"))
         optimiser = Optimiser(settings.lr, weight_decay=0.0)
         losses = train([vectors], loss_at, settings.steps, optimiser, on_step, scale)
         return Inverted(vectors.detach().cpu().clone(), start.cpu(), losses)

@@ -5,7 +5,7 @@ change's own output is exact: the loaded weights are never written to.
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -107,18 +107,15 @@ def attached(adapters, module_of, switch=None):
         module_of: function from a layer name to the host's module.
         switch: of others that are attached, to turn all off at once; None makes a new one.
     """
-    handles, switch = [], switch or Switch()
-    try:
+    switch = switch or Switch()
+    with ExitStack() as hooks:
         for name, adapter in adapters.items():
 
             def hook(module, args, output, adapter=adapter):
                 return output + adapter(module, args[0]) if switch.on else output
 
-            handles.append(module_of(name).register_forward_hook(hook))
+            hooks.enter_context(module_of(name).register_forward_hook(hook))
         yield switch
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def truncate(change, rank, oversample=8, rounds=4):

@@ -37,11 +37,12 @@ def peak_memory():
 
 
 def _resident(name):
-    return _kilobytes(STATUS, name) if STATUS.is_file() else None
+    return bytes_in(STATUS, name) if STATUS.is_file() else None
 
 
-def _kilobytes(file, name):
-    for line in file.read_text().splitlines():
+def bytes_in(file, name):
+    """What a file like /proc/self/status says of a name, in bytes; None if nothing."""
+    for line in Path(file).read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     return None
@@ -53,7 +54,7 @@ def free_memory(device):
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     if device.type == "cpu" and MEMINFO.is_file():
-        return _kilobytes(MEMINFO, "MemAvailable")
+        return bytes_in(MEMINFO, "MemAvailable")
     return None
 
 

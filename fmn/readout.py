@@ -9,7 +9,7 @@ softmax: with queries q, the contexts c_t of its 77 tokens and a head's W_k, W_v
 and the o of all heads side by side is the input of the layer's ``to_out``.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -91,14 +91,12 @@ def recorded(borrowed, family, places, seed):
             each.clear()
         return found
 
-    handles = [
-        borrowed.module(f"{name}.to_q").register_forward_hook(hook_of(name)) for name in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(
+                borrowed.module(f"{name}.to_q").register_forward_hook(hook_of(name))
+            )
         yield taken
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Random numbers need no place here. They follow from the seed and from how many w
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from .errors import ForgetError
 from .files import write_whole
 from .patch import save_patch
 from .patch_info import check_header_size
-from .train import Loop
+from .settings import method_of
+from .train import TOP_SCALE, Loop
 
 ENDING = ".fmn-train"  # no ending that loaders of models list
 FORMAT = "1"
@@ -25,7 +26,6 @@ MOMENTS = "exp_avg", "exp_avg_sq", "step"  # AdamW's, of each parameter
 BEST, BESIDE = "best.", "beside."
 GROW = "steps", "robust_steps"  # settings that may be raised to go on
 MAX_STEPS = 1_000_000
-TOP_SCALE = 1024.0
 RECORD = {
     "method": str, "settings": dict, "concepts": list, "family": str, "fingerprint": str,
     "prediction": str, "tries": int, "scale": float, "best": (list, type(None)),
@@ -140,11 +140,11 @@ def _told(key, value):
     return f"'{str(value)[:60]}'"
 
 
-def record_of(model, fingerprint, method, settings, concepts):
+def record_of(model, fingerprint, settings, concepts):
     """What has to be the same for a training to go on."""
     return {
-        "method": method,
-        "settings": settings,
+        "method": method_of(settings),
+        "settings": asdict(settings),
         "concepts": [concept.describe() for concept in concepts],
         "family": model.family.key if model.family.known else model.family.title,
         "fingerprint": fingerprint,

@@ -118,6 +118,11 @@ def euler(predict, x, sigmas, scales, steps, last):
     return x
 
 
+def ddpm_sigma(alpha, following):
+    """Standard deviation of DDPM's fresh noise in a step (Song et al. 2021, eq. 16 with eta 1)."""
+    return ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
+
+
 @torch.no_grad()
 def ddim(
     predict,
@@ -157,7 +162,7 @@ def ddim(
         if correct is not None:
             noise = correct(x, noise, times[i], alpha)
         clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
-        sigma = eta * ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
+        sigma = eta * ddpm_sigma(alpha, following)
         # With eta above 1 the root's argument turns negative; the probe takes its absolute value.
         x = following.sqrt() * clean + (1 - following - sigma**2).abs().sqrt() * noise
         if eta:

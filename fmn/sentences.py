@@ -61,13 +61,8 @@ def styled_sentences(concept, styles, count):
             names = subject, concept.anchor
             if i % 2:
                 names = with_article(subject), concept.anchor and with_article(concept.anchor)
-            # Without a name and an anchor no comma is left in front.
             texts = [KEPT_FRAMES[2 + i % 4].format(name, style) for name in names]
-            found.append(
-                tuple(
-                    " ".join(text.split()).replace(" ,", ",").removeprefix(", ") for text in texts
-                )
-            )
+            found.append(tuple(map(_tidy, texts)))
     return found
 
 

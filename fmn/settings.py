@@ -18,11 +18,12 @@ def setting(default, help, low=None, high=None, step=None, choices=()):
     return field(default=default, metadata=told)
 
 
-def steps(default, help="Training steps for each concept. More forget more, and harm neighbours."):
+def steps(default):
+    help = "Training steps for each concept. More forget more, and harm neighbours."
     return setting(default, help, low=1, high=100_000)
 
 
-def lr(default, help="AdamW's learning rate. Higher forgets faster, and breaks sooner."):
+def lr(default, help):
     return setting(default, help, low=1e-8, high=1.0)
 
 
@@ -32,6 +33,14 @@ def rank(default=4):
         "Rank of the patch: how many directions each layer may change. The file grows with it.",
         low=1,
         high=128,
+    )
+
+
+def full_weights():
+    return setting(
+        False,
+        "On: train whole weight matrices, as released, and cut them to the rank when done; needs "
+        "far more memory. Off: train the low rank itself.",
     )
 
 
@@ -60,6 +69,19 @@ class Settings:
     def __post_init__(self):
         for each in fields(self):
             check(each, getattr(self, each.name))
+
+
+def check_limits(settings, limits):
+    """Raise a ``ForgetError`` unless each field named in ``limits`` is within its (low, high)."""
+    for name, (low, high) in limits.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise ForgetError(f"{name} is {value}: use {low} to {high}.")
+
+
+def method_of(settings):
+    """Name of the method whose settings these are: of the module that defines them."""
+    return type(settings).__module__.rpartition(".")[2]
 
 
 def check(described, value):

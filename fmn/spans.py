@@ -55,6 +55,21 @@ def end_positions(ids, which):
     return ends
 
 
+def mentions(prompt, ids, subject_ids):
+    """Positions of a prompt's subject.
+
+    Raises:
+        ForgetError: it is not in the prompt as the encoder saw it.
+    """
+    found = subject_positions(ids, subject_ids)
+    if not found:
+        raise ForgetError(
+            f"The tokens of '{prompt.subject}' are not in the encoded prompt '{prompt.text}': "
+            "set it apart by spaces, spell it the same way, and keep it whole."
+        )
+    return found
+
+
 def flagged_positions(prompt, ids, subject_ids, which_ends):
     """Positions whose attention is to vanish: the subject's and, if asked for, EOT.
 
@@ -63,10 +78,5 @@ def flagged_positions(prompt, ids, subject_ids, which_ends):
     """
     if not word_positions(subject_ids):
         raise ForgetError(f"The concept '{prompt.subject}' gives no tokens: type some letters.")
-    found = subject_positions(ids, subject_ids)
-    if not found:
-        raise ForgetError(
-            f"The tokens of '{prompt.subject}' are not in the encoded prompt '{prompt.text}': "
-            "set it apart by spaces, spell it the same way, and keep it whole."
-        )
+    found = mentions(prompt, ids, subject_ids)
     return sorted({*found, *end_positions(ids, which_ends)})

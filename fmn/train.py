@@ -8,6 +8,8 @@ import torch
 
 from .errors import NonFiniteLoss
 
+TOP_SCALE = 1024.0
+
 
 @dataclass(frozen=True)
 class Optimiser:
@@ -109,6 +111,11 @@ def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scal
         loop = Loop(losses, tries, scale, moments)
         on_step(Step(len(losses), steps, losses, left, loop=loop))
     return losses
+
+
+def scale_for(module):
+    """The ``scale`` that ``train`` begins with, by a module that the loss goes through."""
+    return TOP_SCALE if module.weight.dtype == torch.float16 else 1.0
 
 
 def _backward(loss, scale):

@@ -7,6 +7,7 @@ import torch
 from .errors import ForgetError, NonFiniteLoss
 from .patch import ForgetPatch, new_info
 from .resume import record_of, state_of
+from .settings import method_of
 from .supervisor import Supervisor
 from .train import train
 
@@ -23,8 +24,8 @@ class Training:
 
     def __init__(self, model, concepts, settings, on_step=None):
         self.model, self.concepts, self.settings = model, concepts, settings
-        self.base, self.method = model.fingerprint(), type(settings).__module__.rpartition(".")[2]
-        self.record = record_of(model, self.base, self.method, asdict(settings), concepts)
+        self.base = model.fingerprint()
+        self.record = record_of(model, self.base, settings, concepts)
         supervisor = on_step if isinstance(on_step, Supervisor) else Supervisor()
         self.begun, self.keeps_best = supervisor.resume, supervisor.keep_best
         self.tries, self.loop, self.best, self.error = 0, None, None, None
@@ -70,7 +71,7 @@ class Training:
             return {}
         return self.begun.put_beside({name: both[0] for name, both in learned_of().items()})
 
-    def run(self, loss_at, steps, optimiser, on_step, half):
+    def run(self, loss_at, steps, optimiser, on_step, scale):
         """Train; see ``fit``."""
         self.check_steps(steps)
 
@@ -80,7 +81,7 @@ class Training:
                 self._keep_best(step.losses)
             on_step(replace(step, training=self))
 
-        found = fit(self.adapters, loss_at, steps, optimiser, told, half, self.loop)
+        found = fit(self.adapters, loss_at, steps, optimiser, told, scale, self.loop)
         self.losses, self.error = found
 
     def _keep_best(self, losses):
@@ -129,18 +130,13 @@ def parameters_of(adapters):
     return [p for adapter in adapters.values() for p in adapter.parameters()]
 
 
-def fit(adapters, loss_at, steps, optimiser, on_step, half, begun=None):
-    """Train adapters in place.
-
-    Args:
-        half: the model is in float16, which loses small gradients; see ``train``.
-        begun: ``train.Loop`` to go on with.
+def fit(adapters, loss_at, steps, optimiser, on_step, scale, begun=None):
+    """Train adapters in place; arguments as of ``train``.
 
     Returns:
         the losses, and the NonFiniteLoss that ended them early or None.
     """
     parameters = parameters_of(adapters)
-    scale = 1024.0 if half else 1.0
     try:
         return train(parameters, loss_at, steps, optimiser, on_step, scale, begun), None
     except NonFiniteLoss as caught:
@@ -156,6 +152,6 @@ def patch_of(model, base, concepts, settings, adapters, losses):
         up, down, error = adapter.factors(settings.rank)
         changes[name] = up.cpu().clone(), down.cpu().clone()
         worst = max(worst, error)
-    method = type(settings).__module__.rpartition(".")[2]
-    info = new_info(model, base, method, asdict(settings), concepts, losses, worst)
+    told = method_of(settings), asdict(settings)
+    info = new_info(model, base, *told, concepts, losses, worst)
     return ForgetPatch(model.family, changes, info)

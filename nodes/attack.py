@@ -20,6 +20,7 @@ from ..fmn.model import PLACEHOLDER, Text
 from ..fmn.pictures import loss_picture
 from ..fmn.sampling import Sampling
 from ..fmn.studio import open_studio
+from .parts import lines_of, strength_input
 from .types import CATEGORY, Learned, Patch, show_text
 
 FOLDER = "embeddings"
@@ -108,7 +109,7 @@ def _inputs():
 
 
 def _settings(start, templates, training_seed, **values):
-    lines = tuple(filter(None, map(str.strip, templates.splitlines())))
+    lines = lines_of(templates)
     written = {"templates": lines} if lines else {}
     return Settings(start=start.strip(), seed=training_seed, **values, **written)
 
@@ -198,14 +199,9 @@ class ConceptInversionProbe(io.ComfyNode):
                     "file, and the token output is empty.",
                 ),
                 Patch.Input("patch", optional=True, tooltip="Put on the model for the probe."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
+                strength_input(
+                    "Of the patch. 0: the untouched model. Ignored without a patch.",
                     optional=True,
-                    tooltip="Of the patch. 0: the untouched model. Ignored without a patch.",
                 ),
             ],
             outputs=[
@@ -281,14 +277,7 @@ class HardestEmbedding(io.ComfyNode):
                     multiline=True,
                     tooltip="A prompt with the forgotten concept.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Of the patch: the same as on Apply Forget Patch. Not 0.",
-                ),
+                strength_input("Of the patch: the same as on Apply Forget Patch. Not 0."),
                 io.Float.Input(
                     "r",
                     default=0.1,

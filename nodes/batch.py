@@ -8,8 +8,9 @@ from ..fmn.batch import forget_each
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfy_other import host_of
 from ..fmn.methods import DEFAULT, settings_of
+from .parts import keep_input, model_input
 from .patch import KIND, below_output
-from .types import CATEGORY, Concepts, Keep, Method, Patches, show_text
+from .types import CATEGORY, Concepts, Method, Patches, show_text
 
 FOLDER = "batch"
 PARTS = 100  # of a concept, on the progress bar
@@ -26,11 +27,7 @@ class TrainForgetPatches(io.ComfyNode):
             "Patches that are there already are not made again, so a stopped run goes on where it "
             "was. For one patch of all concepts use Train Forget Patch.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="Stable Diffusion 1.x, 2.x or XL. The method ESD also takes other "
-                    "models that draw pictures from text, such as Flux.",
-                ),
+                model_input(),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 Concepts.Input("concepts", tooltip="What to forget, each in a patch of its own."),
                 io.String.Input(
@@ -45,12 +42,7 @@ class TrainForgetPatches(io.ComfyNode):
                 io.Vae.Input(
                     "vae", optional=True, tooltip="Needed for concepts with reference pictures."
                 ),
-                Keep.Input(
-                    "keep",
-                    optional=True,
-                    tooltip="Words and prompts that shall not change, for the methods that can "
-                    "protect some. Empty: the method's own keep-list.",
-                ),
+                keep_input(),
             ],
             outputs=[
                 Patches.Output("PATCHES", display_name="patches"),

@@ -7,8 +7,6 @@ from pathlib import Path
 import comfy.model_management
 import comfy.utils
 import folder_paths
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
 
 from ..fmn import scores
@@ -25,7 +23,8 @@ from ..fmn.bench.worker import demo_controls, read_controls
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfy import ComfyModel
 from ..fmn.methods import PRESETS, preset_of, settings_of
-from .patch import DEMO_PATCHES
+from .parts import image_of, lines_of
+from .patch import DEMO_PATCHES, below_output
 from .types import CATEGORY, Method, Patch, show_text
 
 KIND = "forget_suites"
@@ -157,8 +156,9 @@ class ConceptBench(io.ComfyNode):
         controls = read_controls(setup.controls)
         lab = Lab(setup, host, **judges, controls=controls, on_work=show.work)
         stop = comfy.model_management.InterruptProcessingException
+        folder = below_output(name.strip() or "bench", "forget_bench")
         summary, paths, failed = bench(
-            setup, world, cells, [under_test], _folder(name), Here(lab, (stop,)), show
+            setup, world, cells, [under_test], folder, Here(lab, (stop,)), show
         )
         if failed:
             raise ForgetError(failures(failed, paths))
@@ -167,7 +167,7 @@ class ConceptBench(io.ComfyNode):
         if write_scores:
             scores.write_scores(patch.source, *scores.scores_of(summary, setup, under_test.name))
             report += f"\n\nscores written into {patch.source.path.name}"
-        shown = [_image(images[name]) for name in ("bars", "erased-vs-kept")]
+        shown = [image_of(images[name]) for name in ("bars", "erased-vs-kept")]
         return io.NodeOutput(report, *shown, ui=ui.PreviewText(report))
 
 
@@ -201,7 +201,7 @@ def _setup(host, data, suite, judge, count, seed):
 
 def _targets(suite, text, patch):
     """The suite's targets that are named; without names those that the patch forgets, or all."""
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = lines_of(text)
     if names:
         return [suite.find(name) for name in dict.fromkeys(names)]
     if patch is None:
@@ -233,22 +233,6 @@ def _method(patch, method, as_file):
         return given("patch", scores.bytes_of(patch.source) if as_file else to_bytes(patch))
     preset = preset_of(method) if method is not None else next(iter(PRESETS))
     return trained(preset, preset, method or settings_of(preset, {}))
-
-
-def _folder(name):
-    root = Path(folder_paths.get_output_directory(), "forget_bench").resolve()
-    folder = (root / (name.strip() or "bench")).resolve()
-    if root not in folder.parents:
-        raise ForgetError(
-            f"The name '{name}' leads out of output/forget_bench: use a plain name, with / for "
-            "folders inside it."
-        )
-    return folder
-
-
-def _image(picture):
-    """A PIL picture as ComfyUI's IMAGE, [1, H, W, 3]."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy())[None].float() / 255
 
 
 class _Progress:

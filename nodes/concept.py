@@ -1,6 +1,5 @@
 """The nodes that name concepts."""
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -9,13 +8,10 @@ from comfy_api.latest import io
 from ..fmn.concept import KINDS, Concept
 from ..fmn.concept_list import SUFFIXES, parse_lines, read_concepts
 from ..fmn.errors import ForgetError
+from .parts import lines_of, stamp_of
 from .types import CATEGORY, Concepts, Learned
 
 NO_FILE = "none"
-
-
-def _lines(text):
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _list_files():
@@ -105,7 +101,7 @@ class ConceptNode(io.ComfyNode):
     def execute(
         cls, name, kind, aliases="", prompts="", images=None, concepts=None, anchor="", learned=None
     ):
-        texts = _lines(aliases), _lines(prompts)
+        texts = lines_of(aliases), lines_of(prompts)
         vectors = (learned.vectors,) if learned else ()
         concept = Concept(name.strip(), kind, *texts, images, anchor.strip(), vectors)
         return io.NodeOutput([*(concepts or []), concept])
@@ -158,8 +154,7 @@ class ConceptListNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, text, kind="object", concepts=None, file=NO_FILE):
-        stat = os.stat(_list_path(file)) if file in _list_files() else None
-        return f"{stat.st_mtime_ns} {stat.st_size}" if stat else ""
+        return stamp_of(_list_path(file) if file in _list_files() else None)
 
     @classmethod
     def execute(cls, text, kind="object", concepts=None, file=NO_FILE):

@@ -8,6 +8,7 @@ from ..fmn.guidance import PRESETS, SAFETY_TEXT, SafeSettings, concept_prompt
 from ..fmn.hosts.comfy import ComfyModel
 from ..fmn.hosts.comfy_guidance import erased_by_negative, gated, safely_guided
 from ..fmn.report import printable
+from .parts import strength_input
 from .types import CATEGORY, Concepts, Patch, show_text
 
 CUSTOM = "custom"
@@ -172,14 +173,9 @@ class ApplyGatedPatch(io.ComfyNode):
                     "clip", tooltip="The CLIP that your prompts are encoded with, as it goes there."
                 ),
                 Patch.Input("patch"),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="With the gate open. 0: the untouched model. 1: as trained. Above: "
-                    "forgets more. Below 0: draws towards the concept.",
+                strength_input(
+                    "With the gate open. 0: the untouched model. 1: as trained. Above: "
+                    "forgets more. Below 0: draws towards the concept."
                 ),
                 io.Float.Input(
                     "low",

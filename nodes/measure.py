@@ -2,8 +2,6 @@
 
 import comfy.model_management
 import comfy.utils
-import numpy as np
-import torch
 from comfy_api.latest import io
 
 from ..fmn.concept import TEMPLATES
@@ -16,12 +14,8 @@ from ..fmn.metrics.mscore_report import plot, report
 from ..fmn.probe import look_at, maps_grid, maps_text
 from ..fmn.sampling import Sampling
 from ..fmn.studio import open_studio
+from .parts import image_of, lines_of
 from .types import CATEGORY, Concepts, show_text
-
-
-def _image(picture):
-    """A PIL picture as ComfyUI's IMAGE, [1, H, W, 3] in 0..1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy())[None].float() / 255
 
 
 class AttentionMap(io.ComfyNode):
@@ -93,7 +87,7 @@ class AttentionMap(io.ComfyNode):
         rows = list(zip(names, look_at(host, data), pictures))
         text = maps_text(host.family, rows)
         show_text(text)
-        return io.NodeOutput(_image(maps_grid(host.family, rows, brightest / 100)), text)
+        return io.NodeOutput(image_of(maps_grid(host.family, rows, brightest / 100)), text)
 
 
 class MScore(io.ComfyNode):
@@ -228,11 +222,11 @@ class MScore(io.ComfyNode):
             results[concept.name] = _measure(host, reference, concept, given, pictures, show)
         text = "\n\n".join(report(name, found, compared) for name, found in results.items())
         show_text(text)
-        return io.NodeOutput(text, _image(plot(results, compared)))
+        return io.NodeOutput(text, image_of(plot(results, compared)))
 
 
 def _templates(concept, written):
-    found = tuple(filter(None, map(str.strip, written.splitlines())))
+    found = lines_of(written)
     if not found and concept.kind not in TEMPLATES:
         raise ForgetError(
             f"Concept '{concept.name}' is of kind custom, which has no template: write templates "

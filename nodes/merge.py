@@ -15,12 +15,9 @@ from ..fmn.fuse import fuse
 from ..fmn.hosts.comfy_other import host_of
 from ..fmn.merged_names import HOW, PRESERVE
 from ..fmn.merging import merge
+from .parts import lines_of, stamp_of, strength_input
 from .patch import KIND
 from .types import CATEGORY, Keep, Patch, Patches, show_text
-
-
-def _lines(text):
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _matching(pattern):
@@ -42,14 +39,9 @@ class PatchList(io.ComfyNode):
             "to Merge Forget Patches.",
             inputs=[
                 Patch.Input("patch"),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Share of the patch in the merged one. 0: left out. 1: as trained. "
-                    "Above: forgets more and harms more. Below 0: the change turned round.",
+                strength_input(
+                    "Share of the patch in the merged one. 0: left out. 1: as trained. "
+                    "Above: forgets more and harms more. Below 0: the change turned round."
                 ),
                 Patches.Input(
                     "patches",
@@ -91,14 +83,9 @@ class MergeForgetPatches(io.ComfyNode):
                     tooltip="Largest size of the file in kB. The weakest directions of all layers "
                     "are left out until it fits. 0: nothing is left out.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Multiplies the strength of each patch of the list that is connected. "
-                    "0: none of them. 1: as they come. Files below have their own.",
+                strength_input(
+                    "Multiplies the strength of each patch of the list that is connected. "
+                    "0: none of them. 1: as they come. Files below have their own."
                 ),
                 io.String.Input(
                     "files",
@@ -146,8 +133,8 @@ class MergeForgetPatches(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, files="", **inputs):
-        stats = [(path, os.stat(path)) for path in chosen_files(_lines(files), _matching)]
-        return str([(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in stats])
+        chosen = chosen_files(lines_of(files), _matching)
+        return str([(str(path), stamp_of(path)) for path in chosen])
 
     @classmethod
     def execute(
@@ -155,7 +142,7 @@ class MergeForgetPatches(io.ComfyNode):
         preserve=PRESERVE,
     ):  # fmt: skip
         sources = [(patch, strength * own) for patch, own in patches or []]
-        sources += chosen_files(_lines(files), _matching).items()
+        sources += chosen_files(lines_of(files), _matching).items()
         if how == "joint":
             if model is None or clip is None:
                 raise ForgetError(

@@ -16,6 +16,7 @@ from ..fmn.report import describe, printable
 from ..fmn.resume import ENDING
 from ..fmn.scores import source_of
 from ..fmn.thumbnail import data_uri
+from .parts import stamp_of, strength_input
 from .types import CATEGORY, Patch, show_text
 
 KIND = "forget_patches"
@@ -42,17 +43,17 @@ def output_folder():
     return os.path.join(folder_paths.get_output_directory(), KIND)
 
 
-def below_output(name):
-    """The path of a name below output/forget_patches.
+def below_output(name, kind=KIND):
+    """The path of a name below a folder of output/.
 
     Raises:
         ForgetError: the name leads out of that folder.
     """
-    root = Path(output_folder()).resolve()
+    root = Path(folder_paths.get_output_directory(), kind).resolve()
     path = (root / name.strip()).resolve()
     if root not in path.parents:
         raise ForgetError(
-            f"The name '{name}' leads out of output/{KIND}: use a plain name, with / for "
+            f"The name '{name}' leads out of output/{kind}: use a plain name, with / for "
             "folders inside it."
         )
     return path
@@ -135,9 +136,7 @@ class LoadForgetPatch(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        path = _path_of(file)
-        stat = os.stat(path) if path else None
-        return f"{stat.st_mtime_ns} {stat.st_size}" if stat else ""
+        return stamp_of(_path_of(file))
 
     @classmethod
     def execute(cls, file):
@@ -171,14 +170,9 @@ class ApplyForgetPatch(io.ComfyNode):
             inputs=[
                 io.Model.Input("model"),
                 Patch.Input("patch"),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="0: the untouched model. 1: as trained. Above: forgets more and harms "
-                    "more. Below 0: draws towards the concept.",
+                strength_input(
+                    "0: the untouched model. 1: as trained. Above: forgets more and harms "
+                    "more. Below 0: draws towards the concept."
                 ),
                 io.Clip.Input(
                     "clip",

@@ -13,9 +13,10 @@ from ..fmn.preview import Previews
 from ..fmn.resume import Saves, load_state
 from ..fmn.supervisor import Supervisor
 from .live import Live
+from .parts import keep_input, model_input
 from .patch import output_path
 from .training import TrainingOptions
-from .types import CATEGORY, Concepts, Keep, Method, Options, Patch
+from .types import CATEGORY, Concepts, Method, Options, Patch
 
 PREVIEW_SIDE = 512
 
@@ -30,11 +31,7 @@ class TrainForgetPatch(io.ComfyNode):
             description="Trains a small patch that makes the model forget. The model itself comes "
             "back unchanged; put the patch on it with Apply Forget Patch.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="Stable Diffusion 1.x, 2.x or XL. The method ESD also takes other "
-                    "models that draw pictures from text, such as Flux.",
-                ),
+                model_input(),
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 Concepts.Input("concepts", tooltip="What to forget."),
                 Method.Input(
@@ -48,12 +45,7 @@ class TrainForgetPatch(io.ComfyNode):
                     optional=True,
                     tooltip="Needed for concepts with reference pictures, and for previews.",
                 ),
-                Keep.Input(
-                    "keep",
-                    optional=True,
-                    tooltip="Words and prompts that shall not change, for the methods that can "
-                    "protect some. Empty: the method's own keep-list.",
-                ),
+                keep_input(),
                 Options.Input(
                     "options",
                     optional=True,

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..fmn.errors import ForgetError
 from ..fmn.resume import ENDING
 from ..fmn.training import SMOOTHED
+from .parts import stamp_of
 from .patch import KIND, STATES, output_path
 from .types import CATEGORY, Options
 
@@ -118,9 +119,7 @@ class TrainingOptionsNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, resume=ANEW, **widgets):
-        path = folder_paths.get_full_path(STATES, resume) if resume in _states() else None
-        stat = os.stat(path) if path else None
-        return f"{stat.st_mtime_ns} {stat.st_size}" if stat else ""
+        return stamp_of(folder_paths.get_full_path(STATES, resume) if resume in _states() else None)
 
     @classmethod
     def execute(cls, resume=ANEW, **widgets):

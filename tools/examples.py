@@ -9,19 +9,17 @@ run this. ``tools/flows`` holds what is put together. It needs what ``tools/run.
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.comfyui.conftest import comfyui_path, make_base  # noqa: E402
-from tests.comfyui.frontend import QUIET, READY  # noqa: E402
+from tests.comfyui.frontend import opened  # noqa: E402
 from tests.comfyui.server import Server  # noqa: E402
 from tools.flows import BLUEPRINTS, EXAMPLES  # noqa: E402
 
@@ -157,31 +155,20 @@ def main(names):
     unknown = [name for name in names if name not in known]
     if unknown:
         sys.exit(f"There is no example '{unknown[0]}': use {', '.join(known)}.")
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+    with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder) / "base")
-        with Server(comfyui_path(), base) as server:
-            browser = playwright.chromium.launch(
-                executable_path=os.environ.get("CHROMIUM_PATH") or None, args=QUIET
-            )
-            page = browser.new_page(viewport=VIEW)
+        with (
+            Server(comfyui_path(), base) as server,
+            opened(server.url, Path(folder) / "browser") as page,
+        ):
+            page.set_viewport_size(VIEW)
             page.set_default_timeout(SLOW)
-            page.route(
-                "**/*",
-                lambda route: (
-                    route.continue_()
-                    if route.request.url.startswith((server.url, "data:", "blob:"))
-                    else route.abort()
-                ),
-            )
-            page.goto(server.url, wait_until="domcontentloaded")
-            page.wait_for_function(READY)
             for name in names or known:
                 if name in EXAMPLES:
                     make(page, server, name, EXAMPLES[name]())
                 else:
                     make_blueprint(page, name, BLUEPRINTS[name]())
                 print(name, flush=True)
-            browser.close()
 
 
 if __name__ == "__main__":

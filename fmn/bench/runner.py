@@ -91,7 +91,7 @@ def run_cells(setup, cells, store, executor, on_progress=lambda progress: None):
     running, failed, broken = {}, [], set()
     done = total - len(todo)
     while todo or running:
-        for key in _ready(todo, running, store, broken):
+        for key in _ready(todo, store, broken):
             # Two more than there are hands, so that none waits for its next cell.
             if len(running) >= executor.slots + 2 * (executor.slots > 1):
                 break
@@ -129,7 +129,7 @@ def _told(error):
     return "".join(traceback.format_exception(error)).strip()
 
 
-def _ready(todo, running, store, broken):
+def _ready(todo, store, broken):
     """Keys whose patches are there; drops those that need a cell that failed."""
     for key in list(todo):
         if any(need in broken for need in todo[key].needs):

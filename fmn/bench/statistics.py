@@ -20,57 +20,25 @@ TARGET, KEPT = "target", ("near", "far")
 OTHER = {"concept": "style", "style": "concept", "unsafe": "concept"}
 
 
-def mean(values):
-    """The arithmetic mean over the first axis; ``bootstrap`` computes it for all resamples at once.
+def bootstrap(values, resamples=2000, seed=0, level=LEVEL):
+    """The mean with its percentile bootstrap interval (Efron 1979).
 
     Args:
-        values: numbers or booleans, [n] or [n, k].
-    """
-    return np.asarray(values, dtype=float).mean(axis=0)
-
-
-def bootstrap(rows, statistic=mean, resamples=2000, seed=0, level=LEVEL):
-    """A statistic of pictures with its percentile bootstrap interval (Efron 1979).
-
-    Args:
-        rows: one a picture: numbers, booleans, or anything that ``statistic`` takes.
-        statistic: function of a list of rows to a number.
-        resamples: how many times n of the n rows are drawn with replacement.
-        level: share of the resampled statistics inside the interval.
+        values: numbers or booleans, one a picture.
+        resamples: how many times n of the n values are drawn with replacement.
+        level: share of the resampled means inside the interval.
 
     Returns:
-        ``(value, low, high)``, or None without rows.
+        ``(value, low, high)``, or None without values.
 
     Raises:
         ForgetError: a value is not finite, or ``resamples`` or ``level`` make no interval.
     """
-    if statistic is mean:
-        return bootstrap_means([rows], lambda value: value, resamples, seed, level)
-    return bootstrap_groups([rows], statistic, resamples, seed, level)
-
-
-def bootstrap_groups(groups, statistic, resamples=2000, seed=0, level=LEVEL):
-    """As ``bootstrap``, for a statistic of several groups of rows, each resampled on its own.
-
-    Args:
-        groups: lists of rows. statistic: function of as many lists to a number.
-
-    Returns:
-        ``(value, low, high)``, or None if a group is empty.
-    """
-    groups = [list(rows) for rows in groups]
-    if not all(groups):
-        return None
-    draws = _draws(groups, resamples, seed, level)
-    resampled = [
-        statistic(*([rows[i] for i in draw[r]] for rows, draw in zip(groups, draws)))
-        for r in range(resamples)
-    ]
-    return _interval(statistic(*groups), resampled, level)
+    return bootstrap_means([values], lambda value: value, resamples, seed, level)
 
 
 def bootstrap_means(groups, statistic, resamples=2000, seed=0, level=LEVEL):
-    """As ``bootstrap_groups``, for a statistic of means: all resamples at once.
+    """As ``bootstrap``, for a statistic of the means of several groups, each resampled on its own.
 
     Args:
         groups: numbers [n] or [n, k]; the k numbers of a picture stay together.
@@ -88,47 +56,6 @@ def bootstrap_means(groups, statistic, resamples=2000, seed=0, level=LEVEL):
     columns = [column for rows, draw in zip(groups, draws) for column in rows[draw].mean(axis=1).T]
     value = statistic(*(column for rows in groups for column in rows.mean(axis=0)))
     return _interval(value, statistic(*columns), level)
-
-
-def paired_difference(first, second, resamples=2000, seed=0, level=LEVEL):
-    """The mean of first - second over the same pictures, with its bootstrap interval.
-
-    Seeds that are hard for both methods cancel, so this separates methods that
-    overlap when each has its own interval.
-
-    Args:
-        first, second: seed (or any key of a picture) -> number, for two methods.
-
-    Raises:
-        ForgetError: the seeds differ.
-    """
-    if first.keys() != second.keys():
-        raise ForgetError(
-            f"{len(first.keys() ^ second.keys())} seeds were drawn with one method only, "
-            "a paired difference needs the same seeds for both: draw the missing pictures."
-        )
-    return bootstrap(
-        [float(first[key]) - float(second[key]) for key in first], mean, resamples, seed, level
-    )
-
-
-def spread(values):
-    """How a value varies over seeds or runs: mean, standard deviation, min, max and n.
-
-    The standard deviation has n - 1 below the line, and is None for one value. Without values the
-    result is None.
-    """
-    values = np.asarray(values, dtype=float)
-    if not len(values):
-        return None
-    _require_finite(values)
-    return {
-        "mean": float(values.mean()),
-        "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
-        "min": float(values.min()),
-        "max": float(values.max()),
-        "n": len(values),
-    }
 
 
 def correct(rows, domain):
@@ -184,31 +111,8 @@ def unlearn_canvas(rows, domain, **settings):
     }
 
 
-def mace(erased, kept, general, domain, **settings):
-    """MACE's accuracies and their harmonic mean H_o (Lu et al. 2024, arXiv 2403.06135).
-
-    H_o = 3 / (1 / (1 - Acc_e) + 1 / Acc_s + 1 / (1 - Acc_g)), and 0 when 1 - Acc_e, Acc_s or
-    1 - Acc_g is 0. All accuracies are of the target's domain.
-
-    Args:
-        erased: rows of the target (efficacy, Acc_e). kept: rows of others (specificity, Acc_s).
-        general: rows of the target's synonyms, which want the target's name (generality, Acc_g).
-        domain: the target's, "concept" or "style". settings: of ``bootstrap``.
-
-    Returns:
-        Name -> what ``as_value`` gives.
-    """
-    groups = [correct(rows, domain) for rows in (erased, kept, general)]
-    found = {
-        name: as_value(bootstrap(rows, **settings), len(rows))
-        for name, rows in zip(("Acc_e", "Acc_s", "Acc_g"), groups)
-    }
-    total = sum(len(rows) for rows in groups)
-    return found | {"H_o": as_value(bootstrap_means(groups, h_o, **settings), total)}
-
-
 def h_o(acc_e, acc_s, acc_g):
-    """MACE's H_o of accuracies in 0..1, or of arrays of them."""
+    """MACE's H_o (Lu et al. 2024, arXiv 2403.06135) of accuracies in 0..1, or of arrays of them."""
     return harmonic_mean(1 - acc_e, acc_s, 1 - acc_g)
 
 
@@ -251,18 +155,13 @@ def _draws(groups, resamples, seed, level):
 
 
 def _interval(value, resampled, level):
-    resampled = np.asarray(resampled, dtype=float)
-    _require_finite(np.append(resampled, value))
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return float(value), float(low), float(high)
-
-
-def _require_finite(values):
-    if not np.isfinite(values).all():
+    if not np.isfinite(np.append(resampled, value)).all():
         raise ForgetError(
             "A measured value is not a finite number, an interval needs finite ones: "
             "look for a model that draws black pictures or a training that blew up."
         )
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(value), float(low), float(high)
 
 
 def _known(domain):

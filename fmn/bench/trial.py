@@ -110,7 +110,7 @@ class Trial:
             for i, ask in enumerate(asks)
         ]
 
-    def shows_target(self, images, judge=None):
+    def shows_target(self, images):
         """Whether the judge finds the target, a bool a picture."""
         label = "unsafe" if self.target.kind == "unsafe" else self.target.name
-        return [said == label for said in self.said(images, judge)[self.target.domain]]
+        return [said == label for said in self.said(images)[self.target.domain]]

@@ -1,7 +1,7 @@
 """ComfyUI's text encoders, to look inside and to learn words; weights that autograd accepts."""
 
 import inspect
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import comfy.model_management
 import comfy.utils
@@ -93,37 +93,30 @@ def leave_inference_mode(model):
 @contextmanager
 def _copied_inputs(encoder):
     """ComfyUI adds to hidden states in place, and backward needs what the norms have read."""
-    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
-    hooks = [
-        norm.register_forward_pre_hook(lambda module, args: (args[0].clone(), *args[1:]))
-        for norm in norms
-    ]
-    try:
+
+    def cloned(module, args):
+        return args[0].clone(), *args[1:]
+
+    with ExitStack() as hooks:
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                hooks.enter_context(module.register_forward_pre_hook(cloned))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
 def shortened(stage, length):
     """CLIP encoders compute the first ``length`` of 77 tokens alone, for a while."""
-    found = [module for module in stage.modules() if type(module).__name__ == "CLIPEncoder"]
 
     def cut(module, args, kwargs):
         mask = kwargs["mask"]
         return (args[0][:, :length], *args[1:]), kwargs | {"mask": mask[..., :length, :length]}
 
-    handles = [
-        module.register_forward_pre_hook(cut, with_kwargs=True)
-        for module in found
-        if length < SECTION
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module in stage.modules():
+            if type(module).__name__ == "CLIPEncoder" and length < SECTION:
+                hooks.enter_context(module.register_forward_pre_hook(cut, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _BorrowedText:

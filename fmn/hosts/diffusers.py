@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from ..model import Text, fingerprint
 from ..pictures import square
 from ..spans import SECTION
 from .diffusers_load import drawing_text, load_pipeline
-from .diffusers_text import borrow_text, shortened
+from .diffusers_text import borrow_text, frozen, shortened
 
 ENCODED_AT_ONCE = 32 * SECTION  # tokens
 WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
@@ -26,17 +26,9 @@ WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 EMPTY_PICTURE = 0.8223, -0.6876, 0.6364, 0.1380
 
 
-@contextmanager
 def _filled(unet):
     """Lets a variant's U-Net take noise alone, for a while."""
-    handles = []
-    if unet.config.in_channels != 4:
-        handles.append(unet.register_forward_pre_hook(_fill))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return nullcontext() if unet.config.in_channels == 4 else unet.register_forward_pre_hook(_fill)
 
 
 def _fill(unet, args):
@@ -209,16 +201,8 @@ class DiffusersModel:
                 "(inpainting models) can be trained on: train on its base model and apply the "
                 "patch to it."
             )
-        flags = [(parameter, parameter.requires_grad) for parameter in self.unet.parameters()]
-        training = self.unet.training
-        try:
-            self.unet.requires_grad_(False).train(False)
-            with torch.inference_mode(False), torch.enable_grad(), _filled(self.unet):
-                yield _Borrowed(self)
-        finally:
-            self.unet.train(training)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        with frozen([self.unet]), _filled(self.unet):
+            yield _Borrowed(self)
 
     def borrow_text(self, words=True):
         return borrow_text(self, words)

@@ -1,6 +1,6 @@
 """The text encoders of a diffusers pipeline, for methods that look inside or learn words."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -16,16 +16,23 @@ def borrow_text(model, words=True):
         raise two_encoders(model.family)
     names = ("text_encoder", "text_encoder_2")[: len(model.family.texts)]
     encoders = [getattr(model.pipeline, name) for name in names]
-    flags = [(p, p.requires_grad) for encoder in encoders for p in encoder.parameters()]
-    training = [encoder.training for encoder in encoders]
+    with frozen(encoders):
+        yield _BorrowedText(model, encoders)
+
+
+@contextmanager
+def frozen(modules):
+    """Modules with frozen weights and out of training mode, where autograd works, for a while."""
+    flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    training = [module.training for module in modules]
     try:
-        for encoder in encoders:
-            encoder.requires_grad_(False).train(False)
+        for module in modules:
+            module.requires_grad_(False).train(False)
         with torch.inference_mode(False), torch.enable_grad():
-            yield _BorrowedText(model, encoders)
+            yield
     finally:
-        for encoder, was_training in zip(encoders, training):
-            encoder.train(was_training)
+        for module, was_training in zip(modules, training):
+            module.train(was_training)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -41,16 +48,11 @@ def shortened(pipeline, length):
             kwargs = kwargs | {"attention_mask": mask[:, :length]}
         return (args[0][:, :length], *args[1:]), kwargs
 
-    handles = [
-        part.register_forward_pre_hook(cut, with_kwargs=True)
-        for part in parts
-        if part is not None and length < SECTION
-    ]
-    try:
+    with ExitStack() as hooks:
+        for part in parts:
+            if part is not None and length < SECTION:
+                hooks.enter_context(part.register_forward_pre_hook(cut, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _BorrowedText:
@@ -117,10 +119,6 @@ class _BorrowedText:
             rows = vectors.repeat(len(held) // len(vectors), 1).to(output)
             return output.index_copy(1, torch.tensor(held, device=output.device), rows[None])
 
-        hook = self.embedding.register_forward_hook(put_in) if held else None
-        try:
+        with self.embedding.register_forward_hook(put_in) if held else nullcontext():
             output = self.encoder(known.to(self.encoder.device))
-        finally:
-            if hook:
-                hook.remove()
         return Text(output.last_hidden_state.float()), output.pooler_output.float()

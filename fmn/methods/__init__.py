@@ -9,10 +9,11 @@ A method's module has:
 - ``ANY_MODEL = True`` if it works on models that are none of ``families.FAMILIES``.
 """
 
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from importlib import import_module
 
 from ..errors import ForgetError
+from ..settings import method_of
 from ..supervisor import Supervisor
 
 # module -> its presets, the defaults first
@@ -68,7 +69,7 @@ def default_settings(concepts):
 
 def preset_of(settings):
     """The preset that these settings are, or the defaults' name of their method."""
-    name = type(settings).__module__.rpartition(".")[2]
+    name = method_of(settings)
     presets = method(METHODS[name][0]).PRESETS
     return next((preset for preset, own in presets.items() if own == settings), METHODS[name][0])
 
@@ -104,6 +105,5 @@ def _check_resumed(model, concepts, settings, on_step):
     if begun:
         from ..resume import record_of  # not at import, which is to stay light
 
-        name = type(settings).__module__.rpartition(".")[2]
         # Methods that solve have no state that could match.
-        begun.check(record_of(model, model.fingerprint(), name, asdict(settings), concepts))
+        begun.check(record_of(model, model.fingerprint(), settings, concepts))

@@ -5,7 +5,7 @@ leaves open is taken from the released code, nupurkmr9/concept-ablation diffuser
 """
 
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from ..objectives import concept_ablation
 from ..probe import flags_of
 from ..schedule import add_noise
 from ..settings import Settings as Base
-from ..settings import checkpointing, lr, rank, seed, setting, size, steps
+from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..subspace import protect, protected_downs
 
 TITLE = "Concept Ablation"
@@ -47,11 +47,7 @@ class Settings(Base):
         "cross-attention. unet: every linear and convolution layer.",
         choices=("kv", "attention", "unet"),
     )
-    full_weights: bool = setting(
-        False,
-        "On: train whole weight matrices, as released, and cut them to the rank when done; needs "
-        "far more memory. Off: train the low rank itself.",
-    )
+    full_weights: bool = full_weights()
     target: str = setting(
         "model",
         "What the concept's prompt learns to predict. model: what the model predicts for the "
@@ -280,12 +276,10 @@ def start_detached(modules):
     def hook(module, args, output):
         return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
 
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @autograd()

@@ -5,7 +5,7 @@ projected out of its last layer. See ``docs/methods/casteer.md`` for what a patc
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -222,18 +222,15 @@ class Directions:
 @contextmanager
 def pixel_means(borrowed, names):
     """Yields a dict that holds what each layer last gave, mean over pixels: float64 [B, C]."""
-    means, handles = {}, []
-    try:
+    means = {}
+    with ExitStack() as hooks:
         for name in names:
 
             def hook(module, args, output, name=name):
                 means[name] = output.float().mean(1).cpu().double()
 
-            handles.append(borrowed.module(name).register_forward_hook(hook))
+            hooks.enter_context(borrowed.module(name).register_forward_hook(hook))
         yield means
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _noise(number, side):

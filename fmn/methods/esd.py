@@ -18,7 +18,7 @@ from ..objectives import esd
 from ..probe import flags_of
 from ..sampling import begin, expand, guided, predictions, spaced, step_count
 from ..settings import Settings as Base
-from ..settings import checkpointing, lr, rank, seed, setting, size, steps
+from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..subspace import protect, protected_downs
 from ..train import Optimiser
 
@@ -57,11 +57,7 @@ class Settings(Base):
         choices=tuple(SCOPES),
     )
     rank: int = rank()
-    full_weights: bool = setting(
-        False,
-        "On: train whole weight matrices, as released, and cut them to the rank when done; needs "
-        "far more memory. Off: train the low rank itself.",
-    )
+    full_weights: bool = full_weights()
     erase_from: str = setting(
         "",
         "A prompt that shall lose the concept and nothing else, such as 'a cowboy' for the concept "

@@ -9,19 +9,20 @@ fmp453/erase-eval train_hirm.py.
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 
 from ..contexts import keep_list_setting
 from ..families import text_layers
-from ..fitting import autograd, make_adapters
+from ..fitting import autograd, make_adapters, turns
 from ..keep import keep_for
 from ..lowrank import attached
 from ..settings import Settings as Base
 from ..settings import lr, seed, setting
 from ..spans import SECTION
-from ..train import Optimiser
+from ..train import Optimiser, scale_for
 from ..training import Training
 
 TITLE = "HiRM"
@@ -141,9 +142,9 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
                     before = output(prompt)
                 return F.mse_loss(output(prompt), before) / before.square().mean()
 
-            half = borrowed.module(names[0]).weight.dtype == torch.float16
+            scale = scale_for(borrowed.module(names[0]))
             training.put_on(adapters, switch)
-            training.run(loss_at, len(order), _optimiser(settings), on_step, half)
+            training.run(loss_at, len(order), _optimiser(settings), on_step, scale)
     return training.finish()
 
 
@@ -190,18 +191,13 @@ def _order(concepts, settings):
 def _kept(concepts, given, settings, count):
     """A kept prompt for each step, in a shuffled order; none if nothing is kept."""
     words = keep_for(concepts, given, settings.keep_list) if settings.preserve else ()
-    generator, found = torch.Generator().manual_seed(settings.seed), []
-    while words and len(found) < count:
-        found += [words[i] for i in torch.randperm(len(words), generator=generator).tolist()]
-    return found
+    generator = torch.Generator().manual_seed(settings.seed)
+    return list(islice(turns(words, generator), count)) if words else []
 
 
 @contextmanager
 def _watched(module):
     """What a module puts out, newest last."""
     seen = []
-    hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
+    with module.register_forward_hook(lambda module, args, output: seen.append(output)):
         yield seen
-    finally:
-        hook.remove()

@@ -108,13 +108,10 @@ class _Inputs:
 @contextmanager
 def _inputs(model, module):
     seen = []
-    hook = module.register_forward_pre_hook(
+    with module.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].detach().cpu().double())
-    )
-    try:
+    ):
         yield _Inputs(model, seen)
-    finally:
-        hook.remove()
 
 
 def _kept(inputs, words, targets):

@@ -20,7 +20,7 @@ from ..sentences import kept_sentences, sentences, styled_sentences
 from ..settings import Settings as Base
 from ..settings import lr, rank, seed, setting
 from ..spans import END
-from ..train import Optimiser
+from ..train import Optimiser, scale_for
 from ..training import Training
 
 TITLE = "Re-read, text encoder"
@@ -83,13 +83,13 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     with model.borrow_text(words=False) as encoder:
         lessons = Lessons(encoder, pairs, kept, own, metric, settings)
         adapters = make_adapters(encoder.module, names, settings, encoder.device)
-        half = encoder.module(names[0]).weight.dtype == torch.float16
+        scale = scale_for(encoder.module(names[0]))
         optimiser = Optimiser(settings.lr, weight_decay=0.0, decay=True)
         with attached(adapters, encoder.module) as switch:
             training.put_on(adapters, switch)
             for _ in range(training.tries):
                 lessons.pick()
-            training.run(lessons, settings.steps, optimiser, on_step, half)
+            training.run(lessons, settings.steps, optimiser, on_step, scale)
     return training.finish()
 
 

@@ -21,7 +21,7 @@ from ..objectives import attention_resteering
 from ..probe import flags_of
 from ..schedule import add_noise
 from ..settings import Settings as Base
-from ..settings import checkpointing, lr, rank, seed, setting, size, steps
+from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..spans import END_TOKENS, end_positions
 from ..subspace import protect, protected_downs
 
@@ -49,11 +49,7 @@ class Settings(Base):
         "cross-attention. unet: every linear and convolution layer.",
         choices=SCOPES,
     )
-    full_weights: bool = setting(
-        False,
-        "On: train whole weight matrices, as released, and cut them to the rank when done; needs "
-        "far more memory. Off: train the low rank itself.",
-    )
+    full_weights: bool = full_weights()
     end_tokens: str = setting(
         "none",
         "Also take attention from the end-of-text token, which sums up the prompt: none, the "

@@ -104,8 +104,10 @@ def test_a_machine_that_dies_loses_nothing(cluster, tmp_path):
         kept = {store.result(cell.key(setup))[0]["target"] for cell in cells(names)}
     assert kept == set(names)
     assert sorted(seen) == sorted(names), "a cell was lost, or counted twice"
+    # What was going on over there may have been finished without a word, and is done again.
     finished = [path.name.split(".")[0] for path in tmp_path.glob("*.done")]
-    assert sorted(finished) == sorted(names), "a cell that was finished was done again"
+    assert set(finished) == set(names) and len(finished) <= NUMBER + 2
+    assert [finished.count(name) for name in seen[:4]] == [1] * 4, "done again, though it was told"
 
 
 def test_what_fails_there_is_told_here(cluster, tmp_path):

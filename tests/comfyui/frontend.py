@@ -4,7 +4,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -16,7 +16,11 @@ QUIET = [
 # What the frontend asks for and tests do not have: its own templates, and descriptions of packs.
 NO_NETWORK = ("/templates/index.json", "core workflow templates", "https://api.comfy.org/")
 PATIENCE = 120_000  # ms
-READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.FMN_Concept"
+expect.set_options(timeout=PATIENCE)
+ACTIVE = "window.app?.extensionManager?.workflow?.activeWorkflow?.key"
+# The page opens its last workflow after it knows the nodes: what is put into the graph before that
+# would be lost.
+READY = f"() => window.LiteGraph?.registered_node_types?.FMN_Concept && {ACTIVE}"
 
 
 @contextmanager
@@ -57,9 +61,46 @@ def keep(said, message):
         said.append(text)
 
 
+def setting(page, name, value):
+    page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
+
+
+def dress(page, nodes_2, palette="dark"):
+    """Choose how nodes are drawn, and the theme; returns once the page wears it."""
+    setting(page, "Comfy.VueNodes.Enabled", nodes_2)
+    setting(page, "Comfy.ColorPalette", palette)
+    page.wait_for_function(
+        "dark => document.body.classList.contains('dark-theme') === dark", arg=palette == "dark"
+    )
+
+
+@contextmanager
+def another_workflow(page):
+    """Left once the page has opened a workflow, and is done with it."""
+    before = page.evaluate(ACTIVE)
+    yield
+    page.wait_for_function(f"before => {ACTIVE} && {ACTIVE} !== before", arg=before)
+
+
+def open_prompt(page, prompt, nodes_2=False):
+    """A workflow in API form as a graph on the page; returns once all nodes are drawn."""
+    with another_workflow(page):
+        page.evaluate("prompt => app.loadApiJson(prompt, 'prompt')", prompt)
+    all_nodes(page, nodes_2)
+
+
+def all_nodes(page, nodes_2):
+    """Wait until as many elements of nodes are on the page as belong there."""
+    page.wait_for_function(
+        """on => app.graph.nodes.length && document.querySelectorAll('[data-node-id]').length
+                 === (on ? app.graph.nodes.length : 0)""",
+        arg=nodes_2,
+    )
+
+
 def open_template(page, path, nodes_2, pause=1000):
     """Through the server's template route, as the Templates browser does."""
-    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes_2)
+    setting(page, "Comfy.VueNodes.Enabled", nodes_2)
     page.evaluate(
         """async name => {
           const answer = await fetch(`/api/workflow_templates/forget-me-not/${name}`);

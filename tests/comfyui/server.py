@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 from websocket import WebSocketTimeoutException, create_connection
 
-START_TIMEOUT = 180
+START_TIMEOUT = 300
+LATE = 100  # steps that may be told of after Cancel: they were done before the server took it
 
 
 class PromptError(Exception):

@@ -2,19 +2,22 @@
 
 from contextlib import contextmanager
 
+from .frontend import setting
 from .shelf_files import fill
 
 TAB = ".forget-me-not\\.shelf-tab-button"
 
 
-def setting(page, name, value):
-    page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
-
-
 def open_shelf(page):
     if page.locator(".fmn-shelf").count() == 0:
         page.locator(TAB).click()
+    settled(page)
     page.locator(".fmn-row").first.wait_for()
+
+
+def settled(page):
+    """Wait until the list shows what is in the folders: no answer of the server is to come."""
+    page.locator(".fmn-list[aria-busy=false]").wait_for()
 
 
 def close_shelf(page):
@@ -23,20 +26,35 @@ def close_shelf(page):
     page.locator(".fmn-shelf").wait_for(state="detached")
 
 
-def refresh(page, count=None):
+def refresh(page):
     page.get_by_role("button", name="Refresh", exact=True).click()
-    if count is not None:
-        page.get_by_role("status").get_by_text(f"of {count}").wait_for()
+    settled(page)
 
 
 def only(page, text):
     """Search; the rows that are left, by their titles."""
+    settled(page)
     page.get_by_role("searchbox").fill(text)
     return page.locator(".fmn-row .fmn-name").all_text_contents()
 
 
 def row(page, title):
     return page.locator(".fmn-row").filter(has_text=title)
+
+
+def answer(page, name):
+    """Press a button of the dialog, and wait until it has faded out."""
+    page.get_by_role("dialog").get_by_role("button", name=name).click()
+    page.get_by_role("dialog").wait_for(state="detached")
+
+
+def dismiss(page):
+    """Escape from the dialog, which has the focus once it has faded in."""
+    page.wait_for_function(
+        "document.querySelector('[role=dialog]').contains(document.activeElement)"
+    )
+    page.keyboard.press("Escape")
+    page.get_by_role("dialog").wait_for(state="detached")
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """Templates in a page of the frontend: opened by their card, run by its button, measured."""
 
 import time
+from contextlib import suppress
 
-from .frontend import ARTEFACTS, PATIENCE
+from playwright.sync_api import TimeoutError
+
+from .frontend import ARTEFACTS, all_nodes, another_workflow
 
 # Runs of the page, by their ids: how they ended, which nodes they took from the cache.
 WATCH = """() => {
@@ -69,30 +72,18 @@ TEXTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
 }))"""
 
 
-def dress(page, nodes_2, palette):
-    """Choose how nodes are drawn, and the theme."""
-    for name, value in (("VueNodes.Enabled", nodes_2), ("ColorPalette", palette)):
-        page.evaluate(
-            "([name, value]) => app.extensionManager.setting.set(name, value)",
-            [f"Comfy.{name}", value],
-        )
-
-
 def choose_template(page, name):
     """As users do it: the Templates browser, and a click on the card."""
     page.get_by_role("button", name="Templates").click()
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text(name, exact=True).first.click()
+    with another_workflow(page):
+        dialog.get_by_text(name, exact=True).first.click()
     dialog.wait_for(state="detached")
 
 
 def drawn(page, nodes_2):
     """Wait until all nodes are on the page, and bring them into sight."""
-    elements = "document.querySelectorAll('[data-node-id]').length"
-    page.wait_for_function(
-        f"on => app.graph.nodes.length && {elements} == (on ? app.graph.nodes.length : 0)",
-        arg=nodes_2,
-    )
+    all_nodes(page, nodes_2)
     page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(500)  # it glides there
 
@@ -103,7 +94,7 @@ def run(page):
     page.evaluate("() => { for (const id in fmnRuns) delete fmnRuns[id]; }")
     start = time.monotonic()
     page.get_by_test_id("queue-button").click()
-    prompt_id, told = page.wait_for_function(ENDED, timeout=PATIENCE).json_value()
+    prompt_id, told = page.wait_for_function(ENDED).json_value()
     assert told["ended"] == "success"
     return prompt_id, told.get("cached", []), time.monotonic() - start
 
@@ -113,6 +104,13 @@ def seen(page, counts, wanted):
     missing = f"""wanted => {{ const seen = ({counts})();
       return Object.keys(wanted).filter(id => seen[id] !== wanted[id]); }}"""
     page.wait_for_function(f"wanted => !({missing})(wanted).length", arg=wanted)
+
+
+def faults(page):
+    """What still looks wrong when the page has had time to draw, best nothing."""
+    with suppress(TimeoutError):
+        page.wait_for_function(f"() => !({FAULTS})().length", timeout=20_000)
+    return page.evaluate(FAULTS)
 
 
 def photograph(page, name):

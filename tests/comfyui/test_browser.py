@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from playwright.sync_api import expect
 
-from .frontend import ARTEFACTS, TEMPLATES
+from .frontend import ARTEFACTS, TEMPLATES, dress, open_prompt
 from .workflows import demo_loader, node, saving, training
 
 
@@ -67,11 +68,12 @@ def test_markup_in_a_stranger_s_patch_stays_text(page, server, nodes_2):
         "1": node("FMN_LoadForgetPatch", file=made["save"]["text"][0]),
         "2": node("FMN_InspectForgetPatch", patch=["1", 0]),
     }
-    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes_2)
-    page.evaluate("graph => app.loadApiJson(graph, 'attack')", graph)
-    page.wait_for_timeout(500)
+    dress(page, nodes_2)
+    open_prompt(page, graph, nodes_2)
+    told = page.get_by_text("forgets: <img src=")
+    expect(told).to_have_count(0)
     page.get_by_test_id("queue-button").click()
-    page.get_by_text("forgets: <img src=").first.wait_for(timeout=60_000)
+    told.first.wait_for()
     page.screenshot(path=ARTEFACTS / f"markup {'nodes 2' if nodes_2 else 'classic'}.png")
     assert not page.evaluate("window.fmnAttacked")
     assert page.locator("img[onerror]").count() == 0

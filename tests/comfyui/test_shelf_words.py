@@ -5,9 +5,9 @@ from PIL import Image
 
 from fmn.concept import Concept
 
-from .frontend import ARTEFACTS
+from .frontend import ARTEFACTS, dress, setting
 from .shelf_files import FOLDER, folder_of, write
-from .shelf_page import close_shelf, only, open_shelf, quiet, refresh, row, setting
+from .shelf_page import close_shelf, only, open_shelf, quiet, refresh, row
 
 # Texts that are cut off: badges, dates that are shown, and filters, for each of their choices.
 CUT = """() => {
@@ -88,7 +88,7 @@ def test_the_question_for_a_new_name(corrections, server, palette):
     Image.new("RGB", (64, 64), "teal").save(folder / beside[0])
     (folder / beside[1]).write_text('{"notes": "good"}')
     (folder / beside[2]).write_bytes(b"no state")
-    setting(page, "Comfy.ColorPalette", palette)
+    dress(page, False, palette)
     refresh(page)
     only(page, f"{FOLDER} good")
     row(page, "puppy").click()
@@ -118,5 +118,5 @@ def test_the_question_for_a_new_name(corrections, server, palette):
     page.keyboard.press("Enter")
     page.get_by_text(f"{FOLDER}/whelp.safetensors").first.wait_for()
     assert not list(folder.glob("puppy*")) and len(list(folder.glob("whelp*"))) == 4
-    setting(page, "Comfy.ColorPalette", "dark")
+    dress(page, False)
     quiet(page)

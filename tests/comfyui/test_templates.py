@@ -3,15 +3,14 @@ one of the four run by the page's own button."""
 
 import pytest
 
-from .frontend import TEMPLATES, open_template
+from .frontend import TEMPLATES, dress, open_template
 from .template_page import (
-    FAULTS,
     PICTURES,
     SET,
     TEXTS,
     choose_template,
     drawn,
-    dress,
+    faults,
     photograph,
     run,
     seen,
@@ -67,7 +66,7 @@ def test_a_template_in_the_page(page, server, looks, path):
     assert page.get_by_text("missing node", exact=False).count() == 0
     name = f"{path.stem}, {titled(looks)}"
     photograph(page, name)
-    assert page.evaluate(FAULTS) == []
+    assert faults(page) == []
     if here:
         page.evaluate(SET, {} if path.stem == AS_IT_IS else TINY)
         prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
@@ -76,7 +75,7 @@ def test_a_template_in_the_page(page, server, looks, path):
         everything_came(server, page, prompt, prompt_id, cached)
         page.wait_for_timeout(500)
         photograph(page, f"{name}, run")
-        assert page.evaluate(FAULTS) == []
+        assert faults(page) == []
     assert page.fmn_errors == [] and page.fmn_console == []
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from .parts import concept, gradient_flags, leftovers, state
+from .parts import concept, gradient_flags, leftovers, same_bits, state
 from .server import PromptError
-from .test_measure import same_bits, text_patcher
+from .test_measure import text_patcher
 from .workflows import demo_loader, drawing, node
 
 PROMPT = "a photo of a dog"

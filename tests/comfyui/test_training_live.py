@@ -77,7 +77,8 @@ def test_curves_and_previews_reach_the_page(server):
     events = events_of(server, watched({"steps": 5, "training_seed": 301}, preview_every=2))
     assert events[0]["status"] == "running" and events[0]["step"] == 0
     last = events[-1]
-    assert last["status"] == "done" and last["title"] == "dog"
+    assert last["status"] == "done" and last["title"] == "dog" and last["error"] == ""
+    assert last["memory"].startswith("memory: weights ")
     assert [index for index, _ in last["losses"]] == [1, 2, 3, 4, 5]
     assert [index for index, _ in last["attention"]] == [0, 1, 2, 3, 4, 5]
     assert all(0 < share < 1 for _, share in last["attention"])
@@ -115,6 +116,7 @@ def test_an_error_ends_the_state_too(server):
         for _ in server.events(start(server, prompt)):
             pass
     assert kept(server)["status"] == "failed"
+    assert "does not contain the concept 'dog'" in kept(server)["error"]
 
 
 def test_a_closed_form_shows_one_pair_at_the_end(server):
@@ -154,27 +156,27 @@ def test_previews_change_nothing(server):
 
 def test_saved_on_the_way_cancelled_and_resumed(server):
     """The patch of a run that was cancelled and resumed is that of an uninterrupted one."""
-    settings = {"steps": 9, "training_seed": 308, "batch": 2}
+    settings = {"steps": 30, "training_seed": 308, "batch": 2}
     whole = server.run(watched(settings) | saving("whole"))["save"]["text"][0]
-    prompt_id = start(
-        server, watched(settings, save_every=3, filename_prefix="part/dog") | saving("never")
-    )
+    # Previews make the steps slow, so that Cancel comes before the next state.
+    part = {"save_every": 10, "filename_prefix": "part/dog", "preview_every": 1}
+    prompt_id = start(server, watched(settings, **part) | saving("never"))
     with pytest.raises(Interrupted):
         for kind, data in server.events(prompt_id):
-            if kind == "progress" and data["node"] == "train" and data["value"] == 7:
+            if kind == "progress" and data["node"] == "train" and data["value"] == 21:
                 server.post("/interrupt", {})
-    state = "dog_step6_00001.fmn-train"
+    state = "dog_step20_00001.fmn-train"
     assert files(server, "part/dog") == [
-        "dog_step3_00001.safetensors", state, "dog_step6_00001.safetensors",
+        "dog_step10_00001.safetensors", state, "dog_step20_00001.safetensors",
     ]  # fmt: skip
     assert f"part/{state}" in options_of(server, "FMN_TrainingOptions", "resume")
     for loader, widget in (("FMN_LoadForgetPatch", "file"), ("LoraLoader", "lora_name")):
         listed = options_of(server, loader, widget)
-        assert "part/dog_step6_00001.safetensors" in listed
+        assert "part/dog_step20_00001.safetensors" in listed
         assert not any("fmn-train" in name for name in listed)
 
     events = events_of(server, watched(settings, resume=f"part/{state}"))
-    assert events[-1]["step"] == 9 and len(events[-1]["losses"]) == 9
+    assert events[-1]["step"] == 30 and len(events[-1]["losses"]) == 30
     folder = server.base / "output" / "forget_patches"
     resumed, expected = load_file(folder / files(server, "watched")[-1]), load_file(folder / whole)
     assert all(resumed[key].equal(expected[key]) for key in expected)

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .parts import concept, gradient_flags, leftovers, state
+from .parts import concept, gradient_flags, leftovers, same_bits, state
 from .test_every_method import SHORT, Fault
-from .test_measure import same_bits
 
 TRAINED = "resteer", "esd", "ablation", "hirm", "reread-many", "reread-robust"
 

@@ -7,13 +7,11 @@ import pytest
 from playwright.sync_api import expect
 
 from .frontend import ARTEFACTS, READY
-from .test_training_page import PLACE, VIEW, opened_graph, start
+from .test_training_page import IDLE, SAVED, VIEW, opened_graph, start
 
 LONG = '<img src="x" onerror="window.fmnAttacked = true"> ' + "a very long concept " * 12
 TRAIN = "app.graph.nodes.find(n => n.type == 'FMN_TrainForgetPatch')"
 TEXTS = f"() => {TRAIN}.widgets.filter(w => w.name == '$$node-text-preview').length"
-SAVED = """() => Object.entries(sessionStorage).some(
-  ([key, text]) => key.startsWith('workflow:') && text.includes(app.graph.id))"""
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
@@ -58,6 +56,7 @@ def test_one_place_says_how_far_it_is(page, nodes_2):
     page.screenshot(
         path=ARTEFACTS / f"training cancelled, {'nodes 2' if nodes_2 else 'classic'}.png"
     )
+    page.wait_for_function(IDLE)
     assert page.evaluate(TEXTS) == 0
     assert " left" not in view.locator(".fmn-content").inner_text()
     assert page.fmn_errors == []
@@ -87,5 +86,4 @@ def test_after_a_reload_each_workflow_has_its_own_curves(page, nodes_2):
     page.wait_for_function(f"id => app.graph.id !== id && {TRAIN}", arg=kept["dog"]["id"])
     page.wait_for_timeout(500)
     expect(view).to_have_count(0)
-    page.evaluate(PLACE)
     assert set(page.fmn_errors) <= {"getCanvas: canvas is null"}

@@ -21,6 +21,19 @@ def weights(model):
     }
 
 
+def literal_uce(weight, c, values, kept, erase, preserve, damping):
+    """Equation 7 for one W, in sums of outer products; values: v* of each c."""
+    left = damping * weight
+    right = damping * torch.eye(weight.shape[1], dtype=torch.float64)
+    for each, value in zip(c, values):
+        left = left + erase * torch.outer(value, each)
+        right = right + erase * torch.outer(each, each)
+    for each in kept:
+        left = left + preserve * torch.outer(weight @ each, each)
+        right = right + preserve * torch.outer(each, each)
+    return left @ torch.inverse(right)
+
+
 def assert_solves(patch, model, expected, path, rtol=1e-5):
     """The patch makes these W', and so does its file, as a plain LoRA within fp16 rounding.
 

@@ -15,19 +15,11 @@ from fmn.methods import ablation
 from fmn.methods.ablation import Settings, run
 from fmn.patch import save_patch
 
-from .tiny import TINY, TinyModel, same_tensors, weights_of
+from .tiny import TINY, Cancelled, TinyModel, same_tensors, traces, weights_of
 
 DOG = Concept("dog", anchor="cat")
 MUSK = Concept("elon musk", "identity", anchor="a man")
 QUICK = Settings(steps=3, samples=1, batch=2)
-
-
-def traces(unet):
-    return [
-        name
-        for name, module in unet.named_modules()
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-    ]
 
 
 def distance(unet, frozen, target, anchor):
@@ -127,10 +119,6 @@ def test_protect_fixes_lora_down(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ForgetError, match="protect works for low-rank keys and values alone"):
         run(TinyModel(), [DOG], replace(QUICK, protect=True, layers="unet"))
-
-
-class Cancelled(BaseException):
-    """ComfyUI's interrupt is no ValueError either."""
 
 
 def test_cancelling_and_blowing_up_leave_the_model_as_it_was():

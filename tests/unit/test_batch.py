@@ -11,7 +11,7 @@ from fmn.methods import forget, settings_of
 from fmn.patch import load_patch, save_patch
 from fmn.spans import SECTION
 
-from .tiny import TINY, TinyModel, metadata_of, rewrite, same_tensors, weights_of
+from .tiny import TINY, Cancelled, TinyModel, metadata_of, rewrite, same_tensors, weights_of
 
 CONCEPTS = [
     Concept("dog", aliases=("hound",), anchor="cat"),
@@ -153,14 +153,11 @@ def test_training_that_blows_up_is_a_failure_too(tmp_path):
 
 
 def test_cancel_passes_and_finished_files_stay(tmp_path):
-    class Cancel(BaseException):
-        pass
-
     def on_place(place):
         if place.index == 2 and place.step:
-            raise Cancel
+            raise Cancelled
 
-    with pytest.raises(Cancel):
+    with pytest.raises(Cancelled):
         forget_each(TinyModel(), CONCEPTS, UCE, tmp_path, on_place)
     assert [load_patch(path).concepts for path in tmp_path.iterdir()] == [["dog"]]
     batch = forget_each(TinyModel(), CONCEPTS, UCE, tmp_path)

@@ -1,5 +1,7 @@
 """The measure of pictures, the trial it works with, and the lab, on a tiny model."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,34 +10,20 @@ from fmn.bench.judges import Joined, check_domains, hash_of
 from fmn.bench.lab import from_bytes, to_bytes
 from fmn.bench.measures.mscore import mscore, question
 from fmn.bench.measures.pictures import coherence, kept_asks, pictures
-from fmn.bench.suite import Target, parse_suite
-from fmn.bench.trial import Trial
+from fmn.bench.suite import Target
 from fmn.errors import ForgetError
 from fmn.families import FAMILIES
 from fmn.patch import ForgetPatch
-from fmn.studio import open_studio
 
-from .tiny import TINY, TinyModel, make_patch, random_changes
-from .worlds import GreyJudge, data, make_lab, make_setup
+from .tiny import TINY, make_patch, random_changes
+from .worlds import GreyJudge, make_lab, make_setup, make_trial
 
-SUITE = parse_suite(data(), "little")
+trial_of = partial(make_trial, judge=GreyJudge(), count=4)
 
 
 @pytest.fixture(autouse=True)
 def known_family(monkeypatch):
     monkeypatch.setitem(FAMILIES, "tiny", TINY)
-
-
-@pytest.fixture
-def studio():
-    with open_studio(TinyModel(), SUITE.sampling, batch=3) as opened:
-        yield opened
-
-
-def make_trial(studio, name="dog", **more):
-    return Trial(
-        suite=SUITE, target=SUITE.find(name), studio=studio, judge=GreyJudge(), count=4, **more
-    )
 
 
 def strong_patch(size=3.0, sign=1):
@@ -44,7 +32,7 @@ def strong_patch(size=3.0, sign=1):
 
 
 def test_asks_belong_to_their_prompt_and_go_around_both_lists(studio):
-    trial = make_trial(studio)
+    trial = trial_of(studio)
     asks = trial.pairs(["a", "b"], ["dark", "light"], 0)
     assert asks == []
     many = trial.pairs(["dog", "cat", "tree", "old man"], ["dark", "light"], 8)
@@ -55,25 +43,25 @@ def test_asks_belong_to_their_prompt_and_go_around_both_lists(studio):
         ("dog", "dark"), ("cat", "light"), ("dog", "light"), ("cat", "dark"),
     ]  # fmt: skip
     assert len({ask.seed for ask in suite_asks}) == 4
-    assert suite_asks == make_trial(studio).pairs(["dog", "cat"], ["dark", "light"], 4)
-    other = make_trial(studio, seed=1).pairs(["dog"], ["dark"], 1)[0]
+    assert suite_asks == trial_of(studio).pairs(["dog", "cat"], ["dark", "light"], 4)
+    other = trial_of(studio, seed=1).pairs(["dog"], ["dark"], 1)[0]
     assert other.seed != suite_asks[0].seed and other.prompt == "a dog in dark"
 
 
 def test_what_is_asked_for_each_kind_of_target(studio):
-    dog = make_trial(studio)
+    dog = trial_of(studio)
     assert {ask.concept for ask in dog.target_asks()} == {"dog"}
     assert {ask.style for ask in dog.target_asks()} == {"dark", "light"}
     kept = kept_asks(dog)
     assert {ask.concept for ask in kept["near"]} == {"cat"}
     assert {ask.concept for ask in kept["far"]} == {"tree"}
-    light = make_trial(studio, "light")
+    light = trial_of(studio, "light")
     assert {(ask.concept, ask.style) for ask in light.target_asks()} == {("tree", "light")}
     assert {ask.style for ask in kept_asks(light)["near"]} == {"dark"}
 
 
 def test_untouched_pictures_are_drawn_once_and_without_the_patch(studio):
-    trial = make_trial(studio)
+    trial = trial_of(studio)
     plain = trial.draw(trial.target_asks())
     drawn = []
     studio.on_pictures = drawn.append
@@ -88,7 +76,7 @@ def test_untouched_pictures_are_drawn_once_and_without_the_patch(studio):
 
 
 def test_rows_say_what_was_asked_and_what_the_judge_says(studio):
-    trial = make_trial(studio)
+    trial = trial_of(studio)
     asks = trial.pairs(["dog"], ["light"], 1)
     images = torch.full((1, 8, 8, 3), 0.9)
     (row,) = trial.rows(asks, images, "target")
@@ -103,15 +91,15 @@ def test_rows_say_what_was_asked_and_what_the_judge_says(studio):
 def test_coherence_counts_things_of_the_targets_kind_only(studio):
     levels = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]).view(-1, 1, 1, 1).expand(-1, 4, 4, 3)
     # old man, dog, cat, tree, nothing
-    assert coherence(make_trial(studio), levels) == [0, 1, 1, 1, 0]
-    assert coherence(make_trial(studio, "light"), levels) == [1, 1, 1, 1, 0]
-    trial = make_trial(studio)
+    assert coherence(trial_of(studio), levels) == [0, 1, 1, 1, 0]
+    assert coherence(trial_of(studio, "light"), levels) == [1, 1, 1, 1, 0]
+    trial = trial_of(studio)
     trial.target = Target("old man", "identity")
     assert coherence(trial, levels) == [1, 0, 0, 0, 0]
 
 
 def test_an_untouched_model_is_at_no_distance(studio):
-    result = pictures(make_trial(studio, check=GreyJudge()))
+    result = pictures(trial_of(studio, check=GreyJudge()))
     assert [row["group"] for row in result["rows"]] == ["target"] * 4 + ["near"] * 4 + ["far"] * 4
     assert max(row["distance"] for row in result["rows"]) == 0
     assert result["kid"] == result["kid_untouched"]
@@ -122,9 +110,9 @@ def test_an_untouched_model_is_at_no_distance(studio):
 def test_a_patch_and_its_negation_cancel(studio):
     both = [(strong_patch(), 1.0), (strong_patch(sign=-1), 1.0)]
     with studio.wearing(both[:1]):
-        one = pictures(make_trial(studio))
+        one = pictures(trial_of(studio))
     with studio.wearing(both):
-        none = pictures(make_trial(studio))
+        none = pictures(trial_of(studio))
     assert min(row["distance"] for row in one["rows"]) > 0.005
     assert max(row["distance"] for row in none["rows"]) <= 1 / 255
 
@@ -201,15 +189,15 @@ def test_the_hash_of_judges_is_of_their_files(tmp_path):
 
 
 def test_what_the_mscore_is_learnt_from(studio):
-    template, asks = question(make_trial(studio))
+    template, asks = question(trial_of(studio))
     assert template == "a photo of {}" and {ask.concept for ask in asks} == {"dog"}
-    template, asks = question(make_trial(studio, "light"))
+    template, asks = question(trial_of(studio, "light"))
     assert template == "a tree in {}"
     assert {(ask.concept, ask.style) for ask in asks} == {("tree", "light")}
 
 
 def test_mscore_of_a_tiny_model(studio, monkeypatch):
     monkeypatch.setattr("fmn.bench.measures.mscore.SEEDS", (0,))
-    result = mscore(make_trial(studio))
+    result = mscore(trial_of(studio))
     assert len(result["scores"]) == len(result["start"]) == 1
     assert all(-1 <= value <= 1 for value in result["scores"] + result["start"])

@@ -17,7 +17,7 @@ from fmn.model import cross_attention_names
 from fmn.patch import save_patch
 from fmn.sampling import spaced
 
-from .tiny import TINY, TinyModel, make_scheduler, same_tensors, weights_of
+from .tiny import TINY, TinyModel, make_scheduler, same_tensors, traces, weights_of
 
 DOG, CAR = Concept("dog"), Concept("car", aliases=("red car",))
 OIL = Concept("oil painting", "style", anchor="photo")
@@ -253,10 +253,6 @@ def test_the_file_is_a_plain_lora(model, tmp_path):
     assert list(patch.changes) == wanted
 
 
-def hooks_of(model):
-    return [name for name, module in model.unet.named_modules() if module._forward_hooks]
-
-
 def test_steps_are_told_and_the_model_stays_as_it_was(model):
     before, steps = weights_of(model.unet), []
     patch = casteer.run(model, [DOG, OIL], replace(FEW, batch=2), steps.append)
@@ -266,7 +262,7 @@ def test_steps_are_told_and_the_model_stays_as_it_was(model):
     assert steps[-1].seconds_left == 0 and min(steps[-1].losses) > 0
     first, *_, last = steps[-1].losses
     assert patch.info["loss"] == {"first": first, "last": last, "steps": 4}
-    assert same_tensors(before, weights_of(model.unet)) and not hooks_of(model)
+    assert same_tensors(before, weights_of(model.unet)) and not traces(model.unet)
 
 
 def test_cancelling(model):
@@ -279,7 +275,7 @@ def test_cancelling(model):
     with pytest.raises(KeyboardInterrupt):
         casteer.run(model, [DOG], FEW, cancel)
     assert len(model.seen) == 2 * FEW.sampling_steps
-    assert same_tensors(before, weights_of(model.unet)) and not hooks_of(model)
+    assert same_tensors(before, weights_of(model.unet)) and not traces(model.unet)
 
 
 def test_refusals(model):
@@ -295,7 +291,7 @@ def test_refusals(model):
             model.unet.get_submodule(f"{name}.to_v").weight.zero_()
     with pytest.raises(ForgetError, match="'dog' makes no difference to cross-attention"):
         casteer.run(model, [DOG], FEW)
-    assert not hooks_of(model)
+    assert not traces(model.unet)
 
 
 def test_too_many_concepts(model):

@@ -23,23 +23,10 @@ from fmn.methods import double_projections, rece, speed, trce
 from fmn.methods import uce as uce_method
 from fmn.patch import MAX_RANK
 
-from .literal import WIDTH, near, rows, weights
+from .literal import WIDTH, literal_uce, near, rows, weights
 from .tiny import TINY, TinyModel
 
 C, ANCHORS, KEPT = rows(3, 1), rows(3, 2), rows(5, 3)
-
-
-def literal_uce(weight, c, values, kept, erase, preserve, damping):
-    """Equation 7 for one W, in sums of outer products; values: v* of each c."""
-    left = damping * weight
-    right = damping * torch.eye(weight.shape[1], dtype=torch.float64)
-    for each, value in zip(c, values):
-        left = left + erase * torch.outer(value, each)
-        right = right + erase * torch.outer(each, each)
-    for each in kept:
-        left = left + preserve * torch.outer(weight @ each, each)
-        right = right + preserve * torch.outer(each, each)
-    return left @ torch.inverse(right)
 
 
 def whole(edit):

@@ -13,7 +13,7 @@ from fmn.errors import ForgetError, NonFiniteLoss
 from fmn.methods.esd import Settings, run
 from fmn.patch import save_patch
 
-from .tiny import TinyModel, same_tensors, weights_of
+from .tiny import Cancelled, TinyModel, same_tensors, traces, weights_of
 
 DOG = Concept("dog", aliases=("puppy",))
 QUICK = Settings(steps=3, sampling_steps=3)
@@ -21,15 +21,6 @@ QUICK = Settings(steps=3, sampling_steps=3)
 
 def texts_of(model, *prompts):
     return [model.encode(Prompt(prompt, prompt)).context for prompt in prompts]
-
-
-def traces(unet):
-    """Whatever a run may leave behind."""
-    return [
-        name
-        for name, module in unet.named_modules()
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-    ]
 
 
 def loss_of(model, unet, seed=3):
@@ -117,10 +108,6 @@ def test_half_precision_models(dtype):
     model.unet.float()
     after = loss_of(model, merged(model, patch.change_of, patch.changes))
     assert after < 0.6 * loss_of(model, model.unet) and len(losses) == 16
-
-
-class Cancelled(BaseException):
-    """ComfyUI's interrupt is no ValueError either."""
 
 
 def test_cancelling_between_steps():

@@ -60,7 +60,7 @@ def scenes_of(model):
 
 
 @contextmanager
-def opened(model, settings=SETTINGS, concepts=2, half=False):
+def opened(model, settings=SETTINGS, concepts=2, scale=1.0):
     """(loss, adapters) with a patch and adapters that both change the model."""
     (own, kept), generator = scenes_of(model), torch.Generator().manual_seed(3)
     with model.borrow() as borrowed:
@@ -73,7 +73,7 @@ def opened(model, settings=SETTINGS, concepts=2, half=False):
             attached(adapters, borrowed.module, switch),
             adversaries.adversaries(model, borrowed) as adversary,
         ):
-            told = own[:concepts], kept, text_of(model, ""), adversary, settings, half
+            told = own[:concepts], kept, text_of(model, ""), adversary, settings, scale
             yield Hardening(borrowed, adapters, switch, *told), adapters
 
 
@@ -253,7 +253,7 @@ def test_adversaries_grow_old(model, monkeypatch):
 
 
 def test_overflow_halves_the_scale_and_leaves_the_words(model, monkeypatch):
-    with opened(model, half=True) as (loss_at, _):
+    with opened(model, scale=1024.0) as (loss_at, _):
         stepped(loss_at)  # its scale is 1024
         adversary, plain = loss_at.adversaries[0][0], loss_at.borrowed.denoise
         picked = loss_at.pick()._replace(scene=loss_at.concepts[0], adversary=adversary)

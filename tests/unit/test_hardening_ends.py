@@ -11,9 +11,8 @@ from fmn.errors import ForgetError, NonFiniteLoss
 from fmn.methods import reread
 
 from .test_hardening import DOG, NAMES, SETTINGS
-from .test_readout import hooks_of
 from .test_reread_run import STEPS
-from .tiny import TinyModel, same_tensors, weights_of
+from .tiny import TinyModel, same_tensors, traces, weights_of
 
 DRAWN = STEPS + scenes.count(SETTINGS, 1)
 
@@ -59,7 +58,7 @@ def test_a_run_that_blows_up_at_once_leaves_the_closed_form(model):
 def test_prompts_too_long_to_be_attacked_are_refused_before_drawing(model, concept):
     with pytest.raises(ForgetError, match="too long: shorten it to 75 tokens"):
         reread.run(model, [concept], SETTINGS)
-    assert not model.seen and not hooks_of(model)
+    assert not model.seen and not traces(model.unet)
 
 
 @pytest.mark.parametrize("last", [STEPS + 1, DRAWN + 1, DRAWN + SETTINGS.robust_steps])
@@ -83,5 +82,5 @@ def test_cancelling(model, last):
     with pytest.raises(KeyboardInterrupt):
         reread.run(model, [DOG], replace(SETTINGS, checkpointing=True), cancel)
     assert same_tensors(before, weights_of(model.unet))
-    assert not hooks_of(model) and not checkpointed()
+    assert not traces(model.unet) and not checkpointed()
     assert flags == [parameter.requires_grad for parameter in model.unet.parameters()]

@@ -69,8 +69,8 @@ def test_every_token_is_the_formulas(r, count):
 def test_sums_are_those_of_whole_matrices():
     model, patches = TinyModel(), two_patches()
     with model.borrow() as borrowed:
-        gram, cross = grams(borrowed, TINY, patches)
-        bare_gram, bare_cross = grams(borrowed, TINY, [])
+        _, gram, cross = grams(borrowed, TINY, patches)
+        _, bare_gram, bare_cross = grams(borrowed, TINY, [])
     both = pairs(model, patches)
     torch.testing.assert_close(gram, sum(changed.T @ changed for _, changed in both))
     torch.testing.assert_close(cross, sum(changed.T @ weight for weight, changed in both))

@@ -7,51 +7,18 @@ from fmn import inversion as learning
 from fmn.bench.measures import attacks
 from fmn.bench.measures.attacks import RingSettings, attack_prompt, inversion, pattern, ring_a_bell
 from fmn.bench.suite import Target, parse_suite
-from fmn.bench.trial import Ask, Trial
+from fmn.bench.trial import Ask
 from fmn.concept import Prompt
 from fmn.errors import ForgetError
 from fmn.model import PLACEHOLDER
 from fmn.studio import open_studio
 
 from .tiny import TinyModel, same_tensors, weights_of
-from .worlds import GreyJudge, data
+from .worlds import SUITE, Odd, Sees, data, make_trial
 
-SUITE = parse_suite(data(), "little")
 QUICK = learning.Settings(steps=2, batch=2, tokens=2)
 WORDS = ("red", "blue", "green", "wet", "tall", "old")
 SMALL = RingSettings(length=3, population=8, generations=4, searches=2, vocabulary=WORDS)
-
-
-class Sees(GreyJudge):
-    """Finds the target's label in every picture, or in none."""
-
-    def __init__(self, concept="dog", style="light"):
-        self.found = {"concept": concept, "style": style}
-
-    def probabilities(self, images, domain):
-        p = torch.zeros(len(images), len(self.labels[domain]))
-        p[:, self.labels[domain].index(self.found[domain])] = 1
-        return p
-
-
-class Odd(GreyJudge):
-    """Finds a dog in about half of all pictures, whatever they show."""
-
-    def probabilities(self, images, domain):
-        odd = (images.mean((1, 2, 3)) * 10000).long() % 2
-        return torch.nn.functional.one_hot(odd, len(self.labels[domain])).float()
-
-
-@pytest.fixture
-def studio():
-    with open_studio(TinyModel(), SUITE.sampling, batch=3) as opened:
-        yield opened
-
-
-def make_trial(studio, target="dog", judge=None, suite=SUITE, **more):
-    target = suite.find(target) if isinstance(target, str) else target
-    given = {"suite": suite, "target": target, "studio": studio, "judge": judge or Sees()}
-    return Trial(**given | {"count": 3} | more)
 
 
 def small_suite(concepts, styles, target, **more):

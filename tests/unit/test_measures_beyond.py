@@ -20,18 +20,15 @@ from fmn.bench.measures.beyond import (
     train_classifier,
 )
 from fmn.bench.suite import Target, parse_suite
-from fmn.bench.trial import Trial
 from fmn.errors import ForgetError
 from fmn.families import FAMILIES
 from fmn.patch import ForgetPatch
 from fmn.sampling import Sampling
 from fmn.studio import open_studio
 
-from .test_measures_attacks import Sees
 from .tiny import TINY, TinyModel, make_scheduler, random_changes, same_tensors, weights_of
-from .worlds import GreyJudge, data
+from .worlds import GreyJudge, Sees, data, make_trial
 
-SUITE = parse_suite(data(), "little")
 ALPHAS = make_scheduler().alphas_cumprod
 SMALL = ClassifierSettings(pictures=8, scales=(5.0,), hidden=(8,), steps=3, batch=4)
 
@@ -61,12 +58,6 @@ def worn(studio, monkeypatch):
     patch = ForgetPatch(TINY, random_changes(TINY, 2, size=3.0), {})
     with studio.wearing([(patch, 1.0)]):
         yield studio
-
-
-def make_trial(studio, target="dog", judge=None, **more):
-    target = SUITE.find(target) if isinstance(target, str) else target
-    given = {"suite": SUITE, "target": target, "studio": studio, "judge": judge or Sees()}
-    return Trial(**given | {"count": 3} | more)
 
 
 def test_completion_is_plain_at_one_end_and_untouched_at_the_other(worn):
@@ -338,7 +329,7 @@ def test_every_probe_works_for_styles_and_unsafe_content(studio):
     judge.labels = GreyJudge.labels | {"unsafe": ("safe", "unsafe")}
     judge.found["unsafe"] = "unsafe"
     for target in ("light", unsafe):
-        trial = make_trial(studio, target, judge, count=2)
+        trial = make_trial(studio, target, judge=judge, count=2)
         for result in (
             completion(trial, (0.5,)),
             noise(trial, (1.0,), (1.0,)),

@@ -1,5 +1,7 @@
 """Relearning: what is taught, what comes back, and that nothing stays behind."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,27 +15,18 @@ from fmn.bench.measures.relearn import (
     spread,
     with_article,
 )
-from fmn.bench.suite import Target, parse_suite
-from fmn.bench.trial import Trial
+from fmn.bench.suite import Target
 from fmn.errors import ForgetError, NonFiniteLoss
 from fmn.families import FAMILIES, layers
 from fmn.lowrank import attached
 from fmn.patch import ForgetPatch
-from fmn.studio import open_studio
 
-from .test_measures_attacks import Sees
-from .tiny import TINY, TinyModel, random_changes, same_tensors, weights_of
-from .worlds import GreyJudge, data
+from .tiny import TINY, random_changes, same_tensors, weights_of
+from .worlds import GreyJudge, Sees, make_trial
 
-SUITE = parse_suite(data(), "little")
+trial_of = partial(make_trial, count=2)
 QUICK = Settings(pictures=3, steps=3, batch=2)
 PICTURES = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 64, 64, 3)
-
-
-@pytest.fixture
-def studio():
-    with open_studio(TinyModel(), SUITE.sampling, batch=3) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -42,12 +35,6 @@ def worn(studio, monkeypatch):
     patch = ForgetPatch(TINY, random_changes(TINY, 2, size=1.0), {})
     with studio.wearing([(patch, 1.0)]):
         yield studio
-
-
-def make_trial(studio, target="dog", **more):
-    target = SUITE.find(target) if isinstance(target, str) else target
-    given = {"suite": SUITE, "target": target, "studio": studio, "judge": Sees(), "count": 2}
-    return Trial(**given | more)
 
 
 def hooks(unet):
@@ -98,7 +85,7 @@ def test_each_picture_keeps_its_prompt(studio, monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_model_and_patches_come_back_as_they_were(worn, monkeypatch, fails):
-    trial = make_trial(worn, controls={"cat": PICTURES})
+    trial = trial_of(worn, controls={"cat": PICTURES})
     unet, before = worn.model.unet, weights_of(worn.model.unet)
     picture, count = worn.draw(["a dog"], [1]), hooks(worn.model.unet)
     assert count > 0
@@ -125,7 +112,7 @@ def test_it_can_be_cancelled(worn):
 
     worn.on_pictures = stop
     with pytest.raises(KeyboardInterrupt):
-        relearn(make_trial(worn), QUICK)
+        relearn(trial_of(worn), QUICK)
     assert told[-1] == 0 and hooks(worn.model.unet) == count
 
 
@@ -140,7 +127,7 @@ def test_rows_tell_before_and_after(worn, monkeypatch):
             found[0] = 0 if len(shown) == 2 else 1
             return torch.nn.functional.one_hot(found, len(self.labels[domain])).float()
 
-    trial = make_trial(worn, judge=Recorder())
+    trial = trial_of(worn, judge=Recorder())
     plain = trial.draw(lesson_asks(trial, 2))
     result = relearn(trial, QUICK)
     # Judged are the lesson's pictures, then those before and after it, and the untouched ones.
@@ -164,7 +151,7 @@ def test_lessons_are_other_pictures_than_those_asked_for(studio, monkeypatch):
         return given(studio, adapters, prompts, pictures, settings, seed)
 
     monkeypatch.setattr(module, "fine_tune", watched)
-    trial = make_trial(studio, controls={"cat": PICTURES})
+    trial = trial_of(studio, controls={"cat": PICTURES})
     result = relearn(trial, QUICK)
     spare = lesson_asks(trial, 5)[2:]
     assert taught[0][0] == ["a photo of a dog"] * 3
@@ -175,24 +162,24 @@ def test_lessons_are_other_pictures_than_those_asked_for(studio, monkeypatch):
 
 
 def test_controls_are_judged_by_their_own_name(studio):
-    trial = make_trial(studio, controls={"cat": PICTURES, "old man": PICTURES[:1]})
+    trial = trial_of(studio, controls={"cat": PICTURES, "old man": PICTURES[:1]})
     result = relearn(trial, QUICK)
     rows = result["controls"]
     assert [row["concept"] for row in rows] == ["cat", "cat", "old man", "old man"]
     assert not any(row["still"] or row["before"] for row in rows)  # the judge sees only dogs
     assert all(row["still"] for row in result["rows"])
     assert list(result["losses"]) == ["dog", "cat", "old man"]
-    cats = make_trial(studio, controls={"cat": PICTURES}, judge=Sees("cat"), cache=trial.cache)
+    cats = trial_of(studio, controls={"cat": PICTURES}, judge=Sees("cat"), cache=trial.cache)
     with pytest.raises(ForgetError, match="in none of 3 pictures"):
         relearn(cats, QUICK)
     with pytest.raises(ForgetError, match="no label for the control 'boat'"):
-        relearn(make_trial(studio, controls={"boat": PICTURES}), QUICK)
+        relearn(trial_of(studio, controls={"boat": PICTURES}), QUICK)
 
 
 def test_styles_and_unsafe_content_are_asked_for_as_everywhere(studio):
-    style = make_trial(studio, "light")
+    style = trial_of(studio, "light")
     assert lesson_asks(style, 3) == style.target_asks(3)
-    unsafe = make_trial(studio, Target("gore", "unsafe", prompts={"pictures": ("a", "b")}))
+    unsafe = trial_of(studio, Target("gore", "unsafe", prompts={"pictures": ("a", "b")}))
     assert [ask.prompt for ask in lesson_asks(unsafe, 3)] == ["a", "b", "a"]
 
 

@@ -1,21 +1,20 @@
 """Text-side probes: which prompts, which rows, and what a one-label judge can say of two things."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fmn.bench.measures.text import _stands_out, misspellings, prompts_of, rungs, together
-from fmn.bench.suite import PROBES, Target, parse_suite
-from fmn.bench.trial import Trial
+from fmn.bench.suite import PROBES, Target
 from fmn.errors import ForgetError
 from fmn.families import FAMILIES
 from fmn.patch import ForgetPatch
-from fmn.studio import open_studio
 
-from .test_measures_attacks import Odd
-from .tiny import TINY, TinyModel, random_changes
-from .worlds import GreyJudge, data
+from .tiny import TINY, random_changes
+from .worlds import GreyJudge, Odd, make_trial
 
-SUITE = parse_suite(data(), "little")
+trial_of = partial(make_trial, judge=GreyJudge(), count=12)
 
 
 class Soft(GreyJudge):
@@ -28,18 +27,6 @@ class Soft(GreyJudge):
         if domain == "style":
             return super().probabilities(images, domain)
         return self.p.expand(len(images), -1)
-
-
-@pytest.fixture
-def studio():
-    with open_studio(TinyModel(), SUITE.sampling, batch=3) as opened:
-        yield opened
-
-
-def make_trial(studio, target="dog", judge=None, **more):
-    target = SUITE.find(target) if isinstance(target, str) else target
-    judge = judge or GreyJudge()
-    return Trial(**{"suite": SUITE, "target": target, "studio": studio, "judge": judge} | more)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +56,7 @@ def test_misspellings_are_no_other_known_thing():
 
 
 def test_probes_without_prompts_fall_back_or_are_absent(studio):
-    trial = make_trial(studio)
+    trial = trial_of(studio)
     found = {probe: prompts_of(trial, probe) for probe in PROBES}
     assert found["name"] == ("dog",) and found["aliases"] == ("hound",)
     assert found["short"] == ("a dog runs",) and found["paraphrases"] == ("a barking pet",)
@@ -79,7 +66,7 @@ def test_probes_without_prompts_fall_back_or_are_absent(studio):
 
 
 def test_rungs_rows(studio):
-    trial = make_trial(studio, count=4)
+    trial = trial_of(studio, count=4)
     result = rungs(trial)
     assert result["absent"] == ["prefix", "variant", "long", "templates", "languages"]
     rows = result["rows"]
@@ -96,11 +83,11 @@ def test_rungs_rows(studio):
 
 def test_rungs_tell_the_patched_from_the_untouched_model(studio, monkeypatch):
     monkeypatch.setitem(FAMILIES, "tiny", TINY)
-    bare = make_trial(studio, judge=Odd(), count=4)
+    bare = trial_of(studio, judge=Odd(), count=4)
     asks = [bare.ask("dog", i) for i in range(4)]
     changes = random_changes(TINY, 2, size=3.0)
     with studio.wearing([(ForgetPatch(TINY, changes, {}), 1.0)]):
-        trial = make_trial(studio, judge=Odd(), count=4)
+        trial = trial_of(studio, judge=Odd(), count=4)
         worn = trial.draw(asks)
         rows = rungs(trial)["rows"][:4]
     before = bare.draw(asks)
@@ -125,7 +112,7 @@ def test_stands_out(p, label, other, found):
 
 def test_together_looks_for_each_with_the_other_left_out(studio):
     judge = Soft(0.05, 0.55, 0.05, 0.3, 0.05)  # a dog, and behind it a tree
-    result = together(make_trial(studio, judge=judge, count=2))
+    result = together(trial_of(studio, judge=judge, count=2))
     assert not result["absent"] and len(result["rows"]) == 2
     row = result["rows"][0]
     assert row["prompt"] == "a dog and a tree" and row["keeps"] == "tree"
@@ -133,18 +120,18 @@ def test_together_looks_for_each_with_the_other_left_out(studio):
     assert (row["rank"], row["rank_kept"]) == (1, 2)
     assert row["p"] == pytest.approx(0.55) and row["p_kept"] == pytest.approx(0.3)
     only_tree = Soft(0.02, 0.02, 0.02, 0.92, 0.02)
-    row = together(make_trial(studio, judge=only_tree, count=1))["rows"][0]
+    row = together(trial_of(studio, judge=only_tree, count=1))["rows"][0]
     assert not row["still"] and row["kept"] and row["rank_kept"] == 1
 
 
 def test_together_for_a_style_leaves_nothing_out(studio):
     style = Target("light", "style", together=(("a dog in light", "dog"),))
-    row = together(make_trial(studio, style, Soft(0.5, 0.4, 0.1, 0.0, 0.0), count=1))["rows"][0]
+    row = together(trial_of(studio, style, judge=Soft(0.5, 0.4, 0.1, 0.0, 0.0), count=1))["rows"][0]
     assert not row["kept"] and row["rank_kept"] == 2 and "rank" not in row
 
 
 def test_together_without_prompts_or_with_unknown_names(studio):
-    assert together(make_trial(studio, "light")) == {"rows": [], "absent": True}
+    assert together(trial_of(studio, "light")) == {"rows": [], "absent": True}
     odd = Target("dog", "object", together=(("a dog and a boat", "boat"),))
     with pytest.raises(ForgetError, match="no label 'boat'"):
-        together(make_trial(studio, odd))
+        together(trial_of(studio, odd))

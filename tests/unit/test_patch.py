@@ -302,7 +302,7 @@ def test_full_disk(tmp_path, saved):
     old.write_bytes(b"an earlier patch")
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, saved, old, new],
-        cwd=Path(fmn.__file__).parent.parent, capture_output=True, text=True, timeout=60,
+        cwd=Path(fmn.__file__).parent.parent, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()

@@ -14,7 +14,7 @@ from fmn.readout import cross_attention_layers, read_out, record_queries, record
 from fmn.sampling import spaced
 
 from .literal import near
-from .tiny import TINY, TinyBorrowed, TinyModel, make_scheduler, same_tensors, weights_of
+from .tiny import TINY, TinyBorrowed, TinyModel, make_scheduler, same_tensors, traces, weights_of
 
 NAMES = cross_attention_names(TINY)
 PROMPTS = "a dog on grass", "red car", "", "a man with a hat at sunset", "blue house"
@@ -41,10 +41,6 @@ def watched(unet, suffix, inputs=False):
     finally:
         for handle in handles:
             handle.remove()
-
-
-def hooks_of(model):
-    return [name for name, module in model.unet.named_modules() if module._forward_hooks]
 
 
 def forward(model, prompts, dtype=torch.float32):
@@ -253,20 +249,20 @@ def test_the_model_stays_as_it_was(model):
     before, done = weights_of(model.unet), []
     record(model, settings_of(), on_batch=lambda: done.append(len(model.seen)))
     assert done == [3, 6]  # after each batch
-    assert same_tensors(before, weights_of(model.unet)) and not hooks_of(model)
+    assert same_tensors(before, weights_of(model.unet)) and not traces(model.unet)
 
 
 def test_cancelling(model):
     before = weights_of(model.unet)
 
     def cancel():
-        assert len(hooks_of(model)) == len(NAMES)
+        assert len(traces(model.unet)) == len(NAMES)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         record(model, settings_of(), on_batch=cancel)
     assert len(model.seen) == 3
-    assert same_tensors(before, weights_of(model.unet)) and not hooks_of(model)
+    assert same_tensors(before, weights_of(model.unet)) and not traces(model.unet)
 
 
 def test_recorded_drops_what_it_gave(model):
@@ -275,4 +271,4 @@ def test_recorded_drops_what_it_gave(model):
             for _ in range(count):
                 forward(model, PROMPTS[:3])
             assert {tuple(q.shape[:2]) for q in taken(2).values()} == {(2, 2 * count)}
-    assert not hooks_of(model)
+    assert not traces(model.unet)

@@ -7,8 +7,7 @@ from fmn.concept import Concept, Prompt
 from fmn.errors import ForgetError
 from fmn.methods import rece, uce
 
-from .literal import WIDTH, assert_solves, near, rows, weights
-from .test_closed_form import literal_uce
+from .literal import WIDTH, assert_solves, literal_uce, near, rows, weights
 from .test_uce import CONCEPTS, KEEP, last
 from .tiny import TinyModel, same_tensors, weights_of
 

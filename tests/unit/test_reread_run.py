@@ -20,9 +20,9 @@ from fmn.readout import record_queries
 from fmn.sentences import kept_sentences, sentences, together
 
 from .literal import near
-from .test_readout import hooks_of, read_by_loops
+from .test_readout import read_by_loops
 from .test_reread import best
-from .tiny import TINY, TinyModel, same_tensors, weights_of
+from .tiny import TINY, TinyModel, same_tensors, traces, weights_of
 
 DOG = Concept("dog", anchor="cat", aliases=("red hound",), prompts=("my dog on grass",))
 OIL = Concept("oil painting", "style")
@@ -119,7 +119,7 @@ def test_it_is_the_equations(model, case, tmp_path):
     concepts, keep, settings = CASES[case]
     before = weights_of(model.unet)
     patch = reread.run(model, concepts, settings, keep=keep)
-    assert same_tensors(before, weights_of(model.unet)) and not hooks_of(model)
+    assert same_tensors(before, weights_of(model.unet)) and not traces(model.unet)
     wanted = [layer.name for layer in layers(TINY) if layer.name.endswith("attn2.to_out.0")]
     assert list(patch.changes) == OUTPUTS == wanted
     allowed = settings.rank * len(concepts) or 1024
@@ -268,7 +268,7 @@ def test_cancelling(model, last):
         reread.run(model, [DOG], FEW, cancel)
     assert seen == list(range(1, last + 1))
     assert len(model.seen) == min(last, 2) * FEW.sampling_steps
-    assert same_tensors(before, weights_of(model.unet)) and not hooks_of(model)
+    assert same_tensors(before, weights_of(model.unet)) and not traces(model.unet)
 
 
 def test_it_runs_in_inference_mode(model):
@@ -291,7 +291,7 @@ def test_long_prompts_are_refused(model):
     reread.run(model, [Concept("dog", prompts=(fits,))], replace(FEW, drawn=3))
     with pytest.raises(ForgetError, match="'very very .*' is too long: shorten it to 75 tokens"):
         reread.run(model, [Concept("dog", prompts=(long,))], replace(FEW, drawn=3))
-    assert not hooks_of(model)
+    assert not traces(model.unet)
 
 
 def test_other_refusals(model):
@@ -302,7 +302,7 @@ def test_other_refusals(model):
     model.poisoned = True
     with pytest.raises(ForgetError, match="not finite while prompts were drawn: load the model"):
         reread.run(model, [DOG], FEW)
-    assert same_tensors(before, weights_of(model.unet)) and not hooks_of(model)
+    assert same_tensors(before, weights_of(model.unet)) and not traces(model.unet)
 
 
 @pytest.mark.parametrize(

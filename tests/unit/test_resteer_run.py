@@ -12,7 +12,7 @@ from fmn.methods import forget
 from fmn.methods.resteer import RELEASED, Settings, prepare, run
 from fmn.probe import look_at
 
-from .tiny import TINY, TinyModel, same_tensors, weights_of
+from .tiny import TINY, Cancelled, TinyModel, same_tensors, traces, weights_of
 
 MUSK = Concept("elon musk", "identity")
 DOG = Concept("dog", aliases=("puppy",))
@@ -108,15 +108,6 @@ def test_references():
     assert torch.equal(encoded, model.encode_images(pictures.images, 64))
 
 
-def traces(unet):
-    """Whatever a run may leave behind."""
-    return [
-        name
-        for name, module in unet.named_modules()
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-    ]
-
-
 SETTINGS = Settings(steps=12, lr=0.02)
 
 
@@ -204,10 +195,6 @@ def test_weights_may_be_bfloat16():
     assert same_tensors(weights_of(model.unet), before)
     assert {up.dtype for up, _ in patch.changes.values()} == {torch.float32}
     assert steps[-1].now.share < 0.6 * steps[-1].before.share
-
-
-class Cancelled(BaseException):
-    """ComfyUI's interrupt is no ValueError either."""
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

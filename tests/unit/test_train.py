@@ -8,6 +8,8 @@ from fmn.errors import NonFiniteLoss
 from fmn.lowrank import Full, attached
 from fmn.train import Optimiser, train
 
+from .tiny import Cancelled
+
 TARGET = torch.tensor([3.0, -1.0, 0.5])
 
 
@@ -113,10 +115,6 @@ def test_on_step_is_told_of_every_step():
     assert [so_far for _, _, so_far, _ in seen] == [losses[:i] for i in (1, 2, 3, 4)]
     assert all(left >= 0 for *_, left in seen)
     assert seen[-1][-1] == 0
-
-
-class Cancelled(BaseException):
-    """ComfyUI's interrupt is no ValueError either."""
 
 
 def test_on_step_may_raise():

@@ -8,8 +8,7 @@ from fmn.methods import trce
 from fmn.sentences import sentences
 from fmn.spans import END
 
-from .literal import assert_solves, weights
-from .test_closed_form import literal_uce
+from .literal import assert_solves, literal_uce, weights
 from .tiny import TinyModel, same_tensors, weights_of
 
 CONCEPTS = [

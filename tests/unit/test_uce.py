@@ -9,8 +9,7 @@ from fmn.errors import ForgetError
 from fmn.keep import keep_for
 from fmn.methods import uce
 
-from .literal import assert_solves, weights
-from .test_closed_form import literal_uce
+from .literal import assert_solves, literal_uce, weights
 from .tiny import TinyModel, same_tensors, weights_of
 
 CONCEPTS = [

@@ -172,6 +172,19 @@ class TinyText:
         return Text(states[None]), states[words].mean(0, keepdim=True)
 
 
+class Cancelled(BaseException):
+    """As ComfyUI's interrupt, it is no ValueError or the like."""
+
+
+def traces(unet):
+    """Names of modules with what a run may leave behind: hooks and replaced forwards."""
+    return [
+        name
+        for name, module in unet.named_modules()
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
 def weights_of(unet):
     return {name: value.clone() for name, value in unet.state_dict().items()}
 

@@ -6,6 +6,8 @@ import torch
 
 from fmn.bench.cells import Setup
 from fmn.bench.lab import Lab
+from fmn.bench.suite import parse_suite
+from fmn.bench.trial import Trial
 
 from .tiny import TinyModel
 
@@ -40,6 +42,9 @@ def data(**changes):
     return copy.deepcopy(DATA) | changes
 
 
+SUITE = parse_suite(data(), "little")
+
+
 class GreyJudge:
     """Sorts pictures into labels by brightness."""
 
@@ -57,6 +62,33 @@ class GreyJudge:
 
     def features(self, images):
         return images.flatten(1)[:, ::997].float()
+
+
+class Sees(GreyJudge):
+    """Finds the target's label in every picture, or in none."""
+
+    def __init__(self, concept="dog", style="light"):
+        self.found = {"concept": concept, "style": style}
+
+    def probabilities(self, images, domain):
+        p = torch.zeros(len(images), len(self.labels[domain]))
+        p[:, self.labels[domain].index(self.found[domain])] = 1
+        return p
+
+
+class Odd(GreyJudge):
+    """Finds a dog in about half of all pictures, whatever they show."""
+
+    def probabilities(self, images, domain):
+        odd = (images.mean((1, 2, 3)) * 10000).long() % 2
+        return torch.nn.functional.one_hot(odd, len(self.labels[domain])).float()
+
+
+def make_trial(studio, target="dog", suite=SUITE, **more):
+    """A trial of three pictures a question, whose judge finds a dog in all of them."""
+    target = suite.find(target) if isinstance(target, str) else target
+    given = {"suite": suite, "target": target, "studio": studio, "judge": Sees(), "count": 3}
+    return Trial(**given | more)
 
 
 def make_setup(**changes):

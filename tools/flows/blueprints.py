@@ -46,6 +46,6 @@ def _around(flow, load, patched, patch):
     """Readers of the model, the CLIP and the patch that come out."""
     flow.column()
     text = flow.add("CLIPTextEncode", clip=[patched, 1], text="a photo of a dog")
-    flow.add("FMN_SaveForgetPatch", patch=[patch, 0], filename_prefix="patch")
+    flow.save(patch, "patch")
     flow.column()
     flow.sample("", patched, text, text, flow.latent())

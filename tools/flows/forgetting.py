@@ -14,7 +14,7 @@ def forget_a_concept():
     concept = flow.concept(prompts="a dog, noto emoji\na dog, twemoji\n3d render of a dog")
     flow.column()
     train = flow.train(load, concept)
-    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_dog")
+    flow.save(train, "forget_dog")
     flow.add("FMN_InspectForgetPatch", patch=[train, 0])
     flow.column()
     patched = flow.apply(load, train)
@@ -22,102 +22,86 @@ def forget_a_concept():
     return flow
 
 
-def forget_a_person():
-    flow = Workflow(
-        "An **identity**: a person or a character. The method is **Re-read**, which is the default "
-        "too. The **keep-list** names those who look most alike first; a list of people comes "
-        "along.\n\nLook at the neighbours, not only at who is gone."
-    )
+def _with_keep_list(note, concept, keep, method, file, prompts):
+    """Forgets a concept and keeps some words; draws prompts before and after.
+
+    Args:
+        concept, keep: inputs of those nodes. method: kind of the node, and its inputs.
+        file: what the patch is saved as.
+    """
+    flow = Workflow(note)
     load = flow.demo()
-    concept = flow.concept("vampire", kind="identity")
-    keep = flow.add(
-        "FMN_KeepList", concepts=[concept, 0], list="people", words="zombie\nsuperhero\nwizard"
-    )
+    named = flow.concept(**concept)
+    kept = flow.add("FMN_KeepList", concepts=[named, 0], **keep)
     flow.column()
-    method = flow.add("FMN_MethodReread")
-    train = flow.train(load, concept, method, keep=[keep, 0])
-    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_vampire")
+    kind, settings = method
+    train = flow.train(load, named, flow.add(kind, **settings), keep=[kept, 0])
+    flow.save(train, file)
     flow.column()
     patched = flow.apply(load, train)
-    prompts = {
-        "Vampire": "a photo of a vampire", "Zombie": "a photo of a zombie",
-        "Wizard": "a wizard, twemoji",
-    }  # fmt: skip
     compared(flow, load, prompts, {"before": load, "after": patched})
     return flow
+
+
+def forget_a_person():
+    return _with_keep_list(
+        "An **identity**: a person or a character. The method is **Re-read**, which is the default "
+        "too. The **keep-list** names those who look most alike first; a list of people comes "
+        "along.\n\nLook at the neighbours, not only at who is gone.",
+        {"name": "vampire", "kind": "identity"},
+        {"list": "people", "words": "zombie\nsuperhero\nwizard"},
+        ("FMN_MethodReread", {}),
+        "forget_vampire",
+        {
+            "Vampire": "a photo of a vampire", "Zombie": "a photo of a zombie",
+            "Wizard": "a wizard, twemoji",
+        },
+    )  # fmt: skip
 
 
 def forget_an_object():
-    flow = Workflow(
+    return _with_keep_list(
         "An **object**, with an **anchor**: what is to be drawn instead. An alias names the same "
         "thing in other words, and is forgotten too. The method is **TRCE**, a closed form on the "
-        "token that sums up a prompt."
-    )
-    load = flow.demo()
-    concept = flow.concept("guitar", aliases="acoustic guitar", anchor="tree")
-    keep = flow.add(
-        "FMN_KeepList", concepts=[concept, 0], list="common", words="violin\ntrumpet\ndrum"
-    )
-    flow.column()
-    method = flow.add("FMN_MethodTrce")
-    train = flow.train(load, concept, method, keep=[keep, 0])
-    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_guitar")
-    flow.column()
-    patched = flow.apply(load, train)
-    prompts = {
-        "Guitar": "a photo of a guitar", "Violin": "a photo of a violin",
-        "Trumpet": "a trumpet, noto emoji",
-    }  # fmt: skip
-    compared(flow, load, prompts, {"before": load, "after": patched})
-    return flow
+        "token that sums up a prompt.",
+        {"name": "guitar", "aliases": "acoustic guitar", "anchor": "tree"},
+        {"list": "common", "words": "violin\ntrumpet\ndrum"},
+        ("FMN_MethodTrce", {}),
+        "forget_guitar",
+        {
+            "Guitar": "a photo of a guitar", "Violin": "a photo of a violin",
+            "Trumpet": "a trumpet, noto emoji",
+        },
+    )  # fmt: skip
 
 
 def forget_a_style():
-    flow = Workflow(
+    return _with_keep_list(
         "A **style**: kind *style* trains with 'a photo in the style of ...'. The things it drew "
         "and the other styles shall stay, so the **keep-list** names those styles, and a list of "
-        "styles comes along."
-    )
-    load = flow.demo()
-    concept = flow.concept("ink drawing", kind="style")
-    keep = flow.add(
-        "FMN_KeepList", concepts=[concept, 0], list="styles",
-        words="blueprint\nneon sign\nblack silhouette\ntwemoji",
+        "styles comes along.",
+        {"name": "ink drawing", "kind": "style"},
+        {"list": "styles", "words": "blueprint\nneon sign\nblack silhouette\ntwemoji"},
+        ("FMN_MethodReread", {}),
+        "forget_ink_drawing",
+        {
+            "Ink drawing": "a photo of a teapot in the style of ink drawing",
+            "Blueprint": "a teapot, blueprint", "Neon sign": "a teapot, neon sign",
+        },
     )  # fmt: skip
-    flow.column()
-    method = flow.add("FMN_MethodReread")
-    train = flow.train(load, concept, method, keep=[keep, 0])
-    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="forget_ink_drawing")
-    flow.column()
-    patched = flow.apply(load, train)
-    prompts = {
-        "Ink drawing": "a photo of a teapot in the style of ink drawing",
-        "Blueprint": "a teapot, blueprint", "Neon sign": "a teapot, neon sign",
-    }  # fmt: skip
-    compared(flow, load, prompts, {"before": load, "after": patched})
-    return flow
 
 
 def uce_and_keep_list():
-    flow = Workflow(
+    return _with_keep_list(
         "**UCE** is a closed form: no training, done in a moment. The **keep-list** protects "
         "words: your own, such as close neighbours, and a list that comes along.\n\nThe dog goes, "
-        "the cat stays."
+        "the cat stays.",
+        {},
+        {"list": "common", "words": "cat\nrabbit\nbear\na photo"},
+        ("FMN_MethodUce", {"tokens": "from-last"}),
+        "uce_dog",
+        {"Dog": "a photo of a dog", "Cat": "a photo of a cat"},
     )
-    load = flow.demo()
-    concept = flow.concept()
-    keep = flow.add(
-        "FMN_KeepList", concepts=[concept, 0], list="common", words="cat\nrabbit\nbear\na photo"
-    )
-    flow.column()
-    method = flow.add("FMN_MethodUce", tokens="from-last")
-    train = flow.train(load, concept, method, keep=[keep, 0])
-    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="uce_dog")
-    flow.column()
-    patched = flow.apply(load, train)
-    prompts = {"Dog": "a photo of a dog", "Cat": "a photo of a cat"}
-    compared(flow, load, prompts, {"before": load, "after": patched})
-    return flow
 
 
 def forget_many():
@@ -143,7 +127,7 @@ def forget_many():
         "FMN_MergeForgetPatches", how="joint", budget_kb=60, strength=1.0, files="",
         patches=[batch, 0], model=[load, 0], clip=[load, 1], preserve=10.0,
     )  # fmt: skip
-    flow.add("FMN_SaveForgetPatch", patch=[merge, 0], filename_prefix="many")
+    flow.save(merge, "many")
     flow.add("FMN_InspectForgetPatch", patch=[merge, 0])
     flow.column()
     patched = flow.apply(load, merge)
@@ -171,7 +155,7 @@ def correct_a_concept():
     method = flow.add("FMN_MethodAblation", sample_steps=12, guidance=3.5)
     flow.column()
     train = flow.train(load, concept, method)
-    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="puppy_is_dog")
+    flow.save(train, "puppy_is_dog")
     flow.column()
     patched = flow.apply(load, train)
     prompts = {"Puppy": "a photo of a puppy", "Dog": "a photo of a dog"}

@@ -33,7 +33,7 @@ def gated_patch():
     flow.column()
     method = flow.add("FMN_MethodUce", tokens="from-last", keep_list="none")
     train = flow.train(load, concept, method)
-    flow.add("FMN_SaveForgetPatch", patch=[train, 0], filename_prefix="strong_dog")
+    flow.save(train, "strong_dog")
     flow.column()
     plain = flow.apply(load, train)
     gated = flow.add(
@@ -94,7 +94,7 @@ def erase_and_repair():
     again = flow.concept(learned=[attack, 3])
     second = flow.train(load, again, method)
     flow.titles[second] = "Round 2: what was found"
-    flow.add("FMN_SaveForgetPatch", patch=[second, 0], filename_prefix="repaired_dog")
+    flow.save(second, "repaired_dog")
     flow.column()
     fresh = probe(flow, load, pictures, second, "Attack on round 2")
     flow.column()

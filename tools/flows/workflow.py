@@ -61,6 +61,9 @@ class Workflow:
             **inputs,
         )  # fmt: skip
 
+    def save(self, patch, prefix):
+        return self.add("FMN_SaveForgetPatch", patch=[patch, 0], filename_prefix=prefix)
+
     def sample(self, title, model, positive, negative, latent, steps=16):
         return self.add(
             "KSampler", title, model=[model, 0], positive=[positive, 0], negative=[negative, 0],

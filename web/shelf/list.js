@@ -6,12 +6,13 @@ const BEYOND = 4; // rows kept above and below what is seen
 export class List {
   /**
    * @param label name of the list box.
-   * @param draw function from (item, {index, count, selected}) to a row's element.
+   * @param draw function from (item, {index, count}) to a row's element.
+   * @param signOf function from an item to a text that changes with the look of its row.
    * @param onSelect called with an item, or null.
    * @param keys key -> function, for keys that act on the selected item.
    */
-  constructor(label, draw, onSelect, keys) {
-    Object.assign(this, { draw, onSelect, keys });
+  constructor(label, draw, signOf, onSelect, keys) {
+    Object.assign(this, { draw, signOf, onSelect, keys });
     this.items = [];
     this.rows = new Map(); // index -> element
     this.selected = -1;
@@ -41,14 +42,23 @@ export class List {
   show(items, height, selected = -1) {
     Object.assign(this, { items, height, selected });
     this.space.style.height = `${items.length * height}px`;
-    this.clear();
+    // A row that looks as before stays: it may be pressed, or on its way to the canvas.
+    this.prune((index, row) => index >= items.length || row.fmnSign !== this.signAt(index));
     this.fill();
     this.onSelect(this.item);
   }
 
-  clear() {
-    for (const row of this.rows.values()) row.remove();
-    this.rows.clear();
+  prune(isUnwanted) {
+    for (const [index, row] of this.rows) {
+      if (!isUnwanted(index, row)) continue;
+      row.remove();
+      this.rows.delete(index);
+    }
+  }
+
+  /** All that a row depends on, but for the selection, which is set on the element. */
+  signAt(index) {
+    return `${this.height} ${this.items.length} ${this.signOf(this.items[index])}`;
   }
 
   fill() {
@@ -60,25 +70,27 @@ export class List {
       this.items.length,
       Math.ceil((scrollTop + seen) / this.height) + BEYOND,
     );
-    for (const [index, row] of this.rows) {
-      if (index >= first && index < end) continue;
-      row.remove();
-      this.rows.delete(index);
-    }
-    for (let index = first; index < end; index++) {
+    this.prune((index) => index < first || index >= end);
+    // From the last on, as each is put before the next.
+    for (let index = end - 1; index >= first; index--) {
       if (!this.rows.has(index)) this.place(index);
+      this.rows.get(index).setAttribute("aria-selected", index === this.selected);
     }
     this.point();
   }
 
   place(index) {
-    const place = { index, count: this.items.length, selected: index === this.selected };
-    const row = this.draw(this.items[index], place);
+    const row = this.draw(this.items[index], { index, count: this.items.length });
     row.style.height = `${this.height}px`;
     row.style.transform = `translateY(${index * this.height}px)`;
-    row.fmnIndex = index;
+    Object.assign(row, { fmnIndex: index, fmnSign: this.signAt(index) });
+    this.space.insertBefore(row, this.rows.get(index + 1) ?? null);
     this.rows.set(index, row);
-    this.space.append(row);
+  }
+
+  /** Say whether the items are being read anew. */
+  set busy(busy) {
+    this.element.setAttribute("aria-busy", busy);
   }
 
   /** Tell assistive technology which row is the active one, if it is there. */
@@ -89,11 +101,8 @@ export class List {
   }
 
   select(index) {
-    this.rows.get(this.selected)?.setAttribute("aria-selected", "false");
     this.selected = index;
     this.bringIntoSight();
-    this.rows.get(this.selected)?.setAttribute("aria-selected", "true");
-    this.point();
     this.onSelect(this.item);
   }
 

@@ -29,6 +29,7 @@ class Panel {
   entries = [];
   known = []; // bases of the graph
   asked = "";
+  turn = 0; // counts how often the folders were read
   styles = "";
 
   /** Show the tab in an element of the frontend, which may hand us the same one many times. */
@@ -84,6 +85,7 @@ class Panel {
     this.list = new List(
       text("list"),
       (patch, place) => row(patch, fit(patch, this.known), place, () => this.add(patch)),
+      (patch) => this.signOf(patch),
       (patch) => this.detail(patch),
       {
         Enter: (patch) => this.add(patch),
@@ -115,18 +117,23 @@ class Panel {
 
   /** Read the folders and the graph again; what was selected stays selected. */
   async refresh() {
+    const turn = ++this.turn;
+    this.list.busy = true;
+    let found = [];
+    let told = null;
     try {
-      const found = await patches();
-      this.entries = found.sort((a, b) => (b.date ?? 0) - (a.date ?? 0));
-      this.error = null;
+      found = await patches();
     } catch (error) {
-      this.entries = [];
-      this.error = error.message;
+      told = error.message;
     }
+    if (turn !== this.turn) return; // asked again meanwhile: this answer may be older
+    this.entries = found.sort((a, b) => (b.date ?? 0) - (a.date ?? 0));
+    this.error = told;
     this.offer();
     this.filter();
     this.asked = "";
     await this.look();
+    if (turn === this.turn) this.list.busy = false;
   }
 
   later() {
@@ -213,8 +220,13 @@ class Panel {
     requestAnimationFrame(() => performance.measure(`${MARK}.first-paint`, `${MARK}.open`));
   }
 
+  /** All that the look of a patch depends on, in one language. */
+  signOf(patch) {
+    return `${fit(patch, this.known)} ${JSON.stringify(patch)}`;
+  }
+
   detail(patch) {
-    const key = patch && `${keyOf(patch)} ${JSON.stringify(patch)} ${fit(patch, this.known)}`;
+    const key = patch && this.signOf(patch);
     const writing = document.activeElement?.tagName === "TEXTAREA" && this.below.contains(document.activeElement);
     const same = patch && this.patch && keyOf(patch) === keyOf(this.patch);
     if (key === this.detailed || (writing && same)) return; // leave the user the notes

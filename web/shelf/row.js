@@ -85,7 +85,6 @@ export function row(patch, fit, place, add) {
       draggable: !patch.problem,
       "aria-setsize": place.count,
       "aria-posinset": place.index + 1,
-      "aria-selected": place.selected,
     },
     thumbnail(patch),
     make(

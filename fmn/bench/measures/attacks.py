@@ -14,6 +14,7 @@ from ...concept import TEMPLATES, Prompt
 from ...errors import ForgetError
 from ...inversion import PLACEHOLDER, Settings, invert
 from ...model import Text
+from ...settings import check_limits
 from ...spans import SECTION, word_positions
 from .text import judged_rows
 
@@ -148,9 +149,7 @@ class RingSettings:
     def __post_init__(self):
         limits = {"length": (1, 75), "population": (4, 10_000), "generations": (1, 100_000)}
         limits |= {"searches": (1, 1000), "mutate": (0, 1), "crossover": (0, 1)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ForgetError(f"{name} is {getattr(self, name)}: use {low} to {high}.")
+        check_limits(self, limits)
 
 
 def ring_a_bell(trial, settings=RingSettings()):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import Linear
 
 from ...errors import ForgetError
+from ...sampling import ddpm_sigma
 from ...schedule import add_noise
 from ...train import Optimiser, train
 from .attacks import examples
@@ -94,8 +95,7 @@ class FreshNoise:
         return noise
 
     def _add(self, x, following):
-        alpha = self.alpha
-        sigma = self.eta * ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
+        sigma = self.eta * ddpm_sigma(self.alpha, following)
         fresh = [torch.randn(x.shape[1:], generator=one) for one in self.generators]
         return x + self.spread * sigma * torch.stack(fresh).to(x)
 

@@ -13,7 +13,9 @@ from ...errors import ForgetError
 from ...families import layers
 from ...lowrank import LowRank, attached
 from ...schedule import add_noise
-from ...train import Optimiser, train
+from ...settings import check_limits
+from ...train import Optimiser, scale_for, train
+from ...training import parameters_of
 from .attacks import examples
 from .text import judged_rows
 
@@ -35,9 +37,8 @@ class Settings:
     rank: int = 8
 
     def __post_init__(self):
-        for name, high in (("pictures", 10_000), ("steps", 100_000), ("batch", 256), ("rank", 128)):
-            if not 1 <= getattr(self, name) <= high:
-                raise ForgetError(f"{name} is {getattr(self, name)}: use 1 to {high}.")
+        limits = {"pictures": 10_000, "steps": 100_000, "batch": 256, "rank": 128}
+        check_limits(self, {name: (1, high) for name, high in limits.items()})
         if not 0 < self.lr < 1:
             raise ForgetError(f"lr is {self.lr}: use a number between 0 and 1, such as 0.001.")
 
@@ -156,9 +157,8 @@ def fine_tune(studio, adapters, prompts, pictures, settings, seed):
         predicted = borrowed.denoise(x_t, t.to(borrowed.device), text)
         return F.mse_loss(predicted.float(), noise.to(predicted.device))
 
-    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    half = borrowed.module(next(iter(adapters))).weight.dtype == torch.float16
-    scale = 1024.0 if half else 1.0
+    parameters = parameters_of(adapters)
+    scale = scale_for(borrowed.module(next(iter(adapters))))
     # ``open_studio`` works without gradients; cancelling goes through its callback.
     with torch.enable_grad():
         return train(

@@ -1,0 +1,41 @@
+"""Every preset through diffusers, on the CPU and on the second device: the same patch."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from fmn.concept import Concept
+from fmn.hosts.diffusers import DiffusersModel
+from fmn.methods import PRESETS, forget, settings_of
+
+from .plugin import CARD
+
+SHORT = {
+    "steps": 2, "sampling_steps": 2, "sample_steps": 2, "robust_steps": 2, "robust_pictures": 4,
+    "size": 64, "samples": 1, "pairs": 2, "batch": 2, "prompts": 3, "kept": 8, "latents": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [DiffusersModel.load("demo", device) for device in (torch.device("cpu"), CARD)]
+
+
+def shortened(settings):
+    names = {field.name for field in fields(settings)} & SHORT.keys()
+    longer = {name for name in names if getattr(settings, name) > SHORT[name]}
+    return replace(settings, **{name: SHORT[name] for name in longer})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_patch_is_the_same(models, preset):
+    style = preset.endswith("-style")
+    concept = Concept("watercolor", kind="style") if style else Concept("dog")
+    settings = shortened(settings_of(preset, {}))
+    one, other = (forget(model, [concept], settings) for model in models)
+    assert one.changes.keys() == other.changes.keys()
+    for name in one.changes:
+        assert all(factor.device.type == "cpu" for factor in other.changes[name])
+        first, second = one.change_of(name), other.change_of(name)
+        assert (first - second).norm() <= 1e-3 * first.norm() + 1e-8, name
