@@ -43,10 +43,10 @@ class Shelf:
         """One dict a file, JSON-able and without what is empty.
 
         Keys: folder (number), name (path with /), size (bytes), date (seconds since 1970);
-        concepts ([name, kind] each), method, family, model, base (fingerprint), prediction, rank,
-        loss, scores, measured ([suite, [target]]), notes; picture (changes with the thumbnail),
-        beside (names of the files that go with it); problem (a word of ``shelf_header``, if it
-        cannot be used).
+        concepts ([name, kind, anchor, aliases] each, all texts), method, family, model, base
+        (fingerprint), prediction, rank, loss, scores, measured ([suite, [target]]), notes;
+        picture (changes with the thumbnail), beside (names of the files that go with it); problem
+        (a word of ``shelf_header``, if it cannot be used).
 
         Raises:
             ForgetError: a folder cannot be read.

@@ -87,7 +87,7 @@ def _fields(metadata, info):
     yield (
         "concepts",
         [
-            [_text(concept["name"]), _text(concept["kind"])]
+            [_text(concept["name"]), _text(concept["kind"]), *_more(concept)]
             for concept in info["concepts"][:MOST_CONCEPTS]
         ],
     )
@@ -107,6 +107,14 @@ def _fields(metadata, info):
     yield "measured", measured and [_text(measured["suite"]), _named(measured["targets"])]
     yield "date", _seconds(info.get("date", ""))
     yield "thumbnail", THUMBNAIL in metadata
+
+
+def _more(concept):
+    """Anchor and aliases as texts; "" where there is none, or something else in its place."""
+    anchor, aliases = concept.get("anchor"), concept.get("aliases")
+    names = aliases if isinstance(aliases, list) else []
+    yield _text(anchor) if isinstance(anchor, str) else ""
+    yield _text(", ".join(name for name in names if isinstance(name, str)))
 
 
 def _named(names):

@@ -19,6 +19,7 @@ POINTS = 200  # of a curve
 SECONDS = 0.25  # between two events
 PICTURES, SIDE = 2, 256  # previews shown, and their pixels a side
 TEXT = 200  # characters of a name or prompt
+SENTENCE = 1000  # characters of an error, or of what is said of the memory
 
 _states = OrderedDict()  # (client, workflow, node) -> state
 _lock = Lock()  # nodes run in one thread, the server in another
@@ -36,9 +37,9 @@ class Live:
         context, self.client = get_executing_context(), PromptServer.instance.client_id
         self.state = {
             "node": context.node_id, "prompt_id": context.prompt_id, "workflow": workflow,
-            "title": title[:TEXT], "status": "running", "note": "", "step": 0, "total": 0,
-            "seconds_left": 0.0, "losses": [], "attention": [], "best": None, "previews": [],
-            "previews_at": 0,
+            "title": title[:TEXT], "status": "running", "error": "", "note": "", "memory": "",
+            "step": 0, "total": 0, "seconds_left": 0.0, "losses": [], "attention": [],
+            "best": None, "previews": [], "previews_at": 0,
         }  # fmt: skip
         self.losses, self.attention, self.sent = Curve(), Curve(), 0.0
 
@@ -50,6 +51,9 @@ class Live:
         cancelled = comfy.model_management.InterruptProcessingException
         ending = "cancelled" if kind and issubclass(kind, cancelled) else "failed"
         self.state |= {"status": ending if kind else "done", "seconds_left": 0.0}
+        if kind and ending == "failed":
+            # Not all errors say something.
+            self.state["error"] = (str(error) or kind.__name__)[:SENTENCE]
         self.send(pictures=True)
 
     def step(self, step):
@@ -70,7 +74,7 @@ class Live:
         self.state |= {
             "step": step.index, "total": step.total, "seconds_left": round(step.seconds_left, 1),
             "losses": self.losses.points, "attention": self.attention.points,
-            "best": best[1] if best else None,
+            "best": best[1] if best else None, "memory": step.note[:SENTENCE],
         }  # fmt: skip
         if step.index == step.total or time.monotonic() - self.sent >= SECONDS:
             self.send()

@@ -16,7 +16,7 @@ from .live import Live
 from .parts import keep_input, model_input
 from .patch import output_path
 from .training import TrainingOptions
-from .types import CATEGORY, Concepts, Method, Options, Patch, show_text
+from .types import CATEGORY, Concepts, Method, Options, Patch
 
 PREVIEW_SIDE = 512
 
@@ -74,7 +74,7 @@ class TrainForgetPatch(io.ComfyNode):
                 options.save_every,
                 lambda step: output_path(f"{options.filename_prefix}_step{step}"),
             )
-            show, previews = _Progress(title, live), _Previews(host, concepts, options, live)
+            show, previews = _Progress(live), _Previews(host, concepts, options, live)
 
             def on_step(step):
                 losses[:] = step.losses
@@ -92,23 +92,19 @@ class TrainForgetPatch(io.ComfyNode):
 
 
 class _Progress:
-    """Draws a step on the node: bar, picture, a line of text and the live view."""
+    """Draws a step on the node: bar, picture and the live view."""
 
-    def __init__(self, title, live):
-        self.title, self.live, self.bar = title, live, None
+    def __init__(self, live):
+        self.live, self.bar = live, None
 
     def __call__(self, step):
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.bar = self.bar or comfy.utils.ProgressBar(step.total)
-        text = f"{self.title}: step {step.index}/{step.total}, loss {step.losses[-1]:.4g}"
         preview = None
         if step.before:
             picture = maps_picture(step.before, step.now)
             preview = ("JPEG", picture, PREVIEW_SIDE)
-            text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
         self.bar.update_absolute(step.index, step.total, preview)
-        note = f"\n{step.note}" if step.note else ""
-        show_text(f"{text}, {step.seconds_left:.0f} s left{note}")
         self.live.step(step)
 
 

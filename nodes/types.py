@@ -1,12 +1,14 @@
 """Socket types of the pack, and the line of text under a node."""
 
-import html
+import re
 
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 CATEGORY = "forget-me-not"
+# Signs that mean something in HTML or Markdown, or make a link. As entities they do in neither.
+MARKUP = r"[&<>\\`*_~#|!\[\]@]|:(?=//)|(?<=www)\."
 Concepts = io.Custom("FMN_CONCEPT")  # list of fmn.concept.Concept
 Method = io.Custom("FMN_METHOD")  # a method's settings
 Options = io.Custom("FMN_OPTIONS")  # nodes.training.Options
@@ -19,7 +21,9 @@ Patches = io.Custom("FMN_PATCHES")  # list of (fmn.patch.ForgetPatch or path of 
 def show_text(text):
     """Show a text under the node that is running.
 
-    ComfyUI's page renders it as HTML, and names in a downloaded patch are a stranger's words.
+    ComfyUI's page renders it as HTML, in Nodes 2.0 as Markdown, and names in a downloaded patch are
+    a stranger's words.
     """
-    escaped = html.escape(text, quote=False)
+    escaped = re.sub(MARKUP, lambda sign: f"&#{ord(sign[0])};", text, flags=re.IGNORECASE)
+    escaped = escaped.replace("\n", "  \n")  # so that Markdown keeps the lines, too
     PromptServer.instance.send_progress_text(escaped, get_executing_context().node_id)

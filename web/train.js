@@ -20,6 +20,7 @@ let viewCount = 0;
 
 const STYLE = `
 .fmn-train { box-sizing: border-box; width: 100%; overflow: hidden; font: 12px/1.35 sans-serif;
+  contain: inline-size; /* or Nodes 2.0 makes it as wide as its longest line */
   color: var(--input-text, #ddd); border: 1px solid var(--border-color, #4e4e4e);
   border-radius: 6px; }
 .fmn-train { --fmn-loss: color-mix(in srgb, #d64541 75%, currentColor);
@@ -28,8 +29,13 @@ const STYLE = `
 .fmn-train svg { display: block; width: 100%; height: 96px; }
 .fmn-train .fmn-content { padding: 6px 8px; overflow-wrap: anywhere; }
 .fmn-train .fmn-line { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 8px; }
+.fmn-train .fmn-line > span { min-width: 0; }
+.fmn-train .fmn-head { flex-wrap: nowrap; }
+.fmn-train .fmn-head .fmn-quiet { flex: none; }
+.fmn-train .fmn-title { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .fmn-train .fmn-quiet { color: var(--descrip-text, #999); }
 .fmn-train .fmn-loss { color: var(--fmn-loss); }
+.fmn-train .fmn-error { padding-left: 6px; border-left: 2px solid var(--fmn-loss); }
 .fmn-train .fmn-share { color: var(--fmn-share); }
 .fmn-train svg .fmn-loss { stroke: var(--fmn-loss); fill: none; }
 .fmn-train svg .fmn-share { stroke: var(--fmn-share); fill: none; }
@@ -118,11 +124,22 @@ class View {
   }
 
   *parts(state) {
-    const head = made("div", "fmn-line");
-    head.append(made("span", "", `${STATUS[state.status] ?? ""}: ${state.title}`));
+    const head = made("div", "fmn-line fmn-head");
+    head.append(made("span", "fmn-title", `${STATUS[state.status] ?? ""}: ${state.title}`));
+    head.firstChild.title = state.title;
     const left = state.status === "running" && state.step ? `${duration(state.seconds_left)} left` : "";
     head.append(made("span", "fmn-quiet", left));
     yield head;
+    if (state.total) yield* this.progress(state);
+    if (state.error) yield made("div", "fmn-error", state.error);
+    for (const told of [state.note, state.memory]) {
+      if (told) yield made("div", "fmn-quiet", told);
+    }
+    if (state.previews?.length) yield this.pictures(state);
+  }
+
+  /** Bar, curves and numbers, once there has been a step. */
+  *progress(state) {
     const bar = made("div", "fmn-bar");
     const done = made("div");
     done.style.width = `${(100 * state.step) / Math.max(state.total, 1)}%`;
@@ -130,8 +147,6 @@ class View {
     yield bar;
     yield this.curves(state);
     yield this.numbers(state);
-    if (state.note) yield made("div", "fmn-quiet", state.note);
-    if (state.previews?.length) yield this.pictures(state);
   }
 
   curves(state) {

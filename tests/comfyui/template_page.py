@@ -65,6 +65,8 @@ PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
   return [node.id, images.filter(image => image.complete && image.naturalWidth > 100).length];
 }))"""
 TEXTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
+  const view = node.widgets?.find(widget => widget.type === 'FMN_TRAIN_LIVE')?.element;
+  if (view) return [node.id, view.innerText.startsWith('done: ') ? 1 : 0];
   const text = node.widgets?.find(widget => widget.name === '$$node-text-preview')?.value ?? '';
   const element = document.querySelector(`[data-node-id="${node.id}"]`);
   const [first] = text.split(/\\n|&/); // of a text that is HTML, the start that is plain

@@ -86,7 +86,7 @@ def test_core_nodes_take_our_outputs(server):
     assert outputs["graph"]["images"] and outputs["image"]["images"]
 
 
-def test_training_shows_a_preview_and_a_line_of_text(server):
+def test_training_shows_progress_and_a_preview(server):
     # The seed makes the run new, or the server would answer from its cache.
     prompt_id = server.queue(demo_loader() | training(training_seed=5) | saving())
     messages = list(server.events(prompt_id))
@@ -95,8 +95,7 @@ def test_training_shows_a_preview_and_a_line_of_text(server):
     assert all(data["max"] == 4 for data in progress)
     binary = [data for kind, data in messages if kind == "binary"]
     texts = [data[4:] for data in binary if data[:4] == b"\x00\x00\x00\x03"]
-    line = next(text for text in texts if b"step 4/4" in text).decode()
-    assert "dog" in line and "loss" in line and "attention" in line and "s left" in line
+    assert not any(b"step" in text for text in texts)  # that is in the live view
     # Preview with metadata (4) or without (1): both end in a JPEG.
     assert any(b"\xff\xd8\xff" in data for data in binary if data not in texts)
 

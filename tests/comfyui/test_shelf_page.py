@@ -38,7 +38,7 @@ def test_list_search_and_filters(shelf):
     assert only(page, "no such patch") == []
     page.get_by_text("No patch matches").wait_for()
     only(page, FOLDER)
-    page.get_by_label("Family", exact=True).select_option(label="Stable Diffusion XL")
+    page.get_by_label("Family", exact=True).select_option(label="SDXL")
     assert only(page, FOLDER) == ["santa claus"]
     page.get_by_label("Family", exact=True).select_option(label="Family: all")
     page.get_by_label("Kind", exact=True).select_option(label="style")
@@ -79,7 +79,7 @@ def test_fit_to_the_graph(shelf):
     )
     page.get_by_label("Fits the graph").select_option(label="same base")
     assert only(page, FOLDER) == ["dog"]
-    page.get_by_label("Fits the graph").select_option(label="Fits the graph: all")
+    page.get_by_label("Fits the graph").select_option(label="Fit: all")
     # A muted loader loads nothing.
     page.evaluate("app.graph.nodes[0].mode = 2")
     page.mouse.move(900, 500)

@@ -58,7 +58,7 @@ def raw(server, path, body, kind, length=True):
 
 def test_the_list(server, folder):
     dog = entry(server, "dog.safetensors")
-    assert dog["concepts"] == [["dog", "object"]] and dog["base"] == DEMO_BASE
+    assert dog["concepts"] == [["dog", "object", "", ""]] and dog["base"] == DEMO_BASE
     assert dog["scores"] == {"UA": 0.97, "IRA": 0.914, "M-Score": 0.4123}
     assert dog["measured"] == ["Demo model", ["dog"]]
     assert entry(server, "santa.safetensors")["family"] == "sdxl"

@@ -77,7 +77,8 @@ def test_curves_and_previews_reach_the_page(server):
     events = events_of(server, watched({"steps": 5, "training_seed": 301}, preview_every=2))
     assert events[0]["status"] == "running" and events[0]["step"] == 0
     last = events[-1]
-    assert last["status"] == "done" and last["title"] == "dog"
+    assert last["status"] == "done" and last["title"] == "dog" and last["error"] == ""
+    assert last["memory"].startswith("memory: weights ")
     assert [index for index, _ in last["losses"]] == [1, 2, 3, 4, 5]
     assert [index for index, _ in last["attention"]] == [0, 1, 2, 3, 4, 5]
     assert all(0 < share < 1 for _, share in last["attention"])
@@ -115,6 +116,7 @@ def test_an_error_ends_the_state_too(server):
         for _ in server.events(start(server, prompt)):
             pass
     assert kept(server)["status"] == "failed"
+    assert "does not contain the concept 'dog'" in kept(server)["error"]
 
 
 def test_a_closed_form_shows_one_pair_at_the_end(server):

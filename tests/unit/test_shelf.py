@@ -64,7 +64,7 @@ def test_what_is_listed(shelf, folders, whole):
     assert dog.pop("folder") == 0 and dog.pop("name") == "dog.safetensors"
     assert dog == cat == {
         "size": len(whole), "date": 1777863721,
-        "concepts": [["dog", "object"], ["van gogh", "style"]],
+        "concepts": [["dog", "object", "", "puppy"], ["van gogh", "style", "", ""]],
         "method": "resteer", "family": "demo", "base": "f" * 32, "prediction": "epsilon",
         "rank": "1", "loss": [2.0, 1.0], "scores": {"UA": 0.97},
     }  # fmt: skip
@@ -173,6 +173,20 @@ def test_closed_file(shelf, folders):
     assert named(shelf)["dog.safetensors"]["problem"] == "unreadable"
 
 
+def test_anchor_and_aliases_are_told(shelf, folders):
+    told = [
+        {"name": "puppy", "kind": "custom", "anchor": "dog", "aliases": ["pup", "whelp"]},
+        {"name": "cat", "kind": "object", "anchor": ["dog"], "aliases": "kitten"},
+        {"name": "owl", "kind": "object", "anchor": "\x1b" * 999,
+         "aliases": ["y" * 150, 7, "z" * 150]},
+    ]  # fmt: skip
+    changed(folders[0] / "dog.safetensors", **{"fmn.concepts": json.dumps(told)})
+    puppy, cat, owl = named(shelf)["dog.safetensors"]["concepts"]
+    assert puppy == ["puppy", "custom", "dog", "pup, whelp"]
+    assert cat == ["cat", "object", "", ""]
+    assert owl == ["owl", "object", "?" * 200, "y" * 150 + ", " + "z" * 48]
+
+
 def test_strangers_texts_are_bounded_and_cleared(shelf, folders):
     many = [{"name": "x" * 9999 + str(i), "kind": "k\x1b[31m\u202e"} for i in range(500)]
     scores = {f"{i}\n": value for i, value in enumerate([1, "1", None, 1e999, 10**400, *[2] * 99])}
@@ -182,7 +196,7 @@ def test_strangers_texts_are_bounded_and_cleared(shelf, folders):
     })  # fmt: skip
     entry = named(shelf)["dog.safetensors"]
     assert len(entry["concepts"]) == 64
-    assert entry["concepts"][0] == ["x" * 200, "k?[31m?"]
+    assert entry["concepts"][0] == ["x" * 200, "k?[31m?", "", ""]
     assert entry["method"] == "m" * 200 and "family" not in entry
     assert entry["scores"] == {"0?": 1} | {f"{i}?": 2 for i in range(5, 16)}
     assert entry["date"] == int((folders[0] / "dog.safetensors").stat().st_mtime)

@@ -1,6 +1,6 @@
 // All about the selected patch, and what can be done with it.
 import { button, make } from "./dom.js";
-import { badge, dateOf, familyOf, sizeOf, thumbnail, titleOf } from "./row.js";
+import { badge, dateOf, familyOf, sizeOf, thumbnail, titleOf, wordsOf } from "./row.js";
 import { kindName, text } from "./texts.js";
 
 const MOST_NOTES = 4000; // letters, as in fmn/shelf.py
@@ -14,8 +14,14 @@ const SHARES = new Set([
 const number = (value) => Number(value).toPrecision(4).replace(/\.?0+$/, "");
 const score = (name, value) => (SHARES.has(name) ? `${Math.round(100 * value)} %` : number(value));
 
+function described(concept) {
+  const [, kind, , names] = concept;
+  const more = [kindName(kind), names && text("also", { names })].filter(Boolean).join("; ");
+  return `${wordsOf(concept)} (${more})`;
+}
+
 function facts(patch) {
-  const concepts = (patch.concepts ?? []).map(([name, kind]) => `${name} (${kindName(kind)})`);
+  const concepts = (patch.concepts ?? []).map(described);
   const loss = (patch.loss ?? []).map(number).join(" → ");
   const scores = Object.entries(patch.scores ?? {}).map(([name, value]) => `${name} ${score(name, value)}`);
   const [suite, targets] = patch.measured ?? [];

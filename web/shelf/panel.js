@@ -7,6 +7,7 @@ import { details } from "./details.js";
 import { button, make } from "./dom.js";
 import { addPatch, keyOf } from "./graph.js";
 import { List } from "./list.js";
+import { askName } from "./rename.js";
 import { familyOf, layout, row } from "./row.js";
 import { change, patches } from "./server.js";
 import { familyName, kindName, locale, text } from "./texts.js";
@@ -20,6 +21,9 @@ const FILTERS = {
   method: (patch) => [patch.method ?? ""],
   family: (patch) => [familyOf(patch)],
 };
+
+/** The file of a patch and those beside it, which go where it goes. */
+const filesOf = (patch) => [patch.name, ...(patch.beside ?? [])];
 
 class Panel {
   entries = [];
@@ -159,7 +163,7 @@ class Panel {
       const values = name === "fit" ? FITS : [...new Set(this.entries.flatMap(FILTERS[name]))].sort();
       const before = select.value;
       select.replaceChildren(
-        make("option", { value: "" }, `${text(name)}: ${text("all")}`),
+        make("option", { value: "" }, `${text(name === "fit" ? "fitShort" : name)}: ${text("all")}`),
         ...values.map((value) => {
           const label = name === "fit" ? text(value) : value || text("none");
           // A sign before it: a stranger's word may be empty, as the value for all is.
@@ -180,8 +184,8 @@ class Panel {
     const wanted = this.selects.fit.value.slice(1);
     if (wanted && (patch.problem || fit(patch, this.known) !== wanted)) return false;
     if (!words.length) return true;
-    const names = (patch.concepts ?? []).map(([name]) => name);
-    const all = [patch.name, patch.method, patch.notes, ...names].join("\n").toLowerCase();
+    const spoken = (patch.concepts ?? []).flatMap(([name, , anchor, names]) => [name, anchor, names]);
+    const all = [patch.name, patch.method, patch.notes, ...spoken].join("\n").toLowerCase();
     return words.every((each) => all.includes(each));
   }
 
@@ -248,11 +252,7 @@ class Panel {
 
   async rename(patch) {
     const file = patch.name.split("/").at(-1);
-    const to = await app.extensionManager.dialog.prompt({
-      title: text("renameTitle"),
-      message: text("renameMessage", { name: file }),
-      defaultValue: file.replace(SUFFIX, ""),
-    });
+    const to = await askName(this.root, filesOf(patch), file.replace(SUFFIX, ""));
     if (to === null || to.trim() === file.replace(SUFFIX, "")) return;
     await this.ask("rename", patch, { to }, (name) => {
       patch.name = name; // so that it is found again, and stays selected
@@ -260,12 +260,11 @@ class Panel {
   }
 
   async remove(patch) {
-    const file = patch.name.split("/").at(-1);
     const sure = await app.extensionManager.dialog.confirm({
       title: text("removeTitle"),
       message: text("removeMessage"),
       type: "delete",
-      itemList: [patch.name, ...(patch.beside ?? []).filter((name) => name !== file)],
+      itemList: filesOf(patch),
     });
     if (sure) await this.ask("delete", patch);
   }

@@ -24,15 +24,23 @@ export function layout() {
   return { size: chosen, picture, row: inner + PADDING };
 }
 
+/** A concept, and what is drawn in its place if something is. */
+export const wordsOf = ([name, , anchor]) => (anchor ? `${name} → ${anchor}` : name);
+
 /** What a patch is called in the list: its concepts, or its file. */
 export function titleOf(patch) {
-  const names = (patch.concepts ?? []).map(([name]) => name).join(", ");
-  return names || patch.name.split("/").at(-1);
+  return (patch.concepts ?? []).map(wordsOf).join(", ") || patch.name.split("/").at(-1);
 }
 
-export function dateOf(patch) {
+export function dateOf(patch, style = { dateStyle: "medium" }) {
   if (!patch.date) return "";
-  return new Date(patch.date * 1000).toLocaleDateString(locale(), { dateStyle: "medium" });
+  return new Date(patch.date * 1000).toLocaleDateString(locale(), style);
+}
+
+/** The date in a few letters: the day in this year, the month in others. */
+function shortDateOf(patch) {
+  const isOld = new Date(patch.date * 1000).getFullYear() !== new Date().getFullYear();
+  return dateOf(patch, { month: "short", ...(isOld ? { year: "numeric" } : { day: "numeric" }) });
 }
 
 export function sizeOf({ size = 0 }) {
@@ -59,7 +67,7 @@ export function thumbnail(patch) {
 /** How a patch goes with the graph, or why it cannot be used. */
 export function badge(patch, fit) {
   const kind = patch.problem ? "problem" : fit;
-  const label = patch.problem ? text(patch.problem).split(/[.。,，:：]/)[0] : text(fit);
+  const label = text(patch.problem ? `${patch.problem}Short` : fit);
   const title = text(patch.problem ?? `${fit}Help`);
   return make("span", { className: `fmn-badge fmn-${kind}`, title }, label);
 }
@@ -82,9 +90,14 @@ export function row(patch, fit, place, add) {
     make(
       "div",
       { className: "fmn-lines" },
-      make("div", { className: "fmn-name", dir: "auto", title: patch.name }, titleOf(patch)),
-      make("div", { className: "fmn-facts", dir: "auto" }, facts || patch.name),
-      make("div", { className: "fmn-facts" }, badge(patch, fit), ` ${dateOf(patch)}`),
+      make("div", { className: "fmn-name", dir: "auto", title: `${titleOf(patch)}\n${patch.name}` }, titleOf(patch)),
+      make("div", { className: "fmn-facts", dir: "auto", title: facts }, facts || patch.name),
+      make(
+        "div",
+        { className: "fmn-facts fmn-fit" },
+        badge(patch, fit),
+        make("span", { className: "fmn-date", title: dateOf(patch) }, shortDateOf(patch)),
+      ),
     ),
   );
   element.ondragstart = (event) => {
