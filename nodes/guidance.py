@@ -99,7 +99,11 @@ class SafeLatentDiffusion(io.ComfyNode):
                 ),
                 _concepts_input(),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The model, steered away from the concept whenever it samples."
+                )
+            ],
         )
 
     @classmethod
@@ -144,7 +148,11 @@ class EraseByNegativePrompt(io.ComfyNode):
                 ),
                 _concepts_input(),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The model, which samples with the concept in its negative prompt."
+                )
+            ],
         )
 
     @classmethod
@@ -167,11 +175,11 @@ class ApplyGatedPatch(io.ComfyNode):
             description="Puts a patch on the model that acts only on prompts close to its "
             "concepts, so other prompts stay as they are. Chain several for several patches.",
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="Stable Diffusion 1.x, 2.x or XL."),
                 io.Clip.Input(
                     "clip", tooltip="The CLIP that your prompts are encoded with, as it goes there."
                 ),
-                Patch.Input("patch"),
+                Patch.Input("patch", tooltip="The patch to put behind the gate."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -200,7 +208,11 @@ class ApplyGatedPatch(io.ComfyNode):
                     "fully open. Near -1: always open.",
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The model with the patch behind its gate. The input stays as it was."
+                )
+            ],
         )
 
     @classmethod

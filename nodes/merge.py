@@ -41,7 +41,7 @@ class PatchList(io.ComfyNode):
             description="Puts a patch on a list, with a strength. Chain several, and give the list "
             "to Merge Forget Patches.",
             inputs=[
-                Patch.Input("patch"),
+                Patch.Input("patch", tooltip="The patch to put on the list."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -57,7 +57,13 @@ class PatchList(io.ComfyNode):
                     tooltip="Patches that are on the list already. They come first.",
                 ),
             ],
-            outputs=[Patches.Output("PATCHES", display_name="patches")],
+            outputs=[
+                Patches.Output(
+                    "PATCHES",
+                    display_name="patches",
+                    tooltip="The list with this patch at its end.",
+                )
+            ],
         )
 
     @classmethod
@@ -139,8 +145,16 @@ class MergeForgetPatches(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Patch.Output("PATCH", display_name="patch"),
-                io.String.Output("REPORT", display_name="report"),
+                Patch.Output(
+                    "PATCH",
+                    display_name="patch",
+                    tooltip="One patch that does what all of them do.",
+                ),
+                io.String.Output(
+                    "REPORT",
+                    display_name="report",
+                    tooltip="What was merged, and what was lost by the size, as text.",
+                ),
             ],
         )
 
