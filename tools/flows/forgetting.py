@@ -28,8 +28,8 @@ def forget_a_person():
         "An **identity**: a person or a character. The method is **Re-read**, which is the default "
         "too. The **keep-list** names those who look most alike first; a list of people comes "
         "along.\n\nLook at the neighbours, not only at who is gone.\n\n**Somebody else?** Change "
-        "`name` in *Concept to Forget*, `words` in *Keep List* to those who look alike, the three "
-        "prompts, and `filename_prefix` in *Save Forget Patch*."
+        "`name` in *Concept to Forget*, `words` in *Keep List* to those who look alike (without "
+        "the new name), the three prompts, and `filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concept = flow.concept("vampire", kind="identity")
@@ -55,8 +55,9 @@ def forget_an_object():
         "An **object**, with an **anchor**: what is to be drawn instead. An alias names the same "
         "thing in other words, and is forgotten too. The method is **TRCE**, a closed form on the "
         "token that sums up a prompt.\n\n**Something else?** Change `name`, `aliases` and `anchor` "
-        "in *Concept to Forget*, `words` in *Keep List*, the three prompts, and `filename_prefix` "
-        "in *Save Forget Patch*. Without aliases and anchor leave them empty."
+        "in *Concept to Forget* (the last two may be empty), `words` in *Keep List* to its "
+        "neighbours (without the new name), the three prompts, and `filename_prefix` in *Save "
+        "Forget Patch*."
     )
     load = flow.demo()
     concept = flow.concept("guitar", aliases="acoustic guitar", anchor="tree")
@@ -82,8 +83,8 @@ def forget_a_style():
         "A **style**: kind *style* trains with 'a photo in the style of ...'. The things it drew "
         "and the other styles shall stay, so the **keep-list** names those styles, and a list of "
         "styles comes along.\n\n**Another style?** Change `name` in *Concept to Forget*, `words` "
-        "in *Keep List* to other styles, the three prompts, and `filename_prefix` in *Save Forget "
-        "Patch*."
+        "in *Keep List* to other styles (without the new name), the three prompts, and "
+        "`filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concept = flow.concept("ink drawing", kind="style")
@@ -110,7 +111,8 @@ def uce_and_keep_list():
         "**UCE** is a closed form: no training, done in a moment. The **keep-list** protects "
         "words: your own, such as close neighbours, and a list that comes along.\n\nThe dog goes, "
         "the cat stays.\n\n**Something else?** Change `name` in *Concept to Forget*, `words` in "
-        "*Keep List*, the two prompts, and `filename_prefix` in *Save Forget Patch*."
+        "*Keep List* to its neighbours (without the new name), the two prompts, and "
+        "`filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concept = flow.concept()

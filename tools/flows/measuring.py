@@ -8,9 +8,10 @@ METHODS = {"Re-read": "FMN_MethodReread", "TRCE": "FMN_MethodTrce", "UCE": "FMN_
 def compare_methods():
     flow = Workflow(
         "One concept by three methods, all pictures from the same seed. From left to right: "
-        f"**untouched, {', '.join(METHODS)}**. Above what shall go, below what shall stay.\n\nTo "
-        "compare others, put another Method node in the place of one. Pictures of one seed are a "
-        "first look; *Measure a patch* goes on from there.\n\n**Something else?** Change `name` in "
+        f"**untouched, {', '.join(METHODS)}**. Above what shall go, below what shall stay. "
+        "The pictures are at the right end.\n\nTo compare others, put another Method node in the "
+        "place of one. Pictures of one seed are a first look; *Measure a patch* goes on from "
+        "there.\n\n**Something else?** Change `name` in "
         "*Concept to Forget*, and the two prompts."
     )
     flow.rows, flow.height = 1, 400
@@ -59,8 +60,9 @@ def measure_a_patch():
         "**M-Score** tells whether words learnt from pictures of dogs still mean *dog*. "
         "**Attention Map** shows where the word *dog* is read in a picture that the model draws of "
         "it. Its share may even rise a little after forgetting: Re-read changes what is read "
-        "there, not how much.\n\n**Something else?** Change `name` in *Concept to Forget*, to a "
-        "target of the suite, and `name` in *ConceptBench*."
+        "there, not how much.\n\n**Something else?** Change `name` in *Concept to Forget* to "
+        "another target of the suite, such as apple, car or guitar, and `name` in *ConceptBench*, "
+        "which is the report's folder."
     )
     flow.rows = 4
     load = flow.demo()
