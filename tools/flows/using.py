@@ -43,7 +43,8 @@ def gated_patch():
     prompts = {"Dog": "a photo of a dog", "Cat": "a photo of a cat"}
     drawn = compared(flow, load, prompts, {"untouched": load, "plain": plain, "gated": gated})
     flow.column()
-    flow.save(train, "strong_dog", drawn["Dog", "untouched"], drawn["Dog", "plain"])
+    thumbnail = flow.pair(drawn["Dog", "untouched"], drawn["Dog", "plain"])
+    flow.save(train, "strong_dog", thumbnail)
     return flow
 
 
@@ -105,8 +106,9 @@ def erase_and_repair():
     flow.column()
     flow.add("PreviewImage", "Untouched", images=[pictures, 0])
     flow.add("PreviewImage", "Round 1, by name", images=[attack, 1])
+    thumbnail = flow.pair([pictures, 0], [fresh, 1])
     flow.column()
     flow.add("PreviewImage", "Round 1, by learned words", images=[attack, 0])
     flow.add("PreviewImage", "Round 2, by learned words", images=[fresh, 0])
-    flow.save(second, "repaired_dog", [pictures, 0], [fresh, 1])
+    flow.save(second, "repaired_dog", thumbnail)
     return flow

@@ -80,10 +80,16 @@ class Workflow:
             whole = [number, 0]
         return whole
 
-    def save(self, patch, prefix, before, after):
-        """Saves a patch with [node, output] of pictures before and after as its thumbnail."""
-        both = self.stitch([before, after], "down", "Before and after")
-        self.add("FMN_SaveForgetPatch", patch=[patch, 0], filename_prefix=prefix, thumbnail=both)
+    def pair(self, before, after):
+        """The first picture of each [node, output], side by side: what fits into a patch list."""
+        both = self.stitch([before, after], "right", "Before and after")
+        first = self.add("ImageFromBatch", "The first pair", image=both, batch_index=0, length=1)
+        return [first, 0]
+
+    def save(self, patch, prefix, thumbnail):
+        self.add(
+            "FMN_SaveForgetPatch", patch=[patch, 0], filename_prefix=prefix, thumbnail=thumbnail
+        )
 
 
 def compared(flow, load, prompts, models, steps=16, saved=None):
@@ -104,10 +110,13 @@ def compared(flow, load, prompts, models, steps=16, saved=None):
             sampler = flow.sample(f"{subject}, {when}", model, text, empty, latent, steps)
             decoder = flow.add("VAEDecode", samples=[sampler, 0], vae=[load, 2])
             decoded[subject, when] = [decoder, 0]
+        shown = saved and subject == next(iter(prompts))
+        if shown:
+            first, *_, last = models
+            thumbnail = flow.pair(decoded[subject, first], decoded[subject, last])
         flow.column()
         for when in models:
             flow.add("PreviewImage", f"{subject}, {when}", images=decoded[subject, when])
-        if saved and subject == next(iter(prompts)):
-            first, *_, last = models
-            flow.save(*saved, decoded[subject, first], decoded[subject, last])
+        if shown:
+            flow.save(*saved, thumbnail)
     return decoded
