@@ -30,6 +30,10 @@ def info_of(path, metadata):
                 if not isinstance(info[name], INFO_TYPES[name]):
                     raise TypeError(name)
         texts = [concept[part] for concept in info["concepts"] for part in ("name", "kind")]
+        for concept in info["concepts"]:
+            texts += [concept.get("anchor", ""), *concept.get("aliases", [])]
+            if not isinstance(concept.get("aliases", []), list):
+                raise TypeError("aliases")
         numbers = [info["loss"][part] for part in ("first", "last", "steps") if info.get("loss")]
         numbers += [info[part] for part in ("truncation_error", "rounding_error") if part in info]
         for part in info.get("merged", []):

@@ -1,8 +1,12 @@
 """Patches in words."""
 
+from dataclasses import asdict
+
+from .methods import METHODS, method
 from .scores import scores_text
 
 PARTS_SHOWN = 12  # of a merged patch
+SETTINGS_SHOWN = 50  # more than any method has
 
 
 def printable(text):
@@ -15,10 +19,9 @@ def printable(text):
 def describe(patch):
     """What a patch forgets, how it was made, and on which base: a few lines of text."""
     info = patch.info
-    concepts = [f"{c['name']} ({c['kind']})" for c in info["concepts"]]
     ranks = "-".join(str(rank) for rank in sorted({patch.ranks[0], patch.ranks[-1]}))
     lines = [
-        f"forgets: {', '.join(concepts)}",
+        f"forgets: {'; '.join(map(_concept, info['concepts']))}",
         f"for: {patch.family.title}, {info.get('base.prediction', 'epsilon')} prediction, "
         f"base {info.get('base.fingerprint', 'unknown')}",
         f"layers: {len(patch.changes)}, rank {ranks}",
@@ -26,9 +29,7 @@ def describe(patch):
     ]
     if info.get("merged"):
         lines.append(f"merged: {_merged(info['merged'])}")
-    settings = [f"{key} {value}" for key, value in info.get("settings", {}).items()]
-    if settings:
-        lines.append(f"settings: {', '.join(settings)}")
+    lines += _settings(info)
     loss = info.get("loss")
     if loss:
         lines.append(f"loss: {loss['first']:.4g} -> {loss['last']:.4g} in {loss['steps']} steps")
@@ -41,6 +42,40 @@ def describe(patch):
             lines.append(f"{meaning}: {info[key]:.2%} of the change")
     lines.append(f"made: {info.get('date', 'unknown')}, version {info.get('version', 'unknown')}")
     return "\n".join(printable(line) for line in lines)
+
+
+def _concept(told):
+    """A concept with its aliases and its anchor."""
+    aliases = f", also {', '.join(told['aliases'])}" if told.get("aliases") else ""
+    anchor = f" -> {told['anchor']}" if told.get("anchor") else ""
+    return f"{told['name']} ({told['kind']}){aliases}{anchor}"
+
+
+def _settings(info):
+    """The preset that comes closest, and a line for each setting that is not as there.
+
+    All of them, for a method or settings that are not known here.
+    """
+    own, name = info.get("settings", {}), info.get("method")
+    presets = method(METHODS[name][0]).PRESETS if name in METHODS else {}
+    others = {
+        preset: {key: own[key] for key in own if own[key] != asdict(settings).get(key)}
+        for preset, settings in presets.items()
+    }
+    if not own:
+        return []
+    if not others:
+        return ["settings:", *_listed(own)]
+    closest = min(others, key=lambda preset: len(others[preset]))
+    if not others[closest]:
+        return [f"settings: as preset {closest}"]
+    return [f"settings: as preset {closest}, except", *_listed(others[closest])]
+
+
+def _listed(settings):
+    lines = [f"- {key} {value}" for key, value in settings.items()]
+    more = len(lines) - SETTINGS_SHOWN
+    return [*lines[:SETTINGS_SHOWN], f"- and {more} more"] if more > 0 else lines
 
 
 def _merged(parts):

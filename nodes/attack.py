@@ -108,6 +108,22 @@ def _inputs():
     ]
 
 
+def _learned_outputs(unless=""):
+    """What both nodes give: the words for a prompt, and what was learned."""
+    return [
+        io.String.Output(
+            "TOKEN",
+            display_name="token",
+            tooltip=f"What to write in a prompt: embedding: and the name.{unless}",
+        ),
+        Learned.Output(
+            "EMBEDDING",
+            display_name="embedding",
+            tooltip="What was learned, for learned on Concept to Forget.",
+        ),
+    ]
+
+
 def _settings(start, templates, training_seed, **values):
     lines = lines_of(templates)
     written = {"templates": lines} if lines else {}
@@ -138,10 +154,7 @@ class TextualInversion(io.ComfyNode):
                 ),
                 *_inputs(),
             ],
-            outputs=[
-                io.String.Output("TOKEN", display_name="token"),
-                Learned.Output("EMBEDDING", display_name="embedding"),
-            ],
+            outputs=_learned_outputs(),
             is_output_node=True,
         )
 
@@ -205,10 +218,17 @@ class ConceptInversionProbe(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("LEARNED", display_name="by learned tokens"),
-                io.Image.Output("NAMED", display_name="by name"),
-                io.String.Output("TOKEN", display_name="token"),
-                Learned.Output("EMBEDDING", display_name="embedding"),
+                io.Image.Output(
+                    "LEARNED",
+                    display_name="by learned tokens",
+                    tooltip="What the model draws with the learned tokens. Does the concept show?",
+                ),
+                io.Image.Output(
+                    "NAMED",
+                    display_name="by name",
+                    tooltip="The same prompts and noise with the concept's name, to compare.",
+                ),
+                *_learned_outputs(" Empty without save_as."),
             ],
         )
 
@@ -290,8 +310,16 @@ class HardestEmbedding(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output("CONDITIONING", display_name="conditioning"),
-                io.String.Output("TEXT", display_name="text"),
+                io.Conditioning.Output(
+                    "CONDITIONING",
+                    display_name="conditioning",
+                    tooltip="The hardest text, as a prompt for the sampler.",
+                ),
+                io.String.Output(
+                    "TEXT",
+                    display_name="text",
+                    tooltip="How far the patch moved the prompt, and how near this comes back.",
+                ),
             ],
         )
 

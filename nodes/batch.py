@@ -45,10 +45,26 @@ class TrainForgetPatches(io.ComfyNode):
                 keep_input(),
             ],
             outputs=[
-                Patches.Output("PATCHES", display_name="patches"),
-                io.String.Output("REPORT", display_name="report"),
-                io.Int.Output("FINISHED", display_name="finished"),
-                io.Int.Output("FAILED", display_name="failed"),
+                Patches.Output(
+                    "PATCHES",
+                    display_name="patches",
+                    tooltip="All patches of the list, new and old, for Merge Forget Patches.",
+                ),
+                io.String.Output(
+                    "REPORT",
+                    display_name="report",
+                    tooltip="What was made, what was there already, and what failed, as text.",
+                ),
+                io.Int.Output(
+                    "FINISHED",
+                    display_name="finished",
+                    tooltip="How many concepts have a patch now.",
+                ),
+                io.Int.Output(
+                    "FAILED",
+                    display_name="failed",
+                    tooltip="How many concepts have none, because something went wrong.",
+                ),
             ],
             is_output_node=True,
         )

@@ -15,7 +15,7 @@ from ..fmn.bench.judges import check_domains, files_of, hash_of, judge_for
 from ..fmn.bench.lab import Lab, to_bytes
 from ..fmn.bench.names import MEASURES, QUICK
 from ..fmn.bench.plots import plots
-from ..fmn.bench.report import markdown_table
+from ..fmn.bench.report import in_short, markdown_table
 from ..fmn.bench.run import bench, failures
 from ..fmn.bench.runner import Here
 from ..fmn.bench.suite import SUITES, parse_suite, read_suite
@@ -23,6 +23,7 @@ from ..fmn.bench.worker import demo_controls, read_controls
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfy import ComfyModel
 from ..fmn.methods import PRESETS, preset_of, settings_of
+from ..fmn.report import printable
 from .parts import image_of, lines_of
 from .patch import DEMO_PATCHES, below_output
 from .types import CATEGORY, Method, Patch, show_text
@@ -77,7 +78,8 @@ class ConceptBench(io.ComfyNode):
                     "targets",
                     default="",
                     multiline=True,
-                    tooltip="Names of the suite's targets, one a line. Empty: all of them.",
+                    tooltip="Names of the suite's targets, one a line. Empty: those that the patch "
+                    "forgets; without a patch all of them.",
                 ),
                 io.Combo.Input(
                     "measure",
@@ -124,9 +126,21 @@ class ConceptBench(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("REPORT", display_name="report"),
-                io.Image.Output("BARS", display_name="bars"),
-                io.Image.Output("SCATTER", display_name="erased and kept"),
+                io.String.Output(
+                    "REPORT",
+                    display_name="report",
+                    tooltip="The table as text, and where report.html lies.",
+                ),
+                io.Image.Output(
+                    "BARS",
+                    display_name="bars",
+                    tooltip="What was measured of each target, as bars with 95 % intervals.",
+                ),
+                io.Image.Output(
+                    "SCATTER",
+                    display_name="erased and kept",
+                    tooltip="How much is gone against how much is kept. Right and up is good.",
+                ),
             ],
             is_output_node=True,
         )
@@ -164,9 +178,12 @@ class ConceptBench(io.ComfyNode):
             raise ForgetError(failures(failed, paths))
         images = {plot.name: plot.image for plot in plots(summary)}
         report = f"{markdown_table(summary)}\n\n{paths['html']}"
+        result = f"{in_short(summary)}\n{paths['html']}"
         if write_scores:
             scores.write_scores(patch.source, *scores.scores_of(summary, setup, under_test.name))
-            report += f"\n\nscores written into {patch.source.path.name}"
+            written = f"scores written into {printable(patch.source.path.name)}"
+            report, result = f"{report}\n\n{written}", f"{result}\n{written}"
+        show_text(result)
         shown = [image_of(images[name]) for name in ("bars", "erased-vs-kept")]
         return io.NodeOutput(report, *shown, ui=ui.PreviewText(report))
 

@@ -94,7 +94,13 @@ class ConceptNode(io.ComfyNode):
                     "forget it along with the name; other methods ignore it.",
                 ),
             ],
-            outputs=[Concepts.Output("CONCEPTS", display_name="concepts")],
+            outputs=[
+                Concepts.Output(
+                    "CONCEPTS",
+                    display_name="concepts",
+                    tooltip="This concept, behind those that came in.",
+                )
+            ],
         )
 
     @classmethod
@@ -149,7 +155,13 @@ class ConceptListNode(io.ComfyNode):
                     "the text. New files show up after a refresh (R).",
                 ),
             ],
-            outputs=[Concepts.Output("CONCEPTS", display_name="concepts")],
+            outputs=[
+                Concepts.Output(
+                    "CONCEPTS",
+                    display_name="concepts",
+                    tooltip="The concepts of the list, behind those that came in.",
+                )
+            ],
         )
 
     @classmethod

@@ -127,7 +127,13 @@ class LoadDemoCheckpoint(io.ComfyNode):
             description="A small Stable Diffusion that comes with the pack: 120 things in 9 "
             "styles at 128 x 128 pixels. For trying things out in seconds, also without a GPU.",
             inputs=[],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="The demo model: to forget on, and to sample with."),
+                io.Clip.Output(tooltip="The CLIP of the demo model, for prompts."),
+                io.Vae.Output(
+                    tooltip="The VAE of the demo model, which turns latents into pictures."
+                ),
+            ],
         )
 
     @classmethod

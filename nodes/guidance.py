@@ -100,7 +100,11 @@ class SafeLatentDiffusion(io.ComfyNode):
                 ),
                 _concepts_input(),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The model, steered away from the concept whenever it samples."
+                )
+            ],
         )
 
     @classmethod
@@ -145,7 +149,11 @@ class EraseByNegativePrompt(io.ComfyNode):
                 ),
                 _concepts_input(),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The model, which samples with the concept in its negative prompt."
+                )
+            ],
         )
 
     @classmethod
@@ -168,11 +176,11 @@ class ApplyGatedPatch(io.ComfyNode):
             description="Puts a patch on the model that acts only on prompts close to its "
             "concepts, so other prompts stay as they are. Chain several for several patches.",
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="Stable Diffusion 1.x, 2.x or XL."),
                 io.Clip.Input(
                     "clip", tooltip="The CLIP that your prompts are encoded with, as it goes there."
                 ),
-                Patch.Input("patch"),
+                Patch.Input("patch", tooltip="The patch to put behind the gate."),
                 strength_input(
                     "With the gate open. 0: the untouched model. 1: as trained. Above: "
                     "forgets more. Below 0: draws towards the concept."
@@ -196,7 +204,11 @@ class ApplyGatedPatch(io.ComfyNode):
                     "fully open. Near -1: always open.",
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The model with the patch behind its gate. The input stays as it was."
+                )
+            ],
         )
 
     @classmethod

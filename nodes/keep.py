@@ -37,7 +37,13 @@ class KeepListNode(io.ComfyNode):
                     "neighbours of what is forgotten. They go first. Empty: only the list.",
                 ),
             ],
-            outputs=[Keep.Output("KEEP", display_name="keep")],
+            outputs=[
+                Keep.Output(
+                    "KEEP",
+                    display_name="keep",
+                    tooltip="Your words and the list, for keep on the training nodes.",
+                )
+            ],
         )
 
     @classmethod

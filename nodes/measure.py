@@ -68,8 +68,16 @@ class AttentionMap(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("IMAGE", display_name="maps"),
-                io.String.Output("TEXT", display_name="text"),
+                io.Image.Output(
+                    "IMAGE",
+                    display_name="maps",
+                    tooltip="A row for each concept: where its words get attention. Paler is more.",
+                ),
+                io.String.Output(
+                    "TEXT",
+                    display_name="text",
+                    tooltip="The shares of attention in percent, in all and by part of the model.",
+                ),
             ],
         )
 
@@ -192,8 +200,10 @@ class MScore(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("TEXT", display_name="text"),
-                io.Image.Output("IMAGE", display_name="plot"),
+                io.String.Output(
+                    "TEXT", display_name="text", tooltip="The scores with their spread, as text."
+                ),
+                io.Image.Output("IMAGE", display_name="plot", tooltip="The scores as a plot."),
             ],
         )
 

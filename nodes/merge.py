@@ -38,7 +38,7 @@ class PatchList(io.ComfyNode):
             description="Puts a patch on a list, with a strength. Chain several, and give the list "
             "to Merge Forget Patches.",
             inputs=[
-                Patch.Input("patch"),
+                Patch.Input("patch", tooltip="The patch to put on the list."),
                 strength_input(
                     "Share of the patch in the merged one. 0: left out. 1: as trained. "
                     "Above: forgets more and harms more. Below 0: the change turned round."
@@ -49,7 +49,13 @@ class PatchList(io.ComfyNode):
                     tooltip="Patches that are on the list already. They come first.",
                 ),
             ],
-            outputs=[Patches.Output("PATCHES", display_name="patches")],
+            outputs=[
+                Patches.Output(
+                    "PATCHES",
+                    display_name="patches",
+                    tooltip="The list with this patch at its end.",
+                )
+            ],
         )
 
     @classmethod
@@ -126,8 +132,16 @@ class MergeForgetPatches(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Patch.Output("PATCH", display_name="patch"),
-                io.String.Output("REPORT", display_name="report"),
+                Patch.Output(
+                    "PATCH",
+                    display_name="patch",
+                    tooltip="One patch that does what all of them do.",
+                ),
+                io.String.Output(
+                    "REPORT",
+                    display_name="report",
+                    tooltip="What was merged, and what was lost by the size, as text.",
+                ),
             ],
         )
 

@@ -34,6 +34,17 @@ def _input(described):
     return io.Float.Input(name, step=step, round=False, **limits, **given)
 
 
+def _preset_input(presets):
+    return io.Combo.Input(
+        "preset",
+        options=[WIDGETS, *presets],
+        default=WIDGETS,
+        optional=True,
+        tooltip=f"'{WIDGETS}' uses the values below. A name uses that preset's values, and nothing "
+        "below counts then.",
+    )
+
+
 class MethodNode(io.ComfyNode):
     """Base of the method nodes; ``method`` names the module of ``fmn.methods``."""
 
@@ -45,23 +56,20 @@ class MethodNode(io.ComfyNode):
         presets = list(module.PRESETS)
         inputs = [_input(each) for each in fields(module.Settings)]
         if len(presets) > 1:
-            inputs.append(
-                io.Combo.Input(
-                    "preset",
-                    options=[WIDGETS, *presets],
-                    default=WIDGETS,
-                    optional=True,
-                    tooltip=f"'{WIDGETS}' uses this node's values. A name uses that preset's "
-                    "values instead of all of them.",
-                )
-            )
+            inputs.insert(0, _preset_input(presets))
         return io.Schema(
             node_id=f"FMN_{cls.__name__}",
             display_name=f"Method: {module.TITLE}",
             category=f"{CATEGORY}/methods",
             description=module.ABOUT,
             inputs=inputs,
-            outputs=[Method.Output("METHOD", display_name="method")],
+            outputs=[
+                Method.Output(
+                    "METHOD",
+                    display_name="method",
+                    tooltip="The settings, for method on the training nodes.",
+                )
+            ],
         )
 
     @classmethod

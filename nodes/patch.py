@@ -83,7 +83,7 @@ class SaveForgetPatch(io.ComfyNode):
             description=f"Writes the patch to output/{KIND}. The file is a LoRA with the usual "
             "names: Load LoRA lists it too, and diffusers reads it.",
             inputs=[
-                Patch.Input("patch"),
+                Patch.Input("patch", tooltip="What to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="patch",
@@ -98,8 +98,16 @@ class SaveForgetPatch(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Patch.Output("PATCH", display_name="patch"),
-                io.String.Output("NAME", display_name="file name"),
+                Patch.Output(
+                    "PATCH",
+                    display_name="patch",
+                    tooltip="The same patch, which now knows its file.",
+                ),
+                io.String.Output(
+                    "NAME",
+                    display_name="file name",
+                    tooltip=f"Name of the file, below output/{KIND}.",
+                ),
             ],
             is_output_node=True,
         )
@@ -131,7 +139,13 @@ class LoadForgetPatch(io.ComfyNode):
                     "pack, for the demo model.",
                 ),
             ],
-            outputs=[Patch.Output("PATCH", display_name="patch")],
+            outputs=[
+                Patch.Output(
+                    "PATCH",
+                    display_name="patch",
+                    tooltip="The patch, for Apply Forget Patch and others.",
+                )
+            ],
         )
 
     @classmethod
@@ -168,8 +182,11 @@ class ApplyForgetPatch(io.ComfyNode):
             description="Puts a patch on the model. It is merged into the weights when the model "
             "is loaded, so sampling costs nothing more. Chain several for several patches.",
             inputs=[
-                io.Model.Input("model"),
-                Patch.Input("patch"),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that is to forget, of the family that the patch is for.",
+                ),
+                Patch.Input("patch", tooltip="The patch to put on it."),
                 strength_input(
                     "0: the untouched model. 1: as trained. Above: forgets more and harms "
                     "more. Below 0: draws towards the concept."
@@ -181,7 +198,15 @@ class ApplyForgetPatch(io.ComfyNode):
                     "be encoded with the CLIP that comes out.",
                 ),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output()],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The model with the patch on it. The input stays as it was."
+                ),
+                io.Clip.Output(
+                    tooltip="The CLIP to encode prompts with, which a patch for the text encoder "
+                    "has changed. Empty if none came in."
+                ),
+            ],
         )
 
     @classmethod
@@ -212,8 +237,12 @@ class InspectForgetPatch(io.ComfyNode):
             display_name="Inspect Forget Patch",
             category=CATEGORY,
             description="Tells what a patch forgets, how it was made, and on which base.",
-            inputs=[Patch.Input("patch")],
-            outputs=[io.String.Output("TEXT", display_name="text")],
+            inputs=[Patch.Input("patch", tooltip="The patch to look at.")],
+            outputs=[
+                io.String.Output(
+                    "TEXT", display_name="text", tooltip="The description, a few lines of text."
+                )
+            ],
             is_output_node=True,
         )
 

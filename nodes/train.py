@@ -54,11 +54,19 @@ class TrainForgetPatch(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Patch.Output("PATCH", display_name="patch"),
+                Patch.Output(
+                    "PATCH",
+                    display_name="patch",
+                    tooltip="The patch, for Apply Forget Patch and Save Forget Patch.",
+                ),
                 io.Custom("LORA_MODEL").Output(
                     "LORA", display_name="lora", tooltip="The same patch for core's LoRA nodes."
                 ),
-                io.Custom("LOSS_MAP").Output("LOSS", display_name="loss"),
+                io.Custom("LOSS_MAP").Output(
+                    "LOSS",
+                    display_name="loss",
+                    tooltip="The loss of each step, for core's Plot Loss Graph.",
+                ),
             ],
             hidden=[io.Hidden.extra_pnginfo],
         )

@@ -114,7 +114,13 @@ class TrainingOptionsNode(io.ComfyNode):
                     "up after a refresh (R).",
                 ),
             ],
-            outputs=[Options.Output("OPTIONS", display_name="options")],
+            outputs=[
+                Options.Output(
+                    "OPTIONS",
+                    display_name="options",
+                    tooltip="These options, for options on Train Forget Patch.",
+                )
+            ],
         )
 
     @classmethod

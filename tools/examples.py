@@ -11,6 +11,7 @@ run this. ``tools/flows`` holds what is put together. It needs what ``tools/run.
 import json
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -31,13 +32,13 @@ SLOW = 240_000  # ms, for a page on a busy machine
 ROOM = {
     "PreviewImage": 330, "FMN_TrainForgetPatch": 330, "FMN_ConceptInversionProbe": 330,
     "FMN_SaveForgetPatch": 70, "FMN_ApplyForgetPatch": 60, "FMN_ApplyGatedPatch": 60,
-    "FMN_SafeLatentDiffusion": 60, "FMN_InspectForgetPatch": 380, "FMN_TrainForgetPatches": 150,
-    "FMN_MergeForgetPatches": 80, "FMN_ConceptBench": 250, "FMN_MScore": 120,
+    "FMN_SafeLatentDiffusion": 60, "FMN_InspectForgetPatch": 320, "FMN_TrainForgetPatches": 150,
+    "FMN_MergeForgetPatches": 80, "FMN_ConceptBench": 220, "FMN_MScore": 120,
     "FMN_AttentionMap": 120,
 }  # fmt: skip
 TALLER = 4  # pixels that a widget is higher in Nodes 2.0
 LAYOUT = """
-([graph, columns, titles, note, room, taller]) => {
+([graph, columns, titles, note, room, widths, taller]) => {
   app.loadApiJson(graph, 'example');
   const byId = id => app.graph.getNodeById(id) ?? app.graph.getNodeById(String(id));
   let x = 0;
@@ -54,7 +55,7 @@ LAYOUT = """
       } else {
         node = byId(id);
         const size = node.computeSize();
-        node.setSize([Math.max(size[0], 310), size[1] + (room[node.type] ?? 0)]);
+        node.setSize([Math.max(size[0], widths[id] ?? 310), size[1] + (room[node.type] ?? 0)]);
         node.title = titles[id] ?? node.constructor.title;
         for (const widget of node.widgets ?? [])
           if (widget.name === 'control_after_generate') widget.value = 'fixed';
@@ -83,13 +84,16 @@ ENCLOSE = """
   });
 }
 """
+# All of it in view, or of a large one the beginning: below SMALLEST the page draws no texts.
+SMALLEST = 0.65
 FIT = """
-() => {
+smallest => {
   const nodes = app.graph.nodes;
   const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0]));
   const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1]));
   const view = app.canvas.canvas.getBoundingClientRect();
-  const scale = Math.min((view.width - 120) / right, (view.height - 200) / (bottom + 40), 1);
+  const fitting = Math.min((view.width - 120) / right, (view.height - 200) / (bottom + 40), 1);
+  const scale = Math.max(fitting, smallest);
   app.canvas.ds.scale = scale;
   app.canvas.ds.offset = [80 / scale, 130 / scale];
   app.canvas.setDirty(true, true);
@@ -98,16 +102,23 @@ FIT = """
 
 
 def lay_out(page, flow):
-    titles = {str(number): title for number, title in flow.titles.items()}
-    page.evaluate(LAYOUT, [flow.nodes, flow.columns, titles, flow.note, ROOM | flow.room, TALLER])
+    titles, widths = ({str(n): told for n, told in d.items()} for d in (flow.titles, flow.widths))
+    room = ROOM | flow.room
+    page.evaluate(LAYOUT, [flow.nodes, flow.columns, titles, flow.note, room, widths, TALLER])
+
+
+def identity(name):
+    """A workflow's own id, always the same: the page finds what belongs to it by its id."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"forget-me-not/example_workflows/{name}"))
 
 
 def make(page, server, name, flow):
     """Write the .json and the .jpg of one example."""
     lay_out(page, flow)
-    page.evaluate(FIT)
+    page.evaluate(FIT, SMALLEST)
     page.wait_for_timeout(500)
     saved = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
+    saved["id"] = identity(name)
     (FOLDER / f"{name}.json").write_text(json.dumps(saved) + "\n", encoding="utf-8")
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     outputs = server.run(prompt)

@@ -67,6 +67,24 @@ def markdown_table(summary, columns=None):
     return "\n".join(lines) + "\n"
 
 
+def in_short(summary):
+    """A line a method with the compact table's columns, means over all targets, no intervals."""
+    columns = _chosen(summary, None)
+    _, means = kinds_first(summary["means"])[0]
+    return "\n".join(
+        printable(f"{mean['method']}: {', '.join(_short(mean['values'], c) for c in columns)}")
+        for mean in means
+    )
+
+
+def _short(values, column):
+    value = values.get(column["key"])
+    if not is_measured(value):
+        return f"{column['title']} not measured"
+    unit = f" {column['unit']}" if column["unit"] else ""
+    return f"{column['title']} {number(value['value'], column['unit'])}{unit}"
+
+
 def target_table(summary):
     """Each target as a Markdown table: a row a target and method."""
     columns = _chosen(summary, None)

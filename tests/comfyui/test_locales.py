@@ -29,6 +29,24 @@ def test_every_text_has_its_chinese(texts):
     assert missing(texts, read(BOOK)) == [], "write them into tools/chinese.json"
 
 
+def test_every_input_and_output_has_a_tooltip(info):
+    for name, node in info.items():
+        for part in ("required", "optional"):
+            for label, (_, options) in node["input"].get(part, {}).items():
+                assert options.get("tooltip"), f"{name}: input {label}"
+        told = zip(node["output_name"], node["output_tooltips"], strict=True)
+        assert [label for label, tooltip in told if not tooltip] == [], name
+
+
+def test_a_preset_stands_above_what_it_overrides(info):
+    with_presets = [
+        list(node["input"]["optional"])
+        for name, node in info.items()
+        if name.startswith("FMN_Method") and "preset" in node["input"]["optional"]
+    ]
+    assert len(with_presets) > 10 and {names[0] for names in with_presets} == {"preset"}
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_files_are_fresh(texts, language):
     made = node_defs(texts, read(BOOK))[language]

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from fmn.bench.report import check, markdown, markdown_table, target_table, write_report
+from fmn.bench.report import check, in_short, markdown, markdown_table, target_table, write_report
 from fmn.bench.wording import interval, lead, number
 from fmn.errors import ForgetError
 
@@ -230,6 +230,7 @@ def test_bold_only_beyond_all_intervals():
         "| first | **90.0** (80.0 to 95.0) |",
         "| second | 60.0 (50.0 to 70.0) |",
     ]
+    assert in_short(summary) == "untouched: UA 100.0 %\nfirst: UA 90.0 %\nsecond: UA 60.0 %"
     values["second"]["high"] = 0.8
     assert "**" not in markdown_table(summary)
 
@@ -240,6 +241,12 @@ def test_markdown_tables():
     assert lines[0] == "| targets | method | UA (%) | IRA (%) | CRA (%) | HM (%) |"
     assert lines[1] == "| --- | --- | ---: | ---: | ---: | ---: |"
     assert len(lines) == 2 + 4 * 3 and lines[2].startswith("| all | untouched |")
+    short = in_short(summary).splitlines()  # over all targets, not a kind's
+    assert len(short) == 3
+    for line, row in zip(short, lines[2:5]):
+        method, *cells = [cell.strip(" *") for cell in row.split("|")[2:-1]]
+        ua = cells[0].split("*")[0].split(" (")[0]
+        assert line.startswith(f"{method}: UA {ua} %, IRA ")
     assert markdown_table(summary, ["KID"]).splitlines()[0] == "| targets | method | KID |"
     assert len(target_table(summary).splitlines()) == 2 + 3 * len(TARGETS)
     assert "| esd |" in markdown(summary) and "goblin" in markdown(summary)

@@ -7,18 +7,19 @@ def forget_a_concept():
     flow = Workflow(
         "Makes a patch on the small model that comes with the pack, saves it, and draws the same "
         "prompt before and after. No method is connected, so it is the default, "
-        "**Re-read**.\n\nFor your own model put *Load Checkpoint* in place of *Load Demo "
-        "Checkpoint*, and name your concept."
+        "**Re-read**.\n\n**Something else?** Change `name` in *Concept to Forget*, the prompt in "
+        "*Dog*, and `filename_prefix` in *Save Forget Patch*. For your own model put *Load "
+        "Checkpoint* in place of *Load Demo Checkpoint*."
     )
     load = flow.demo()
-    concept = flow.concept(prompts="a dog, noto emoji\na dog, twemoji\n3d render of a dog")
+    concept = flow.concept()
     flow.column()
     train = flow.train(load, concept)
-    flow.save(train, "forget_dog")
-    flow.add("FMN_InspectForgetPatch", patch=[train, 0])
     flow.column()
     patched = flow.apply(load, train)
-    compared(flow, load, {"Dog": "a photo of a dog"}, {"before": load, "after": patched})
+    flow.add("FMN_InspectForgetPatch", patch=[train, 0])
+    prompts, models = {"Dog": "a photo of a dog"}, {"before": load, "after": patched}
+    compared(flow, load, prompts, models, saved=(train, "forget_dog"))
     return flow
 
 
@@ -36,10 +37,9 @@ def _with_keep_list(note, concept, keep, method, file, prompts):
     flow.column()
     kind, settings = method
     train = flow.train(load, named, flow.add(kind, **settings), keep=[kept, 0])
-    flow.save(train, file)
     flow.column()
     patched = flow.apply(load, train)
-    compared(flow, load, prompts, {"before": load, "after": patched})
+    compared(flow, load, prompts, {"before": load, "after": patched}, saved=(train, file))
     return flow
 
 
@@ -47,7 +47,9 @@ def forget_a_person():
     return _with_keep_list(
         "An **identity**: a person or a character. The method is **Re-read**, which is the default "
         "too. The **keep-list** names those who look most alike first; a list of people comes "
-        "along.\n\nLook at the neighbours, not only at who is gone.",
+        "along.\n\nLook at the neighbours, not only at who is gone.\n\n**Somebody else?** Change "
+        "`name` in *Concept to Forget*, `words` in *Keep List* to those who look alike (without "
+        "the new name), the three prompts, and `filename_prefix` in *Save Forget Patch*.",
         {"name": "vampire", "kind": "identity"},
         {"list": "people", "words": "zombie\nsuperhero\nwizard"},
         ("FMN_MethodReread", {}),
@@ -63,7 +65,10 @@ def forget_an_object():
     return _with_keep_list(
         "An **object**, with an **anchor**: what is to be drawn instead. An alias names the same "
         "thing in other words, and is forgotten too. The method is **TRCE**, a closed form on the "
-        "token that sums up a prompt.",
+        "token that sums up a prompt.\n\n**Something else?** Change `name`, `aliases` and `anchor` "
+        "in *Concept to Forget* (the last two may be empty), `words` in *Keep List* to its "
+        "neighbours (without the new name), the three prompts, and `filename_prefix` in *Save "
+        "Forget Patch*.",
         {"name": "guitar", "aliases": "acoustic guitar", "anchor": "tree"},
         {"list": "common", "words": "violin\ntrumpet\ndrum"},
         ("FMN_MethodTrce", {}),
@@ -79,7 +84,9 @@ def forget_a_style():
     return _with_keep_list(
         "A **style**: kind *style* trains with 'a photo in the style of ...'. The things it drew "
         "and the other styles shall stay, so the **keep-list** names those styles, and a list of "
-        "styles comes along.",
+        "styles comes along.\n\n**Another style?** Change `name` in *Concept to Forget*, `words` "
+        "in *Keep List* to other styles (without the new name), the three prompts, and "
+        "`filename_prefix` in *Save Forget Patch*.",
         {"name": "ink drawing", "kind": "style"},
         {"list": "styles", "words": "blueprint\nneon sign\nblack silhouette\ntwemoji"},
         ("FMN_MethodReread", {}),
@@ -95,7 +102,9 @@ def uce_and_keep_list():
     return _with_keep_list(
         "**UCE** is a closed form: no training, done in a moment. The **keep-list** protects "
         "words: your own, such as close neighbours, and a list that comes along.\n\nThe dog goes, "
-        "the cat stays.",
+        "the cat stays.\n\n**Something else?** Change `name` in *Concept to Forget*, `words` in "
+        "*Keep List* to its neighbours (without the new name), the two prompts, and "
+        "`filename_prefix` in *Save Forget Patch*.",
         {},
         {"list": "common", "words": "cat\nrabbit\nbear\na photo"},
         ("FMN_MethodUce", {"tokens": "from-last"}),
@@ -109,7 +118,8 @@ def forget_many():
         "One patch **for each concept of a list**, as files in `output/forget_patches/batch`. Run "
         "it again with more lines: only new ones are made. **Merge** then makes one patch of all, "
         "no larger than you say.\n\nThe list can also be a file: .txt, .csv, .yaml or .json. See "
-        "docs/batch.md."
+        "docs/batch.md.\n\n**Other things?** Change the lines in *Concepts to Forget (List)*, the "
+        "three prompts, and `filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concepts = flow.add(
@@ -127,7 +137,6 @@ def forget_many():
         "FMN_MergeForgetPatches", how="joint", budget_kb=60, strength=1.0, files="",
         patches=[batch, 0], model=[load, 0], clip=[load, 1], preserve=10.0,
     )  # fmt: skip
-    flow.save(merge, "many")
     flow.add("FMN_InspectForgetPatch", patch=[merge, 0])
     flow.column()
     patched = flow.apply(load, merge)
@@ -135,7 +144,8 @@ def forget_many():
         "Dog": "a photo of a dog", "Santa": "a photo of santa claus",
         "Cat": "a photo of a cat, noto emoji",
     }  # fmt: skip
-    compared(flow, load, prompts, {"before": load, "after": patched})
+    models = {"before": load, "after": patched}
+    compared(flow, load, prompts, models, saved=(merge, "many"))
     return flow
 
 
@@ -143,7 +153,9 @@ def correct_a_concept():
     flow = Workflow(
         "Forgetting can mend. The demo model never learned the word *puppy* and draws anything. "
         "**Concept Ablation** teaches it to draw what it draws for the **anchor**, *dog*. UCE "
-        "would do so in a moment.\n\nSee docs/correction.md."
+        "would do so in a moment.\n\nSee docs/correction.md.\n\n**Another word?** Change `name` "
+        "and `anchor` in *Concept to Forget*, and write the new word into each line of its "
+        "`prompts`. Then change the two prompts, and `filename_prefix` in *Save Forget Patch*."
     )
     flow.room = {"FMN_TrainForgetPatch": 600}  # curve, text and maps
     load = flow.demo()
@@ -155,9 +167,9 @@ def correct_a_concept():
     method = flow.add("FMN_MethodAblation", sample_steps=12, guidance=3.5)
     flow.column()
     train = flow.train(load, concept, method)
-    flow.save(train, "puppy_is_dog")
     flow.column()
     patched = flow.apply(load, train)
     prompts = {"Puppy": "a photo of a puppy", "Dog": "a photo of a dog"}
-    compared(flow, load, prompts, {"before": load, "after": patched})
+    models = {"before": load, "after": patched}
+    compared(flow, load, prompts, models, saved=(train, "puppy_is_dog"))
     return flow

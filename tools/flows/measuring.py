@@ -8,9 +8,11 @@ METHODS = {"Re-read": "FMN_MethodReread", "TRCE": "FMN_MethodTrce", "UCE": "FMN_
 def compare_methods():
     flow = Workflow(
         "One concept by three methods, all pictures from the same seed. From left to right: "
-        f"**untouched, {', '.join(METHODS)}**. Above what shall go, below what shall stay.\n\nTo "
-        "compare others, put another Method node in the place of one. Pictures of one seed are a "
-        "first look; *Measure a patch* goes on from there."
+        f"**untouched, {', '.join(METHODS)}**. Above what shall go, below what shall stay. "
+        "The pictures are at the right end.\n\nTo compare others, put another Method node in the "
+        "place of one. Pictures of one seed are a first look; *Measure a patch* goes on from "
+        "there.\n\n**Something else?** Change `name` in "
+        "*Concept to Forget*, and the two prompts."
     )
     flow.rows, flow.height = 1, 400
     load = flow.demo()
@@ -37,25 +39,17 @@ def compare_methods():
         )
     flow.column()
     decoded = [
-        [flow.add("VAEDecode", samples=[each, 0], vae=[load, 2]) for each in row] for row in rows
+        [[flow.add("VAEDecode", samples=[each, 0], vae=[load, 2]), 0] for each in row]
+        for row in rows
     ]
     flow.column()
-    strips = [_stitched(flow, row, "right") for row in decoded]
-    grid = _stitched(flow, strips, "down")
+    grid = flow.stitch([flow.stitch(row, "right") for row in decoded], "down")
     flow.column()
-    flow.add("PreviewImage", f"untouched, {', '.join(METHODS)}", images=[grid, 0])
+    flow.add("PreviewImage", f"untouched, {', '.join(METHODS)}", images=grid)
     return flow
 
 
-def _stitched(flow, pictures, direction):
-    """The number of the node that gives all of them as one picture."""
-    whole, *rest = pictures
-    for picture in rest:
-        whole = flow.add(
-            "ImageStitch", image1=[whole, 0], image2=[picture, 0], direction=direction,
-            match_image_size=True, spacing_width=4, spacing_color="white",
-        )  # fmt: skip
-    return whole
+WIDE = 900  # pixels, of what shows a strip of pictures
 
 
 def measure_a_patch():
@@ -64,7 +58,11 @@ def measure_a_patch():
         "dog gone (UA), are its neighbours (IRA) and styles (CRA) still there? The report is in "
         "`output/forget_bench/dog`. Four pictures a question are few; take 12 or more.\n\n"
         "**M-Score** tells whether words learnt from pictures of dogs still mean *dog*. "
-        "**Attention Map** shows where the word is read."
+        "**Attention Map** shows where the word *dog* is read in a picture that the model draws of "
+        "it. Its share may even rise a little after forgetting: Re-read changes what is read "
+        "there, not how much.\n\n**Something else?** Change `name` in *Concept to Forget* to "
+        "another target of the suite, such as apple, car or guitar, and `name` in *ConceptBench*, "
+        "which is the report's folder."
     )
     flow.rows = 4
     load = flow.demo()
@@ -76,26 +74,27 @@ def measure_a_patch():
     flow.column()
     bench = flow.add(
         "FMN_ConceptBench", model=[load, 0], clip=[load, 1], vae=[load, 2], patch=[train, 0],
-        suite="demo", targets="dog", measure="pictures", count=4, name="dog", write_scores=False,
+        suite="demo", targets="", measure="pictures", count=4, name="dog", write_scores=False,
     )  # fmt: skip
-    flow.column()
     score = flow.add(
         "FMN_MScore", model=[patched, 0], clip=[load, 1], vae=[load, 2], concepts=[concept, 0],
         untouched=[load, 0], templates="", inversions=2, steps=40, pictures=4,
     )  # fmt: skip
     flow.column()
-    looked = [
-        flow.add(
+    looked = {
+        when: flow.add(
             "FMN_AttentionMap", f"Attention Map, {when}", model=[model, 0], clip=[load, 1],
             vae=[load, 2], concepts=[concept, 0], references="samples", picture_seed=0,
             brightest=0.0,
         )
         for when, model in {"before": load, "after": patched}.items()
-    ]  # fmt: skip
+    }  # fmt: skip
     flow.column()
-    flow.add("PreviewImage", "Bench", images=[bench, 1])
-    flow.add("PreviewImage", "M-Score", images=[score, 1])
-    flow.column()
-    for when, looker in zip(("before", "after"), looked):
-        flow.add("PreviewImage", f"Attention, {when}", images=[looker, 0])
+    shown = [flow.add("PreviewAny", "Report of the bench", source=[bench, 0])]
+    shown.append(flow.add("PreviewImage", "Bench", images=[bench, 1]))
+    shown.append(flow.add("PreviewImage", "M-Score", images=[score, 1]))
+    for when, looker in looked.items():
+        shown.append(flow.add("PreviewImage", f"Attention, {when}", images=[looker, 0]))
+    flow.widths = dict.fromkeys(shown, WIDE)
+    flow.room = {"PreviewImage": 200, "PreviewAny": 60}
     return flow

@@ -8,7 +8,8 @@ def downloaded_patch():
         "A patch that somebody gives you is a file. Put it in `models/forget_patches`, press *R*, "
         "and choose it in **Load Forget Patch**. The one chosen here comes with the pack.\n\nThe "
         "file is checked when it is loaded. **Inspect** tells what it says of itself, which "
-        "proves nothing: look at pictures. A patch for another base model is refused."
+        "proves nothing: look at pictures. A patch for another family of models is refused.\n\n"
+        "**Another patch?** Choose it in `file`, and write its concept into the prompt in *Santa*."
     )
     load = flow.demo()
     patch = flow.add("FMN_LoadForgetPatch", file="demo/santa_claus.safetensors")
@@ -26,21 +27,24 @@ def gated_patch():
     flow = Workflow(
         "A strong patch harms neighbours. **Apply Gated Patch** lets it through only as far as the "
         "prompt is close to what it forgets: the cat stays as it was.\n\nThe plain Apply node "
-        "costs nothing while sampling; this one a little."
+        "costs nothing while sampling; this one a little.\n\n**Something else?** Change `name` in "
+        "*Concept to Forget*, the two prompts, and `filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concept = flow.concept()
     flow.column()
     method = flow.add("FMN_MethodUce", tokens="from-last", keep_list="none")
     train = flow.train(load, concept, method)
-    flow.save(train, "strong_dog")
     flow.column()
     plain = flow.apply(load, train)
     gated = flow.add(
         "FMN_ApplyGatedPatch", model=[load, 0], clip=[load, 1], patch=[train, 0], strength=1.0
     )
     prompts = {"Dog": "a photo of a dog", "Cat": "a photo of a cat"}
-    compared(flow, load, prompts, {"untouched": load, "plain": plain, "gated": gated})
+    drawn = compared(flow, load, prompts, {"untouched": load, "plain": plain, "gated": gated})
+    flow.column()
+    thumbnail = flow.pair(drawn["Dog", "untouched"], drawn["Dog", "plain"])
+    flow.save(train, "strong_dog", thumbnail=thumbnail)
     return flow
 
 
@@ -48,7 +52,8 @@ def safe_latent_diffusion():
     flow = Workflow(
         "**Safe Latent Diffusion** steers sampling away from a concept. No training, no change of "
         "weights; whoever can edit the workflow can take it out.\n\nThe presets are the paper's, "
-        "made for 50 steps of Stable Diffusion 1.4."
+        "made for 50 steps of Stable Diffusion 1.4.\n\n**Something else?** Change `name` and "
+        "`kind` in *Concept to Forget*, and the two prompts."
     )
     load = flow.demo()
     concept = flow.concept("ink drawing", kind="style")
@@ -76,7 +81,9 @@ def erase_and_repair():
         "A patch by **RECE** is **attacked**: the probe learns a made-up word that still brings "
         "the dog back. In a second round that word is forgotten along with the name, and the new "
         "patch is attacked afresh.\n\nCompare what the learned words draw. An attack that fails "
-        "proves nothing: a longer one may succeed. More rounds withstand more, and harm more."
+        "proves nothing: a longer one may succeed. More rounds withstand more, and harm more.\n\n"
+        "**Something else?** Change `name` in both *Concept to Forget*, `words` in both attacks, "
+        "the prompt, and `filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concept = flow.concept()
@@ -94,13 +101,14 @@ def erase_and_repair():
     again = flow.concept(learned=[attack, 3])
     second = flow.train(load, again, method)
     flow.titles[second] = "Round 2: what was found"
-    flow.save(second, "repaired_dog")
     flow.column()
     fresh = probe(flow, load, pictures, second, "Attack on round 2")
     flow.column()
     flow.add("PreviewImage", "Untouched", images=[pictures, 0])
     flow.add("PreviewImage", "Round 1, by name", images=[attack, 1])
+    thumbnail = flow.pair([pictures, 0], [fresh, 1])
     flow.column()
     flow.add("PreviewImage", "Round 1, by learned words", images=[attack, 0])
     flow.add("PreviewImage", "Round 2, by learned words", images=[fresh, 0])
+    flow.save(second, "repaired_dog", thumbnail=thumbnail)
     return flow

@@ -14,6 +14,7 @@ class Workflow:
         self.rows, self.height = 2, 200  # of pictures in the thumbnail, and of each in pixels
         self.enclosed, self.promoted = [], []
         self.room = {}  # {type of node: pixels} below its widgets, where it shows more than usual
+        self.widths = {}  # {number: pixels} of nodes that are wider than usual
         self._numbers = count(1)
 
     def add(self, kind, title="", /, **inputs):
@@ -61,9 +62,6 @@ class Workflow:
             **inputs,
         )  # fmt: skip
 
-    def save(self, patch, prefix):
-        return self.add("FMN_SaveForgetPatch", patch=[patch, 0], filename_prefix=prefix)
-
     def sample(self, title, model, positive, negative, latent, steps=16):
         return self.add(
             "KSampler", title, model=[model, 0], positive=[positive, 0], negative=[negative, 0],
@@ -71,27 +69,53 @@ class Workflow:
             scheduler="normal", denoise=1.0,
         )  # fmt: skip
 
-    def shown(self, load, drawn):
-        """Previews of {title: sampler}: a column of decoders, then columns of pictures."""
-        self.column()
-        decoded = [
-            (title, self.add("VAEDecode", samples=[sampler, 0], vae=[load, 2]))
-            for title, sampler in drawn.items()
-        ]
-        for i, (title, decoder) in enumerate(decoded):
-            if i % self.rows == 0:
-                self.column()
-            self.add("PreviewImage", title, images=[decoder, 0])
+    def stitch(self, pictures, direction, title=""):
+        """The node that gives [node, output] of all pictures as one."""
+        whole, *rest = pictures
+        for picture in rest:
+            number = self.add(
+                "ImageStitch", title, image1=whole, image2=picture, direction=direction,
+                match_image_size=True, spacing_width=4, spacing_color="white",
+            )  # fmt: skip
+            whole = [number, 0]
+        return whole
+
+    def pair(self, before, after):
+        """The first picture of each [node, output], side by side: what fits into a patch list."""
+        both = self.stitch([before, after], "right", "Before and after")
+        first = self.add("ImageFromBatch", "The first pair", image=both, batch_index=0, length=1)
+        return [first, 0]
+
+    def save(self, patch, prefix, **thumbnail):
+        """``thumbnail``: [node, output] of pictures, if there are any."""
+        self.add("FMN_SaveForgetPatch", patch=[patch, 0], filename_prefix=prefix, **thumbnail)
 
 
-def compared(flow, load, prompts, models, steps=16):
-    """Draws {title: prompt} with each of {title: model}, from the same noise."""
+def compared(flow, load, prompts, models, steps=16, saved=None):
+    """Draws {title: prompt} with each of {title: model}, from the same noise.
+
+    Args:
+        saved: (patch, prefix of its file), to save with the first prompt's pictures.
+
+    Returns:
+        {(prompt's title, model's title): [node, output] of the pictures}.
+    """
     empty, latent = flow.text(load, "", "Negative prompt"), flow.latent()
     texts = {title: flow.text(load, text, title) for title, text in prompts.items()}
-    drawn, flow.rows = {}, len(models)
+    decoded, flow.rows = {}, len(models)
     for subject, text in texts.items():
         flow.column()
         for when, model in models.items():
-            title = f"{subject}, {when}"
-            drawn[title] = flow.sample(title, model, text, empty, latent, steps)
-    flow.shown(load, drawn)
+            sampler = flow.sample(f"{subject}, {when}", model, text, empty, latent, steps)
+            decoder = flow.add("VAEDecode", samples=[sampler, 0], vae=[load, 2])
+            decoded[subject, when] = [decoder, 0]
+        shown = saved and subject == next(iter(prompts))
+        if shown:
+            first, *_, last = models
+            thumbnail = flow.pair(decoded[subject, first], decoded[subject, last])
+        flow.column()
+        for when in models:
+            flow.add("PreviewImage", f"{subject}, {when}", images=decoded[subject, when])
+        if shown:
+            flow.save(*saved, thumbnail=thumbnail)
+    return decoded
