@@ -1,5 +1,6 @@
 """The ConceptBench node, through a real server."""
 
+import html
 import json
 import sqlite3
 
@@ -61,7 +62,7 @@ def test_a_patch_is_measured_on_what_it_forgets(server, measured):
     table = {row["method"]: row["values"] for row in saved["means"]}
     for method, values in table.items():
         assert f"{method}: UA {100 * values['UA']['value']:.1f} %, IRA " in last
-    assert last.endswith(str(folder_of(server) / "report.html"))
+    assert html.unescape(last).endswith(str(folder_of(server) / "report.html"))
 
 
 def test_a_second_run_measures_only_what_is_missing(server, measured):

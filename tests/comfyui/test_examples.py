@@ -131,7 +131,7 @@ def test_the_first_example_runs_with_another_name_alone(server, prompts):
     (name,) = outputs[key]["text"]
     listed = server.get("/forget-me-not/shelf")["patches"]
     (entry,) = [each for each in listed if each["name"] == name]
-    assert entry["concepts"] == [["cat", "object"]] and entry["picture"]
+    assert entry["concepts"] == [["cat", "object", "", ""]] and entry["picture"]
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
