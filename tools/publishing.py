@@ -6,12 +6,33 @@ publish=false. A new version without the addresses that the registry shows is an
 
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESSES = (("project", "urls", "Repository"), ("tool", "comfy", "Icon"))
+
+
+def left_out(path):
+    """Whether .comfyignore keeps a file from the registry; its last line that fits counts."""
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    name, out = path.relative_to(ROOT).as_posix(), False
+    above = [name, *(parent.as_posix() for parent in Path(name).parents)]
+    for line in lines:
+        pattern = line.removeprefix("!").rstrip("/")
+        if not line.startswith("#") and any(fnmatch(each, pattern) for each in above):
+            out = not line.startswith("!")
+    return out
+
+
+def packed():
+    """The files of this checkout that the registry gets."""
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    return [file for file in files if file.is_file() and not left_out(file)]
 
 
 def lacking(config):

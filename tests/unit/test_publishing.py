@@ -2,15 +2,13 @@
 
 import copy
 import re
-from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 import tomllib
 from PIL import Image
 
 from tools import artwork
-from tools.publishing import ROOT, decision
+from tools.publishing import ROOT, decision, left_out
 
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NEEDED = (
@@ -37,18 +35,6 @@ def test_only_what_nobody_needs_is_left_out():
         files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
         assert files and not [each for each in files if left_out(each)]
     assert all((ROOT / name).exists() and left_out(ROOT / name) for name in UNNEEDED)
-
-
-def left_out(path):
-    """As git would read the file's lines, of which the last that fits counts."""
-    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
-    name, out = path.relative_to(ROOT).as_posix(), False
-    for line in lines:
-        pattern = line.removeprefix("!").rstrip("/")
-        above = [name, *(parent.as_posix() for parent in Path(name).parents)]
-        if not line.startswith("#") and any(fnmatch(each, pattern) for each in above):
-            out = not line.startswith("!")
-    return out
 
 
 @pytest.mark.parametrize("name, make", [("icon", artwork.icon), ("banner", artwork.banner)])
