@@ -110,11 +110,9 @@ def _fields(metadata, info):
 
 
 def _more(concept):
-    """Anchor and aliases as texts; "" where there is none, or something else in its place."""
-    anchor, aliases = concept.get("anchor"), concept.get("aliases")
-    names = aliases if isinstance(aliases, list) else []
-    yield _text(anchor) if isinstance(anchor, str) else ""
-    yield _text(", ".join(name for name in names if isinstance(name, str)))
+    """Anchor and aliases as texts; "" where there is none."""
+    yield _text(concept.get("anchor", ""))
+    yield _text(", ".join(concept.get("aliases", [])))
 
 
 def _named(names):

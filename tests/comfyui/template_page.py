@@ -69,7 +69,7 @@ TEXTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
   if (view) return [node.id, view.innerText.startsWith('done: ') ? 1 : 0];
   const text = node.widgets?.find(widget => widget.name === '$$node-text-preview')?.value ?? '';
   const element = document.querySelector(`[data-node-id="${node.id}"]`);
-  const [first] = text.split(/\\n|&/); // of a text that is HTML, the start that is plain
+  const first = text.split(/\\n|&/)[0].trim(); // of a text that is HTML, the start that is plain
   return [node.id, first && (!element || element.innerText.includes(first)) ? 1 : 0];
 }))"""
 

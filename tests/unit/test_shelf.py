@@ -176,9 +176,9 @@ def test_closed_file(shelf, folders):
 def test_anchor_and_aliases_are_told(shelf, folders):
     told = [
         {"name": "puppy", "kind": "custom", "anchor": "dog", "aliases": ["pup", "whelp"]},
-        {"name": "cat", "kind": "object", "anchor": ["dog"], "aliases": "kitten"},
+        {"name": "cat", "kind": "object"},
         {"name": "owl", "kind": "object", "anchor": "\x1b" * 999,
-         "aliases": ["y" * 150, 7, "z" * 150]},
+         "aliases": ["y" * 150, "z" * 150]},
     ]  # fmt: skip
     changed(folders[0] / "dog.safetensors", **{"fmn.concepts": json.dumps(told)})
     puppy, cat, owl = named(shelf)["dog.safetensors"]["concepts"]
