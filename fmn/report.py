@@ -32,7 +32,9 @@ def describe(patch):
     lines += _settings(info)
     loss = info.get("loss")
     if loss:
-        lines.append(f"loss: {loss['first']:.4g} -> {loss['last']:.4g} in {loss['steps']} steps")
+        # What solves records two: before and after.
+        steps = f" in {loss['steps']} steps" if loss["steps"] > 2 else ""
+        lines.append(f"loss: {loss['first']:.4g} -> {loss['last']:.4g}{steps}")
     lines += scores_text(info)
     for key, meaning in (
         ("truncation_error", "cut off by the rank"),

@@ -18,10 +18,13 @@ def test_control_characters_do_not_reach_a_terminal():
 
 
 def test_a_patch_in_words():
-    lines = describe(make_patch(rank=2)).splitlines()
+    patch = make_patch(rank=2)
+    lines = describe(patch).splitlines()
     assert lines[0] == "forgets: dog (object), also puppy; van gogh (style)"
     assert "layers: 14, rank 2" in lines
-    assert "loss: 2 -> 1 in 2 steps" in lines
+    assert "loss: 2 -> 1" in lines
+    patch.info["loss"]["steps"] = 35
+    assert "loss: 2 -> 1 in 35 steps" in describe(patch).splitlines()
 
 
 def settings_lines(method, settings):
