@@ -131,6 +131,11 @@ def share(lost, whole):
     return (lost / whole) ** 0.5 if whole > 0 else 0.0
 
 
+def left_of(before, after):
+    """Losses to tell while solving: 1, and how much of the first sum of squares is left."""
+    return [1.0, after / before if before else 1.0]
+
+
 class Distances:
     """Sums of squares of what keys and values W do to pairs of contexts c, c*, before and after.
 
@@ -249,7 +254,8 @@ def layer_patch(model, concepts, settings, pairs, open_edits, which="kv", on_ste
         open_edits: function from the ``Borrowed`` to left [D, n] in float64, and a function from
             (``Layer``, its float64 weight) to right [n, D].
         which: ``kv``, ``k`` or ``v``.
-        on_step: gets a ``train.Step`` after each layer, whose loss is the second sum so far.
+        on_step: gets a ``train.Step`` after each layer; its losses are 1 and how much of the first
+            sum is left so far.
     """
     base, start = model.fingerprint(), time.monotonic()
     chosen, rank = key_value_layers(model.family, which), settings.rank * len(concepts)
@@ -265,7 +271,7 @@ def layer_patch(model, concepts, settings, pairs, open_edits, which="kv", on_ste
             changes[layer.name] = up.float().cpu(), down.float().cpu()
             if on_step:
                 seconds = (time.monotonic() - start) / done * (len(chosen) - done)
-                on_step(Step(done, len(chosen), sums[3:].tolist(), seconds))
+                on_step(Step(done, len(chosen), left_of(*sums[2:].tolist()), seconds))
     lost, whole, *losses = sums.tolist()
     return finished(model, base, concepts, settings, changes, losses, share(lost, whole))
 

@@ -10,7 +10,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..closed_form import Distances, compact, finished, gram, rank_setting, share, uce, weight_of
+from ..closed_form import (
+    Distances,
+    compact,
+    finished,
+    gram,
+    left_of,
+    rank_setting,
+    share,
+    uce,
+    weight_of,
+)
 from ..contexts import Pairs, concept_pairs, keep_list_setting, tokens_setting
 from ..families import layers_by_name
 from ..fitting import autograd
@@ -78,7 +88,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         rank = settings.rank * len(concepts) or max(weight.shape)
         up, down, sums = Distances(pairs, edit.left).change(weight, edit.right, rank)
     lost, whole, *losses = sums
-    on_step(Step(1, 1, losses, 0.0))
+    on_step(Step(1, 1, left_of(*losses), 0.0))
     changes = {LAYER: (up.float(), down.float())}
     return finished(model, base, concepts, settings, changes, losses, share(lost, whole))
 

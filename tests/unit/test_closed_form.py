@@ -172,7 +172,7 @@ def test_losses_are_distances_of_keys_and_values(tokens):
     assert patch.info["loss"]["first"] == pytest.approx(before, rel=1e-9)
     assert patch.info["loss"]["last"] == pytest.approx(after, rel=1e-5)
     assert [step.index for step in steps] == list(range(1, len(weights(model)) + 1))
-    assert steps[-1].losses[-1] == pytest.approx(after, rel=1e-5)
+    assert steps[-1].losses == [1, pytest.approx(after / before, rel=1e-5)]
 
 
 def test_pairs_join():
