@@ -17,6 +17,7 @@ from .patch import MAX_RANK, ForgetPatch, new_info
 from .settings import method_of, setting
 from .train import Step
 
+NO_DIRECTION = 1e-12  # of the largest singular value
 NONE_LEFT = 1e-9  # of a norm: float64's noise in what is left of a vector
 
 
@@ -98,12 +99,12 @@ def key_value_layers(family, which="kv"):
     return [x for x in layers(family) if x.is_key_or_value and x.name.endswith(ends)]
 
 
-def compact(edit, tolerance=1e-12):
+def compact(edit):
     """The same edit with as few columns as it has directions: at least one, at most D."""
     left_basis, left_core = torch.linalg.qr(edit.left)
     right_basis, right_core = torch.linalg.qr(edit.right.mT)
     u, s, vh = torch.linalg.svd(left_core @ right_core.mT)
-    count = max(1, int((s > tolerance * s[:1]).sum()))
+    count = max(1, int((s > NO_DIRECTION * s[:1]).sum()))
     roots = s[:count].sqrt()
     return InputEdit(
         left_basis @ u[:, :count] * roots, roots[:, None] * vh[:count] @ right_basis.mT

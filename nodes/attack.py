@@ -1,12 +1,7 @@
 """Nodes that learn words from pictures, and that try to bring a forgotten concept back."""
 
-import os
-import re
-from pathlib import Path
-
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
@@ -20,34 +15,11 @@ from ..fmn.model import PLACEHOLDER, Text
 from ..fmn.pictures import loss_picture
 from ..fmn.sampling import Sampling
 from ..fmn.studio import open_studio
+from .embedding import FOLDER, embedding_path
 from .parts import lines_of, strength_input
 from .types import CATEGORY, Learned, Patch, show_text
 
-FOLDER = "embeddings"
-NAME = re.compile(r"[A-Za-z0-9_-]{1,80}(/[A-Za-z0-9_-]{1,80})*")
 PREVIEW_SIDE = 512
-
-
-def embedding_path(name):
-    """Where a new ``embedding:NAME`` goes: ComfyUI's first folder for embeddings.
-
-    Raises:
-        ForgetError: a prompt could not use the name, it leads out of the folder, or it is taken.
-    """
-    if not NAME.fullmatch(name):
-        raise ForgetError(
-            f"'{name:.60}' cannot name an embedding: use letters, digits, - and _, with / for "
-            f"folders inside models/{FOLDER}."
-        )
-    listed = [file.replace(os.sep, "/") for file in folder_paths.get_filename_list(FOLDER)]
-    for file in listed:
-        # ComfyUI looks for a name in subfolders too.
-        if f"/{file.rpartition('.')[0]}".endswith(f"/{name}"):
-            raise ForgetError(
-                f"There is an embedding '{file}' already, which 'embedding:{name}' would mean: "
-                "choose another name, or remove that file."
-            )
-    return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}.safetensors"
 
 
 def _inputs():

@@ -1,6 +1,7 @@
 """Words learned from pictures, as ComfyUI and diffusers use them; attacks on a patched model."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,10 +40,10 @@ def invert(attack, host, images, name, **more):
         )  # fmt: skip
 
 
-def folder(pack):
+def folder():
     import folder_paths
 
-    return pack("nodes.attack").Path(folder_paths.get_folder_paths("embeddings")[0])
+    return Path(folder_paths.get_folder_paths("embeddings")[0])
 
 
 def test_comfyui_and_diffusers_read_the_file(pack, attack, comfy_model, images):
@@ -59,7 +60,7 @@ def test_comfyui_and_diffusers_read_the_file(pack, attack, comfy_model, images):
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
     assert (ours - plain).abs().max() > 0.1
 
-    path = folder(pack) / "dogs" / "both.safetensors"
+    path = folder() / "dogs" / "both.safetensors"
     pipeline = pack("fmn.hosts.diffusers").DiffusersModel.load("demo").pipeline
     pipeline.load_textual_inversion(str(path), token="<both>")
     with torch.no_grad():
@@ -96,7 +97,7 @@ def test_everything_is_left_as_it_was(pack, attack, comfy_model, images, monkeyp
         after = state(unet), state(text)
     assert same_bits(before[0], after[0]) and same_bits(before[1], after[1])
     assert leftovers(unet.model) == [] and leftovers(text.model) == []
-    assert not list(folder(pack).glob("never*"))
+    assert not list(folder().glob("never*"))
 
 
 def test_the_probe_learns_on_the_patched_model(pack, attack, comfy_model, images):
@@ -159,7 +160,7 @@ def test_what_cannot_be_learned_is_refused(pack, attack, comfy_model, images, mo
     monkeypatch.setattr(pack("fmn.hosts.comfy"), "known_family", lambda patcher: xl)
     with pytest.raises(ForgetError, match="Stable Diffusion XL has two text encoders"):
         invert(attack, comfy_model, images, "never")
-    assert not list(folder(pack).glob("never*"))
+    assert not list(folder().glob("never*"))
 
 
 def learning(name, **more):
