@@ -30,7 +30,7 @@ SET = """wanted => {
       if (value !== undefined) widget.value = value;
     }
 }"""
-# What looks wrong, in words: nodes over each other, and what sticks out of its node.
+# What looks wrong, in words: nodes over each other, out of sight, and what sticks out of its node.
 FAULTS = """() => {
   const found = [], scale = app.canvas.ds.scale, nodes = app.graph.nodes;
   const element = node => document.querySelector(`[data-node-id="${node.id}"]`);
@@ -46,6 +46,8 @@ FAULTS = """() => {
   const edge = 3 * scale;
   nodes.forEach((node, i) => {
     const [x, y, width, height] = boxes[i];
+    if (element(node) && (x < 0 || y < 0 || x + width > innerWidth || y + height > innerHeight))
+      found.push(`${node.title} is out of sight`);
     for (const widget of element(node) ? [] : node.widgets ?? [])
       if (widget.y + (widget.computedHeight ?? 20) > node.size[1] + 1)
         found.push(`${widget.name} sticks out of ${node.title}`);
@@ -84,10 +86,16 @@ def choose_template(page, name):
 
 
 def drawn(page, nodes_2):
-    """Wait until all nodes are on the page, and bring them into sight."""
+    """Wait until all nodes are on the page, and bring them into sight.
+
+    In Nodes 2.0 they are in sight as templates open, and the view is left alone: frontend 1.32.9
+    misplaces a node whose size changes while the view glides (it reads the node's place from the
+    page, one frame behind the canvas), and some nodes get their last size half a second late.
+    """
     all_nodes(page, nodes_2)
-    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.wait_for_timeout(500)  # it glides there
+    if not nodes_2:
+        page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        page.wait_for_timeout(500)  # it glides there
 
 
 def run(page):

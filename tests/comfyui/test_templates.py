@@ -46,7 +46,7 @@ def titled(looks):
 
 @pytest.fixture(scope="module", params=LOOKS, ids=titled)
 def looks(request, page):
-    page.set_viewport_size({"width": 2600, "height": 1600})
+    page.set_viewport_size({"width": 3100, "height": 1700})
     dress(page, *request.param)
     yield request.param
     dress(page, False, "dark")
