@@ -13,7 +13,7 @@ from . import __version__
 from .concept import Concept, Prompt
 from .errors import ForgetError
 from .families import layers
-from .methods import forget
+from .methods import check_keep, forget
 from .patch import FORMAT, load_patch, save_patch
 from .report import printable
 from .settings import method_of
@@ -92,6 +92,7 @@ def forget_each(model, concepts, settings, folder, on_place=lambda place: None, 
     """
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
+    check_keep(settings, keep)
     start, state = time.monotonic(), state_of(model)
     queue = {}
     for concept in concepts:

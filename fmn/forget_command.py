@@ -161,6 +161,11 @@ def _check_used(options, settings):
             f"--images is for methods that learn from pictures, such as resteer, and {name} does "
             "not: leave it out."
         )
+    if options.images and name.startswith("ablation") and settings.references != "pictures":
+        raise ForgetError(
+            f"{name} draws pictures of its own and would not look at --images: add --references "
+            "pictures, or leave it out."
+        )
 
 
 def _state_file(resume):

@@ -6,7 +6,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 
 from .errors import ForgetError
-from .methods import DEFAULT, check_preset, default_settings, settings_of
+from .methods import DEFAULT, check_keep, check_preset, default_settings, settings_of
 
 WITH_METHOD = ("forget", "batch")  # commands that take a method
 
@@ -88,8 +88,11 @@ def given_settings(options, concepts=()):
     """
     given = given_options(options)
     if options.method is None and not given:
-        return default_settings(concepts)
-    return settings_of(options.method or DEFAULT, given)
+        settings = default_settings(concepts)
+    else:
+        settings = settings_of(options.method or DEFAULT, given)
+    check_keep(settings, options.keep)
+    return settings
 
 
 def refuse_unknown(options, unknown):

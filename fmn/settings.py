@@ -5,6 +5,8 @@ from dataclasses import field, fields
 from .errors import ForgetError
 
 MAX_SEED = 2**53  # what a page's numbers hold exactly
+# Settings that make words to keep count, each with what turns it on.
+KEEPERS = {"preserve": "raise preserve", "general": "raise general", "protect": "turn protect on"}
 
 
 def setting(default, help, low=None, high=None, step=None, choices=()):
@@ -71,6 +73,14 @@ class Settings:
     def __post_init__(self):
         for each in fields(self):
             check(each, getattr(self, each.name))
+
+    @property
+    def keep_needs(self):
+        """What to change so that words to keep make a difference, "" if they do."""
+        ways = [name for name in KEEPERS if hasattr(self, name)]
+        if any(getattr(self, name) for name in ways) or (not ways and hasattr(self, "keep_list")):
+            return ""
+        return " or ".join(KEEPERS[name] for name in ways) or "use another method"
 
 
 def check_limits(settings, limits):

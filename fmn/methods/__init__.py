@@ -101,6 +101,7 @@ def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
     module = method(preset_of(settings))
+    check_keep(settings, keep)
     _check_resumed(model, concepts, settings, on_step)
     if not model.family.known and not getattr(module, "ANY_MODEL", False):
         raise ForgetError(
@@ -108,6 +109,16 @@ def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
             f"{model.family.title} is none of them: use the method ESD."
         )
     return module.run(model, concepts, settings, on_step, keep)
+
+
+def check_keep(settings, keep):
+    """Refuse words to keep where nothing would look at them."""
+    if keep and settings.keep_needs:
+        title = method(preset_of(settings)).TITLE
+        raise ForgetError(
+            f"{title} would not look at the words to keep: {settings.keep_needs}, or leave them "
+            "out."
+        )
 
 
 def _check_resumed(model, concepts, settings, on_step):

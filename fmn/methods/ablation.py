@@ -93,7 +93,7 @@ class Settings(Base):
     )
     preserve: float = setting(
         1.0,
-        "Weight of drawing words to keep, if given, as before. 0: they are ignored. Higher: they "
+        "Weight of drawing words to keep, if given, as before. 0: none may be given. Higher: they "
         "change less. A step takes about twice as long with them.",
         low=0.0,
         high=1000.0,

@@ -117,7 +117,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     """Measure directions and project them out; see ``methods.forget``.
 
     The losses of the record are how long the concept's mean difference is, over the layers, after
-    each batch of pairs. Nothing is done for what is to be kept.
+    each batch of pairs. Nothing is done for what is to be kept, so ``keep`` is always empty.
     """
     base = model.fingerprint()
     names = [layer.name for layer in layers(model.family) if layer.name.endswith("attn2.to_out.0")]

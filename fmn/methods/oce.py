@@ -98,6 +98,10 @@ class Settings(Base):
         high=768,
     )
 
+    @property
+    def keep_needs(self):
+        return "use the form solved" if self.form == "reflection" else super().keep_needs
+
 
 PRESETS = {
     "oce": Settings(),

@@ -80,6 +80,13 @@ REFUSED = {
     "no save": ([*FORGET, "--save-every", "2"],
                 "--save-every is for methods that train, and reread only solves without --robust"),
     "no best": ([*FORGET, "--method", "uce", "--keep-best"], "and uce only solves: leave it out"),
+    "own pictures": ([*FORGET, "--method", "ablation", "--images", "folder"],
+                     "ablation draws pictures of its own and would not look at --images: add"),
+    "no keep": ([*FORGET, "--method", "casteer", "--keep", "cat"],
+                "CASteer would not look at the words to keep: use another method, or leave"),
+    "keep nothing": ([*BATCH, "--method", "uce", "--preserve", "0", "--keep", "cat"],
+                     "UCE would not look at the words to keep: raise preserve, or leave them out"),
+    "not protected": ([*TRAIN, "--keep", "cat"], "turn protect on, or leave them out"),
     "no images": ([*FORGET, "--images", "folder"], "--images is for methods that learn from"),
     "no state": ([*TRAIN, "--resume", "there.safetensors"],
                  "There is no saved training beside 'there.safetensors' (there.fmn-train): "

@@ -21,6 +21,7 @@ SHORT = {
         "robust_pictures": 4,
     },
 }  # fmt: skip
+FIRST = [first for first, *_ in METHODS.values()]
 
 
 class Fault(Exception):
@@ -28,7 +29,7 @@ class Fault(Exception):
 
 
 @pytest.mark.parametrize("ending", ["success", "error", "cancel"])
-@pytest.mark.parametrize("preset", [*(first for first, *_ in METHODS.values()), "reread-robust"])
+@pytest.mark.parametrize("preset", [*FIRST, "reread-robust"])
 def test_model_and_clip_come_back_bit_identical(pack, comfy_model, preset, ending):
     import comfy.model_management
 
@@ -55,3 +56,20 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, preset, endin
     for patcher, (weights, flags) in zip(patchers, before):
         assert same_bits(weights, state(patcher)) and gradient_flags(patcher) == flags
         assert leftovers(patcher.model) == [] and not patcher.patches
+
+
+@pytest.mark.parametrize("preset", FIRST)
+def test_words_to_keep_count_or_are_refused(pack, comfy_model, preset):
+    methods = pack("fmn.methods")
+    settings = methods.settings_of(preset, SHORT.get(preset, {}))
+
+    def made(*keep):
+        patch = methods.forget(comfy_model, [concept(pack)], settings, keep=keep)
+        return {name: up @ down for name, (up, down) in patch.changes.items()}
+
+    if settings.keep_needs:
+        with pytest.raises(pack("fmn.errors").ForgetError, match="would not look at the words"):
+            made("a yapping puppy")
+        return
+    without, kept = made(), made("a yapping puppy")
+    assert without.keys() != kept.keys() or any((without[k] != kept[k]).any() for k in kept)
