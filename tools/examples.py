@@ -11,7 +11,6 @@ run this. ``tools/flows`` holds what is put together. It needs what ``tools/run.
 import json
 import sys
 import tempfile
-import uuid
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -107,18 +106,13 @@ def lay_out(page, flow):
     page.evaluate(LAYOUT, [flow.nodes, flow.columns, titles, flow.note, room, widths, TALLER])
 
 
-def identity(name):
-    """A workflow's own id, always the same: the page finds what belongs to it by its id."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"forget-me-not/example_workflows/{name}"))
-
-
 def make(page, server, name, flow):
     """Write the .json and the .jpg of one example."""
     lay_out(page, flow)
     page.evaluate(FIT, SMALLEST)
     page.wait_for_timeout(500)
     saved = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
-    saved["id"] = identity(name)
+    del saved["id"]  # each opening gets its own, or the page would show an earlier one's curves
     (FOLDER / f"{name}.json").write_text(json.dumps(saved) + "\n", encoding="utf-8")
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     outputs = server.run(prompt)
