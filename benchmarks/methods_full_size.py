@@ -152,7 +152,7 @@ def measure(model, preset, size, keep, before):
     with torch.inference_mode():  # as the executor runs a node
         patch = forget(
             model, [Concept(*CONCEPT)], settings, lambda step: moments.append(time.perf_counter()),
-            keep=keep or (),
+            keep=() if settings.keep_needs else keep or (),
         )  # fmt: skip
     seconds, peak = time.perf_counter() - start, bytes_in(STATUS, "VmHWM") - loaded
     with tempfile.TemporaryDirectory() as folder:
