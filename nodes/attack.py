@@ -3,7 +3,7 @@
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..fmn.concept import Prompt
 from ..fmn.embedding import recorded, save_embedding
@@ -17,7 +17,7 @@ from ..fmn.sampling import Sampling
 from ..fmn.studio import open_studio
 from .embedding import FOLDER, embedding_path
 from .parts import lines_of, strength_input
-from .types import CATEGORY, Learned, Patch, show_text
+from .types import CATEGORY, Learned, Patch, show_text, told
 
 PREVIEW_SIDE = 512
 
@@ -140,8 +140,8 @@ class TextualInversion(io.ComfyNode):
         embedding = recorded(found, host, fingerprint, "textual inversion", settings, name)
         save_embedding(embedding, path, host.family)
         token = f"embedding:{name}"
-        show_text(f"saved {name}.safetensors in models/{FOLDER}: write {token} in a prompt")
-        return io.NodeOutput(token, embedding, ui=ui.PreviewText(token))
+        text = f"saved {name}.safetensors in models/{FOLDER}: write {token} in a prompt"
+        return io.NodeOutput(token, embedding, ui=told(text, token))
 
 
 class ConceptInversionProbe(io.ComfyNode):
@@ -224,8 +224,9 @@ class ConceptInversionProbe(io.ComfyNode):
         embedding = recorded(found, host, fingerprint, "concept inversion", settings, words)
         if path is not None:
             save_embedding(embedding, path, host.family)
-        show_text(f"{words}: does it show? Compare the pictures by learned tokens and by name")
-        return io.NodeOutput(learned, named, f"embedding:{name}" if name else "", embedding)
+        text = f"{words}: does it show? Compare the pictures by learned tokens and by name"
+        token = f"embedding:{name}" if name else ""
+        return io.NodeOutput(learned, named, token, embedding, ui=told(text))
 
 
 def _drawn(host, studio, vectors, words, count, settings):
@@ -298,17 +299,16 @@ class HardestEmbedding(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, patch, prompt, strength, r):
         host = ComfyModel(model, clip)
-        text = host.encode(Prompt(prompt, prompt, plain=False))
+        encoded = host.encode(Prompt(prompt, prompt, plain=False))
         with host.borrow() as borrowed:
-            found = hardest(borrowed, host.family, [(patch, strength)], text.context, r)
-        told = (
+            found = hardest(borrowed, host.family, [(patch, strength)], encoded.context, r)
+        text = (
             f"The patch moves keys and values of '{prompt}' by {found.before:.2%}. Through it, the "
             f"hardest embedding comes within {found.after:.2%} of what they were."
         )
-        show_text(told)
         # A patch of cross-attention does not reach XL's pooled text: the prompt's own serves.
-        options = {"pooled_output": text.vectors["pooled"]} if text.vectors else {}
-        return io.NodeOutput([[found.contexts.float(), options]], told)
+        options = {"pooled_output": encoded.vectors["pooled"]} if encoded.vectors else {}
+        return io.NodeOutput([[found.contexts.float(), options]], text, ui=told(text))
 
 
 class _Progress:

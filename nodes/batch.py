@@ -2,7 +2,7 @@
 
 import comfy.model_management
 import comfy.utils
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..fmn.batch import forget_each
 from ..fmn.errors import ForgetError
@@ -10,7 +10,7 @@ from ..fmn.hosts.comfy_other import host_of
 from ..fmn.methods import DEFAULT, settings_of
 from .parts import keep_input, model_input
 from .patch import KIND, below_output
-from .types import CATEGORY, Concepts, Method, Patches, show_text
+from .types import CATEGORY, Concepts, Method, Patches, show_text, told
 
 FOLDER = "batch"
 PARTS = 100  # of a concept, on the progress bar
@@ -79,10 +79,10 @@ class TrainForgetPatches(io.ComfyNode):
         report = batch.report()
         if not batch.files:
             raise ForgetError(report)
-        show_text(f"output/{KIND}/{folder.strip() or FOLDER}: {report}")
+        text = f"output/{KIND}/{folder.strip() or FOLDER}: {report}"
         counts = len(batch.files), len(batch.failed)
         patches = [(file, 1.0) for file in batch.files]
-        return io.NodeOutput(patches, report, *counts, ui=ui.PreviewText(report))
+        return io.NodeOutput(patches, report, *counts, ui=told(text, report))
 
 
 class _Progress:

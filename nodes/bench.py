@@ -7,7 +7,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.utils
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..fmn import scores
 from ..fmn.bench.cells import Setup, given, plan, trained
@@ -26,7 +26,7 @@ from ..fmn.methods import PRESETS, preset_of, settings_of
 from ..fmn.report import printable
 from .parts import image_of, lines_of
 from .patch import DEMO_PATCHES, below_output
-from .types import CATEGORY, Method, Patch, show_text
+from .types import CATEGORY, Method, Patch, show_text, told
 
 KIND = "forget_suites"
 
@@ -183,9 +183,8 @@ class ConceptBench(io.ComfyNode):
             scores.write_scores(patch.source, *scores.scores_of(summary, setup, under_test.name))
             written = f"scores written into {printable(patch.source.path.name)}"
             report, result = f"{report}\n\n{written}", f"{result}\n{written}"
-        show_text(result)
         shown = [image_of(images[name]) for name in ("bars", "erased-vs-kept")]
-        return io.NodeOutput(report, *shown, ui=ui.PreviewText(report))
+        return io.NodeOutput(report, *shown, ui=told(result, report))
 
 
 def _suite_path(name):

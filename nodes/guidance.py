@@ -9,7 +9,7 @@ from ..fmn.hosts.comfy import ComfyModel
 from ..fmn.hosts.comfy_guidance import erased_by_negative, gated, safely_guided
 from ..fmn.report import printable
 from .parts import strength_input
-from .types import CATEGORY, Concepts, Patch, show_text
+from .types import CATEGORY, Concepts, Patch, told
 
 CUSTOM = "custom"
 MODES = "replace", "join"
@@ -115,10 +115,9 @@ class SafeLatentDiffusion(io.ComfyNode):
         host = ComfyModel(model, clip)
         prompt = concept_prompt(concepts, text)
         if settings.scale == 0:
-            show_text("off, as scale is 0")
-            return io.NodeOutput(model.clone())
-        show_text(f"steers away from {printable(prompt.text)}")
-        return io.NodeOutput(safely_guided(host, host.encode(prompt), settings))
+            return io.NodeOutput(model.clone(), ui=told("off, as scale is 0"))
+        steered = safely_guided(host, host.encode(prompt), settings)
+        return io.NodeOutput(steered, ui=told(f"steers away from {printable(prompt.text)}"))
 
 
 class EraseByNegativePrompt(io.ComfyNode):
@@ -162,8 +161,8 @@ class EraseByNegativePrompt(io.ComfyNode):
             raise ForgetError(f"Unknown mode '{mode}': use {' or '.join(MODES)}.")
         host = ComfyModel(model, clip)
         prompt = concept_prompt(concepts, text)
-        show_text(f"negative prompt: {printable(prompt.text)}")
-        return io.NodeOutput(erased_by_negative(host, host.encode(prompt), mode == "join"))
+        steered = erased_by_negative(host, host.encode(prompt), mode == "join")
+        return io.NodeOutput(steered, ui=told(f"negative prompt: {printable(prompt.text)}"))
 
 
 class ApplyGatedPatch(io.ComfyNode):
@@ -221,8 +220,7 @@ class ApplyGatedPatch(io.ComfyNode):
         note = f"forgets {names} at {strength:g} where the prompt is close"
         if patch.info.get("base.fingerprint") != host.fingerprint():
             note += "; trained on another base of this family, so look at the result"
-        show_text(note)
-        return io.NodeOutput(patched)
+        return io.NodeOutput(patched, ui=told(note))
 
 
 NODES = [SafeLatentDiffusion, EraseByNegativePrompt, ApplyGatedPatch]

@@ -15,7 +15,7 @@ from ..fmn.probe import look_at, maps_grid, maps_text
 from ..fmn.sampling import Sampling
 from ..fmn.studio import open_studio
 from .parts import image_of, lines_of
-from .types import CATEGORY, Concepts, show_text
+from .types import CATEGORY, Concepts, show_text, told
 
 
 class AttentionMap(io.ComfyNode):
@@ -94,8 +94,8 @@ class AttentionMap(io.ComfyNode):
         names = [concept.name for concept in concepts]
         rows = list(zip(names, look_at(host, data), pictures))
         text = maps_text(host.family, rows)
-        show_text(text)
-        return io.NodeOutput(image_of(maps_grid(host.family, rows, brightest / 100)), text)
+        picture = image_of(maps_grid(host.family, rows, brightest / 100))
+        return io.NodeOutput(picture, text, ui=told(text))
 
 
 class MScore(io.ComfyNode):
@@ -231,8 +231,7 @@ class MScore(io.ComfyNode):
             given = concept.name, prompts, seeds, settings, others
             results[concept.name] = _measure(host, reference, concept, given, pictures, show)
         text = "\n\n".join(report(name, found, compared) for name, found in results.items())
-        show_text(text)
-        return io.NodeOutput(text, image_of(plot(results, compared)))
+        return io.NodeOutput(text, image_of(plot(results, compared)), ui=told(text))
 
 
 def _templates(concept, written):

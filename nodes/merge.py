@@ -17,7 +17,7 @@ from ..fmn.merged_names import HOW, PRESERVE
 from ..fmn.merging import merge
 from .parts import lines_of, stamp_of, strength_input
 from .patch import KIND
-from .types import CATEGORY, Keep, Patch, Patches, show_text
+from .types import CATEGORY, Keep, Patch, Patches, show_text, told
 
 
 def _matching(pattern):
@@ -170,8 +170,7 @@ class MergeForgetPatches(io.ComfyNode):
         else:
             raise ForgetError(f"how is '{how}': choose one of {', '.join(HOW)}.")
         report = merged.report()
-        show_text(report)
-        return io.NodeOutput(merged.patch, report)
+        return io.NodeOutput(merged.patch, report, ui=told(report))
 
 
 class _Progress:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfy_other import host_of
@@ -17,7 +17,7 @@ from ..fmn.resume import ENDING
 from ..fmn.scores import source_of
 from ..fmn.thumbnail import data_uri
 from .parts import stamp_of, strength_input
-from .types import CATEGORY, Patch, show_text
+from .types import CATEGORY, Patch, told
 
 KIND = "forget_patches"
 STATES = "forget_trainings"  # what lies beside patches to resume their training
@@ -118,9 +118,9 @@ class SaveForgetPatch(io.ComfyNode):
         path = save_patch(patch, output_path(filename_prefix), picture)
         name = path.relative_to(Path(output_folder()).resolve()).as_posix()
         size = path.stat().st_size / 1e6
-        show_text(f"saved {name}, {size:.2f} MB, in output/{KIND}")
+        text = f"saved {name}, {size:.2f} MB, in output/{KIND}"
         saved = replace(patch, source=source_of(path))
-        return io.NodeOutput(saved, name, ui=ui.PreviewText(name))
+        return io.NodeOutput(saved, name, ui=told(text, name))
 
 
 class LoadForgetPatch(io.ComfyNode):
@@ -225,8 +225,7 @@ class ApplyForgetPatch(io.ComfyNode):
         if patch.info.get("base.fingerprint") != host.fingerprint():
             note += "; trained on another base of this family, so look at the result"
             logging.warning("Forget-Me-Not: the patch for %s was trained on another base", names)
-        show_text(note)
-        return io.NodeOutput(patched, clip)
+        return io.NodeOutput(patched, clip, ui=told(note))
 
 
 class InspectForgetPatch(io.ComfyNode):
@@ -249,8 +248,7 @@ class InspectForgetPatch(io.ComfyNode):
     @classmethod
     def execute(cls, patch):
         text = describe(patch)
-        show_text(text)
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        return io.NodeOutput(text, ui=told(text))
 
 
 _register_folders()

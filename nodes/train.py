@@ -96,7 +96,9 @@ class TrainForgetPatch(io.ComfyNode):
             except NonFiniteLoss as error:
                 raise rescue(error, output_path("rescued")) from error
             previews.finish(patch)
-        return io.NodeOutput(patch, patch.lora(), {"loss": losses})
+        return io.NodeOutput(
+            patch, patch.lora(), {"loss": losses}, ui={"training": (live.curves(),)}
+        )
 
 
 class _Progress:

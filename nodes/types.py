@@ -1,4 +1,4 @@
-"""Socket types of the pack, and the line of text under a node."""
+"""Socket types of the pack, and the text under a node."""
 
 import re
 
@@ -18,8 +18,18 @@ Patch = io.Custom("FORGET_PATCH")  # fmn.patch.ForgetPatch
 Patches = io.Custom("FMN_PATCHES")  # list of (fmn.patch.ForgetPatch or path of its file, strength)
 
 
+def told(text, answer=None):
+    """What a node says when it is done, as its ``ui``: web/told.js shows it below the node, and
+    shows it again if the result was still there.
+
+    Args:
+        answer: what programs find as ``text`` in the history, if that is not the same.
+    """
+    return {"told": (text,), "text": (text if answer is None else answer,)}
+
+
 def show_text(text):
-    """Show a text under the node that is running.
+    """Show a text under the node that is running, for as long as it does.
 
     ComfyUI's page renders it as HTML, in Nodes 2.0 as Markdown, and names in a downloaded patch are
     a stranger's words.

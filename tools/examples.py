@@ -35,9 +35,10 @@ ROOM = {
     "FMN_MergeForgetPatches": 80, "FMN_ConceptBench": 220, "FMN_MScore": 120,
     "FMN_AttentionMap": 120,
 }  # fmt: skip
-TALLER = 4  # pixels that a widget is higher in Nodes 2.0
+# Pixels that a widget, and a node of a pack, for the pack's name, are higher in Nodes 2.0.
+TALLER, NAMED = 4, 34
 LAYOUT = """
-([graph, columns, titles, note, room, widths, taller]) => {
+([graph, columns, titles, note, room, widths, taller, named]) => {
   app.loadApiJson(graph, 'example');
   const byId = id => app.graph.getNodeById(id) ?? app.graph.getNodeById(String(id));
   let x = 0;
@@ -61,6 +62,7 @@ LAYOUT = """
       }
       node.pos = [x, y];
       y += node.size[1] + 60 + taller * (node.widgets?.length ?? 0);
+      if (node.type.startsWith('FMN_') && !room[node.type]) y += named;
       width = Math.max(width, node.size[0]);
     }
     x += width + 50;
@@ -103,7 +105,8 @@ smallest => {
 def lay_out(page, flow):
     titles, widths = ({str(n): told for n, told in d.items()} for d in (flow.titles, flow.widths))
     room = ROOM | flow.room
-    page.evaluate(LAYOUT, [flow.nodes, flow.columns, titles, flow.note, room, widths, TALLER])
+    layout = [flow.nodes, flow.columns, titles, flow.note, room, widths, TALLER, NAMED]
+    page.evaluate(LAYOUT, layout)
 
 
 def make(page, server, name, flow):

@@ -30,10 +30,11 @@ app.registerExtension({
   setup() {
     fallBack(app.canvas.default_connection_color_byType);
     fallBack(window.LGraphCanvas.link_type_colors);
-    // Nodes 2.0: a palette's own colours are set on the body, and go before these.
-    for (const [type, ours] of Object.entries(COLOURS)) {
-      document.documentElement.style.setProperty(`--color-datatype-${type}`, ours);
-    }
+    // Nodes 2.0: a palette's own colours are set on elements, and go before a sheet's.
+    const rules = Object.entries(COLOURS).map(([type, ours]) => `--color-datatype-${type}: ${ours};`);
+    const sheet = new CSSStyleSheet();
+    sheet.replaceSync(`:root { ${rules.join(" ")} }`);
+    document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
     app.canvas.setDirty(true, true);
   },
 });

@@ -3,20 +3,18 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { Below, made } from "./below.js";
 
 const NODE = "FMN_TrainForgetPatch";
 const EVENT = "forget-me-not.train";
 const ROUTE = "/forget-me-not/train";
 const NO_ID = "00000000-0000-0000-0000-000000000000";
 const WIDTH = 320;
-const BORDER = 2; // of the view, both sides
-const MARGIN = 10; // that the page leaves around a widget
 const CURVE = { width: 300, height: 96 };
 const STATUS = { running: "running", done: "done", cancelled: "cancelled", failed: "failed" };
 
 const states = new Map(); // workflow and node -> state
 const views = new Map(); // node on the page -> View
-let viewCount = 0;
 
 const STYLE = `
 .fmn-train { box-sizing: border-box; width: 100%; overflow: hidden; font: 12px/1.35 sans-serif;
@@ -48,13 +46,6 @@ const STYLE = `
 .fmn-train img { flex: 1; min-width: 0; width: 50%; aspect-ratio: 1; object-fit: contain; }
 .fmn-train figcaption { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 `;
-
-function made(tag, name, text) {
-  const element = document.createElement(tag);
-  if (name) element.className = name;
-  if (text !== undefined) element.textContent = text; // names are a stranger's words
-  return element;
-}
 
 function drawn(tag, attributes) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -92,35 +83,15 @@ function percent(share) {
   return `${Number((100 * share).toPrecision(3))}%`;
 }
 
-class View {
+class View extends Below {
   constructor(node) {
-    this.node = node;
-    this.element = made("div", "fmn-train");
-    this.element.hidden = true;
-    this.content = made("div", "fmn-content");
-    // In the element itself: nothing of ours is put into the page's head.
-    this.element.append(made("style", "", STYLE), this.content);
-    this.height = 0;
-    this.sized = new ResizeObserver(() => this.fit());
-    this.sized.observe(this.content);
-    const height = () => this.height;
-    // Nodes 2.0 keeps the element of a widget that has the same node id and name in another workflow.
-    this.widget = node.addDOMWidget(`live ${++viewCount}`, "FMN_TRAIN_LIVE", this.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: height,
-      getMaxHeight: height,
-      getValue: () => "",
-      setValue: () => {},
-    });
-    this.widget.serialize = false;
+    super(node, { type: "FMN_TRAIN_LIVE", name: "fmn-train", style: STYLE, narrow: WIDTH });
   }
 
   show(state) {
     if (state === this.state) return;
     this.state = state;
-    this.element.hidden = false;
-    this.content.replaceChildren(...this.parts(state));
+    this.fill(...this.parts(state));
   }
 
   *parts(state) {
@@ -206,18 +177,6 @@ class View {
     box.append(made("div", "fmn-quiet", caption), grid);
     return box;
   }
-
-  /** Make room for what is shown. */
-  fit() {
-    if (!this.content.offsetHeight) return;
-    const height = this.content.offsetHeight + BORDER + 2 * (this.widget.margin ?? MARGIN);
-    if (Math.abs(height - this.height) < 2) return;
-    this.height = height;
-    const [width, before] = this.node.size;
-    const [, needed] = this.node.computeSize();
-    this.node.setSize([Math.max(width, WIDTH), Math.max(before, needed)]);
-    this.node.setDirtyCanvas?.(true, true);
-  }
 }
 
 function keyOf(workflow, node) {
@@ -272,11 +231,17 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
     views.set(node, new View(node));
-    const removed = node.onRemoved;
+    const { onRemoved, onExecuted } = node;
     node.onRemoved = function (...args) {
-      views.get(node)?.sized.disconnect();
       views.delete(node);
-      return removed?.apply(this, args);
+      return onRemoved?.apply(this, args);
+    };
+    // Also of a run whose result was still there: it sends no states.
+    node.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      const [state] = output?.training ?? [];
+      const view = views.get(node);
+      if (state && view?.state?.prompt_id !== state.prompt_id) view?.show(state);
     };
   },
   afterConfigureGraph: refresh,

@@ -69,10 +69,8 @@ PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
 TEXTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
   const view = node.widgets?.find(widget => widget.type === 'FMN_TRAIN_LIVE')?.element;
   if (view) return [node.id, view.innerText.startsWith('done: ') ? 1 : 0];
-  const text = node.widgets?.find(widget => widget.name === '$$node-text-preview')?.value ?? '';
-  const element = document.querySelector(`[data-node-id="${node.id}"]`);
-  const first = text.split(/\\n|&/)[0].trim(); // of a text that is HTML, the start that is plain
-  return [node.id, first && (!element || element.innerText.includes(first)) ? 1 : 0];
+  const told = node.widgets?.find(widget => widget.type === 'FMN_TOLD')?.element;
+  return [node.id, told?.isConnected && told.querySelector('.fmn-content').innerText ? 1 : 0];
 }))"""
 
 

@@ -1,5 +1,6 @@
 """A list of concepts, one patch each, through a real server."""
 
+import html
 import time
 
 import pytest
@@ -50,7 +51,18 @@ def test_a_hundred_concepts_in_one_run(server):
     lines = texts(messages)
     name = kinds[49][0]
     assert any(f"{name}: 50/100, " in line and "s left" in line for line in lines)
-    assert any("100 of 100 concepts have a patch" in line for line in lines)
+    (told,) = [data["output"]["told"] for kind, data in messages if kind == "executed"]
+    assert "100 of 100 concepts have a patch" in told[0]
+
+
+def test_names_in_a_line_of_text_are_no_markup(server):
+    """A page draws the line under a running node as HTML, in Nodes 2.0 as Markdown."""
+    name = '<img src="x" onerror="alert(1)"> **bold** [a](http://b.c) www.pixel.org'
+    lines = texts(server.events(server.queue(batch("markup", name))))
+    assert lines
+    for line in lines:
+        assert not set("<>*[]") & set(line) and "://" not in line and "www." not in line
+        assert name in html.unescape(line)
 
 
 def test_a_failure_in_the_middle_and_going_on(server):

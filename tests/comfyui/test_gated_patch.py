@@ -8,11 +8,8 @@ from .test_guidance import CONCEPT, PROMPT, conditioning, refused, sample
 
 
 @pytest.fixture
-def nodes(pack, monkeypatch):
-    module = pack("nodes.guidance")
-    # Outside a server there is no node to show a text under.
-    monkeypatch.setattr(module, "show_text", lambda text: None)
-    return module
+def nodes(pack):
+    return pack("nodes.guidance")
 
 
 @pytest.fixture

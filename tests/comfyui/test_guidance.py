@@ -15,11 +15,8 @@ EARLY = {"warmup": 1, "scale": 300.0, "threshold": 0.02, "momentum_scale": 0.4,
 
 
 @pytest.fixture
-def nodes(pack, monkeypatch):
-    module = pack("nodes.guidance")
-    # Outside a server there is no node to show a text under.
-    monkeypatch.setattr(module, "show_text", lambda text: None)
-    return module
+def nodes(pack):
+    return pack("nodes.guidance")
 
 
 def conditioning(clip, text):

@@ -131,8 +131,7 @@ def test_what_is_hooked_on_a_text_encoder_is_what_encodes(pack, pages):
     assert pages.loads == [1]
 
 
-def test_patches_are_worn_without_reading_the_file_again(pack, pages, monkeypatch):
-    monkeypatch.setattr(pack("nodes.patch"), "show_text", lambda text: None)  # needs a server
+def test_patches_are_worn_without_reading_the_file_again(pack, pages):
     patches, families = pack("fmn.patch"), pack("fmn.families")
     model, prompt = pages.host(), concept(pack).training_prompts()[0]
     layers = families.layers(model.family)

@@ -67,9 +67,7 @@ def test_weighted_and_long_prompts_are_read(pack, comfy_model, prompt, sections)
 
 
 @pytest.fixture
-def apply(pack, monkeypatch):
-    """The node, without the server that shows its note."""
-    monkeypatch.setattr(pack("nodes.patch"), "show_text", lambda line: None)
+def apply(pack):
     return pack("nodes.patch").ApplyForgetPatch
 
 

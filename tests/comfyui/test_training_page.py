@@ -15,7 +15,7 @@ PLACE = """() => { let y = 90;
     if (node.type != 'FMN_TrainForgetPatch') y += node.size[1] + 60; }
   app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true); }"""
 OWN = """app.graph.nodes.find(n => n.type == 'FMN_TrainForgetPatch')
-  .widgets.find(w => w.name.startsWith('live')).element"""
+  .widgets.find(w => w.type === 'FMN_TRAIN_LIVE').element"""
 POINTS = f"{OWN}.querySelector('polyline.fmn-loss')?.points.length"
 STEP = f"Number({OWN}.textContent.match(/step (\\d+)\\//)?.[1])"
 # Its pictures are there, and nothing of it is cut off.

@@ -1,0 +1,63 @@
+// An element of ours below a node's own widgets, as high as what it holds.
+
+const BORDER = 2; // of the element, both sides
+const MARGIN = 10; // that the page leaves around a widget
+let count = 0;
+
+export function made(tag, name, text) {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text; // names are a stranger's words
+  return element;
+}
+
+export class Below {
+  /** type: of the widget. name: the element's class; style: CSS, narrow: the least width of the node. */
+  constructor(node, { type, name, style, narrow = 0 }) {
+    this.node = node;
+    this.narrow = narrow;
+    this.element = made("div", name);
+    this.element.hidden = true;
+    this.content = made("div", "fmn-content");
+    // In the element itself: nothing of ours is put into the page's head.
+    this.element.append(made("style", "", style), this.content);
+    this.height = 0;
+    this.sized = new ResizeObserver(() => this.fit());
+    this.sized.observe(this.content);
+    const height = () => this.height;
+    // Nodes 2.0 keeps the element of a widget that has the same node id and name in another workflow.
+    this.widget = node.addDOMWidget(`fmn ${++count}`, type, this.element, {
+      serialize: false,
+      hideOnZoom: false,
+      getMinHeight: height,
+      getMaxHeight: height,
+      getValue: () => "",
+      setValue: () => {},
+    });
+    this.widget.serialize = false;
+    const removed = node.onRemoved;
+    node.onRemoved = (...args) => {
+      this.sized.disconnect();
+      return removed?.apply(node, args);
+    };
+  }
+
+  fill(...parts) {
+    this.element.hidden = false;
+    this.content.replaceChildren(...parts);
+  }
+
+  /** Make room for what is shown. */
+  fit() {
+    if (!this.content.offsetHeight) return;
+    const height = this.content.offsetHeight + BORDER + 2 * (this.widget.margin ?? MARGIN);
+    if (Math.abs(height - this.height) < 2) return;
+    this.height = height;
+    const [width, before] = this.node.size;
+    if (before !== this.given) this.own = before; // the user's, or the workflow's
+    const [, needed] = this.node.computeSize();
+    this.node.setSize([Math.max(width, this.narrow), Math.max(this.own, needed)]);
+    this.given = this.node.size[1];
+    this.node.setDirtyCanvas?.(true, true);
+  }
+}
