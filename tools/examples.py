@@ -35,7 +35,7 @@ ROOM = {
     "FMN_MergeForgetPatches": 80, "FMN_ConceptBench": 220, "FMN_MScore": 120,
     "FMN_AttentionMap": 120,
 }  # fmt: skip
-# Pixels that a widget, and a node of a pack, for the pack's name, are higher in Nodes 2.0.
+# Pixels that a widget is higher in Nodes 2.0, and a node with its pack's name or a picture's size.
 TALLER, NAMED = 4, 34
 LAYOUT = """
 ([graph, columns, titles, note, room, widths, taller, named]) => {
@@ -62,7 +62,8 @@ LAYOUT = """
       }
       node.pos = [x, y];
       y += node.size[1] + 60 + taller * (node.widgets?.length ?? 0);
-      if (node.type.startsWith('FMN_') && !room[node.type]) y += named;
+      const own = node.type.startsWith('FMN_') && !room[node.type];
+      if (own || node.type === 'PreviewImage') y += named;
       width = Math.max(width, node.size[0]);
     }
     x += width + 50;

@@ -18,6 +18,8 @@ from PIL import Image
 from websocket import WebSocketTimeoutException, create_connection
 
 START_TIMEOUT = 300
+# Another frontend than the installed one: the folder static of an unpacked package.
+FRONTEND = [f"--front-end-root={path}" for path in [os.environ.get("FRONTEND")] if path]
 LATE = 100  # steps that may be told of after Cancel: they were done before the server took it
 
 
@@ -50,7 +52,7 @@ class Server:
             [
                 sys.executable, "main.py", "--cpu", "--port", str(self.port),
                 "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
-                "--disable-auto-launch", "--disable-api-nodes", *self.arguments,
+                "--disable-auto-launch", "--disable-api-nodes", *FRONTEND, *self.arguments,
             ],
             cwd=self.comfyui, stdout=self.log, stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from .frontend import setting
 from .shelf_files import fill
 
-TAB = ".forget-me-not\\.shelf-tab-button"
+TAB = ".forget-me-not\\.shelf-tab-button, [data-testid^='forget-me-not.shelf']"
 
 
 def open_shelf(page):

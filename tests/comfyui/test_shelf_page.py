@@ -70,7 +70,7 @@ def test_fit_to_the_graph(shelf):
     badges = page.locator(".fmn-row .fmn-badge")
     damaged, *others = badges.all_text_contents()
     assert others == ["base unknown"] * 4
-    page.evaluate("app.graph.add(LiteGraph.createNode('FMN_LoadDemoCheckpoint'))")
+    page.evaluate("() => { app.graph.add(LiteGraph.createNode('FMN_LoadDemoCheckpoint')); }")
     page.mouse.move(900, 500)
     page.locator(".fmn-search").hover()
     page.get_by_text("In the graph: Demo model").wait_for()
@@ -210,7 +210,7 @@ def test_delete_and_rename_ask_first(shelf, server):
     expect(dialog.get_by_role("textbox")).to_have_value("gogh")
     dialog.get_by_role("textbox").fill("../up")
     answer(page, "Confirm")
-    page.get_by_text("a file stays in its folder").wait_for()
+    page.get_by_text("a file stays in its folder").first.wait_for()
     assert (folder / "gogh.safetensors").exists()
 
     settled(page)
