@@ -96,10 +96,6 @@ class Live:
         """A sentence below the curve."""
         self.state["note"] = text[:TEXT]
 
-    def curves(self):
-        """The state without pictures, for a page that shows this result again."""
-        return {key: value for key, value in self.state.items() if key != "previews"}
-
     def send(self, pictures=False):
         """Tell the page; without ``pictures`` it keeps those that it has."""
         if self.client is None:  # queued by a program that listens to nothing
@@ -111,7 +107,7 @@ class Live:
             _states.move_to_end(key)
             while len(_states) > KEPT:
                 _states.popitem(last=False)
-        event = state if pictures else self.curves()
+        event = state if pictures else {k: v for k, v in state.items() if k != "previews"}
         PromptServer.instance.send_sync(EVENT, event, self.client)
 
 

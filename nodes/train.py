@@ -96,9 +96,7 @@ class TrainForgetPatch(io.ComfyNode):
             except NonFiniteLoss as error:
                 raise rescue(error, output_path("rescued")) from error
             previews.finish(patch)
-        return io.NodeOutput(
-            patch, patch.lora(), {"loss": losses}, ui={"training": (live.curves(),)}
-        )
+        return io.NodeOutput(patch, patch.lora(), {"loss": losses})
 
 
 class _Progress:

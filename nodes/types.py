@@ -1,14 +1,11 @@
 """Socket types of the pack, and the text under a node."""
 
-import re
-
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 CATEGORY = "forget-me-not"
-# Signs that mean something in HTML or Markdown, or make a link. As entities they do in neither.
-MARKUP = r"[&<>\\`*_~#|!\[\]@]|:(?=//)|(?<=www)\."
+EVENT = "forget-me-not.text"
 Concepts = io.Custom("FMN_CONCEPT")  # list of fmn.concept.Concept
 Method = io.Custom("FMN_METHOD")  # a method's settings
 Options = io.Custom("FMN_OPTIONS")  # nodes.training.Options
@@ -29,11 +26,8 @@ def told(text, answer=None):
 
 
 def show_text(text):
-    """Show a text under the node that is running, for as long as it does.
-
-    ComfyUI's page renders it as HTML, in Nodes 2.0 as Markdown, and names in a downloaded patch are
-    a stranger's words.
-    """
-    escaped = re.sub(MARKUP, lambda sign: f"&#{ord(sign[0])};", text, flags=re.IGNORECASE)
-    escaped = escaped.replace("\n", "  \n")  # so that Markdown keeps the lines, too
-    PromptServer.instance.send_progress_text(escaped, get_executing_context().node_id)
+    """Show a text under the node that is running; ``told`` takes its place when it is done."""
+    server = PromptServer.instance
+    if server.client_id is not None:  # else queued by a program that listens to nothing
+        data = {"node": get_executing_context().node_id, "text": text}
+        server.send_sync(EVENT, data, server.client_id)

@@ -1,10 +1,11 @@
-// The text that a node has to tell once it has run, below its widgets. ComfyUI's own texts, which
-// nodes show while they run, are gone from newer pages when the run has ended.
+// Texts of nodes, below their widgets: how far a run is, and what there is to tell when it is done.
+// ComfyUI's own texts are HTML or Markdown, and newer pages take them away when a run has ended.
 
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 import { Below, made } from "./below.js";
 
-const STOCK = "$$node-text-preview";
+const EVENT = "forget-me-not.text";
 const STYLE = `
 .fmn-told { box-sizing: border-box; width: 100%; overflow: hidden; font: 12px/1.4 sans-serif;
   contain: inline-size; /* or Nodes 2.0 makes it as wide as its longest line */
@@ -13,31 +14,47 @@ const STYLE = `
 .fmn-told .fmn-content { max-height: 400px; overflow: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; user-select: text; cursor: text; }
 `;
+// The nodes that tell something. They get their place at once: what comes later to a node that a
+// user has added, Nodes 2.0 of frontend 1.32.9 does not show.
+const TELLERS = new Set([
+  "FMN_ApplyForgetPatch", "FMN_ApplyGatedPatch", "FMN_AttentionMap", "FMN_ConceptBench",
+  "FMN_ConceptInversionProbe", "FMN_EraseByNegativePrompt", "FMN_HardestEmbedding",
+  "FMN_InspectForgetPatch", "FMN_MScore", "FMN_MergeForgetPatches", "FMN_SafeLatentDiffusion",
+  "FMN_SaveForgetPatch", "FMN_TextualInversion", "FMN_TrainForgetPatches",
+]);
 const belows = new WeakMap(); // node -> Below
 
 function tell(node, text) {
-  if (!belows.has(node)) {
-    belows.set(node, new Below(node, { type: "FMN_TOLD", name: "fmn-told", style: STYLE }));
+  belows.get(node)?.fill(made("div", "", text));
+}
+
+const rootGraph = () => app.rootGraph ?? app.graph;
+
+/** A node by the id that the server runs it under: "3", or "7:3" in the subgraph of node 7. */
+function running(id) {
+  let graph = rootGraph();
+  let node;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(Number(part));
+    graph = node?.subgraph;
   }
-  belows.get(node).fill(made("div", "", text));
-  const at = node.widgets.findIndex((widget) => widget.name === STOCK);
-  if (at >= 0) {
-    node.widgets[at].onRemove?.();
-    node.widgets.splice(at, 1);
-  }
+  return node;
 }
 
 /** A node by the id that the page keeps its output under: "3", or "GRAPH:3" in a subgraph. */
 function nodeAt(locator) {
   const [id, graph] = String(locator).split(":").reverse();
-  const root = app.rootGraph ?? app.graph;
-  return (graph ? root.subgraphs?.get(graph) : root)?.getNodeById(Number(id));
+  return (graph ? rootGraph().subgraphs?.get(graph) : rootGraph())?.getNodeById(Number(id));
 }
 
 app.registerExtension({
   name: "forgetmenot.told",
+  setup() {
+    api.addEventListener(EVENT, ({ detail }) => tell(running(detail.node), detail.text));
+  },
   nodeCreated(node) {
-    if (!node.comfyClass?.startsWith("FMN_")) return;
+    if (!TELLERS.has(node.comfyClass)) return;
+    belows.set(node, new Below(node, { type: "FMN_TOLD", name: "fmn-told", style: STYLE }));
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.apply(this, arguments);
@@ -47,9 +64,7 @@ app.registerExtension({
   // Another workflow was opened, or an earlier run's outputs were.
   onNodeOutputsUpdated(outputs) {
     for (const [locator, output] of Object.entries(outputs)) {
-      if (!output?.told) continue;
-      const node = nodeAt(locator);
-      if (node?.comfyClass?.startsWith("FMN_")) tell(node, output.told.join("\n"));
+      if (output?.told) tell(nodeAt(locator), output.told.join("\n"));
     }
   },
 });

@@ -231,17 +231,10 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
     views.set(node, new View(node));
-    const { onRemoved, onExecuted } = node;
+    const { onRemoved } = node;
     node.onRemoved = function (...args) {
       views.delete(node);
       return onRemoved?.apply(this, args);
-    };
-    // Also of a run whose result was still there: it sends no states.
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      const [state] = output?.training ?? [];
-      const view = views.get(node);
-      if (state && view?.state?.prompt_id !== state.prompt_id) view?.show(state);
     };
   },
   afterConfigureGraph: refresh,

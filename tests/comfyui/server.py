@@ -23,6 +23,11 @@ FRONTEND = [f"--front-end-root={path}" for path in [os.environ.get("FRONTEND")] 
 LATE = 100  # steps that may be told of after Cancel: they were done before the server took it
 
 
+def texts(messages):
+    """What nodes said while they ran."""
+    return [data["text"] for kind, data in messages if kind == "forget-me-not.text"]
+
+
 class PromptError(Exception):
     """The server ran a node that failed; holds the message a user would see."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .parts import concept, leftovers, same_bits, settings, state
-from .server import LATE, Interrupted, PromptError
+from .server import LATE, Interrupted, PromptError, texts
 from .workflows import demo_loader, drawing, node, training
 
 QUICK = {
@@ -184,8 +184,8 @@ def test_learn_and_use_in_a_prompt(server):
     steps = [data for kind, data in messages if kind == "progress" and data["node"] == "learn"]
     assert [data["value"] for data in steps] == [1, 2, 3] and steps[0]["max"] == 3
     binary = [data for kind, data in messages if kind == "binary"]
-    line = next(data for data in binary if b"white: step 3/3, loss" in data)
-    assert b"s left" in line
+    line = next(text for text in texts(messages) if "white: step 3/3, loss" in text)
+    assert "s left" in line
     assert any(b"\xff\xd8\xff" in data for data in binary if data[:4] != b"\x00\x00\x00\x03")
     outputs = server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
     assert outputs["learn"]["text"] == ["embedding:white"]

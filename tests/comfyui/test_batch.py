@@ -1,6 +1,5 @@
 """A list of concepts, one patch each, through a real server."""
 
-import html
 import time
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from fmn.bench.suite import load_suite
 from fmn.patch import load_patch
 
-from .server import LATE, Interrupted, PromptError
+from .server import LATE, Interrupted, PromptError, texts
 from .test_server import unrelated_picture, unseen_seed
 from .workflows import demo_loader, drawing, node
 
@@ -29,12 +28,6 @@ def files(server, folder):
     return sorted((server.base / "output" / "forget_patches" / folder).glob("*"))
 
 
-def texts(messages):
-    """Lines of text under nodes."""
-    found = [data for kind, data in messages if kind == "binary"]
-    return [data[4:].decode() for data in found if data[:4] == b"\x00\x00\x00\x03"]
-
-
 def test_a_hundred_concepts_in_one_run(server):
     """With a closed form, in less than five minutes; the bar and the text tell of the whole."""
     kinds = list(load_suite("demo").kinds.items())[:100]
@@ -53,16 +46,6 @@ def test_a_hundred_concepts_in_one_run(server):
     assert any(f"{name}: 50/100, " in line and "s left" in line for line in lines)
     (told,) = [data["output"]["told"] for kind, data in messages if kind == "executed"]
     assert "100 of 100 concepts have a patch" in told[0]
-
-
-def test_names_in_a_line_of_text_are_no_markup(server):
-    """A page draws the line under a running node as HTML, in Nodes 2.0 as Markdown."""
-    name = '<img src="x" onerror="alert(1)"> **bold** [a](http://b.c) www.pixel.org'
-    lines = texts(server.events(server.queue(batch("markup", name))))
-    assert lines
-    for line in lines:
-        assert not set("<>*[]") & set(line) and "://" not in line and "www." not in line
-        assert name in html.unescape(line)
 
 
 def test_a_failure_in_the_middle_and_going_on(server):

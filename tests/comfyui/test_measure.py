@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from .parts import concept, gradient_flags, leftovers, same_bits, state
-from .server import LATE, Interrupted, PromptError
+from .server import LATE, Interrupted, PromptError, texts
 from .workflows import demo_loader, node, training
 
 PROMPT = "a dog, noto emoji"
@@ -224,9 +224,8 @@ def test_m_score_before_and_after(server):
     messages = list(server.events(prompt_id))
     steps = [data for kind, data in messages if kind == "progress" and data["node"] == "score"]
     assert [data["value"] for data in steps][-1] == steps[-1]["max"] == 2 * 2 * 2 * 3
-    lines = [data[4:].decode(errors="replace") for kind, data in messages if kind == "binary"]
     shown = "dog, this model, inversion 2/2: step 3/3, loss"
-    assert any(shown in line and "s left" in line for line in lines)
+    assert any(shown in line and "s left" in line for line in texts(messages))
     outputs = server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
     text = outputs["score_text"]["text"][0]
     assert "M-Score of dog" in text and "M-Score of cat" in text and "difference" in text

@@ -7,6 +7,7 @@ from playwright.sync_api import expect
 
 from .frontend import ARTEFACTS, READY, dress, open_prompt
 from .test_training_live import watched
+from .workflows import numbered
 
 VIEW = ".fmn-train:not([hidden])"
 PLACE = """() => { let y = 90;
@@ -35,20 +36,9 @@ def opened_graph(page, nodes_2, seed, light=False, name="dog", **settings):
     prompt["inspect"] = {
         "class_type": "FMN_InspectForgetPatch", "inputs": {"patch": ["train", 0]},
     }  # fmt: skip
-    numbers = {key: str(i) for i, key in enumerate(prompt, 1)}
-    graph = {
-        numbers[key]: part
-        | {
-            "inputs": {
-                k: [numbers[v[0]], v[1]] if isinstance(v, list) else v
-                for k, v in part["inputs"].items()
-            }
-        }
-        for key, part in prompt.items()
-    }
     page.fmn_errors.clear()
     dress(page, nodes_2, "light" if light else "dark")
-    open_prompt(page, graph, nodes_2)
+    open_prompt(page, numbered(prompt), nodes_2)
     page.evaluate("id => { app.graph.id = id; }", str(uuid.uuid4()))
     page.evaluate(PLACE)
 

@@ -49,3 +49,16 @@ def drawing(model=("demo", 0), text="a photo of a dog", seed=1, steps=4, size=12
         f"{name}_decode": node("VAEDecode", samples=[f"{name}_sampler", 0], vae=["demo", 2]),
         name: node("PreviewImage", images=[f"{name}_decode", 0]),
     }  # fmt: skip
+
+
+def numbered(prompt):
+    """The same with numbers as the names of nodes, as pages want them."""
+    numbers = {key: str(i) for i, key in enumerate(prompt, 1)}
+
+    def linked(value):
+        return [numbers[value[0]], value[1]] if isinstance(value, list) else value
+
+    return {
+        numbers[key]: part | {"inputs": {k: linked(v) for k, v in part["inputs"].items()}}
+        for key, part in prompt.items()
+    }

@@ -1,0 +1,74 @@
+"""Texts of nodes below them, in Chromium."""
+
+import inspect
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+from .frontend import ROOT, dress, open_prompt
+from .workflows import demo_loader, node, numbered
+
+MODULES = "attack", "batch", "bench", "guidance", "measure", "merge", "patch"
+TOLD = ".fmn-told:not([hidden]) .fmn-content"
+STOCK = """() => app.graph.nodes.flatMap(n => n.widgets ?? [])
+  .filter(widget => widget.name === '$$node-text-preview').length"""
+SAY = """text => app.api.dispatchCustomEvent('forget-me-not.text', {
+  node: String(app.graph.nodes.find(n => n.type === 'FMN_TrainForgetPatches').id), text })"""
+ATTACK = '<img src="x" onerror="fmnAttacked = 1"> **bold** ![](http://127.0.0.1:9/pixel.png)'
+
+
+def start(page):
+    page.get_by_test_id("queue-button").click()
+
+
+def batch(folder, names):
+    return demo_loader() | {
+        "concepts": node("FMN_ConceptList", text="\n".join(names), kind="object"),
+        "method": node("FMN_MethodUce", keep_list="none"),
+        "batch": node(
+            "FMN_TrainForgetPatches",
+            model=["demo", 0], clip=["demo", 1], concepts=["concepts", 0], method=["method", 0],
+            folder=folder,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
+def test_what_a_node_tells_takes_the_place_of_its_progress(page, nodes_2):
+    """A text is nothing but text, and a long one does not make a node endless."""
+    dress(page, nodes_2)
+    open_prompt(page, numbered(batch(f"told {nodes_2}", ["dog"])), nodes_2)
+    told = page.locator(TOLD)
+    expect(told).to_have_count(0)
+    long = "\n".join([ATTACK] * 60)
+    page.evaluate(SAY, long)
+    told.wait_for()
+    assert told.evaluate("e => e.textContent") == long
+    assert told.evaluate("e => e.clientHeight <= 400 && e.scrollHeight > e.clientHeight")
+    assert told.locator("img, b, strong").count() == 0
+    start(page)
+    expect(told).to_contain_text("1 of 1 concepts have a patch")
+    expect(told).to_have_count(1)
+    assert page.evaluate(STOCK) == 0 and not page.evaluate("window.fmnAttacked")
+    assert "1 of 1" not in page.evaluate("() => JSON.stringify(app.graph.serialize())")
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
+def test_outputs_of_an_earlier_run_are_told_again(page, nodes_2):
+    """As when the page opens a run of its queue."""
+    dress(page, nodes_2)
+    open_prompt(page, numbered(batch("again", ["dog"])), nodes_2)
+    page.evaluate("() => { app.nodeOutputs = { 4: { told: ['1 of 1', 'as before'] } }; }")
+    told = page.locator(TOLD)
+    expect(told).to_have_text("1 of 1\nas before")
+    page.evaluate("() => { app.nodeOutputs = { 9: { told: ['of no node'] }, 1: {} }; }")
+    expect(told).to_have_count(1)
+    assert page.fmn_errors == []
+
+
+def test_all_nodes_that_tell_have_a_place_for_it(pack):
+    nodes = [node for name in MODULES for node in pack(f"nodes.{name}").NODES]
+    telling = {n.define_schema().node_id for n in nodes if "told(" in inspect.getsource(n.execute)}
+    text = (ROOT / "web" / "told.js").read_text(encoding="utf-8")
+    assert telling == set(re.findall(r'"(FMN_\w+)"', text)) - {"FMN_TOLD"} and len(telling) > 10
