@@ -55,7 +55,8 @@ def saved_at(step, path, **options):
     return Supervisor(on_step, **options)
 
 
-def run(model, settings, supervisor=None, keep=("a house",)):
+def run(model, settings, supervisor=None):
+    keep = () if settings.keep_needs else ("a house",)
     return forget(model, CONCEPTS, settings, supervisor or Supervisor(), keep)
 
 
