@@ -226,6 +226,7 @@ app.registerExtension({
     api.addEventListener(EVENT, (event) => receive(event.detail));
     // The server tells the page's id when it connects, and a new one after it was restarted.
     api.addEventListener("status", askOnce);
+    api.addEventListener("reconnected", askServer); // what came in between was lost
     askServer();
   },
   nodeCreated(node) {

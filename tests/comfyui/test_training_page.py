@@ -22,8 +22,11 @@ STEP = f"Number({OWN}.textContent.match(/step (\\d+)\\//)?.[1])"
 # Its pictures are there, and nothing of it is cut off.
 FITS = """e => [...e.querySelectorAll('img')].every(i => i.naturalWidth === 128 && i.width > 30)
   && e.clientHeight > 150 && e.scrollHeight <= e.clientHeight + 2"""
-SAVED = """() => [...Object.values(sessionStorage), ...Object.values(localStorage)].some(
-  text => text.includes(app.graph.id))"""
+SAVED = """() => { const own = Object.entries(sessionStorage)
+    .filter(([key]) => key.startsWith('workflow:')).map(([, text]) => text);
+  // Newer frontends keep it elsewhere.
+  return (own.length ? own : Object.values(localStorage)).some(
+    text => text.includes(app.graph.id)); }"""
 IDLE = "async () => !(await (await fetch('/queue')).json()).queue_running.length"
 
 
