@@ -1,6 +1,7 @@
 """``python -m fmn forget``: options, and what they set going."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 from .concept import KINDS, parse_concept
@@ -161,7 +162,9 @@ def _check_used(options, settings):
             f"--images is for methods that learn from pictures, such as resteer, and {name} does "
             "not: leave it out."
         )
-    if options.images and name.startswith("ablation") and settings.references != "pictures":
+    told = {each.name: each.metadata for each in fields(settings)}
+    ways = told["references"]["choices"] if options.images else ()
+    if "pictures" in ways and settings.references != "pictures":
         raise ForgetError(
             f"{name} draws pictures of its own and would not look at --images: add --references "
             "pictures, or leave it out."
