@@ -37,8 +37,8 @@ COMFYUI = [
     "sentencepiece", "comfyui-frontend-package==1.32.9", "kornia>=0.7.1", "spandrel",
 ]  # fmt: skip
 TESTS = [
-    "eval-unlearn==1.1.2", "peft>=0.17", "playwright", "pytest", "pytest-xdist", "ray==2.60.0",
-    "ruff==0.17.6", "setuptools>=77", "websocket-client",
+    "eval-unlearn==1.1.2", "peft>=0.17", "playwright", "pytest", "pytest-rerunfailures>=16",
+    "pytest-xdist", "ray==2.60.0", "ruff==0.17.6", "setuptools>=77", "websocket-client",
 ]  # fmt: skip
 # A torchvision made for CUDA cannot load its operators beside a CPU torch and then fails to import.
 TORCHVISION_FIX = """

@@ -10,12 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from .frontend import opened
+from .frontend import opened, told_of
 from .others import Words, make
 from .server import Server
 from .shelf_page import opened_shelf
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of a page get a second try, on the page loaded anew: a browser that shares few cores
+    fails now and then for reasons of its own. The summary tells which, and what was seen."""
+    for item in items:
+        if {"page", "chromium"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    page = item.funcargs.get("page") if hasattr(item, "funcargs") else None
+    if report.failed and page and hasattr(report.longrepr, "addsection"):
+        report.longrepr.addsection("the page", told_of(page, item.name))
+    return report
 
 
 def comfyui_path():

@@ -4,7 +4,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import Error, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -23,6 +23,24 @@ ACTIVE = "window.app?.extensionManager?.workflow?.activeWorkflow?.key"
 # The page opens its last workflow after it knows the nodes: what is put into the graph before that
 # would be lost.
 READY = f"() => window.LiteGraph?.registered_node_types?.FMN_Concept && {ACTIVE}"
+# What may tell why a test failed.
+STATE = """async () => {
+  const texts = selector => [...document.querySelectorAll(selector)].map(
+    each => `${each.hidden ? 'hidden: ' : ''}${each.innerText.slice(0, 300)}`);
+  const queue = await (await fetch('/queue')).json();
+  const frame = new Promise(done => requestAnimationFrame(() => done('drawn')));
+  const late = new Promise(done => setTimeout(() => done('not drawn for 2 s'), 2000));
+  return {
+    frame: await Promise.race([frame, late]),
+    focus: document.activeElement?.cloneNode(false).outerHTML.slice(0, 300),
+    dialogs: texts('[role=dialog]'), toasts: texts('.p-toast-message'),
+    running: queue.queue_running.map(each => each[1]), waiting: queue.queue_pending.length,
+    graph: app.graph.id, client: app.api.clientId, socket: app.api.socket?.readyState,
+    nodes: app.graph.nodes.map(each => `${each.id} ${each.type}`),
+    elements: document.querySelectorAll('[data-node-id]').length,
+    ours: texts('.fmn-train, .fmn-told'),
+  };
+}"""
 
 
 @contextmanager
@@ -61,6 +79,24 @@ def keep(said, message):
     text = f"{message.text} {message.location.get('url', '')}"
     if message.type == "error" and not any(each in text for each in NO_NETWORK + NEWER):
         said.append(text)
+
+
+def told_of(page, name):
+    """A failed test's page in words and as a picture; then the page is loaded anew."""
+    console = [line[:500] for line in page.fmn_console if "404 (Not Found)" not in line]
+    told = [f"errors: {page.fmn_errors}", f"console: {console[-5:]}"]
+    patience = {"timeout": 20_000}
+    try:
+        page.screenshot(path=ARTEFACTS / f"failed {name.replace('/', '_')}.png", **patience)
+        state = page.wait_for_function(STATE, polling=500, **patience).json_value()
+        told += [f"{key}: {value}" for key, value in state.items()]
+        page.goto(page.url, wait_until="domcontentloaded")
+        page.wait_for_function(READY)
+        page.fmn_errors.clear()
+        page.fmn_console.clear()
+    except Error as error:
+        told.append(f"and then: {error}")
+    return "\n".join(told)
 
 
 def setting(page, name, value):

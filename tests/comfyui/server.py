@@ -132,7 +132,16 @@ class Server:
         prompt_id = self.queue(prompt)
         for _ in self.events(prompt_id):
             pass
-        return self.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+        return self.history(prompt_id)["outputs"]
+
+    def history(self, prompt_id):
+        """What became of a run; a page hears of its end before the server has noted it."""
+        deadline = time.monotonic() + 60
+        while prompt_id not in (known := self.get(f"/history/{prompt_id}")):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no end of {prompt_id}:\n{self.log_text()[-2000:]}")
+            time.sleep(0.1)
+        return known[prompt_id]
 
     def image(self, output):
         """The first picture of a node's output, float [H, W, 3] in 0..1."""

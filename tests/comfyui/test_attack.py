@@ -187,7 +187,7 @@ def test_learn_and_use_in_a_prompt(server):
     line = next(text for text in texts(messages) if "white: step 3/3, loss" in text)
     assert "s left" in line
     assert any(b"\xff\xd8\xff" in data for data in binary if data[:4] != b"\x00\x00\x00\x03")
-    outputs = server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+    outputs = server.history(prompt_id)["outputs"]
     assert outputs["learn"]["text"] == ["embedding:white"]
     assert "white" in server.get("/embeddings") and "white.safetensors" in saved(server)
 

@@ -40,7 +40,7 @@ def measured(server):
     prompt = training(steps=3) | bench(patch=["train", 0], targets="")
     prompt_id = server.queue(prompt)
     texts = [event for event in server.events(prompt_id)]
-    return texts, server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+    return texts, server.history(prompt_id)["outputs"]
 
 
 def test_a_patch_is_measured_on_what_it_forgets(server, measured):

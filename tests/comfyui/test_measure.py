@@ -226,7 +226,7 @@ def test_m_score_before_and_after(server):
     assert [data["value"] for data in steps][-1] == steps[-1]["max"] == 2 * 2 * 2 * 3
     shown = "dog, this model, inversion 2/2: step 3/3, loss"
     assert any(shown in line and "s left" in line for line in texts(messages))
-    outputs = server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+    outputs = server.history(prompt_id)["outputs"]
     text = outputs["score_text"]["text"][0]
     assert "M-Score of dog" in text and "M-Score of cat" in text and "difference" in text
     number = r"-?\d\.\d{3} ± \d\.\d{3}"

@@ -93,7 +93,7 @@ def test_jointly(server, method):
     )
     prompt_id = server.queue(prompt)
     messages = list(server.events(prompt_id))
-    outputs = server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+    outputs = server.history(prompt_id)["outputs"]
     loss = saved(server, outputs).info["loss"]
     assert loss["last"] < loss["first"]
     assert "how joint" in outputs["inspect"]["text"][0]

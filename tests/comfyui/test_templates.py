@@ -81,7 +81,7 @@ def test_a_template_in_the_page(page, server, looks, path):
 
 def everything_came(server, page, prompt, prompt_id, cached):
     """The server has made all outputs, and the page shows them."""
-    told = server.get(f"/history/{prompt_id}")[prompt_id]
+    told = server.history(prompt_id)
     assert told["status"]["status_str"] == "success"
     types = {key: item["class_type"] for key, item in prompt.items()}
     previews = [key for key, name in types.items() if name == "PreviewImage"]
