@@ -16,7 +16,7 @@ from .live import Live
 from .parts import keep_input, model_input
 from .patch import output_path
 from .training import TrainingOptions
-from .types import CATEGORY, Concepts, Method, Options, Patch
+from .types import CATEGORY, Concepts, Method, Options, Patch, workflow_id
 
 PREVIEW_SIDE = 512
 
@@ -68,7 +68,6 @@ class TrainForgetPatch(io.ComfyNode):
                     tooltip="The loss of each step, for core's Plot Loss Graph.",
                 ),
             ],
-            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -77,7 +76,7 @@ class TrainForgetPatch(io.ComfyNode):
         host, losses = host_of(model, clip, vae), []
         resume = load_state(options.resume) if options.resume else None
         title = ", ".join(concept.name for concept in concepts)
-        with Live(title, _workflow_id(cls.hidden.extra_pnginfo)) as live:
+        with Live(title, workflow_id()) as live:
             saves = Saves(
                 options.save_every,
                 lambda step: output_path(f"{options.filename_prefix}_step{step}"),
@@ -144,13 +143,6 @@ class _Previews:
     def finish(self, patch):
         if self.every:
             self.live.previews(self.drawn.after(patch), self.steps)
-
-
-def _workflow_id(info):
-    """The id of the workflow on the page that queued this, or None."""
-    workflow = info.get("workflow") if isinstance(info, dict) else None
-    found = workflow.get("id") if isinstance(workflow, dict) else None
-    return found[:64] if isinstance(found, str) else None
 
 
 NODES = [TrainForgetPatch]

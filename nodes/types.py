@@ -29,5 +29,16 @@ def show_text(text):
     """Show a text under the node that is running; ``told`` takes its place when it is done."""
     server = PromptServer.instance
     if server.client_id is not None:  # else queued by a program that listens to nothing
-        data = {"node": get_executing_context().node_id, "text": text}
+        node = get_executing_context().node_id
+        data = {"node": node, "workflow": workflow_id(), "text": text}
         server.send_sync(EVENT, data, server.client_id)
+
+
+def workflow_id():
+    """The id of the workflow on the page that queued what is running, or None."""
+    running = PromptServer.instance.prompt_queue.currently_running.values()
+    prompt_id = get_executing_context().prompt_id
+    info = next((extra for _, key, _, extra, *_ in running if key == prompt_id), None)
+    for name in ("extra_pnginfo", "workflow", "id"):  # sent by whoever queued it
+        info = info.get(name) if isinstance(info, dict) else None
+    return info[:64] if isinstance(info, str) else None

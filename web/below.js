@@ -18,6 +18,10 @@ export class Below {
     this.narrow = narrow;
     this.element = made("div", name);
     this.element.hidden = true;
+    // Or the page copies the selected nodes instead of the selected words.
+    this.element.addEventListener("copy", (event) => {
+      if (!window.getSelection().isCollapsed) event.stopPropagation();
+    });
     this.content = made("div", "fmn-content");
     // In the element itself: nothing of ours is put into the page's head.
     this.element.append(made("style", "", style), this.content);
@@ -50,6 +54,7 @@ export class Below {
   /** Make room for what is shown. */
   fit() {
     if (!this.content.offsetHeight) return;
+    this.scrolls(this.content.scrollHeight > this.content.clientHeight);
     const height = this.content.offsetHeight + BORDER + 2 * (this.widget.margin ?? MARGIN);
     if (Math.abs(height - this.height) < 2) return;
     this.height = height;
@@ -59,5 +64,13 @@ export class Below {
     this.node.setSize([Math.max(width, this.narrow), Math.max(this.own, needed)]);
     this.given = this.node.size[1];
     this.node.setDirtyCanvas?.(true, true);
+  }
+
+  /** What is longer than its place can be scrolled: Nodes 2.0 hands the wheel to the canvas else. */
+  scrolls(long) {
+    for (const [name, value] of [["tabindex", "0"], ["data-capture-wheel", "true"]]) {
+      if (long) this.content.setAttribute(name, value);
+      else this.content.removeAttribute(name);
+    }
   }
 }

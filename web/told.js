@@ -24,8 +24,15 @@ const TELLERS = new Set([
 ]);
 const belows = new WeakMap(); // node -> Below
 
+const unfinished = new Set(); // nodes that told how far they are, and not yet how it ended
+
 function tell(node, text) {
   belows.get(node)?.fill(made("div", "", text));
+}
+
+function end(text) {
+  for (const node of unfinished) tell(node, text);
+  unfinished.clear();
 }
 
 const rootGraph = () => app.rootGraph ?? app.graph;
@@ -41,16 +48,38 @@ function running(id) {
   return node;
 }
 
-/** A node by the id that the page keeps its output under: "3", or "GRAPH:3" in a subgraph. */
+/** A node by the id that the page keeps its output under: as above, or "GRAPH:3" in a subgraph. */
 function nodeAt(locator) {
-  const [id, graph] = String(locator).split(":").reverse();
-  return (graph ? rootGraph().subgraphs?.get(graph) : rootGraph())?.getNodeById(Number(id));
+  const [id, name] = String(locator).split(":").reverse();
+  const graph = rootGraph().subgraphs?.get(name);
+  return graph ? graph.getNodeById(Number(id)) : running(locator);
+}
+
+/** Is an output one of another workflow, which has a node of the same number? */
+function isElsewhere(output) {
+  const { openWorkflows, activeWorkflow } = app.extensionManager.workflow;
+  const owner = openWorkflows.find((workflow) =>
+    Object.values(workflow.changeTracker?.nodeOutputs ?? {}).some((kept) => kept?.told === output.told),
+  );
+  return owner !== undefined && owner.path !== activeWorkflow?.path;
 }
 
 app.registerExtension({
   name: "forgetmenot.told",
   setup() {
-    api.addEventListener(EVENT, ({ detail }) => tell(running(detail.node), detail.text));
+    api.addEventListener(EVENT, ({ detail: { node: id, workflow, text } }) => {
+      if (workflow && workflow !== rootGraph().id) return;
+      const node = running(id);
+      if (!node) return;
+      tell(node, text);
+      unfinished.add(node);
+    });
+    api.addEventListener("execution_interrupted", () => end("cancelled"));
+    api.addEventListener("execution_error", () => end("failed"));
+    // Nothing runs, as after the server was restarted.
+    api.addEventListener("status", ({ detail }) => {
+      if (detail?.exec_info?.queue_remaining === 0) end("stopped");
+    });
   },
   nodeCreated(node) {
     if (!TELLERS.has(node.comfyClass)) return;
@@ -58,7 +87,13 @@ app.registerExtension({
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.apply(this, arguments);
-      if (output?.told) tell(this, output.told.join("\n"));
+      if (!output?.told) return;
+      // The page notes whose output it is once all have heard of it.
+      setTimeout(() => {
+        if (isElsewhere(output)) return;
+        unfinished.delete(this);
+        tell(this, output.told.join("\n"));
+      });
     };
   },
   // Another workflow was opened, or an earlier run's outputs were.

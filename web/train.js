@@ -13,8 +13,10 @@ const WIDTH = 320;
 const CURVE = { width: 300, height: 96 };
 const STATUS = { running: "running", done: "done", cancelled: "cancelled", failed: "failed" };
 
-const states = new Map(); // workflow and node -> state
-const views = new Map(); // node on the page -> View
+const MOST = 64; // states that are kept
+
+const states = new Map(); // workflow and node -> state, the newest last
+const views = new WeakMap(); // node on the page -> View
 
 const STYLE = `
 .fmn-train { box-sizing: border-box; width: 100%; overflow: hidden; font: 12px/1.35 sans-serif;
@@ -208,16 +210,30 @@ function refresh() {
 function receive(state) {
   const key = keyOf(state.workflow, state.node);
   const previews = state.previews ?? states.get(key)?.previews ?? [];
+  states.delete(key);
   states.set(key, { ...state, previews });
+  if (states.size > MOST) states.delete(states.keys().next().value);
   refresh();
 }
 
+/** Did the server answer? If it is away, the page connects again, and this is asked again. */
 async function askServer() {
-  const client = api.clientId ?? api.initialClientId;
-  if (!client) return;
-  const answer = await api.fetchApi(`${ROUTE}?client=${encodeURIComponent(client)}`);
-  if (!answer.ok) return;
+  if (!api.clientId) return false;
+  const query = `client=${encodeURIComponent(api.clientId)}`;
+  const answer = await api.fetchApi(`${ROUTE}?${query}`).catch(() => null);
+  if (!answer?.ok) return false;
   for (const state of (await answer.json()).states) receive(state);
+  return true;
+}
+
+/** Nothing runs: what still seems to has ended unseen, or its server has. */
+async function settle() {
+  const open = [...states].filter(([, state]) => state.status === "running");
+  if (!open.length || !(await askServer())) return;
+  for (const [key, state] of open) {
+    if (states.get(key) === state) states.set(key, { ...state, status: "failed", error: "The server was stopped." });
+  }
+  refresh();
 }
 
 app.registerExtension({
@@ -225,25 +241,24 @@ app.registerExtension({
   setup() {
     api.addEventListener(EVENT, (event) => receive(event.detail));
     // The server tells the page's id when it connects, and a new one after it was restarted.
-    api.addEventListener("status", askOnce);
+    api.addEventListener("status", ({ detail }) => {
+      askOnce();
+      if (detail?.exec_info?.queue_remaining === 0) settle();
+    });
     api.addEventListener("reconnected", askServer); // what came in between was lost
-    askServer();
+    askOnce();
   },
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
     views.set(node, new View(node));
-    const { onRemoved } = node;
-    node.onRemoved = function (...args) {
-      views.delete(node);
-      return onRemoved?.apply(this, args);
-    };
   },
   afterConfigureGraph: refresh,
 });
 
 let asked;
-function askOnce() {
-  if (asked === api.clientId) return;
-  asked = api.clientId;
-  askServer();
+async function askOnce() {
+  const client = api.clientId;
+  if (asked === client) return;
+  asked = client;
+  if (!(await askServer())) asked = undefined;
 }

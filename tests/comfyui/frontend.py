@@ -1,8 +1,10 @@
 """The real frontend in Chromium, and the examples it opens."""
 
 import os
+import time
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urljoin
 
 from playwright.sync_api import Error, expect, sync_playwright
 
@@ -85,11 +87,9 @@ def told_of(page, name):
     """A failed test's page in words and as a picture; then the page is loaded anew."""
     console = [line[:500] for line in page.fmn_console if "404 (Not Found)" not in line]
     told = [f"errors: {page.fmn_errors}", f"console: {console[-5:]}"]
-    patience = {"timeout": 20_000}
-    try:
-        page.screenshot(path=ARTEFACTS / f"failed {name.replace('/', '_')}.png", **patience)
-        state = page.wait_for_function(STATE, polling=500, **patience).json_value()
-        told += [f"{key}: {value}" for key, value in state.items()]
+    try:  # the picture first: a page that hangs says so after a while
+        page.screenshot(path=ARTEFACTS / f"failed {name.replace('/', '_')}.png", timeout=20_000)
+        told += [f"{key}: {value}" for key, value in page.evaluate(STATE).items()]
         page.goto(page.url, wait_until="domcontentloaded")
         page.wait_for_function(READY)
         page.fmn_errors.clear()
@@ -97,6 +97,14 @@ def told_of(page, name):
     except Error as error:
         told.append(f"and then: {error}")
     return "\n".join(told)
+
+
+def idle(page):
+    """Wait until the server does nothing: nodes tell of their end before their run has ended."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while any(page.request.get(urljoin(page.url, "/queue")).json().values()):
+        assert time.monotonic() < deadline, "the server is still at work"
+        time.sleep(0.1)
 
 
 def setting(page, name, value):

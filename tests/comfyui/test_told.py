@@ -2,19 +2,23 @@
 
 import inspect
 import re
+import uuid
 
 import pytest
 from playwright.sync_api import expect
 
-from .frontend import ROOT, dress, open_prompt
+from .frontend import ROOT, dress, idle, open_prompt
 from .workflows import demo_loader, node, numbered
 
 MODULES = "attack", "batch", "bench", "guidance", "measure", "merge", "patch"
 TOLD = ".fmn-told:not([hidden]) .fmn-content"
 STOCK = """() => app.graph.nodes.flatMap(n => n.widgets ?? [])
   .filter(widget => widget.name === '$$node-text-preview').length"""
-SAY = """text => app.api.dispatchCustomEvent('forget-me-not.text', {
-  node: String(app.graph.nodes.find(n => n.type === 'FMN_TrainForgetPatches').id), text })"""
+SAY = """said => app.api.dispatchCustomEvent('forget-me-not.text', {
+  node: String(app.graph.nodes.find(n => n.type === 'FMN_TrainForgetPatches').id), ...said })"""
+NOTHING_RUNS = (
+    """() => app.api.dispatchCustomEvent('status', { exec_info: { queue_remaining: 0 } })"""
+)
 ATTACK = '<img src="x" onerror="fmnAttacked = 1"> **bold** ![](http://127.0.0.1:9/pixel.png)'
 
 
@@ -22,10 +26,10 @@ def start(page):
     page.get_by_test_id("queue-button").click()
 
 
-def batch(folder, names):
+def batch(folder, names, method=node("FMN_MethodUce", keep_list="none")):
     return demo_loader() | {
         "concepts": node("FMN_ConceptList", text="\n".join(names), kind="object"),
-        "method": node("FMN_MethodUce", keep_list="none"),
+        "method": method,
         "batch": node(
             "FMN_TrainForgetPatches",
             model=["demo", 0], clip=["demo", 1], concepts=["concepts", 0], method=["method", 0],
@@ -42,11 +46,16 @@ def test_what_a_node_tells_takes_the_place_of_its_progress(page, nodes_2):
     told = page.locator(TOLD)
     expect(told).to_have_count(0)
     long = "\n".join([ATTACK] * 60)
-    page.evaluate(SAY, long)
+    page.evaluate(SAY, {"text": long})
     told.wait_for()
     assert told.evaluate("e => e.textContent") == long
     assert told.evaluate("e => e.clientHeight <= 400 && e.scrollHeight > e.clientHeight")
     assert told.locator("img, b, strong").count() == 0
+    scale = page.evaluate("app.canvas.ds.scale")
+    told.hover()
+    page.mouse.wheel(0, 120)
+    page.wait_for_function("e => e.scrollTop > 0", arg=told.element_handle())
+    assert page.evaluate("app.canvas.ds.scale") == scale
     start(page)
     expect(told).to_contain_text("1 of 1 concepts have a patch")
     expect(told).to_have_count(1)
@@ -65,6 +74,52 @@ def test_outputs_of_an_earlier_run_are_told_again(page, nodes_2):
     page.evaluate("() => { app.nodeOutputs = { 9: { told: ['of no node'] }, 1: {} }; }")
     expect(told).to_have_count(1)
     assert page.fmn_errors == []
+
+
+def test_a_text_goes_to_the_workflow_that_was_run(page):
+    """Not to the node of the same number in another one, which is open by then."""
+    dress(page, nodes_2=False)
+    slow = node("FMN_MethodResteer", steps=60)
+    open_prompt(page, numbered(batch("slow", ["dog"], slow)))
+    page.evaluate("id => { app.graph.id = id; }", str(uuid.uuid4()))
+    told = page.locator(TOLD)
+    start(page)
+    expect(told).to_contain_text("dog")  # it has begun
+    open_prompt(page, numbered(batch("slow", ["dog"], slow)))
+    page.evaluate(SAY, {"workflow": str(uuid.uuid4()), "text": "1 of 9"})
+    idle(page)
+    page.evaluate("() => new Promise(done => setTimeout(done, 300))")
+    expect(told).to_have_count(0)
+    assert page.fmn_errors == []
+
+
+def test_what_ends_before_its_result_says_so(page):
+    dress(page, nodes_2=False)
+    page.fmn_errors.clear()
+    long = node("FMN_MethodResteer", steps=3000)
+    open_prompt(page, numbered(batch("cancelled", ["dog"], long)))
+    told = page.locator(TOLD)
+    page.evaluate(SAY, {"text": "1 of 9"})
+    expect(told).to_have_text("1 of 9")
+    page.evaluate(NOTHING_RUNS)  # after a restart of the server
+    expect(told).to_have_text("stopped")
+    start(page)
+    expect(told).to_contain_text("dog")
+    page.get_by_label("Cancel current run").first.click()
+    expect(told).to_have_text("cancelled")
+    idle(page)
+    assert page.fmn_errors == []
+
+
+def test_a_text_can_be_copied(page):
+    """Though the page copies nodes with the same keys."""
+    page.context.grant_permissions(["clipboard-read"])
+    dress(page, nodes_2=False)
+    open_prompt(page, numbered(batch("copied", ["dog"])))
+    page.evaluate(SAY, {"text": "1 of 9"})
+    page.locator(TOLD).evaluate("e => getSelection().selectAllChildren(e)")
+    page.keyboard.press("Control+c")
+    assert page.evaluate("navigator.clipboard.readText()") == "1 of 9"
 
 
 def test_all_nodes_that_tell_have_a_place_for_it(pack):

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 from playwright.sync_api import expect
 
-from .frontend import ARTEFACTS, READY, dress, open_prompt
+from .frontend import ARTEFACTS, READY, dress, idle, open_prompt
 from .test_training_live import watched
 from .workflows import numbered
 
@@ -28,7 +28,6 @@ SAVED = """() => { const own = Object.entries(sessionStorage)
   // Newer frontends keep it elsewhere.
   return (own.length ? own : Object.values(localStorage)).some(
     text => text.includes(app.graph.id)); }"""
-IDLE = "async () => !(await (await fetch('/queue')).json()).queue_running.length"
 
 
 # A training that the server has in its cache shows no curve.
@@ -103,7 +102,7 @@ def test_a_reload_shows_the_state_again_and_cancel_works(page, nodes_2):
     page.screenshot(path=ARTEFACTS / f"training after reload, {mode}.png")
     page.get_by_label("Cancel current run").first.click()
     page.get_by_text("cancelled: dog").wait_for()
-    page.wait_for_function(IDLE)  # the node tells of its end before the run has ended
+    idle(page)
     # The frontend's own handleProgressText throws this where a node's text (progress_text) arrives
     # before the canvas is there; it does so without this pack's web files, too.
     assert set(page.fmn_errors) <= {"getCanvas: canvas is null"}

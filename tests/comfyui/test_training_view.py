@@ -6,8 +6,9 @@ import uuid
 import pytest
 from playwright.sync_api import expect
 
-from .frontend import ARTEFACTS, READY
-from .test_training_page import IDLE, SAVED, VIEW, opened_graph, start
+from .frontend import ARTEFACTS, READY, idle
+from .test_told import NOTHING_RUNS
+from .test_training_page import SAVED, VIEW, opened_graph, start
 
 LONG = '<img src="x" onerror="window.fmnAttacked = true"> ' + "a very long concept " * 12
 TRAIN = "app.graph.nodes.find(n => n.type == 'FMN_TrainForgetPatch')"
@@ -56,9 +57,26 @@ def test_one_place_says_how_far_it_is(page, nodes_2):
     page.screenshot(
         path=ARTEFACTS / f"training cancelled, {'nodes 2' if nodes_2 else 'classic'}.png"
     )
-    page.wait_for_function(IDLE)
+    idle(page)
     assert page.evaluate(TEXTS) == 0
     assert " left" not in view.locator(".fmn-content").inner_text()
+    assert page.fmn_errors == []
+
+
+def test_a_training_whose_server_is_gone_does_not_run_for_ever(page):
+    """The server that comes back knows nothing of it, and says that nothing runs."""
+    opened_graph(page, nodes_2=False)
+    page.evaluate(
+        """() => app.api.dispatchCustomEvent('forget-me-not.train', {
+          node: String(app.graph.nodes.find(n => n.type == 'FMN_TrainForgetPatch').id),
+          workflow: app.graph.id, title: 'dog', status: 'running', step: 1, total: 9,
+          seconds_left: 8, losses: [[1, 0.5]], attention: [] })"""
+    )
+    view = page.locator(VIEW)
+    view.get_by_text("running: dog").wait_for()
+    page.evaluate(NOTHING_RUNS)
+    view.get_by_text("failed: dog").wait_for()
+    expect(view.locator(".fmn-error")).to_have_text("The server was stopped.")
     assert page.fmn_errors == []
 
 
