@@ -67,10 +67,13 @@ def cluster(tmp_path_factory):
     os.environ["PYTHONPATH"] = os.pathsep.join([str(site), str(ROOT)])
     made = LocalCluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20},
-    )
-    second = made.add_node(num_cpus=2, object_store_memory=80 << 20)
-    made.wait_for_nodes()
+        head_node_args={
+            "num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20,
+            "wait": False,
+        },
+    )  # fmt: skip
+    second = made.add_node(num_cpus=2, object_store_memory=80 << 20, wait=False)
+    made.wait_for_nodes(timeout=120)  # alone, each would have 30 seconds
     yield made, second
     made.shutdown()
     os.environ["PYTHONPATH"] = before or ""

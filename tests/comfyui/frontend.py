@@ -14,12 +14,15 @@ ARTEFACTS = ROOT / "test-artifacts"
 QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    # Nothing from elsewhere. (Not by a route: all that the page loads would wait for this process.)
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--no-proxy-server",
 ]  # fmt: skip
 # What the frontend asks for and tests do not have: its own templates, and descriptions of packs.
 NO_NETWORK = ("/templates/index.json", "core workflow templates", "https://api.comfy.org/")
 # What a frontend that is newer than the server asks it for.
 NEWER = ("404 (Not Found)", "JobsApiError", "huggingface.co") if os.environ.get("FRONTEND") else ()
-PATIENCE = 120_000  # ms
+PATIENCE = 60_000  # ms
+START = 2 * PATIENCE  # of a page
 expect.set_options(timeout=PATIENCE)
 ACTIVE = "window.app?.extensionManager?.workflow?.activeWorkflow?.key"
 # The page opens its last workflow after it knows the nodes: what is put into the graph before that
@@ -40,8 +43,19 @@ STATE = """async () => {
     graph: app.graph.id, client: app.api.clientId, socket: app.api.socket?.readyState,
     nodes: app.graph.nodes.map(each => `${each.id} ${each.type}`),
     elements: document.querySelectorAll('[data-node-id]').length,
-    ours: texts('.fmn-train, .fmn-told'),
+    ours: texts('.fmn-train .fmn-content, .fmn-told .fmn-content'),
+    places: app.graph.nodes.flatMap(each => each.widgets ?? [])
+      .filter(each => each.type?.startsWith('FMN_'))
+      .map(each => `${each.type} ${each.element?.isConnected} ${each.element?.hidden}`),
+    trained: (await (await fetch(`/forget-me-not/train?client=${app.api.clientId}`)).json())
+      .states.map(each => `${each.workflow} ${each.node} ${each.status}`),
   };
+}"""
+STOP = """async () => {
+  const post = (path, content) => fetch(path, { method: 'POST', body: JSON.stringify(content),
+    headers: { 'Content-Type': 'application/json' } });
+  await post('/queue', { clear: true });
+  await post('/interrupt', {});
 }"""
 
 
@@ -59,20 +73,13 @@ def opened(url, folder):
         )
         context.set_default_timeout(PATIENCE)  # a busy machine is slow, not wrong
         context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
-        ours = url, "data:", "blob:"
-        context.route(
-            "**/*",
-            lambda route: (
-                route.continue_() if route.request.url.startswith(ours) else route.abort()
-            ),
-        )
         page = context.pages[0]
         page.fmn_errors = []
         page.on("pageerror", lambda error: page.fmn_errors.append(str(error)))
         page.fmn_console = []
         page.on("console", lambda message: keep(page.fmn_console, message))
-        page.goto(url, wait_until="domcontentloaded")
-        page.wait_for_function(READY)
+        page.goto(url, wait_until="domcontentloaded", timeout=START)
+        page.wait_for_function(READY, timeout=START)
         yield page
         context.close()
 
@@ -90,11 +97,13 @@ def told_of(page, name):
     try:  # the picture first: a page that hangs says so after a while
         page.screenshot(path=ARTEFACTS / f"failed {name.replace('/', '_')}.png", timeout=20_000)
         told += [f"{key}: {value}" for key, value in page.evaluate(STATE).items()]
+        page.evaluate(STOP)
+        idle(page)
         page.goto(page.url, wait_until="domcontentloaded")
         page.wait_for_function(READY)
         page.fmn_errors.clear()
         page.fmn_console.clear()
-    except Error as error:
+    except (Error, AssertionError) as error:
         told.append(f"and then: {error}")
     return "\n".join(told)
 

@@ -134,9 +134,10 @@ class Server:
             pass
         return self.history(prompt_id)["outputs"]
 
-    def history(self, prompt_id):
-        """What became of a run; a page hears of its end before the server has noted it."""
-        deadline = time.monotonic() + 60
+    def history(self, prompt_id, patience=60):
+        """What became of a run, at most so many seconds later: a page hears of its end before the
+        server has noted it."""
+        deadline = time.monotonic() + patience
         while prompt_id not in (known := self.get(f"/history/{prompt_id}")):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no end of {prompt_id}:\n{self.log_text()[-2000:]}")

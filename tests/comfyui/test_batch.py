@@ -85,12 +85,14 @@ def test_cancel_in_the_middle_keeps_the_finished_files(server):
     assert after <= LATE
     server.run(demo_loader() | drawing(text="a dog", seed=unseen_seed()))  # defeats the cache
     assert unrelated_picture(server, seed) == before
-    (path,) = files(server, "stopped")
-    stamp = path.stat().st_mtime_ns
-    assert load_patch(path).concepts == ["dog"]
+    stamps = {path: path.stat().st_mtime_ns for path in files(server, "stopped")}
+    assert [load_patch(path).concepts for path in stamps][0] == ["dog"]
+    assert len(stamps) < 3  # one, unless Cancel came late
     report = server.run(prompt)["batch"]["text"][0]
-    assert report.startswith("3 of 3 concepts have a patch, 1 of them from before; 0 failed")
-    assert path.stat().st_mtime_ns == stamp and len(files(server, "stopped")) == 3
+    told = f"3 of 3 concepts have a patch, {len(stamps)} of them from before; 0 failed"
+    assert report.startswith(told)
+    after = {path: path.stat().st_mtime_ns for path in files(server, "stopped")}
+    assert len(after) == 3 and stamps.items() <= after.items()
 
 
 def test_nothing_at_all_is_an_error(server):

@@ -67,7 +67,7 @@ def test_lines_stay_lines_and_signs_stay_signs(page, server, nodes_2):
     open_prompt(page, graph, nodes_2)
     page.get_by_test_id("queue-button").click()
     text = page.get_by_text("forgets: <img src=").first
-    text.wait_for(timeout=60_000)
+    text.wait_for()
     lines = [line.strip() for line in text.inner_text().splitlines()]
     assert lines[0] == f"forgets: {ATTACK} (object)"
     assert [line.split(":")[0] for line in lines[1:4]] == ["for", "layers", "method"]

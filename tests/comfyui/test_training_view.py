@@ -34,9 +34,12 @@ def test_a_failure_gives_its_reason(page, nodes_2):
     message = page.get_by_role("dialog")  # the page's own
     message.get_by_role("button", name="Close").click()
     message.wait_for(state="detached")
+    page.wait_for_function(
+        "e => e.scrollHeight <= e.clientHeight + 2", arg=view.element_handle()
+    )  # nothing is cut off
     page.wait_for_timeout(800)
     page.screenshot(path=ARTEFACTS / f"training failed, {'nodes 2' if nodes_2 else 'classic'}.png")
-    assert view.evaluate("e => e.scrollHeight <= e.clientHeight + 2"), "something is cut off"
+    assert view.evaluate("e => e.scrollHeight <= e.clientHeight + 2"), "it does not stay so"
     assert not page.evaluate("window.fmnAttacked") and page.locator("img[onerror]").count() == 0
     assert page.fmn_errors == []
 
