@@ -229,6 +229,19 @@ def test_notes_are_kept_and_taken_away(shelf, folders):
     shelf.write_notes(1, "deep/er/cat.safetensors", "")
 
 
+def test_notes_changed_elsewhere_are_not_overwritten(shelf, folders):
+    kept, name = folders[0] / "dog.fmn.json", "dog.safetensors"
+    assert shelf.write_notes(0, name, "mine", before="works") == "mine"
+    assert shelf.write_notes(0, name, "mine", before="works") == "mine"  # they are there already
+    for before in ("works", "", 3):
+        with pytest.raises(ForgetError, match="changed elsewhere meanwhile"):
+            shelf.write_notes(0, name, "others", before=before)
+    assert json.loads(kept.read_text()) == {"notes": "mine"}
+    assert shelf.write_notes(0, name, " ", before="mine") == ""
+    assert not kept.exists()
+    assert shelf.write_notes(0, name, "again", before="") == "again"
+
+
 @pytest.mark.parametrize("notes", [None, 3, ["a"], "x" * (MAX_NOTES + 1)])
 def test_bad_notes_are_refused(shelf, notes):
     with pytest.raises(ForgetError, match="at most 4000 letters"):
@@ -285,6 +298,37 @@ def test_rename_overwrites_nothing(shelf, folders, taken):
     with pytest.raises(ForgetError, match=f"There is a file '{taken}' already"):
         shelf.rename(0, "dog.safetensors", "cat")
     assert files(folders[0]) == before and (folders[0] / taken).read_text() == "mine"
+
+
+@pytest.fixture
+def one_case(monkeypatch):
+    """Upper and lower case are one for names of files, as on Windows and macOS: to what makes
+    new files and compares them, which is all that matters to a rename."""
+    real = os.path.samefile
+
+    def taking(path, mode):
+        if path.name.lower() in (name.lower() for name in os.listdir(path.parent)):
+            raise FileExistsError(17, "File exists", str(path))
+        return open(path, mode)
+
+    def same(source, target):
+        names = {name.lower(): name for name in os.listdir(target.parent)}
+        return real(source, target.with_name(names.get(target.name.lower(), target.name)))
+
+    monkeypatch.setitem(Shelf.rename.__globals__, "open", taking)
+    monkeypatch.setattr(os.path, "samefile", same)
+
+
+def test_rename_changes_the_case_where_case_is_one(shelf, folders, whole, one_case):
+    (folders[0] / "cat.safetensors").write_bytes(b"mine")
+    for taken in ("CAT", "dog"):
+        with pytest.raises(ForgetError, match="There is a file .* already"):
+            shelf.rename(0, "dog.safetensors", taken)
+    assert shelf.rename(0, "dog.safetensors", "Dog") == "Dog.safetensors"
+    assert files(folders[0]) == [
+        "Dog.fmn-train", "Dog.fmn.json", "Dog.png", "Dog.safetensors", "cat.safetensors", "dog.txt",
+    ]  # fmt: skip
+    assert (folders[0] / "Dog.safetensors").read_bytes() == whole
 
 
 def test_rename_is_all_or_nothing(shelf, folders, whole, monkeypatch):
