@@ -76,7 +76,8 @@ class Shelf:
         except FileNotFoundError:
             raise
         except OSError:
-            return {"problem": UNREADABLE}
+            notes = _notes_in(beside)
+            return {"problem": UNREADABLE} | ({"notes": notes} if notes else {})
         if beside:
             entry["beside"] = [item.name for item in beside]
         return entry
@@ -252,10 +253,10 @@ def _notes(path):
 
 def _notes_in(beside):
     """The notes in the files beside a patch; "" if there are none, or none that may be read."""
-    for path in beside:
-        if path.name.endswith(NOTES):
+    for item in beside:
+        if item.name.endswith(NOTES):
             with suppress(OSError):
-                return _notes(path)
+                return _notes(item)
     return ""
 
 

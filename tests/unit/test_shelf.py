@@ -125,6 +125,16 @@ def test_files_that_cannot_be_used_are_listed_with_the_reason(shelf, folders, sp
     assert "concepts" not in entry
 
 
+def test_a_file_that_may_not_be_read_keeps_its_notes(shelf, monkeypatch):
+    def closed(path, stat):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setitem(Shelf.entries.__globals__, "described", closed)
+    entry = named(shelf)["dog.safetensors"]
+    assert (entry["problem"], entry["notes"]) == ("unreadable", "works")
+    assert shelf.write_notes(0, "dog.safetensors", "new", before=entry["notes"]) == "new"
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
 def test_closed_file(shelf, folders):
     (folders[0] / "dog.safetensors").chmod(0)
