@@ -337,9 +337,8 @@ class Panel {
       this.say("error", text("changeFailed"), error.message);
     }
     // Back to the list, unless the user has gone elsewhere meanwhile.
-    const active = document.activeElement;
-    const here = [left, document.body].includes(active) || this.list.element.contains(active);
-    if (what !== "notes" && here) this.list.element.focus();
+    const stayed = [left, document.body].includes(document.activeElement);
+    if (what !== "notes" && stayed) this.list.element.focus();
     await this.refresh();
   }
 }
