@@ -76,7 +76,8 @@ class Shelf:
         except FileNotFoundError:
             raise
         except OSError:
-            return {"problem": UNREADABLE}
+            notes = _notes_in(beside)
+            return {"problem": UNREADABLE} | ({"notes": notes} if notes else {})
         if beside:
             entry["beside"] = [item.name for item in beside]
         return entry
@@ -124,23 +125,38 @@ class Shelf:
             raise ForgetError(f"'{path.name}' has no thumbnail: save the patch with one.")
         return thumbnail.of_uri(metadata[THUMBNAIL])
 
-    def write_notes(self, folder, name, notes):
+    def write_notes(self, folder, name, notes, before=None):
         """Keep the user's notes beside the file; without notes their file goes.
 
+        Args:
+            before: the notes that the user has found there. If others stand there by now,
+                nothing is written. None: whatever stands there.
+
+        Returns:
+            The notes as they are kept.
+
         Raises:
-            ForgetError: no such file, no text, too long, or the folder cannot be written to.
+            ForgetError: no such file, no text, too long, changed meanwhile, or the folder cannot
+                be written to.
         """
         if not isinstance(notes, str) or len(notes) > MAX_NOTES:
             raise ForgetError(f"Notes are a text of at most {MAX_NOTES} letters: shorten them.")
         notes = notes.encode("utf-8", "replace").decode()
         with self._lock:
-            path, _ = self.find(folder, name)
+            path, beside = self.find(folder, name)
             target = path.with_name(path.name[: -len(SUFFIX)] + NOTES)
+            if before is not None and _notes_in(beside) not in (before, notes):
+                raise ForgetError(
+                    f"The notes of '{path.name}' have been changed elsewhere meanwhile: look at "
+                    "both, and save yours again if they shall stand there."
+                )
             if notes.strip():
                 text = json.dumps({"notes": notes}, ensure_ascii=False, indent=2)
                 write_whole(target, lambda file: file.write_text(text, encoding="utf-8"))
             else:
                 _changed(path.name, "notes", lambda: target.unlink(missing_ok=True))
+                return ""
+            return notes
 
     def delete(self, folder, name):
         """Remove the file and those beside it; the names of what went.
@@ -235,17 +251,38 @@ def _notes(path):
     return notes[:MAX_NOTES] if isinstance(notes, str) else ""
 
 
+def _notes_in(beside):
+    """The notes in the files beside a patch; "" if there are none, or none that may be read."""
+    for item in beside:
+        if item.name.endswith(NOTES):
+            with suppress(OSError):
+                return _notes(item)
+    return ""
+
+
+def _is_other_case(source, target):
+    """Is ``target`` the file itself, as its name differs in upper and lower case alone? So it is
+    on Windows and macOS."""
+    if source.name.casefold() != target.name.casefold() or target.name in os.listdir(target.parent):
+        return False
+    with suppress(OSError):
+        return os.path.samefile(source, target)
+    return False
+
+
 def _move_all(moves):
     """Rename files, all or none. Each new name is first taken with an empty file, which fails if
     there is one already; a rename alone would overwrite it."""
     taken, moved = [], []
     try:
-        for _, target in moves:
-            open(target, "xb").close()
-            taken.append(target)
+        for source, target in moves:
+            if not _is_other_case(source, target):
+                open(target, "xb").close()
+                taken.append(target)
         for source, target in moves:
             os.replace(source, target)
-            taken.remove(target)
+            if target in taken:
+                taken.remove(target)
             moved.append((source, target))
     except OSError as error:
         for source, target in reversed(moved):

@@ -149,6 +149,13 @@ class LoadForgetPatch(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file=None):
+        # In place of ComfyUI's own check, which wants the very text of the list: there a folder
+        # and its file have a backslash between them on Windows, and a slash in workflows from
+        # elsewhere and from the shelf. A link to the input counts as None.
+        return file is None or _path_of(str(file)) is not None or _missing(file)
+
+    @classmethod
     def fingerprint_inputs(cls, file):
         return stamp_of(_path_of(file))
 
@@ -156,11 +163,15 @@ class LoadForgetPatch(io.ComfyNode):
     def execute(cls, file):
         path = _path_of(file)
         if path is None:
-            raise ForgetError(
-                f"There is no patch '{file}' in models/{KIND} or output/{KIND}: "
-                "put the file there and choose it from the list."
-            )
+            raise ForgetError(_missing(file))
         return io.NodeOutput(replace(load_patch(path), source=source_of(path)))
+
+
+def _missing(name):
+    return (
+        f"There is no patch '{name}' in models/{KIND} or output/{KIND}: "
+        "put the file there and choose it from the list."
+    )
 
 
 def _path_of(name):

@@ -119,7 +119,10 @@ def add_routes(routes, shelf):
 
     changing("delete", lambda body: shelf.delete(*named(body)))
     changing("rename", lambda body: shelf.rename(*named(body), body.get("to")))
-    changing("notes", lambda body: shelf.write_notes(*named(body), body.get("notes")))
+    changing(
+        "notes",
+        lambda body: shelf.write_notes(*named(body), body.get("notes"), body.get("before")),
+    )
 
 
 def start():

@@ -28,8 +28,15 @@ def texts(messages):
     return [data["text"] for kind, data in messages if kind == "forget-me-not.text"]
 
 
+def refusal_of(node, *others):
+    """What refused a prompt, in the form of a failed run."""
+    said = "; ".join(error["details"] for error in node["errors"])
+    return {"exception_message": said, "node_type": node["class_type"]}
+
+
 class PromptError(Exception):
-    """The server ran a node that failed; holds the message a user would see."""
+    """The server ran a node that failed, or refused to run it; holds the message a user would
+    see."""
 
     def __init__(self, data):
         super().__init__(data.get("exception_message", ""))
@@ -103,7 +110,12 @@ class Server:
 
     def queue(self, prompt):
         """Start a workflow in API form; returns its id."""
-        return self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
+        content = {"prompt": prompt, "client_id": self.client}
+        try:
+            return self.post("/prompt", content)["prompt_id"]
+        except urllib.error.HTTPError as error:  # a node has refused what it shall work with
+            told = json.loads(error.read())["node_errors"].values()
+            raise PromptError(refusal_of(*told)) from error
 
     def events(self, prompt_id):
         """Messages of a run until it ends: (type, data) or ("binary", bytes)."""

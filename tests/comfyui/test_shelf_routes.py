@@ -130,6 +130,8 @@ def test_bases(server, folder):
 def test_notes_rename_delete(server, folder):
     server.post(f"{SHELF}/notes", given(server, "gogh.safetensors") | {"notes": "good\nat 0.8"})
     assert entry(server, "gogh.safetensors")["notes"] == "good\nat 0.8"
+    others = given(server, "gogh.safetensors") | {"notes": "bad", "before": ""}
+    assert "changed elsewhere" in refused(lambda: server.post(f"{SHELF}/notes", others))
     answer = server.post(f"{SHELF}/rename", given(server, "gogh.safetensors") | {"to": "van"})
     assert answer == {"done": f"{FOLDER}/van.safetensors"}
     assert entry(server, "van.safetensors")["notes"] == "good\nat 0.8"
@@ -179,6 +181,17 @@ def test_odd_requests(server, folder):
     assert "Notes are a text" in refused(
         lambda: server.post(f"{SHELF}/notes", given(server, "dog.safetensors") | {"notes": 3})
     )
+
+
+def test_a_file_is_known_by_either_slash(pack, monkeypatch):
+    """On Windows ComfyUI's list has backslashes; the shelf and workflows from elsewhere do not."""
+    patch = pack("nodes.patch")
+    known = patch.LoadForgetPatch.validate_inputs
+    monkeypatch.setattr(patch.os, "sep", "\\")
+    monkeypatch.setattr(patch.folder_paths, "get_filename_list", lambda kind: ["new\\dog"])
+    monkeypatch.setattr(patch.folder_paths, "get_full_path", lambda kind, name: f"C:\\{name}")
+    assert known("new/dog") is known("new\\dog") is known(file=None) is known() is True
+    assert known("new/cat").startswith("There is no patch 'new/cat' in models/forget_patches")
 
 
 def test_no_traceback_in_the_log(server, folder):

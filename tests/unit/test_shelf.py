@@ -1,59 +1,17 @@
-"""The list of patches, and what may be done to their files."""
+"""The list of patches; notes, thumbnails, and what may be deleted."""
 
 import json
 import os
 
 import pytest
-import torch
 
 from fmn.errors import ForgetError
 from fmn.families import SD1
 from fmn.patch import save_patch
 from fmn.shelf import MAX_NOTES, Shelf
-from fmn.thumbnail import data_uri
 
+from .shelves import files, named
 from .tiny import make_patch, rewrite
-
-PICTURE = data_uri(torch.zeros(1, 8, 8, 3))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The bytes of a patch; its date is in May 2026."""
-    patch = make_patch(rank=1)
-    patch.info |= {"date": "2026-05-04T03:02:01+00:00", "scores": {"UA": 0.97}}
-    path = tmp_path_factory.mktemp("whole") / "a.safetensors"
-    return save_patch(patch, path, PICTURE).read_bytes()
-
-
-@pytest.fixture
-def folders(tmp_path, whole):
-    """models/ with dog, and output/ with deep/er/cat; dog has all that may lie beside it."""
-    models, output = tmp_path / "models", tmp_path / "output"
-    (output / "deep" / "er").mkdir(parents=True)
-    models.mkdir()
-    (models / "dog.safetensors").write_bytes(whole)
-    (models / "dog.png").write_bytes(b"no picture")
-    (models / "dog.fmn.json").write_text('{"notes": "works"}')
-    (models / "dog.fmn-train").write_bytes(whole)
-    (models / "dog.txt").write_text("not ours")
-    (output / "deep" / "er" / "cat.safetensors").write_bytes(whole)
-    return models, output
-
-
-@pytest.fixture
-def shelf(folders):
-    return Shelf(folders)
-
-
-def files(folder):
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    )
-
-
-def named(shelf):
-    return {entry["name"]: entry for entry in shelf.entries()}
 
 
 def test_what_is_listed(shelf, folders, whole):
@@ -167,6 +125,16 @@ def test_files_that_cannot_be_used_are_listed_with_the_reason(shelf, folders, sp
     assert "concepts" not in entry
 
 
+def test_a_file_that_may_not_be_read_keeps_its_notes(shelf, monkeypatch):
+    def closed(path, stat):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setitem(Shelf.entries.__globals__, "described", closed)
+    entry = named(shelf)["dog.safetensors"]
+    assert (entry["problem"], entry["notes"]) == ("unreadable", "works")
+    assert shelf.write_notes(0, "dog.safetensors", "new", before=entry["notes"]) == "new"
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
 def test_closed_file(shelf, folders):
     (folders[0] / "dog.safetensors").chmod(0)
@@ -229,6 +197,19 @@ def test_notes_are_kept_and_taken_away(shelf, folders):
     shelf.write_notes(1, "deep/er/cat.safetensors", "")
 
 
+def test_notes_changed_elsewhere_are_not_overwritten(shelf, folders):
+    kept, name = folders[0] / "dog.fmn.json", "dog.safetensors"
+    assert shelf.write_notes(0, name, "mine", before="works") == "mine"
+    assert shelf.write_notes(0, name, "mine", before="works") == "mine"  # they are there already
+    for before in ("works", "", 3):
+        with pytest.raises(ForgetError, match="changed elsewhere meanwhile"):
+            shelf.write_notes(0, name, "others", before=before)
+    assert json.loads(kept.read_text()) == {"notes": "mine"}
+    assert shelf.write_notes(0, name, " ", before="mine") == ""
+    assert not kept.exists()
+    assert shelf.write_notes(0, name, "again", before="") == "again"
+
+
 @pytest.mark.parametrize("notes", [None, 3, ["a"], "x" * (MAX_NOTES + 1)])
 def test_bad_notes_are_refused(shelf, notes):
     with pytest.raises(ForgetError, match="at most 4000 letters"):
@@ -260,65 +241,6 @@ def test_delete_of_a_link_leaves_the_file(shelf, folders, tmp_path, whole):
     (folders[0] / "link.safetensors").symlink_to(tmp_path / "real.safetensors")
     shelf.delete(0, "link.safetensors")
     assert (tmp_path / "real.safetensors").read_bytes() == whole
-
-
-@pytest.mark.parametrize("to", ["a new one", "a new one.safetensors", "  a new one.SafeTensors "])
-def test_rename_takes_what_lies_beside(shelf, folders, whole, to):
-    assert shelf.rename(0, "dog.safetensors", to) == "a new one.safetensors"
-    assert files(folders[0]) == [
-        "a new one.fmn-train", "a new one.fmn.json", "a new one.png", "a new one.safetensors",
-        "dog.txt",
-    ]  # fmt: skip
-    assert (folders[0] / "a new one.safetensors").read_bytes() == whole
-    assert named(shelf)["a new one.safetensors"]["notes"] == "works"
-
-
-def test_rename_stays_in_its_folder(shelf, folders):
-    assert shelf.rename(1, "deep/er/cat.safetensors", "v1.5") == "deep/er/v1.5.safetensors"
-    assert files(folders[1]) == ["deep/er/v1.5.safetensors"]
-
-
-@pytest.mark.parametrize("taken", ["cat.safetensors", "cat.png", "cat.fmn.json"])
-def test_rename_overwrites_nothing(shelf, folders, taken):
-    (folders[0] / taken).write_text("mine")
-    before = files(folders[0])
-    with pytest.raises(ForgetError, match=f"There is a file '{taken}' already"):
-        shelf.rename(0, "dog.safetensors", "cat")
-    assert files(folders[0]) == before and (folders[0] / taken).read_text() == "mine"
-
-
-def test_rename_is_all_or_nothing(shelf, folders, whole, monkeypatch):
-    real, calls = os.replace, []
-
-    def fails_at_the_patch(source, target):
-        calls.append(target)
-        if len(calls) == 3:
-            raise PermissionError(13, "Permission denied", str(source))
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", fails_at_the_patch)
-    before = files(folders[0])
-    with pytest.raises(ForgetError, match="could not be renamed .Permission denied"):
-        shelf.rename(0, "dog.safetensors", "cat")
-    assert files(folders[0]) == before
-    assert (folders[0] / "dog.safetensors").read_bytes() == whole
-
-
-BAD_TO = [
-    None, 3, ["a"], "", " ", ".", "..", ".hidden", ".safetensors", "a/b", "../b", "/etc/passwd",
-    "a\\b", "..\\b", "C:b", "a\0b", "a\nb", "a\tb", "\u202ea", "a*", "a?", 'a"', "a<b", "a|b",
-    "con", "NUL.txt", "com1.safetensors", "ends.", "x" * 181, "好" * 61, "\udc80",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("to", BAD_TO, ids=repr)
-def test_bad_new_names_are_refused_in_one_sentence(shelf, folders, to):
-    before = files(folders[0].parent)
-    with pytest.raises(ForgetError) as caught:
-        shelf.rename(0, "dog.safetensors", to)
-    message = str(caught.value)
-    assert "\n" not in message and message.isprintable() and len(message) < 300
-    assert files(folders[0].parent) == before
 
 
 STRANGE = [

@@ -41,24 +41,35 @@ function facts(patch) {
   ].filter(([, value]) => value);
 }
 
-function notes(patch, save) {
+/** The notes, or what the user has written in their place and is not saved. */
+function notes(patch, draft, actions) {
   const area = make("textarea", {
     className: "fmn-notes",
-    value: patch.notes ?? "",
+    value: draft?.text ?? patch.notes ?? "",
     maxLength: MOST_NOTES,
     rows: 2,
     placeholder: text("notesHelp"),
     "aria-label": text("notes"),
   });
-  area.onchange = () => save(patch, area.value);
-  return area;
+  area.oninput = () => actions.write(patch, area.value);
+  area.onchange = () => actions.save(patch);
+  if (!draft) return [area];
+  const changed = draft.before !== (patch.notes ?? "");
+  return [
+    area,
+    make("p", { className: "fmn-told", role: "status" }, text(changed ? "notesChanged" : "unsaved")),
+    changed ? make("div", { className: "fmn-others", dir: "auto" }, patch.notes || text("noNotes")) : null,
+    button("pi-save", text("save"), () => actions.insist(patch)),
+  ];
 }
 
 /**
  * The element for a patch.
- * @param actions add, rename, remove: functions of the patch; save: of the patch and its notes.
+ * @param draft notes that are not saved, as in drafts.js; or nothing.
+ * @param actions functions of the patch: add, rename, remove; save (what was written), insist (the
+ *     same, whatever stands in the file); write: of the patch and a text.
  */
-export function details(patch, fit, actions) {
+export function details(patch, fit, draft, actions) {
   const add = button("pi-plus", text("add"), () => actions.add(patch));
   add.disabled = Boolean(patch.problem);
   const list = make("dl", { className: "fmn-details-list" });
@@ -79,6 +90,6 @@ export function details(patch, fit, actions) {
     patch.problem ? make("p", { className: "fmn-told" }, text(patch.problem)) : badge(patch, fit),
     patch.picture ? thumbnail(patch) : null,
     list,
-    notes(patch, actions.save),
+    ...notes(patch, draft, actions),
   );
 }

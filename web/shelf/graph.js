@@ -4,14 +4,23 @@ import { app } from "../../../scripts/app.js";
 const LOAD = "FMN_LoadForgetPatch";
 const APPLY = "FMN_ApplyForgetPatch";
 const GAP = 40;
+const STEP = 30; // from one pair to the next, both ways
 export const DRAGGED = "application/x-forget-patch";
 
 /** Folder and path of a patch as one text. */
 export const keyOf = ({ folder, name }) => `${folder}/${name}`;
 
-function visibleMiddle() {
+/** In the middle of what is seen, but not on a node that was put there before. */
+function freePlace(graph) {
   const { left, top, width, height } = app.canvas.canvas.getBoundingClientRect();
-  return app.clientPosToCanvasPos([left + width / 2, top + height / 3]);
+  let [x, y] = app.clientPosToCanvasPos([left + width / 2, top + height / 3]);
+  // A node may have been moved a little, to the grid.
+  const isNear = ({ pos }) => Math.max(Math.abs(pos[0] - x), Math.abs(pos[1] - y)) < STEP / 2;
+  while (graph.nodes.some(isNear)) {
+    x += STEP;
+    y += STEP;
+  }
+  return [x, y];
 }
 
 function choose(node, name) {
@@ -25,8 +34,9 @@ function choose(node, name) {
 }
 
 /** Add both nodes to the graph that is open, at a place in it; one step to undo. */
-export function addPatch(patch, place = visibleMiddle()) {
+export function addPatch(patch, where = null) {
   const graph = app.canvas.graph ?? app.graph;
+  const place = where ?? freePlace(graph);
   app.canvas.emitBeforeChange();
   try {
     const load = window.LiteGraph.createNode(LOAD);

@@ -5,8 +5,10 @@ import { app } from "../../../scripts/app.js";
 import { FITS, bases, fit, loaders } from "./base.js";
 import { details } from "./details.js";
 import { button, make } from "./dom.js";
+import { Drafts } from "./drafts.js";
 import { addPatch, keyOf } from "./graph.js";
 import { List } from "./list.js";
+import { keepToItself } from "./own.js";
 import { askName } from "./rename.js";
 import { familyOf, layout, row } from "./row.js";
 import { change, patches } from "./server.js";
@@ -27,6 +29,8 @@ const filesOf = (patch) => [patch.name, ...(patch.beside ?? [])];
 
 class Panel {
   entries = [];
+  drafts = new Drafts();
+  saving = Promise.resolve();
   known = []; // bases of the graph
   asked = "";
   turn = 0; // counts how often the folders were read
@@ -46,6 +50,7 @@ class Panel {
       this.listening = true;
       api.addEventListener("graphChanged", () => this.later());
       api.addEventListener("execution_success", () => this.isOpen && this.refresh());
+      window.addEventListener("pagehide", () => this.leave());
     }
     this.layOut();
     this.refresh();
@@ -91,7 +96,6 @@ class Panel {
         Enter: (patch) => this.add(patch),
         F2: (patch) => this.rename(patch),
         Delete: (patch) => this.remove(patch),
-        Backspace: () => {}, // or the canvas would take it for itself
       },
     );
     this.root = make(
@@ -109,6 +113,7 @@ class Panel {
       this.list.element,
       this.below,
     );
+    keepToItself(this.root);
     // The graph may have changed without a word, as when a workflow is opened.
     for (const event of ["pointerenter", "focusin"]) {
       this.root.addEventListener(event, () => this.later());
@@ -119,7 +124,7 @@ class Panel {
   async refresh() {
     const turn = ++this.turn;
     this.list.busy = true;
-    let found = [];
+    let found = null; // if it fails, what was read last stays
     let told = null;
     try {
       found = await patches();
@@ -127,7 +132,8 @@ class Panel {
       told = error.message;
     }
     if (turn !== this.turn) return; // asked again meanwhile: this answer may be older
-    this.entries = found.sort((a, b) => (b.date ?? 0) - (a.date ?? 0));
+    if (found) this.entries = found.sort((a, b) => (b.date ?? 0) - (a.date ?? 0));
+    this.drafts.compare(this.entries);
     this.error = told;
     this.offer();
     this.filter();
@@ -226,18 +232,31 @@ class Panel {
   }
 
   detail(patch) {
-    const key = patch && this.signOf(patch);
-    const writing = document.activeElement?.tagName === "TEXTAREA" && this.below.contains(document.activeElement);
-    const same = patch && this.patch && keyOf(patch) === keyOf(this.patch);
-    if (key === this.detailed || (writing && same)) return; // leave the user the notes
+    const draft = patch && this.drafts.of(patch);
+    const key = patch && `${this.signOf(patch)} ${JSON.stringify(draft?.before)}`;
+    if (key === this.detailed || this.isWriting(patch)) return; // leave the user the notes
     Object.assign(this, { detailed: key, patch });
     const actions = {
       add: (each) => this.add(each),
       rename: (each) => this.rename(each),
       remove: (each) => this.remove(each),
-      save: (each, notes) => this.save(each, notes),
+      write: (each, notes) => this.drafts.write(each, notes),
+      save: (each) => this.save(each),
+      insist: (each) => {
+        this.drafts.insist(each);
+        this.save(each);
+      },
     };
-    this.below.replaceChildren(...(patch ? [details(patch, fit(patch, this.known), actions)] : []));
+    this.below.replaceChildren(...(patch ? [details(patch, fit(patch, this.known), draft, actions)] : []));
+  }
+
+  /** Are notes being written that would be lost if the details were made anew, for this patch? */
+  isWriting(patch) {
+    if (!this.patch) return false;
+    const active = document.activeElement;
+    const typing = active?.tagName === "TEXTAREA" && this.below.contains(active);
+    if (patch) return typing && keyOf(patch) === keyOf(this.patch);
+    return typing || Boolean(this.drafts.of(this.patch)); // its file has gone, the text has not
   }
 
   say(severity, summary, detail) {
@@ -251,11 +270,15 @@ class Panel {
   }
 
   async rename(patch) {
+    const before = { ...patch };
     const file = patch.name.split("/").at(-1);
     const to = await askName(this.root, filesOf(patch), file.replace(SUFFIX, ""));
     if (to === null || to.trim() === file.replace(SUFFIX, "")) return;
-    await this.ask("rename", patch, { to }, (name) => {
-      patch.name = name; // so that it is found again, and stays selected
+    await this.ask("rename", before, { to }, (name) => {
+      this.drafts.rename(before, name);
+      // So that it is found again, and stays selected. The list may have been read anew meanwhile.
+      const entry = this.entryOf(keyOf(before));
+      if (entry) entry.name = name;
     });
   }
 
@@ -266,21 +289,57 @@ class Panel {
       type: "delete",
       itemList: filesOf(patch),
     });
-    if (sure) await this.ask("delete", patch);
+    if (sure) await this.ask("delete", patch, {}, () => this.gone(patch));
   }
 
-  async save(patch, notes) {
-    await this.ask("notes", patch, { notes }, () => this.say("success", text("saved")));
+  /** The file of a patch has been deleted: the next one is selected, or the last. */
+  gone(patch) {
+    const { items, selected, item } = this.list;
+    this.drafts.drop(patch);
+    if (item && keyOf(item) === keyOf(patch)) {
+      this.list.select(selected + 1 < items.length ? selected + 1 : selected - 1);
+    }
+    this.entries = this.entries.filter((each) => keyOf(each) !== keyOf(patch));
+    this.filter();
+  }
+
+  /** Save what was written about a patch; one after the other, as each counts on the one before. */
+  save(patch) {
+    this.saving = this.saving.then(() => this.store(patch)).catch(console.error);
+  }
+
+  async store(patch) {
+    const draft = this.drafts.of(patch);
+    if (!draft) return;
+    const { text: notes, before } = draft;
+    await this.ask("notes", patch, { notes, before }, (kept) => {
+      for (const each of [patch, this.entryOf(keyOf(patch))]) {
+        if (each) each.notes = kept;
+      }
+      this.drafts.saved(patch, notes, kept);
+      this.say("success", text("saved"));
+    });
+  }
+
+  /** The page is left, maybe in the middle of a word. */
+  leave() {
+    for (const draft of this.drafts.all()) {
+      const { text: notes, before } = draft;
+      change("notes", draft, { notes, before }, true).catch(() => {}); // nobody is there to be told
+    }
   }
 
   async ask(what, patch, more, done = () => {}) {
+    const left = document.activeElement; // where a dialog has left the focus
     try {
       done(await change(what, patch, more));
     } catch (error) {
       this.say("error", text("changeFailed"), error.message);
     }
+    // Back to the list, unless the user has gone elsewhere meanwhile.
+    const stayed = [left, document.body].includes(document.activeElement);
+    if (what !== "notes" && stayed) this.list.element.focus();
     await this.refresh();
-    if (what !== "notes") this.list.element.focus(); // the dialog had it
   }
 }
 

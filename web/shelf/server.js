@@ -26,10 +26,11 @@ export function pictureOf({ folder, name, picture }) {
   return api.apiURL(`${ROUTE}/shelf/picture?${new URLSearchParams({ folder, name, v: picture })}`);
 }
 
-/** Ask for "rename", "delete" or "notes" of a patch. */
-export async function change(what, { folder, name }, more = {}) {
+/** Ask for "rename", "delete" or "notes" of a patch; `keepalive`: even if the page is left. */
+export async function change(what, { folder, name }, more = {}, keepalive = false) {
   const response = await api.fetchApi(`${ROUTE}/shelf/${what}`, {
     method: "POST",
+    keepalive,
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ folder, name, ...more }),
   });
