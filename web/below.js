@@ -11,9 +11,16 @@ export function made(tag, name, text) {
   return element;
 }
 
+/** Let the page have some CSS. Nothing of ours is put into its head, and nothing into each node. */
+export function adopt(style) {
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync(style);
+  document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
+}
+
 export class Below {
-  /** type: of the widget. name: the element's class; style: CSS, narrow: the least width of the node. */
-  constructor(node, { type, name, style, narrow = 0 }) {
+  /** type: of the widget. name: the element's class; narrow: the least width of the node. */
+  constructor(node, { type, name, narrow = 0 }) {
     this.node = node;
     this.narrow = narrow;
     this.element = made("div", name);
@@ -23,8 +30,7 @@ export class Below {
       if (!window.getSelection().isCollapsed) event.stopPropagation();
     });
     this.content = made("div", "fmn-content");
-    // In the element itself: nothing of ours is put into the page's head.
-    this.element.append(made("style", "", style), this.content);
+    this.element.append(this.content);
     this.height = 0;
     this.sized = new ResizeObserver(() => this.fit());
     this.sized.observe(this.content);

@@ -1,5 +1,6 @@
 // Colours of the pack's own sockets and links. Without one, Nodes 2.0 draws a socket black on black.
 import { app } from "../../scripts/app.js";
+import { adopt } from "./below.js";
 
 // Three times lighter or darker than the nodes of both themes; none like a type of ComfyUI's.
 const COLOURS = {
@@ -32,9 +33,7 @@ app.registerExtension({
     fallBack(window.LGraphCanvas.link_type_colors);
     // Nodes 2.0: a palette's own colours are set on elements, and go before a sheet's.
     const rules = Object.entries(COLOURS).map(([type, ours]) => `--color-datatype-${type}: ${ours};`);
-    const sheet = new CSSStyleSheet();
-    sheet.replaceSync(`:root { ${rules.join(" ")} }`);
-    document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
+    adopt(`:root { ${rules.join(" ")} }`);
     app.canvas.setDirty(true, true);
   },
 });

@@ -3,7 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { Below, made } from "./below.js";
+import { Below, adopt, made } from "./below.js";
 
 const EVENT = "forget-me-not.text";
 const STYLE = `
@@ -67,6 +67,7 @@ function isElsewhere(output) {
 app.registerExtension({
   name: "forgetmenot.told",
   setup() {
+    adopt(STYLE);
     api.addEventListener(EVENT, ({ detail: { node: id, workflow, text } }) => {
       if (workflow && workflow !== rootGraph().id) return;
       const node = running(id);
@@ -83,7 +84,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (!TELLERS.has(node.comfyClass)) return;
-    belows.set(node, new Below(node, { type: "FMN_TOLD", name: "fmn-told", style: STYLE }));
+    belows.set(node, new Below(node, { type: "FMN_TOLD", name: "fmn-told" }));
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.apply(this, arguments);

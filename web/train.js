@@ -3,7 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { Below, made } from "./below.js";
+import { Below, adopt, made } from "./below.js";
 
 const NODE = "FMN_TrainForgetPatch";
 const EVENT = "forget-me-not.train";
@@ -87,7 +87,7 @@ function percent(share) {
 
 class View extends Below {
   constructor(node) {
-    super(node, { type: "FMN_TRAIN_LIVE", name: "fmn-train", style: STYLE, narrow: WIDTH });
+    super(node, { type: "FMN_TRAIN_LIVE", name: "fmn-train", narrow: WIDTH });
   }
 
   show(state) {
@@ -239,6 +239,7 @@ async function settle() {
 app.registerExtension({
   name: "forgetmenot.train",
   setup() {
+    adopt(STYLE);
     api.addEventListener(EVENT, (event) => receive(event.detail));
     // The server tells the page's id when it connects, and a new one after it was restarted.
     api.addEventListener("status", ({ detail }) => {
