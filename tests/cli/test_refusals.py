@@ -1,14 +1,18 @@
 """What cannot be done is said in one sentence before any work, and changes no file."""
 
+import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from fmn.cli import main
 from fmn.hosts.diffusers import DiffusersModel
+from fmn.patch import load_patch, save_patch
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCH = str(ROOT / "demo" / "patches" / "santa_claus.safetensors")
@@ -130,6 +134,54 @@ def test_one_sentence_before_any_work(case, folder, capsys):
 def test_a_wrong_option_is_json_too(folder, capsys):
     assert main([*FORGET, "--json", "--steps", "10"]) == 2
     assert "no setting 'steps'" in json.loads(capsys.readouterr().out)["error"]
+
+
+GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.78 GiB."
+RAN_OUT = {
+    "gpu": (torch.OutOfMemoryError(GPU), "GPU's memory ran out (tried to allocate 2.00 GiB): "),
+    "driver": (RuntimeError("CUDA error: out of memory\nCUDA kernel"), "CUDA_VISIBLE_DEVICES=-1"),
+    "cpu": (RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+                         "allocate 80 bytes."), "Memory ran out (tried to allocate 80 bytes): "),
+    "numpy": (MemoryError("Unable to allocate 7 PiB"), "Memory ran out: close other programs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RAN_OUT)
+def test_too_little_memory_is_one_sentence(case, folder, monkeypatch, capsys):
+    error, told = RAN_OUT[case]
+
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(DiffusersModel, "load", load)
+    assert main([*FORGET, "--json"]) == 2
+    told_by = capsys.readouterr()
+    assert told in told_by.err and told_by.err.count("\n") == 1
+    assert told in json.loads(told_by.out)["error"]
+
+
+def test_a_fault_of_ours_is_no_lack_of_memory(folder, monkeypatch):
+    def load(*_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(DiffusersModel, "load", load)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        main(FORGET)
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_names_that_the_terminal_cannot_show(tmp_path, monkeypatch, words):
+    patch = load_patch(PATCH)
+    patch.info["concepts"][0]["name"] = "\u732b"
+    save_patch(patch, tmp_path / "cat.safetensors")
+    shown = [io.TextIOWrapper(io.BytesIO(), encoding="cp1252") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", shown[0])
+    monkeypatch.setattr(sys, "stderr", shown[1])
+    assert main(["inspect", str(tmp_path / "cat.safetensors"), *words]) == 0
+    assert main(["inspect", "\u732b.safetensors", *words]) == 2
+    out, error = (each.detach().getvalue().decode("cp1252") for each in shown if not each.flush())
+    assert "forgets: ? (identity)" in out or json.loads(out.partition('\n{"error')[0])
+    assert "'?.safetensors' cannot be read" in error
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write it")
