@@ -76,16 +76,22 @@ def test_want_of_memory_is_no_damaged_checkpoint(monkeypatch):
         DiffusersModel.load(DEMO_FILE)
 
 
-def test_a_failed_folder_leaves_nothing(model, tmp_path, monkeypatch):
+def test_a_failed_folder_leaves_nothing_but_what_was_there(model, tmp_path, monkeypatch):
     def fail(folder):
         folder.mkdir()
         (folder / "half").write_text("written")
         raise SafetensorError("disk full")
 
+    own = tmp_path / "merged.part" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
     monkeypatch.setattr(model.pipeline, "save_pretrained", fail)
     with pytest.raises(ForgetError, match="could not be written .disk full."):
         model.save(tmp_path / "merged")
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
+    monkeypatch.setattr(model.pipeline, "save_pretrained", lambda folder: folder.mkdir())
+    model.save(tmp_path / "merged")
+    assert own.read_text() == "mine" and list((tmp_path / "merged").iterdir()) == []
 
 
 def test_a_variant_with_another_input_layer_is_refused(model):
