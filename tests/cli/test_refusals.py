@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from fmn.cli import main
+from fmn.forget_command import read_images
 from fmn.hosts.diffusers import DiffusersModel
+from fmn.methods import PRESETS
 from fmn.patch import load_patch, save_patch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +131,42 @@ def test_one_sentence_before_any_work(case, folder, capsys):
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
     assert files(folder) == before
+
+
+TRAINING = "reread_text", "resteer", "esd", "ablation", "hirm"  # all presets of these methods
+
+
+@pytest.mark.parametrize("option", [["--keep-best"], ["--save-every", "2"]])
+def test_what_trains_takes_what_is_for_training(folder, option, capsys):
+    """Also where 0 steps mean as many as were published."""
+    for preset, name in PRESETS.items():
+        arguments = [*FORGET, "--method", preset, "--out", "d.safetensors", *option]
+        if name in TRAINING or preset == "reread-robust":
+            with pytest.raises(AssertionError, match="work was begun"):
+                main(arguments)
+        else:
+            assert main(arguments) == 2
+            assert f"and {preset} only solves" in capsys.readouterr().err
+
+
+def test_pictures_are_read_as_they_are_shown(tmp_path):
+    """Of a phone held upright: red is above blue, which the file has beside each other."""
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (20, 0, 40, 20))
+    told = Image.Exif()
+    told[0x0112] = 6  # turned by a quarter
+    picture.save(tmp_path / "phone.png", exif=told)
+    (read,) = read_images(tmp_path)
+    assert read[100, [100, 900], 0].tolist() == [1, 1] and read[100, [100, 900], 2].sum() == 0
+    assert read[900, [100, 900], 2].tolist() == [1, 1] and read[900, [100, 900], 0].sum() == 0
+
+
+def test_a_picture_that_is_too_large_is_one_sentence(folder, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    assert main([*TRAIN, "--images", "folder"]) == 2
+    error = capsys.readouterr().err
+    assert "A picture in 'folder' cannot be read: Image size (64 pixels)" in error
+    assert error.count("\n") == 1
 
 
 def test_a_wrong_option_is_json_too(folder, capsys):
