@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -204,18 +205,32 @@ class Memo:
     """A ``Model`` that remembers contexts. Of a closed form's time nearly all goes into encoding
     the keep-list, which is much the same for each concept.
 
+    Not while the text encoder is borrowed: what borrows it may hook it to see each text go
+    through, or change what it gives.
+
     Args:
         limit: bytes; what was not asked for longest is dropped first.
     """
 
     def __init__(self, model, limit=MEMO_BYTES):
         self._model, self._limit, self._bytes = model, limit, 0
-        self._known, self._device = OrderedDict(), "cpu"
+        self._known, self._device, self._borrowed = OrderedDict(), "cpu", 0
 
     def __getattr__(self, name):
         return getattr(self._model, name)
 
+    @contextmanager
+    def borrow_text(self, words=True):
+        self._borrowed += 1
+        try:
+            with self._model.borrow_text(words) as borrowed:
+                yield borrowed
+        finally:
+            self._borrowed -= 1
+
     def encode_all(self, texts, length=SECTION):
+        if self._borrowed:
+            return self._model.encode_all(texts, length)
         # What is known of a text may be longer than is asked for now: tokens in front are the same.
         missing = [
             text

@@ -10,7 +10,7 @@ from . import __version__
 from .apply_command import add_apply, run_apply
 from .batch_command import add_batch, add_merge, run_batch, run_merge
 from .bench.command import add_bench, run_bench
-from .errors import ForgetError, NonFiniteLoss
+from .errors import ForgetError, NonFiniteLoss, memory_ran_out
 from .forget_command import add_forget, run_forget
 from .options import Parser, asked_method, refuse_unknown
 from .report import printable
@@ -31,8 +31,8 @@ examples:
   python -m fmn batch list.csv --model sd15.safetensors --method uce --out patches
   python -m fmn merge "patches/*" dog.safetensors:0.8 --out all.safetensors --budget-kb 2000
 
-exit codes: 0 done, 1 a fault of ours, 2 wrong input, 3 training blew up (the last good patch is
-kept), 4 some concepts of a batch failed, 130 cancelled
+exit codes: 0 done, 1 a fault of ours, 2 wrong input or too little memory, 3 training blew up (the
+last good patch is kept), 4 some concepts of a batch failed, 130 cancelled
 """
 
 
@@ -83,6 +83,10 @@ def parse(arguments):
 def main(arguments=None):
     """Run a command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal cannot show is no reason to fail after the work.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     as_json = "--json" in arguments
     # transformers tells at import which image processors it would rather use.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -97,6 +101,11 @@ def main(arguments=None):
         return _fail(as_json, error, NOT_FINITE)
     except ForgetError as error:
         return _fail(as_json, error, BAD_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        told = memory_ran_out(error)
+        if told is None:
+            raise
+        return _fail(as_json, told, BAD_INPUT)
     except KeyboardInterrupt:
         return _fail(as_json, "Cancelled; no unfinished file was left.", CANCELLED)
     print(json.dumps(result, indent=1) if as_json else text)

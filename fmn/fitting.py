@@ -163,6 +163,7 @@ def learn(
                 open_loss(borrowed, switch, plan.apart) as (draw, loss),
             ):
                 training.put_on(adapters, switch, borrowed)
+                training.check_steps(total)  # before many draws
                 for _ in range(training.tries):
                     draw()
                 scale = scale_for(borrowed.module(names[0]))

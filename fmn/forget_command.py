@@ -134,9 +134,14 @@ def read_images(folder):
     if not files:
         raise ForgetError(f"There are no pictures (PNG, JPEG, WebP) in '{folder}'.")
     side = 1024
+
+    def upright(file):
+        """As it is shown: cameras store how they were held."""
+        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+
     try:
-        squares = [ImageOps.fit(Image.open(file).convert("RGB"), (side, side)) for file in files]
-    except OSError as error:
+        squares = [ImageOps.fit(upright(file), (side, side)) for file in files]
+    except (OSError, Image.DecompressionBombError) as error:
         raise ForgetError(f"A picture in '{folder}' cannot be read: {error}") from error
     return torch.from_numpy(np.stack([np.asarray(square) for square in squares])).float() / 255
 
@@ -144,12 +149,12 @@ def read_images(folder):
 def _check_used(options, settings):
     """Refuse options that the method would not look at."""
     from .methods import preset_of
-    from .resume import GROW
 
     name = preset_of(settings)
     if options.save_every < 0:
         raise ForgetError(f"--save-every is {options.save_every}: use 0 (never) or more steps.")
-    trains = any(getattr(settings, steps, 0) for steps in GROW)
+    # 0 steps can mean as many as were published; 0 robust steps mean none.
+    trains = hasattr(settings, "steps") or getattr(settings, "robust_steps", 0) > 0
     unused = {"--save-every": options.save_every, "--keep-best": options.keep_best}
     given = next((option for option, value in unused.items() if value), None)
     if given and not trains:

@@ -6,6 +6,7 @@ patches that nobody trained.)
 """
 
 import json
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def opened(entries):
     """Patches of (patch or path of its file, strength), without those of strength 0.
 
     Raises:
-        ForgetError: a file is none, two are of different families, or nothing is left.
+        ForgetError: a file is none, two are of different families or shapes, or nothing is left.
     """
     found = [
         (source if isinstance(source, ForgetPatch) else load_patch(source), float(strength))
@@ -67,7 +68,32 @@ def opened(entries):
                 f"one for {', '.join(patch.concepts):.80} for {patch.family.title}: merge patches "
                 "of one family."
             )
+    _check_shapes([patch for patch, _ in found])
     return found
+
+
+def _check_shapes(patches):
+    """Refuse patches of one class of model that give a layer different shapes: of other families
+    than those we know, a file tells the layers."""
+    seen = {}
+    for patch in patches:
+        for layer in patch.layers:
+            first, shape = seen.setdefault(layer.name, (patch, layer.shape))
+            if shape != layer.shape:
+                raise ForgetError(
+                    f"'{layer.name:.80}' is of shape {list(shape)} in the patch for "
+                    f"{', '.join(first.concepts):.80} and {list(layer.shape)} in the one for "
+                    f"{', '.join(patch.concepts):.80}: merge patches made for one model."
+                )
+
+
+def _family(patches):
+    """The family of the merged patch, with the layers of them all."""
+    family = patches[0].family
+    if family.known:
+        return family
+    own = {layer.name: layer for patch in patches for layer in patch.layers}
+    return replace(family, own=tuple(own.values()))
 
 
 def concatenate(entries):
@@ -191,7 +217,8 @@ def finished(entries, changes, settings, budget=0, losses=()):
     Raises:
         ForgetError: nothing is left, or not even one direction fits into the budget.
     """
-    family, info = entries[0][0].family, _info(entries, settings, losses)
+    family = _family([patch for patch, _ in entries])
+    info = _info(entries, settings, losses)
     known = {layer.name: layer for patch, _ in entries for layer in patch.layers}
     squares = {name: _square(*factors) for name, factors in changes.items()}
     bound = sum(float(up.norm() * down.norm()) ** 2 for up, down in changes.values())

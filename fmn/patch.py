@@ -250,13 +250,15 @@ def load_patch(path):
     changes = {}
     for prefix, layer in modules.items():
         down, up, alpha = (tensors[f"{prefix}.{part}"].float() for part in PARTS)
-        # The product of the norms bounds every entry of the change.
-        if not torch.isfinite(down.norm() * up.norm() * alpha):
+        up = up * (alpha / down.shape[0])
+        # The product of the norms bounds every entry of the change, and alpha may make up infinite
+        # where it does not make their product.
+        if not torch.isfinite(down.norm() * up.norm()):
             raise ForgetError(
                 f"'{path.name}' holds NaN or infinite values in '{prefix}': "
                 "its training failed, so do not use it."
             )
-        changes[layer.name] = up * (alpha / down.shape[0]), down
+        changes[layer.name] = up, down
     return ForgetPatch(family, changes, info_of(path, metadata))
 
 

@@ -271,7 +271,8 @@ def _check_tensors(name, record, losses, tensors):
     steps, scale = losses.numel(), record["scale"]
     if losses.dim() != 1 or not 0 < steps <= MAX_STEPS or not torch.isfinite(losses).all():
         raise _damaged(name, "losses")
-    if not steps <= record["tries"] <= 2 * MAX_STEPS:
+    # A try that is no step halves the scale; each try is drawn again before the first step.
+    if not steps <= record["tries"] <= steps + math.log2(TOP_SCALE):
         raise _damaged(name, f"{record['tries']} tries of {steps} steps")
     beside = tensors.get(BESIDE + "scale")
     scales = [scale] if beside is None else [scale, *beside.flatten().tolist()]

@@ -70,12 +70,17 @@ class TrainForgetPatches(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, folder, **inputs):
+        return _made.times_lost(below_output(folder.strip() or FOLDER))
+
+    @classmethod
     def execute(cls, model, clip, concepts, folder, method=None, vae=None, keep=()):
         settings = method or settings_of(DEFAULT, {})
         path = below_output(folder.strip() or FOLDER)
         batch = forget_each(
             host_of(model, clip, vae), concepts, settings, path, _Progress(), tuple(keep)
         )
+        _made.add(path, batch.files)
         report = batch.report()
         if not batch.files:
             raise ForgetError(report)
@@ -83,6 +88,32 @@ class TrainForgetPatches(io.ComfyNode):
         counts = len(batch.files), len(batch.failed)
         patches = [(file, 1.0) for file in batch.files]
         return io.NodeOutput(patches, report, *counts, ui=told(text, report))
+
+
+class _Made:
+    """The files that this session's runs gave: where one is gone, the node has to run again.
+
+    A stamp of the folder would not do: the node writes into it, so that it and all behind it would
+    run once more after each run that made something.
+    """
+
+    def __init__(self):
+        self.files, self.times = {}, {}
+
+    def add(self, folder, files):
+        self.files.setdefault(folder, set()).update(files)
+
+    def times_lost(self, folder):
+        """How often files of a folder were found gone. It does not fall when they are made again,
+        or the run after that would differ once more."""
+        known = self.files.get(folder, set())
+        gone = {file for file in known if not file.exists()}
+        known -= gone
+        self.times[folder] = self.times.get(folder, 0) + bool(gone)
+        return self.times[folder]
+
+
+_made = _Made()
 
 
 class _Progress:

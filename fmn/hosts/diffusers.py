@@ -1,6 +1,7 @@
 """diffusers as a host: Stable Diffusion 1.x, 2.x, XL pipelines and the demo model."""
 
 import re
+import secrets
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -229,7 +230,8 @@ class DiffusersModel:
         folder = Path(folder)
         if folder.exists():
             raise ForgetError(f"'{folder}' exists already: name a new folder.")
-        part = folder.with_name(f"{folder.name}.part")
+        # A name that nobody has: what is in it becomes part of the model, or is removed.
+        part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
         try:
             self.saved.save_pretrained(part)
             part.rename(folder)

@@ -19,7 +19,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    convert_ldm_unet_checkpoint,
+)
 from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -27,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint import UNET_PREFIX, checkpoint_family, refuse_quantised
-from ..errors import ForgetError
+from ..errors import ForgetError, memory_ran_out
 from ..families import DEMO
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -37,6 +40,15 @@ SD_SCALE = 0.18215
 UNET_FILE = re.compile(
     r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
 )
+# Text encoders of a family -> beginning of a checkpoint's keys -> what has them
+PARTS = {
+    1: {"cond_stage_model.": "text encoder", "first_stage_model.": "VAE"},
+    2: {
+        "conditioner.embedders.0.": "first text encoder",
+        "conditioner.embedders.1.": "second text encoder",
+        "first_stage_model.": "VAE",
+    },
+}
 EDM = {"edm_mean", "edm_vpred.sigma_max"}
 V_MARK = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
@@ -45,7 +57,7 @@ def load_pipeline(path, dtype=torch.float32):
     """A pipeline for ``demo``, a .safetensors checkpoint of a known family, or a folder.
 
     Raises:
-        ForgetError: there is no such model, or its family is unknown.
+        ForgetError: there is no such model, its family is unknown, or parts of it are missing.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -61,7 +73,29 @@ def load_pipeline(path, dtype=torch.float32):
         )
     family = checkpoint_family(path)
     refuse_quantised(path)
-    return _demo(dtype, path) if family is DEMO else _single_file(path, family, dtype)
+    _check_parts(path, family)
+    try:
+        return _demo(dtype, path) if family is DEMO else _single_file(path, family, dtype)
+    except (OSError, LookupError, ValueError, RuntimeError, SingleFileComponentError) as error:
+        if memory_ran_out(error):
+            raise
+        told = str(error).partition("\n")[0]
+        raise ForgetError(
+            f"'{path.name}' cannot be loaded ({type(error).__name__}: {told:.200}): use a whole "
+            "checkpoint, with U-Net, text encoder and VAE."
+        ) from error
+
+
+def _check_parts(path, family):
+    """Refuse a file without text encoder or VAE: ComfyUI's ModelSave writes the U-Net alone."""
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+    for beginning, part in PARTS[len(family.texts)].items():
+        if not any(key.startswith(beginning) for key in keys):
+            raise ForgetError(
+                f"'{path.name}' lacks the {part}: use a whole checkpoint, with U-Net, text encoder "
+                "and VAE."
+            )
 
 
 def _folder(path, dtype):

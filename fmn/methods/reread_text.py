@@ -87,6 +87,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         optimiser = Optimiser(settings.lr, weight_decay=0.0, decay=True)
         with attached(adapters, encoder.module) as switch:
             training.put_on(adapters, switch)
+            training.check_steps(settings.steps)  # before many draws
             for _ in range(training.tries):
                 lessons.pick()
             training.run(lessons, settings.steps, optimiser, on_step, scale)

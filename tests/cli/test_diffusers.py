@@ -6,10 +6,13 @@ import diffusers
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from fmn.errors import ForgetError
 from fmn.families import DEMO
+from fmn.hosts import diffusers_load
 from fmn.hosts.diffusers import DiffusersModel
+from fmn.hosts.diffusers_load import DEMO_FILE
 from fmn.patch import ForgetPatch
 
 
@@ -47,16 +50,48 @@ def test_a_folder_of_half_precision_copies(model, tmp_path, shard):
     assert torch.equal(DiffusersModel.load(tmp_path / "base").unet.conv_in.weight, weight)
 
 
-def test_a_failed_folder_leaves_nothing(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("cut", "told"),
+    [
+        ("cond_stage_model.", "'unet.safetensors' lacks the text encoder: use a whole checkpoint"),
+        ("first_stage_model.", "lacks the VAE: use a whole"),
+        ("cond_stage_model.transformer.text_model.final", "cannot be loaded .RuntimeError: "),
+        ("first_stage_model.vae_scale", "cannot be loaded .KeyError: "),
+    ],
+)
+def test_checkpoints_without_all_parts_are_refused(tmp_path, cut, told):
+    """ComfyUI's ModelSave writes the U-Net alone."""
+    weights = {key: w for key, w in load_file(DEMO_FILE).items() if not key.startswith(cut)}
+    save_file(weights, tmp_path / "unet.safetensors")
+    with pytest.raises(ForgetError, match=told):
+        DiffusersModel.load(tmp_path / "unet.safetensors")
+
+
+def test_want_of_memory_is_no_damaged_checkpoint(monkeypatch):
+    def load(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(diffusers_load, "_demo", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        DiffusersModel.load(DEMO_FILE)
+
+
+def test_a_failed_folder_leaves_nothing_but_what_was_there(model, tmp_path, monkeypatch):
     def fail(folder):
         folder.mkdir()
         (folder / "half").write_text("written")
         raise SafetensorError("disk full")
 
+    own = tmp_path / "merged.part" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
     monkeypatch.setattr(model.pipeline, "save_pretrained", fail)
     with pytest.raises(ForgetError, match="could not be written .disk full."):
         model.save(tmp_path / "merged")
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
+    monkeypatch.setattr(model.pipeline, "save_pretrained", lambda folder: folder.mkdir())
+    model.save(tmp_path / "merged")
+    assert own.read_text() == "mine" and list((tmp_path / "merged").iterdir()) == []
 
 
 def test_a_variant_with_another_input_layer_is_refused(model):

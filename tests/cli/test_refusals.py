@@ -1,14 +1,20 @@
 """What cannot be done is said in one sentence before any work, and changes no file."""
 
+import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from fmn.cli import main
+from fmn.forget_command import read_images
 from fmn.hosts.diffusers import DiffusersModel
+from fmn.methods import PRESETS
+from fmn.patch import load_patch, save_patch
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCH = str(ROOT / "demo" / "patches" / "santa_claus.safetensors")
@@ -127,9 +133,93 @@ def test_one_sentence_before_any_work(case, folder, capsys):
     assert files(folder) == before
 
 
+TRAINING = "reread_text", "resteer", "esd", "ablation", "hirm"  # all presets of these methods
+
+
+@pytest.mark.parametrize("option", [["--keep-best"], ["--save-every", "2"]])
+def test_what_trains_takes_what_is_for_training(folder, option, capsys):
+    """Also where 0 steps mean as many as were published."""
+    for preset, name in PRESETS.items():
+        arguments = [*FORGET, "--method", preset, "--out", "d.safetensors", *option]
+        if name in TRAINING or preset == "reread-robust":
+            with pytest.raises(AssertionError, match="work was begun"):
+                main(arguments)
+        else:
+            assert main(arguments) == 2
+            assert f"and {preset} only solves" in capsys.readouterr().err
+
+
+def test_pictures_are_read_as_they_are_shown(tmp_path):
+    """Of a phone held upright: red is above blue, which the file has beside each other."""
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (20, 0, 40, 20))
+    told = Image.Exif()
+    told[0x0112] = 6  # turned by a quarter
+    picture.save(tmp_path / "phone.png", exif=told)
+    (read,) = read_images(tmp_path)
+    assert read[100, [100, 900], 0].tolist() == [1, 1] and read[100, [100, 900], 2].sum() == 0
+    assert read[900, [100, 900], 2].tolist() == [1, 1] and read[900, [100, 900], 0].sum() == 0
+
+
+def test_a_picture_that_is_too_large_is_one_sentence(folder, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    assert main([*TRAIN, "--images", "folder"]) == 2
+    error = capsys.readouterr().err
+    assert "A picture in 'folder' cannot be read: Image size (64 pixels)" in error
+    assert error.count("\n") == 1
+
+
 def test_a_wrong_option_is_json_too(folder, capsys):
     assert main([*FORGET, "--json", "--steps", "10"]) == 2
     assert "no setting 'steps'" in json.loads(capsys.readouterr().out)["error"]
+
+
+GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.78 GiB."
+RAN_OUT = {
+    "gpu": (torch.OutOfMemoryError(GPU), "GPU's memory ran out (tried to allocate 2.00 GiB): "),
+    "driver": (RuntimeError("CUDA error: out of memory\nCUDA kernel"), "CUDA_VISIBLE_DEVICES=-1"),
+    "cpu": (RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+                         "allocate 80 bytes."), "Memory ran out (tried to allocate 80 bytes): "),
+    "numpy": (MemoryError("Unable to allocate 7 PiB"), "Memory ran out: close other programs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RAN_OUT)
+def test_too_little_memory_is_one_sentence(case, folder, monkeypatch, capsys):
+    error, told = RAN_OUT[case]
+
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(DiffusersModel, "load", load)
+    assert main([*FORGET, "--json"]) == 2
+    told_by = capsys.readouterr()
+    assert told in told_by.err and told_by.err.count("\n") == 1
+    assert told in json.loads(told_by.out)["error"]
+
+
+def test_a_fault_of_ours_is_no_lack_of_memory(folder, monkeypatch):
+    def load(*_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(DiffusersModel, "load", load)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        main(FORGET)
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_names_that_the_terminal_cannot_show(tmp_path, monkeypatch, words):
+    patch = load_patch(PATCH)
+    patch.info["concepts"][0]["name"] = "\u732b"
+    save_patch(patch, tmp_path / "cat.safetensors")
+    shown = [io.TextIOWrapper(io.BytesIO(), encoding="cp1252") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", shown[0])
+    monkeypatch.setattr(sys, "stderr", shown[1])
+    assert main(["inspect", str(tmp_path / "cat.safetensors"), *words]) == 0
+    assert main(["inspect", "\u732b.safetensors", *words]) == 2
+    out, error = (each.detach().getvalue().decode("cp1252") for each in shown if not each.flush())
+    assert "forgets: ? (identity)" in out or json.loads(out.partition('\n{"error')[0])
+    assert "'?.safetensors' cannot be read" in error
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write it")

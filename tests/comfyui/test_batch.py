@@ -68,6 +68,29 @@ def test_a_failure_in_the_middle_and_going_on(server):
     assert len(after) == 3 and stamps.items() <= after.items()
 
 
+def test_files_that_were_deleted_are_made_again(server):
+    """And what was made makes nothing run again: the node and what is behind it stay cached."""
+    prompt = batch("deleted", "dog\ncat", "FMN_MethodUce", keep_list="none")
+    prompt["merge"] = node(
+        "FMN_MergeForgetPatches", patches=["batch", 0], how="concatenate", budget_kb=0,
+        strength=1.0, files="",
+    )  # fmt: skip
+    prompt["inspect"] = node("FMN_InspectForgetPatch", patch=["merge", 0])
+
+    def ran():
+        key = server.queue(prompt)
+        list(server.events(key))
+        messages = dict(server.history(key)["status"]["messages"])
+        return {"batch", "merge"} - set(messages["execution_cached"]["nodes"])
+
+    assert ran() == {"batch", "merge"} and ran() == set()
+    whole = files(server, "deleted")
+    assert len(whole) == 2
+    whole[0].unlink()
+    assert ran() == {"batch", "merge"} and files(server, "deleted") == whole
+    assert ran() == set()
+
+
 def test_cancel_in_the_middle_keeps_the_finished_files(server):
     prompt = batch(
         "stopped", "dog\ncat\nfox", "FMN_MethodResteer", steps=60, lr=0.002, rank=4, layers="kv",

@@ -7,7 +7,8 @@ from fmn.batch import Memo, forget_each, recipe, state_of
 from fmn.concept import Concept
 from fmn.errors import ForgetError
 from fmn.families import FAMILIES
-from fmn.methods import forget, settings_of
+from fmn.hosts.diffusers import DiffusersModel
+from fmn.methods import METHODS, forget, settings_of
 from fmn.patch import load_patch, save_patch
 from fmn.spans import SECTION
 
@@ -21,6 +22,13 @@ CONCEPTS = [
 BAD = Concept("tree", prompts=("a bush",))
 UCE = settings_of("uce", {"keep_list": "none"})
 KEEP = ("blue house", "a man on a horse")
+# What makes each method short; the four that only watch the U-Net read no texts through the memo.
+SHORT = {
+    "keep_list": "none", "prompts": 3, "kept": 4, "steps": 2, "batch": 2, "size": 64,
+    "sampling_steps": 1,
+}  # fmt: skip
+WATCHING = "resteer", "esd", "ablation", "casteer"
+READING = [first for first, *_ in METHODS.values() if first not in WATCHING]
 
 
 @pytest.fixture(autouse=True)
@@ -217,3 +225,35 @@ def test_the_recipe_is_in_the_file(tmp_path):
     patch = load_patch(path)
     save_patch(patch, tmp_path / "copy.safetensors")
     assert load_patch(tmp_path / "copy.safetensors").info["recipe"] == key
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return DiffusersModel.load("demo")
+
+
+@pytest.mark.parametrize("preset", READING)
+def test_a_second_concept_is_what_it_is_alone(demo, preset):
+    """Also of methods that watch the text encoder, which sees no text that the memo knows."""
+    has = vars(settings_of(preset, {}))
+    settings = settings_of(preset, {name: SHORT[name] for name in SHORT.keys() & has.keys()})
+    keep, memo = () if settings.keep_needs else KEEP, Memo(demo)
+    first, second = (forget(memo, [Concept(name)], settings, keep=keep) for name in ("dog", "cat"))
+    alone = forget(demo, [Concept("cat")], settings, keep=keep)
+    assert first.changes.keys() == second.changes.keys() == alone.changes.keys()
+    for name in alone.changes:
+        wanted = alone.change_of(name)
+        assert (second.change_of(name) - wanted).norm() <= 1e-4 * wanted.norm(), name
+
+
+def test_what_is_read_while_the_text_is_borrowed_is_not_remembered():
+    model = Counting()
+    memo, position = Memo(model), model.position
+    known = memo.encode_all(["a"])
+    with memo.borrow_text():
+        model.position = position + 1
+        assert not memo.encode_all(["a"]).equal(known)
+        memo.encode_all(["b"])
+    model.position = position
+    assert memo.encode_all(["a"]).equal(known)
+    assert memo.encode_all(["b"]).equal(TinyModel().encode_all(["b"]))

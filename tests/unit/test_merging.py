@@ -10,6 +10,7 @@ from fmn.concept import Concept
 from fmn.errors import ForgetError
 from fmn.families import DEMO, SD1, layers
 from fmn.merging import choose_ranks, concatenate, joint, merge, system_of
+from fmn.other import family_of_file
 from fmn.patch import ForgetPatch, file_size, load_patch, save_patch
 from fmn.report import describe
 
@@ -43,6 +44,40 @@ def test_a_merged_change_is_the_sum_of_the_changes():
         assert found.shape == layer.shape and torch.allclose(found, expected, atol=1e-5)
     up, down = concatenate([(first, 0.5), (second, -2.0)])[NAME]
     assert up.shape == (OUT, 5) and down.shape == (5, IN)
+
+
+def other_patch(shapes, concept="dog"):
+    """A patch of rank 2 for a model that is none we know; name -> shape of the weight."""
+    parts = {
+        f"{name}.lora_{part}.weight": each
+        for name, (high, wide) in shapes.items()
+        for part, each in (("up", (high, 2)), ("down", (2, wide)))
+    }
+    changes = {
+        name: (torch.ones(high, 2), torch.ones(2, wide)) for name, (high, wide) in shapes.items()
+    }
+    info = make_patch(concepts=[Concept(concept)]).info
+    return ForgetPatch(family_of_file("f", "Flux", parts), changes, info)
+
+
+@pytest.mark.parametrize("budget", [0, 10**5])
+@pytest.mark.parametrize("order", [1, -1])
+def test_layers_of_all_patches_are_saved_of_models_that_files_tell_of(tmp_path, order, budget):
+    one = other_patch({"lora_unet_a": (6, 4)})
+    two = other_patch({"lora_unet_a": (6, 4), "lora_unet_b": (8, 4)}, "cat")
+    merged = merge([(one, 1.0), (two, 0.5)][::order], budget)
+    found = load_patch(save_patch(merged.patch, tmp_path / "both.safetensors"))
+    assert found.changes.keys() == two.changes.keys()
+    assert torch.allclose(found.change_of("lora_unet_a"), torch.full((6, 4), 3.0), atol=1e-2)
+    assert torch.allclose(found.change_of("lora_unet_b"), torch.full((8, 4), 1.0), atol=1e-2)
+
+
+def test_layers_of_one_name_and_two_shapes_are_refused():
+    one, two = (
+        other_patch({"lora_unet_a": (high, 4)}, name) for high, name in ((6, "x"), (8, "y"))
+    )
+    with pytest.raises(ForgetError, match=r"'lora_unet_a' is of shape \[6, 4\] in the patch for x"):
+        merge([(one, 1.0), (two, 1.0)])
 
 
 def test_a_high_rank_is_cut_to_what_the_matrix_has():

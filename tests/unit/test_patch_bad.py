@@ -165,6 +165,12 @@ def text_layer(inputs, outputs, value=1.0):
     return change
 
 
+def large_alpha(tensors, metadata):
+    tensors[UP] = torch.full_like(tensors[UP], 1e15, dtype=torch.float32)
+    tensors[DOWN] = torch.full_like(tensors[DOWN], 1e-22, dtype=torch.float32)
+    tensors[ALPHA] = torch.tensor(1e30)
+
+
 def no_metadata(tensors, metadata):
     metadata.clear()
 
@@ -231,6 +237,8 @@ TENSORS = {
     "NaN": (spoil(UP, torch.nan), NOT_FINITE),
     "infinity": (spoil(DOWN, torch.inf), NOT_FINITE),
     "NaN alpha": (spoil(ALPHA, torch.nan), NOT_FINITE),
+    # The product of the three is 1e25 or so, lora_up with alpha in it beyond what float32 holds.
+    "large alpha": (large_alpha, NOT_FINITE),
     "broken JSON": (tell("fmn.settings", "{'steps': 35"), METADATA),
     "empty JSON": (tell("fmn.loss", ""), METADATA),
     "deep JSON": (tell("fmn.settings", "[" * 10**5 + "]" * 10**5), METADATA),

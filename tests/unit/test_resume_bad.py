@@ -138,6 +138,7 @@ BAD = {
     "tries as a bool": (record(tries=True), "record .* damaged .TypeError"),
     "fewer tries than steps": (record(tries=3), "3 tries of 11 steps"),
     "endless tries": (record(tries=10**12), "tries of 11 steps"),
+    "more tries than halvings": (record(tries=22), "22 tries of 11 steps"),
     "scale zero": (record(scale=0.0), "The scale in"),
     "scale nan": (raw('{"scale": NaN}'), "record .* damaged .KeyError"),
     "scale not a power": (record(scale=3.0), "The scale in"),
@@ -182,6 +183,11 @@ BAD = {
     "concepts that are none": (record(concepts=[1, {"name": "owl"}]), "concepts '[?], owl'"),
     "another setting": (record(settings={"lr": 1}), "only steps may differ"),
 }
+
+
+def test_as_many_tries_as_a_scale_can_be_halved(copy):
+    """From 1024 to 1; each of them is a draw that no step came of."""
+    assert load_state(rewrite(copy, record(tries=21))).record["tries"] == 21
 
 
 @pytest.mark.parametrize("case", BAD)
