@@ -70,7 +70,7 @@ class TrainForgetPatches(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, **inputs):
+    def fingerprint_inputs(cls, folder=FOLDER, **inputs):  # a link gives none
         return _made.times_lost(below_output(folder.strip() or FOLDER))
 
     @classmethod
