@@ -14,6 +14,7 @@ from ..errors import ForgetError
 from ..families import INPUT_CHANNELS, identify, layers, layers_by_name
 from ..model import Text, fingerprint, two_encoders
 from ..pictures import square
+from ..sampling import DRAWN_AT_ONCE
 from ..spans import SECTION
 from .comfy_text import (
     FLOATS,
@@ -134,12 +135,15 @@ class ComfyModel:
         with torch.inference_mode():
             empty = torch.zeros(1, 4, size // 8, size // 8)
             noise = torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds])
-            latents = comfy.sample.sample(
-                self.patcher, noise, steps, guidance, "euler", "normal",
-                self._conditioning(prompt), self._conditioning(prompt._replace(text="")),
-                torch.zeros_like(noise), seed=seeds[0],
-            )  # fmt: skip
-        return self.patcher.model.process_latent_in(latents.clone()).float().cpu()
+            texts = self._conditioning(prompt), self._conditioning(prompt._replace(text=""))
+            found = [
+                comfy.sample.sample(
+                    self.patcher, part, steps, guidance, "euler", "normal", *texts,
+                    torch.zeros_like(part), seed=seeds[0],
+                )
+                for part in noise.split(DRAWN_AT_ONCE)
+            ]  # fmt: skip
+        return self.patcher.model.process_latent_in(torch.cat(found)).float().cpu()
 
     def _conditioning(self, prompt):
         return self.clip.encode_from_tokens_scheduled(
