@@ -69,10 +69,11 @@ class Context:
         """There is but one text."""
 
     def text(self, picked=None):
-        """[1, 77, D]"""
+        """[1, 77, D], where the scene's texts are."""
         free, shift = self.learned[:FREE], self.learned[FREE:]
         behind = shift.expand(self.context.shape[1] - 1 - FREE, -1)
         context = self.context + torch.cat([torch.zeros_like(shift), free, behind])
-        return Text(context.to(self.start.context.dtype), self.start.vectors)
+        # As all texts of the host are, which may be on the CPU.
+        return Text(context.to(self.start.context), self.start.vectors)
 
     alone = text

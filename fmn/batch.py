@@ -18,6 +18,7 @@ from .methods import check_keep, forget
 from .patch import FORMAT, load_patch, save_patch
 from .report import printable
 from .settings import method_of
+from .sources import code_of
 from .spans import SECTION
 
 MEMO_BYTES = 1 << 30
@@ -169,6 +170,7 @@ def recipe(state, concept, settings, keep=()):
     told = {
         "format": FORMAT,
         "version": __version__,
+        "code": code_of(type(settings).__module__),
         "model": state,
         "method": method_of(settings),
         "settings": asdict(settings),
@@ -191,13 +193,17 @@ def _digest(tensors):
 def state_of(model):
     """Tells a model with the LoRAs and the text encoder it wears from another: 64 hex digits.
 
-    From a row of every layer, and from what a prompt is encoded as.
+    From a row of every layer, what a prompt is encoded as, the noise schedule, and the host's code.
     """
     parts = [model.encode(PROBE).context]
     with model.borrow() as borrowed:
         parts += [borrowed.module(layer.name).weight[:1] for layer in layers(model.family)]
         rows = [part.detach().to("cpu", torch.float16) for part in parts]
+        alphas = borrowed.alphas_cumprod
+        # In float32: in half precision the schedule's ends are all alike.
+        rows.append(borrowed.sigmas if alphas is None else alphas)
     told = f"{model.family.key} {model.family.title} {model.prediction} {model.fingerprint()} "
+    told += f"{code_of(type(model).__module__)} "
     return hashlib.sha256((told + _digest(rows)).encode()).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """How much memory training will need, before it starts, and how to make do with less."""
 
 import logging
+import re
 import weakref
 from contextlib import nullcontext
 from math import prod
@@ -26,6 +27,8 @@ GB = 1e9
 HELD = 4  # a CPU's heap holds so many times of what is alive, at most, unless it gives back
 COPIES = 3  # of what is trained, beside it and its gradient: AdamW's two moments, the last good one
 CONVOLUTIONS = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
+# How torch says it in a plain RuntimeError: MPS, CPUs on Linux and on Windows, and cuBLAS.
+RAN_OUT = re.compile("out of memory|can't allocate|not enough memory|alloc_failed", re.IGNORECASE)
 CANNOT = DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException
 
 
@@ -153,8 +156,15 @@ def _tried(train, plan, note):
     # A function of its own: its frame, and what the error's frames hold, is gone afterwards.
     try:
         return train(plan, note)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:  # of which torch's own for GPUs is one
+        if not _is_about_memory(error):
+            raise
         return None
+
+
+def _is_about_memory(error):
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or bool(RAN_OUT.search(str(error)))
 
 
 class _Alive(TorchDispatchMode):

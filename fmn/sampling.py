@@ -11,6 +11,8 @@ import torch
 from .errors import ForgetError
 from .model import Text
 
+DRAWN_AT_ONCE = 4  # pictures that a host draws together, whatever the memory: the methods' default
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -14,12 +14,14 @@ from ..errors import ForgetError
 from ..families import INPUT_CHANNELS, identify, layers, layers_by_name
 from ..model import Text, fingerprint, two_encoders
 from ..pictures import square
+from ..sampling import DRAWN_AT_ONCE
 from ..spans import SECTION
 from .comfy_text import (
     FLOATS,
     borrow_text,
+    bring_back,
     frozen,
-    leave_inference_mode,
+    load_whole,
     plain_clip,
     plain_clone,
     shortened,
@@ -27,6 +29,7 @@ from .comfy_text import (
 
 PREFIX = "diffusion_model."
 ENCODED_AT_ONCE = 32 * SECTION  # tokens
+ALL_MEMORY = 1e20  # bytes beside the U-Net: no other model stays
 TOKENIZERS = "l", "h"  # CLIP-L (also first of SDXL's two), OpenCLIP-H
 
 
@@ -132,12 +135,15 @@ class ComfyModel:
         with torch.inference_mode():
             empty = torch.zeros(1, 4, size // 8, size // 8)
             noise = torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds])
-            latents = comfy.sample.sample(
-                self.patcher, noise, steps, guidance, "euler", "normal",
-                self._conditioning(prompt), self._conditioning(prompt._replace(text="")),
-                torch.zeros_like(noise), seed=seeds[0],
-            )  # fmt: skip
-        return self.patcher.model.process_latent_in(latents.clone()).float().cpu()
+            texts = self._conditioning(prompt), self._conditioning(prompt._replace(text=""))
+            found = [
+                comfy.sample.sample(
+                    self.patcher, part, steps, guidance, "euler", "normal", *texts,
+                    torch.zeros_like(part), seed=seeds[0],
+                )
+                for part in noise.split(DRAWN_AT_ONCE)
+            ]  # fmt: skip
+        return self.patcher.model.process_latent_in(torch.cat(found)).float().cpu()
 
     def _conditioning(self, prompt):
         return self.clip.encode_from_tokens_scheduled(
@@ -208,7 +214,7 @@ class ComfyModel:
         """A clone of the patcher, wholly loaded, frozen and ready for autograd."""
         patcher = plain_clone(self.patcher)
         self._check_precision(patcher.model)
-        _load_whole(patcher)
+        load_whole(patcher, ALL_MEMORY)
         with frozen(patcher.model):
             yield patcher
 
@@ -258,19 +264,23 @@ class Borrowed:
         self.alphas_cumprod = 1 / (1 + self.sigmas.float() ** 2)
 
     def module(self, name):
+        # Its weight may be read, which lacks the user's LoRAs while it is away.
+        self._back()
+        return self.model.diffusion_model.get_submodule(self._path(name))
+
+    def _path(self, name):
         if name.endswith(".attn2"):
-            path = self.host._compvis[f"{name}.to_q"].removesuffix(".to_q")
-        else:
-            path = self.host._compvis[name]
-        return self.model.diffusion_model.get_submodule(path)
+            return self.host._compvis[f"{name}.to_q"].removesuffix(".to_q")
+        return self.host._compvis[name]
+
+    def _back(self):
+        # The VAE or the text encoder may have needed the memory.
+        bring_back(self.patcher, self.device, ALL_MEMORY)
 
     def denoise(self, x_t, t, text):
         # A step of a method may draw for a while first.
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if self.model.device != self.device or self.model.model_lowvram:
-            # The VAE or the text encoder needed the memory.
-            _load_whole(self.patcher)
-            leave_inference_mode(self.model)
+        self._back()
         t = t.to(self.device)
         sigma = self.sigmas[t]
         x = x_t.to(self.device) * self.scales[t].view(-1, 1, 1, 1)
@@ -326,10 +336,6 @@ def _put_on(clone, names, patch, strength, text):
             f"The model has only {len(applied)} of the patch's {count} layers: "
             "use a patch made for the model's family."
         )
-
-
-def _load_whole(patcher):
-    comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
 
 
 def _fused_attention(function, *args, **kwargs):

@@ -101,8 +101,8 @@ class OtherBorrowed(Borrowed):
         self.scales = 1 / sampling.calculate_input(self.sigmas, ones)
         self.alphas_cumprod = None
 
-    def module(self, name):
-        return self.model.diffusion_model.get_submodule(self.host._compvis[name])
+    def _path(self, name):
+        return self.host._compvis[name]
 
     def _conditions(self, x, text):
         # As comfy.samplers.encode_model_conds does.

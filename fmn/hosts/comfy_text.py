@@ -45,11 +45,36 @@ def plain_clip(clip):
     return plain
 
 
+def load_whole(patcher, beside=0):
+    """Load all of a model, with its LoRAs in the weights, whatever memory ComfyUI finds free.
+
+    Args:
+        beside: bytes that work on it will take; other models make room for them.
+    """
+    comfy.model_management.load_models_gpu([patcher], memory_required=beside, force_full_load=True)
+    if patcher.model.model_lowvram:  # --novram counts for more than force_full_load
+        patcher.partially_load(patcher.load_device, 1e32)
+
+
+def bring_back(patcher, device, beside=0):
+    """``load_whole`` again, if ComfyUI has moved the model or a part of it since.
+
+    Of a part that is away the weights are those of the file: ComfyUI then adds LoRAs while a layer
+    runs, so whoever reads a weight has to ask for this first.
+
+    Args:
+        device: where the model was.
+    """
+    if patcher.model.device != device or patcher.model.model_lowvram:
+        load_whole(patcher, beside)
+        leave_inference_mode(patcher.model)  # ComfyUI loads in it
+
+
 @contextmanager
 def borrow_text(host):
     """``Model.borrow_text`` of a ``ComfyModel`` that has a CLIP."""
     patcher = host.clip.patcher
-    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    load_whole(patcher)
     with frozen(patcher.model):
         borrowed = _BorrowedText(host)
         with _copied_inputs(borrowed.stage):
@@ -136,13 +161,19 @@ class _BorrowedText:
         self.keys = [next(k for k in sections if ENCODERS[k] == name) for name in names]
         self.key = self.keys[0]
         self.width = _checked(self._embedding()).weight.shape[1]
+        self.at, self.hooked = self.clip.patcher.model.device, False
 
     @property
     def device(self):
         return self._embedding().weight.device
 
     def module(self, name):
+        self._back()
+        self.hooked = True
         return _checked(self.host.text_module(name))
+
+    def _back(self):
+        bring_back(self.clip.patcher, self.at)
 
     def _embedding(self):
         return self.encoder.transformer.get_input_embeddings()
@@ -210,7 +241,11 @@ class _BorrowedText:
         Args:
             projected: the pooled text, as the encoders choose; False: never.
         """
-        # ComfyUI may have moved the encoder since, and does so in inference mode.
+        # ComfyUI may have moved the encoder since, and does so in inference mode. Whoever hooks it
+        # goes on with what it put out before, where it was. Others take it from anywhere; to bring
+        # it back for them would drive the U-Net out in each step of hardening.
+        if self.hooked:
+            self._back()
         leave_inference_mode(self.stage)
         self.stage.reset_clip_options()
         if self.clip.layer_idx is not None:

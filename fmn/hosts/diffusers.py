@@ -16,11 +16,13 @@ from ..families import INPUT_CHANNELS, identify
 from ..lowrank import merge
 from ..model import Text, fingerprint
 from ..pictures import square
+from ..sampling import DRAWN_AT_ONCE
 from ..spans import SECTION
 from .diffusers_load import drawing_text, load_pipeline
 from .diffusers_text import borrow_text, frozen, shortened
 
 ENCODED_AT_ONCE = 32 * SECTION  # tokens
+PIXELS_AT_ONCE = 1 << 20  # that the autoencoder makes or reads: one picture of XL's size
 WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 
 # Of an empty picture, the first moments of Stable Diffusion's latents, as ComfyUI has them.
@@ -43,6 +45,10 @@ def _fill(unet, args):
         extra[:, 0] = 1
         extra[:, 1:] = x.new_tensor(EMPTY_PICTURE).view(-1, 1, 1)
     return (torch.cat([x, extra], 1) if missing in (4, 5) else x, *args[1:])
+
+
+def _pictures_at_once(height, width):
+    return max(1, PIXELS_AT_ONCE // (height * width))
 
 
 def _prediction(scheduler):
@@ -150,9 +156,11 @@ class DiffusersModel:
 
     @torch.no_grad()
     def sample(self, prompt, seeds, size, steps, guidance):
-        texts = [prompt.text] * len(seeds)
-        noise = self.latents_like(seeds, size)
-        return self.sample_latents(texts, noise, steps, guidance).float().cpu()
+        found = [
+            self.sample_latents([prompt.text] * len(noise), noise, steps, guidance).float().cpu()
+            for noise in self.latents_like(seeds, size).split(DRAWN_AT_ONCE)
+        ]
+        return torch.cat(found)
 
     @torch.no_grad()
     def sample_latents(self, texts, noise, steps, guidance):
@@ -181,17 +189,21 @@ class DiffusersModel:
     @torch.no_grad()
     def decode(self, latents):
         """Pictures [N, H, W, 3] in 0..1 from latents."""
-        vae = self.pipeline.vae
-        images = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
-        return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
+        vae, found = self.pipeline.vae, []
+        for part in latents.split(_pictures_at_once(latents.shape[2] * 8, latents.shape[3] * 8)):
+            images = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+            found.append((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu())
+        return torch.cat(found)
 
     @torch.no_grad()
     def encode_images(self, images, size):
-        vae = self.pipeline.vae
-        pixels = square(images, size).to(vae.device, vae.dtype) * 2 - 1
-        encoded = vae.encode(pixels)
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return (latents * vae.config.scaling_factor).float().cpu()
+        vae, found = self.pipeline.vae, []
+        for part in square(images, size).split(_pictures_at_once(size, size)):
+            encoded = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1)
+            tiny = hasattr(encoded, "latents")
+            latents = encoded.latents if tiny else encoded.latent_dist.mode()
+            found.append((latents * vae.config.scaling_factor).float().cpu())
+        return torch.cat(found)
 
     @contextmanager
     def borrow(self):

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -38,6 +39,41 @@ def test_both_hosts_draw_the_same_picture(pack, demo, pipeline_model):
     assert ours.std() > 0.1
     # float32 rounding over ten steps; one grey level is 0.004.
     assert (ours - theirs).abs().max() < 2e-3
+
+
+def test_many_pictures_are_drawn_a_few_at_a_time(pack, comfy_model, pipeline_model, monkeypatch):
+    """The same as one by one, and the autoencoder of diffusers has a few at a time too."""
+    hosts, pictures = pack("fmn.hosts.diffusers"), torch.rand(5, 64, 64, 3)
+    monkeypatch.setattr(hosts, "PIXELS_AT_ONCE", 2 * 64 * 64)
+    sizes, prompt = {}, concept(pack).training_prompts()[0]
+
+    def note(module, name):
+        sizes[name] = []
+        return module.register_forward_pre_hook(lambda _, args: sizes[name].append(len(args[0])))
+
+    vae = pipeline_model.pipeline.vae
+    parts = {
+        "comfyui": comfy_model.patcher.model.diffusion_model, "diffusers": pipeline_model.unet,
+        "encoder": vae.encoder, "decoder": vae.decoder,
+    }  # fmt: skip
+    with ExitStack() as hooks:
+        for name, module in parts.items():
+            hooks.enter_context(note(module, name))
+        latents = [
+            host.sample(prompt, range(5), 64, 1, 3.5) for host in (comfy_model, pipeline_model)
+        ]
+        back = pipeline_model.encode_images(pictures, 64)
+        decoded = pipeline_model.decode(latents[1])
+    assert sum(sizes["comfyui"]) == sum(sizes["diffusers"]) == 2 * 5  # with the empty prompt
+    assert max(sizes["comfyui"]) <= 2 * 4 and sizes["diffusers"] == [8, 2]
+    assert sizes["encoder"] == sizes["decoder"] == [2, 2, 1]
+    for host, found in zip((comfy_model, pipeline_model), latents):
+        alone = torch.cat([host.sample(prompt, [seed], 64, 1, 3.5) for seed in range(5)])
+        torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-3)
+    alone = torch.cat([pipeline_model.encode_images(each[None], 64) for each in pictures])
+    torch.testing.assert_close(back, alone, rtol=1e-3, atol=1e-3)
+    alone = torch.cat([pipeline_model.decode(each[None]) for each in latents[1]])
+    torch.testing.assert_close(decoded, alone, rtol=1e-3, atol=1e-3)
 
 
 def test_both_hosts_train_the_same_patch(pack, comfy_model, pipeline_model):

@@ -1,5 +1,7 @@
 """One patch a concept: each as if made alone, none made twice, and failures by themselves."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -49,6 +51,17 @@ class Counting(TinyModel):
         return super().encode_all(texts, length)
 
 
+class Timed(TinyModel):
+    """With a noise schedule that ends in less of the picture, as for zero terminal SNR."""
+
+    @contextmanager
+    def borrow(self):
+        with super().borrow() as borrowed:
+            borrowed.alphas_cumprod = borrowed.alphas_cumprod.clone()
+            borrowed.alphas_cumprod[-1] = 2**-24
+            yield borrowed
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -93,7 +106,7 @@ def test_whatever_decides_a_patch_is_in_its_recipe():
     model, concept = TinyModel(), CONCEPTS[0]
     state = state_of(model)
     assert state == state_of(TinyModel())
-    worn, spoken = TinyModel(), TinyModel()
+    worn, spoken, timed = TinyModel(), TinyModel(), Timed()
     with torch.no_grad():
         worn.unet.conv_in.weight[0, 0, 0, 0] += 1  # what a LoRA on any layer does
     spoken.position[3] += 1  # another text encoder
@@ -102,6 +115,7 @@ def test_whatever_decides_a_patch_is_in_its_recipe():
         recipe(state_of(TinyModel(seed=1)), concept, UCE),
         recipe(state_of(worn), concept, UCE),
         recipe(state_of(spoken), concept, UCE),
+        recipe(state_of(timed), concept, UCE),
         recipe(state, concept, settings_of("uce", {"keep_list": "none", "erase": 2})),
         recipe(state, concept, settings_of("rece", {})),
         recipe(state, concept, UCE, KEEP),

@@ -183,11 +183,45 @@ def test_what_becomes_of_freed_memory(gives_back, low, high):
     assert low < int(done.stdout) < high
 
 
-def test_other_errors_get_through(monkeypatch):
-    def fails(plan, note):
-        raise KeyboardInterrupt
+SAID = {
+    "MPS": "MPS backend out of memory (MPS allocated: 9.06 GB, max allowed: 9.07 GB).",
+    "Linux": "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+    "memory: you tried to allocate 4000000000000000 bytes.",
+    "Windows": "[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: "
+    "you tried to allocate 4194304 bytes.",
+    "cuBLAS": "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+}
 
-    with pytest.raises(KeyboardInterrupt):
+
+@pytest.mark.parametrize("error", [MemoryError(), *map(RuntimeError, SAID.values())])
+def test_memory_that_runs_out_elsewhere_is_known_by_what_is_said(error):
+    calls = []
+
+    def train(plan, note):
+        calls.append(plan)
+        if len(calls) == 1:
+            raise error
+        return "trained"
+
+    assert planned(train, plans(False, 1), lambda _: None, CPU) == "trained"
+    assert calls == [ASKED, Plan(True)]
+
+
+def test_what_a_cpu_really_says():
+    def train(plan, note):
+        if not plan.checkpointing:
+            torch.empty(10**15)
+        return "trained"
+
+    assert planned(train, plans(False, 1), lambda _: None, CPU) == "trained"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("shapes do not match")])
+def test_other_errors_get_through(error):
+    def fails(plan, note):
+        raise error
+
+    with pytest.raises(type(error)):
         planned(fails, plans(False, 1), lambda _: None, CPU)
 
 
