@@ -3,7 +3,8 @@ expected, what to do."""
 
 import re
 
-RAN_OUT = "out of memory", "can't allocate memory", "not enough memory"  # torch on GPUs and CPUs
+# How torch says it in a plain RuntimeError: GPUs, CPUs on Linux and on Windows, and cuBLAS.
+RAN_OUT = re.compile("out of memory|can't allocate|not enough memory|alloc_failed", re.IGNORECASE)
 
 
 class ForgetError(Exception):
@@ -31,7 +32,7 @@ def memory_ran_out(error):
     """
     text = str(error)
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not known and not (isinstance(error, RuntimeError) and any(own in text for own in RAN_OUT)):
+    if not known and not (isinstance(error, RuntimeError) and RAN_OUT.search(text)):
         return None
     size = re.search(r"ried to allocate [\d.]+ \w+", text)
     told = f" (t{size[0]})" if size else ""

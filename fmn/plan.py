@@ -1,7 +1,6 @@
 """How much memory training will need, before it starts, and how to make do with less."""
 
 import logging
-import re
 import weakref
 from contextlib import nullcontext
 from math import prod
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .errors import ForgetError
+from .errors import ForgetError, memory_ran_out
 from .families import layers
 from .memory import free_memory, has_heap, heap
 
@@ -27,8 +26,6 @@ GB = 1e9
 HELD = 4  # a CPU's heap holds so many times of what is alive, at most, unless it gives back
 COPIES = 3  # of what is trained, beside it and its gradient: AdamW's two moments, the last good one
 CONVOLUTIONS = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
-# How torch says it in a plain RuntimeError: MPS, CPUs on Linux and on Windows, and cuBLAS.
-RAN_OUT = re.compile("out of memory|can't allocate|not enough memory|alloc_failed", re.IGNORECASE)
 CANNOT = DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException
 
 
@@ -157,14 +154,9 @@ def _tried(train, plan, note):
     try:
         return train(plan, note)
     except (RuntimeError, MemoryError) as error:  # of which torch's own for GPUs is one
-        if not _is_about_memory(error):
+        if memory_ran_out(error) is None:
             raise
         return None
-
-
-def _is_about_memory(error):
-    kinds = torch.OutOfMemoryError, MemoryError
-    return isinstance(error, kinds) or bool(RAN_OUT.search(str(error)))
 
 
 class _Alive(TorchDispatchMode):

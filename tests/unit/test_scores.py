@@ -13,8 +13,8 @@ from fmn.report import describe
 from fmn.scores import bytes_of, check_targets, scores_of, scores_text, source_of, write_scores
 from fmn.shelf_header import described
 
+from .conftest import PICTURE
 from .test_patch import make_patch, metadata_of
-from .test_shelf import PICTURE
 
 MEASURED = {
     "suite": "Demo model", "targets": ["dog"], "judge": "demo", "count": 12, "seed": 0,
