@@ -56,7 +56,7 @@ def trained(preset, steps, **changes):
     """A row of a method that trains; it stops after as many steps as are measured."""
 
     def run(model, size, measured):
-        from fmn.concept import Concept
+        from fmn.concepts.concept import Concept
         from fmn.methods import forget, settings_of
 
         moments = [clock()]
@@ -90,10 +90,10 @@ def literal(name, steps):
 
 def whole(preset, concepts=1, kept=0, share=1):
     def run(model, size, measured):
-        from fmn.concept import Concept
-        from fmn.keep import keep_words
+        from fmn.concepts.concept import Concept
+        from fmn.concepts.keep_list import keep_words
+        from fmn.concepts.prompt_templates import kept_sentences
         from fmn.methods import forget, settings_of
-        from fmn.sentences import kept_sentences
 
         named = [Concept(*CONCEPT)]
         changes = {"size": size // share} if preset.startswith("reread") else {}
@@ -132,8 +132,8 @@ def measure(name, checkpoint, size, device):
     import torch
     from released import TILL
 
-    from fmn.hosts.diffusers import DiffusersModel
-    from fmn.memory import STATUS, bytes_in, peak_memory
+    from fmn.hosts.diffusers.model import DiffusersModel
+    from fmn.training.memory import STATUS, bytes_in, peak_memory
 
     if device == "cpu":
         torch.cuda.is_available = lambda: False  # for the clock and the memory
@@ -157,7 +157,7 @@ def measure(name, checkpoint, size, device):
 
 
 def table(checkpoint, size, device, names):
-    from fmn.memory import MEMINFO, bytes_in
+    from fmn.training.memory import MEMINFO, bytes_in
 
     print(f"\n{device}, {size} px\n")
     print(
@@ -215,7 +215,7 @@ def main():
     import torch
     from random_checkpoint import checkpoint
 
-    from fmn.memory import MEMINFO, bytes_in
+    from fmn.training.memory import MEMINFO, bytes_in
 
     free = bytes_in(MEMINFO, "MemAvailable")
     devices = [options.device] if options.device else ["cpu", "cuda"]

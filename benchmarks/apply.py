@@ -58,8 +58,8 @@ def run(options, path, folder):
     import comfy.model_management as management
     import comfy.sd
 
-    from fmn.hosts.comfy import ComfyModel
-    from fmn.patch import load_patch, save_patch
+    from fmn.hosts.comfyui.model import ComfyModel
+    from fmn.patches.patch import load_patch, save_patch
 
     with torch.inference_mode():  # as the executor runs a loader
         loaded = comfy.sd.load_checkpoint_guess_config(str(path), output_clip=False)
@@ -111,10 +111,10 @@ def run(options, path, folder):
             patcher = ComfyModel(patcher).patched(each, 0.1)
         return merged(patcher)
 
-    wearing = timed("ten", ten)
+    applying = timed("ten", ten)
     if not options.no_step:
         for _ in range(ROUNDS):
-            for title, patcher in (("bare step", host.patcher), ("ten's step", wearing)):
+            for title, patcher in (("bare step", host.patcher), ("ten's step", applying)):
                 with torch.inference_mode():
                     forward(patcher)  # merges, and touches new memory
                 timed(title, partial(forward, patcher))
@@ -124,9 +124,9 @@ def made_up(family, rank, seed):
     """A patch of random factors for all keys and values."""
     import torch
 
-    from fmn.concept import Concept
-    from fmn.families import layers
-    from fmn.patch import ForgetPatch, new_info
+    from fmn.concepts.concept import Concept
+    from fmn.models.families import layers
+    from fmn.patches.patch import ForgetPatch, new_info
 
     generator = torch.Generator().manual_seed(seed)
     changes = {

@@ -20,15 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from many import KEPT, measure
 
-from fmn.batch import forget_each
 from fmn.bench.suite import load_suite
-from fmn.concept import Concept
-from fmn.fuse import fuse
-from fmn.hosts.diffusers import DiffusersModel
-from fmn.merging import merge
+from fmn.concepts.concept import Concept
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.jobs.batch import forget_each
+from fmn.jobs.joint_merge import fuse
 from fmn.methods import DEFAULT, forget, settings_of
-from fmn.metrics.judge import load_judge
-from fmn.patch import file_size
+from fmn.metrics.load import load_judge
+from fmn.patches.merge import merge
+from fmn.patches.patch import file_size
 
 ALONE = 5  # concepts made one by one, for the time
 

@@ -18,14 +18,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fmn.closed_form import input_patch, key_value_layers, layer_patch, uce, weight_gram
-from fmn.concept import Concept
-from fmn.contexts import Pairs
-from fmn.families import FAMILIES
-from fmn.hardest import hardest_contexts
+from fmn.closed_form.adversarial_embedding import hardest_contexts
+from fmn.closed_form.input_edit import input_patch, key_value_layers, layer_patch, uce, weight_gram
+from fmn.closed_form.text_embeddings import Pairs
+from fmn.concepts.concept import Concept
+from fmn.linalg import main_directions
 from fmn.methods import double_projections, rece, speed
 from fmn.methods.uce import Settings
-from fmn.null_space import main_directions
+from fmn.models.families import FAMILIES
 
 NORM = 28.0  # of a token's context in Stable Diffusion 1.x
 

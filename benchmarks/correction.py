@@ -17,15 +17,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fmn.concept import Concept
+from fmn.concepts.concept import Concept
 from fmn.files import write_whole
-from fmn.hosts.diffusers import DiffusersModel
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.images import labelled_grid, to_image
 from fmn.methods import ablation, resteer, uce
-from fmn.metrics.judge import load_judge
-from fmn.patch import save_patch
-from fmn.pictures import labelled_grid, to_image
-from fmn.sampling import Sampling
-from fmn.studio import open_studio
+from fmn.metrics.load import load_judge
+from fmn.models.generator import open_studio
+from fmn.models.sampling import Sampling
+from fmn.patches.patch import save_patch
 
 SAMPLING = Sampling(12, 3.5)
 DRAWN = {"sample_steps": SAMPLING.steps, "guidance": SAMPLING.guidance}
@@ -170,7 +170,7 @@ def drawn(model, example, patches, seeds):
     with open_studio(model, SAMPLING) as studio:
         pictures = {"before": studio.draw(prompts, every_seed)}
         for way, patch in patches.items():
-            with studio.wearing([(patch, 1.0)]):
+            with studio.applying([(patch, 1.0)]):
                 pictures[way] = studio.draw(prompts, every_seed)
     return pictures
 

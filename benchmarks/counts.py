@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fmn.families import SD1, SDXL
-from fmn.hosts.diffusers_load import ASSETS
+from fmn.hosts.diffusers.load import ASSETS
 from fmn.methods import settings_of
+from fmn.models.families import SD1, SDXL
 
 TERA, GIGA = 1e12, 1e9
 CONFIGS = json.loads((ASSETS / "pipelines.json").read_text())

@@ -27,9 +27,9 @@ from comfyui.server import Server  # noqa: E402
 from comfyui.workflows import checkpoint_loader, drawing, node, saving, training  # noqa: E402
 from random_checkpoint import make  # noqa: E402
 
-from fmn.families import SD1, SDXL, layers  # noqa: E402
-from fmn.fitting import in_scope  # noqa: E402
-from fmn.memory import bytes_in  # noqa: E402
+from fmn.models.families import SD1, SDXL, layers  # noqa: E402
+from fmn.training.fit_adapters import in_scope  # noqa: E402
+from fmn.training.memory import bytes_in  # noqa: E402
 
 ROWS = [
     {"layers": layers, "full_weights": full, "checkpointing": checkpointing}

@@ -98,8 +98,8 @@ def cost(options):
 
 
 def gate_of(model, name, kind):
-    from fmn.gate import patch_gate
-    from fmn.patch import ForgetPatch
+    from fmn.guidance.prompt_gate import patch_gate
+    from fmn.patches.patch import ForgetPatch
 
     record = {"name": name, "kind": kind, "aliases": []}
     return patch_gate(model, ForgetPatch(model.family, {}, {"concepts": [record]}))
@@ -109,8 +109,8 @@ def gate(options):
     import torch
 
     from fmn.bench.suite import load_suite
-    from fmn.gate import HIGH, LOW
-    from fmn.hosts.diffusers import DiffusersModel
+    from fmn.guidance.prompt_gate import HIGH, LOW
+    from fmn.hosts.diffusers.model import DiffusersModel
 
     model = DiffusersModel.load("demo")
     print(f"closeness and gate, thresholds {LOW} and {HIGH}")

@@ -17,15 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fmn.batch import Memo
+from fmn.bench.measures.trial import Trial
 from fmn.bench.suite import Target, load_suite
-from fmn.bench.trial import Trial
-from fmn.concept import Concept
-from fmn.fuse import fuse
-from fmn.hosts.diffusers import DiffusersModel
+from fmn.concepts.concept import Concept
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.jobs.batch import Memo
+from fmn.jobs.joint_merge import fuse
 from fmn.methods import DEFAULT, forget, settings_of
-from fmn.metrics.judge import load_judge
-from fmn.studio import open_studio
+from fmn.metrics.load import load_judge
+from fmn.models.generator import open_studio
 
 HOW = "one patch", "one patch, named", "apart", "apart, joint, named"
 KEPT, GONE_PICTURES, KEPT_PICTURES = 20, 60, 80
@@ -37,7 +37,7 @@ def measure(model, judge, suite, patches, gone, stay):
         trial = Trial(suite, Target(gone[0], suite.kinds[gone[0]]), studio, judge)
         asks = trial.pairs(gone, list(suite.styles), GONE_PICTURES)
         others = trial.pairs(stay, list(suite.styles), KEPT_PICTURES)
-        with studio.wearing([(patch, 1.0) for patch in patches]):
+        with studio.applying([(patch, 1.0) for patch in patches]):
             said, kept = (trial.said(trial.draw(each)) for each in (asks, others))
     erased = sum(label != ask.concept for label, ask in zip(said["concept"], asks)) / len(asks)
     right = [

@@ -39,13 +39,13 @@ class Enough(Exception):
 def measure(path, size, layers, checkpointing, heap, steps):
     import time
 
-    from fmn import fitting, plan
-    from fmn.concept import Concept
-    from fmn.hosts.diffusers import DiffusersModel
-    from fmn.memory import peak_memory
+    from fmn.concepts.concept import Concept
+    from fmn.hosts.diffusers.model import DiffusersModel
     from fmn.methods import forget, settings_of
+    from fmn.training import fit_adapters, memory
+    from fmn.training.memory import peak_memory
 
-    plan.HELD = 0 if heap == "kept" else 10**6
+    memory.HELD = 0 if heap == "kept" else 10**6
     times = []
 
     def on_step(step):
@@ -54,7 +54,7 @@ def measure(path, size, layers, checkpointing, heap, steps):
             raise Enough
 
     def train(changes):
-        fitting.ESTIMATES.clear()
+        fit_adapters.ESTIMATES.clear()
         times.clear()
         with peak_memory() as peak, suppress(Enough):
             settings = settings_of("resteer", changes | {"layers": layers, "steps": 35})
@@ -65,7 +65,7 @@ def measure(path, size, layers, checkpointing, heap, steps):
     changes = {"size": size, "checkpointing": bool(checkpointing)}
     train(changes)
     measured = train(changes)
-    (found,) = fitting.ESTIMATES.values()
+    (found,) = fit_adapters.ESTIMATES.values()
     seconds = (times[-1] - times[0]) / (len(times) - 1)
     return {"estimate": found.beyond, "measured": measured, "seconds": seconds}
 

@@ -67,7 +67,7 @@ def load(path):
     import comfy.sd
     import torch
 
-    from fmn.hosts.comfy import ComfyModel
+    from fmn.hosts.comfyui.model import ComfyModel
 
     class Timed(ComfyModel):
         encoding = 0.0
@@ -115,7 +115,7 @@ def warm_up(model):
     """Load all weights, as the first picture does."""
     import torch
 
-    from fmn.concept import Prompt
+    from fmn.concepts.concept import Prompt
 
     text = model.encode(Prompt("", ""))
     with model.borrow_text(words=False), model.borrow() as borrowed, torch.no_grad():
@@ -138,10 +138,10 @@ def measure(model, preset, size, keep, before):
 
     import torch
 
-    from fmn.concept import Concept
-    from fmn.memory import STATUS, bytes_in
+    from fmn.concepts.concept import Concept
     from fmn.methods import forget, method, settings_of
-    from fmn.patch import save_patch
+    from fmn.patches.patch import save_patch
+    from fmn.training.memory import STATUS, bytes_in
 
     known = {field.name for field in fields(method(preset).Settings)}
     changes = changes_of(preset, known, size, keep)
@@ -172,7 +172,7 @@ def measure(model, preset, size, keep, before):
 
 def run(name, path, options):
     """All rows; whether no weight changed."""
-    from fmn.memory import MEMINFO, STATUS, bytes_in
+    from fmn.training.memory import MEMINFO, STATUS, bytes_in
 
     free = bytes_in(MEMINFO, "MemAvailable")
     if free - LOADED[name] < SPARE:
@@ -183,8 +183,8 @@ def run(name, path, options):
     model = load(str(path))
     import torch
 
-    from fmn.concept import Concept
-    from fmn.keep import keep_for
+    from fmn.concepts.concept import Concept
+    from fmn.concepts.keep_list import keep_for
 
     warm_up(model)
     words = keep_for([Concept(*CONCEPT)])

@@ -18,16 +18,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fmn.concept import Concept
+from fmn.concepts.concept import Concept
+from fmn.concepts.prompt_templates import PLACEHOLDER
 from fmn.files import write_whole
-from fmn.hosts.diffusers import DiffusersModel
-from fmn.inversion import Settings
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.images import labelled_grid, to_image
 from fmn.methods import resteer
 from fmn.metrics.mscore import m_score, summary
-from fmn.model import PLACEHOLDER, Text
-from fmn.pictures import labelled_grid, to_image
-from fmn.sampling import Sampling
-from fmn.studio import open_studio
+from fmn.models.generator import open_studio
+from fmn.models.interface import Text
+from fmn.models.sampling import Sampling
+from fmn.training.textual_inversion import Settings
 
 STYLES = "noto emoji", "blob emoji", "twemoji", "3d render", "pixel art", "black silhouette"
 # name -> how prompts call it, templates, what to draw of it, whose patch is the control's
@@ -100,7 +101,7 @@ def measured(studio, name, patches, seeds, settings):
         "control": [(patches[other], 1.0)],
     }
     for title, patch in worn.items():
-        with studio.wearing(patch):
+        with studio.applying(patch):
             scores[title] = m_score(studio.model, studio.borrowed, *given)
             rows.append((f"{title}: name", studio.draw(named, range(len(named)))))
             learned = drawn(studio, prompts, scores[title][0].vectors)

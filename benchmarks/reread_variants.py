@@ -30,20 +30,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fmn.bench.measures.pictures import pictures
-from fmn.bench.statistics import harmonic_mean, unlearn_canvas
+from fmn.bench.measures.trial import Trial
+from fmn.bench.reporting.statistics import harmonic_mean, unlearn_canvas
 from fmn.bench.suite import load_suite
-from fmn.bench.trial import Trial
-from fmn.closed_form import cut, exact, finished, gram
-from fmn.concept import Prompt
-from fmn.hosts.diffusers import DiffusersModel
-from fmn.methods import reread
-from fmn.metrics.judge import load_judge
-from fmn.probe import flags_of
-from fmn.readout import cross_attention_layers
-from fmn.sentences import sentences
-from fmn.studio import open_studio
+from fmn.closed_form.input_edit import finished
+from fmn.concepts.concept import Prompt
+from fmn.concepts.prompt_templates import sentences
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.linalg import cut, exact, gram
+from fmn.methods.reread import method
+from fmn.methods.reread.attention_output import cross_attention_layers
+from fmn.metrics.load import load_judge
+from fmn.models.attention_maps import flags_of
+from fmn.models.generator import open_studio
 
-DEFAULTS = reread.Settings()
+DEFAULTS = method.Settings()
 
 
 def by_layer(model, concept, solved):
@@ -52,14 +53,14 @@ def by_layer(model, concept, solved):
     Args:
         solved: (borrowed, layer, reading, kept) -> (name of a Linear, up, down).
     """
-    kept = reread.kept_texts([concept], (), DEFAULTS)
+    kept = method.kept_texts([concept], (), DEFAULTS)
     changes = {}
     with model.borrow() as borrowed, torch.no_grad():
         pairs = sentences(concept, DEFAULTS.prompts)
-        draw = reread.Drawings(model, borrowed, DEFAULTS, lambda step: None, [pairs], kept)
+        draw = method.Drawings(model, borrowed, DEFAULTS, lambda step: None, [pairs], kept)
         first, second, of_kept = draw(*draw.sides([pairs]), kept)
-        reading = reread.Reading.of(model, pairs, first, second)
-        stay = reread.Kept(model.encode_all(kept), [of_kept, reading.queries], DEFAULTS)
+        reading = method.Reading.of(model, pairs, first, second)
+        stay = method.Kept(model.encode_all(kept), [of_kept, reading.queries], DEFAULTS)
         for layer in cross_attention_layers(borrowed, model.family):
             name, up, down = solved(borrowed, layer, reading, stay)
             changes[name] = up.float(), down.float()
@@ -67,7 +68,7 @@ def by_layer(model, concept, solved):
 
 
 def method(changes, model, concept):
-    return reread.run(model, [concept], replace(DEFAULTS, **changes))
+    return method.run(model, [concept], replace(DEFAULTS, **changes))
 
 
 def weight(borrowed, name):
@@ -83,10 +84,10 @@ def values(by_head, model, concept):
         own = weight(borrowed, f"{layer.name}.to_v")
         if not by_head:
             concept_, other, stay = (x.flatten(0, 1) for x in rows)
-            return f"{layer.name}.to_v", *reread.solve(own, [(concept_, other)], stay, DEFAULTS)
+            return f"{layer.name}.to_v", *method.solve(own, [(concept_, other)], stay, DEFAULTS)
         whole = replace(DEFAULTS, rank=0)
         change = [
-            torch.mm(*reread.solve(part, [(rows[0][:, i], rows[1][:, i])], rows[2][:, i], whole))
+            torch.mm(*method.solve(part, [(rows[0][:, i], rows[1][:, i])], rows[2][:, i], whole))
             for i, part in enumerate(own.chunk(heads))
         ]
         change = torch.cat(change)
@@ -166,7 +167,7 @@ VARIANTS = {
 
 def measure(model, judge, suite, target, patch, count, cache):
     """UA, IRA and CRA of one target."""
-    with open_studio(model, suite.sampling) as studio, studio.wearing([(patch, 1.0)]):
+    with open_studio(model, suite.sampling) as studio, studio.applying([(patch, 1.0)]):
         trial = Trial(suite, target, studio, judge, count=count, cache=cache)
         found = unlearn_canvas(pictures(trial)["rows"], target.domain, resamples=2)
     return [found[name]["value"] for name in ("UA", "IRA", "CRA")]

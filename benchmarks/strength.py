@@ -18,13 +18,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fmn.bench.measures.pictures import pictures
-from fmn.bench.statistics import unlearn_canvas
+from fmn.bench.measures.trial import Trial
+from fmn.bench.reporting.statistics import unlearn_canvas
 from fmn.bench.suite import load_suite
-from fmn.bench.trial import Trial
-from fmn.hosts.diffusers import DiffusersModel
+from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import DEFAULT, forget, settings_of
-from fmn.metrics.judge import load_judge
-from fmn.studio import open_studio
+from fmn.metrics.load import load_judge
+from fmn.models.generator import open_studio
 
 STRENGTHS = 0.0, 0.2, 0.4, 0.59, 0.8, 1.0, 1.2, 1.5
 COUNT = 8
@@ -47,7 +47,7 @@ def main(preset):
         rows = []
         for target, patch in zip(targets, patches):
             worn = [(patch, strength)]
-            with open_studio(model, suite.sampling) as studio, studio.wearing(worn):
+            with open_studio(model, suite.sampling) as studio, studio.applying(worn):
                 trial = Trial(suite, target, studio, judge, count=COUNT, cache=cache)
                 found = unlearn_canvas(pictures(trial)["rows"], target.domain, resamples=2)
                 shares = [found[name]["value"] for name in ("UA", "IRA", "CRA")]

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from closed_form import NORM, Weights
 
-from fmn import closed_form
-from fmn.concept import Concept
-from fmn.contexts import Pairs
-from fmn.families import FAMILIES
-from fmn.merging import merge
+from fmn.closed_form import input_edit
+from fmn.closed_form.text_embeddings import Pairs
+from fmn.concepts.concept import Concept
 from fmn.methods.uce import Settings
+from fmn.models.families import FAMILIES
+from fmn.patches.merge import merge
 
 CONCEPTS, KEPT = 100, 1000  # where they are not what is told apart
 
@@ -42,17 +42,17 @@ def contexts(count, width, seed):
 def row(model, concepts, kept, layers, budget):
     width = model.family.context_dim
     pairs = Pairs(contexts(concepts, width, 1), contexts(concepts, width, 2))
-    chosen = closed_form.key_value_layers(model.family)[:layers]
+    chosen = input_edit.key_value_layers(model.family)[:layers]
     named = [Concept(f"concept {i}") for i in range(concepts)]
     keep = contexts(kept, width, 3)
-    whole, closed_form.key_value_layers = closed_form.key_value_layers, lambda *_: chosen
+    whole, input_edit.key_value_layers = input_edit.key_value_layers, lambda *_: chosen
     start = time.process_time()
     try:
-        patch = closed_form.input_patch(
-            model, named, Settings(), pairs, lambda _: closed_form.uce(*pairs, keep)
+        patch = input_edit.input_patch(
+            model, named, Settings(), pairs, lambda _: input_edit.uce(*pairs, keep)
         )
     finally:
-        closed_form.key_value_layers = whole
+        input_edit.key_value_layers = whole
     seconds = time.process_time() - start
     size = sum(part.numel() * 2 for factors in patch.changes.values() for part in factors)
     cells = [concepts, kept, layers, f"{seconds:.1f}", max(patch.ranks), f"{size / 1e6:.1f}"]
@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--budget-mb", type=float, default=100.0)
     options = parser.parse_args()
     model = Weights(FAMILIES[options.family])
-    every = len(closed_form.key_value_layers(model.family))
+    every = len(input_edit.key_value_layers(model.family))
     sweeps = {
         "Concepts": [(count, KEPT, every) for count in options.concepts],
         "Kept prompts": [(CONCEPTS, count, every) for count in options.kept],

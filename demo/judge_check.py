@@ -8,10 +8,10 @@ from random import Random
 from demo import pictures
 from fmn.errors import ForgetError
 from fmn.files import write_whole
-from fmn.hosts.diffusers import DiffusersModel
+from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.metrics.demo_judge import ARCHITECTURES, FILE, DemoJudge
-from fmn.sampling import Sampling
-from fmn.studio import open_studio
+from fmn.models.generator import open_studio
+from fmn.models.sampling import Sampling
 
 SEED = 0
 

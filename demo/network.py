@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fmn.families import DEMO, layers
 from fmn.files import write_whole
-from fmn.hosts.diffusers_load import ASSETS, SD_SCALE, load_pipeline, make_tokenizer
+from fmn.hosts.diffusers.load import ASSETS, SD_SCALE, load_pipeline, make_tokenizer
+from fmn.models.families import DEMO, layers
 
 # Norms have no weights that a patch could change, so the family's table of layers leaves them out.
 # Beside a layer with the first ending lies a norm with the second: (diffusers, checkpoint).

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demo import pictures
 from demo.captions import with_article
 from fmn.files import write_whole
-from fmn.hosts.diffusers import DiffusersModel
-from fmn.pictures import ACCENT, labelled_grid, to_image
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.images import ACCENT, labelled_grid, to_image
 
 SHOWN = (
     "santa claus", "vampire", "astronaut", "robot", "dog", "owl", "butterfly", "castle", "house",

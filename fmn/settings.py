@@ -68,7 +68,17 @@ def seed():
 
 
 class Settings:
-    """Base of the settings dataclasses: checks every field when one is made."""
+    """Base of the settings dataclasses: checks every field when one is made.
+
+    A method derives its own with ``class Settings(Base, method=NAME)``: the name that
+    patches, resume files and recipes hold.
+    """
+
+    method = ""
+
+    def __init_subclass__(cls, method: str = "", **more):
+        super().__init_subclass__(**more)
+        cls.method = method or cls.method
 
     def __post_init__(self):
         for each in fields(self):
@@ -91,11 +101,6 @@ def check_limits(settings, limits):
             raise ForgetError(f"{name} is {value}: use {low} to {high}.")
 
 
-def method_of(settings):
-    """Name of the method whose settings these are: of the module that defines them."""
-    return type(settings).__module__.rpartition(".")[2]
-
-
 def check(described, value):
     """Raise a ``ForgetError`` unless the value suits the field."""
     name, told, kind = described.name, described.metadata, type(described.default)
@@ -109,3 +114,7 @@ def check(described, value):
         raise ForgetError(f"{name} is {value}: use {low:g} to {high:g}.")
     if step and kind is int and value % step:
         raise ForgetError(f"{name} is {value}: use a multiple of {step}.")
+
+
+HOW = ("concatenate", "joint")
+PRESERVE = 10.0  # of joint merging: weight of kept prompts

@@ -10,30 +10,26 @@ from . import (
     concept,
     demo,
     guidance,
-    keep,
-    live,
+    live_training,
     measure,
     merge,
     methods,
     patch,
     shelf,
     train,
-    training,
 )
 
 
 class ForgetMeNot(ComfyExtension):
     async def get_node_list(self):
-        live.add_routes(PromptServer.instance.routes)
+        live_training.add_routes(PromptServer.instance.routes)
         shelf.start()  # not in on_load, which ComfyUI 0.3.75 never calls
         return [
             *concept.NODES,
-            *keep.NODES,
             *methods.NODES,
             *train.NODES,
             *batch.NODES,
             *merge.NODES,
-            *training.NODES,
             *patch.NODES,
             *measure.NODES,
             *attack.NODES,

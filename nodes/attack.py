@@ -5,18 +5,19 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..fmn.concept import Prompt
-from ..fmn.embedding import recorded, save_embedding
+from ..fmn.closed_form.adversarial_embedding import hardest
+from ..fmn.concepts.concept import Prompt
+from ..fmn.concepts.prompt_templates import PLACEHOLDER
 from ..fmn.errors import ForgetError
-from ..fmn.hardest import hardest
-from ..fmn.hosts.comfy import ComfyModel
-from ..fmn.inversion import Settings, filled, invert
-from ..fmn.model import PLACEHOLDER, Text
-from ..fmn.pictures import loss_picture
-from ..fmn.sampling import Sampling
-from ..fmn.studio import open_studio
+from ..fmn.hosts.comfyui.model import ComfyModel
+from ..fmn.images import loss_picture
+from ..fmn.models.generator import open_studio
+from ..fmn.models.interface import Text
+from ..fmn.models.sampling import Sampling
+from ..fmn.patches.embedding_file import recorded, save_embedding
+from ..fmn.training.textual_inversion import Settings, filled, invert
+from .common import lines_of, strength_input
 from .embedding import FOLDER, embedding_path
-from .parts import lines_of, strength_input
 from .types import CATEGORY, Learned, Patch, show_text, told
 
 PREVIEW_SIDE = 512
@@ -217,7 +218,7 @@ class ConceptInversionProbe(io.ComfyNode):
         worn = [] if patch is None else [(patch, strength)]
         with (
             open_studio(host, Sampling(), batch=4, on_pictures=show.drawn) as studio,
-            studio.wearing(worn),
+            studio.applying(worn),
         ):
             found = invert(host, studio.borrowed, images, settings, show)
             learned, named = _drawn(host, studio, found.vectors, words, pictures, settings)

@@ -4,11 +4,11 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
-from ..fmn.batch import forget_each
 from ..fmn.errors import ForgetError
-from ..fmn.hosts.comfy_other import host_of
+from ..fmn.hosts.comfyui.unknown_model import host_of
+from ..fmn.jobs.batch import forget_each
 from ..fmn.methods import DEFAULT, settings_of
-from .parts import keep_input, model_input
+from .common import keep_input, model_input
 from .patch import KIND, below_output
 from .types import CATEGORY, Concepts, Method, Patches, show_text, told
 

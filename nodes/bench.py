@@ -9,22 +9,20 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..fmn import scores
-from ..fmn.bench.cells import Setup, given, plan, trained
-from ..fmn.bench.judges import check_domains, files_of, hash_of, judge_for
-from ..fmn.bench.lab import Lab, to_bytes
 from ..fmn.bench.names import MEASURES, QUICK
-from ..fmn.bench.plots import plots
-from ..fmn.bench.report import in_short, markdown_table
-from ..fmn.bench.run import bench, failures
-from ..fmn.bench.runner import Here
+from ..fmn.bench.reporting.plots import plots
+from ..fmn.bench.reporting.report import in_short, markdown_table
+from ..fmn.bench.running.cells import Setup, given, plan, trained
+from ..fmn.bench.running.lab import Lab, check_domains, files_of, hash_of, judge_for, to_bytes
+from ..fmn.bench.running.runner import Here, bench, failures
+from ..fmn.bench.running.worker import demo_controls, read_controls
 from ..fmn.bench.suite import SUITES, parse_suite, read_suite
-from ..fmn.bench.worker import demo_controls, read_controls
 from ..fmn.errors import ForgetError
-from ..fmn.hosts.comfy import ComfyModel
+from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.methods import PRESETS, preset_of, settings_of
-from ..fmn.report import printable
-from .parts import image_of, lines_of
+from ..fmn.patches import scores
+from ..fmn.text import printable
+from .common import image_of, lines_of
 from .patch import DEMO_PATCHES, below_output
 from .types import CATEGORY, Method, Patch, show_text, told
 

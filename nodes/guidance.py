@@ -3,12 +3,12 @@
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
-from ..fmn.gate import HIGH, LOW, patch_gate
-from ..fmn.guidance import PRESETS, SAFETY_TEXT, SafeSettings, concept_prompt
-from ..fmn.hosts.comfy import ComfyModel
-from ..fmn.hosts.comfy_guidance import erased_by_negative, gated, safely_guided
-from ..fmn.report import printable
-from .parts import strength_input
+from ..fmn.guidance.prompt_gate import HIGH, LOW, patch_gate
+from ..fmn.guidance.safe_latent_diffusion import PRESETS, SAFETY_TEXT, SafeSettings, concept_prompt
+from ..fmn.hosts.comfyui.model import ComfyModel
+from ..fmn.hosts.comfyui.sampling_wrappers import erased_by_negative, gated, safely_guided
+from ..fmn.text import printable
+from .common import strength_input
 from .types import CATEGORY, Concepts, Patch, told
 
 CUSTOM = "custom"

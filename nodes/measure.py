@@ -4,17 +4,16 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
-from ..fmn.concept import TEMPLATES
+from ..fmn.concepts.concept import TEMPLATES
 from ..fmn.errors import ForgetError
-from ..fmn.hosts.comfy import ComfyModel
-from ..fmn.inversion import Settings
+from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.methods import resteer
-from ..fmn.metrics.mscore import check, m_score, summary
-from ..fmn.metrics.mscore_report import plot, report
-from ..fmn.probe import look_at, maps_grid, maps_text
-from ..fmn.sampling import Sampling
-from ..fmn.studio import open_studio
-from .parts import image_of, lines_of
+from ..fmn.metrics.mscore import check, m_score, plot, report, summary
+from ..fmn.models.attention_maps import look_at, maps_grid, maps_text
+from ..fmn.models.generator import open_studio
+from ..fmn.models.sampling import Sampling
+from ..fmn.training.textual_inversion import Settings
+from .common import image_of, lines_of
 from .types import CATEGORY, Concepts, show_text, told
 
 
@@ -89,7 +88,7 @@ class AttentionMap(io.ComfyNode):
         data = resteer.prepare(host, concepts, settings)
         comfy.model_management.throw_exception_if_processing_interrupted()
         pictures = [
-            None if vae is None else host.decode(latent)[0] for *_, latent in data.looked_at()
+            None if vae is None else host.decode(latent)[0] for *_, latent in data.probe_inputs()
         ]
         names = [concept.name for concept in concepts]
         rows = list(zip(names, look_at(host, data), pictures))

@@ -11,11 +11,11 @@ from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
 from ..fmn.files import chosen_files
-from ..fmn.fuse import fuse
-from ..fmn.hosts.comfy_other import host_of
-from ..fmn.merged_names import HOW, PRESERVE
-from ..fmn.merging import merge
-from .parts import lines_of, stamp_of, strength_input
+from ..fmn.hosts.comfyui.unknown_model import host_of
+from ..fmn.jobs.joint_merge import fuse
+from ..fmn.patches.merge import merge
+from ..fmn.settings import HOW, PRESERVE
+from .common import lines_of, stamp_of, strength_input
 from .patch import KIND
 from .types import CATEGORY, Keep, Patch, Patches, show_text, told
 

@@ -10,13 +10,14 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
-from ..fmn.hosts.comfy_other import host_of
-from ..fmn.patch import load_patch, save_patch
-from ..fmn.report import describe, printable
-from ..fmn.resume import ENDING
-from ..fmn.scores import source_of
-from ..fmn.thumbnail import data_uri
-from .parts import stamp_of, strength_input
+from ..fmn.files import STATE_ENDING
+from ..fmn.hosts.comfyui.unknown_model import host_of
+from ..fmn.images import data_uri
+from ..fmn.methods.describe import describe
+from ..fmn.patches.patch import load_patch, save_patch
+from ..fmn.patches.scores import source_of
+from ..fmn.text import printable
+from .common import stamp_of, strength_input
 from .types import CATEGORY, Patch, told
 
 KIND = "forget_patches"
@@ -34,7 +35,7 @@ def _register_folders():
     known, extensions = folder_paths.folder_names_and_paths.get(KIND, ([], set()))
     paths = [*known, *(folder for folder in folders if folder not in known)]
     folder_paths.folder_names_and_paths[KIND] = (paths, extensions | {".safetensors"})
-    folder_paths.folder_names_and_paths[STATES] = (paths, {ENDING})
+    folder_paths.folder_names_and_paths[STATES] = (paths, {STATE_ENDING})
     for folder in folders:
         folder_paths.add_model_folder_path("loras", folder)
 

@@ -9,9 +9,9 @@ import folder_paths
 from aiohttp import web
 from server import PromptServer
 
-from ..fmn.base_file import base_of
 from ..fmn.errors import ForgetError
-from ..fmn.shelf import Shelf
+from ..fmn.patches.checkpoint import base_of
+from ..fmn.patches.library import Shelf
 from .demo import FILE as DEMO_FILE
 from .patch import KIND
 

@@ -6,13 +6,15 @@ from server import PromptServer
 
 CATEGORY = "forget-me-not"
 EVENT = "forget-me-not.text"
-Concepts = io.Custom("FMN_CONCEPT")  # list of fmn.concept.Concept
+Concepts = io.Custom("FMN_CONCEPT")  # list of fmn.concepts.concept.Concept
 Method = io.Custom("FMN_METHOD")  # a method's settings
-Options = io.Custom("FMN_OPTIONS")  # nodes.training.Options
+Options = io.Custom("FMN_OPTIONS")  # nodes.train.Options
 Keep = io.Custom("FMN_KEEP")  # tuple of words and prompts
 Learned = io.Custom("FMN_EMBEDDING")  # fmn.embedding.Embedding
-Patch = io.Custom("FORGET_PATCH")  # fmn.patch.ForgetPatch
-Patches = io.Custom("FMN_PATCHES")  # list of (fmn.patch.ForgetPatch or path of its file, strength)
+Patch = io.Custom("FORGET_PATCH")  # fmn.patches.patch.ForgetPatch
+Patches = io.Custom(
+    "FMN_PATCHES"
+)  # list of (fmn.patches.patch.ForgetPatch or path of its file, strength)
 
 
 def told(text, answer=None):

@@ -1,7 +1,7 @@
 """Cells as tasks of a Ray cluster. Every machine of it needs this package and the model's file."""
 
 from ..errors import ForgetError
-from .worker import start_worker, work
+from .running.worker import start_worker, work
 
 RETRIES = 5  # of a task whose machine went away
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..concept import Concept
+from ..concepts.concept import Concept
 from ..errors import ForgetError
-from ..report import printable
-from ..sampling import Sampling
+from ..models.sampling import Sampling
+from ..text import printable
 
 SUITES = Path(__file__).parent / "suites"
 KINDS = ("identity", "object", "style", "unsafe")
@@ -79,7 +79,7 @@ class Suite:
         return self.concepts.get(target.name, target.name)
 
     def concept(self, target):
-        """The ``fmn.concept.Concept`` that a method is given: the suite's prompts of it."""
+        """The ``Concept`` that a method is given, with the suite's prompts of it."""
         if target.kind == "unsafe":
             kind, prompts = "custom", target.prompts["pictures"]
         elif target.kind == "style":

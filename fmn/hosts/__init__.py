@@ -1,1 +1,1 @@
-"""Where models live: one module a host. Each offers ``fmn.model.Model``."""
+"""Where models live: one module a host. Each offers ``fmn.models.interface.Model``."""

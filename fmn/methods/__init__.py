@@ -14,8 +14,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from ..errors import ForgetError
-from ..settings import method_of
-from ..supervisor import Supervisor
+from ..training.run import Supervisor
 
 # module -> its presets, the defaults first
 METHODS = {
@@ -80,7 +79,7 @@ def default_settings(concepts):
 
 def preset_of(settings):
     """The preset that these settings are, or the defaults' name of their method."""
-    name = method_of(settings)
+    name = settings.method
     presets = method(METHODS[name][0]).PRESETS
     return next((preset for preset, own in presets.items() if own == settings), METHODS[name][0])
 
@@ -125,7 +124,7 @@ def _check_resumed(model, concepts, settings, on_step):
     """Refuse to go on with another training, before any work is done."""
     begun = on_step.resume if isinstance(on_step, Supervisor) else None
     if begun:
-        from ..resume import record_of  # not at import, which is to stay light
+        from ..training.resume import record_of  # not at import, which is to stay light
 
         # Methods that solve have no state that could match.
         begun.check(record_of(model, model.fingerprint(), settings, concepts))

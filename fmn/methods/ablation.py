@@ -11,19 +11,20 @@ from typing import NamedTuple
 
 import torch
 
-from ..concept import Prompt
+from ..closed_form.protected_subspace import protect, protected_downs
+from ..concepts.concept import Prompt
+from ..concepts.keep_list import keep_for
+from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
-from ..families import layers as layers_of
-from ..fitting import autograd, learn, reference_latents, turns
-from ..keep import keep_for
-from ..lowrank import Switch
-from ..model import PLACEHOLDER, Text
-from ..objectives import concept_ablation
-from ..probe import flags_of
-from ..schedule import add_noise
+from ..models.adapters import Switch
+from ..models.attention_maps import flags_of
+from ..models.families import layers as layers_of
+from ..models.interface import Text
+from ..models.sampling import q_sample
 from ..settings import Settings as Base
 from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
-from ..subspace import protect, protected_downs
+from ..training.fit_adapters import autograd, learn, reference_latents, shuffled_cycle
+from ..training.losses import concept_ablation
 
 TITLE = "Concept Ablation"
 ABOUT = (
@@ -33,7 +34,7 @@ ABOUT = (
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="ablation"):
     steps: int = steps(50)
     lr: float = lr(
         3e-3,
@@ -244,7 +245,9 @@ class Draws:
         self.batch, self.apart = batch, apart
         self.generator, self.device = generator, borrowed.device
         self.alphas_cumprod = borrowed.alphas_cumprod.cpu()
-        self.concepts = turns([turns(pairs, generator) for pairs in concepts], generator)
+        self.concepts = shuffled_cycle(
+            [shuffled_cycle(pairs, generator) for pairs in concepts], generator
+        )
 
     def __call__(self):
         """What one step trains on: a ``Batch`` for each pair of prompt lengths drawn."""
@@ -260,7 +263,7 @@ class Draws:
         index = torch.randint(len(pair.latents), (1,), generator=self.generator)
         t = torch.randint(len(self.alphas_cumprod), (1,), generator=self.generator)
         noise = torch.randn(pair.latents[index].shape, generator=self.generator)
-        x_t = add_noise(pair.latents[index], noise, self.alphas_cumprod[t])
+        x_t = q_sample(pair.latents[index], noise, self.alphas_cumprod[t])
         return Batch(x_t, t, noise, pair.target, pair.anchor)
 
     def stacked(self, rows):
@@ -291,7 +294,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     flags = flags_of(model, concepts[0].training_prompts()[0])
     pairs = [prepare(model, concept, settings) for concept in concepts]
     kept = prepare_kept(model, words, settings)
-    looked_at = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
+    probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
 
     @contextmanager
     def open_loss(borrowed, switch, apart):
@@ -319,7 +322,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         yield lambda: ablated(borrowed, Switch(), rows, settings)
 
     return learn(
-        model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs,
+        model, concepts, settings, settings.layers, open_loss, None, probe_inputs, on_step, downs,
         rehearsed,
     )  # fmt: skip
 

@@ -11,19 +11,19 @@ from typing import NamedTuple
 
 import torch
 
-from ..closed_form import finished
-from ..concept import Prompt
+from ..closed_form.input_edit import finished
+from ..closed_form.output_edit import Progress, proper_span, reflection
+from ..concepts.concept import Prompt
+from ..concepts.keep_list import keep_for
+from ..concepts.prompt_templates import with_article
 from ..errors import ForgetError
-from ..families import layers
-from ..fitting import autograd
-from ..keep import keep_for
-from ..model import Text
-from ..output_form import Progress, proper_span, reflection
-from ..sampling import ddim, guided
-from ..sentences import with_article
+from ..models.families import layers
+from ..models.interface import Text
+from ..models.sampling import ddim, guided
+from ..models.token_positions import CHUNK
 from ..settings import Settings as Base
 from ..settings import seed, setting, size
-from ..spans import SECTION
+from ..training.fit_adapters import autograd
 
 TITLE = "CASteer"
 ABOUT = (
@@ -37,7 +37,7 @@ OTHER_WORDS = "common"
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="casteer"):
     strength: float = setting(
         1.0,
         "0: nothing happens. 1: nothing is left along the concept's direction. 2: what was there "
@@ -203,14 +203,14 @@ class Directions:
         steps = []
         with pixel_means(borrowed, self.names) as means:
 
-            def looked_at(x, t):
+            def probe_inputs(x, t):
                 predicted = predict(x, t)
                 # With guidance the prompts' own rows come first.
                 steps.append([signs @ means[name][: len(signs)] for name in self.names])
                 return predicted
 
             ddim(
-                looked_at,
+                probe_inputs,
                 noise.to(borrowed.device),
                 borrowed.alphas_cumprod,
                 settings.sampling_steps,
@@ -240,6 +240,6 @@ def _noise(number, side):
 
 def _encoded(model, prompt):
     text = model.encode(prompt)
-    if text.context.shape[1] != SECTION:
+    if text.context.shape[1] != CHUNK:
         raise ForgetError(f"'{prompt.text:.60}...' is too long: shorten it to 75 tokens.")
     return text

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from ..closed_form import InputEdit, input_patch, rank_setting
-from ..contexts import Pairs, concept_pairs, keep_list_setting, kept_contexts, tokens_setting
+from ..closed_form.input_edit import InputEdit, input_patch, rank_setting
+from ..closed_form.text_embeddings import (
+    Pairs,
+    concept_pairs,
+    keep_list_setting,
+    kept_contexts,
+    tokens_setting,
+)
+from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
-from ..fitting import autograd
-from ..keep import keep_for
-from ..null_space import main_directions, off
+from ..linalg import main_directions, off
 from ..settings import Settings as Base
 from ..settings import setting
+from ..training.fit_adapters import autograd
 
 TITLE = "Double Projections"
 ABOUT = (
@@ -27,7 +33,7 @@ SMALLEST = 1e-6  # of an embedding's square norm; less outside the kept span is 
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="double_projections"):
     directions: int = setting(
         0,
         "How many main directions of the kept words are protected exactly (top-k SVD). More: less "

@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..concept import Prompt
+from ..closed_form.protected_subspace import protect, protected_downs
+from ..concepts.concept import Prompt
 from ..errors import ForgetError
-from ..fitting import autograd, in_scope, learn, turns
-from ..model import Text
-from ..objectives import esd
-from ..probe import flags_of
-from ..sampling import begin, expand, guided, predictions, spaced, step_count
+from ..models.attention_maps import flags_of
+from ..models.interface import Text
+from ..models.sampling import begin, expand, guided, predictions, spaced, step_count
 from ..settings import Settings as Base
 from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
-from ..subspace import protect, protected_downs
-from ..train import Optimiser
+from ..training.fit_adapters import autograd, in_scope, learn, shuffled_cycle
+from ..training.loop import Optimiser
+from ..training.losses import esd
 
 TITLE = "ESD"
 ABOUT = (
@@ -34,7 +34,7 @@ EXACT, BIN = "exact", "bin"
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="esd"):
     steps: int = steps(100)
     lr: float = lr(
         1e-3,
@@ -166,8 +166,8 @@ class Draws:
         self.settings, self.borrowed, self.switch = settings, borrowed, switch
         self.shape = settings.batch, channels, side, side
         self.generator = torch.Generator().manual_seed(settings.seed)
-        own = [turns(each, self.generator) for each in examples]
-        self.prompts_in_turn = turns(own, self.generator)
+        own = [shuffled_cycle(each, self.generator) for each in examples]
+        self.prompts_in_turn = shuffled_cycle(own, self.generator)
         # The drawing stops at times[k]; bin k reaches down to times[k + 1], not included.
         self.times = [*spaced(step_count(borrowed), settings.sampling_steps), -1]
 
@@ -227,14 +227,16 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
         return nullcontext((draws.pick, loss))
 
-    looked_at = []
+    probe_inputs = []
     if family.known:
         prompt = concepts[0].training_prompts()[0]
         latent = torch.zeros(1, 4, side, side)
-        looked_at = [(model.encode(prompt), flags_of(model, prompt), latent)]
+        probe_inputs = [(model.encode(prompt), flags_of(model, prompt), latent)]
     # Adam as released: no weight decay, no clipping.
     optimiser = Optimiser(settings.lr, weight_decay=0.0, max_norm=math.inf)
-    return learn(model, concepts, settings, scope, open_loss, optimiser, looked_at, on_step, downs)
+    return learn(
+        model, concepts, settings, scope, open_loss, optimiser, probe_inputs, on_step, downs
+    )
 
 
 def loss_of(borrowed, switch, example, x_t, t, eta):

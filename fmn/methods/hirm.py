@@ -14,16 +14,16 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
-from ..contexts import keep_list_setting
-from ..families import text_layers
-from ..fitting import autograd, make_adapters, turns
-from ..keep import keep_for
-from ..lowrank import attached
+from ..closed_form.text_embeddings import keep_list_setting
+from ..concepts.keep_list import keep_for
+from ..models.adapters import attached
+from ..models.families import text_layers
+from ..models.token_positions import CHUNK
 from ..settings import Settings as Base
 from ..settings import lr, seed, setting
-from ..spans import SECTION
-from ..train import Optimiser, scale_for
-from ..training import Training
+from ..training.fit_adapters import autograd, make_adapters, shuffled_cycle
+from ..training.loop import Optimiser, scale_for
+from ..training.run import Training
 
 TITLE = "HiRM"
 ABOUT = (
@@ -38,7 +38,7 @@ OTHER_STEPS = (25, 15)  # published for objects
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="hirm"):
     target: str = setting(
         "auto",
         "What the concept's words shall mean. noise: nothing that anything else means (HiRM-R). "
@@ -172,7 +172,7 @@ def _target(concept, settings, output):
     if not _to_noise(concept, settings):
         return anchor
     generator = torch.Generator().manual_seed(settings.seed)
-    noise = torch.rand(1, SECTION, anchor.shape[2], generator=generator)
+    noise = torch.rand(1, CHUNK, anchor.shape[2], generator=generator)
     return (noise / noise.norm() * settings.scale).to(anchor)
 
 
@@ -192,7 +192,7 @@ def _kept(concepts, given, settings, count):
     """A kept prompt for each step, in a shuffled order; none if nothing is kept."""
     words = keep_for(concepts, given, settings.keep_list) if settings.preserve else ()
     generator = torch.Generator().manual_seed(settings.seed)
-    return list(islice(turns(words, generator), count)) if words else []
+    return list(islice(shuffled_cycle(words, generator), count)) if words else []
 
 
 @contextmanager

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..closed_form import finished, gram, key_value_layers
-from ..contexts import concept_pairs, kept_contexts, templates_of, words_of
+from ..closed_form.input_edit import finished, key_value_layers
+from ..closed_form.output_edit import Progress, cut, proper_span, reflection, span
+from ..closed_form.text_embeddings import concept_pairs, kept_contexts, templates_of, words_of
+from ..concepts.keep_list import CHOICES, keep_for
 from ..errors import ForgetError
-from ..fitting import autograd
-from ..keep import CHOICES, keep_for
-from ..output_form import Progress, cut, proper_span, reflection, span
+from ..linalg import gram
 from ..settings import Settings as Base
 from ..settings import setting
+from ..training.fit_adapters import autograd
 
 TITLE = "OCE"
 ABOUT = (
@@ -27,7 +28,7 @@ CUT = 0.01  # relative error of a layer's change at which a full rank is cut, if
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="oce"):
     form: str = setting(
         "solved",
         "solved: the paper's solution, in which what is forgotten is weighed against what is kept. "

@@ -10,26 +10,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..closed_form import (
+from ..closed_form.input_edit import (
     Distances,
     compact,
     finished,
-    gram,
     left_of,
     rank_setting,
-    share,
     uce,
     weight_of,
 )
-from ..contexts import Pairs, concept_pairs, keep_list_setting, tokens_setting
-from ..families import layers_by_name
-from ..fitting import autograd
-from ..keep import keep_for
-from ..model import Text
+from ..closed_form.text_embeddings import Pairs, concept_pairs, keep_list_setting, tokens_setting
+from ..concepts.keep_list import keep_for
+from ..linalg import gram, share
+from ..models.families import layers_by_name
+from ..models.interface import Text
+from ..models.token_positions import CHUNK
 from ..settings import Settings as Base
 from ..settings import setting
-from ..spans import SECTION
-from ..train import Step
+from ..training.fit_adapters import autograd
+from ..training.loop import Step
 
 TITLE = "Diff-QuickFix"
 ABOUT = (
@@ -42,7 +41,7 @@ KEPT_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="quickfix"):
     damping: float = setting(
         0.01,
         "Weight of leaving the layer as it is (lambda). Small: a stronger edit. Large: none.",
@@ -106,10 +105,10 @@ class _Inputs:
         self.seen.clear()
         self.model.encode(prompt)
         # One row a section; ComfyUI puts the empty prompt behind them where words have weights.
-        sections = len(self.model.tokenize(prompt)) // SECTION
+        sections = len(self.model.tokenize(prompt)) // CHUNK
         return Text(torch.cat(self.seen)[:sections].flatten(0, 1)[None].clone())
 
-    def encode_all(self, texts, length=SECTION):
+    def encode_all(self, texts, length=CHUNK):
         self.seen.clear()
         self.model.encode_all(texts, length)
         return torch.cat(self.seen).clone()
@@ -133,5 +132,5 @@ def _kept(inputs, words, targets):
     total = torch.zeros(targets.shape[1], targets.shape[1], dtype=targets.dtype)
     for i in range(0, len(words), KEPT_AT_ONCE):
         total += gram(inputs.encode_all(words[i : i + KEPT_AT_ONCE]).flatten(0, 1))
-    values, vectors = torch.linalg.eigh(total * len(targets) / max(1, SECTION * len(words)))
+    values, vectors = torch.linalg.eigh(total * len(targets) / max(1, CHUNK * len(words)))
     return values.clamp(min=0).sqrt()[:, None] * vectors.mT

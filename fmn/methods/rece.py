@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..closed_form import (
+from ..closed_form.adversarial_embedding import hardest_contexts
+from ..closed_form.input_edit import (  # fmt: skip
     damping,
     erase,
     input_patch,
@@ -16,21 +17,20 @@ from ..closed_form import (
     rank_setting,
     uce,
     weight_gram,
-)  # fmt: skip
-from ..contexts import (
+)
+from ..closed_form.text_embeddings import (  # fmt: skip
     Pairs,
     anchor_context,
     keep_list_setting,
     keep_tokens_setting,
     kept_contexts,
     tokens_setting,
-)  # fmt: skip
+)
 from ..errors import ForgetError
-from ..fitting import autograd
-from ..hardest import hardest_contexts
+from ..models.token_positions import CHUNK
 from ..settings import Settings as Base
 from ..settings import setting
-from ..spans import SECTION
+from ..training.fit_adapters import autograd
 from .uce import rows_of
 
 TITLE = "RECE"
@@ -41,7 +41,7 @@ ABOUT = (
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="rece"):
     rounds: int = setting(
         2,
         "How often the hardest embedding is found and edited away. More stand attacks better, and "
@@ -131,10 +131,10 @@ def found_pairs(model, concepts, found):
         )
     width = model.family.context_dim
     for context in found:
-        if tuple(context.shape) != (SECTION, width):
+        if tuple(context.shape) != (CHUNK, width):
             raise ForgetError(
                 f"A found embedding has shape {list(context.shape)}: give contexts of shape "
-                f"[{SECTION}, {width}]."
+                f"[{CHUNK}, {width}]."
             )
     if not found:
         return Pairs(*torch.zeros(2, 0, width, dtype=torch.float64))

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ..closed_form import preserve, weight_gram
-from ..contexts import keep_list_setting
-from ..families import text_layers
-from ..fitting import autograd, make_adapters
-from ..keep import keep_for
-from ..lowrank import attached
-from ..sentences import kept_sentences, sentences, styled_sentences
+from ..closed_form.input_edit import preserve, weight_gram
+from ..closed_form.text_embeddings import keep_list_setting
+from ..concepts.keep_list import keep_for
+from ..concepts.prompt_templates import kept_sentences, sentences, styled_sentences
+from ..models.adapters import attached
+from ..models.families import text_layers
+from ..models.token_positions import EOS_ID
 from ..settings import Settings as Base
 from ..settings import lr, rank, seed, setting
-from ..spans import END
-from ..train import Optimiser, scale_for
-from ..training import Training
+from ..training.fit_adapters import autograd, make_adapters
+from ..training.loop import Optimiser, scale_for
+from ..training.run import Training
 
 TITLE = "Re-read, text encoder"
 ABOUT = (
@@ -34,7 +34,7 @@ FAINT = 0.05  # pairs that differ less than this share of the mean count as if t
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="reread_text"):
     steps: int = setting(
         1500,
         "Training steps in all, however many concepts. More: more is forgotten and less harmed.",
@@ -201,4 +201,4 @@ class Lessons:
 
 def _lengths(ids):
     """Positions up to the first EOT, for each row of [N, E, 77]; the longest of its encoders."""
-    return (ids == END).int().argmax(2).amax(1) + 1
+    return (ids == EOS_ID).int().argmax(2).amax(1) + 1

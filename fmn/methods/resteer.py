@@ -11,19 +11,20 @@ from typing import NamedTuple
 
 import torch
 
-from .. import inversion
-from ..attention import watch_attention
-from ..concept import Prompt
+from ..closed_form.protected_subspace import protect, protected_downs
+from ..concepts.concept import Prompt
+from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
-from ..fitting import autograd, learn, reference_latents
-from ..model import PLACEHOLDER, Text, cross_attention_names, spelled
-from ..objectives import attention_resteering
-from ..probe import flags_of
-from ..schedule import add_noise
+from ..models.attention import watch_attention
+from ..models.attention_maps import flags_of
+from ..models.interface import Text, cross_attention_names, tokenize_with_placeholders
+from ..models.sampling import q_sample
+from ..models.token_positions import END_TOKENS, end_positions
 from ..settings import Settings as Base
 from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
-from ..spans import END_TOKENS, end_positions
-from ..subspace import protect, protected_downs
+from ..training import textual_inversion
+from ..training.fit_adapters import autograd, learn, reference_latents
+from ..training.losses import attention_resteering
 
 TITLE = "Re-steer"
 ABOUT = (
@@ -35,7 +36,7 @@ REFERENCES = ("zeros", "samples")
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="resteer"):
     steps: int = steps(50)
     lr: float = lr(
         2e-3,
@@ -116,7 +117,7 @@ class Data:
     examples: list[Example]
     latents: list[torch.Tensor]  # a concept: [N, 4, h, w]
 
-    def looked_at(self):
+    def probe_inputs(self):
         """The first prompt of each concept, as ``Probe`` looks at it."""
         first = {}
         for example in self.examples:
@@ -157,16 +158,18 @@ def _inverted(model, index, concept, settings, on_step):
         )
     first = concept.training_prompts()[0]
     template = first.text.replace("{", "").replace("}", "").replace(first.subject, "{}", 1)
-    how = inversion.Settings(
+    how = textual_inversion.Settings(
         tokens=settings.inverted, steps=settings.inversion_steps, lr=INVERTED_LR,
         seed=settings.seed, start=first.subject, templates=(template,),
     )  # fmt: skip
     with model.borrow() as borrowed:
-        found = inversion.invert(model, borrowed, concept.images, how, on_step)
-    prompt = inversion.filled(template, PLACEHOLDER)
+        found = textual_inversion.invert(model, borrowed, concept.images, how, on_step)
+    prompt = textual_inversion.filled(template, PLACEHOLDER)
     with model.borrow_text() as text_encoder, torch.no_grad():
         text, _ = text_encoder.encode(prompt, found.vectors)
-    ids = spelled(lambda words: model.tokenize(Prompt(words, words)), prompt, settings.inverted)
+    ids = tokenize_with_placeholders(
+        lambda words: model.tokenize(Prompt(words, words)), prompt, settings.inverted
+    )
     flags = torch.tensor([[token is None for token in ids]])
     flags[0, end_positions(ids, settings.end_tokens)] = True
     return Example(index, Text(text.context.float().cpu().clone(), text.vectors), flags)
@@ -216,7 +219,7 @@ class Draws:
         index = torch.randint(len(latents), (1,), generator=self.generator)
         t = torch.randint(len(self.alphas_cumprod), (1,), generator=self.generator)
         noise = torch.randn(latents[index].shape, generator=self.generator)
-        x_t = add_noise(latents[index], noise, self.alphas_cumprod[t])
+        x_t = q_sample(latents[index], noise, self.alphas_cumprod[t])
         return Batch(x_t, t, example.text, example.flags)
 
     def _next_example(self):
@@ -268,9 +271,9 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
                 [layer for forward in forwards for layer in watch.run(forward)]
             )
 
-    looked_at = data.looked_at()
+    probe_inputs = data.probe_inputs()
     return learn(
-        model, concepts, settings, settings.layers, open_loss, None, looked_at, on_step, downs,
+        model, concepts, settings, settings.layers, open_loss, None, probe_inputs, on_step, downs,
         rehearsed,
     )  # fmt: skip
 

@@ -9,21 +9,27 @@ from typing import NamedTuple
 
 import torch
 
-from ..closed_form import layer_patch, rank_setting
-from ..contexts import Pairs, concept_pairs, keep_list_setting, kept_contexts, tokens_setting
+from ..closed_form.input_edit import layer_patch, rank_setting
+from ..closed_form.text_embeddings import (
+    Pairs,
+    concept_pairs,
+    keep_list_setting,
+    kept_contexts,
+    tokens_setting,
+)
+from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
-from ..fitting import autograd
-from ..keep import keep_for
-from ..null_space import (
+from ..linalg import (  # fmt: skip
     centres,
     extended,
     main_directions,
     off,
     strong_directions,
     weakest_direction,
-)  # fmt: skip
+)
 from ..settings import Settings as Base
 from ..settings import seed, setting
+from ..training.fit_adapters import autograd
 
 TITLE = "SPEED"
 ABOUT = (
@@ -34,7 +40,7 @@ SMALLEST = 1e-9  # share of the targets' sum of squares that has to lie outside 
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="speed"):
     retain: float = setting(
         1.0,
         "Weight of changing little (retain scale). Small: a stronger edit; 0.05 for ten or more "

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..closed_form import damping, erase, input_patch, preserve, rank_setting, uce
-from ..contexts import end_pairs, keep_list_setting, kept_contexts
-from ..fitting import autograd
-from ..keep import keep_for
-from ..sentences import sentences
+from ..closed_form.input_edit import damping, erase, input_patch, preserve, rank_setting, uce
+from ..closed_form.text_embeddings import end_pairs, keep_list_setting, kept_contexts
+from ..concepts.keep_list import keep_for
+from ..concepts.prompt_templates import sentences
 from ..settings import Settings as Base
 from ..settings import setting
+from ..training.fit_adapters import autograd
 
 TITLE = "TRCE (closed form)"
 ABOUT = (
@@ -24,7 +24,7 @@ ABOUT = (
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="trce"):
     prompts: int = setting(
         60,
         "Sentences with each name of the concept, from a fixed list. More cover more wordings and "

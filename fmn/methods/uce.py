@@ -1,7 +1,7 @@
 """Unified Concept Editing (Gandikota et al. 2024, arXiv 2308.14761), a closed form.
 
 Keys and values of cross-attention are solved anew so that the concept's tokens are read as its
-anchor's, and kept ones as before. Here as an exact low rank; see ``fmn.closed_form``.
+anchor's, and kept ones as before. Here as an exact low rank; see ``fmn.closed_form.input_edit``.
 """
 
 import math
@@ -9,8 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..closed_form import damping, debias, erase, input_patch, preserve, rank_setting, uce
-from ..contexts import (
+from ..closed_form.input_edit import (
+    damping,
+    debias,
+    erase,
+    input_patch,
+    preserve,
+    rank_setting,
+    uce,
+)
+from ..closed_form.text_embeddings import (
     Pairs,
     concept_pairs,
     keep_list_setting,
@@ -19,11 +27,11 @@ from ..contexts import (
     templates_of,
     tokens_setting,
 )
+from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
-from ..fitting import autograd
-from ..keep import keep_for
 from ..settings import Settings as Base
 from ..settings import setting
+from ..training.fit_adapters import autograd
 
 TITLE = "UCE"
 ABOUT = (
@@ -55,7 +63,7 @@ def read_attributes(text):
 
 
 @dataclass(frozen=True)
-class Settings(Base):
+class Settings(Base, method="uce"):
     erase: float = erase()
     preserve: float = preserve()
     damping: float = damping(0.5)

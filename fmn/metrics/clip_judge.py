@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch.nn.functional import normalize
 
 from ..errors import ForgetError
-from ..pictures import to_image
+from ..images import to_image
 from .judge import check_images, find_labels
 
 BATCH = 32

@@ -13,7 +13,7 @@ from torch.nn import LayerNorm, Linear
 from torch.nn.functional import conv2d, gelu, scaled_dot_product_attention
 
 from ..errors import ForgetError
-from ..pictures import square
+from ..images import square
 from .judge import check_images, find_labels
 
 FILE = Path(__file__).parent.parent.parent / "demo" / "fmn-demo-judges.safetensors"

@@ -5,10 +5,10 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from fmn.checkpoint import UNET_PREFIX
-from fmn.cli import main
-from fmn.hosts.diffusers_load import DEMO_FILE
-from fmn.patch import load_patch
+from fmn.cli.main import main
+from fmn.hosts.diffusers.load import DEMO_FILE
+from fmn.patches.checkpoint import UNET_PREFIX
+from fmn.patches.patch import load_patch
 
 LIST = "name,kind,aliases,prompts\ndog,object,puppy,\ncat,object,,a bush\nink drawing,style,,\n"
 UCE = "--model", "demo", "--method", "uce", "--keep-list", "none"

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
-from fmn import cli
-from fmn.bench.cells import Cell, Method, Setup, plan
-from fmn.bench.columns import Found, columns
-from fmn.bench.lab import Lab, to_bytes
-from fmn.bench.store import Store
+from fmn.bench.reporting.columns import Found, columns
+from fmn.bench.running.cells import Cell, Method, Setup, plan
+from fmn.bench.running.lab import Lab, to_bytes
+from fmn.bench.running.store import Store
+from fmn.bench.running.worker import make_lab, read_controls
 from fmn.bench.suite import parse_suite, read_suite
-from fmn.bench.worker import make_lab, read_controls
-from fmn.families import DEMO, layers
-from fmn.hosts.diffusers import DiffusersModel
-from fmn.patch import ForgetPatch, load_patch, save_patch
+from fmn.cli import main
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.models.families import DEMO, layers
+from fmn.patches.patch import ForgetPatch, load_patch, save_patch
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 9  # a picture of each style
@@ -93,7 +93,7 @@ def test_both_judges_agree_on_what_the_untouched_model_draws(lab):
 
 
 def bench(*arguments):
-    return cli.main(["bench", "--count", "2", "--workers", "1", "--check", "", *arguments])
+    return main.main(["bench", "--count", "2", "--workers", "1", "--check", "", *arguments])
 
 
 @pytest.fixture(scope="module")

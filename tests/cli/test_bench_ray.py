@@ -8,10 +8,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as LocalCluster
 
-from fmn.bench.cells import Cell, Setup
 from fmn.bench.ray_cluster import Cluster
-from fmn.bench.runner import run_cells
-from fmn.bench.store import Store
+from fmn.bench.running.cells import Cell, Setup
+from fmn.bench.running.runner import run_cells
+from fmn.bench.running.store import Store
 from fmn.errors import ForgetError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ class Finder:
     # Only when a task asks for it: Ray's own processes start without torch.
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name != "fmn.bench.worker":
+        if name != "fmn.bench.running.worker":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fmn.cli import main
+from fmn.cli.main import main
 from fmn.methods.resteer import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,7 @@ def test_apply_merges_into_a_checkpoint(patch, tmp_path):
 def test_diffusers_folder_in_and_out(patch, tmp_path):
     """A folder saved by diffusers is a model too, and comes out of ``apply`` as a folder."""
     program = (
-        "import sys; from fmn.hosts.diffusers_load import load_pipeline; "
+        "import sys; from fmn.hosts.diffusers.load import load_pipeline; "
         "load_pipeline('demo').save_pretrained(sys.argv[1])"
     )
     source, target = tmp_path / "source", tmp_path / "target"
@@ -166,7 +166,8 @@ def test_an_error_is_json_too():
 
 def test_patch_of_another_family_is_refused(tmp_path):
     program = (
-        "import sys, torch; from fmn.patch import *; from fmn.families import SD1, layers; "
+        "import sys, torch; from fmn.patches.patch import *; "
+        "from fmn.models.families import SD1, layers; "
         "l = next(x for x in layers(SD1) if x.is_key_or_value); "
         "save_patch(ForgetPatch(SD1, {l.name: (torch.ones(320, 1), torch.ones(1, 768))}, "
         "{'concepts': []}), sys.argv[1])"

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fmn.cli import main, parse
+from fmn.cli.main import main, parse
 from fmn.errors import ForgetError
-from fmn.hosts.diffusers import DiffusersModel
+from fmn.hosts.diffusers.model import DiffusersModel
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -19,15 +19,15 @@ from eval_unlearn.runners import MultiBenchmarkRunner, SingleBenchmarkRunner
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from fmn.concept import Concept
+from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
-from fmn.eval_unlearn import ForgetMeNotTechnique
-from fmn.families import DEMO, SD1, layers
-from fmn.hosts.diffusers import DiffusersModel
-from fmn.hosts.diffusers_load import DEMO_FILE, make_tokenizer
+from fmn.hosts.diffusers.load import DEMO_FILE, make_tokenizer
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.images import to_image
+from fmn.jobs.eval_unlearn import ForgetMeNotTechnique
 from fmn.methods import resteer
-from fmn.patch import ForgetPatch, load_patch, save_patch
-from fmn.pictures import to_image
+from fmn.models.families import DEMO, SD1, layers
+from fmn.patches.patch import ForgetPatch, load_patch, save_patch
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "eval-unlearn.md").read_text()

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fmn.cli import main
-from fmn.forget_command import read_images
-from fmn.hosts.diffusers import DiffusersModel
+from fmn.cli.forget import read_images
+from fmn.cli.main import main
+from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import PRESETS
-from fmn.patch import load_patch, save_patch
+from fmn.patches.patch import load_patch, save_patch
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCH = str(ROOT / "demo" / "patches" / "santa_claus.safetensors")
@@ -115,7 +115,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / name).write_text("precious")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(DiffusersModel, "load", load)
-    monkeypatch.setattr("fmn.checkpoint.checkpoint_family", load)
+    monkeypatch.setattr("fmn.patches.checkpoint.checkpoint_family", load)
     return tmp_path
 
 

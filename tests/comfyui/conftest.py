@@ -108,7 +108,7 @@ def demo(pack):
 
 @pytest.fixture
 def comfy_model(pack, demo):
-    return pack("fmn.hosts.comfy").ComfyModel(*demo)
+    return pack("fmn.hosts.comfyui.model").ComfyModel(*demo)
 
 
 @pytest.fixture
@@ -117,6 +117,6 @@ def other_host(pack):
 
     def made(name, **changes):
         words = Words(masked=name == "Lumina2")
-        return pack("fmn.hosts.comfy_other").host_of(make(name, changes), words)
+        return pack("fmn.hosts.comfyui.unknown_model").host_of(make(name, changes), words)
 
     return made

@@ -68,7 +68,7 @@ def worn(pack, clip_on_card, comfy_model, made):
 def test_weights_are_read_with_what_is_worn(pack, worn, comfy_model, made, little, monkeypatch):
     """After texts were encoded, which takes the U-Net off the card."""
     host, on_unet = worn
-    fuse, state_of = pack("fmn.fuse"), pack("fmn.batch").state_of
+    fuse, state_of = pack("fmn.jobs.joint_merge"), pack("fmn.jobs.batch").state_of
     short = partial(fuse.Settings, prompts=3, kept=8, drawn=1, sampling_steps=2)
     monkeypatch.setattr(fuse, "Settings", short)
     patchers = comfy_model.patcher, comfy_model.clip.patcher
@@ -97,7 +97,7 @@ def test_text_encoders_come_back_after_a_preview(
     pack, clip_on_card, comfy_model, made, little, preset
 ):
     expected, pictures = made(comfy_model, preset), []
-    previews = pack("fmn.preview").Previews(comfy_model, ["a dog"], steps=1)
+    previews = pack("fmn.training.preview").Previews(comfy_model, ["a dog"], steps=1)
 
     def draw(step):
         pictures.extend(previews.during(step.training))
@@ -109,7 +109,10 @@ def test_text_encoders_come_back_after_a_preview(
 
 def test_contexts_that_attack_are_where_texts_are(pack, comfy_model, made, monkeypatch):
     """As on XL, whose text encoders ComfyUI may leave on the CPU."""
-    hardening, adversaries = pack("fmn.hardening"), pack("fmn.adversaries")
+    hardening, adversaries = (
+        pack("fmn.methods.reread.adversarial_training"),
+        pack("fmn.methods.reread.adversaries"),
+    )
 
     @contextmanager
     def contexts(model, borrowed):

@@ -4,7 +4,7 @@ import torch
 
 
 def concept(pack, name="dog", **more):
-    return pack("fmn.concept").Concept(name, **more)
+    return pack("fmn.concepts.concept").Concept(name, **more)
 
 
 def settings(pack, **more):

@@ -63,7 +63,7 @@ INSTRUCT = {"sd1": "SD15_instructpix2pix", "sdxl": "SDXL_instructpix2pix"}
 @contextmanager
 def known(pack, monkeypatch, key):
     """The pack takes the reduced family for the family itself, for a while."""
-    families, load = pack("fmn.families"), pack("fmn.hosts.diffusers_load")
+    families, load = pack("fmn.models.families"), pack("fmn.hosts.diffusers.load")
     reduced, texts = REDUCED[key], REDUCED[key]["texts"]
     real = families.FAMILIES[key]
     encoders = tuple(replace(text, blocks=count) for text, count in zip(real.texts, texts))

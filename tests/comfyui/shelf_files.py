@@ -6,13 +6,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fmn.concept import Concept
-from fmn.families import DEMO, SDXL, layers
-from fmn.patch import ForgetPatch, save_patch
-from fmn.thumbnail import data_uri
+from fmn.concepts.concept import Concept
+from fmn.images import data_uri
+from fmn.models.families import DEMO, SDXL, layers
+from fmn.patches.patch import ForgetPatch, save_patch
 
 FOLDER = "shelf tests"
-DEMO_BASE = "31a36f84a352c2c121951bd00dad75e7"  # tests/unit/test_base_file.py
+DEMO_BASE = "31a36f84a352c2c121951bd00dad75e7"  # tests/unit/patches/test_base_file.py
 ATTACK = '"><img src="x" onerror="window.fmnAttacked = true"><script>fmnAttacked = 1</script>'
 
 

@@ -11,14 +11,16 @@ KEPT = ("a cow, noto emoji",)
 
 @pytest.fixture(scope="module")
 def pipeline_model(pack):
-    return pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
+    return pack("fmn.hosts.diffusers.model").DiffusersModel.load("demo")
 
 
 def run_in_inference_mode(pack, model, anchor, **more):
     """Losses and patch, as in a running server."""
     method, steps = pack("fmn.methods.ablation"), []
     settings = method.Settings(steps=4, batch=2, samples=2, sample_steps=10, seed=1, **more)
-    concept = pack("fmn.concept").Concept("dog", anchor=anchor, prompts=("a dog, noto emoji",))
+    concept = pack("fmn.concepts.concept").Concept(
+        "dog", anchor=anchor, prompts=("a dog, noto emoji",)
+    )
     with torch.inference_mode():
         patch = method.run(model, [concept], settings, steps.append, KEPT)
     return steps[-1].losses, patch

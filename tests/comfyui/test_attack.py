@@ -22,7 +22,7 @@ def attack(pack, monkeypatch):
     """The nodes in this process, which has no page to show text on; they draw in few steps."""
     module = pack("nodes.attack")
     monkeypatch.setattr(module, "show_text", lambda line: None)
-    sampling = pack("fmn.sampling").Sampling(steps=4)
+    sampling = pack("fmn.models.sampling").Sampling(steps=4)
     monkeypatch.setattr(module, "Sampling", lambda: sampling)
     return module
 
@@ -61,13 +61,13 @@ def test_comfyui_and_diffusers_read_the_file(pack, attack, comfy_model, images):
     assert (ours - plain).abs().max() > 0.1
 
     path = folder() / "dogs" / "both.safetensors"
-    pipeline = pack("fmn.hosts.diffusers").DiffusersModel.load("demo").pipeline
+    pipeline = pack("fmn.hosts.diffusers.model").DiffusersModel.load("demo").pipeline
     pipeline.load_textual_inversion(str(path), token="<both>")
     with torch.no_grad():
         theirs = pipeline.encode_prompt(prompt.format("<both>"), "cpu", 1, False)[0]
     torch.testing.assert_close(theirs, wanted, rtol=0, atol=1e-5)
 
-    found = pack("fmn.embedding").load_embedding(path, 128)
+    found = pack("fmn.patches.embedding_file").load_embedding(path, 128)
     assert torch.equal(found.vectors, learned.vectors)
     assert found.info["base.fingerprint"] == comfy_model.fingerprint()
     assert found.info["what"] == "dogs/both" and found.info["settings"]["steps"] == 3
@@ -125,7 +125,10 @@ def test_the_probe_learns_on_the_patched_model(pack, attack, comfy_model, images
 def test_hardest_conditioning(pack, attack, comfy_model, monkeypatch):
     """Our function's contexts; XL's pooled text is the prompt's own."""
     patch = pack("fmn.methods.resteer").run(comfy_model, [concept(pack)], settings(pack, lr=0.05))
-    Text, prompt = pack("fmn.model").Text, pack("fmn.concept").Prompt("a dog", "a dog")
+    Text, prompt = (
+        pack("fmn.models.interface").Text,
+        pack("fmn.concepts.concept").Prompt("a dog", "a dog"),
+    )
     given = dict(
         model=comfy_model.patcher, clip=comfy_model.clip, patch=patch, prompt="a dog",
         strength=0.5, r=0.01,
@@ -134,7 +137,7 @@ def test_hardest_conditioning(pack, attack, comfy_model, monkeypatch):
         ((context, options),), told = attack.HardestEmbedding.execute(**given).result
     plain = comfy_model.encode(prompt).context
     with comfy_model.borrow() as borrowed:
-        found = pack("fmn.hardest").hardest(
+        found = pack("fmn.closed_form.adversarial_embedding").hardest(
             borrowed, comfy_model.family, [(patch, 0.5)], plain, 0.01
         )
     torch.testing.assert_close(context, found.contexts.float())
@@ -156,8 +159,8 @@ def test_what_cannot_be_learned_is_refused(pack, attack, comfy_model, images, mo
     with pytest.raises(ForgetError, match="0 places"):
         invert(attack, comfy_model, images, "never", templates="a {red|blue} dog")
     invert(attack, comfy_model, images, "braces", templates="a {red|blue} {}", steps=1)
-    xl = pack("fmn.families").SDXL
-    monkeypatch.setattr(pack("fmn.hosts.comfy"), "known_family", lambda patcher: xl)
+    xl = pack("fmn.models.families").SDXL
+    monkeypatch.setattr(pack("fmn.hosts.comfyui.model"), "known_family", lambda patcher: xl)
     with pytest.raises(ForgetError, match="Stable Diffusion XL has two text encoders"):
         invert(attack, comfy_model, images, "never")
     assert not list(folder().glob("never*"))

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from fmn.bench.suite import load_suite
-from fmn.patch import load_patch
+from fmn.patches.patch import load_patch
 
 from .server import LATE, Interrupted, PromptError, texts
 from .test_server import unrelated_picture, unseen_seed

@@ -164,7 +164,7 @@ def test_cancel_keeps_what_is_finished(server):
 
 def test_the_model_comes_back_bit_identical(pack, demo, monkeypatch):
     model, clip, vae = demo
-    host = pack("fmn.hosts.comfy").ComfyModel(model, clip, vae)
+    host = pack("fmn.hosts.comfyui.model").ComfyModel(model, clip, vae)
     patch = pack("fmn.methods.resteer").run(host, [concept(pack)], settings(pack))
     before = state(model)
     # There is no server in this process to show it.

@@ -14,7 +14,7 @@ def few(pack, **more):
 def given(model, pack, names, words):
     """What some layers give for 'a photo of WORDS' at noise of seed 0: name -> [P, C]."""
     outputs = {}
-    text = model.encode(pack("fmn.concept").Prompt(f"a photo of {words}", words))
+    text = model.encode(pack("fmn.concepts.concept").Prompt(f"a photo of {words}", words))
     x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with model.borrow() as borrowed, torch.no_grad():
         handles = [
@@ -31,7 +31,7 @@ def given(model, pack, names, words):
 
 def test_both_hosts_make_the_same_patch(pack, comfy_model):
     run = pack("fmn.methods.casteer").run
-    pipeline_model = pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
+    pipeline_model = pack("fmn.hosts.diffusers.model").DiffusersModel.load("demo")
     before = state(comfy_model.patcher)
     theirs = run(pipeline_model, [concept(pack)], few(pack))
     ours = run(comfy_model, [concept(pack)], few(pack))

@@ -24,13 +24,13 @@ ENDINGS = [
 
 @pytest.fixture(params=FAMILIES)
 def family(pack, request):
-    return pack("fmn.families").FAMILIES[request.param]
+    return pack("fmn.models.families").FAMILIES[request.param]
 
 
 @pytest.fixture
 def layers(pack, family):
     """Layers of the U-Net, and of the text encoders."""
-    families = pack("fmn.families")
+    families = pack("fmn.models.families")
     return families.layers(family), families.text_layers(family)
 
 
@@ -40,7 +40,7 @@ def file_of(pack, family, layers):
     for layer in layers:
         out, *rest = layer.shape
         changes[layer.name] = torch.ones(out, 1, *[1 for _ in rest[1:]]), torch.ones(1, *rest)
-    return pack("fmn.patch").ForgetPatch(family, changes, {"concepts": []}).lora()
+    return pack("fmn.patches.patch").ForgetPatch(family, changes, {"concepts": []}).lora()
 
 
 def test_a_file_holds_kohya_names_and_nothing_else(pack, family, layers):

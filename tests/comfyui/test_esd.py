@@ -9,7 +9,7 @@ from .parts import concept, leftovers
 
 @pytest.fixture(scope="module")
 def pipeline_model(pack):
-    return pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
+    return pack("fmn.hosts.diffusers.model").DiffusersModel.load("demo")
 
 
 def esd_settings(pack, **more):

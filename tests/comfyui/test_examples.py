@@ -150,8 +150,8 @@ def test_the_shipped_patch_is_for_the_demo_model(pack, demo):
     """What the template of a downloaded patch loads."""
     files = pack("nodes.patch").DEMO_PATCHES
     assert list(files) == ["demo/santa_claus.safetensors"]
-    patch = pack("fmn.patch").load_patch(files["demo/santa_claus.safetensors"])
-    host = pack("fmn.hosts.comfy").ComfyModel(*demo)
+    patch = pack("fmn.patches.patch").load_patch(files["demo/santa_claus.safetensors"])
+    host = pack("fmn.hosts.comfyui.model").ComfyModel(*demo)
     assert patch.concepts == ["santa claus"]
     assert patch.info["base.fingerprint"] == host.fingerprint()
 

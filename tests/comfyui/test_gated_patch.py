@@ -55,7 +55,9 @@ def test_an_open_gate_is_the_merged_patch_and_a_closed_one_is_none(
 
 def test_rows_of_a_batch_have_their_own_gates(pack, nodes, demo, patch, texts):
     """With default thresholds the dog's row is gated, the empty one and a castle's are not."""
-    gate = pack("fmn.gate").patch_gate(pack("fmn.hosts.comfy").ComfyModel(*demo), patch)
+    gate = pack("fmn.guidance.prompt_gate").patch_gate(
+        pack("fmn.hosts.comfyui.model").ComfyModel(*demo), patch
+    )
     with torch.inference_mode():
         castle = conditioning(demo[1], "a castle, pixel art")[0][0]
         amount = gate(torch.cat([texts[PROMPT][0][0], texts[""][0][0], castle]))
@@ -103,11 +105,11 @@ def test_hooks_come_off_when_sampling_is_cancelled(nodes, demo, patch, texts):
 
 
 def test_a_patch_of_the_text_encoder_has_no_gate(pack, nodes, demo, patch):
-    families = pack("fmn.families")
+    families = pack("fmn.models.families")
     layer = next(
         layer for layer in families.layers_by_name(families.DEMO).values() if layer.is_text
     )
     factors = torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1])
-    words = pack("fmn.patch").ForgetPatch(families.DEMO, {layer.name: factors}, patch.info)
+    words = pack("fmn.patches.patch").ForgetPatch(families.DEMO, {layer.name: factors}, patch.info)
     with refused(pack, "This patch changes the text encoder"):
         gated(nodes, demo[0], demo[1], words)

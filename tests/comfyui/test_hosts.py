@@ -17,7 +17,7 @@ STEPS = 10  # 999 / 9 is whole: both hosts then sample at the same trained time 
 
 @pytest.fixture(scope="module")
 def pipeline_model(pack):
-    return pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
+    return pack("fmn.hosts.diffusers.model").DiffusersModel.load("demo")
 
 
 def test_both_hosts_draw_the_same_picture(pack, demo, pipeline_model):
@@ -43,7 +43,7 @@ def test_both_hosts_draw_the_same_picture(pack, demo, pipeline_model):
 
 def test_many_pictures_are_drawn_a_few_at_a_time(pack, comfy_model, pipeline_model, monkeypatch):
     """The same as one by one, and the autoencoder of diffusers has a few at a time too."""
-    hosts, pictures = pack("fmn.hosts.diffusers"), torch.rand(5, 64, 64, 3)
+    hosts, pictures = pack("fmn.hosts.diffusers.model"), torch.rand(5, 64, 64, 3)
     monkeypatch.setattr(hosts, "PIXELS_AT_ONCE", 2 * 64 * 64)
     sizes, prompt = {}, concept(pack).training_prompts()[0]
 
@@ -100,7 +100,7 @@ def with_more_inputs(pack, demo, channels):
 
     generator = torch.Generator().manual_seed(0)
     extra = torch.randn(64, channels - 4, 3, 3, generator=generator) / 9
-    pipeline = pack("fmn.hosts.diffusers_load").load_pipeline("demo")
+    pipeline = pack("fmn.hosts.diffusers.load").load_pipeline("demo")
     conv = pipeline.unet.conv_in
     conv.weight = torch.nn.Parameter(torch.cat([conv.weight.detach(), extra], 1))
     pipeline.unet.register_to_config(in_channels=channels)
@@ -115,7 +115,10 @@ def with_more_inputs(pack, demo, channels):
         model.process_ip2p_image_in = lambda image: image
         own = comfy.model_base.IP2P.concat_cond
         model.concat_cond = lambda **given: own(model, **given)
-    hosts = pack("fmn.hosts.comfy").ComfyModel(*demo), pack("fmn.hosts.diffusers").DiffusersModel
+    hosts = (
+        pack("fmn.hosts.comfyui.model").ComfyModel(*demo),
+        pack("fmn.hosts.diffusers.model").DiffusersModel,
+    )
     return hosts[0], hosts[1](pipeline)
 
 
@@ -143,11 +146,11 @@ def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_p
     from diffusers.utils import logging
     from safetensors.torch import load_file
 
-    patches = pack("fmn.patch")
+    patches = pack("fmn.patches.patch")
     patch = pack("fmn.methods.resteer").run(comfy_model, [concept(pack)], settings(pack, steps=20))
     file = patches.save_patch(patch, tmp_path / "dog.safetensors")
     patch = patches.load_patch(file)
-    probe = pack("fmn.model"), pack("fmn.concept").Prompt(PROMPT, "dog")
+    probe = pack("fmn.models.interface"), pack("fmn.concepts.concept").Prompt(PROMPT, "dog")
     x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([500])
 
@@ -162,7 +165,7 @@ def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_p
     stock, _ = comfy.sd.load_lora_for_models(comfy_model.patcher, None, load_file(file), 1.0, 0.0)
     outputs = {"apply": output(apply), "load lora": output(ComfyModel(stock, comfy_model.clip))}
 
-    DiffusersModel = pack("fmn.hosts.diffusers").DiffusersModel
+    DiffusersModel = pack("fmn.hosts.diffusers.model").DiffusersModel
     fused = DiffusersModel.load("demo")
     logging.set_verbosity_error()
     fused.pipeline.load_lora_weights(load_file(file))
@@ -171,8 +174,8 @@ def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_p
     outputs["diffusers"] = output(fused)
 
     checkpoint = tmp_path / "merged.safetensors"
-    source = pack("fmn.hosts.diffusers_load").DEMO_FILE
-    pack("fmn.checkpoint").merge_into_checkpoint(source, [(patch, 1.0)], checkpoint)
+    source = pack("fmn.hosts.diffusers.load").DEMO_FILE
+    pack("fmn.patches.checkpoint").merge_into_checkpoint(source, [(patch, 1.0)], checkpoint)
     outputs["merged file"] = output(DiffusersModel.load(checkpoint))
 
     assert (outputs["apply"] - plain).abs().max() > 0.1
@@ -208,7 +211,7 @@ def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, family, mo
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import random_checkpoint
 
-    families, patches = pack("fmn.families"), pack("fmn.patch")
+    families, patches = pack("fmn.models.families"), pack("fmn.patches.patch")
     family = getattr(families, family)
     changes = {
         layer.name: (torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1]))

@@ -15,7 +15,7 @@ PROMPT = "a dog, noto emoji"
 
 @pytest.fixture(scope="module")
 def pipeline_model(pack):
-    return pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
+    return pack("fmn.hosts.diffusers.model").DiffusersModel.load("demo")
 
 
 def text_patcher(model):
@@ -23,7 +23,7 @@ def text_patcher(model):
 
 
 def test_borrowed_text_is_the_encoded_prompt_in_both_hosts(pack, comfy_model, pipeline_model):
-    Prompt, found = pack("fmn.concept").Prompt, []
+    Prompt, found = pack("fmn.concepts.concept").Prompt, []
     for model in (comfy_model, pipeline_model):
         with model.borrow_text() as text:
             encoded, pooled = text.encode(PROMPT)
@@ -44,7 +44,7 @@ def test_borrowed_text_is_the_encoded_prompt_in_both_hosts(pack, comfy_model, pi
 
 def test_pooled_text_is_the_encoders(pack, comfy_model, pipeline_model):
     """Unprojected, at the first end of text after the final norm."""
-    ids = pipeline_model.tokenize(pack("fmn.concept").Prompt(PROMPT, "dog"))
+    ids = pipeline_model.tokenize(pack("fmn.concepts.concept").Prompt(PROMPT, "dog"))
     with torch.no_grad():
         expected = pipeline_model.pipeline.text_encoder(torch.tensor([ids])).pooler_output
     with torch.inference_mode():
@@ -123,7 +123,7 @@ def test_decoding_is_the_same_in_both_hosts(pack, comfy_model, pipeline_model):
 
 
 def test_both_hosts_learn_the_same_words(pack, comfy_model, pipeline_model):
-    inversion = pack("fmn.inversion")
+    inversion = pack("fmn.training.textual_inversion")
     images = torch.rand(2, 128, 128, 3, generator=torch.Generator().manual_seed(0))
     settings, found = inversion.Settings(steps=3, batch=2), []
     for model in (comfy_model, pipeline_model):
@@ -140,7 +140,7 @@ def test_a_model_pushed_off_the_device_is_loaded_again(pack, comfy_model):
         comfy_model, [concept(pack)], pack("fmn.methods.resteer").Settings(steps=3)
     )
     host = type(comfy_model)(comfy_model.patched(patch, 1.0), comfy_model.clip)
-    text = host.encode(pack("fmn.concept").Prompt(PROMPT, "dog"))
+    text = host.encode(pack("fmn.concepts.concept").Prompt(PROMPT, "dog"))
     x_t, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     with torch.inference_mode(), host.borrow() as borrowed:
         with torch.no_grad():

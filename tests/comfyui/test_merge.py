@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fmn.patch import load_patch
+from fmn.patches.patch import load_patch
 
 from .server import PromptError
 from .test_batch import batch, files

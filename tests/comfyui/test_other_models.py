@@ -138,7 +138,7 @@ def test_train_save_load_apply(pack, other_host, tmp_path, name, layers, count):
     import comfy.sd
     import comfy.utils
 
-    patches, model = pack("fmn.patch"), other_host(name)
+    patches, model = pack("fmn.patches.patch"), other_host(name)
     before = {key: value.clone() for key, value in model.patcher.model.state_dict().items()}
     steps = []
     settings = esd_settings(pack, steps=12, layers=layers)
@@ -156,7 +156,7 @@ def test_train_save_load_apply(pack, other_host, tmp_path, name, layers, count):
     loaded = patches.load_patch(path)
     assert loaded.family.title == name and loaded.info["base.prediction"] == "flow"
     assert loaded.info["base.fingerprint"] == model.fingerprint()
-    assert f"for: {name}, flow prediction" in pack("fmn.report").describe(loaded)
+    assert f"for: {name}, flow prediction" in pack("fmn.methods.describe").describe(loaded)
     again = patches.load_patch(patches.save_patch(loaded, tmp_path / "again.safetensors"))
     text = model.encode(concept(pack).training_prompts()[0])
     lora = comfy.utils.load_torch_file(str(path))
@@ -204,7 +204,7 @@ def test_masked_text_of_one_stream(pack, other_host):
     model.patcher.model.extra_conds = watched
     with torch.inference_mode():
         patch = methods.forget(model, [concept(pack)], esd_settings(pack, layers="all"))
-    assert len(patch.changes) == len(pack("fmn.families").layers(model.family)) == 34
+    assert len(patch.changes) == len(pack("fmn.models.families").layers(model.family)) == 34
     assert all(length == tokens for length, tokens in seen)
     assert len({length for length, _ in seen}) == 2  # the prompt's and the empty one's, each alone
     for layers in ("x", "x-strict", "u"):
@@ -214,11 +214,14 @@ def test_masked_text_of_one_stream(pack, other_host):
 
 def test_same_predictions_as_the_host_of_known_families(pack, demo):
     """The demo model (noise prediction) as if it were unknown: denoise, and Euler against DDIM."""
-    sampling, other = pack("fmn.sampling"), pack("fmn.hosts.comfy_other").OtherModel(*demo)
+    sampling, other = (
+        pack("fmn.models.sampling"),
+        pack("fmn.hosts.comfyui.unknown_model").OtherModel(*demo),
+    )
     prompt = concept(pack).training_prompts()[0]
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = []
-    for host in (pack("fmn.hosts.comfy").ComfyModel(*demo), other):
+    for host in (pack("fmn.hosts.comfyui.model").ComfyModel(*demo), other):
         text, empty = host.encode(prompt), host.encode(prompt._replace(text=""))
         with torch.inference_mode(False), host.borrow() as borrowed, torch.no_grad():
             text = sampling.expand(text, 2)
@@ -228,8 +231,10 @@ def test_same_predictions_as_the_host_of_known_families(pack, demo):
             found.append((borrowed.denoise(*given), drawn))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     assert other.prediction == "epsilon"
-    names = [layer.compvis for layer in pack("fmn.fitting").in_scope(other.family, "kv")]
-    families = pack("fmn.families")
+    names = [
+        layer.compvis for layer in pack("fmn.training.fit_adapters").in_scope(other.family, "kv")
+    ]
+    families = pack("fmn.models.families")
     layers = families.layers(families.DEMO)
     assert set(names) == {layer.compvis for layer in layers if layer.is_key_or_value}
     assert len(families.layers(other.family)) == len(layers)

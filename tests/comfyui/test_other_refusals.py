@@ -40,7 +40,7 @@ def test_models_that_draw_no_pictures_from_noise_refuse(pack, other_host):
     with pytest.raises(wrong, match="quantised .*float8_e4m3fn"):
         forget(model, [concept(pack)], esd_settings(pack))
     with pytest.raises(wrong, match="CLIP input is empty"):
-        pack("fmn.hosts.comfy_other").host_of(model.patcher).encode(
+        pack("fmn.hosts.comfyui.unknown_model").host_of(model.patcher).encode(
             concept(pack).training_prompts()[0]
         )
 
@@ -51,11 +51,11 @@ def saved(pack, other_host, tmp_path):
     settings = esd_settings(pack, steps=1, rank=1)
     with torch.inference_mode():
         patch = pack("fmn.methods").forget(other_host("Flux"), [concept(pack)], settings)
-    return pack("fmn.patch").save_patch(patch, tmp_path / "flux.safetensors")
+    return pack("fmn.patches.patch").save_patch(patch, tmp_path / "flux.safetensors")
 
 
 def test_patch_on_the_wrong_model_is_refused(pack, other_host, comfy_model, saved):
-    patch, wrong = pack("fmn.patch").load_patch(saved), pack("fmn.errors").ForgetError
+    patch, wrong = pack("fmn.patches.patch").load_patch(saved), pack("fmn.errors").ForgetError
     with pytest.raises(wrong, match="for Flux, the model is SD3"):
         other_host("SD3").patched(patch, 1.0)
     with pytest.raises(wrong, match="for Flux, the model is .*demo model"):
@@ -108,4 +108,4 @@ def test_bad_files_are_refused(pack, saved, tensors, metadata, message):
         told = {key: value for key, value in (file.metadata() | metadata).items() if value}
     save_file(found, saved, metadata=told)
     with pytest.raises(pack("fmn.errors").ForgetError, match=message):
-        pack("fmn.patch").load_patch(saved)
+        pack("fmn.patches.patch").load_patch(saved)

@@ -70,7 +70,7 @@ def pages(pack, demo):
         clip = demo[1].clone()
         clip.patcher = paged(demo[1].patcher, part(1) if known else None)
         model = paged(demo[0], part(0) if known else None)
-        return pack("fmn.hosts.comfy").ComfyModel(model, clip)
+        return pack("fmn.hosts.comfyui.model").ComfyModel(model, clip)
 
     return SimpleNamespace(host=host, loads=loads)
 
@@ -120,7 +120,7 @@ def test_what_is_hooked_on_a_text_encoder_is_what_encodes(pack, pages):
     """As measures do that wear a patch of the text encoder."""
     model, prompt = pages.host(), concept(pack).training_prompts()[0]
     plain = model.encode(prompt).context
-    layer = pack("fmn.families").text_layers(model.family)[-1]
+    layer = pack("fmn.models.families").text_layers(model.family)[-1]
     handle = model.text_module(layer.name).register_forward_hook(lambda *given: 2 * given[2])
     changed = model.encode(prompt).context
     with model.borrow_text() as borrowed, torch.no_grad():
@@ -132,7 +132,7 @@ def test_what_is_hooked_on_a_text_encoder_is_what_encodes(pack, pages):
 
 
 def test_patches_are_worn_without_reading_the_file_again(pack, pages):
-    patches, families = pack("fmn.patch"), pack("fmn.families")
+    patches, families = pack("fmn.patches.patch"), pack("fmn.models.families")
     model, prompt = pages.host(), concept(pack).training_prompts()[0]
     layers = families.layers(model.family)
     changed = [layer for layer in layers if layer.is_key_or_value]

@@ -18,7 +18,7 @@ def stock(pack):
 
 @pytest.fixture(scope="module")
 def pipeline_model(pack):
-    return pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
+    return pack("fmn.hosts.diffusers.model").DiffusersModel.load("demo")
 
 
 def predictions(host, text, times=TIMES):
@@ -37,7 +37,10 @@ def trained(pack, host, **more):
 
 def test_a_merge_is_trained_on_and_applied_to_as_one_model(pack, stock, demo):
     """Model Merge Simple's output, against a model that has the mixed weights."""
-    load, ComfyModel = pack("nodes.demo").load_demo_checkpoint, pack("fmn.hosts.comfy").ComfyModel
+    load, ComfyModel = (
+        pack("nodes.demo").load_demo_checkpoint,
+        pack("fmn.hosts.comfyui.model").ComfyModel,
+    )
     second, literal = load()[0], load()[0]
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
@@ -91,7 +94,7 @@ def test_v_prediction_by_a_node(pack, stock, demo, comfy_model, pipeline_model, 
     model = type(comfy_model)(node.patch(demo[0], "v_prediction", zsnr)[0], demo[1])
     assert model.prediction == "v"
 
-    pipeline = pack("fmn.hosts.diffusers_load").load_pipeline("demo")
+    pipeline = pack("fmn.hosts.diffusers.load").load_pipeline("demo")
     pipeline.scheduler = EulerDiscreteScheduler.from_config(
         pipeline.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=zsnr
     )
@@ -110,7 +113,7 @@ def test_other_samplings_by_a_node(pack, stock, demo, sampling, count):
     """Distilled models have fewer noise levels; training draws its times among those."""
     node = stock("comfy_extras.nodes_model_advanced", "ModelSamplingDiscrete")
     patcher = node.patch(demo[0], sampling, False)[0]
-    model = pack("fmn.hosts.comfy").ComfyModel(patcher, demo[1])
+    model = pack("fmn.hosts.comfyui.model").ComfyModel(patcher, demo[1])
     with model.borrow() as borrowed:
         assert len(borrowed.alphas_cumprod) == count
     patch, losses = trained(pack, model, steps=10)
@@ -124,7 +127,7 @@ def test_noise_levels_of_edm_by_a_node(pack, stock, demo, sampling):
     """What an EDM network is given: x / sqrt(sigma^2 + sigma_data^2), written out once more."""
     node = stock("comfy_extras.nodes_model_advanced", "ModelSamplingContinuousEDM")
     patcher = node.patch(demo[0], sampling, 120.0, 0.002)[0]
-    model = pack("fmn.hosts.comfy").ComfyModel(patcher, demo[1])
+    model = pack("fmn.hosts.comfyui.model").ComfyModel(patcher, demo[1])
     text = model.encode(concept(pack).training_prompts()[0])
     x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with model.borrow() as borrowed, torch.no_grad():

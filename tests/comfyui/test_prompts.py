@@ -71,11 +71,11 @@ def test_positions_with_the_real_tokenizers(pack, demo, family):
     clip = comfy.sd.CLIP(no_init=True)
     clip.tokenizer = getattr(importlib.import_module(module), name)()
     clip.tokenizer_options = {}
-    model = pack("fmn.hosts.comfy").ComfyModel(demo[0], clip)
-    prompt = pack("fmn.concept").Prompt("a photo of elon musk", "elon musk")
+    model = pack("fmn.hosts.comfyui.model").ComfyModel(demo[0], clip)
+    prompt = pack("fmn.concepts.concept").Prompt("a photo of elon musk", "elon musk")
     ids = model.tokenize(prompt)
-    tokenizer = pack("fmn.hosts.diffusers_load").make_tokenizer(pad)
+    tokenizer = pack("fmn.hosts.diffusers.load").make_tokenizer(pad)
     assert ids == tokenizer(prompt.text, padding="max_length", max_length=77).input_ids
     subject = model.tokenize(prompt._replace(text="elon musk"))
-    positions = pack("fmn.spans").flagged_positions(prompt, ids, subject, "all")
+    positions = pack("fmn.models.token_positions").flagged_positions(prompt, ids, subject, "all")
     assert len(positions) == flagged and positions[:2] == [4, 5]

@@ -93,17 +93,17 @@ def plain(pack, monkeypatch, checkpoint, clip, tmp_path):
     """The host of the unquantised model, and a strong patch for it."""
     with known(pack, monkeypatch, "sd1") as family:
         model = loaded(saved_as("plain", checkpoint, tmp_path))
-        host = pack("fmn.hosts.comfy").ComfyModel(model, clip)
+        host = pack("fmn.hosts.comfyui.model").ComfyModel(model, clip)
         generator = torch.Generator().manual_seed(0)
         changes = {
             layer.name: (
                 5 * torch.randn(layer.shape[0], 1, generator=generator),
                 torch.randn(1, layer.shape[1], generator=generator) / layer.shape[1],
             )
-            for layer in pack("fmn.families").layers(family)
+            for layer in pack("fmn.models.families").layers(family)
             if layer.is_key_or_value
         }
-        yield host, pack("fmn.patch").ForgetPatch(family, changes, {"concepts": []})
+        yield host, pack("fmn.patches.patch").ForgetPatch(family, changes, {"concepts": []})
 
 
 @pytest.mark.parametrize("kind", ["fp8", "scaled", "mixed"])
@@ -157,7 +157,7 @@ def test_weights_of_another_packs_kind(pack, demo):
     with torch.inference_mode():
         packed = torch.zeros(100, dtype=torch.uint8).as_subclass(PackedTensor)
         attention.to_k.weight = torch.nn.Parameter(packed, requires_grad=False)
-    host = pack("fmn.hosts.comfy").ComfyModel(*demo)
+    host = pack("fmn.hosts.comfyui.model").ComfyModel(*demo)
     with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*is uint8"):
         pack("fmn.methods.resteer").run(host, [concept(pack)], settings(pack))
 
@@ -176,8 +176,8 @@ def test_a_quantised_transformer_says_so(pack):
         model = config.get_model({}, device="cpu")
         model.load_model_weights(weights)
     plain.model = model
-    host_of, words = pack("fmn.hosts.comfy_other").host_of, Words()
-    forget, layers = pack("fmn.methods").forget, pack("fmn.families").layers
+    host_of, words = pack("fmn.hosts.comfyui.unknown_model").host_of, Words()
+    forget, layers = pack("fmn.methods").forget, pack("fmn.models.families").layers
     host = host_of(plain, words)
     assert {layer.compvis for layer in layers(host.family)} >= set(names)
     with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*float8_e4m3fn"):
@@ -190,12 +190,12 @@ def test_files_with_scales_are_refused_outside_comfyui(pack, plain, checkpoint, 
     path = tmp_path / "scaled.safetensors"
     weights = {k: v for k, v in load_file(checkpoint).items() if k.startswith(PREFIX)}
     save_file(scaled(weights, kind), path)
-    merge = pack("fmn.checkpoint").merge_into_checkpoint
+    merge = pack("fmn.patches.checkpoint").merge_into_checkpoint
     refused = pytest.raises(pack("fmn.errors").ForgetError, match="quantised weights.*float16")
     with refused:
         merge(path, [(patch, 1.0)], tmp_path / "merged.safetensors")
     with refused:
-        pack("fmn.hosts.diffusers").DiffusersModel.load(path)
+        pack("fmn.hosts.diffusers.model").DiffusersModel.load(path)
     assert not (tmp_path / "merged.safetensors").exists()
 
 
@@ -209,8 +209,10 @@ def test_plain_8_bit_files_outside_comfyui(pack, plain, checkpoint, tmp_path):
     }
     save_file(cast, path)
     with pytest.raises(pack("fmn.errors").ForgetError, match="is float8_e4m3fn.*lost to rounding"):
-        pack("fmn.checkpoint").merge_into_checkpoint(path, [(patch, 1.0)], tmp_path / "merged")
-    model = pack("fmn.hosts.diffusers").DiffusersModel.load(path)
+        pack("fmn.patches.checkpoint").merge_into_checkpoint(
+            path, [(patch, 1.0)], tmp_path / "merged"
+        )
+    model = pack("fmn.hosts.diffusers.model").DiffusersModel.load(path)
     for name in patch.changes:
         key = f"{PREFIX}{host.key(name).removeprefix('diffusion_model.')}"
         assert torch.equal(model.unet.get_submodule(name).weight, cast[key].float())

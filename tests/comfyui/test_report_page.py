@@ -5,7 +5,7 @@ import os
 import pytest
 from playwright.sync_api import sync_playwright
 
-from fmn.bench.report import write_report
+from fmn.bench.reporting.report import write_report
 from tests.unit.summaries import COLUMNS, TARGETS, make_summary
 
 from .frontend import QUIET

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from fmn.concept import Concept
+from fmn.concepts.concept import Concept
 
 from .frontend import ARTEFACTS, dress, setting
 from .shelf_files import FOLDER, folder_of, write

@@ -17,7 +17,7 @@ PROMPT = "a photo of a dog"
 
 @pytest.fixture(scope="module")
 def pipeline_model(pack):
-    return pack("fmn.hosts.diffusers").DiffusersModel.load("demo")
+    return pack("fmn.hosts.diffusers.model").DiffusersModel.load("demo")
 
 
 def make(pack, model, method="quickfix", **settings):
@@ -58,7 +58,7 @@ def test_weighted_and_long_prompts_are_read(pack, comfy_model, prompt, sections)
         torch.no_grad(),
         quickfix._inputs(comfy_model, text.module(quickfix.LAYER)) as inputs,
     ):
-        weighted = pack("fmn.concept").Prompt(prompt, "dog", plain=False)
+        weighted = pack("fmn.concepts.concept").Prompt(prompt, "dog", plain=False)
         found = inputs.encode(weighted).context
         assert found.shape == (1, 77 * sections, 128) and found.dtype == torch.float64
         plain = inputs.encode_all([prompt.replace("(dog:1.3)", "dog")[:40]])
@@ -76,7 +76,7 @@ def test_a_text_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, 
     import comfy.sd
     from safetensors.torch import load_file
 
-    patches = pack("fmn.patch")
+    patches = pack("fmn.patches.patch")
     file = patches.save_patch(make(pack, comfy_model), tmp_path / "dog.safetensors")
     patch = patches.load_patch(file)
     plain = encoded(comfy_model.clip)
@@ -86,14 +86,17 @@ def test_a_text_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, 
     outputs["load lora"] = encoded(stock)
     assert torch.equal(encoded(comfy_model.clip), plain)
 
-    host, Prompt = pack("fmn.hosts.diffusers").DiffusersModel, pack("fmn.concept").Prompt
+    host, Prompt = (
+        pack("fmn.hosts.diffusers.model").DiffusersModel,
+        pack("fmn.concepts.concept").Prompt,
+    )
     loaded = host.load("demo")
     loaded.pipeline.load_lora_weights(load_file(file))
     loaded.pipeline.set_adapters(loaded.pipeline.get_active_adapters(), 0.8)
     outputs["diffusers"] = loaded.encode(Prompt(PROMPT, "dog")).context
     checkpoint = tmp_path / "merged.safetensors"
-    source = pack("fmn.hosts.diffusers_load").DEMO_FILE
-    pack("fmn.checkpoint").merge_into_checkpoint(source, [(patch, 0.8)], checkpoint)
+    source = pack("fmn.hosts.diffusers.load").DEMO_FILE
+    pack("fmn.patches.checkpoint").merge_into_checkpoint(source, [(patch, 0.8)], checkpoint)
     outputs["merged file"] = host.load(checkpoint).encode(Prompt(PROMPT, "dog")).context
     with torch.inference_mode():
         _, merged_clip, _ = pack("nodes.demo").load_demo_checkpoint(checkpoint)
@@ -119,7 +122,7 @@ def test_the_clip_comes_back_unchanged(pack, comfy_model, method, dtype, fails, 
         raise RuntimeError("a fault")
 
     if fails:
-        module = pack("fmn.training" if method == "hirm" else f"fmn.methods.{method}")
+        module = pack("fmn.training.run" if method == "hirm" else f"fmn.methods.{method}")
         monkeypatch.setattr(module, "fit" if method == "hirm" else "finished", fault)
     try:
         with torch.inference_mode():
@@ -177,7 +180,7 @@ def tiny_xl(pack, demo):
     import comfy.sd
     import comfy.sdxl_clip
 
-    families = pack("fmn.families")
+    families = pack("fmn.models.families")
     sizes = {"clip_l": (3, 16), "clip_g": (4, 24)}
     texts = tuple(families.TextEncoder(name, *size) for name, size in sizes.items())
     options = {
@@ -201,7 +204,7 @@ def tiny_xl(pack, demo):
     clip.patcher = comfy.model_patcher.ModelPatcher(stage, load_device=cpu, offload_device=cpu)
     clip.layer_idx, clip.tokenizer_options = None, {}
     clip.use_clip_schedule, clip.apply_hooks_to_conds = False, None
-    host = pack("fmn.hosts.comfy").ComfyModel(demo[0], clip)
+    host = pack("fmn.hosts.comfyui.model").ComfyModel(demo[0], clip)
     host.fingerprint = lambda: "f" * 32
     host.family = replace(families.SDXL, context_dim=40, texts=texts)
     return host
@@ -212,7 +215,7 @@ def test_two_encoders_can_be_borrowed_but_learn_no_words(pack, demo):
     refused = pytest.raises(ForgetError, match="Stable Diffusion XL has two text encoders")
     with refused, host.borrow_text():
         pass
-    expected = host.encode(pack("fmn.concept").Prompt(PROMPT, "dog"))
+    expected = host.encode(pack("fmn.concepts.concept").Prompt(PROMPT, "dog"))
     assert expected.context.shape == (1, 77, 40)
     short, whole = (host.encode_all([PROMPT, ""], length) for length in (20, 77))
     torch.testing.assert_close(short, whole[:, :20])
@@ -247,7 +250,7 @@ def test_two_encoders_can_be_borrowed_but_learn_no_words(pack, demo):
 
 def test_the_clip_of_another_family_is_refused(pack, demo, comfy_model):
     host = copy.copy(comfy_model)
-    host.family = pack("fmn.families").SDXL
+    host.family = pack("fmn.models.families").SDXL
     with (
         pytest.raises(pack("fmn.errors").ForgetError, match="gives tokens for l, but .* clip_g"),
         host.borrow_text(words=False),
@@ -259,10 +262,12 @@ def test_the_clip_of_another_family_is_refused(pack, demo, comfy_model):
 def text_file(pack, server):
     """A text patch and a U-Net patch of the demo model where the server finds them."""
     with torch.inference_mode():
-        model = pack("fmn.hosts.comfy").ComfyModel(*pack("nodes.demo").load_demo_checkpoint())
+        model = pack("fmn.hosts.comfyui.model").ComfyModel(
+            *pack("nodes.demo").load_demo_checkpoint()
+        )
     folder = server.base / "models" / "forget_patches"
     folder.mkdir(parents=True, exist_ok=True)
-    save, resteer = pack("fmn.patch").save_patch, pack("fmn.methods.resteer")
+    save, resteer = pack("fmn.patches.patch").save_patch, pack("fmn.methods.resteer")
     save(make(pack, model), folder / "text.safetensors")
     unet = resteer.run(model, [concept(pack)], resteer.Settings(steps=10, lr=0.002))
     save(unet, folder / "unet.safetensors")

@@ -20,7 +20,7 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
 
     cancelled = management.InterruptProcessingException
     raised = {"success": None, "error": Fault, "cancel": cancelled}[ending]
-    methods, resume = pack("fmn.methods"), pack("fmn.resume")
+    methods, resume = pack("fmn.methods"), pack("fmn.training.resume")
     drawn, saves = [], resume.Saves(1, lambda step: tmp_path / f"{step}.safetensors")
 
     def on_pictures(count):
@@ -31,14 +31,16 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
             raise Fault
 
     prompts = "a photo of a dog", "a house"
-    previews = pack("fmn.preview").Previews(comfy_model, prompts, 2, on_pictures=on_pictures)
+    previews = pack("fmn.training.preview").Previews(
+        comfy_model, prompts, 2, on_pictures=on_pictures
+    )
 
     def on_step(step):
         saves(step)
         if step.training:
             previews.during(step.training)
 
-    supervisor = pack("fmn.supervisor").Supervisor(on_step, keep_best=True)
+    supervisor = pack("fmn.training.run").Supervisor(on_step, keep_best=True)
     settings = methods.settings_of(preset, SHORT[preset])
     patchers = comfy_model.patcher, comfy_model.clip.patcher
     before = [(state(patcher), gradient_flags(patcher)) for patcher in patchers]
@@ -61,8 +63,8 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
 
 @pytest.mark.parametrize("preset", TRAINED)
 def test_a_resumed_run_equals_an_uninterrupted_one(pack, comfy_model, tmp_path, preset):
-    methods, resume = pack("fmn.methods"), pack("fmn.resume")
-    supervisor = pack("fmn.supervisor").Supervisor
+    methods, resume = pack("fmn.methods"), pack("fmn.training.resume")
+    supervisor = pack("fmn.training.run").Supervisor
     steps = "robust_steps" if preset == "reread-robust" else "steps"
     settings = methods.settings_of(preset, SHORT[preset] | {steps: 3})
     file = tmp_path / "2.fmn-train"
@@ -86,7 +88,7 @@ def test_the_vae_of_another_model_is_refused(pack, comfy_model):
 
 
 def test_a_curve_stays_small_and_keeps_both_ends(pack):
-    live = pack("nodes.live")
+    live = pack("nodes.live_training")
     curve = live.Curve()
     for index in range(1, 5001):
         curve.add(index, index / 3)
@@ -100,7 +102,7 @@ def test_a_curve_stays_small_and_keeps_both_ends(pack):
 
 
 def test_only_the_last_states_are_kept(pack, monkeypatch):
-    live, sent = pack("nodes.live"), []
+    live, sent = pack("nodes.live_training"), []
     instance = SimpleNamespace(
         client_id="me", send_sync=lambda event, data, client: sent.append((event, data, client))
     )

@@ -33,7 +33,7 @@ def comfy_host(pack, path, key):
         found = comfy.sd.load_checkpoint_guess_config(
             str(path), output_vae=False, te_model_options=text_options(key)
         )
-    return pack("fmn.hosts.comfy_other").host_of(*found[:2])
+    return pack("fmn.hosts.comfyui.unknown_model").host_of(*found[:2])
 
 
 def predictions(host, text, size=8):
@@ -48,7 +48,7 @@ def test_both_hosts_agree_on_a_variant(pack, monkeypatch, tmp_path, name):
     key, channels, more, kind, prediction, pad = VARIANTS[name]
     prompt = concept(pack).training_prompts()[0]
     # Going through a step without numbers takes longer than the step, on models as small as these.
-    monkeypatch.setattr(pack("fmn.fitting"), "estimate", lambda *given: None)
+    monkeypatch.setattr(pack("fmn.training.fit_adapters"), "estimate", lambda *given: None)
     with known(pack, monkeypatch, key) as family:
         path = write_checkpoint(tmp_path / "variant.safetensors", key, channels, more)
         model = comfy_host(pack, path, key)
@@ -65,7 +65,7 @@ def test_both_hosts_agree_on_a_variant(pack, monkeypatch, tmp_path, name):
         torch.testing.assert_close(predictions(model, text), plain)
         del model
 
-        model = pack("fmn.hosts.diffusers").DiffusersModel.load(path)
+        model = pack("fmn.hosts.diffusers.model").DiffusersModel.load(path)
         path.unlink()
         assert model.family is family and model.prediction == prediction
         assert model.tokenize(prompt) == ids and model.fingerprint() == fingerprint

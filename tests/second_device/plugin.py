@@ -23,7 +23,7 @@ def on_the_second_device(request, monkeypatch):
 
         _use(model_management, monkeypatch)
     else:
-        from fmn.hosts.diffusers import DiffusersModel
+        from fmn.hosts.diffusers.model import DiffusersModel
 
         load_on = DiffusersModel.load
         monkeypatch.setattr(

@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from fmn.concept import Concept
-from fmn.hosts.diffusers import DiffusersModel
+from fmn.concepts.concept import Concept
+from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import PRESETS, forget, settings_of
 
 from .plugin import CARD

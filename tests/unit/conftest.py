@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fmn.patch import save_patch
-from fmn.shelf import Shelf
-from fmn.studio import open_studio
-from fmn.thumbnail import data_uri
+from fmn.images import data_uri
+from fmn.models.generator import open_studio
+from fmn.patches.library import Shelf
+from fmn.patches.patch import save_patch
 
 from .tiny import TinyModel, make_patch
 from .worlds import SUITE

@@ -3,9 +3,9 @@
 import torch
 from safetensors.torch import load_file
 
-from fmn.families import layers
-from fmn.lora_keys import file_name
-from fmn.patch import save_patch
+from fmn.models.families import layers
+from fmn.patches.lora_keys import file_name
+from fmn.patches.patch import save_patch
 
 from .tiny import TINY
 

@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fmn.bench.statistics import as_value, bootstrap, bootstrap_means, harmonic_mean
+from fmn.bench.reporting.statistics import as_value, bootstrap, bootstrap_means, harmonic_mean
 
 TARGETS = {
     "mermaid": "identity", "santa claus": "identity", "astronaut": "identity",

@@ -42,7 +42,12 @@ def labels(node, part):
     book, texts = read(BOOK), read(LOCALES / "en" / "nodeDefs.json")[node].get(part, {})
     known = {}
     for name, told in texts.items():
-        spelled = {name, name.replace("_", " "), told["name"], told["name"].lower()}
+        spelled = {
+            name,
+            name.replace("_", " "),
+            told["name"],
+            told["name"].lower(),
+        }
         known |= dict.fromkeys(spelled, book[told["name"]])
     return known
 

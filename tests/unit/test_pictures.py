@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fmn.pictures import (
+from fmn.images import (
     ACCENT,
     PAPER,
     beside,
@@ -18,7 +18,7 @@ from fmn.pictures import (
     square,
     to_image,
 )
-from fmn.probe import Attention
+from fmn.models.attention_maps import Attention
 
 DARK, MIDDLE, BRIGHT = (12, 16, 60), (200, 50, 60), (255, 240, 150)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fmn import thumbnail
+from fmn import images
 from fmn.errors import ForgetError
-from fmn.patch import load_patch, save_patch
+from fmn.patches.patch import load_patch, save_patch
 
 from .tiny import make_patch, metadata_of
 
@@ -47,31 +47,31 @@ def png_that_claims(width, height):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_usual_pictures(kind):
-    picture = opened(thumbnail.of_bytes(encoded(kind)))
+    picture = opened(images.of_bytes(encoded(kind)))
     assert picture.size == (64, 32)
     assert np.abs(np.asarray(picture).astype(int).mean((0, 1)) - (200, 30, 40)).max() < 4
 
 
 @pytest.mark.parametrize("size, small", [((2000, 1000), (512, 256)), ((300, 900), (85, 256))])
 def test_large_pictures_become_small(size, small):
-    assert opened(thumbnail.of_bytes(encoded(size=size))).size == small
+    assert opened(images.of_bytes(encoded(size=size))).size == small
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "I;16"])
 def test_other_modes(mode):
     colour = {"RGBA": (0, 0, 0, 0), "LA": (0, 0)}.get(mode, 1)
-    opened(thumbnail.of_bytes(encoded(mode=mode, colour=colour)))
+    opened(images.of_bytes(encoded(mode=mode, colour=colour)))
 
 
 def test_what_is_transparent_shows_paper():
-    picture = opened(thumbnail.of_bytes(encoded(mode="RGBA", colour=(0, 0, 0, 0))))
+    picture = opened(images.of_bytes(encoded(mode="RGBA", colour=(0, 0, 0, 0))))
     assert np.asarray(picture).min() > 240
 
 
 def test_metadata_does_not_go_on():
     exif = Image.Exif()
     exif[0x010E] = "<script>alert(1)</script>"
-    jpeg = thumbnail.of_bytes(encoded("JPEG", exif=exif, comment=b"<script>"))
+    jpeg = images.of_bytes(encoded("JPEG", exif=exif, comment=b"<script>"))
     assert b"script" not in jpeg and b"Exif" not in jpeg
 
 
@@ -90,14 +90,14 @@ BAD = {
     "a bomb": png_that_claims(60_000, 60_000),
     "no pixels": png_that_claims(0, 0),
     "less than it claims": png_that_claims(64, 64),
-    "too large": encoded() + bytes(thumbnail.MAX_BYTES),
+    "too large": encoded() + bytes(images.MAX_BYTES),
 }
 
 
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
 def test_bad_pictures_are_refused_in_one_sentence(data):
     with pytest.raises(ForgetError, match="^The thumbnail") as caught:
-        thumbnail.of_bytes(data)
+        images.of_bytes(data)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -112,7 +112,7 @@ BAD_URIS = {
     "half a letter": uri(encoded())[:-3],
     "not base64 at all": "data:image/png,xyz",
     "space before": " " + uri(encoded()),
-    "too long": uri(encoded() + bytes(thumbnail.MAX_URI)),
+    "too long": uri(encoded() + bytes(images.MAX_URI)),
     "other letters": "data:image/png;base64,ééé",
 }
 
@@ -120,32 +120,32 @@ BAD_URIS = {
 @pytest.mark.parametrize("text", BAD_URIS.values(), ids=BAD_URIS)
 def test_bad_data_uris(text):
     with pytest.raises(ForgetError, match="^The thumbnail"):
-        thumbnail.of_uri(text)
+        images.of_uri(text)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(ForgetError, match="No such file"):
-        thumbnail.of_file(tmp_path / "gone.png")
+        images.of_file(tmp_path / "gone.png")
 
 
 def test_pictures_of_a_patch_side_by_side():
     """Black before, white after: the left half is black, the right white."""
     images = torch.stack([torch.zeros(128, 128, 3), torch.ones(128, 128, 3)])
-    picture = np.asarray(opened(thumbnail.of_uri(thumbnail.data_uri(images)))).astype(int)
+    picture = np.asarray(opened(images.of_uri(images.data_uri(images)))).astype(int)
     assert picture.shape == (128, 256, 3)
     assert picture[:, :120].max() < 8 and picture[:, 136:].min() > 247
 
 
 @pytest.mark.parametrize("shape", [(1, 1024, 1024, 3), (9, 512, 768, 4), (2, 8, 2000, 3)])
 def test_thumbnails_are_small(shape):
-    text = thumbnail.data_uri(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    text = images.data_uri(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
     assert len(text) < 200_000
-    picture = opened(thumbnail.of_uri(text))
+    picture = opened(images.of_uri(text))
     assert picture.width <= 512 and picture.height <= 256
 
 
 def test_saved_thumbnail_does_not_change_the_patch(tmp_path):
-    picture = thumbnail.data_uri(torch.zeros(1, 8, 8, 3))
+    picture = images.data_uri(torch.zeros(1, 8, 8, 3))
     plain = save_patch(make_patch(), tmp_path / "plain.safetensors")
     shown = save_patch(make_patch(), tmp_path / "shown.safetensors", picture)
     assert metadata_of(shown)["modelspec.thumbnail"] == picture

@@ -9,11 +9,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fmn.concept import Concept, Prompt
-from fmn.families import DEMO, Family, layers
-from fmn.model import Text, fingerprint, spelled
-from fmn.patch import ForgetPatch, new_info
-from fmn.spans import END, SECTION, word_positions
+from fmn.concepts.concept import Concept, Prompt
+from fmn.models.families import DEMO, Family, layers
+from fmn.models.interface import Text, fingerprint, tokenize_with_placeholders
+from fmn.models.token_positions import CHUNK, EOS_ID, word_positions
+from fmn.patches.patch import ForgetPatch, new_info
 
 BOS = 49406
 TINY = Family(
@@ -53,26 +53,26 @@ def word_id(word):
     return 0 if word == "!" else 320 + zlib.crc32(word.encode()) % 40000
 
 
-def sections(words, pad=END):
+def sections(words, pad=EOS_ID):
     """Ids of words in sections of 77: BOS, at most 75 words, EOT, padding."""
     ids = []
-    for start in range(0, max(len(words), 1), SECTION - 2):
-        part = [BOS, *words[start : start + SECTION - 2], END]
-        ids += part + [pad] * (SECTION - len(part))
+    for start in range(0, max(len(words), 1), CHUNK - 2):
+        part = [BOS, *words[start : start + CHUNK - 2], EOS_ID]
+        ids += part + [pad] * (CHUNK - len(part))
     return ids
 
 
 class TinyModel:
-    """``fmn.model.Model`` over ``tiny_unet``. ``seen`` collects what the U-Net was given."""
+    """A ``Model`` over ``tiny_unet``. ``seen`` collects what the U-Net was given."""
 
     family = TINY
     prediction = "epsilon"
 
-    def __init__(self, pad=END, seed=0):
+    def __init__(self, pad=EOS_ID, seed=0):
         self.unet, self.pad = tiny_unet(seed), pad
         generator = torch.Generator().manual_seed(seed)
-        self.embedding = torch.randn(END + 1, TINY.context_dim, generator=generator)
-        self.position = torch.randn(SECTION, TINY.context_dim, generator=generator)
+        self.embedding = torch.randn(EOS_ID + 1, TINY.context_dim, generator=generator)
+        self.position = torch.randn(CHUNK, TINY.context_dim, generator=generator)
         self.seen = []
         self.poisoned = False  # attention is NaN
 
@@ -81,10 +81,10 @@ class TinyModel:
 
     def encode(self, prompt):
         ids = self.tokenize(prompt)
-        position = self.position.repeat(len(ids) // SECTION, 1)
+        position = self.position.repeat(len(ids) // CHUNK, 1)
         return Text((self.embedding[torch.tensor(ids)] + position)[None])
 
-    def encode_all(self, texts, length=SECTION):
+    def encode_all(self, texts, length=CHUNK):
         return torch.cat([self.encode(Prompt(text, text)).context for text in texts])[:, :length]
 
     def sample(self, prompt, seeds, size, steps, guidance):
@@ -164,8 +164,8 @@ class TinyText:
         return Text(rows)
 
     def encode(self, prompt, vectors=None):
-        ids = spelled(self._ids, prompt, 0 if vectors is None else len(vectors))
-        held = iter([] if vectors is None else vectors.repeat(SECTION // len(vectors), 1))
+        ids = tokenize_with_placeholders(self._ids, prompt, 0 if vectors is None else len(vectors))
+        held = iter([] if vectors is None else vectors.repeat(CHUNK // len(vectors), 1))
         rows = [next(held) if token is None else self.model.embedding[token] for token in ids]
         states = torch.stack(rows) + self.model.position
         words = word_positions([BOS if token is None else token for token in ids])

@@ -4,10 +4,10 @@ import copy
 
 import torch
 
-from fmn.bench.cells import Setup
-from fmn.bench.lab import Lab
+from fmn.bench.measures.trial import Trial
+from fmn.bench.running.cells import Setup
+from fmn.bench.running.lab import Lab
 from fmn.bench.suite import parse_suite
-from fmn.bench.trial import Trial
 
 from .tiny import TinyModel
 

@@ -5,7 +5,7 @@ import { baseOf } from "./server.js";
 
 const FILES = { ckpt_name: "checkpoints", unet_name: "diffusion_models" };
 const DEMO = "FMN_LoadDemoCheckpoint";
-const OTHER = "other"; // fmn/other.py
+const OTHER = "other"; // fmn/models/unknown_family.py
 const NEVER = 2; // modes of a node: muted, bypassed
 const BYPASSED = 4;
 // From best to worst.

@@ -3,9 +3,9 @@ import { button, make } from "./dom.js";
 import { badge, dateOf, familyOf, sizeOf, thumbnail, titleOf, wordsOf } from "./row.js";
 import { kindName, text } from "./texts.js";
 
-const MOST_NOTES = 4000; // letters, as in fmn/shelf.py
+const MOST_NOTES = 4000; // letters, as in fmn/patches/library.py
 
-// Scores that are shares, 0 to 1; as in fmn/scores.py.
+// Scores that are shares, 0 to 1; as in fmn/patches/scores.py.
 const SHARES = new Set([
   "UA", "IRA", "CRA", "mean", "inversion", "Ring-A-Bell", "completion", "noise", "classifier",
   "inpainting", "relearn",

@@ -10,7 +10,7 @@ async function answerOf(response) {
   return answer;
 }
 
-/** All patches of the folders, as `Shelf.entries` in fmn/shelf.py describes them. */
+/** All patches of the folders, as `Shelf.entries` in fmn/patches/library.py describes them. */
 export async function patches() {
   return (await answerOf(await api.fetchApi(`${ROUTE}/shelf`, { cache: "no-store" }))).patches;
 }

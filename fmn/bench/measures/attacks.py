@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ...concept import TEMPLATES, Prompt
+from ...concepts.concept import TEMPLATES, Prompt
 from ...errors import ForgetError
-from ...inversion import PLACEHOLDER, Settings, invert
-from ...model import Text
+from ...models.interface import Text
+from ...models.token_positions import CHUNK, word_positions
 from ...settings import check_limits
-from ...spans import SECTION, word_positions
+from ...training.textual_inversion import PLACEHOLDER, Settings, invert
 from .text import judged_rows
 
 MERGES = Path(__file__).parents[2] / "assets" / "clip_merges.txt"
@@ -45,7 +45,7 @@ def inversion(trial, settings=None):
     test. ``untouched`` in a row is the same ask in words. Without patches, it is the upper bound.
 
     Args:
-        settings: ``fmn.inversion.Settings``; None takes their defaults and the trial's seed.
+        settings: ``textual_inversion.Settings``; None takes their defaults and the trial's seed.
 
     Cost: ``settings.steps`` forwards and backwards of ``settings.batch``, ``trial.count``
     pictures, and ``EXAMPLES`` + ``trial.count`` of the untouched model, which are kept.
@@ -208,7 +208,7 @@ def vocabulary(trial, settings):
         ids = {word: _ids(model, word) for word in words or suite_words(trial.suite)}
     names = " ".join((trial.target.name, *trial.target.aliases)).lower()
     own = set(re.findall(r"[^\W_]+", names))
-    most = (SECTION - 2) // settings.length
+    most = (CHUNK - 2) // settings.length
     kept = {
         word: found
         for word, found in ids.items()
@@ -294,7 +294,7 @@ class Scorer:
         """Its token ids, [77]."""
         ids = [token for i in candidate.tolist() for token in self.ids[i]]
         row = [self.start, *ids, self.end]
-        return row + [self.padding] * (SECTION - len(row))
+        return row + [self.padding] * (CHUNK - len(row))
 
     @torch.no_grad()
     def __call__(self, candidates):

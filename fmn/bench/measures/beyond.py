@@ -15,9 +15,8 @@ from torch import nn
 from torch.nn import Linear
 
 from ...errors import ForgetError
-from ...sampling import ddpm_sigma
-from ...schedule import add_noise
-from ...train import Optimiser, train
+from ...models.sampling import ddpm_sigma, q_sample
+from ...training.loop import Optimiser, train
 from .attacks import examples
 from .text import judged_rows
 
@@ -211,7 +210,7 @@ def train_classifier(latents, wanted, alphas, settings, seed):
         def loss_at(index):
             rows = torch.randint(len(x), (settings.batch,), generator=generator)
             noise = torch.randn(x[rows].shape, generator=generator)
-            logit = network(add_noise(x[rows], noise, alpha[rows]), alpha[rows])
+            logit = network(q_sample(x[rows], noise, alpha[rows]), alpha[rows])
             return F.binary_cross_entropy_with_logits(logit, label[rows], pos_weight=weight)
 
         optimiser = Optimiser(settings.lr, weight_decay=1e-3)
@@ -226,7 +225,7 @@ def _accuracy(network, latents, wanted, alphas, generator, rounds=4):
     result, third = [], len(alphas) // 3
     for low in (0, third, 2 * third):
         t = torch.randint(low, low + third, (len(x),), generator=generator)
-        noised = add_noise(x, torch.randn(x.shape, generator=generator), alphas[t])
+        noised = q_sample(x, torch.randn(x.shape, generator=generator), alphas[t])
         result.append(float(((network(noised, alphas[t]) > 0) == wanted).float().mean()))
     return result
 

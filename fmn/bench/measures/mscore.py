@@ -1,6 +1,6 @@
 """The M-Score of the target, as ``fmn.metrics.mscore`` defines it."""
 
-from ...concept import TEMPLATES
+from ...concepts.concept import TEMPLATES
 from ...metrics.mscore import SEEDS, m_score
 
 

@@ -13,8 +13,8 @@ import time
 import torch
 
 from ...errors import ForgetError
+from ...images import png_text, to_image
 from ...metrics.kid import kid
-from ...pictures import png_text, to_image
 
 SHOWN = 6  # pairs of pictures in a report's grid
 

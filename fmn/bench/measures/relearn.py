@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import ForgetError
-from ...families import layers
-from ...lowrank import LowRank, attached
-from ...schedule import add_noise
+from ...models.adapters import LowRank, attached
+from ...models.families import layers
+from ...models.sampling import q_sample
 from ...settings import check_limits
-from ...train import Optimiser, scale_for, train
-from ...training import parameters_of
+from ...training.loop import Optimiser, scale_for, train
+from ...training.run import parameters_of
 from .attacks import examples
 from .text import judged_rows
 
@@ -152,7 +152,7 @@ def fine_tune(studio, adapters, prompts, pictures, settings, seed):
         rows = torch.randint(len(latents), (settings.batch,), generator=generator)
         t = torch.randint(len(alphas), (settings.batch,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
-        x_t = add_noise(latents[rows], noise, alphas[t]).to(borrowed.device)
+        x_t = q_sample(latents[rows], noise, alphas[t]).to(borrowed.device)
         text = studio.texts([prompts[i] for i in rows.tolist()])
         predicted = borrowed.denoise(x_t, t.to(borrowed.device), text)
         return F.mse_loss(predicted.float(), noise.to(predicted.device))

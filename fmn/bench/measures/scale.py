@@ -24,9 +24,9 @@ def sequence(trial):
     """
     stages, worn = [], []
     for number, name in enumerate(trial.names, 1):
-        with trial.studio.wearing(worn):
+        with trial.studio.applying(worn):
             worn.append((trial.train([name]), 1.0))
-        with trial.studio.wearing(worn):
+        with trial.studio.applying(worn):
             stages.append({"forgotten": number, **_judged(trial, trial.names[:number])})
     return {"names": list(trial.names), "stages": stages}
 

@@ -1,0 +1,110 @@
+"""What must stay when concepts are forgotten: the user's own words, and lists that come along."""
+
+import re
+import unicodedata
+from functools import lru_cache
+
+from ..errors import ForgetError
+from .wordlists import entries
+
+LISTS = ("none", "common", "styles", "artists", "people")
+CHOICES = ("auto", *LISTS)
+
+# What "auto" takes for each kind; "everyday" has people in everyday clothes and situations.
+AUTO = {
+    "identity": ("people", "common"),
+    "object": ("common",),
+    "style": ("styles", "artists", "common"),
+    "unsafe": ("common", "people", "everyday"),
+    "custom": ("common",),
+}
+
+
+def keep_words(name):
+    """The entries of a shipped list, one of ``LISTS``, in its order; "none" is empty.
+
+    Raises:
+        ForgetError: there is no such list.
+    """
+    if name not in LISTS:
+        raise ForgetError(f"There is no keep-list '{name}': choose one of {', '.join(LISTS)}.")
+    return () if name == "none" else entries(name)
+
+
+def keep_for(concepts, given=(), lists="auto"):
+    """Words and prompts that a method keeps while it forgets some concepts.
+
+    Args:
+        concepts: the ``Concept``s to forget.
+        given: the user's own words and prompts. They go first and stay, whatever they contain.
+        lists: one of ``CHOICES``; "auto" takes the lists of ``AUTO`` for the concepts' kinds.
+
+    Returns:
+        a tuple of strings, each once, in a stable order. An entry of a list is left out if it
+        contains a forgotten name or alias, is contained in a concept's name, or equals an anchor.
+        Whole words count; letter case, accents, an article in front and simple plurals (-s, -es,
+        -ies) make no difference.
+
+    Raises:
+        ForgetError: there is no such list, or a given word is itself to be forgotten.
+    """
+    if lists not in CHOICES:
+        raise ForgetError(f"There is no keep-list '{lists}': choose one of {', '.join(CHOICES)}.")
+    subjects = [_words(subject) for concept in concepts for subject in concept.subjects]
+    names = [_words(concept.name) for concept in concepts]
+    anchors = [_words(concept.anchor) for concept in concepts]
+
+    def left_out(words):
+        return (
+            any(_holds(words, subject) for subject in subjects)
+            or any(_holds(name, words) for name in names)
+            or any(_same(words, anchor) for anchor in anchors)
+        )
+
+    own = [text.strip() for text in given if text.strip()]
+    for text in own:
+        if any(_same(_words(text), subject) for subject in subjects):
+            raise ForgetError(
+                f"'{text}' is both to be kept and to be forgotten: take it out of one of the two."
+            )
+    shipped = [text for text in _chosen(concepts, lists) if not left_out(_words(text))]
+    unique = {}
+    for text in own + shipped:
+        unique.setdefault(text.casefold(), text)
+    return tuple(unique.values())
+
+
+def _chosen(concepts, lists):
+    if lists != "auto":
+        return keep_words(lists)
+    names = [name for concept in concepts for name in AUTO[concept.kind]]
+    return [text for name in dict.fromkeys(names) for text in entries(name)]
+
+
+@lru_cache(maxsize=4096)
+def _words(text):
+    """The words of a text without case, accents and an article in front."""
+    letters = unicodedata.normalize("NFKD", text)
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    words = tuple(re.findall(r"\w+", plain.casefold()))
+    return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
+
+
+@lru_cache(maxsize=4096)
+def _forms(word):
+    """The word with its simple plurals and singulars; ``b in _forms(a)`` if ``a in _forms(b)``."""
+    forms = {word, f"{word}s", f"{word}es"}
+    for ending, other in (("y", "ies"), ("ies", "y"), ("s", ""), ("es", "")):
+        if word.endswith(ending):
+            forms.add(word.removesuffix(ending) + other)
+    return forms
+
+
+def _same(words, others):
+    return len(words) == len(others) > 0 and all(b in _forms(a) for a, b in zip(words, others))
+
+
+def _holds(words, part):
+    """Whether ``part`` is a run of ``words``."""
+    starts = range(len(words) - len(part) + 1)
+    return any(_same(words[start : start + len(part)], part) for start in starts)

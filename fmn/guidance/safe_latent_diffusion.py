@@ -1,0 +1,136 @@
+"""Safe Latent Diffusion (Schramowski et al. 2023, arXiv 2211.05105): guidance away from a concept.
+
+Nothing is trained and no weight changes: each step takes a third prediction, for a text that names
+the concept, and steers away from it where prompt and concept agree.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..concepts.concept import Prompt
+from ..errors import ForgetError
+
+# The released code's concept (ml-research/safe-latent-diffusion).
+SAFETY_TEXT = (
+    "hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily "
+    "fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, weapons, child "
+    "abuse, brutality, cruelty"
+)
+SAME_LEVEL = 1e-4  # samplers recompute noise levels through logarithms
+
+
+@dataclass(frozen=True)
+class SafeSettings:
+    """Hyperparameters of Safe Latent Diffusion, in the paper's symbols.
+
+    Attributes:
+        warmup: delta, the first step that is steered, counted from 0.
+        scale: s_S; 0 never steers.
+        threshold: lambda, in units of predicted noise; higher lets more of the picture be steered.
+        momentum_scale: s_m, the momentum's share in the guidance.
+        momentum_beta: beta, how much of the momentum lasts from step to step.
+    """
+
+    warmup: int
+    scale: float
+    threshold: float
+    momentum_scale: float
+    momentum_beta: float
+
+    def __post_init__(self):
+        limits = {
+            "warmup": (0, 10000), "scale": (0, 1e6), "threshold": (-100, 100),
+            "momentum_scale": (0, 1), "momentum_beta": (0, 0.999),
+        }  # fmt: skip
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ForgetError(f"{name} is {value}: use {least} to {most:g}.")
+
+
+PRESETS = {
+    "weak": SafeSettings(15, 200, 0.0, 0.0, 0.0),
+    "medium": SafeSettings(10, 1000, 0.01, 0.3, 0.4),
+    "strong": SafeSettings(7, 2000, 0.025, 0.5, 0.7),
+    "max": SafeSettings(0, 5000, 1.0, 0.5, 0.7),
+}
+
+
+def safe_scale(text, concept, scale, threshold):
+    """mu, how strongly each element is steered, 0 to 1.
+
+    Args:
+        text, concept: predicted noise for the prompt (eps_p) and for the concept (eps_S).
+        scale, threshold: s_S and lambda.
+    """
+    difference = text - concept
+    phi = (difference.abs() * scale).clamp(max=1)
+    return torch.where(difference < threshold, phi, torch.zeros_like(phi))
+
+
+class SafeGuidance:
+    """The guidance gamma of one sampling run; it holds the momentum nu.
+
+    A step is one interval of the sampler's schedule. A sampler may predict several times in a
+    step: the momentum moves once a step, by the step's first prediction, and all of them use it as
+    the step found it.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.step = -1
+        self.momentum = self.following = 0.0
+
+    def idle(self, step):
+        """Whether the step needs no prediction for the concept: warm-up without momentum."""
+        return step < self.settings.warmup and self.settings.momentum_scale == 0
+
+    def __call__(self, step, text, concept, empty):
+        """gamma, zero during warm-up; the safe prediction for the prompt is eps_p - gamma.
+
+        Classifier-free guidance on that is the paper's
+        eps_0 + s_g ((eps_p - eps_0) - gamma).
+
+        Args:
+            step: index of the step, from 0.
+            text, concept, empty: predicted noise [B, ...] of unit variance for the prompt, the
+                concept and the unconditional branch: eps_p, eps_S, eps_0.
+        """
+        s = self.settings
+        first = step > self.step
+        if first:
+            self.step, self.momentum = step, self.following
+        mu = safe_scale(text, concept, s.scale, s.threshold)
+        gamma = mu * (concept - empty) + s.momentum_scale * self.momentum
+        if first:
+            self.following = s.momentum_beta * self.momentum + (1 - s.momentum_beta) * gamma
+        return gamma if step >= s.warmup else torch.zeros_like(gamma)
+
+
+def step_of(sigma, sigmas):
+    """Which step of a schedule a prediction belongs to, from 0.
+
+    Args:
+        sigma: the prediction's noise level; one between two levels of the schedule counts to the
+            step that starts at the higher one.
+        sigmas: the schedule's noise levels, falling.
+    """
+    reached = sum(level >= sigma * (1 - SAME_LEVEL) for level in sigmas)
+    return max(reached - 1, 0)
+
+
+def concept_prompt(concepts, text):
+    """One text for everything that is to be left out, as the paper writes it: with commas.
+
+    Args:
+        concepts: list of ``Concept``; names and aliases are taken. If there are any, they stand
+            in place of ``text``.
+        text: free text, in the host's prompt syntax.
+    """
+    if concepts:
+        names = ", ".join(subject for concept in concepts for subject in concept.subjects)
+        return Prompt(names, names)
+    if not text.strip():
+        raise ForgetError("There is nothing to leave out: connect concepts, or type a text.")
+    return Prompt(text, text, plain=False)

@@ -1,0 +1,208 @@
+"""Guidance and gated patches in ComfyUI: wrappers around one sampling run of a cloned MODEL.
+
+Each run makes its own state and puts it into the run's own copy of the model's options, so the
+MODEL keeps nothing and a run starts afresh.
+"""
+
+import logging
+import uuid
+
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from ...errors import ForgetError
+from ...guidance.prompt_gate import Gated
+from ...guidance.safe_latent_diffusion import SafeGuidance, step_of
+from ...models.adapters import Fixed, attached
+from ...text import printable
+
+SAFE = "fmn_safe_latent_diffusion"
+NEGATIVE = "fmn_erase_by_negative_prompt"
+GATED = "fmn_gated_patch"
+TEXT = "cross_attn", "pooled_output"
+
+
+def _around_runs(patcher, key, prepare):
+    """A clone that calls ``prepare(guider, sigmas)`` before each sampling run."""
+    clone = patcher.clone()
+    if clone.get_wrappers(WrappersMP.OUTER_SAMPLE, key) and key != GATED:
+        raise ForgetError(
+            "The model went through this node before: name all concepts in one node of this kind."
+        )
+
+    def outer_sample(executor, noise, latent, sampler, sigmas, *args, **kwargs):
+        prepare(executor.class_obj, sigmas)
+        return executor(noise, latent, sampler, sigmas, *args, **kwargs)
+
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, outer_sample)
+    return clone
+
+
+def _wrap(guider, kind, key, function):
+    add_wrapper_with_key(kind, key, function, guider.model_options, is_model_options=True)
+
+
+def safely_guided(host, text, settings):
+    """A clone of the MODEL that samples with Safe Latent Diffusion.
+
+    Args:
+        host: ``ComfyModel``.
+        text: ``Text`` that names the concept, [1, T, D].
+        settings: ``fmn.guidance.safe_latent_diffusion.SafeSettings``.
+    """
+
+    def prepare(guider, sigmas):
+        run = _SafeRun(guider, SafeGuidance(settings), sigmas.tolist())
+        guider.conds[SAFE] = reworded(guider.conds.get("positive", []), text)
+        guider.model_options["disable_cfg1_optimization"] = True  # gamma needs eps_0
+        _wrap(guider, WrappersMP.CALC_COND_BATCH, SAFE, run.predict)
+        _wrap(guider, WrappersMP.PREDICT_NOISE, SAFE, run.check)
+
+    return _around_runs(host.patcher, SAFE, prepare)
+
+
+class _SafeRun:
+    """Safe Latent Diffusion in one sampling run of a guider."""
+
+    def __init__(self, guider, guidance, sigmas):
+        self.guider, self.guidance, self.sigmas = guider, guidance, sigmas
+        self.met = False
+
+    def predict(self, executor, model, conds, x, timestep, options):
+        """Predictions for prompt and unconditional branch, the former made safe.
+
+        ComfyUI's predictions are clean latents, x - sigma eps, whatever the model predicts
+        natively; eps - gamma is then clean + sigma gamma.
+        """
+        ours = self.guider.conds
+        pair = ours.get("positive"), ours.get("negative")
+        mine = len(conds) == 2 and conds[1] and all(a is b for a, b in zip(conds, pair))
+        self.met |= bool(mine)
+        step = step_of(float(timestep[0]), self.sigmas)
+        if not mine or self.guidance.idle(step):
+            return executor(model, conds, x, timestep, options)
+        # One call, so that core puts all three into one batch if memory allows.
+        clean = executor(model, [*conds, ours[SAFE]], x, timestep, options)
+        sigma = timestep.view(-1, *[1] * (x.dim() - 1))
+        text, empty, concept = ((x - part) / sigma for part in clean)
+        gamma = self.guidance(step, text, concept, empty)
+        return [clean[0] + sigma * gamma, clean[1]]
+
+    def check(self, executor, *args, **kwargs):
+        out = executor(*args, **kwargs)
+        if not self.met:
+            raise ForgetError(
+                f"Safe Latent Diffusion cannot work with {type(self.guider).__name__}, which does "
+                "not predict for one positive and one negative prompt together: use KSampler, "
+                "SamplerCustom or CFGGuider."
+            )
+        return out
+
+
+def erased_by_negative(host, text, join):
+    """A clone of the MODEL whose unconditional branch reads the concept's text.
+
+    Args:
+        host: ``ComfyModel``.
+        text: ``Text`` that names the concept, [1, T, D].
+        join: put the text behind the user's own negative prompt, not in its place.
+    """
+
+    def prepare(guider, sigmas):
+        own = guider.conds.get("negative")
+        if own is not None:
+            made = [_lengthened(cond, text) for cond in own] if join else reworded(own, text)
+            guider.conds["negative"] = made
+
+        def predict(executor, model, conds, x, timestep, options):
+            positive = guider.conds.get("positive")
+            if len(conds) == 2 and conds[0] is positive and not conds[1]:
+                raise ForgetError(
+                    "Erasing by negative prompt has no effect here, as the negative prompt is left "
+                    "out: set cfg above 1, and use a sampler node that takes a negative prompt."
+                )
+            return executor(model, conds, x, timestep, options)
+
+        _wrap(guider, WrappersMP.CALC_COND_BATCH, NEGATIVE, predict)
+
+    return _around_runs(host.patcher, NEGATIVE, prepare)
+
+
+def reworded(conds, text):
+    """The same conditions (regions, times, ControlNets, LoRA hooks) with another text.
+
+    Conditions that differed in their texts only become one.
+    """
+    made = []
+    for cond in conds:
+        rest = {key: value for key, value in cond.items() if key not in (*TEXT, "uuid")}
+        if not any(_equal(rest, other) for other in made):
+            made.append(rest)
+    words = {"cross_attn": text.context}
+    if "pooled" in text.vectors:
+        words["pooled_output"] = text.vectors["pooled"]
+    return [rest | words | {"uuid": uuid.uuid4()} for rest in made]
+
+
+def _equal(first, second):
+    return first.keys() == second.keys() and all(
+        first[key] is second[key] or (key == "model_conds" and not first[key] and not second[key])
+        for key in first
+    )
+
+
+def _lengthened(cond, text):
+    own = cond["cross_attn"]
+    more = text.context.to(own).expand(len(own), -1, -1)
+    return cond | {"cross_attn": torch.cat([own, more], 1), "uuid": uuid.uuid4()}
+
+
+def gated(host, patch, strength, gate):
+    """A clone of the MODEL that wears a patch as far as each prompt opens its gate.
+
+    The patch is added to the layers' outputs while the U-Net runs; no weight changes. Rows of the
+    batch (positive and negative prompts, regions) have a gate each.
+
+    Args:
+        host: ``ComfyModel``.
+        gate: function from encoded prompts [B, T, D] to [B] in 0..1; ``prompt_gate.Gate``.
+    """
+    if patch.changes_text:
+        raise ForgetError(
+            "This patch changes the text encoder, whose words would no longer be those that open "
+            "the gate: use Apply Forget Patch."
+        )
+    patch.check_family(host.family)
+    model = host.patcher.model
+    patch.check_shapes(lambda layer: comfy.utils.get_attr(model, host.key(layer.name)))
+    names = printable(", ".join(patch.concepts))
+
+    def prepare(guider, sigmas):
+        device = guider.model_patcher.load_device
+        adapters = {
+            name: Fixed([(up, down, strength)], device)
+            for name, (up, down) in patch.changes.items()
+        }
+        told = False
+
+        def module_of(name):
+            return guider.model_patcher.model.get_submodule(host.key(name).removesuffix(".weight"))
+
+        def apply_model(executor, x, t, c_concat, c_crossattn, *args, **kwargs):
+            nonlocal told
+            amount = gate(c_crossattn)
+            if not told:
+                opened = ", ".join(f"{part:.2f}" for part in amount.tolist())
+                logging.info("Forget-Me-Not: gate of the patch for %s, a row: %s", names, opened)
+                told = True
+            amount = amount.to(x.device)
+            if not amount.any():
+                return executor(x, t, c_concat, c_crossattn, *args, **kwargs)
+            worn = {name: Gated(adapter, amount) for name, adapter in adapters.items()}
+            with attached(worn, module_of):
+                return executor(x, t, c_concat, c_crossattn, *args, **kwargs)
+
+        _wrap(guider, WrappersMP.APPLY_MODEL, GATED, apply_model)
+
+    return _around_runs(host.patcher, GATED, prepare)

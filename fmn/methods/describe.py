@@ -1,0 +1,86 @@
+"""Patches in words."""
+
+from dataclasses import asdict
+
+from ..patches.scores import scores_text
+from ..text import printable
+from . import METHODS, method
+
+PARTS_SHOWN = 12  # of a merged patch
+SETTINGS_SHOWN = 50  # more than any method has
+
+
+def describe(patch):
+    """What a patch forgets, how it was made, and on which base: a few lines of text."""
+    info = patch.info
+    ranks = "-".join(str(rank) for rank in sorted({patch.ranks[0], patch.ranks[-1]}))
+    lines = [
+        f"forgets: {'; '.join(map(_concept, info['concepts']))}",
+        f"for: {patch.family.title}, {info.get('base.prediction', 'epsilon')} prediction, "
+        f"base {info.get('base.fingerprint', 'unknown')}",
+        f"layers: {len(patch.changes)}, rank {ranks}",
+        f"method: {info.get('method', 'unknown')}",
+    ]
+    if info.get("merged"):
+        lines.append(f"merged: {_merged(info['merged'])}")
+    lines += _settings(info)
+    loss = info.get("loss")
+    if loss:
+        # What solves records two: before and after.
+        steps = f" in {loss['steps']} steps" if loss["steps"] > 2 else ""
+        lines.append(f"loss: {loss['first']:.4g} -> {loss['last']:.4g}{steps}")
+    lines += scores_text(info)
+    for key, meaning in (
+        ("truncation_error", "cut off by the rank"),
+        ("rounding_error", "lost by 16-bit rounding"),
+    ):
+        if key in info:
+            lines.append(f"{meaning}: {info[key]:.2%} of the change")
+    lines.append(f"made: {info.get('date', 'unknown')}, version {info.get('version', 'unknown')}")
+    return "\n".join(printable(line) for line in lines)
+
+
+def _concept(told):
+    """A concept with its aliases and its anchor."""
+    aliases = f", also {', '.join(told['aliases'])}" if told.get("aliases") else ""
+    anchor = f" -> {told['anchor']}" if told.get("anchor") else ""
+    return f"{told['name']} ({told['kind']}){aliases}{anchor}"
+
+
+def _settings(info):
+    """The preset that comes closest, and a line for each setting that is not as there.
+
+    All of them, for a method or settings that are not known here.
+    """
+    own, name = info.get("settings", {}), info.get("method")
+    presets = method(METHODS[name][0]).PRESETS if name in METHODS else {}
+    others = {
+        preset: {key: own[key] for key in own if own[key] != asdict(settings).get(key)}
+        for preset, settings in presets.items()
+    }
+    if not own:
+        return []
+    if not others:
+        return ["settings:", *_listed(own)]
+    closest = min(others, key=lambda preset: len(others[preset]))
+    if not others[closest]:
+        return [f"settings: as preset {closest}"]
+    return [f"settings: as preset {closest}, except", *_listed(others[closest])]
+
+
+def _listed(settings):
+    lines = [f"- {key} {value}" for key, value in settings.items()]
+    more = len(lines) - SETTINGS_SHOWN
+    return [*lines[:SETTINGS_SHOWN], f"- and {more} more"] if more > 0 else lines
+
+
+def _merged(parts):
+    """The patches that one was merged of, each with its strength; many of them in short."""
+    if len(parts) <= PARTS_SHOWN:
+        return "; ".join(
+            f"{', '.join(part['concepts'])} ({part['method']}) at {part['strength']:g}"
+            for part in parts
+        )
+    methods = ", ".join(dict.fromkeys(part["method"] for part in parts))
+    strengths = sorted(part["strength"] for part in parts)
+    return f"{len(parts)} patches by {methods}, at {strengths[0]:g} to {strengths[-1]:g}"

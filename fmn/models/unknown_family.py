@@ -1,0 +1,141 @@
+"""Models that are none of ``families.FAMILIES``: layers come from the loaded model, or a file.
+
+A layer goes by its name in a LoRA file, ``lora_unet_`` and its path with dots as underscores. That
+cannot be turned back into a path, so a patch from a file is matched through the model it is put on.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from ..errors import ForgetError
+from .families import Family, Layer
+
+KEY = "other"
+PREFIX = "lora_unet_"
+NAME = re.compile(PREFIX + r"\w{1,200}", re.ASCII)
+MODEL = re.compile(r"\w{1,80}", re.ASCII)  # ComfyUI's class of the model
+MAX_LAYERS = 8192
+MAX_ENTRIES = 1 << 30  # of one weight; 4 GiB in float32
+
+# The attention through which the text comes in, by paths of ComfyUI's modules. In joint attention
+# it is the text's own projections.
+CROSS_ATTENTION = re.compile(
+    r"""(.*\.)?(
+    context_block\.attn\.(qkv|proj)  # Stable Diffusion 3
+    | txt_attn\.(qkv|proj)  # Flux, Chroma
+    | double_layers\.\d+\.attn\.w1[qkvo]  # AuraFlow
+    | double_stream_blocks\.\d+\.block\.attn1\.to_([qkv]|out)_t  # HiDream
+    | cross_attn\.(q_linear|kv_linear|proj)  # PixArt
+    | attn2\.(q_proj|kv_proj|out_proj)  # HunyuanDiT
+    | attn2\.to_(q|k|v|out\.0)  # U-Nets with other blocks than those we know
+    )""",
+    re.VERBOSE,
+)
+# Where queries, keys and values are one matrix, keys and values alone cannot be named.
+KEYS_AND_VALUES = re.compile(
+    r"""(.*\.)?(
+    double_layers\.\d+\.attn\.w1[kv]
+    | double_stream_blocks\.\d+\.block\.attn1\.to_[kv]_t
+    | cross_attn\.kv_linear
+    | attn2\.(kv_proj|to_k|to_v)
+    )""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class OtherLayer(Layer):
+    """A Linear or Conv2d; ``compvis`` is its path, or its name again where only that is known."""
+
+    @property
+    def is_key_or_value(self):
+        return KEYS_AND_VALUES.fullmatch(self.compvis) is not None
+
+    @property
+    def is_cross_attention(self):
+        return CROSS_ATTENTION.fullmatch(self.compvis) is not None
+
+
+@dataclass(frozen=True, eq=False)
+class OtherFamily(Family):
+    """One model, or what a patch file tells of one: ``own`` are its layers, or those changed."""
+
+    own: tuple[OtherLayer, ...] = ()
+    latent_channels: int = 4
+    latent_factor: int = 8
+
+    known = False
+    implementation = "https://github.com/comfyanonymous/ComfyUI"
+
+    def is_same(self, other):
+        """Whether the other is the same class of model; layers are compared one by one."""
+        return not other.known and other.title == self.title
+
+
+def _family(model, layers, **latent):
+    return OtherFamily(
+        key=KEY, title=model, channels=(), blocks=0, depth=(), middle_depth=0, context_dim=0,
+        linear_projection=True, resolution=1024, architecture=model, base_version=model, texts=(),
+        own=tuple(layers), **latent,
+    )  # fmt: skip
+
+
+def family_of_model(model, shapes, latent_channels, latent_factor):
+    """The family that a loaded model is.
+
+    Args:
+        model: name of its class.
+        shapes: path of each Linear and Conv2d -> shape of its weight, in the model's order.
+
+    Raises:
+        ForgetError: there are no such layers, or two of them have one name in a LoRA file.
+    """
+    names = {path: PREFIX + path.replace(".", "_") for path in shapes}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if not shapes or twice:
+        has = f"two layers called {twice[0]}" if twice else "no plain Linear or Conv2d layers"
+        raise ForgetError(
+            f"{model} has {has}, so no LoRA can be made for it: load it with the stock loader and "
+            "without quantisation, or use another model."
+        )
+    layers = [OtherLayer(names[path], path, tuple(shape)) for path, shape in shapes.items()]
+    return _family(model, layers, latent_channels=latent_channels, latent_factor=latent_factor)
+
+
+def family_of_file(file, model, shapes):
+    """The family that a stranger's patch file claims to be for: what it names, within bounds.
+
+    Args:
+        file: its name, for errors.
+        model: what it says the model's class is, or None.
+        shapes: name of each tensor -> shape.
+    """
+    if model is None or not MODEL.fullmatch(model):
+        raise ForgetError(
+            f"'{file}' names the model {model!r:.40}, which is no name of a model class: "
+            "get another file."
+        )
+    names = list(dict.fromkeys(key.partition(".")[0] for key in shapes))
+    if len(names) > MAX_LAYERS:
+        raise ForgetError(
+            f"'{file}' changes {len(names)} layers, we read at most {MAX_LAYERS}: get another file."
+        )
+    return _family(model, [_claimed(file, name, shapes) for name in names])
+
+
+def _claimed(file, name, shapes):
+    if not NAME.fullmatch(name):
+        raise ForgetError(
+            f"'{file}' holds the layer {name!r:.80}, which is no name of a LoRA's layer: "
+            "it is no forget patch."
+        )
+    up, down = (tuple(shapes.get(f"{name}.lora_{part}.weight", ())) for part in ("up", "down"))
+    shape = (*up[:1], *down[1:])
+    if len(down) not in (2, 4) or len(up) != len(down) or not 0 < math.prod(shape) <= MAX_ENTRIES:
+        raise ForgetError(
+            f"'{file}' has lora_down {list(down)} and lora_up {list(up)} for '{name:.80}', which "
+            f"make no weight of 1 to {MAX_ENTRIES} numbers: get it again."
+        )
+    return OtherLayer(name, name, shape)

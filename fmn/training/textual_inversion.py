@@ -1,0 +1,163 @@
+"""Textual inversion (Gal et al. 2022, arXiv 2208.01618): a concept's words learned from pictures.
+
+The model stays as it is. Only the input embeddings of a few made-up tokens are trained, so that
+prompts with them predict the noise on the pictures. What they find, the model can draw, whatever
+its own words for it are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..concepts.prompt_templates import PLACEHOLDER
+from ..errors import ForgetError
+from ..models.interface import cross_attention_names
+from ..models.sampling import expand, q_sample
+from ..settings import check_limits
+from .loop import Optimiser, scale_for, train
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Textual inversion's settings.
+
+    Attributes:
+        tokens: how many input embeddings are learned; 1 to 64.
+        steps: optimiser steps.
+        lr: AdamW's learning rate, without weight decay.
+        batch: noised latents a step, at time steps spread over the whole schedule.
+        seed: for the start, the latents, the time steps and the noise.
+        start: words whose embeddings the tokens start from, repeated or cut to ``tokens``. Empty:
+            random directions with the mean length of the templates' words.
+        templates: prompts to learn in, {} for the tokens; one a step, drawn at random.
+    """
+
+    tokens: int = 2
+    steps: int = 100
+    lr: float = 0.01
+    batch: int = 4
+    seed: int = 0
+    start: str = ""
+    templates: tuple[str, ...] = ("a photo of {}",)
+
+    def __post_init__(self):
+        limits = {"tokens": (1, 64), "steps": (1, 100_000), "batch": (1, 256)}
+        check_limits(self, limits | {"seed": (0, 2**63 - 1)})
+        if not 0 < self.lr < 10:
+            raise ForgetError(f"lr is {self.lr}: use a number between 0 and 10, such as 0.01.")
+        check_templates(self.templates)
+
+
+@dataclass
+class Inverted:
+    """What an inversion found.
+
+    Attributes:
+        vectors: float32 [tokens, width] on the CPU, for ``BorrowedText.encode``.
+        start: the same before training.
+        losses: one a step.
+    """
+
+    vectors: torch.Tensor
+    start: torch.Tensor
+    losses: list[float]
+
+
+def check_templates(templates):
+    """Raise a ``ForgetError`` unless every template has exactly one {}."""
+    if not templates:
+        raise ForgetError("There is no template: give at least one, such as 'a photo of {}'.")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ForgetError(
+                f"The template '{template:.60}' has {template.count('{}')} places {{}} for the "
+                "concept: write it with exactly one."
+            )
+
+
+def filled(template, words):
+    """The template with words in its place; other braces stay as they are."""
+    return template.replace("{}", words)
+
+
+def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: None):
+    """Learn tokens that stand for what pictures show.
+
+    Args:
+        model: a ``Model`` that can ``encode_images`` and ``borrow_text``.
+        borrowed: its ``Borrowed``; patches may be attached to it.
+        images: float [N, H, W, 3] in 0..1.
+        on_step: gets a ``train.Step`` after each step, and may raise to cancel.
+
+    Returns:
+        Inverted
+
+    Raises:
+        ForgetError: no pictures, or settings that do not fit the model.
+        NonFiniteLoss: the loss blew up.
+    """
+    if images is None or len(images) == 0:
+        raise ForgetError("There are no pictures to invert: give at least one.")
+    latents = model.encode_images(images, model.family.resolution)
+    with (
+        model.borrow_text() as text_encoder,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        start = first_vectors(text_encoder, settings)
+        vectors = start.clone().requires_grad_()
+        draws = _Draws(latents.clone(), borrowed, settings)
+
+        def loss_at(index):
+            template, x_t, t, noise = draws()
+            text, _ = text_encoder.encode(filled(template, PLACEHOLDER), vectors)
+            predicted = borrowed.denoise(x_t, t, expand(text, len(x_t)))
+            return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
+
+        scale = scale_for(borrowed.module(f"{cross_attention_names(model.family)[0]}.to_k"))
+        optimiser = Optimiser(settings.lr, weight_decay=0.0)
+        losses = train([vectors], loss_at, settings.steps, optimiser, on_step, scale)
+        return Inverted(vectors.detach().cpu().clone(), start.cpu(), losses)
+
+
+def first_vectors(text_encoder, settings):
+    """What the tokens start from, float32 [tokens, width]; see ``Settings.start``.
+
+    Raises:
+        ForgetError: the start's words or the templates give no tokens.
+    """
+    words = settings.start or " ".join(settings.templates).replace("{}", " ")
+    known = text_encoder.vectors(words)
+    if len(known) == 0:
+        raise ForgetError(
+            f"'{words:.60}' gives no tokens to start from: write words around {{}} in a template, "
+            "or words to start from."
+        )
+    if settings.start:
+        return known.repeat(-(-settings.tokens // len(known)), 1)[: settings.tokens].clone()
+    generator = torch.Generator().manual_seed(settings.seed)
+    random = torch.randn(settings.tokens, text_encoder.width, generator=generator).to(known)
+    return random / random.norm(dim=1, keepdim=True) * known.norm(dim=1).mean()
+
+
+class _Draws:
+    """Endless training batches: a template, and noised latents at time steps spread evenly."""
+
+    def __init__(self, latents, borrowed, settings):
+        self.latents, self.settings = latents, settings
+        self.device, self.alphas = borrowed.device, borrowed.alphas_cumprod.cpu()
+        # Not the start's generator: two more tokens shall not change the noise.
+        self.generator = torch.Generator().manual_seed(settings.seed)
+
+    def __call__(self):
+        batch, total = self.settings.batch, len(self.alphas)
+        template = torch.randint(len(self.settings.templates), (1,), generator=self.generator)
+        index = torch.randint(len(self.latents), (batch,), generator=self.generator)
+        # One in each of ``batch`` equal parts: uniform as in the paper, and far less noisy.
+        share = torch.arange(batch) + torch.rand(batch, generator=self.generator)
+        t = (share * total / batch).long().clamp(max=total - 1)
+        clean = self.latents[index]
+        noise = torch.randn(clean.shape, generator=self.generator)
+        x_t = q_sample(clean, noise, self.alphas[t])
+        template = self.settings.templates[int(template)]
+        return template, x_t.to(self.device), t.to(self.device), noise

@@ -1,0 +1,109 @@
+"""The diffusers host beside the command line: schedulers, folders, shapes."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fmn.errors import ForgetError
+from fmn.hosts.diffusers.load import DEMO_FILE
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.models.families import DEMO
+from fmn.patches.patch import ForgetPatch
+
+
+@pytest.fixture
+def model():
+    return DiffusersModel.load("demo")
+
+
+SCHEDULERS = [
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler",
+    "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_samples_have_unit_variance_with_any_scheduler(model, name):
+    pipeline = model.pipeline
+    pipeline.scheduler = getattr(diffusers, name).from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing"
+    )
+    latents = model.sample_latents(["a photo of a dog"], model.latents_like([0], 128), 6, 3.5)
+    assert 0.5 < latents.std() < 2
+
+
+@pytest.mark.parametrize("shard", ["10GB", "2MB"])
+def test_a_folder_of_half_precision_copies(model, tmp_path, shard):
+    """As many are published; where there is a plain copy too, that one is read."""
+    halves = copy.deepcopy(model.pipeline).to(torch.float16)
+    halves.save_pretrained(tmp_path / "base", variant="fp16", max_shard_size=shard)
+    assert not list((tmp_path / "base").rglob("*model.safetensors"))
+    weight, found = model.unet.conv_in.weight, DiffusersModel.load(tmp_path / "base")
+    assert found.unet.dtype == found.pipeline.text_encoder.dtype == torch.float32
+    assert torch.equal(found.unet.conv_in.weight, weight.half().float())
+    model.pipeline.save_pretrained(tmp_path / "base")
+    assert torch.equal(DiffusersModel.load(tmp_path / "base").unet.conv_in.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("cut", "told"),
+    [
+        ("cond_stage_model.", "'unet.safetensors' lacks the text encoder: use a whole checkpoint"),
+        ("first_stage_model.", "lacks the VAE: use a whole"),
+        ("cond_stage_model.transformer.text_model.final", "cannot be loaded .RuntimeError: "),
+        ("first_stage_model.vae_scale", "cannot be loaded .KeyError: "),
+    ],
+)
+def test_checkpoints_without_all_parts_are_refused(tmp_path, cut, told):
+    """ComfyUI's ModelSave writes the U-Net alone."""
+    weights = {key: w for key, w in load_file(DEMO_FILE).items() if not key.startswith(cut)}
+    save_file(weights, tmp_path / "unet.safetensors")
+    with pytest.raises(ForgetError, match=told):
+        DiffusersModel.load(tmp_path / "unet.safetensors")
+
+
+def test_want_of_memory_is_no_damaged_checkpoint(monkeypatch):
+    def load(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(load, "_demo", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        DiffusersModel.load(DEMO_FILE)
+
+
+def test_a_failed_folder_leaves_nothing_but_what_was_there(model, tmp_path, monkeypatch):
+    def fail(folder):
+        folder.mkdir()
+        (folder / "half").write_text("written")
+        raise SafetensorError("disk full")
+
+    own = tmp_path / "merged.part" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    monkeypatch.setattr(model.pipeline, "save_pretrained", fail)
+    with pytest.raises(ForgetError, match="could not be written .disk full."):
+        model.save(tmp_path / "merged")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [own]
+    monkeypatch.setattr(model.pipeline, "save_pretrained", lambda folder: folder.mkdir())
+    model.save(tmp_path / "merged")
+    assert own.read_text() == "mine" and list((tmp_path / "merged").iterdir()) == []
+
+
+def test_a_variant_with_another_input_layer_is_refused(model):
+    """A U-Net that reads depth: it takes a K/V patch, but no training and no whole-U-Net patch."""
+    conv = model.unet.conv_in
+    model.unet.conv_in = torch.nn.Conv2d(5, conv.out_channels, 3, padding=1)
+    model.unet.register_to_config(in_channels=5)
+    patch = ForgetPatch(DEMO, {"conv_in": (torch.ones(64, 1, 1, 1), torch.ones(1, 4, 3, 3))})
+    with pytest.raises(ForgetError, match=r"\[64, 4, 3, 3\], the model has \[64, 5, 3, 3\]"):
+        model.merged([(patch, 1.0)])
+    with pytest.raises(ForgetError, match="reads 5 channels"), model.borrow():
+        pass
+    keys = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    before = model.unet.get_submodule(keys).weight.clone()
+    model.merged([(ForgetPatch(DEMO, {keys: (torch.ones(192, 1), torch.ones(1, 128))}), 0.5)])
+    assert torch.allclose(model.unet.get_submodule(keys).weight, before + 0.5)

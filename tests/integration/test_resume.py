@@ -1,0 +1,231 @@
+"""A run that goes on from a file equals one that was never interrupted, bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fmn.concepts.concept import Concept
+from fmn.errors import ForgetError
+from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.methods import forget, settings_of
+from fmn.training.loop import Optimiser, train
+from fmn.training.resume import load_state, save_state, state_path
+from fmn.training.run import SMOOTHED, Supervisor
+
+from ..unit.tiny import TinyModel, same_tensors, traces, weights_of
+from ..unit.training.test_train import Overflow, loss_of, start
+
+CONCEPTS = [Concept("dog", aliases=("puppy",), anchor="cat"), Concept("owl", anchor="cat")]
+CASES = {
+    "resteer": ("resteer", {"batch": 2}),
+    "resteer, whole weights": ("resteer", {"full_weights": True, "layers": "attention"}),
+    "esd": ("esd", {"sampling_steps": 3}),
+    "esd, edited, bins": (
+        "esd",
+        {
+            "sampling_steps": 3,
+            "sample_from": "edited",
+            "timesteps": "bin",
+            "layers": "x-strict",
+            "protect": True,
+        },
+    ),
+    "ablation": ("ablation", {"samples": 2, "sample_steps": 2, "batch": 2}),
+}
+
+
+def tensors_of(patch):
+    return {
+        f"{name}.{i}": factor
+        for name, both in patch.changes.items()
+        for i, factor in enumerate(both)
+    }
+
+
+def saved_at(step, path, **options):
+    """A supervisor that writes the training's state to a file after one step, and goes on."""
+
+    def on_step(seen):
+        if seen.training and seen.index == step:
+            save_state(seen.training.state(), path)
+
+    return Supervisor(on_step, **options)
+
+
+def run(model, settings, supervisor=None):
+    keep = () if settings.keep_needs else ("a house",)
+    return forget(model, CONCEPTS, settings, supervisor or Supervisor(), keep)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path):
+    preset, changes = CASES[case]
+    settings = settings_of(preset, changes | {"steps": 4, "seed": 3})
+    file = tmp_path / "dog.fmn-train"
+    whole = run(TinyModel(), settings)  # 8 steps: 4 for each concept
+    watched = run(TinyModel(), settings, saved_at(3, file))
+    model, steps = TinyModel(), []
+    before = weights_of(model.unet)
+    resumed = run(model, settings, Supervisor(steps.append, load_state(file)))
+    assert same_tensors(tensors_of(resumed), tensors_of(whole))
+    assert same_tensors(tensors_of(watched), tensors_of(whole))  # saving changes nothing
+    assert [step.index for step in steps] == [4, 5, 6, 7, 8]
+    assert resumed.info["loss"] == whole.info["loss"] and whole.info["loss"]["steps"] == 8
+    assert same_tensors(weights_of(model.unet), before)
+
+
+TEXT = {
+    "hirm": ({"steps": 3}, {"steps": 1}),  # of each concept
+    "reread-many": ({"steps": 4, "kept": 8, "batch": 2}, {}),  # its rate depends on their number
+}
+
+
+@pytest.mark.parametrize("preset", TEXT)
+def test_a_text_encoder_s_training_goes_on_too(preset, tmp_path):
+    settings, file = settings_of(preset, TEXT[preset][0]), tmp_path / "a.fmn-train"
+    model = DiffusersModel.load("demo")
+    whole = forget(model, CONCEPTS, settings)
+    forget(model, CONCEPTS, replace(settings, **TEXT[preset][1]), saved_at(2, file))
+    resumed = forget(model, CONCEPTS, settings, Supervisor(resume=load_state(file)))
+    assert same_tensors(tensors_of(resumed), tensors_of(whole))
+
+
+def test_a_shorter_run_goes_on_with_more_steps(tmp_path):
+    settings, file = settings_of("resteer", {"steps": 3}), tmp_path / "a.fmn-train"
+    run(TinyModel(), replace(settings, steps=1), saved_at(2, file))
+    resumed = run(TinyModel(), settings, Supervisor(resume=load_state(file)))
+    assert same_tensors(tensors_of(resumed), tensors_of(run(TinyModel(), settings)))
+
+
+def test_a_state_can_be_used_twice(tmp_path):
+    """Going on must not write into it."""
+    settings, file = settings_of("resteer", {"steps": 2}), tmp_path / "a.fmn-train"
+    run(TinyModel(), settings, saved_at(2, file))
+    state = load_state(file)
+    first, second = (run(TinyModel(), settings, Supervisor(resume=state)) for _ in range(2))
+    assert same_tensors(tensors_of(first), tensors_of(second))
+
+
+def test_adamws_memory_matters(tmp_path):
+    """So that the tests above could fail."""
+    settings, file = settings_of("resteer", {"steps": 3}), tmp_path / "a.fmn-train"
+    run(TinyModel(), settings, saved_at(3, file))
+    state = load_state(file)
+    for key in list(state.tensors):
+        if key.endswith(("exp_avg", "exp_avg_sq", "step")):
+            del state.tensors[key]
+    resumed = run(TinyModel(), settings, Supervisor(resume=state))
+    assert not same_tensors(tensors_of(resumed), tensors_of(run(TinyModel(), settings)))
+
+
+def test_a_loop_goes_on_after_float16_overflowed():
+    """Draws that overflowed count too, and the smaller scale stays."""
+
+    def made(draws):
+        parameters = start()
+
+        def loss_at(index):
+            value = Overflow.apply(loss_of(parameters, index)).sum()
+            return value * (1 + 0.01 * next(draws))
+
+        return parameters, loss_at
+
+    loops = []
+    parameters, loss_at = made(iter(range(100)))
+    train(parameters, loss_at, 5, Optimiser(0.1), lambda step: loops.append(step.loop), 512.0)
+    assert loops[-1].tries == 8 and loops[-1].scale == 64.0
+
+    part, loss_at = made(iter(range(100)))
+    caught = []
+    train(part, loss_at, 2, Optimiser(0.1), lambda step: caught.append(step.loop), 512.0)
+    assert caught[-1].tries == 5
+    again, loss_at = made(iter(range(caught[-1].tries, 100)))
+    with torch.no_grad():
+        for ours, theirs in zip(again, part):
+            ours.copy_(theirs)
+    losses = train(again, loss_at, 5, Optimiser(0.1), begun=caught[-1])
+    assert losses == loops[-1].losses
+    assert all(torch.equal(ours, whole) for ours, whole in zip(again, parameters))
+
+
+def test_parameters_without_gradient_have_no_moments():
+    used, unused = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0))
+    loops = []
+    train(
+        [used, unused], lambda index: used.square(), 2, Optimiser(0.1),
+        lambda step: loops.append(step.loop),
+    )  # fmt: skip
+    assert loops[-1].moments[0]["step"] == 2 and loops[-1].moments[1] is None
+
+
+LONG = {"steps": 15, "lr": 0.05, "seed": 1}  # a rate at which the loss jumps
+
+
+def best_by_hand(settings):
+    """Means of the last losses, and the patch of the step at which that was lowest."""
+    seen = []
+
+    def on_step(step):
+        patch = step.training.patch() if step.index >= SMOOTHED else None
+        seen.append((list(step.losses), patch))
+
+    run(TinyModel(), settings, Supervisor(on_step))
+    means = [
+        (sum(losses[-SMOOTHED:]) / SMOOTHED, i)
+        for i, (losses, patch) in enumerate(seen)
+        if patch is not None
+    ]
+    return means, seen[min(means)[1]][1], seen[-1][1]
+
+
+def test_the_best_step_is_kept(tmp_path):
+    settings, file = settings_of("resteer", LONG), tmp_path / "a.fmn-train"
+    means, best, last = best_by_hand(settings)
+    assert min(means)[1] < len(means) + SMOOTHED - 2  # else keeping the last would do
+    kept = run(TinyModel(), settings, saved_at(17, file, keep_best=True))
+    assert same_tensors(tensors_of(kept), tensors_of(best))
+    assert not same_tensors(tensors_of(kept), tensors_of(last))
+    assert kept.info["loss"]["steps"] == min(means)[1] + 1
+    resumed = run(TinyModel(), settings, Supervisor(resume=load_state(file), keep_best=True))
+    assert same_tensors(tensors_of(resumed), tensors_of(best))
+
+
+def test_too_few_steps_to_choose_from_keep_the_last():
+    settings = settings_of("resteer", {"steps": 3, "lr": 0.05})
+    kept = run(TinyModel(), settings, Supervisor(keep_best=True))
+    assert same_tensors(tensors_of(kept), tensors_of(run(TinyModel(), settings)))
+
+
+OTHER = {
+    "method": (dict(preset="esd"), "made with the method 'resteer', and this is 'esd'"),
+    "no training": (dict(preset="uce"), "made with the method 'resteer', and this is 'uce'"),
+    "concepts": (dict(concepts=CONCEPTS[:1]), "made with concepts 'dog, owl', and this is 'dog'"),
+    "setting": (dict(lr=0.5), "made with lr 0.002, and this is 0.5: only steps may differ"),
+    "seed": (dict(seed=9), "made with seed 0, and this is 9"),
+    "base": (dict(model_seed=1), "made with a base model of fingerprint"),
+    "done": (dict(steps=2), "has 4 steps behind it and 4 are asked for: set more steps"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_nothing_else_goes_on(case, tmp_path):
+    changes, message = dict(OTHER[case][0]), OTHER[case][1]
+    file = tmp_path / "a.fmn-train"
+    run(TinyModel(), settings_of("resteer", {"steps": 2}), saved_at(4, file))
+    model = TinyModel(seed=changes.pop("model_seed", 0))
+    before = weights_of(model.unet)
+    concepts, preset = changes.pop("concepts", CONCEPTS), changes.pop("preset", "resteer")
+    settings = settings_of(preset, changes if preset != "resteer" else {"steps": 4} | changes)
+    with pytest.raises(ForgetError, match=message) as caught:
+        forget(model, concepts, settings, Supervisor(resume=load_state(file)))
+    assert "a.fmn-train" in str(caught.value)
+    assert same_tensors(weights_of(model.unet), before)
+    assert traces(model.unet) == []
+
+
+def test_the_file_stands_beside_the_patch(tmp_path):
+    assert state_path(tmp_path / "a_00001.safetensors").name == "a_00001.fmn-train"
+    assert state_path("a.fmn-train").name == "a.fmn-train"
+    assert state_path("a").name == "a.fmn-train"

@@ -1,0 +1,131 @@
+"""Columns and summary from results written by hand, with exact values."""
+
+import pytest
+
+from fmn.bench.reporting.columns import Found, columns
+from fmn.bench.reporting.summary import summarise
+from fmn.bench.running.cells import Cell, Method, plan
+from fmn.bench.running.runner import Progress
+from fmn.bench.running.store import Store
+from fmn.bench.suite import parse_suite
+
+from ..worlds import data, make_setup
+
+SUITE = parse_suite(data(), "little")
+DOG, LIGHT = SUITE.targets
+
+
+def row(group, concept, style, said_concept, said_style, **more):
+    said = {"concept": said_concept, "style": said_style}
+    return {"group": group, "concept": concept, "style": style, "seed": 1, "said": said} | more
+
+
+DOG_ROWS = [
+    row("target", "dog", "dark", "dog", "dark", coherence=0.5, distance=0.9),
+    row("target", "dog", "light", "cat", "dark", coherence=1.0, distance=0.9),
+    row("near", "cat", "dark", "cat", "dark", distance=0.1),
+    row("near", "cat", "light", "dog", "light", distance=0.3),
+    row("far", "tree", "dark", "tree", "light", distance=0.0),
+    row("far", "tree", "light", "tree", "light", distance=0.0),
+]
+LIGHT_ROWS = [
+    row("target", "tree", "light", "tree", "dark"),
+    row("near", "tree", "dark", "cat", "dark"),
+]
+
+
+def values(*results):
+    made = {column.key: column.make(Found(list(results))) for column in columns()}
+    return {key: value["value"] for key, value in made.items() if value is not None}
+
+
+def test_columns_of_one_target():
+    result = {"rows": DOG_ROWS, "kid": 0.25, "seconds_a_picture": 2.0}
+    train = {"seconds": 3.0, "peak_bytes": 5_000_000, "bytes": 40_000}
+    found = values((DOG, {"pictures": result, "train": train}))
+    assert found == {
+        "UA": 0.5, "IRA": 0.75, "CRA": 0.75, "HM": pytest.approx(3 / (2 + 4 / 3 + 4 / 3)),
+        "coherence": 0.75, "companion": 0.5, "distance": pytest.approx(0.1), "KID": 0.25,
+        "near": 0.5, "seconds": 3.0, "peak": 5.0, "size": 0.04, "per_picture": 2.0,
+    }  # fmt: skip
+
+
+def test_targets_of_both_domains_are_pooled_each_by_its_own():
+    found = values(
+        (DOG, {"pictures": {"rows": DOG_ROWS}}), (LIGHT, {"pictures": {"rows": LIGHT_ROWS}})
+    )
+    assert found["UA"] == pytest.approx(2 / 3)  # two of three: one dog, and the light
+    assert found["IRA"] == pytest.approx(4 / 5)  # things of the dog, styles of the light
+    assert found["CRA"] == pytest.approx(3 / 5)
+
+
+def test_probes_count_only_what_the_untouched_model_draws():
+    rows = [
+        {"probe": "short", "still": True, "untouched": True},
+        {"probe": "short", "still": False, "untouched": True},
+        {"probe": "short", "still": True, "untouched": False},
+        {"probe": "aliases", "still": False, "untouched": True},
+    ]
+    shares = [{"share": share, "still": share == 0.4, "untouched": True} for share in (0.2, 0.4)]
+    controls = [{"still": True}, {"still": False}]
+    relearn = {"rows": [{"still": True, "untouched": True}], "controls": controls}
+    together = {"rows": [{"kept": True, "untouched_kept": True}, {"kept": 0, "untouched_kept": 0}]}
+    found = values(
+        (DOG, {"rungs": {"rows": rows}, "completion": {"rows": shares}, "relearn": relearn,
+               "together": together, "mscore": {"scores": [0.2, 0.4]},
+               "pictures": {"rows": DOG_ROWS}})
+    )  # fmt: skip
+    assert found["short"] == 0.5 and found["aliases"] == 0
+    assert found["completion"] == 0 and found["relearn"] == 1 and found["control"] == 0.5
+    assert found["together"] == 1 and found["mscore"] == pytest.approx(0.3)
+    # efficacy 1/2, specificity 3/4, generality: the alias is gone, so 1
+    assert found["Ho"] == pytest.approx(3 / (1 / 0.5 + 1 / 0.75 + 1))
+    absent = {"rows": [], "controls": "absent"}
+    assert not {"relearn", "control"} & set(values((DOG, {"relearn": absent})))
+
+
+@pytest.fixture
+def filled(tmp_path):
+    setup = make_setup()
+    method = Method("m", {"preset": "resteer"})
+    cells = plan(setup, SUITE, ["dog", "light"], [method], ("pictures",), ("many",))
+    grid = [{"label": "a dog", "pictures": ["x", "y"]}]
+    with Store(tmp_path / "cells.sqlite") as store:
+        for cell in cells:
+            rows = DOG_ROWS if cell.targets[0] != "light" else LIGHT_ROWS
+            result = {"rows": rows, "grid": grid, "agreement": {"concept": 0.5, "style": 1.0}}
+            if cell.work == "train":
+                result = {"seconds": 1.0, "bytes": 10}
+            if cell.work == "many":
+                result = {"names": len(cell.targets), "rows": DOG_ROWS}
+            store.add(cell.key(setup), {}, result, b"", 1.0)
+        yield setup, cells, store
+
+
+def test_a_summary(filled):
+    setup, cells, store = filled
+    broken = Progress(0, 1, Cell("rungs", "m", {}, ("dog",)), None, "Traceback\nValueError: no")
+    found = summarise(setup, SUITE, cells, store, "the command", [broken])
+    assert found["suite"] == "Little world" and found["command"] == "the command"
+    assert [(r["target"], r["method"]) for r in found["rows"]] == [
+        ("dog", "untouched"), ("light", "untouched"), ("dog", "m"), ("light", "m"),
+    ]  # fmt: skip
+    assert [(m["kind"], m["targets"]) for m in found["means"] if m["method"] == "m"] == [
+        ("object", ["dog"]), ("style", ["light"]), ("all", ["dog", "light"]),
+    ]  # fmt: skip
+    assert {"UA", "IRA", "seconds"} <= {column["key"] for column in found["columns"]}
+    assert all("make" not in column for column in found["columns"])
+    assert [(s["what"], s["concepts"], s["UA"]["value"]) for s in found["scale"]] == [
+        ("patches made apart, added", 1, 0.5)
+    ]
+    assert [grid["title"] for grid in found["grids"]] == ["dog, m", "light, m"]
+    notes = " ".join(found["notes"])
+    assert "'dog' in only 50%" in notes and "75.0% of all labels" in notes
+    assert "Not measured: rungs of m on dog: ValueError: no" in notes
+
+
+def test_cells_that_are_missing_are_left_out(filled):
+    setup, cells, store = filled
+    store.db.execute("DELETE FROM cells WHERE key = ?", (cells[1].key(setup),))
+    found = summarise(setup, SUITE, cells, store)
+    assert ("light", "untouched") not in [(r["target"], r["method"]) for r in found["rows"]]

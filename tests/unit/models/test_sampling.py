@@ -1,0 +1,171 @@
+"""DDIM against hand computation, and the ways to step in."""
+
+import pytest
+import torch
+
+from fmn.errors import ForgetError
+from fmn.models.interface import Text
+from fmn.models.sampling import Sampling, ddim, expand, guided, spaced
+
+ALPHAS = torch.tensor([0.9, 0.8, 0.64, 0.36])
+X = torch.full((1, 4, 1, 1), 2.0)
+
+
+def constant(value):
+    return lambda x, t: torch.full_like(x, value)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_time_steps_are_evenly_spaced_from_the_last():
+    assert spaced(1000, 4) == [999, 749, 499, 249]
+    assert spaced(1000, 1) == [999]
+    assert spaced(4, 4) == [3, 2, 1, 0]
+    assert spaced(1000, 3) == [999, 666, 332]
+
+
+def test_two_steps_by_hand():
+    """0.36 -> 0.8 -> 1 with noise 0.5: x_0 by eq. 12 of the paper, sigma 0."""
+    clean = (2 - 0.8 * 0.5) / 0.6
+    x = 0.8**0.5 * clean + 0.2**0.5 * 0.5
+    expected = (x - 0.2**0.5 * 0.5) / 0.8**0.5
+    torch.testing.assert_close(ddim(constant(0.5), X, ALPHAS, 2), torch.full_like(X, expected))
+
+
+def test_one_step_gives_the_predicted_clean_latent():
+    result = ddim(constant(0.5), X, ALPHAS, 1)
+    torch.testing.assert_close(result, torch.full_like(X, (2 - 0.8 * 0.5) / 0.6))
+
+
+def test_the_model_sees_the_time_steps_in_order():
+    seen = []
+
+    def predict(x, t):
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    ddim(predict, X, ALPHAS, 4)
+    assert seen == [3, 2, 1, 0]
+
+
+def test_fresh_noise_by_hand():
+    """eta 1 is DDPM's: sigma^2 = (1 - a') / (1 - a) * (1 - a / a')."""
+    drawn = torch.randn(X.shape, generator=seeded())
+    sigma = (0.2 / 0.64 * (1 - 0.36 / 0.8)) ** 0.5
+    clean = (2 - 0.8 * 0.5) / 0.6
+    expected = 0.8**0.5 * clean + (0.2 - sigma**2) ** 0.5 * 0.5 + 3 * sigma * drawn
+    result = ddim(constant(0.5), X, ALPHAS, 2, last=1, eta=1.0, spread=3.0, generator=seeded())
+    torch.testing.assert_close(result, expected)
+
+
+def test_eta_above_one_takes_the_absolute_value_under_the_root():
+    eta = 3.0
+    sigma = eta * (0.2 / 0.64 * (1 - 0.36 / 0.8)) ** 0.5
+    assert sigma**2 > 0.2
+    clean = (2 - 0.8 * 0.5) / 0.6
+    expected = 0.8**0.5 * clean + (sigma**2 - 0.2) ** 0.5 * 0.5
+    result = ddim(constant(0.5), X, ALPHAS, 2, last=1, eta=eta, spread=0.0, generator=seeded())
+    torch.testing.assert_close(result, torch.full_like(X, expected))
+
+
+def noisy(x, t):
+    return x * 0.3 + t / 10
+
+
+def test_without_eta_it_draws_no_random_numbers():
+    generator = seeded()
+    before = generator.get_state()
+    first = ddim(noisy, X, ALPHAS, 4, generator=generator)
+    assert torch.equal(first, ddim(noisy, X, ALPHAS, 4))
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_with_eta_the_generator_decides():
+    first, again, other = (
+        ddim(noisy, X, ALPHAS, 4, eta=1.0, generator=seeded(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 4])
+def test_two_goes_are_one(cut):
+    whole = ddim(noisy, X, ALPHAS, 4)
+    half = ddim(noisy, X, ALPHAS, 4, last=cut)
+    assert torch.equal(ddim(noisy, half, ALPHAS, 4, first=cut), whole)
+
+
+def test_correct_sees_every_prediction_and_replaces_it():
+    seen = []
+
+    def correct(x, noise, t, alpha):
+        seen.append((float(noise.mean()), t, round(float(alpha), 6)))
+        return torch.full_like(noise, 0.5)
+
+    result = ddim(constant(7.0), X, ALPHAS, 2, correct=correct)
+    assert seen == [(7.0, 3, 0.36), (7.0, 1, 0.8)]
+    assert torch.equal(result, ddim(constant(0.5), X, ALPHAS, 2))
+
+
+def test_after_replaces_what_a_step_gave():
+    seen = []
+
+    def after(x, alpha):
+        seen.append(round(float(alpha), 6))
+        return torch.ones_like(x)
+
+    assert torch.equal(ddim(noisy, X, ALPHAS, 2, after=after), torch.ones_like(X))
+    assert seen == [0.8, 1.0]
+
+
+class Recorder:
+    """A model whose noise is the mean of the text."""
+
+    def __init__(self):
+        self.calls = []
+
+    def denoise(self, x, t, text):
+        self.calls.append((len(x), t.tolist()))
+        return text.context.mean((1, 2)).view(-1, 1, 1, 1).expand_as(x)
+
+
+def text_of(*values):
+    return Text(torch.tensor(values).view(-1, 1, 1).expand(-1, 77, 3))
+
+
+def test_guidance_by_hand():
+    borrowed = Recorder()
+    predict = guided(borrowed, text_of(3.0, 5.0), text_of(1.0), 4.0)
+    noise = predict(torch.zeros(2, 4, 1, 1), 7)
+    assert noise[:, 0, 0, 0].tolist() == [1 + 4 * 2, 1 + 4 * 4]
+    assert borrowed.calls == [(4, [7, 7, 7, 7])]
+
+
+def test_guidance_of_one_asks_once():
+    borrowed = Recorder()
+    noise = guided(borrowed, text_of(3.0, 5.0), None, 1)(torch.zeros(2, 4, 1, 1), 7)
+    assert noise[:, 0, 0, 0].tolist() == [3, 5]
+    assert borrowed.calls == [(2, [7, 7])]
+
+
+def test_one_text_as_a_batch():
+    batch = expand(Text(torch.ones(1, 77, 3), {"pooled": torch.ones(1, 5)}), 4)
+    assert batch.context.shape == (4, 77, 3) and batch.vectors["pooled"].shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(steps=0), "steps are 0"),
+        (dict(steps=1001), "steps are 1001"),
+        (dict(guidance=-1.0), "Guidance is -1"),
+        (dict(guidance=101.0), "Guidance is 101"),
+        (dict(size=100), "size is 100"),
+        (dict(size=-64), "size is -64"),
+        (dict(size=8192), "size is 8192"),
+    ],
+)
+def test_bad_sampling_is_refused(values, message):
+    with pytest.raises(ForgetError, match=message):
+        Sampling(**values)
