@@ -6,19 +6,18 @@ import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from .. import __version__
 from ..concepts.concept import Concept, Prompt
 from ..errors import ForgetError
-from ..methods import check_keep, forget
+from ..methods import check_keep, forget, preset_of, revision
 from ..models.families import layers
 from ..models.token_positions import CHUNK
 from ..patches.patch import FORMAT, load_patch, save_patch
 from ..text import printable
-from .sources import code_of
 
 MEMO_BYTES = 1 << 30
 NAME_LETTERS = 40  # of a concept's name in a file's
@@ -168,8 +167,8 @@ def recipe(state, concept, settings, keep=()):
     """
     told = {
         "format": FORMAT,
-        "version": __version__,
-        "code": code_of(type(settings).__module__),
+        "revision": revision(preset_of(settings)),
+        "lists": _lists(),
         "model": state,
         "method": settings.method,
         "settings": asdict(settings),
@@ -179,6 +178,16 @@ def recipe(state, concept, settings, keep=()):
         "keep": list(keep),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _lists():
+    """Hash of the shipped word lists, from which methods take what to keep."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parents[1] / "concepts" / "lists").glob("*.txt")):
+        text = path.read_text("utf-8")  # with equal line ends, whatever the checkout
+        digest.update(f"{path.name} {len(text)} {text}".encode())
+    return digest.hexdigest()
 
 
 def _digest(tensors):
@@ -192,7 +201,7 @@ def _digest(tensors):
 def state_of(model):
     """Tells a model with the LoRAs and the text encoder it wears from another: 64 hex digits.
 
-    From a row of every layer, what a prompt is encoded as, the noise schedule, and the host's code.
+    From a row of every layer, what a prompt is encoded as, and the noise schedule.
     """
     parts = [model.encode(PROBE).context]
     with model.borrow() as borrowed:
@@ -202,7 +211,6 @@ def state_of(model):
         # In float32: in half precision the schedule's ends are all alike.
         rows.append(borrowed.sigmas if alphas is None else alphas)
     told = f"{model.family.key} {model.family.title} {model.prediction} {model.fingerprint()} "
-    told += f"{code_of(type(model).__module__)} "
     return hashlib.sha256((told + _digest(rows)).encode()).hexdigest()
 
 

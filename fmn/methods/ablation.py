@@ -27,6 +27,7 @@ from ..training.fit_adapters import autograd, learn, reference_latents, shuffled
 from ..training.losses import concept_ablation
 
 TITLE = "Concept Ablation"
+REVISION = 1
 ABOUT = (
     "Concept Ablation (arXiv 2303.13516): trains the concept's prompts to draw what its anchor's "
     "prompts draw; also corrects what a word means."

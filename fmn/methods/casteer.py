@@ -26,6 +26,7 @@ from ..settings import seed, setting, size
 from ..training.fit_adapters import autograd
 
 TITLE = "CASteer"
+REVISION = 1
 ABOUT = (
     "Cross-attention steering (CASteer, arXiv 2503.09630) baked into weights: measures what the "
     "concept adds to cross-attention's output, and projects it out."

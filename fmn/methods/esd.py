@@ -23,6 +23,7 @@ from ..training.loop import Optimiser
 from ..training.losses import esd
 
 TITLE = "ESD"
+REVISION = 1
 ABOUT = (
     "Erased Stable Diffusion (arXiv 2303.07345): trains the model to draw, for the concept's "
     "prompts, away from the concept. Slower than re-steering, and stronger."

@@ -26,6 +26,7 @@ from ..training.loop import Optimiser, scale_for
 from ..training.run import Training
 
 TITLE = "HiRM"
+REVISION = 1
 ABOUT = (
     "High-level representation misdirection (arXiv 2602.19631): trains the text encoder's first "
     "layer until the concept's words mean noise, or its anchor. The patch is for the CLIP."

@@ -19,6 +19,7 @@ from ..settings import setting
 from ..training.fit_adapters import autograd
 
 TITLE = "OCE"
+REVISION = 1
 ABOUT = (
     "Orthogonal Concept Erasure (arXiv 2605.28902): a closed form, done in seconds, that turns "
     "what cross-attention gives for the concept's words into its opposite."

@@ -34,6 +34,7 @@ from ..training.fit_adapters import autograd
 from .uce import rows_of
 
 TITLE = "RECE"
+REVISION = 1
 ABOUT = (
     "RECE (arXiv 2407.12383): UCE, then rounds that solve for the embedding which brings the "
     "concept back best, and edit that away too."

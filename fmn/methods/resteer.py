@@ -27,6 +27,7 @@ from ..training.fit_adapters import autograd, learn, reference_latents
 from ..training.losses import attention_resteering
 
 TITLE = "Re-steer"
+REVISION = 1
 ABOUT = (
     "Attention re-steering (Forget-Me-Not, arXiv 2303.17591): trains away the attention that the "
     "concept's words get."

@@ -32,6 +32,7 @@ from ..settings import seed, setting
 from ..training.fit_adapters import autograd
 
 TITLE = "SPEED"
+REVISION = 1
 ABOUT = (
     "SPEED (arXiv 2503.07392): a closed form that edits values of cross-attention where kept "
     "words have no part, for many concepts at once."

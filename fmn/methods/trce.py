@@ -17,6 +17,7 @@ from ..settings import setting
 from ..training.fit_adapters import autograd
 
 TITLE = "TRCE (closed form)"
+REVISION = 1
 ABOUT = (
     "The closed form of TRCE (arXiv 2503.07389): makes the end-of-text token of many prompts with "
     "the concept read as if they spoke of the anchor."
