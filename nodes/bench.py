@@ -12,15 +12,17 @@ from comfy_api.latest import io
 from ..fmn.bench.names import MEASURES, QUICK
 from ..fmn.bench.reporting.plots import plots
 from ..fmn.bench.reporting.report import in_short, markdown_table
-from ..fmn.bench.running.cells import Setup, given, plan, trained
-from ..fmn.bench.running.lab import Lab, check_domains, files_of, hash_of, judge_for, to_bytes
-from ..fmn.bench.running.runner import Here, bench, failures
-from ..fmn.bench.running.worker import demo_controls, read_controls
-from ..fmn.bench.suite import SUITES, parse_suite, read_suite
+from ..fmn.bench.running.cells import Method as BenchMethod
+from ..fmn.bench.running.cells import given, plan, trained
+from ..fmn.bench.running.lab import check_domains, make_setup, open_lab, to_bytes
+from ..fmn.bench.running.runner import CellProgress, Here, bench, failures
+from ..fmn.bench.suite import SUITES, Suite, Target, parse_suite, read_suite
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.methods import PRESETS, preset_of, settings_of
 from ..fmn.patches import scores
+from ..fmn.patches.patch import ForgetPatch
+from ..fmn.settings import Settings
 from ..fmn.text import printable
 from .common import image_of, lines_of
 from .patch import DEMO_PATCHES, below_output
@@ -148,29 +150,28 @@ class ConceptBench(io.ComfyNode):
         cls, model, clip, vae, suite, targets, measure, judge, count, bench_seed, name,
         write_scores=False, patch=None, method=None,
     ):  # fmt: skip
-        data = read_suite(_suite_path(suite))
-        world = parse_suite(data, Path(suite).stem)
+        data = read_suite(folder_paths.get_full_path(KIND, suite) or suite)
+        parsed = parse_suite(data, Path(suite).stem)
         host = ComfyModel(model, clip, vae)
-        setup = _setup(host, data, world, judge, count, bench_seed)
-        targets = _targets(world, targets, patch)
+        # The fingerprint leaves out patches that are on the model, which change what is measured.
+        patched = f"+{host.patcher.patches_uuid}" if host.patcher.patches else ""
+        setup = make_setup(
+            data, parsed, host.fingerprint() + patched, judge=judge, count=count, seed=bench_seed
+        )
+        chosen = _targets(parsed, targets, patch)
         if write_scores:
-            _check_scored(patch, targets)
-        judges = {
-            kind: judge_for(spec, world) if (spec := getattr(setup, kind)) else None
-            for kind in ("judge", "check")
-        }
-        check_domains(judges["judge"], targets)
+            _check_scored(patch, chosen)
+        progress = _Progress()
+        lab = open_lab(setup, host, progress.work)
+        check_domains(lab.judge, chosen)
         measures = {"quick": QUICK, "all": MEASURES}.get(measure, (measure,))
         under_test = _method(patch, method, write_scores)
-        names = [target.name for target in targets]
-        cells = plan(setup, world, names, [under_test], measures)
-        show = _Progress()
-        controls = read_controls(setup.controls)
-        lab = Lab(setup, host, **judges, controls=controls, on_work=show.work)
-        stop = comfy.model_management.InterruptProcessingException
+        names = [target.name for target in chosen]
+        cells = plan(setup, parsed, names, [under_test], measures)
+        executor = Here(lab, (comfy.model_management.InterruptProcessingException,))
         folder = below_output(name.strip() or "bench", "forget_bench")
         summary, paths, failed = bench(
-            setup, world, cells, [under_test], folder, Here(lab, (stop,)), show
+            setup, parsed, cells, [under_test], folder, executor, progress
         )
         if failed:
             raise ForgetError(failures(failed, paths))
@@ -185,46 +186,18 @@ class ConceptBench(io.ComfyNode):
         return io.NodeOutput(report, *shown, ui=told(result, report))
 
 
-def _suite_path(name):
-    return folder_paths.get_full_path(KIND, name) or name
-
-
-def _setup(host, data, suite, judge, count, seed):
-    judge = judge or suite.judge
-    if not judge:
-        raise ForgetError(
-            f"Suite '{suite.name}' has no judge of its own: type clip: and a folder with a CLIP "
-            "model into judge."
-        )
-    check = suite.check if judge == suite.judge else ""
-    controls = demo_controls() if judge.startswith("demo") else ""
-    # Patches that are on the model change what is measured, and the fingerprint leaves them out.
-    worn = f"+{host.patcher.patches_uuid}" if host.patcher.patches else ""
-    return Setup(
-        suite=data,
-        model="",
-        fingerprint=host.fingerprint() + worn,
-        judge=judge,
-        check=check,
-        controls=controls,
-        judges=hash_of([path for spec in (judge, check) for path in files_of(spec)] + [controls]),
-        count=count,
-        seed=seed,
-    )
-
-
-def _targets(suite, text, patch):
-    """The suite's targets that are named; without names those that the patch forgets, or all."""
+def _targets(suite: Suite, text: str, patch: ForgetPatch | None) -> list[Target]:
+    """The targets that are named; without names those that the patch forgets, or all."""
     names = lines_of(text)
     if names:
         return [suite.find(name) for name in dict.fromkeys(names)]
     if patch is None:
         return list(suite.targets)
-    return suite.forgotten(patch.concepts)
+    return suite.targets_of(patch.concepts)
 
 
-def _check_scored(patch, targets):
-    """Refuse before measuring what no scores could be written of."""
+def _check_scored(patch: ForgetPatch | None, targets: list[Target]) -> None:
+    """Refuse before measuring if no scores could be written."""
     if patch is None or patch.source is None:
         raise ForgetError(
             "write_scores is on, but what is measured is no file yet: connect the patch of Load "
@@ -239,7 +212,7 @@ def _check_scored(patch, targets):
     scores.check_targets(path.name, patch.concepts, [target.name for target in targets])
 
 
-def _method(patch, method, as_file):
+def _method(patch: ForgetPatch | None, method: Settings | None, as_file: bool) -> BenchMethod:
     if patch is not None:
         if method is not None:
             raise ForgetError("A patch and a method are connected: remove one of them.")
@@ -252,18 +225,19 @@ def _method(patch, method, as_file):
 class _Progress:
     """Shows cells done, time left and the picture count on the node; ends the run on Cancel."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start, self.units, self.shown = time.monotonic(), 0, 0.0
-        self.bar, self.text, self.before = None, "measuring", None
+        self.bar: comfy.utils.ProgressBar | None = None
+        self.text, self.before = "measuring", 0
 
-    def work(self, count):
+    def work(self, count: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.units += count
         if time.monotonic() - self.shown > 1:
             self.shown = time.monotonic()
             show_text(f"{self.text}; {self.units} pictures and steps so far")
 
-    def __call__(self, progress):
+    def __call__(self, progress: CellProgress) -> None:
         if self.bar is None:
             self.bar, self.before = comfy.utils.ProgressBar(progress.total), progress.done - 1
         self.bar.update_absolute(progress.done, progress.total)

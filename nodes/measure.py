@@ -12,7 +12,7 @@ from ..fmn.metrics.mscore import check, m_score, plot, report, summary
 from ..fmn.models.attention_maps import look_at, maps_grid, maps_text
 from ..fmn.models.generator import open_studio
 from ..fmn.models.sampling import Sampling
-from ..fmn.training.textual_inversion import Settings
+from ..fmn.training.textual_inversion import Settings, filled
 from .common import image_of, lines_of
 from .types import CATEGORY, Concepts, show_text, told
 
@@ -250,7 +250,7 @@ def _measure(host, reference, concept, given, count, show):
     with open_studio(reference, Sampling(), batch=4, on_pictures=show.drawn) as studio:
         if images is None:
             show.start(f"{phrase}: drawing {count} pictures")
-            named = [prompts[i % len(prompts)].format(phrase) for i in range(count)]
+            named = [filled(prompts[i % len(prompts)], phrase) for i in range(count)]
             images = studio.draw(named, [seeds[0] + i for i in range(count)])
         if reference is not host:
             show.start(f"{phrase}, untouched")

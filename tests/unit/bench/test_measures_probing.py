@@ -3,22 +3,21 @@
 import pytest
 import torch
 
-from fmn.bench.measures.beyond import (
+from fmn.bench.measures.classifier import (
     ClassifierSettings,
-    FreshNoise,
     LatentClassifier,
-    centred,
     classifier,
-    completion,
-    drawn,
-    examples_and_others,
     guide,
-    inpainted_latents,
-    inpainting,
-    noise,
-    smoothed,
+    labelled_latents,
     train_classifier,
 )
+from fmn.bench.measures.inpainting import (
+    centred_hole,
+    inpainted_latents,
+    inpainting,
+    smooth_hole,
+)
+from fmn.bench.measures.probing import FreshNoise, completion, draw_latents, noise
 from fmn.bench.suite import Target, parse_suite
 from fmn.errors import ForgetError
 from fmn.models.families import FAMILIES
@@ -194,14 +193,14 @@ def test_a_classifier_needs_both_kinds():
 
 def test_examples_are_other_pictures_than_those_asked_for(studio):
     trial = make_trial(studio)
-    latents, wanted = examples_and_others(trial, 8)
+    latents, wanted = labelled_latents(trial, 8)
     assert latents.shape == (16, 4, 8, 8) and wanted.tolist() == [True] * 8 + [False] * 8
     prompts = [prompt for prompt, _ in trial.cache]
     assert sum("dog" in prompt for prompt in prompts) == 8
     assert all("cat" in prompt or "tree" in prompt for prompt in prompts if "dog" not in prompt)
     assert not {ask.seed for ask in trial.target_asks()} & {seed for _, seed in trial.cache}
     style = make_trial(studio, "light")
-    examples_and_others(style, 8)
+    labelled_latents(style, 8)
     others = [prompt for prompt, _ in style.cache if "light" not in prompt]
     assert len(others) == 8 and all(prompt == "a tree in dark" for prompt in others)
 
@@ -209,7 +208,7 @@ def test_examples_are_other_pictures_than_those_asked_for(studio):
 def test_nothing_to_tell_from(studio):
     suite = parse_suite(data(far=["dog"], targets=[{"name": "dog", "kind": "object"}]), "one")
     with pytest.raises(ForgetError, match="nothing to tell 'dog' from"):
-        examples_and_others(make_trial(studio, suite.targets[0], suite=suite), 8)
+        labelled_latents(make_trial(studio, suite.targets[0], suite=suite), 8)
 
 
 def test_classifier_probe(worn):
@@ -232,17 +231,19 @@ def test_bad_classifier_settings(bad):
 
 
 def test_the_hole_is_the_middle_half():
-    hole = centred(8)
+    hole = centred_hole(8)
     assert hole.sum() == 16 and hole[2:6, 2:6].all()
     # Of a latent and of its picture the same.
-    assert torch.equal(centred(64), centred(8).repeat_interleave(8, 0).repeat_interleave(8, 1))
+    assert torch.equal(
+        centred_hole(64), centred_hole(8).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    )
 
 
 def test_inpainting_keeps_the_outside_exactly_and_fills_the_hole(studio):
     text, start = studio.texts(["a dog"] * 2), studio.noise([1, 2])
     known = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     filled = inpainted_latents(studio, text, start, known)
-    hole = centred(8)
+    hole = centred_hole(8)
     assert torch.equal(filled[..., ~hole], known[..., ~hole])
     # What lies in the hole of the known latents cannot matter.
     secret = known.clone()
@@ -255,7 +256,7 @@ def test_inpainting_sees_the_outside_at_each_steps_noise(studio):
     text, start, known = studio.texts(["a dog"]), studio.noise([1]), torch.full((1, 4, 8, 8), 2.0)
     studio.model.seen.clear()
     inpainted_latents(studio, text, start, known)
-    outside = ~centred(8)
+    outside = ~centred_hole(8)
     seen = studio.model.seen
     assert torch.equal(seen[0][0][:1], start)
     for x, t, _ in seen[1:]:
@@ -273,7 +274,7 @@ def test_what_the_encoder_sees_is_grey_in_the_hole(studio, monkeypatch):
 
     monkeypatch.setattr(studio.model, "encode_images", watched)
     trial = make_trial(studio)
-    pictures, hole = trial.untouched(trial.target_asks()), centred(64)
+    pictures, hole = trial.untouched(trial.target_asks()), centred_hole(64)
     inpainting(trial)
     for images, size in seen:
         assert size == 64 and (images[:, hole] == 0.5).all()
@@ -285,7 +286,7 @@ def test_a_smooth_hole_continues_its_surroundings():
     for picture in (ramp, ramp.transpose(1, 2).contiguous(), torch.full((2, 16, 16, 3), 0.3)):
         holed = picture.clone()
         holed[:, 4:12, 4:12] = 9
-        assert torch.allclose(smoothed(holed), picture, atol=1e-6)
+        assert torch.allclose(smooth_hole(holed), picture, atol=1e-6)
 
 
 def test_inpainting_judges_hole_and_whole(worn):
@@ -294,7 +295,7 @@ def test_inpainting_judges_hole_and_whole(worn):
     pictures = trial.untouched(trial.target_asks())
     result = inpainting(trial)
     alone, before, whole, before_whole, white, smooth = judge.shown
-    hole = centred(64)
+    hole = centred_hole(64)
     for images in (alone, before):
         assert (images[:, ~hole] == 1).all()
     for images in (whole, before_whole, white, smooth):
@@ -319,7 +320,7 @@ def test_drawn_is_plain_drawing_in_batches(worn):
     worn.on_pictures = told.append
     trial = make_trial(worn)
     asks = trial.target_asks()
-    images = drawn(trial, asks, lambda part, text, start: worn.latents(text, start))
+    images = draw_latents(trial, asks, lambda part, text, start: worn.latents(text, start))
     assert told == [2, 1] and torch.equal(images, trial.draw(asks))
 
 
