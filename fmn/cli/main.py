@@ -14,6 +14,7 @@ from .batch import add_batch, add_merge, run_batch, run_merge
 from .bench import add_bench, run_bench
 from .forget import add_forget, run_forget
 from .options import Parser, asked_method, refuse_unknown
+from .signals import sigterm_cancels
 
 OK, FAILED, BAD_INPUT, NOT_FINITE, PARTLY, CANCELLED = 0, 1, 2, 3, 4, 130
 
@@ -95,8 +96,9 @@ def main(arguments=None):
         "methods": _methods, "batch": run_batch, "merge": run_merge, "bench": run_bench,
     }  # fmt: skip
     try:
-        options = parse(arguments)
-        result, text, *partly = commands[options.command](options)
+        with sigterm_cancels():
+            options = parse(arguments)
+            result, text, *partly = commands[options.command](options)
     except NonFiniteLoss as error:
         return _fail(as_json, error, NOT_FINITE)
     except ForgetError as error:
