@@ -244,7 +244,7 @@ def started(folder):
     Ctrl-C works there even if it is ignored here, as a shell makes it for what runs in the
     background.
     """
-    options = "--count 2 --workers 2 --check= --target dog apple car guitar --measure pictures"
+    options = "--count 2 --workers 1 --check= --target dog apple car guitar --measure pictures"
     command = [sys.executable, "-m", "fmn", "bench", *options.split()]
     command += ["--method", "resteer:steps=2", "--out", str(folder)]
     told = folder / "told.txt"
@@ -253,13 +253,13 @@ def started(folder):
             command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=file,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
-    store, deadline = folder / "cells.sqlite", time.monotonic() + 90
+    store, deadline = folder / "cells.sqlite", time.monotonic() + 100
     while not (store.is_file() and done(store)):
         assert process.poll() is None, told.read_text()
         assert time.monotonic() < deadline, "no cell was finished in time"
         time.sleep(0.1)
     workers = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers) >= 2
+    assert workers
     return process, workers
 
 
