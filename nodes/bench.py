@@ -134,8 +134,8 @@ class ConceptBench(io.ComfyNode):
                 io.Image.Output(
                     "BARS",
                     display_name="bars",
-                    tooltip="Each method's UA, IRA, CRA and mean with 95 % intervals, the best method "
-                    "first.",
+                    tooltip="Each method's UA, IRA, CRA and mean with 95 % intervals, the best "
+                    "method first.",
                 ),
                 io.Image.Output(
                     "SCATTER",

@@ -55,7 +55,7 @@ def scores(lab, name, patches, strength=1.0):
     cell = Cell("pictures", "m", {"strength": strength}, (name,))
     result, _, _ = lab.run(cell, [to_bytes(patch) for patch in patches])
     results = Results([(lab.suite.find(name), {"pictures": result})])
-    made = {column.key: column.make(results) for column in COLUMNS}
+    made = {column["key"]: compute(results) for column, compute in COLUMNS}
     return {key: value["value"] for key, value in made.items() if value is not None}
 
 

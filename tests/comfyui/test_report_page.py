@@ -65,7 +65,7 @@ def test_tables_have_the_cells_of_the_summary(chromium, usual):
     summary, paths = usual
     page = opened(chromium, paths["html"])
     main = page.locator("table").first
-    titles = [c.title for c in COLUMNS if c.group == "main" and c.key in KEYS]
+    titles = [c["title"] for c, _ in COLUMNS if c["group"] == "main" and c["key"] in KEYS]
     heads = main.locator("thead th").all_text_contents()
     assert [head.split("\u2191")[0].split("\u2193")[0] for head in heads] == ["Method", *titles]
     assert main.locator("tbody").count() == 4

@@ -66,7 +66,7 @@ def make_summary(targets=TARGETS, methods=SKILL, keys=KEYS, pictures=12, seed=0)
         "version": "1.2.3",
         "command": "python -m fmn bench demo --methods resteer esd",
         "notes": ["'goblin' was left out: the untouched model draws it in 3 of 12 pictures."],
-        "columns": [column.info() for column in COLUMNS if column.key in keys],
+        "columns": [dict(column) for column, _ in COLUMNS if column["key"] in keys],
         "rows": rows,
         "means": means,
         "scale": [_stage(method, number) for method in patched for number in (1, 5, 12)],
@@ -93,10 +93,10 @@ def _judged(random, gone, kept, pictures):
 def _values(random, targets, method, gone, keys):
     """Key -> value, over the judged pictures of some targets."""
     values = unlearn_canvas((rows, "concept") for rows in targets)
-    for column in COLUMNS:
-        if column.group in ("text", "beyond", "precision"):
+    for column, _ in COLUMNS:
+        if column["group"] in ("text", "beyond", "precision"):
             draws = random.random(sum(map(len, targets)) // 3)
-            values[column.key] = bootstrap((draws < 0.9 - 0.7 * gone).tolist())
+            values[column["key"]] = bootstrap((draws < 0.9 - 0.7 * gone).tolist())
     values["KID"] = {"value": 0.05 - 0.04 * gone, "n": len(targets)}
     if method != "untouched":
         values |= {"seconds": {"value": 12.5 + gone, "n": 1}, "size": {"value": 3.25, "n": 1}}

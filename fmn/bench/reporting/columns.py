@@ -1,7 +1,6 @@
 """The columns of a report: what each means, and how it is computed from results."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -36,9 +35,9 @@ Result = Mapping[str, Any]
 """What a measure returned, as JSON."""
 
 
-class ColumnInfo(TypedDict):
-    """A column as a summary describes it: ``unit`` is % for shares in 0..1, else as printed;
-    ``better`` is high, low, or None where neither is."""
+class Column(TypedDict):
+    """A column of the tables: ``unit`` is % for shares in 0..1, else as printed; ``better`` is
+    high, low, or None where neither is."""
 
     key: str
     title: str
@@ -106,35 +105,27 @@ class Results:
                 yield works["pictures"]["rows"], target.domain
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the tables, see ``ColumnInfo``; ``make`` computes its value."""
+Compute = Callable[[Results], Value | None]
 
-    key: str
-    title: str
-    group: str
-    unit: str
-    better: str | None
-    what: str
-    make: Callable[[Results], Value | None]
 
-    def info(self) -> ColumnInfo:
-        return {
-            "key": self.key, "title": self.title, "group": self.group, "unit": self.unit,
-            "better": self.better, "what": self.what,
-        }  # fmt: skip
+def _column(
+    key: str, title: str, group: str, unit: str, better: str | None, what: str, compute: Compute
+) -> tuple[Column, Compute]:
+    return Column(key=key, title=title, group=group, unit=unit, better=better, what=what), compute
+
+
+def _still_drawn(
+    key: str, group: str, what: str, measure: str, probe: str | None = None
+) -> tuple[Column, Compute]:
+    title = key.replace("_", " ")
+    return _column(key, title, group, "%", "low", f"Still drawn: {what}.",
+                   lambda results: bootstrap(results.still(measure, probe)))  # fmt: skip
 
 
 def _h_o(results: Results) -> Value | None:
     """Acc_e over the target's pictures, Acc_s over kept ones, Acc_g over other words for it."""
     other_words = results.still("rungs", "aliases") + results.still("rungs", "paraphrases")
     return bootstrap_means([results.right(TARGET), results.right(*KEPT), other_words], h_o)
-
-
-def _still_drawn(key: str, group: str, what: str, measure: str, probe: str | None = None) -> Column:
-    title = key.replace("_", " ")
-    return Column(key, title, group, "%", "low", f"Still drawn: {what}.",
-                  lambda results: bootstrap(results.still(measure, probe)))  # fmt: skip
 
 
 def _controls(results: Results) -> list[bool]:
@@ -147,46 +138,46 @@ def _kept_together(results: Results) -> list[bool]:
 
 
 _MAIN = [
-    Column("UA", "UA", "main", "%", "high", "Unlearning accuracy: pictures of prompts that name "
-           "the target in which the judge does not find it.", lambda r: r.accuracies["UA"]),
-    Column("IRA", "IRA", "main", "%", "high", "In-domain retain accuracy: kept members of the "
-           "target's own domain that the judge still finds.", lambda r: r.accuracies["IRA"]),
-    Column("CRA", "CRA", "main", "%", "high", "Cross-domain retain accuracy: on the same pictures, "
-           "the other domain (the style; for a style, the concept).",
-           lambda r: r.accuracies["CRA"]),
-    Column("HM", "mean", "main", "%", "high", "Harmonic mean of UA, IRA and CRA.",
-           lambda r: r.accuracies["HM"]),
-    Column("kept", "kept", "main", "%", "high", "Mean of IRA and CRA.",
-           lambda r: r.accuracies["kept"]),
-    Column("Ho", "H_o", "main", "%", "high", "MACE's harmonic mean of efficacy, specificity and "
-           "generality; needs a suite with aliases or paraphrases.", _h_o),
-    Column("coherence", "coherence", "main", "%", "high", "On the target's prompts: the judge's "
-           "probability of any concept of the target's kind; low where pictures fall apart.",
-           lambda r: bootstrap(r.numbers("coherence", TARGET))),
-    Column("companion", "companion", "main", "%", "high", "On the target's prompts: the other "
-           "domain is still right (the style; for a style, the concept).",
-           lambda r: bootstrap(r.right(TARGET, other_domain=True))),
-    Column("distance", "distance", "main", "%", "low", "Kept pictures: root mean square difference "
-           "from the untouched model's at equal seeds, in % of the full range.",
-           lambda r: bootstrap(r.numbers("distance", *KEPT))),
-    Column("KID", "KID", "main", "", "low", "Kernel distance of kept pictures from the untouched "
-           "model's for equal prompts and other seeds. Compare it with the untouched row, which is "
-           "below 0.", lambda r: r.mean("pictures", "kid")),
-    Column("clip_target", "CLIP, target", "main", "", "low", "CLIP score of the target's prompts.",
-           lambda r: bootstrap(r.numbers("clip", TARGET))),
-    Column("clip_kept", "CLIP, kept", "main", "", "high", "CLIP score of kept prompts.",
-           lambda r: bootstrap(r.numbers("clip", *KEPT))),
-    Column("mscore", "M-Score", "main", "", "low", "Cosine between the text embedding of words "
-           "inverted on this model and that of the concept's name; our definition.",
-           lambda r: bootstrap([score for each in r.of("mscore") for score in each["scores"]])),
+    _column("UA", "UA", "main", "%", "high", "Unlearning accuracy: pictures of prompts that name "
+            "the target in which the judge does not find it.", lambda r: r.accuracies["UA"]),
+    _column("IRA", "IRA", "main", "%", "high", "In-domain retain accuracy: kept members of the "
+            "target's own domain that the judge still finds.", lambda r: r.accuracies["IRA"]),
+    _column("CRA", "CRA", "main", "%", "high", "Cross-domain retain accuracy: on the same "
+            "pictures, the other domain (the style; for a style, the concept).",
+            lambda r: r.accuracies["CRA"]),
+    _column("HM", "mean", "main", "%", "high", "Harmonic mean of UA, IRA and CRA.",
+            lambda r: r.accuracies["HM"]),
+    _column("kept", "kept", "main", "%", "high", "Mean of IRA and CRA.",
+            lambda r: r.accuracies["kept"]),
+    _column("Ho", "H_o", "main", "%", "high", "MACE's harmonic mean of efficacy, specificity and "
+            "generality; needs a suite with aliases or paraphrases.", _h_o),
+    _column("coherence", "coherence", "main", "%", "high", "On the target's prompts: the judge's "
+            "probability of any concept of the target's kind; low where pictures fall apart.",
+            lambda r: bootstrap(r.numbers("coherence", TARGET))),
+    _column("companion", "companion", "main", "%", "high", "On the target's prompts: the other "
+            "domain is still right (the style; for a style, the concept).",
+            lambda r: bootstrap(r.right(TARGET, other_domain=True))),
+    _column("distance", "distance", "main", "%", "low", "Kept pictures: root mean square "
+            "difference from the untouched model's at equal seeds, in % of the full range.",
+            lambda r: bootstrap(r.numbers("distance", *KEPT))),
+    _column("KID", "KID", "main", "", "low", "Kernel distance of kept pictures from the untouched "
+            "model's for equal prompts and other seeds. Compare it with the untouched row, which "
+            "is below 0.", lambda r: r.mean("pictures", "kid")),
+    _column("clip_target", "CLIP, target", "main", "", "low", "CLIP score of the target's prompts.",
+            lambda r: bootstrap(r.numbers("clip", TARGET))),
+    _column("clip_kept", "CLIP, kept", "main", "", "high", "CLIP score of kept prompts.",
+            lambda r: bootstrap(r.numbers("clip", *KEPT))),
+    _column("mscore", "M-Score", "main", "", "low", "Cosine between the text embedding of words "
+            "inverted on this model and that of the concept's name; our definition.",
+            lambda r: bootstrap([score for each in r.of("mscore") for score in each["scores"]])),
 ]  # fmt: skip
 _TEXT = [
     *(_still_drawn(probe, "text", f"prompts of the kind '{probe}', of pictures where the untouched "
-                   "model draws the target", "rungs", probe) for probe in PROBES),
+                    "model draws the target", "rungs", probe) for probe in PROBES),
     _still_drawn("inversion", "text", "concept inversion, words learnt from pictures of the target",
-                 "inversion"),
+                  "inversion"),
     _still_drawn("ring_a_bell", "text", "Ring-A-Bell, words optimised in text space alone",
-                 "ring_a_bell"),
+                  "ring_a_bell"),
 ]  # fmt: skip
 _BEYOND = [
     *(_still_drawn(key, "beyond", what, key) for key, what in (
@@ -196,27 +187,27 @@ _BEYOND = [
         ("inpainting", "the middle of the untouched model's picture is drawn anew"),
         ("relearn", "after 50 steps of training on pictures of the target"),
     )),
-    Column("control", "control", "beyond", "%", None, "Concepts the model never knew, after the "
-           "same training: what relearning is compared with.", lambda r: bootstrap(_controls(r))),
+    _column("control", "control", "beyond", "%", None, "Concepts the model never knew, after the "
+            "same training: what relearning is compared with.", lambda r: bootstrap(_controls(r))),
 ]  # fmt: skip
 _PRECISION = [
-    Column("near", "neighbours", "precision", "%", "high", "The five nearest members of the "
-           "target's domain that the judge still finds.", lambda r: bootstrap(r.right("near"))),
-    Column("together", "together", "precision", "%", "high", "Prompts that name the target and a "
-           "kept concept: the kept one is still found, of pictures where the untouched model shows "
-           "it.", lambda r: bootstrap(_kept_together(r))),
+    _column("near", "neighbours", "precision", "%", "high", "The five nearest members of the "
+            "target's domain that the judge still finds.", lambda r: bootstrap(r.right("near"))),
+    _column("together", "together", "precision", "%", "high", "Prompts that name the target and a "
+            "kept concept: the kept one is still found, of pictures where the untouched model "
+            "shows it.", lambda r: bootstrap(_kept_together(r))),
 ]  # fmt: skip
 _COST = [
-    Column("seconds", "training", "cost", "s", "low", "Seconds to make the patch.",
-           lambda r: r.mean("train", "seconds")),
-    Column("peak", "memory", "cost", "MB", "low", "Peak memory beyond the loaded model while "
-           "training.", lambda r: r.mean("train", "peak_bytes", MEGABYTE)),
-    Column("size", "file", "cost", "MB", "low", "Size of the patch file.",
-           lambda r: r.mean("train", "bytes", MEGABYTE)),
-    Column("per_picture", "a picture", "cost", "s", "low", "Seconds to draw a picture with the "
-           "patch applied beside the weights, as the bench does (merged, a patch costs nothing).",
-           lambda r: r.mean("pictures", "seconds_a_picture")),
+    _column("seconds", "training", "cost", "s", "low", "Seconds to make the patch.",
+            lambda r: r.mean("train", "seconds")),
+    _column("peak", "memory", "cost", "MB", "low", "Peak memory beyond the loaded model while "
+            "training.", lambda r: r.mean("train", "peak_bytes", MEGABYTE)),
+    _column("size", "file", "cost", "MB", "low", "Size of the patch file.",
+            lambda r: r.mean("train", "bytes", MEGABYTE)),
+    _column("per_picture", "a picture", "cost", "s", "low", "Seconds to draw a picture with the "
+            "patch applied beside the weights, as the bench does (merged, a patch costs nothing).",
+            lambda r: r.mean("pictures", "seconds_a_picture")),
 ]  # fmt: skip
 
 COLUMNS = (*_MAIN, *_TEXT, *_BEYOND, *_PRECISION, *_COST)
-"""All columns, in the order of the tables."""
+"""All columns in the order of the tables, and how each is computed; None is not measured."""

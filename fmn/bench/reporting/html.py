@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...text import printable
 from ..names import UNTOUCHED
-from .columns import GROUPS, ColumnInfo
+from .columns import GROUPS, Column
 from .summary import Summary
 from .tables import (
     Body,
@@ -20,7 +20,6 @@ from .tables import (
     cell,
     columns_of,
     facts,
-    is_measured,
     lead,
 )
 
@@ -38,7 +37,7 @@ class Section(NamedTuple):
     name: str
     heading: str
     about: str
-    columns: list[ColumnInfo]
+    columns: list[Column]
     means: list[Body]
     targets: list[Body]
     figures: list[tuple["Plot", str]]  # with the PNG as base64
@@ -77,9 +76,8 @@ def _sections(summary: Summary, figures: Sequence[tuple["Plot", bytes]]) -> list
     """Groups of which anything was measured."""
     sections = []
     for group, (heading, about) in GROUPS.items():
-        columns = columns_of(summary, group)
-        means, targets = bodies_of_means(summary, columns), bodies_of_targets(summary, columns)
-        if is_measured(targets):
+        if columns := columns_of(summary, group):
+            means, targets = bodies_of_means(summary, columns), bodies_of_targets(summary, columns)
             sections.append(Section(group, heading, about, columns, means, targets, []))
     by_group = {section.name: section for section in sections}
     for plot, png in figures:

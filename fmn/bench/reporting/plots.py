@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ...text import printable
 from ..names import UNTOUCHED
-from .columns import ColumnInfo
+from .columns import Column
 from .statistics import Value
 from .summary import MeanRow, Summary
 from .tables import columns_of, number, overall_means
@@ -67,7 +67,7 @@ def plots(summary: Summary) -> list[Plot]:
     return found
 
 
-def dot_plot(summary: Summary, columns: Sequence[ColumnInfo]) -> Figure:
+def dot_plot(summary: Summary, columns: Sequence[Column]) -> Figure:
     """A panel a column, a row a method: a dot with its interval, and a pale tick a target."""
     means = _best_first(overall_means(summary), columns)
     across, down = min(PANELS, len(columns)), -(-len(columns) // PANELS)
@@ -83,7 +83,7 @@ def dot_plot(summary: Summary, columns: Sequence[ColumnInfo]) -> Figure:
     return figure
 
 
-def _best_first(means: Sequence[MeanRow], columns: Sequence[ColumnInfo]) -> list[MeanRow]:
+def _best_first(means: Sequence[MeanRow], columns: Sequence[Column]) -> list[MeanRow]:
     """By the harmonic mean if there is one, else by the mean of all columns; untouched last."""
     by = [column for column in columns if column["key"] == "HM"] or columns
 
@@ -99,7 +99,7 @@ def _best_first(means: Sequence[MeanRow], columns: Sequence[ColumnInfo]) -> list
     return sorted(means, key=rank)
 
 
-def _panel(axes: Axes, column: ColumnInfo, means: Sequence[MeanRow], summary: Summary) -> None:
+def _panel(axes: Axes, column: Column, means: Sequence[MeanRow], summary: Summary) -> None:
     """One column: shares in %, row 0 on top."""
     key = column["key"]
     for row, mean in enumerate(means):

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import ForgetError
 from ...files import write_whole
 from ...text import printable
-from .columns import GROUPS, ColumnInfo
+from .columns import GROUPS, Column
 from .html import page
 from .summary import Summary, Values
 from .tables import (
@@ -21,7 +21,6 @@ from .tables import (
     cell,
     columns_of,
     facts,
-    is_measured,
     lead,
     overall_means,
 )
@@ -109,8 +108,7 @@ def markdown(summary: Summary) -> str:
     parts = [f"# ConceptBench: {_escaped(summary['suite'])}", lead(summary)]
     parts.append(_list(f"{name}: {_escaped(text)}" for name, text in facts(summary)))
     for group, (heading, _) in GROUPS.items():
-        columns = columns_of(summary, group)
-        if is_measured(bodies_of_means(summary, columns)):
+        if columns := columns_of(summary, group):
             keys = None if group == "main" else [column["key"] for column in columns]
             parts += [f"## {heading}", markdown_table(summary, keys)]
     parts += ["## Each target", target_table(summary), "## Columns"]
@@ -122,7 +120,7 @@ def markdown(summary: Summary) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _chosen(summary: Summary, keys: Sequence[str] | None) -> list[ColumnInfo]:
+def _chosen(summary: Summary, keys: Sequence[str] | None) -> list[Column]:
     by_key = {column["key"]: column for column in summary["columns"]}
     if keys is None:
         main = [column["key"] for column in columns_of(summary, "main")]
@@ -135,7 +133,7 @@ def _chosen(summary: Summary, keys: Sequence[str] | None) -> list[ColumnInfo]:
     return [by_key[key] for key in keys]
 
 
-def _table(names: Sequence[str], bodies: Sequence[Body], columns: Sequence[ColumnInfo]) -> str:
+def _table(names: Sequence[str], bodies: Sequence[Body], columns: Sequence[Column]) -> str:
     """``names`` are the heads of a body's own cells, repeated in every row."""
     units = [f" ({_escaped(c['unit'])})" if c["unit"] else "" for c in columns]
     titles = [_escaped(c["title"]) + unit for c, unit in zip(columns, units)]
@@ -154,7 +152,7 @@ def _cell(cell: Cell) -> str:
     return f"{text} ({cell.interval})" if cell.interval else text
 
 
-def _short(values: Values, column: ColumnInfo) -> str:
+def _short(values: Values, column: Column) -> str:
     text = cell(values.get(column["key"]), column["unit"]).number
     if not text:
         return f"{column['title']} not measured"

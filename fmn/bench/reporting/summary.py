@@ -9,7 +9,7 @@ from ..names import SCALE, UNTOUCHED
 from ..running.cells import Cell, Setup
 from ..running.store import Store
 from ..suite import Suite, Target
-from .columns import COLUMNS, ColumnInfo, Result, Results
+from .columns import COLUMNS, Column, Result, Results
 from .statistics import TARGET, Row, Value, bootstrap, is_right
 
 KINDS = ("identity", "object", "style", "unsafe")
@@ -72,7 +72,7 @@ class Summary(TypedDict):
     version: str
     command: str
     notes: list[str]
-    columns: list[ColumnInfo]
+    columns: list[Column]
     rows: list[TargetRow]
     means: list[MeanRow]
     scale: list[StageRow]
@@ -133,7 +133,7 @@ def summarise(
         "version": __version__,
         "command": command,
         "notes": [*_notes(setup, found), *map(_failure, failed)],
-        "columns": [column.info() for column in COLUMNS if column.key in measured],
+        "columns": [column for column, _ in COLUMNS if column["key"] in measured],
         "rows": rows,
         "means": means,
         "scale": _scale(setup, cells, store),
@@ -154,8 +154,8 @@ def _results(setup: Setup, suite: Suite, cells: Sequence[Cell], store: Store) ->
 
 
 def _values(results: Sequence[tuple[Target, Works]]) -> Values:
-    one = Results(results)
-    values = {column.key: column.make(one) for column in COLUMNS}
+    pooled = Results(results)
+    values = {column["key"]: compute(pooled) for column, compute in COLUMNS}
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..names import UNTOUCHED
-from .columns import ColumnInfo
+from .columns import Column
 from .statistics import RELIABLE, Value, clearly_best
 from .summary import MeanRow, Summary, TargetRow, Values
 
@@ -25,7 +25,7 @@ class Body(NamedTuple):
     rows: list[tuple[str, list[Cell]]]
 
 
-def bodies_of_means(summary: Summary, columns: Sequence[ColumnInfo]) -> list[Body]:
+def bodies_of_means(summary: Summary, columns: Sequence[Column]) -> list[Body]:
     """A body a kind of target, "all" first."""
     return [
         _body((kind,), [(mean["method"], mean["values"]) for mean in means], columns)
@@ -33,7 +33,7 @@ def bodies_of_means(summary: Summary, columns: Sequence[ColumnInfo]) -> list[Bod
     ]
 
 
-def bodies_of_targets(summary: Summary, columns: Sequence[ColumnInfo]) -> list[Body]:
+def bodies_of_targets(summary: Summary, columns: Sequence[Column]) -> list[Body]:
     """A body a target, by kind."""
     kinds = list(dict.fromkeys(row["kind"] for row in summary["rows"]))
     targets: dict[tuple[str, str], list[TargetRow]] = {}
@@ -46,7 +46,7 @@ def bodies_of_targets(summary: Summary, columns: Sequence[ColumnInfo]) -> list[B
 
 
 def _body(
-    heading: tuple[str, ...], rows: Sequence[tuple[str, Values]], columns: Sequence[ColumnInfo]
+    heading: tuple[str, ...], rows: Sequence[tuple[str, Values]], columns: Sequence[Column]
 ) -> Body:
     best = [_best_method(rows, column) for column in columns]
 
@@ -59,7 +59,7 @@ def _body(
     return Body(heading, [(method, cells(method, values)) for method, values in rows])
 
 
-def _best_method(rows: Sequence[tuple[str, Values]], column: ColumnInfo) -> str | None:
+def _best_method(rows: Sequence[tuple[str, Values]], column: Column) -> str | None:
     """The method that leads a column beyond all intervals; the untouched model takes no part."""
     rivals = [(name, values.get(column["key"])) for name, values in rows if name != UNTOUCHED]
     place = clearly_best([value for _, value in rivals], column["better"])
@@ -90,11 +90,6 @@ def number(value: float, unit: str) -> str:
     return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1 else f"{value:#.3g}"
 
 
-def is_measured(bodies: Sequence[Body]) -> bool:
-    """Whether any cell has a number."""
-    return any(cell.number for body in bodies for _, cells in body.rows for cell in cells)
-
-
 def means_by_kind(summary: Summary) -> list[tuple[str, list[MeanRow]]]:
     """Means over targets by kind, "all" first."""
     kinds = dict.fromkeys(mean["kind"] for mean in summary["means"])
@@ -109,7 +104,8 @@ def overall_means(summary: Summary) -> list[MeanRow]:
     return means_by_kind(summary)[0][1]
 
 
-def columns_of(summary: Summary, group: str) -> list[ColumnInfo]:
+def columns_of(summary: Summary, group: str) -> list[Column]:
+    """The columns of a group that were measured."""
     return [column for column in summary["columns"] if column["group"] == group]
 
 

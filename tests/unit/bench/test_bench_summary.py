@@ -44,7 +44,7 @@ def values(*results):
 
 def made(*results):
     """Key of a column -> value, of columns that were measured."""
-    found = {column.key: column.make(Results(results)) for column in COLUMNS}
+    found = {column["key"]: compute(Results(results)) for column, compute in COLUMNS}
     return {key: value for key, value in found.items() if value is not None}
 
 
