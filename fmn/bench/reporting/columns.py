@@ -58,7 +58,7 @@ class Results:
         self.results = results
 
     def of(self, measure: str) -> list[Result]:
-        return [works[measure] for _, works in self.results if measure in works]
+        return [measures[measure] for _, measures in self.results if measure in measures]
 
     def rows(self, measure: str) -> list[Row]:
         return [row for result in self.of(measure) for row in result["rows"]]
@@ -100,9 +100,9 @@ class Results:
 
     def _pictures(self) -> Iterator[tuple[list[Row], str]]:
         """Judged pictures and domain of each target."""
-        for target, works in self.results:
-            if "pictures" in works:
-                yield works["pictures"]["rows"], target.domain
+        for target, measures in self.results:
+            if "pictures" in measures:
+                yield measures["pictures"]["rows"], target.domain
 
 
 Compute = Callable[[Results], Value | None]
@@ -131,6 +131,10 @@ def _h_o(results: Results) -> Value | None:
 def _controls(results: Results) -> list[bool]:
     given = [r["controls"] for r in results.of("relearn") if r["controls"] != "absent"]
     return [row["still"] for rows in given for row in rows]
+
+
+def _mscores(results: Results) -> list[float]:
+    return [score for result in results.of("mscore") for score in result["scores"]]
 
 
 def _kept_together(results: Results) -> list[bool]:
@@ -169,7 +173,7 @@ _MAIN = [
             lambda r: bootstrap(r.numbers("clip", *KEPT))),
     _column("mscore", "M-Score", "main", "", "low", "Cosine between the text embedding of words "
             "inverted on this model and that of the concept's name; our definition.",
-            lambda r: bootstrap([score for each in r.of("mscore") for score in each["scores"]])),
+            lambda r: bootstrap(_mscores(r))),
 ]  # fmt: skip
 _TEXT = [
     *(_still_drawn(probe, "text", f"prompts of the kind '{probe}', of pictures where the untouched "

@@ -17,10 +17,10 @@ from .tables import (
     Body,
     bodies_of_means,
     bodies_of_targets,
-    cell,
     columns_of,
     facts,
     lead,
+    to_cell,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def page(summary: Summary, figures: Sequence[tuple["Plot", bytes]]) -> str:
         facts=facts(summary),
         sections=_sections(summary, figures),
         stages=[
-            (stage, [cell(stage["UA"], "%"), cell(stage["IRA"], "%")]) for stage in summary["scale"]
+            (stage, [to_cell(stage["UA"], "%"), to_cell(stage["IRA"], "%")])
+            for stage in summary["scale"]
         ],
         target_counts={mean["kind"]: len(mean["targets"]) for mean in summary["means"]},
         untouched=UNTOUCHED,

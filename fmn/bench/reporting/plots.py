@@ -52,19 +52,19 @@ def plots(summary: Summary) -> list[Plot]:
     methods = ", ".join(mean["method"] for mean in means)
     shares = [c for c in columns_of(summary, "main") if c["unit"] == "%"][:PANELS]
     probes = [c for g in ("text", "beyond") for c in columns_of(summary, g) if c["unit"] == "%"]
-    found = []
+    made = []
     if shares:
         titles = ", ".join(column["title"] for column in shares)
         alt = f"{titles} of the methods {methods}, means over targets with 95 % intervals."
-        found.append(Plot("bars", "Methods, best first", alt, dot_plot(summary, shares)))
+        made.append(Plot("bars", "Methods, best first", alt, dot_plot(summary, shares)))
     if any({"UA", "kept"} <= mean["values"].keys() for mean in means):
         alt = f"UA against the mean of IRA and CRA for the methods {methods}, with 95 % intervals."
         title = "Erased against kept: the best is at the top right"
-        found.append(Plot("erased-vs-kept", title, alt, scatter_plot(means)))
+        made.append(Plot("erased-vs-kept", title, alt, scatter_plot(means)))
     if probes:
         alt = f"Share of pictures that still show the target, by probe, for the methods {methods}."
-        found.append(Plot("probes", "Still drawn, by probe", alt, dot_plot(summary, probes)))
-    return found
+        made.append(Plot("probes", "Still drawn, by probe", alt, dot_plot(summary, probes)))
+    return made
 
 
 def dot_plot(summary: Summary, columns: Sequence[Column]) -> Figure:
@@ -108,8 +108,8 @@ def _panel(axes: Axes, column: Column, means: Sequence[MeanRow], summary: Summar
             axes.axhspan(row - 0.5, row + 0.5, color=STRIPE, linewidth=0, zorder=0)
         targets = [
             100 * value["value"]
-            for each in summary["rows"]
-            if each["method"] == method and (value := each["values"].get(key))
+            for target in summary["rows"]
+            if target["method"] == method and (value := target["values"].get(key))
         ]
         axes.plot(targets, [row] * len(targets), "|", color=PALE, markersize=8, markeredgewidth=1.2)
         value = mean["values"].get(key)

@@ -18,11 +18,11 @@ from .tables import (
     Cell,
     bodies_of_means,
     bodies_of_targets,
-    cell,
     columns_of,
     facts,
     lead,
     overall_means,
+    to_cell,
 )
 
 COMPACT = "UA", "IRA", "CRA", "HM"
@@ -141,7 +141,7 @@ def _table(names: Sequence[str], bodies: Sequence[Body], columns: Sequence[Colum
     for body in bodies:
         for method, cells in body.rows:
             first = [_escaped(text) for text in (*body.heading, method)]
-            lines.append(first + [_cell(each) for each in cells])
+            lines.append(first + [_cell(cell) for cell in cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -153,7 +153,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _short(values: Values, column: Column) -> str:
-    text = cell(values.get(column["key"]), column["unit"]).number
+    text = to_cell(values.get(column["key"]), column["unit"]).number
     if not text:
         return f"{column['title']} not measured"
     return f"{column['title']} {text} {column['unit']}".rstrip()

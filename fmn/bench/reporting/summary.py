@@ -86,8 +86,8 @@ class FailedCell(Protocol):
     def error(self) -> str: ...
 
 
-Works = dict[str, Result]  # by measure
-Found = dict[tuple[str, str], tuple[Target, Works]]  # by method and name of the target
+Measures = dict[str, Result]  # by measure
+ByMethod = dict[tuple[str, str], tuple[Target, Measures]]  # by method and name of the target
 
 
 def summarise(
@@ -103,13 +103,13 @@ def summarise(
     Args:
         cells: of ``cells.plan``. failed: those that failed, for the notes.
     """
-    found = _results(setup, suite, cells, store)
+    finished = _results(setup, suite, cells, store)
     rows: list[TargetRow] = []
     means: list[MeanRow] = []
-    for method in dict.fromkeys(method for method, _ in found):
-        results = [result for (name, _), result in found.items() if name == method]
-        for target, works in results:
-            values = _values([(target, works)])
+    for method in dict.fromkeys(method for method, _ in finished):
+        results = [result for (name, _), result in finished.items() if name == method]
+        for target, measures in results:
+            values = _values([(target, measures)])
             rows.append(
                 {"target": target.name, "kind": target.kind, "method": method, "values": values}
             )
@@ -132,45 +132,45 @@ def summarise(
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": __version__,
         "command": command,
-        "notes": [*_notes(setup, found), *map(_failure, failed)],
+        "notes": [*_notes(setup, finished), *map(_failure, failed)],
         "columns": [column for column, _ in COLUMNS if column["key"] in measured],
         "rows": rows,
         "means": means,
         "scale": _scale(setup, cells, store),
-        "grids": _grids(found),
+        "grids": _grids(finished),
     }
 
 
-def _results(setup: Setup, suite: Suite, cells: Sequence[Cell], store: Store) -> Found:
+def _results(setup: Setup, suite: Suite, cells: Sequence[Cell], store: Store) -> ByMethod:
     """Results by method and target, where more than the training is finished."""
     targets = {target.name: target for target in suite.targets}
-    found: Found = {}
+    finished: ByMethod = {}
     for cell in cells:
         key, name = cell.key(setup), cell.targets[0]
         if cell.work not in SCALE and name in targets and key in store:
-            _, works = found.setdefault((cell.method, name), (targets[name], {}))
-            works[cell.work], _ = store.result(key)
-    return {pair: result for pair, result in found.items() if set(result[1]) - {"train"}}
+            _, measures = finished.setdefault((cell.method, name), (targets[name], {}))
+            measures[cell.work], _ = store.result(key)
+    return {pair: result for pair, result in finished.items() if set(result[1]) - {"train"}}
 
 
-def _values(results: Sequence[tuple[Target, Works]]) -> Values:
+def _values(results: Sequence[tuple[Target, Measures]]) -> Values:
     pooled = Results(results)
     values = {column["key"]: compute(pooled) for column, compute in COLUMNS}
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _notes(setup: Setup, found: Found) -> list[str]:
+def _notes(setup: Setup, finished: ByMethod) -> list[str]:
     """What limits the numbers: pictures, targets that the model cannot draw, judges that differ."""
     notes = [f"{setup.count} pictures a question, each with its own seed; intervals are 95 %."]
-    for (method, name), result in found.items():
+    for (method, name), result in finished.items():
         shown = Results([result]).right(TARGET) if method == UNTOUCHED else []
         if shown and sum(shown) < RARE * len(shown):
             share = sum(shown) / len(shown)
             notes.append(f"The untouched model shows '{name}' in only {share:.0%} of its pictures.")
     agreed = [
         share
-        for _, works in found.values()
-        for share in (works.get("pictures", {}).get("agreement") or {}).values()
+        for _, measures in finished.values()
+        for share in (measures.get("pictures", {}).get("agreement") or {}).values()
     ]
     if agreed:
         share = sum(agreed) / len(agreed)
@@ -207,11 +207,11 @@ def _stage(method: str, what: str, concepts: int, rows: Sequence[Row]) -> StageR
     return {"method": method, "what": what, "concepts": concepts, "UA": erased, "IRA": left}
 
 
-def _grids(found: Found) -> list[Grid]:
+def _grids(finished: ByMethod) -> list[Grid]:
     """Pictures before and after, of every method and target."""
     grids: list[Grid] = []
-    for (method, name), (_, works) in found.items():
-        rows = works.get("pictures", {}).get("grid")
+    for (method, name), (_, measures) in finished.items():
+        rows = measures.get("pictures", {}).get("grid")
         if rows and method != UNTOUCHED:
             title = f"{name}, {method}"
             grids.append({"title": title, "columns": ["before", "after"], "rows": rows})

@@ -52,7 +52,7 @@ def _body(
 
     def cells(method: str, values: Values) -> list[Cell]:
         return [
-            cell(values.get(column["key"]), column["unit"], method == leader)
+            to_cell(values.get(column["key"]), column["unit"], method == leader)
             for column, leader in zip(columns, best)
         ]
 
@@ -66,7 +66,7 @@ def _best_method(rows: Sequence[tuple[str, Values]], column: Column) -> str | No
     return None if place is None else rivals[place][0]
 
 
-def cell(value: Value | None, unit: str, is_best: bool = False) -> Cell:
+def to_cell(value: Value | None, unit: str, is_best: bool = False) -> Cell:
     """A value as text; the number of pictures stands by intervals too few to rely on."""
     if value is None:
         return Cell("")

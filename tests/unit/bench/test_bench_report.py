@@ -14,7 +14,7 @@ from fmn.bench.reporting.report import (
     target_table,
     write_report,
 )
-from fmn.bench.reporting.tables import cell, lead, number
+from fmn.bench.reporting.tables import lead, number, to_cell
 from fmn.errors import ForgetError
 
 from ..summaries import TARGETS, make_summary, usual_summary
@@ -257,7 +257,7 @@ def test_numbers(value, unit, text):
 
 def test_intervals_say_when_they_are_unreliable():
     value = {"value": 0.5, "low": 0, "high": 1, "n": 5}
-    assert cell(value, "%") == ("50.0", "0.0 to 100.0", False)
-    assert cell(value | {"n": 4}, "%", True) == ("50.0", "0.0 to 100.0, n 4", True)
-    assert cell({"value": 0.5}, "") == ("0.500", "", False)
-    assert cell(None, "%").number == ""
+    assert to_cell(value, "%") == ("50.0", "0.0 to 100.0", False)
+    assert to_cell(value | {"n": 4}, "%", True) == ("50.0", "0.0 to 100.0, n 4", True)
+    assert to_cell({"value": 0.5}, "") == ("0.500", "", False)
+    assert to_cell(None, "%").number == ""
