@@ -11,7 +11,7 @@ from functools import cache
 
 
 @dataclass(frozen=True)
-class TextEncoder:
+class CLIPConfig:
     """A CLIP text encoder: ComfyUI's name for it, and the size of its transformer."""
 
     comfy: str
@@ -21,10 +21,10 @@ class TextEncoder:
 
 # What U-Nets read: noise; also a picture to edit; also a mask and a picture to fill.
 INPUT_CHANNELS = 4, 8, 9
-CLIP_L = TextEncoder("clip_l", 12, 768)
+CLIP_L = CLIPConfig("clip_l", 12, 768)
 # The last of OpenCLIP-H's 24 blocks is never used, and diffusers' copies of it lack it.
-CLIP_H = TextEncoder("clip_h", 23, 1024)
-CLIP_G = TextEncoder("clip_g", 32, 1280)
+CLIP_H = CLIPConfig("clip_h", 23, 1024)
+CLIP_G = CLIPConfig("clip_g", 32, 1280)
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Family:
     base_version: str  # kohya's ss_base_model_version
     stability_names: bool = False  # kohya names SDXL layers after CompVis blocks
     vector_dim: int | None = None  # width of pooled text and size conditioning
-    texts: tuple[TextEncoder, ...] = (CLIP_L,)
+    texts: tuple[CLIPConfig, ...] = (CLIP_L,)
 
-    # ``other.OtherFamily`` differs in these.
+    # ``other.UnknownFamily`` differs in these.
     known = True  # a U-Net whose layers follow from the numbers above
     own = ()  # layers that do not
     latent_channels = 4
@@ -80,7 +80,7 @@ DEMO = Family(
     key="demo", title="Forget-Me-Not demo model", channels=(64, 128, 192), blocks=1,
     depth=(0, 1, 1), middle_depth=1, context_dim=128, linear_projection=False, resolution=128,
     architecture="stable-diffusion-v1", base_version="sd_v1",
-    texts=(TextEncoder("clip_l", 3, 128),),
+    texts=(CLIPConfig("clip_l", 3, 128),),
 )  # fmt: skip
 FAMILIES = {family.key: family for family in (SD1, SD2, SDXL, DEMO)}
 

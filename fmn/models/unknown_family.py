@@ -46,7 +46,7 @@ KEYS_AND_VALUES = re.compile(
 
 
 @dataclass(frozen=True)
-class OtherLayer(Layer):
+class UnknownLayer(Layer):
     """A Linear or Conv2d; ``compvis`` is its path, or its name again where only that is known."""
 
     @property
@@ -59,10 +59,10 @@ class OtherLayer(Layer):
 
 
 @dataclass(frozen=True, eq=False)
-class OtherFamily(Family):
+class UnknownFamily(Family):
     """One model, or what a patch file tells of one: ``own`` are its layers, or those changed."""
 
-    own: tuple[OtherLayer, ...] = ()
+    own: tuple[UnknownLayer, ...] = ()
     latent_channels: int = 4
     latent_factor: int = 8
 
@@ -75,7 +75,7 @@ class OtherFamily(Family):
 
 
 def _family(model, layers, **latent):
-    return OtherFamily(
+    return UnknownFamily(
         key=KEY, title=model, channels=(), blocks=0, depth=(), middle_depth=0, context_dim=0,
         linear_projection=True, resolution=1024, architecture=model, base_version=model, texts=(),
         own=tuple(layers), **latent,
@@ -100,7 +100,7 @@ def family_of_model(model, shapes, latent_channels, latent_factor):
             f"{model} has {has}, so no LoRA can be made for it: load it with the stock loader and "
             "without quantisation, or use another model."
         )
-    layers = [OtherLayer(names[path], path, tuple(shape)) for path, shape in shapes.items()]
+    layers = [UnknownLayer(names[path], path, tuple(shape)) for path, shape in shapes.items()]
     return _family(model, layers, latent_channels=latent_channels, latent_factor=latent_factor)
 
 
@@ -138,4 +138,4 @@ def _claimed(file, name, shapes):
             f"'{file}' has lora_down {list(down)} and lora_up {list(up)} for '{name:.80}', which "
             f"make no weight of 1 to {MAX_ENTRIES} numbers: get it again."
         )
-    return OtherLayer(name, name, shape)
+    return UnknownLayer(name, name, shape)

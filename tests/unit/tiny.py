@@ -101,25 +101,25 @@ class TinyModel:
         return grey.expand(-1, latents.shape[2] * 8, latents.shape[3] * 8, 3)
 
     @contextmanager
-    def borrow_text(self, words=True):
+    def borrow_text_encoder(self, words=True):
         with torch.enable_grad():
-            yield TinyText(self)
+            yield TinyTextEncoder(self)
 
     def fingerprint(self):
         return fingerprint(TINY, lambda layer: self.unet.get_submodule(layer.name).weight)
 
     @contextmanager
-    def borrow(self):
+    def borrow_denoiser(self):
         flags = [(parameter, parameter.requires_grad) for parameter in self.unet.parameters()]
         try:
             self.unet.requires_grad_(False)
-            yield TinyBorrowed(self)
+            yield TinyDenoiser(self)
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
 
-class TinyBorrowed:
+class TinyDenoiser:
     device = torch.device("cpu")
     context_argument = "encoder_hidden_states"
 
@@ -130,7 +130,7 @@ class TinyBorrowed:
     def module(self, name):
         return self.model.unet.get_submodule(name)
 
-    def denoise(self, x_t, t, text):
+    def predict_noise(self, x_t, t, text):
         self.model.seen.append((x_t, t, text))
         context = text.context * torch.nan if self.model.poisoned else text.context
         dtype = self.model.unet.dtype
@@ -141,7 +141,7 @@ class TinyBorrowed:
         return [module for module in self.model.unet.modules() if type(module).__name__ in names]
 
 
-class TinyText:
+class TinyTextEncoder:
     """One token a word; the pooled text is the mean of the words' states."""
 
     width = TINY.context_dim
