@@ -20,7 +20,7 @@ from fmn.models.sampling import ddim
 from fmn.training import fit_adapters
 
 KINDS = {8: "InstructPix2PixPipeline", 9: "InpaintPipeline"}
-XL = Family(
+XL = UNetFamily(
     key="sdxl", title="Tiny XL", channels=(8, 16), blocks=1, depth=(0, 2), middle_depth=2,
     context_dim=40, linear_projection=True, resolution=64,
     architecture="stable-diffusion-xl-v1-base", base_version="sdxl_base_v1-0",

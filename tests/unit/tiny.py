@@ -10,13 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fmn.concepts.concept import Concept, Prompt
-from fmn.models.families import DEMO, Family, layers
+from fmn.models.families import DEMO, UNetFamily, layers
 from fmn.models.interface import Text, fingerprint, tokenize_with_placeholders
 from fmn.models.token_positions import CHUNK, EOS_ID, word_positions
 from fmn.patches.patch import ForgetPatch, new_info
 
 BOS = 49406
-TINY = Family(
+TINY = UNetFamily(
     key="tiny", title="Tiny test model", channels=(8, 16), blocks=1, depth=(1, 1), middle_depth=1,
     context_dim=12, linear_projection=False, resolution=64, architecture="stable-diffusion-v1",
     base_version="sd_v1", texts=(),
