@@ -55,7 +55,7 @@ CONCEPT = "elon musk", "identity"
 def forget_peak():
     """Give freed memory back to the system, and start the peak of resident memory anew."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")
 
 
 def load(path):

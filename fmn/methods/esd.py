@@ -15,7 +15,7 @@ from ..concepts.concept import Prompt
 from ..errors import ForgetError
 from ..models.attention_maps import concept_flags
 from ..models.interface import Text
-from ..models.sampling import begin, expand, guided, predictions, step_count, trailing_timesteps
+from ..models.sampling import expand, guided, predictions, trailing_timesteps
 from ..settings import Settings as Base
 from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..training.fit_adapters import autograd, in_scope, learn, shuffled_cycle
@@ -169,7 +169,7 @@ class Draws:
         own = [shuffled_cycle(each, self.generator) for each in examples]
         self.prompts_in_turn = shuffled_cycle(own, self.generator)
         # The drawing stops at times[k]; bin k reaches down to times[k + 1], not included.
-        self.times = [*trailing_timesteps(step_count(denoiser), settings.sampling_steps), -1]
+        self.times = [*trailing_timesteps(len(denoiser.schedule), settings.sampling_steps), -1]
 
     def __call__(self):
         """An ``Example``, x_t [B, C, h, w] and its t."""
@@ -196,7 +196,9 @@ class Draws:
         predict = guided(self.denoiser, text, example.empty, self.settings.guidance)
         frozen = self.settings.sample_from == FROZEN
         with self.switch.off() if frozen else nullcontext():
-            return begin(self.denoiser, predict, noise, self.settings.sampling_steps, k)
+            return self.denoiser.schedule.partial_sample(
+                predict, noise, self.settings.sampling_steps, k
+            )
 
 
 @autograd()

@@ -17,9 +17,9 @@ from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
 from ..models.attention import watch_attention
 from ..models.attention_maps import concept_flags
-from ..models.interface import Text, cross_attention_names, tokenize_with_placeholders
+from ..models.interface import Text
 from ..models.sampling import q_sample
-from ..models.token_positions import END_TOKENS, end_positions
+from ..models.token_positions import END_TOKENS, end_positions, tokenize_with_placeholders
 from ..settings import Settings as Base
 from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..training import textual_inversion
@@ -253,7 +253,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     @contextmanager
     def open_loss(denoiser, switch, apart):
         draws = Draws(data, settings, denoiser.alphas_cumprod, denoiser.device, apart)
-        modules = [denoiser.module(name) for name in cross_attention_names(model.family)]
+        modules = denoiser.cross_attention_modules()
         with watch_attention(modules, denoiser.context_argument) as watch:
             loss = partial(apart_loss if apart else whole_loss, denoiser, watch)
             yield draws, loss
@@ -262,7 +262,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     def rehearsed(denoiser, batch):
         how = replace(settings, batch=batch)
         batches = Draws(data, how, denoiser.alphas_cumprod, denoiser.device)()
-        modules = [denoiser.module(name) for name in cross_attention_names(model.family)]
+        modules = denoiser.cross_attention_modules()
         with watch_attention(modules, denoiser.context_argument) as watch:
             for each in batches:
                 watch.aim(each.flags)

@@ -99,7 +99,11 @@ def family_of_model(
     names = {path: PREFIX + path.replace(".", "_") for path in shapes}
     duplicates = [name for name, count in Counter(names.values()).items() if count > 1]
     if not shapes or duplicates:
-        has = f"two layers called {duplicates[0]}" if duplicates else "no plain Linear or Conv2d layers"
+        has = (
+            f"two layers called {duplicates[0]}"
+            if duplicates
+            else "no plain Linear or Conv2d layers"
+        )
         raise ForgetError(
             f"{model} has {has}, so no LoRA can be made for it: load it with the stock loader and "
             "without quantisation, or use another model."

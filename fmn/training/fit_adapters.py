@@ -11,7 +11,7 @@ from ..models.adapters import FullAdapter, LowRankAdapter, attached
 from ..models.attention_maps import AttentionProbe
 from ..models.families import layers, layers_by_name
 from ..models.module_patching import checkpointed
-from ..models.sampling import expand, step_count
+from ..models.sampling import expand
 from .loop import Optimiser, scale_for
 from .memory import estimate, planned, plans
 from .run import Training, parameters_of
@@ -189,7 +189,7 @@ def _plain_step(probe_inputs, denoiser, batch):
     """A forward and backward pass of a batch of one prompt."""
     text, _, latent = probe_inputs
     x = latent[:1].expand(batch, -1, -1, -1)
-    t = torch.full((batch,), step_count(denoiser) // 2)
+    t = torch.full((batch,), len(denoiser.schedule) // 2)
     yield lambda: denoiser.predict_noise(x, t, expand(text, batch)).square().sum()
 
 
@@ -200,9 +200,7 @@ class _Report:
         self.on_step, self.total, self.denoiser = on_step or (lambda step: None), total, denoiser
         self.probe, self.now, self.note = None, None, ""
         if probe_inputs:
-            self.probe = AttentionProbe(
-                model.family, probe_inputs[:1], denoiser.alphas_cumprod, steps=(0.5,)
-            )
+            self.probe = AttentionProbe(probe_inputs[:1], denoiser.alphas_cumprod, steps=(0.5,))
             self.now = self.probe.measure(denoiser)[0]
         self.before = self.now
 

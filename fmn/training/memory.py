@@ -224,7 +224,7 @@ def peak_memory():
         yield lambda: None
         return
     try:
-        CLEAR.write_text("5")  # forget the peak so far
+        CLEAR.write_text("5", "utf-8")  # forget the peak so far
     except OSError:  # not ours to reset, in some containers: the peak may be an older one
         yield lambda: None
         return
@@ -237,7 +237,7 @@ def _resident(name):
 
 def bytes_in(file, name):
     """What a file like /proc/self/status says of a name, in bytes; None if nothing."""
-    for line in Path(file).read_text().splitlines():
+    for line in Path(file).read_text("utf-8").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     return None

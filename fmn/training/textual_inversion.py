@@ -11,7 +11,7 @@ import torch
 
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
-from ..models.interface import cross_attention_names
+from ..models.families import cross_attention_names
 from ..models.sampling import expand, q_sample
 from ..settings import check_limits
 from .loop import Optimiser, scale_for, train

@@ -8,6 +8,7 @@ adversaries learn at the same time (as in AdvUnlearn and STEREO). Kept prompts h
 """
 
 from functools import partial
+from operator import getitem
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from ...linalg import cut
 from ...models.adapters import FixedAdapter, LowRankAdapter, attached
 from ...models.families import layers
-from ...models.interface import Text, rows
+from ...models.interface import Text
 from ...models.module_patching import checkpointed
 from ...models.sampling import expand, q_sample
 from ...training.loop import Optimiser, scale_for, set_moments
@@ -202,14 +203,14 @@ class Hardening:
         texts = []
         for i, kind in zip(index.split(1), self._random(4, HALF).tolist()):
             if kind == 0:
-                texts.append(partial(rows, scene.text, i))
+                texts.append(partial(getitem, scene.text, i))
             elif kind < 3:
                 adversary = met[int(self._random(len(met), 1))]
                 texts.append(partial(adversary.text, adversary.pick()))
             else:
                 j = self._random(len(self.kept.text.context), 1)
                 others = (self.empty, slice(0, 1)), (self.kept.text, j), (scene.other, i)
-                texts.append(partial(rows, *others[int(self._random(3, 1))]))
+                texts.append(partial(getitem, *others[int(self._random(3, 1))]))
         return texts
 
     def __call__(self, picked):
@@ -237,7 +238,7 @@ class Hardening:
         scene, index = picked.scene, picked.forgotten.index
         x_t, t, _ = self._noised(scene, picked.forgotten)
         with torch.no_grad(), self.switch.off():
-            own, other = rows(scene.text, index), rows(scene.other, index)
+            own, other = scene.text[index], scene.other[index]
             texts = Text.cat([own, other, expand(self.empty, HALF)])
             found = self.denoiser.predict_noise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
         with torch.no_grad():
@@ -247,7 +248,7 @@ class Hardening:
 
     def _keep(self, picked):
         x_t, t, _ = self._noised(self.kept, picked.kept)
-        text = rows(self.kept.text, picked.kept.index)
+        text = self.kept.text[picked.kept.index]
         if picked.blank:  # guidance needs it
             text = expand(self.empty, HALF)
         with torch.no_grad(), self.switch.off():

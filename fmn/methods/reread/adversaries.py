@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ...models.interface import Text, rows
+from ...models.interface import Text
 from ...training import textual_inversion
 from ...training.textual_inversion import first_vectors
 
@@ -61,7 +61,7 @@ class Context:
 
     def __init__(self, scene, generator, device):
         i = int(torch.randint(len(scene.other.context), (1,), generator=generator))
-        self.start, self.age = rows(scene.other, slice(i, i + 1)), 0
+        self.start, self.age = scene.other[i : i + 1], 0
         context = self.start.context.float().to(device)
         moves = torch.zeros(FREE + 1, context.shape[-1], device=device)
         self.context, self.learned = context, moves.requires_grad_()

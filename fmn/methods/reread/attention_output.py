@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 
-from ...models.interface import Text, cross_attention_names
+from ...models.families import cross_attention_names
+from ...models.interface import Text
 from ...models.sampling import ddim, guided, seeded_noise, trailing_timesteps
 
 TEXTS_AT_ONCE = 32
@@ -32,8 +33,8 @@ class Layer(NamedTuple):
 def cross_attention_layers(denoiser, family):
     """The ``Layer`` of every attn2 module, in forward order, on the model's device."""
     found = []
-    for name in cross_attention_names(family):
-        module = denoiser.module(name)
+    modules = denoiser.cross_attention_modules()
+    for name, module in zip(cross_attention_names(family), modules):
         key, value = (
             rearrange(part.weight.detach().float(), "(h d) c -> h d c", h=module.heads)
             for part in (module.to_k, module.to_v)

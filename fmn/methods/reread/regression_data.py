@@ -10,7 +10,8 @@ from ...closed_form.output_edit import Progress
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...linalg import exact
-from ...models.interface import Text, cross_attention_names
+from ...models.families import cross_attention_names
+from ...models.interface import Text
 from ...models.sampling import seeded_noise
 from ...models.token_positions import CHUNK
 from .attention_output import read_out, record_queries

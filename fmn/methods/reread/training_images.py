@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...models.interface import Text, rows
+from ...models.interface import Text
 from ...models.sampling import ddim, guided, q_sample
 
 DRAWING_STEPS = 12
@@ -42,12 +42,12 @@ def draw_scenes(denoiser, concepts, kept, styled, empty, settings, side, on_batc
     scenes, (own, others) = [], picture_counts(settings)
     for text, other, blanks in concepts:
         turns = torch.arange(own) % len(text.context)
-        text, other = rows(text, turns), rows(other, turns)
+        text, other = text[turns], other[turns]
         scenes.append(draw_scene(denoiser, text, empty, settings, side, on_batch, other, blanks))
     turns = torch.arange(others) % len(kept.context)
-    kept = draw_scene(denoiser, rows(kept, turns), empty, settings, side, on_batch)
+    kept = draw_scene(denoiser, kept[turns], empty, settings, side, on_batch)
     for text in styled:
-        kept = least_like(denoiser, kept, rows(text, turns), settings, on_batch)
+        kept = least_like(denoiser, kept, text[turns], settings, on_batch)
         turns = turns[kept.index]
     return scenes, kept
 
@@ -57,7 +57,7 @@ def draw_scene(denoiser, text, empty, settings, side, on_batch, other=None, blan
     """Draw texts with the model as it is: a ``Scene`` whose latents are on the CPU."""
     generator, found = torch.Generator().manual_seed(settings.seed), []
     for first in range(0, len(text.context), AT_ONCE):
-        some = rows(text, slice(first, first + AT_ONCE))
+        some = text[first : first + AT_ONCE]
         noise = torch.randn(len(some.context), 4, side, side, generator=generator)
         predict = guided(denoiser, some, empty, settings.guidance)
         noise = noise.to(denoiser.device)
@@ -112,8 +112,8 @@ def least_like(denoiser, scene, styled, settings, on_batch):
         for some in torch.arange(len(t)).split(AT_ONCE):
             for text, sign in ((scene.text, 1), (styled, -1)):
                 place = x_t[some].to(denoiser.device), t[some].to(denoiser.device)
-                found = denoiser.predict_noise(*place, rows(text, some)).float().cpu()
+                found = denoiser.predict_noise(*place, text[some]).float().cpu()
                 gain[some] += sign * (found - noise[some]).square().flatten(1).mean(1)
             on_batch()
     best = gain.argsort()[: half(len(gain))].sort().values
-    return Scene(scene.latents[best], rows(scene.text, best), index=best)
+    return Scene(scene.latents[best], scene.text[best], index=best)

@@ -50,7 +50,10 @@ def test_one_stream_has_only_all(scope):
 
 def test_names():
     made = family("a.0.to_k", "b")
-    assert [file_name(made, layer) for layer in made.listed] == ["lora_unet_a_0_to_k", "lora_unet_b"]
+    assert [file_name(made, layer) for layer in made.listed] == [
+        "lora_unet_a_0_to_k",
+        "lora_unet_b",
+    ]
     assert known_names(made) == {layer.name: layer for layer in made.listed}
     assert not any(layer.is_text for layer in family("text_encoder.x").listed)
 

@@ -15,7 +15,7 @@ from fmn.errors import ForgetError
 from fmn.methods import ablation, esd, resteer
 from fmn.models.adapters import attached
 from fmn.models.attention import watch_attention
-from fmn.models.interface import cross_attention_names
+from fmn.models.families import cross_attention_names
 from fmn.models.module_patching import checkpointed
 from fmn.training import fit_adapters, memory
 from fmn.training.fit_adapters import make_adapters
@@ -54,7 +54,7 @@ def test_the_estimate_is_what_a_step_takes(checkpointing, size):
     with model.borrow_denoiser() as denoiser:
         adapters = make_adapters(denoiser.module, names, settings, CPU)
         parameters = parameters_of(adapters)
-        modules = [denoiser.module(name) for name in cross_attention_names(TINY)]
+        modules = denoiser.cross_attention_modules()
         blocks = denoiser.checkpoint_blocks() if checkpointing else []
         with (
             attached(adapters, denoiser.module),
