@@ -118,8 +118,9 @@ class ComfyHost:
     def patched_clip(self, patch: ForgetPatch, strength: float) -> CLIP:
         """A clone of the CLIP with the patch's changes of the text encoder on it."""
         patch.check_family(self.family)
-        clone = self._need_clip().clone()
+        clip = self._need_clip()
         patch.check_shapes(lambda layer: self._text_module(layer.name).weight, text=True)
+        clone = clip.clone()
         names = comfy.lora.model_lora_keys_clip(clone.cond_stage_model, {})
         _add_patch(clone, names, patch, strength, True)
         return clone
