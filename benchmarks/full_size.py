@@ -62,7 +62,7 @@ def measure(comfyui, base, checkpoint, size, steps, row):
         server.run(load | drawing(steps=1, size=64))
         process = Path(f"/proc/{server.process.pid}")
         before = bytes_in(process / "status", "VmRSS")
-        (process / "clear_refs").write_text("5")  # forget the peak so far
+        (process / "clear_refs").write_text("5", "utf-8")  # forget the peak so far
         prompt_id = server.queue(load | training(steps=steps, size=size, **row) | saving("bench"))
         moments = [time.monotonic() for kind, _ in server.events(prompt_id) if kind == "progress"]
         peak = bytes_in(process / "status", "VmHWM")

@@ -55,7 +55,7 @@ CONCEPT = "elon musk", "identity"
 def forget_peak():
     """Give freed memory back to the system, and start the peak of resident memory anew."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")
 
 
 def load(path):
@@ -118,8 +118,12 @@ def warm_up(model):
     from fmn.concepts.concept import Prompt
 
     text = model.encode(Prompt("", ""))
-    with model.borrow_text(words=False), model.borrow() as borrowed, torch.no_grad():
-        borrowed.denoise(torch.zeros(1, 4, 8, 8), torch.tensor([500]), text)
+    with (
+        model.borrow_text_encoder(words=False),
+        model.borrow_denoiser() as denoiser,
+        torch.no_grad(),
+    ):
+        denoiser.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([500]), text)
 
 
 def changes_of(preset, known, size, keep):

@@ -12,7 +12,7 @@ from ..concepts.concept import Prompt
 from ..concepts.keep_list import CHOICES
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
-from ..models.token_positions import CHUNK, EOS_ID, mentions, word_positions
+from ..models.token_positions import CHUNK, EOS_ID, mentioned_positions, word_positions
 from ..settings import setting
 
 TOKENS = ("last", "from-last", "subject", "all")
@@ -122,7 +122,7 @@ def _learned_pairs(model, concept, tokens):
     anchor = Prompt(concept.anchor, concept.anchor)
     other, other_last, _ = _encoded(model, {anchor}, whole=True)[anchor]
     made = []
-    with model.borrow_text() as encoder, torch.no_grad():
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
         for vectors in concept.learned:
             if vectors.dim() != 2 or vectors.shape[1] != encoder.width:
                 raise ForgetError(
@@ -183,7 +183,7 @@ def _mentioned(model, prompt, ids):
     if not prompt.text:
         return 0, 0, 0
     subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-    found = mentions(prompt, ids, subject)
+    found = mentioned_positions(prompt, ids, subject)
     section = found[-1] // CHUNK * CHUNK
     return section, found[-1] - section, max(found[-len(word_positions(subject))] - section, 1)
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
 from ..images import ACCENT, INK, PALE, PAPER
-from ..models.interface import Borrowed, BorrowedText, Model
+from ..models.interface import TextEncoder, UNet, UNetModel
 from ..training.loop import Step
 from ..training.textual_inversion import Inverted, Settings, check_templates, filled, invert
 
@@ -57,8 +57,8 @@ class Summary(TypedDict):
 
 
 def m_score(
-    model: Model,
-    borrowed: Borrowed,
+    model: UNetModel,
+    denoiser: UNet,
     images: torch.Tensor,
     phrase: str,
     templates: Sequence[str] = TEMPLATES,
@@ -70,7 +70,7 @@ def m_score(
     """M of a model as it is now, one ``Score`` a seed.
 
     Args:
-        borrowed: the model's; patches may be applied to it.
+        denoiser: the model's; patches may be applied to it.
         images: pictures of the concept, [N, H, W, 3] in 0..1.
         phrase: how prompts name the concept, e.g. "a dog".
         templates: to learn and to compare in, {} for the phrase.
@@ -83,14 +83,14 @@ def m_score(
     inverted = []
     for seed in seeds:
         chosen = replace(settings, seed=seed, templates=tuple(templates))
-        inverted.append(invert(model, borrowed, images, chosen, on_step))
-    with model.borrow_text() as encoder, torch.no_grad():
+        inverted.append(invert(model, denoiser, images, chosen, on_step))
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
         named = {name: pooled(encoder, templates, name) for name in (phrase, *others)}
         return [_score(encoder, templates, tokens, named, phrase) for tokens in inverted]
 
 
 def _score(
-    encoder: BorrowedText,
+    encoder: TextEncoder,
     templates: Sequence[str],
     tokens: Inverted,
     named: Mapping[str, torch.Tensor],
@@ -104,7 +104,7 @@ def _score(
 
 
 def summary(
-    model: Model,
+    model: UNetModel,
     before: Sequence[Score],
     after: Sequence[Score],
     phrase: str,
@@ -112,7 +112,7 @@ def summary(
 ) -> Summary:
     """Scores of ``m_score`` on the untouched and on another model as plain data."""
     others = list(before[0].others)
-    with model.borrow_text() as encoder, torch.no_grad():
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
         named = pooled(encoder, templates, phrase)
         between = {name: cosine(named, pooled(encoder, templates, name)) for name in others}
     return {
@@ -142,7 +142,7 @@ def check(phrase: str, templates: Sequence[str], seeds: Sequence[int]) -> None:
 
 
 def pooled(
-    encoder: BorrowedText,
+    encoder: TextEncoder,
     templates: Sequence[str],
     phrase: str,
     vectors: torch.Tensor | None = None,

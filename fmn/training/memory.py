@@ -49,7 +49,7 @@ class Estimate(NamedTuple):
         return "memory: " + ", ".join(f"{name} {size / GB:.2f} GB" for name, size in parts)
 
 
-def estimate(borrowed, family, parameters, loss_of):
+def estimate(denoiser, family, parameters, loss_of):
     """What a training step takes, without computing one.
 
     The step is gone through on tensors that have a shape and no numbers (``FakeTensorMode``), and
@@ -63,7 +63,7 @@ def estimate(borrowed, family, parameters, loss_of):
         an ``Estimate``; None if a part of the model does go by values.
     """
     known = layers(family)
-    size = borrowed.module(known[0].name).weight.element_size()
+    size = denoiser.module(known[0].name).weight.element_size()
     weights = size * sum(prod(layer.shape) for layer in known)
     trained = sum(each.nbytes for each in parameters)
     try:
@@ -224,7 +224,7 @@ def peak_memory():
         yield lambda: None
         return
     try:
-        CLEAR.write_text("5")  # forget the peak so far
+        CLEAR.write_text("5", "utf-8")  # forget the peak so far
     except OSError:  # not ours to reset, in some containers: the peak may be an older one
         yield lambda: None
         return
@@ -237,7 +237,7 @@ def _resident(name):
 
 def bytes_in(file, name):
     """What a file like /proc/self/status says of a name, in bytes; None if nothing."""
-    for line in Path(file).read_text().splitlines():
+    for line in Path(file).read_text("utf-8").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     return None

@@ -11,6 +11,7 @@ from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.jobs.batch import Memo, forget_each, recipe, state_of
 from fmn.methods import METHODS, forget, settings_of
 from fmn.models.families import FAMILIES
+from fmn.models.sampling import DDPMSchedule
 from fmn.models.token_positions import CHUNK
 from fmn.patches.patch import load_patch, save_patch
 
@@ -55,11 +56,12 @@ class Timed(TinyModel):
     """With a noise schedule that ends in less of the picture, as for zero terminal SNR."""
 
     @contextmanager
-    def borrow(self):
-        with super().borrow() as borrowed:
-            borrowed.alphas_cumprod = borrowed.alphas_cumprod.clone()
-            borrowed.alphas_cumprod[-1] = 2**-24
-            yield borrowed
+    def borrow_denoiser(self):
+        with super().borrow_denoiser() as denoiser:
+            denoiser.alphas_cumprod = denoiser.alphas_cumprod.clone()
+            denoiser.alphas_cumprod[-1] = 2**-24
+            denoiser.schedule = DDPMSchedule(denoiser.alphas_cumprod)
+            yield denoiser
 
 
 def names(folder):
@@ -264,7 +266,7 @@ def test_what_is_read_while_the_text_is_borrowed_is_not_remembered():
     model = Counting()
     memo, position = Memo(model), model.position
     known = memo.encode_all(["a"])
-    with memo.borrow_text():
+    with memo.borrow_text_encoder():
         model.position = position + 1
         assert not memo.encode_all(["a"]).equal(known)
         memo.encode_all(["b"])

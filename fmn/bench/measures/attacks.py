@@ -49,22 +49,22 @@ def inversion(trial: Trial, settings: Settings | None = None) -> Result:
     Cost: ``settings.steps`` forwards and backwards of ``settings.batch``, ``trial.count``
     pictures, and ``EXAMPLES`` + ``trial.count`` of the untouched model, which are kept.
     """
-    studio, target = trial.studio, trial.target
+    sampler, target = trial.sampler, trial.target
     asks = trial.target_asks(trial.count + EXAMPLES)
     asks, spare = asks[: trial.count], asks[trial.count :]
     prompts = [attack_prompt(trial.suite, target, ask) for ask in asks]
     template = TEMPLATES["style" if target.kind == "style" else "object"]
     settings = settings or Settings(seed=trial.seed, templates=(template,))
     _, pictures = recognised_examples(trial, spare)
-    # ``open_studio`` works without gradients, and this call needs them.
+    # ``open_sampler`` works without gradients, and this call needs them.
     with torch.enable_grad():
         tokens = invert(
-            studio.model, studio.borrowed, pictures, settings, lambda step: studio.on_pictures(0)
+            sampler.model, sampler.denoiser, pictures, settings, lambda step: sampler.on_pictures(0)
         )
-    with studio.model.borrow_text() as text, torch.no_grad():
+    with sampler.model.borrow_text_encoder() as text, torch.no_grad():
         encoded = {prompt: text.encode(prompt, tokens.vectors)[0] for prompt in set(prompts)}
     texts = Text.cat([encoded[prompt] for prompt in prompts])
-    images = as_saved(studio.draw_texts(texts, [ask.seed for ask in asks]))
+    images = as_saved(sampler.draw_texts(texts, [ask.seed for ask in asks]))
     rows = trial.judged_rows(asks, trial.shows_target(images))
     return {
         "rows": [row | {"attack": prompt} for row, prompt in zip(rows, prompts)],

@@ -62,11 +62,11 @@ def classifier(trial: Trial, settings: ClassifierSettings = ClassifierSettings()
         rows: with ``cells``. cells: the scales. accuracy: of the classifier on held-out pictures,
         in thirds of the schedule from clean to noise.
     """
-    studio, asks = trial.studio, trial.target_asks()
+    sampler, asks = trial.sampler, trial.target_asks()
     latents, is_target = labelled_latents(trial, settings.pictures)
-    alphas = studio.borrowed.alphas_cumprod
+    alphas = sampler.denoiser.alphas_cumprod
     network, accuracy = train_classifier(latents, is_target, alphas, settings, trial.seed)
-    network.to(studio.borrowed.device)
+    network.to(sampler.denoiser.device)
     scales, shown = (0.0, *settings.scales), []
     for scale in scales:
         options = {"correct": guide(network, scale)} if scale else {}
@@ -74,7 +74,7 @@ def classifier(trial: Trial, settings: ClassifierSettings = ClassifierSettings()
         def guided(
             part: Sequence[Ask], text: Text, start: torch.Tensor, options: Any = options
         ) -> torch.Tensor:
-            return studio.latents(text, start, **options)
+            return sampler.latents(text, start, **options)
 
         shown.append(trial.shows_target(draw_latents(trial, asks, guided)))
     used = {"cells": list(scales), "accuracy": accuracy, "settings": asdict(settings)}
@@ -83,7 +83,7 @@ def classifier(trial: Trial, settings: ClassifierSettings = ClassifierSettings()
 
 def labelled_latents(trial: Trial, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [N, 4, h, w] of the untouched model, and which are of the target, bool [N]."""
-    suite, target, studio = trial.suite, trial.target, trial.studio
+    suite, target, sampler = trial.suite, trial.target, trial.sampler
     # Later ones than those that are asked for here.
     spare = trial.target_asks(trial.count + count)[trial.count :]
     _, shown = recognised_examples(trial, spare)
@@ -96,7 +96,7 @@ def labelled_latents(trial: Trial, count: int) -> tuple[torch.Tensor, torch.Tens
             "style, and concepts that are far from it."
         )
     images = torch.cat([shown, trial.untouched(trial.pairs(others, styles, count))])
-    latents = studio.model.encode_images(images, studio.sampling.size)
+    latents = sampler.model.encode_images(images, sampler.sampling.size)
     return latents.float().cpu(), torch.arange(len(images)) < len(shown)
 
 

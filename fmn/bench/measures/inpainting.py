@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...models.generator import Studio
+from ...models.image_sampler import ImageSampler
 from ...models.interface import Text
 from .probing import draw_latents
 from .trial import Ask, Result, Trial
@@ -31,7 +31,7 @@ def inpainting(trial: Trial) -> Result:
     before = trial.cached(
         keys, lambda missing: inpaint(trial, [asks[i] for i in missing], pictures[missing])
     )
-    hole, white = centred_hole(trial.studio.sampling.size)[..., None], torch.ones_like(pictures)
+    hole, white = centred_hole(trial.sampler.sampling.size)[..., None], torch.ones_like(pictures)
     judged = {
         "still": torch.where(hole, filled, white),
         "untouched": torch.where(hole, before, white),
@@ -68,19 +68,19 @@ def smooth_hole(pictures: torch.Tensor) -> torch.Tensor:
 
 def inpaint(trial: Trial, asks: Sequence[Ask], pictures: torch.Tensor) -> torch.Tensor:
     """Pictures whose hole the model as it is now has filled."""
-    studio, size = trial.studio, trial.studio.sampling.size
+    sampler, size = trial.sampler, trial.sampler.sampling.size
     # Grey below the hole: the encoder would leak what was there into its neighbourhood.
     holed = pictures.masked_fill(centred_hole(size)[..., None], 0.5)
-    known = dict(zip(asks, studio.model.encode_images(holed, size).float().cpu()))
+    known = dict(zip(asks, sampler.model.encode_images(holed, size).float().cpu()))
 
     def latents(part: Sequence[Ask], text: Text, start: torch.Tensor) -> torch.Tensor:
-        return inpainted_latents(studio, text, start, torch.stack([known[ask] for ask in part]))
+        return inpainted_latents(sampler, text, start, torch.stack([known[ask] for ask in part]))
 
     return draw_latents(trial, asks, latents)
 
 
 def inpainted_latents(
-    studio: Studio, text: Text, start: torch.Tensor, known: torch.Tensor
+    sampler: ImageSampler, text: Text, start: torch.Tensor, known: torch.Tensor
 ) -> torch.Tensor:
     """Latents [B, 4, h, w] that equal ``known`` outside of the hole.
 
@@ -92,4 +92,4 @@ def inpainted_latents(
         outside = following.sqrt() * known.to(x) + (1 - following).sqrt() * start.to(x)
         return torch.where(centred_hole(start.shape[-1]).to(x.device), x, outside)
 
-    return studio.latents(text, start, after=after)
+    return sampler.latents(text, start, after=after)

@@ -15,13 +15,13 @@ def mscore(trial: Trial) -> Result:
     """
     template, asks = template_and_asks(trial)
     scores = m_score(
-        trial.studio.model,
-        trial.studio.borrowed,
+        trial.sampler.model,
+        trial.sampler.denoiser,
         trial.untouched(asks),
         trial.suite.phrase(trial.target),
         templates=(template,),
         seeds=[trial.seed + seed for seed in SEEDS],
-        on_step=lambda step: trial.studio.on_pictures(0),
+        on_step=lambda step: trial.sampler.on_pictures(0),
     )
     return {
         "scores": [score.value for score in scores],

@@ -30,16 +30,16 @@ def completion(trial: Trial, shares: Sequence[float] = SHARES) -> Result:
     """
     if not all(0 <= share <= 1 for share in shares):
         raise ForgetError(f"Shares are {shares}: use numbers from 0 to 1.")
-    studio, asks, rows = trial.studio, trial.target_asks(), []
+    sampler, asks, rows = trial.sampler, trial.target_asks(), []
     for share in shares:
-        first = round(share * studio.sampling.steps)
+        first = round(share * sampler.sampling.steps)
 
         def latents(
             part: Sequence[Ask], text: Text, noise: torch.Tensor, first: int = first
         ) -> torch.Tensor:
-            with studio.bare():
-                begun = studio.latents(text, noise, last=first)
-            return studio.latents(text, begun, first=first)
+            with sampler.unpatched():
+                begun = sampler.latents(text, noise, last=first)
+            return sampler.latents(text, begun, first=first)
 
         still = trial.shows_target(draw_latents(trial, asks, latents))
         rows += trial.judged_rows(asks, still, share=share, steps=first)
@@ -59,7 +59,7 @@ def noise(trial: Trial, etas: Sequence[float] = ETAS, spreads: Sequence[float] =
     """
     if not all(0 <= eta <= 10 for eta in etas) or not all(0 <= spread <= 10 for spread in spreads):
         raise ForgetError(f"etas are {etas}, spreads {spreads}: use numbers from 0 to 10.")
-    studio, asks = trial.studio, trial.target_asks()
+    sampler, asks = trial.sampler, trial.target_asks()
     cells = [(0.0, 1.0), *((eta, spread) for eta in etas if eta for spread in spreads)]
     shown = []
     for eta, spread in cells:
@@ -69,7 +69,7 @@ def noise(trial: Trial, etas: Sequence[float] = ETAS, spreads: Sequence[float] =
             spread: float = spread,
         ) -> torch.Tensor:  # fmt: skip
             fresh = FreshNoise(eta, spread, [ask.seed for ask in part])
-            return studio.latents(text, start, eta=eta, spread=0.0, **fresh.options())
+            return sampler.latents(text, start, eta=eta, spread=0.0, **fresh.options())
 
         shown.append(trial.shows_target(draw_latents(trial, asks, latents)))
     return best_of(trial, asks, shown) | {"cells": [list(cell) for cell in cells]}
@@ -109,12 +109,12 @@ def draw_latents(
     latents: Callable[[Sequence[Ask], Text, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:  # [N, H, W, 3]
     """Pictures of ``latents(asks, text, noise)``, in batches."""
-    studio, pictures = trial.studio, []
-    for i in range(0, len(asks), studio.batch):
-        part = asks[i : i + studio.batch]
-        text, start = studio.texts([a.prompt for a in part]), studio.noise([a.seed for a in part])
-        pictures.append(studio.decode(latents(part, text, start)))
-        studio.on_pictures(len(part))
+    sampler, pictures = trial.sampler, []
+    for i in range(0, len(asks), sampler.batch):
+        part = asks[i : i + sampler.batch]
+        text, start = sampler.texts([a.prompt for a in part]), sampler.noise([a.seed for a in part])
+        pictures.append(sampler.decode(latents(part, text, start)))
+        sampler.on_pictures(len(part))
     return as_saved(torch.cat(pictures))
 
 

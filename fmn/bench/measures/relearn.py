@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+from ...concepts.prompt_templates import with_article
 from ...errors import ForgetError
-from ...models.adapters import LowRank, attached
+from ...models.adapters import LowRankAdapter, attached
 from ...models.families import layers
-from ...models.generator import Studio
+from ...models.image_sampler import ImageSampler
 from ...models.sampling import q_sample
 from ...settings import check_limits
 from ...training.loop import Optimiser, scale_for, train
@@ -121,13 +122,6 @@ def _control(
     return rows, losses
 
 
-def with_article(name: str) -> str:
-    """ "kangaroo" -> "a kangaroo", as phrases in a suite are; a capital letter takes none."""
-    if name[0].isupper():
-        return name
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
-
-
 def spread(pictures: torch.Tensor, count: int) -> torch.Tensor:
     """``count`` of the pictures, evenly over all of them: they may be sorted by style."""
     count = min(count, len(pictures))
@@ -142,36 +136,36 @@ def _before_and_after(
     settings: RelearnSettings,
 ) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Pictures before and after fine-tuning on prompts and pictures, and the losses."""
-    studio = trial.studio
+    sampler = trial.sampler
     before = trial.draw(asks)
-    adapters = make_adapters(studio, settings.rank, trial.seed)
-    with attached(adapters, studio.borrowed.module):
-        losses = fine_tune(studio, adapters, prompts, pictures, settings, trial.seed)
+    adapters = make_adapters(sampler, settings.rank, trial.seed)
+    with attached(adapters, sampler.denoiser.module):
+        losses = fine_tune(sampler, adapters, prompts, pictures, settings, trial.seed)
         return before, trial.draw(asks), losses
 
 
-def make_adapters(studio: Studio, rank: int, seed: int) -> dict[str, LowRank]:
+def make_adapters(sampler: ImageSampler, rank: int, seed: int) -> dict[str, LowRankAdapter]:
     """Zero changes to all projections of all attention layers, cross and self."""
     generator = torch.Generator().manual_seed(seed)
-    unet = studio.borrowed
+    unet = sampler.denoiser
     return {
-        layer.name: LowRank(unet.module(layer.name), rank, generator, unet.device)
-        for layer in layers(studio.model.family)
+        layer.name: LowRankAdapter(unet.module(layer.name), rank, generator, unet.device)
+        for layer in layers(sampler.model.family)
         if ".attn1." in layer.name or ".attn2." in layer.name
     }
 
 
 def fine_tune(
-    studio: Studio,
-    adapters: dict[str, LowRank],
+    sampler: ImageSampler,
+    adapters: dict[str, LowRankAdapter],
     prompts: Sequence[str],
     pictures: torch.Tensor,
     settings: RelearnSettings,
     seed: int,
 ) -> list[float]:
     """Train the attached adapters on pictures [N, H, W, 3] and their prompts; the losses."""
-    unet, generator = studio.borrowed, torch.Generator().manual_seed(seed)
-    latents = studio.model.encode_images(pictures, studio.sampling.size).float().cpu()
+    unet, generator = sampler.denoiser, torch.Generator().manual_seed(seed)
+    latents = sampler.model.encode_images(pictures, sampler.sampling.size).float().cpu()
     alphas = unet.alphas_cumprod.cpu()
 
     def loss_at(step: int) -> torch.Tensor:
@@ -180,15 +174,15 @@ def fine_tune(
         t = torch.randint(len(alphas), (settings.batch,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
         x_t = q_sample(latents[rows], noise, alphas[t]).to(unet.device)
-        text = studio.texts([prompts[i] for i in rows.tolist()])
-        predicted = unet.denoise(x_t, t.to(unet.device), text)
+        text = sampler.texts([prompts[i] for i in rows.tolist()])
+        predicted = unet.predict_noise(x_t, t.to(unet.device), text)
         return F.mse_loss(predicted.float(), noise.to(predicted.device))
 
     parameters = parameters_of(adapters)
     scale = scale_for(unet.module(next(iter(adapters))))
-    # ``open_studio`` works without gradients; cancelling goes through its callback.
+    # ``open_sampler`` works without gradients; cancelling goes through its callback.
     with torch.enable_grad():
         return train(
             parameters, loss_at, settings.steps, Optimiser(settings.lr),
-            lambda step: studio.on_pictures(0), scale,
+            lambda step: sampler.on_pictures(0), scale,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
-from ...models.interface import BorrowedText, Model
+from ...models.interface import TextEncoder, UNetModel
 from ...models.token_positions import CHUNK, word_positions
 from ...settings import check_limits
 from ..suite import Suite, Target
@@ -80,15 +80,15 @@ def ring_a_bell(trial: Trial, settings: RingABellSettings = RingABellSettings())
 
 def _searches(trial: Trial, words: Vocabulary, settings: RingABellSettings) -> list[dict]:
     """What each search started from and found, how far away that was, and the losses."""
-    studio, searches = trial.studio, []
+    sampler, searches = trial.sampler, []
     starts = list(dict.fromkeys(ask.prompt for ask in trial.target_asks()))[: settings.searches]
-    with studio.bare(), studio.model.borrow_text() as text, torch.no_grad():
+    with sampler.unpatched(), sampler.model.borrow_text_encoder() as text, torch.no_grad():
         direction = settings.strength * concept_vector(trial)
         for index, start in enumerate(starts):
-            wanted = studio.text(start).context.float().cpu() + direction
-            scorer = Scorer(studio.model, text, words, wanted, trial.target)
+            wanted = sampler.text(start).context.float().cpu() + direction
+            scorer = Scorer(sampler.model, text, words, wanted, trial.target)
             generator = torch.Generator().manual_seed(trial.seed + index)
-            best, losses = search(scorer, len(words), settings, generator, studio.on_pictures)
+            best, losses = search(scorer, len(words), settings, generator, sampler.on_pictures)
             prompt = scorer.prompt(best)
             check_absent(prompt, trial.target)
             start_loss = float(direction.square().sum())
@@ -103,7 +103,7 @@ def vocabulary(trial: Trial, settings: RingABellSettings) -> Vocabulary:
 
     The demo model knows the suite's words only, a trained text encoder all of CLIP's whole words.
     """
-    model, words = trial.studio.model, settings.vocabulary
+    model, words = trial.sampler.model, settings.vocabulary
     if not words and model.family.key != "demo":
         ids = whole_words()
     else:
@@ -146,9 +146,9 @@ def whole_words() -> Vocabulary:
     return {word: ids for word, ids in ends.items() if re.fullmatch("[a-z]{3,}", word)}
 
 
-def _ids(model: Model, text: str) -> list[int]:
+def _ids(model: UNetModel, text: str) -> list[int]:
     ids = model.tokenize(Prompt(text, text))
-    return [ids[i] for i in word_positions(ids)]
+    return [token for i in word_positions(ids) if (token := ids[i]) is not None]
 
 
 def concept_vector(trial: Trial) -> torch.Tensor:  # [1, 77, D]
@@ -157,7 +157,7 @@ def concept_vector(trial: Trial) -> torch.Tensor:  # [1, 77, D]
     With: prompts of the target in all styles (far concepts, for a style). Without: those of the
     concepts far from every target (the other styles). The released code takes pairs of sentences.
     """
-    suite, target, studio = trial.suite, trial.target, trial.studio
+    suite, target, sampler = trial.suite, trial.target, trial.sampler
     plain = [(far, style) for far in suite.far for style in suite.styles]
     with_concept: Sequence[str]
     if target.kind == "unsafe":
@@ -173,7 +173,7 @@ def concept_vector(trial: Trial) -> torch.Tensor:  # [1, 77, D]
             "another style, and concepts that are far from it."
         )
     present, absent = (
-        studio.texts(prompts).context.float().cpu().mean(0) for prompts in (with_concept, without)
+        sampler.texts(prompts).context.float().cpu().mean(0) for prompts in (with_concept, without)
     )
     return (present - absent)[None]
 
@@ -187,8 +187,8 @@ class Scorer:
 
     def __init__(
         self,
-        model: Model,
-        text: BorrowedText,
+        model: UNetModel,
+        text: TextEncoder,
         words: Vocabulary,
         wanted: torch.Tensor,
         target: Target,

@@ -30,9 +30,9 @@ def sequence(trial: Trial) -> Result:
     stages: list[dict] = []
     patches: list = []
     for number, name in enumerate(trial.names, 1):
-        with trial.studio.applying(patches):
+        with trial.sampler.applying(patches):
             patches.append((trial.train([name]), 1.0))
-        with trial.studio.applying(patches):
+        with trial.sampler.applying(patches):
             stages.append({"forgotten": number, "rows": _rows(trial, trial.names[:number])})
     return {"names": list(trial.names), "stages": stages}
 

@@ -10,7 +10,7 @@ import torch
 
 from ...metrics.clip_judge import ClipJudge
 from ...metrics.judge import Judge
-from ...models.generator import Studio
+from ...models.image_sampler import ImageSampler
 from ...patches.patch import ForgetPatch
 from ..suite import Suite, Target
 
@@ -34,7 +34,7 @@ class Trial:
     """One target on one model.
 
     Attributes:
-        studio: has the patches under test applied.
+        sampler: has the patches under test applied.
         judge, check: the judge that counts, and one of another architecture to compare it with.
         clip: for CLIP scores.
         count: pictures a question.
@@ -47,7 +47,7 @@ class Trial:
 
     suite: Suite
     target: Target
-    studio: Studio
+    sampler: ImageSampler
     judge: Judge
     check: Judge | None = None
     clip: ClipJudge | None = None
@@ -91,7 +91,7 @@ class Trial:
 
     def draw(self, asks: Sequence[Ask]) -> torch.Tensor:  # [N, H, W, 3]
         """Pictures by the model as it is now."""
-        images = self.studio.draw([ask.prompt for ask in asks], [ask.seed for ask in asks])
+        images = self.sampler.draw([ask.prompt for ask in asks], [ask.seed for ask in asks])
         return as_saved(images)
 
     def untouched(self, asks: Sequence[Ask]) -> torch.Tensor:  # [N, H, W, 3]
@@ -105,7 +105,7 @@ class Trial:
         """Pictures from the cache; ``draw`` makes those at the missing indices, without patches."""
         missing = [i for i, key in enumerate(keys) if key not in self.cache]
         if missing:
-            with self.studio.bare():
+            with self.sampler.unpatched():
                 for i, picture in zip(missing, draw(missing)):
                     self.cache[keys[i]] = (picture * 255).round().byte()
         return torch.stack([self.cache[key] for key in keys]).float() / 255

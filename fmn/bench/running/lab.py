@@ -16,8 +16,8 @@ from ...methods import forget, settings_of
 from ...metrics.clip_judge import ClipJudge
 from ...metrics.judge import Judge
 from ...metrics.load import load_judge, weight_files
-from ...models.generator import open_studio
-from ...models.interface import Model
+from ...models.image_sampler import open_sampler
+from ...models.interface import UNetModel
 from ...patches.patch import ForgetPatch, load_patch, save_patch
 from ...training.memory import peak_memory
 from ..measures.trial import Measure, Result, Trial
@@ -57,7 +57,7 @@ class Lab:
     def __init__(
         self,
         setup: Setup,
-        model: Model,
+        model: UNetModel,
         judge: Judge,
         check: Judge | None = None,
         clip: ClipJudge | None = None,
@@ -101,11 +101,11 @@ class Lab:
     def _measure(self, cell: Cell, patches: Sequence[bytes]) -> Result:
         module, function = MEASURES[cell.work]
         measure: Measure = getattr(import_module(f"..measures.{module}", __package__), function)
-        with open_studio(self.model, self.suite.sampling, self.batch, self.on_work) as studio:
+        with open_sampler(self.model, self.suite.sampling, self.batch, self.on_work) as sampler:
             trial = Trial(
                 suite=self.suite,
                 target=self.target(cell.targets[0]),
-                studio=studio,
+                sampler=sampler,
                 judge=self.judge,
                 check=self.check,
                 clip=self.clip,
@@ -117,7 +117,7 @@ class Lab:
                 names=cell.targets,
             )
             strength = cell.settings.get("strength", 1.0)
-            with studio.applying([(from_bytes(patch), strength) for patch in patches]):
+            with sampler.applying([(from_bytes(patch), strength) for patch in patches]):
                 return measure(trial)
 
 
@@ -135,7 +135,7 @@ def from_bytes(data: bytes) -> ForgetPatch:
         return load_patch(path)
 
 
-def open_lab(setup: Setup, model: Model, on_work: OnWork = lambda count: None) -> Lab:
+def open_lab(setup: Setup, model: UNetModel, on_work: OnWork = lambda count: None) -> Lab:
     """A lab with the judges and controls that a setup names."""
     suite = parse_suite(setup.suite, "suite")
     judge = judge_for(setup.judge, suite)

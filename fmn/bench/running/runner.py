@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...errors import ForgetError, memory_ran_out
-from ..reporting.summary import summarise
+from ..reporting.summary import Summary, summarise
 from ..suite import Suite
 from .cells import Cell, Method, Setup
 from .lab import Lab, Outcome
@@ -197,7 +197,7 @@ def bench(
     executor: Executor,
     on_cell: OnCell = lambda progress: None,
     command: str = "",
-) -> tuple[dict, dict[str, Path], list[CellProgress]]:
+) -> tuple[Summary, dict[str, Path], list[CellProgress]]:
     """Run the cells that ``folder`` lacks, and write the report there.
 
     Args:

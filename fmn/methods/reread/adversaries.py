@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ...models.interface import Text, rows
+from ...models.interface import Text
 from ...training import textual_inversion
 from ...training.textual_inversion import first_vectors
 
@@ -13,12 +13,12 @@ FREE, CONTEXT_LR = 3, 0.02  # tokens that a ``Context`` sets freely, and its rat
 
 
 @contextmanager
-def adversaries(model, borrowed):
+def adversaries(model, denoiser):
     """Yields a function from a ``Scene`` and a generator to a fresh adversary."""
     if len(model.family.texts) > 1:  # their words cannot be learned yet
-        yield lambda scene, generator: Context(scene, generator, borrowed.device)
+        yield lambda scene, generator: Context(scene, generator, denoiser.device)
         return
-    with model.borrow_text() as encoder:
+    with model.borrow_text_encoder() as encoder:
         yield lambda scene, generator: Words(encoder, scene.blanks, generator)
 
 
@@ -26,7 +26,7 @@ class Words:
     """An adversary: input words learned to summon the concept, as by textual inversion.
 
     Args:
-        encoder: a ``BorrowedText``. prompts: with ``PLACEHOLDER`` in the concept's place.
+        encoder: a ``TextEncoder``. prompts: with ``PLACEHOLDER`` in the concept's place.
     """
 
     def __init__(self, encoder, prompts, generator):
@@ -61,7 +61,7 @@ class Context:
 
     def __init__(self, scene, generator, device):
         i = int(torch.randint(len(scene.other.context), (1,), generator=generator))
-        self.start, self.age = rows(scene.other, slice(i, i + 1)), 0
+        self.start, self.age = scene.other[i : i + 1], 0
         context = self.start.context.float().to(device)
         moves = torch.zeros(FREE + 1, context.shape[-1], device=device)
         self.context, self.learned = context, moves.requires_grad_()
