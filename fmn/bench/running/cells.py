@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -131,9 +131,13 @@ def parse_method(text: str) -> Method:
 
 def trained(name: str, preset: str, settings: Settings) -> Method:
     """A ``Method`` that trains a patch for each target."""
-    data = {"preset": preset, "settings": asdict(settings)}
-    # Revision 1 is left out, as in stores that are older than revisions.
-    return Method(name, data if (number := revision(preset)) == 1 else data | {"revision": number})
+    # Former names of settings, and no revision 1: so stores that exist keep their cells.
+    values = {
+        f.metadata.get("formerly") or f.name: getattr(settings, f.name) for f in fields(settings)
+    }
+    data: dict = {"preset": preset, "settings": values}
+    number = revision(preset)
+    return Method(name, data | {"revision": number} if number > 1 else data)
 
 
 def given(name: str, patch: bytes, strength: float = 1.0) -> Method:

@@ -1,6 +1,6 @@
 """Cells: their keys, their order, and what names a method."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -92,6 +92,15 @@ def test_a_method_s_new_revision_makes_new_cells(monkeypatch):
     after = keys()
     assert after[0] == before[0]  # the untouched model's pictures
     assert not set(after[1:]) & set(before[1:])
+
+
+def test_a_renamed_setting_keeps_its_former_name_in_cells():
+    @dataclass(frozen=True)
+    class Renamed:
+        overshoot: float = field(default=0.5, metadata={"formerly": "push"})
+        steps: int = 3
+
+    assert trained("m", "uce", Renamed()).settings["settings"] == {"push": 0.5, "steps": 3}
 
 
 def test_a_plan_lists_what_others_need_first():
