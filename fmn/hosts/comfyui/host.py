@@ -1,4 +1,12 @@
-"""What ComfyUI's models of all families share: a MODEL with the CLIP and VAE that belong to it."""
+"""What ComfyUI's models of all families share: a MODEL with the CLIP and VAE that belong to it.
+
+All patchers of one checkpoint share one model, so whatever training leaves behind would reach every
+workflow. ``ComfyHost._loaded`` therefore clones the patcher with the user's LoRAs (they take part
+in training; attention patches and wrappers in the MODEL's options do not), loads it whole, replaces
+inference tensors, which autograd refuses, by equal ordinary ones, and freezes all weights. No
+loaded weight is written to. Hooks, replaced forwards and gradient flags are undone in ``finally``,
+after success, error and Cancel alike. Weights paged by ComfyUI 0.16 and later are copied first.
+"""
 
 from __future__ import annotations
 

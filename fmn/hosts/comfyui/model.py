@@ -144,7 +144,7 @@ class ComfyModel(ComfyHost):
 
     @contextmanager
     def borrow_denoiser(self) -> Iterator[UNet]:
-        """Load the U-Net so that autograd can use it; see ``docs/architecture.md``."""
+        """Load the U-Net so that autograd can use it; see ``host``."""
         channels = self.patcher.model.diffusion_model.in_channels
         check_input_channels(channels)
         if channels != (given := 4 + self._channels_beside_noise()):

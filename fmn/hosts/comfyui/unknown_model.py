@@ -74,7 +74,7 @@ class UnknownModel(ComfyHost):
 
     @contextmanager
     def borrow_denoiser(self) -> Iterator[UnknownDenoiser]:
-        """Load the model so that autograd can use it; see ``docs/architecture.md``."""
+        """Load the model so that autograd can use it; see ``host``."""
         self._check_latents()
         # Many models add in place to tensors that backward needs; those are copied before.
         with self._loaded() as patcher, allow_mutation_on_saved_tensors():
