@@ -1,6 +1,7 @@
 """Settings of a method, described once: nodes, command line and checks all read the fields."""
 
 from dataclasses import field, fields
+from typing import ClassVar
 
 from .errors import ForgetError
 
@@ -75,6 +76,7 @@ class Settings:
     """
 
     method = ""
+    trains: ClassVar[bool] = False  # whether these settings train in steps that can be resumed
 
     def __init_subclass__(cls, method: str = "", **more):
         super().__init_subclass__(**more)

@@ -15,7 +15,7 @@ from ..linalg import cut, exact, gram, share
 from ..models.families import layers
 from ..patches.patch import MAX_RANK, ForgetPatch, new_info
 from ..settings import setting
-from ..training.loop import Step
+from ..progress import StepProgress
 
 NO_DIRECTION = 1e-12  # of the largest singular value
 NONE_LEFT = 1e-9  # of a norm: float64's noise in what is left of a vector
@@ -241,7 +241,7 @@ def layer_patch(model, concepts, settings, pairs, open_edits, which="kv", on_ste
             changes[layer.name] = up.float().cpu(), down.float().cpu()
             if on_step:
                 seconds = (time.monotonic() - start) / done * (len(chosen) - done)
-                on_step(Step(done, len(chosen), left_of(*sums[2:].tolist()), seconds))
+                on_step(StepProgress(done, len(chosen), left_of(*sums[2:].tolist()), seconds))
     lost, whole, *losses = sums.tolist()
     return finished(model, base, concepts, settings, changes, losses, share(lost, whole))
 

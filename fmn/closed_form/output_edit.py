@@ -11,7 +11,7 @@ import torch
 from ..errors import ForgetError
 from ..linalg import product_svd
 from ..patches.patch import MAX_RANK
-from ..training.loop import Step
+from ..progress import StepProgress
 
 
 def span(columns, tolerance=1e-6):
@@ -79,4 +79,4 @@ class Progress:
         self.values.append(value)
         done = len(self.values)
         left = (time.monotonic() - self.start) / done * (self.total - done)
-        self.on_step(Step(done, self.total, list(self.values), left))
+        self.on_step(StepProgress(done, self.total, list(self.values), left))
