@@ -14,8 +14,8 @@ import torch
 from ..linalg import cut, exact, gram, share
 from ..models.families import layers
 from ..patches.patch import MAX_RANK, ForgetPatch, new_info
-from ..settings import setting
 from ..progress import StepProgress
+from ..settings import setting
 
 NO_DIRECTION = 1e-12  # of the largest singular value
 NONE_LEFT = 1e-9  # of a norm: float64's noise in what is left of a vector

@@ -138,9 +138,7 @@ class Example:
     empty: Text
 
 
-def prepare(
-    model: Model, concepts: Sequence[Concept], settings: Settings
-) -> list[list[Example]]:
+def prepare(model: Model, concepts: Sequence[Concept], settings: Settings) -> list[list[Example]]:
     """The examples of each concept."""
     empty, source = model.encode(Prompt("", "")), None
     if settings.erase_from.strip():

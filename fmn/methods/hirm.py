@@ -1,8 +1,8 @@
 """High-level representation misdirection (HiRM, ICLR 2026, arXiv 2602.19631).
 
 The first layer of CLIP is trained until the output of its last layer's attention for a concept is
-a fixed target: noise (HiRM-R), or the output for a wider word such as "painting" (HiRM-S). The U-Net
-stays as it is. Details follow a port of the released code, fmp453/erase-eval train_hirm.py.
+a fixed target: noise (HiRM-R), or the output for a wider word such as "painting" (HiRM-S). The
+U-Net stays as it is. Details follow a port of the released code, fmp453/erase-eval train_hirm.py.
 """
 
 import math

@@ -25,9 +25,9 @@ from ..linalg import gram, share
 from ..models.families import layers_by_name
 from ..models.interface import Text
 from ..models.token_positions import CHUNK
+from ..progress import StepProgress
 from ..settings import Settings as Base
 from ..settings import setting
-from ..progress import StepProgress
 
 TITLE = "Diff-QuickFix"
 ABOUT = (

@@ -18,7 +18,6 @@ from ..models.module_patching import checkpointed
 from ..models.sampling import step_count
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, StepProgress
-from ..settings import Settings
 from .loop import AdamWConfig, Loss, initial_loss_scale
 from .memory import Activations, Estimate, Plan, measure_activations, plans, train_with_retry
 from .run import Adapters, Task, TrainingOptions, TrainingRun, adapter_parameters

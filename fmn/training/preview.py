@@ -52,9 +52,7 @@ class Previews:
 
             def draw() -> list[Image]:
                 # A new studio each time: it caches texts, which the adapters may change.
-                return self._draw(
-                    Studio(self.model, denoiser, self.sampling, 1, self.on_pictures)
-                )
+                return self._draw(Studio(self.model, denoiser, self.sampling, 1, self.on_pictures))
 
             if not self.before:
                 with run.switch.off():

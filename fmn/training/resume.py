@@ -1,6 +1,6 @@
 """The state that a training run is resumed from, in a file beside the patch.
 
-The patch itself is not enough: its factors are rounded to 16 bits and AdamW's moments are not in it.
+The patch itself is not enough: its factors are rounded to 16 bits and it has no AdamW moments.
 Random numbers are not stored. They follow from the seed and from how many batches were drawn.
 """
 
@@ -112,10 +112,9 @@ class TrainingState:
             ("prediction", "a model of prediction"), ("fingerprint", "a base model of fingerprint"),
         ):  # fmt: skip
             if record[key] != self.record[key]:
-                then, now = (_shown(key, each[key]) for each in (self.record, record))
                 raise ForgetError(
-                    f"'{self.name}' was made with {what} {then}, and this is {now}: use the same, "
-                    "or start anew."
+                    f"'{self.name}' was made with {what} {_shown(key, self.record[key])}, and this "
+                    f"is {_shown(key, record[key])}: use the same, or start anew."
                 )
         then, now = current(self.record["settings"]), record["settings"]
         for key in sorted(then.keys() | now.keys()):
@@ -184,7 +183,8 @@ class TrainingState:
             for name, tensor in self.tensors.items()
             if name.startswith(BEST)
         }
-        return Best(*self.record["best"], kept)
+        loss, step = self.record["best"]
+        return Best(loss, step, kept)
 
 
 def _trained(tensors: Mapping[str, torch.Tensor]) -> set[str]:

@@ -71,8 +71,8 @@ def check_templates(templates: Sequence[str]) -> None:
     for template in templates:
         if template.count("{}") != 1:
             raise ForgetError(
-                f"The template '{template:.60}' has {template.count('{}')} placeholders {{}} for the "
-                "concept: write it with exactly one."
+                f"The template '{template:.60}' has {template.count('{}')} placeholders {{}} for "
+                "the concept: write it with exactly one."
             )
 
 

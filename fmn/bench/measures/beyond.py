@@ -214,7 +214,7 @@ def train_classifier(latents, wanted, alphas, settings, seed):
             return F.binary_cross_entropy_with_logits(logit, label[rows], pos_weight=weight)
 
         config = AdamWConfig(settings.lr, weight_decay=1e-3)
-        train(list(network.parameters()), loss_at, settings.steps, optimiser)
+        train(list(network.parameters()), loss_at, settings.steps, config)
     network.eval().requires_grad_(False)
     return network, _accuracy(network, latents[kept_out], wanted[kept_out], alphas, generator)
 

@@ -21,9 +21,7 @@ class Words:
         prompts: with ``PLACEHOLDER`` in the concept's place.
     """
 
-    def __init__(
-        self, encoder: BorrowedText, prompts: Sequence[str], generator: torch.Generator
-    ):
+    def __init__(self, encoder: BorrowedText, prompts: Sequence[str], generator: torch.Generator):
         self.encoder, self.prompts, self.generator, self.age = encoder, prompts, generator, 0
         seed = int(torch.randint(1 << 30, (1,), generator=generator))
         start = initial_vectors(

@@ -21,9 +21,9 @@ from ...errors import NonFiniteLoss
 from ...linalg import exact, gram, truncate
 from ...models.interface import Model
 from ...patches.patch import MAX_RANK, ForgetPatch
+from ...progress import OnStep, ignore
 from ...settings import Settings as Base
 from ...settings import checkpointing, lr, seed, setting, size
-from ...progress import OnStep, ignore
 from ...training.run import Task, TrainingOptions
 from .adversarial_training import train_adversarially
 from .attention_output import cross_attention_layers
