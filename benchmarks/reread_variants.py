@@ -152,8 +152,8 @@ def attended(layer, key, queries, contexts):
 
 VARIANTS = {
     "re-read": partial(method, {}),
-    "push 0": partial(method, {"push": 0.0}),
-    "push 1": partial(method, {"push": 1.0}),
+    "push 0": partial(method, {"overshoot": 0.0}),
+    "push 1": partial(method, {"overshoot": 1.0}),
     "rank 1": partial(method, {"rank": 1}),
     "rank 2": partial(method, {"rank": 2}),
     "no kept": partial(method, {"preserve": 0.0, "damping": 0.1}),

@@ -7,7 +7,7 @@ float64, serves every layer. No published code keeps this form; they store full 
 
 import time
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -157,13 +157,14 @@ class Distances:
         self.right, self.squares = right, (whole, self.before, gram(after.mT))
 
 
-def rank_setting(default=0):
+def rank_setting(default: int = 0, **more: Any) -> Any:
     return setting(
         default,
         "Largest rank of a layer's change for each concept; the file grows with it. 0: all of it, "
         f"nothing is cut up to rank {MAX_RANK} in all.",
         low=0,
         high=MAX_RANK,
+        **more,
     )
 
 
@@ -195,6 +196,7 @@ def damping(default):
         low=1e-6,
         high=1e6,
         step=0.01,
+        advanced=True,
     )
 
 

@@ -35,6 +35,7 @@ def tokens_setting(default="last"):
         "end of the text and its padding. subject: all of its words. all: every position but the "
         "start.",
         choices=TOKENS,
+        advanced=True,
     )
 
 
@@ -44,6 +45,7 @@ def keep_tokens_setting():
         "Which tokens of kept words stay. last: the last one. all: every position, padding and "
         "the empty prompt too.",
         choices=KEEP_TOKENS,
+        advanced=True,
     )
 
 

@@ -107,7 +107,7 @@ def _texts(concepts, count):
 
 
 def _drawn(texts, settings):
-    return _spread(texts, settings.drawn)
+    return _spread(texts, settings.images_per_concept)
 
 
 def _spread(texts, count):

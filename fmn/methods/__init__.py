@@ -59,17 +59,22 @@ def settings_of(preset, changes):
     """A preset's settings with some changed.
 
     Args:
-        changes: field -> plain value.
+        changes: field, or its former name -> plain value.
 
     Raises:
         ForgetError: no such field, or a value it cannot have.
     """
     settings = method(preset).PRESETS[preset]
     known = [field.name for field in fields(settings)]
-    for name in changes:
+    current = settings.current(changes)
+    for name in current:
         if name not in known:
             raise ForgetError(f"{preset} has no setting '{name}': use {', '.join(known)}.")
-    return replace(settings, **changes)
+    if len(current) < len(changes):
+        raise ForgetError(
+            f"{', '.join(changes)} name a setting twice, by its name and its former one: give one."
+        )
+    return replace(settings, **current)
 
 
 def default_settings(concepts):
@@ -127,4 +132,4 @@ def _check_resumed(model, concepts, settings, on_step):
         from ..training.resume import record_of  # not at import, which is to stay light
 
         # Methods that solve have no state that could match.
-        begun.check(record_of(model, model.fingerprint(), settings, concepts))
+        begun.check(record_of(model, model.fingerprint(), settings, concepts), settings.current)

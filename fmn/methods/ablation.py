@@ -40,13 +40,15 @@ class Settings(Base, method="ablation"):
         3e-3,
         "AdamW's learning rate. Around 0.003 for low rank; the released code trains full weights "
         "with 0.000008.",
+        advanced=True,
     )
-    rank: int = rank()
+    rank: int = rank(advanced=True)
     layers: str = setting(
         "kv",
         "What is trained. kv: keys and values of cross-attention. attention: all of "
         "cross-attention. unet: every linear and convolution layer.",
         choices=("kv", "attention", "unet"),
+        advanced=True,
     )
     full_weights: bool = full_weights()
     target: str = setting(
@@ -54,18 +56,21 @@ class Settings(Base, method="ablation"):
         "What the concept's prompt learns to predict. model: what the model predicts for the "
         "anchor's prompt. noise: the true noise on the anchor's pictures.",
         choices=("model", "noise"),
+        advanced=True,
     )
     teacher: str = setting(
         "frozen",
         "Who predicts for the anchor, if target is 'model'. frozen: the model before training. "
         "current: the model in training, as released; the anchor may drift along.",
         choices=("frozen", "current"),
+        advanced=True,
     )
     no_anchor: str = setting(
         "empty",
         "What stands for the anchor of concepts without one. empty: the empty prompt. rest: the "
         "same prompt without the concept's words.",
         choices=("empty", "rest"),
+        advanced=True,
     )
     references: str = setting(
         "samples",
@@ -80,9 +85,11 @@ class Settings(Base, method="ablation"):
         low=1,
         high=1000,
     )
-    sample_steps: int = setting(20, "Sampling steps of those pictures.", low=1, high=1000)
+    sample_steps: int = setting(
+        20, "Sampling steps of those pictures.", low=1, high=1000, advanced=True
+    )
     guidance: float = setting(
-        5.0, "Guidance of those pictures. 1: none.", low=0.0, high=100.0, step=0.1
+        5.0, "Guidance of those pictures. 1: none.", low=0.0, high=100.0, step=0.1, advanced=True
     )
     prior: float = setting(
         0.0,
@@ -91,6 +98,7 @@ class Settings(Base, method="ablation"):
         low=0.0,
         high=1000.0,
         step=0.01,
+        advanced=True,
     )
     preserve: float = setting(
         1.0,
@@ -104,12 +112,14 @@ class Settings(Base, method="ablation"):
         True,
         "On: the start token's key and value are not trained on, as released. It is in every "
         "prompt, so this spares the others.",
+        advanced=True,
     )
     batch: int = setting(
         4,
         "Prompts a step. 4 as released; more are steadier, slower and need more memory.",
         low=1,
         high=64,
+        advanced=True,
     )
     size: int = size()
     checkpointing: bool = checkpointing()

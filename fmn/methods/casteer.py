@@ -63,6 +63,7 @@ class Settings(Base, method="casteer"):
         low=0.01,
         high=1.0,
         step=0.01,
+        advanced=True,
     )
     guidance: float = setting(
         7.0,
@@ -72,7 +73,11 @@ class Settings(Base, method="casteer"):
         step=0.1,
     )
     batch: int = setting(
-        1, "Pairs drawn at once. More: faster on a GPU, and more memory.", low=1, high=64
+        1,
+        "Pairs drawn at once. More: faster on a GPU, and more memory.",
+        low=1,
+        high=64,
+        advanced=True,
     )
     size: int = size()
     seed: int = seed()

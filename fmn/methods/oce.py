@@ -51,6 +51,7 @@ class Settings(Base, method="oce"):
         low=0.0,
         high=1e9,
         step=0.001,
+        advanced=True,
     )
     preserve: float = setting(
         0.0,
@@ -66,6 +67,7 @@ class Settings(Base, method="oce"):
         low=1e-6,
         high=1e9,
         step=0.001,
+        advanced=True,
     )
     guide: str = setting(
         "anchor",
@@ -73,6 +75,7 @@ class Settings(Base, method="oce"):
         "patch is exact. start: for a concept without an anchor that of the start of the text, as "
         "in the released code.",
         choices=("anchor", "start"),
+        advanced=True,
     )
     strength: float = setting(
         2.0,
@@ -83,7 +86,9 @@ class Settings(Base, method="oce"):
         step=0.01,
     )
     expand: bool = setting(
-        False, "On: also edit five templates around each name, such as 'photo of NAME'."
+        False,
+        "On: also edit five templates around each name, such as 'photo of NAME'.",
+        advanced=True,
     )
     keep_list: str = setting(
         "auto",
@@ -97,6 +102,7 @@ class Settings(Base, method="oce"):
         "changes a layer by more than 1 %.",
         low=0,
         high=768,
+        advanced=True,
     )
 
     @property

@@ -56,13 +56,16 @@ class Settings(Base, method="rece"):
         low=1e-9,
         high=1e6,
         step=0.001,
+        advanced=True,
     )
     erase: float = erase()
     preserve: float = preserve(0.1)
     damping: float = damping(0.5)
     tokens: str = tokens_setting()
     expand: bool = setting(
-        False, "On: also edit five templates around each name, such as 'photo of NAME'."
+        False,
+        "On: also edit five templates around each name, such as 'photo of NAME'.",
+        advanced=True,
     )
     keep_list: str = keep_list_setting()
     keep_tokens: str = keep_tokens_setting()

@@ -41,7 +41,7 @@ class Settings(Base, method="reread_text"):
         low=1,
         high=100_000,
     )
-    lr: float = lr(8e-3, "AdamW's learning rate at the start; it falls to zero.")
+    lr: float = lr(8e-3, "AdamW's learning rate at the start; it falls to zero.", advanced=True)
     rank: int = rank(32)
     batch: int = setting(
         32,
@@ -49,6 +49,7 @@ class Settings(Base, method="reread_text"):
         "steady.",
         low=1,
         high=1024,
+        advanced=True,
     )
     preserve: float = preserve(2.0)
     prompts: int = setting(
@@ -57,13 +58,16 @@ class Settings(Base, method="reread_text"):
         "come on top.",
         low=1,
         high=180,
+        advanced=True,
     )
-    kept: int = setting(
+    keep_prompts: int = setting(
         1500,
         "Sentences with kept words. More: less harm. Half of the kept sentences of a step are "
         "those of what is connected to keep, if anything is.",
         low=0,
         high=10_000,
+        advanced=True,
+        formerly="kept",
     )
     keep_list: str = keep_list_setting()
     seed: int = seed()
@@ -112,7 +116,7 @@ def _texts(concepts, keep, settings):
     if not settings.preserve:
         return pairs, [""], []
     words = keep_for(concepts, keep, settings.keep_list)
-    kept = kept_sentences(words, styles, settings.kept)
+    kept = kept_sentences(words, styles, settings.keep_prompts)
     given = keep_for(concepts, keep, "none")
     # What is given may be styles, and then stands behind the other given words too.
     own = kept_sentences(given, [*given, *styles], settings.prompts * len(given))[1:]

@@ -61,6 +61,7 @@ class Settings(Base, method="speed"):
         True,
         "On: each layer protects only the kept words that the edit would change more than the "
         "average, which leaves room for the edit. Off: all of them in all layers, faster.",
+        advanced=True,
     )
     copies: int = setting(
         10,
@@ -68,9 +69,10 @@ class Settings(Base, method="speed"):
         "with filter.",
         low=0,
         high=100,
+        advanced=True,
     )
     invariants: bool = setting(
-        True, "On: the start token and the empty prompt stay exactly as they are."
+        True, "On: the start token and the empty prompt stay exactly as they are.", advanced=True
     )
     layers: str = setting(
         "v",

@@ -36,6 +36,7 @@ class Settings(Base, method="trce"):
         "first",
         "Which end tokens are edited. first: the first end-of-text. all: also the padding behind.",
         choices=("first", "all"),
+        advanced=True,
     )
     erase: float = erase()
     preserve: float = preserve(0.01)

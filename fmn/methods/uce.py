@@ -69,7 +69,9 @@ class Settings(Base, method="uce"):
     damping: float = damping(0.5)
     tokens: str = tokens_setting()
     expand: bool = setting(
-        False, "On: also edit five templates around each name, such as 'photo of NAME'."
+        False,
+        "On: also edit five templates around each name, such as 'photo of NAME'.",
+        advanced=True,
     )
     attributes: str = setting(
         "",

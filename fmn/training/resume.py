@@ -48,11 +48,12 @@ class State:
     tensors: dict = field(repr=False)
     name: str = "the training state"
 
-    def check(self, record):
+    def check(self, record, current=dict):
         """Refuse to go on with anything but what was begun.
 
         Args:
             record: what would be trained now, with the first keys of ``RECORD``.
+            current: function from saved settings to the same under their names of today.
         """
         for key, what in (
             ("method", "the method"), ("concepts", "concepts"), ("family", "a model of family"),
@@ -64,7 +65,7 @@ class State:
                     f"'{self.name}' was made with {what} {then}, and this is {now}: use the same, "
                     "or start anew."
                 )
-        then, now = self.record["settings"], record["settings"]
+        then, now = current(self.record["settings"]), record["settings"]
         for key in sorted(then.keys() | now.keys()):
             # More steps may be added. Any other change, and a falling rate, gives another training.
             if then.get(key) != now.get(key) and not (key in GROW and now.get(key)):

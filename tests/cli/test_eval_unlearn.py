@@ -206,7 +206,7 @@ BAD = {
     "no concepts": ({"concepts": []}, "nothing to forget"),
     "settings alone": ({"patches": [], "settings": {"rank": 1}}, "settings are for training"),
     "unknown setting": ({"concepts": ["dog"], "settings": {"step": 1}}, "no setting 'step'"),
-    "text as number": ({"concepts": ["dog"], "settings": {"kept": "4"}}, "kept is '4'"),
+    "text as number": ({"concepts": ["dog"], "settings": {"kept": "4"}}, "keep_prompts is '4'"),
     "unknown method": ({"concepts": ["dog"], "method": "hope"}, "no method 'hope': use reread"),
     "true as number": ({"patches": [], "seed": True}, "seed is True: write a whole number"),
     "patch as text": ({"patches": "dog.safetensors"}, "patches is 'dog.safetensors': write a list"),

@@ -14,8 +14,7 @@ from fmn.errors import ForgetError
 from fmn.methods.ablation import PRESETS, Draws, Pair, Settings, prepare, prompt_pairs, run
 from fmn.training import fit_adapters
 from fmn.training import run as training
-
-from ..unit.tiny import TinyBorrowed, TinyModel, make_scheduler
+from tests.unit.tiny import TinyBorrowed, TinyModel, make_scheduler
 
 ALPHAS = make_scheduler().alphas_cumprod
 DOG = Concept("dog", anchor="cat")

@@ -13,8 +13,15 @@ from fmn.methods import METHODS, forget, settings_of
 from fmn.models.families import FAMILIES
 from fmn.models.token_positions import CHUNK
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import TINY, Cancelled, TinyModel, metadata_of, rewrite, same_tensors, weights_of
+from tests.unit.tiny import (
+    TINY,
+    Cancelled,
+    TinyModel,
+    metadata_of,
+    rewrite,
+    same_tensors,
+    weights_of,
+)
 
 CONCEPTS = [
     Concept("dog", aliases=("hound",), anchor="cat"),
@@ -26,7 +33,7 @@ UCE = settings_of("uce", {"keep_list": "none"})
 KEEP = ("blue house", "a man on a horse")
 # What makes each method short; the four that only watch the U-Net read no texts through the memo.
 SHORT = {
-    "keep_list": "none", "prompts": 3, "kept": 4, "steps": 2, "batch": 2, "size": 64,
+    "keep_list": "none", "prompts": 3, "keep_prompts": 4, "steps": 2, "batch": 2, "size": 64,
     "sampling_steps": 1,
 }  # fmt: skip
 WATCHING = "resteer", "esd", "ablation", "casteer"

@@ -14,8 +14,7 @@ from fmn.models.sampling import Sampling
 from fmn.patches.patch import load_patch
 from fmn.training.preview import Previews
 from fmn.training.resume import Saves, load_state, state_path
-
-from ..unit.tiny import Cancelled, TinyModel, same_tensors, traces, weights_of
+from tests.unit.tiny import Cancelled, TinyModel, same_tensors, traces, weights_of
 
 DOG, PROMPTS = [Concept("dog")], ("a dog", "a house")
 SETTINGS = {"steps": 4, "lr": 0.05}

@@ -13,8 +13,7 @@ from fmn.methods.reread_text import Lessons, Settings, read_metric
 from fmn.models.families import DEMO, layers, text_layers
 from fmn.models.generator import open_studio
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import same_tensors, weights_of
+from tests.unit.tiny import same_tensors, weights_of
 
 PAIRS = [("a photo of a dog", "a photo of a"), ("a robot, twemoji", "twemoji"), ("cat", "")]
 KEPT, OWN = ["", "a horse", "an apple, 3d render"], ["a car"]
@@ -94,7 +93,7 @@ def test_two_concepts_go_and_a_kept_one_stays(model, tmp_path):
     encoder, unet = model.pipeline.text_encoder, model.unet
     before = weights_of(encoder), weights_of(unet)
     told = []
-    settings = settings_of("reread-many", {"steps": 80, "kept": 60, "batch": 16})
+    settings = settings_of("reread-many", {"steps": 80, "keep_prompts": 60, "batch": 16})
     patch = forget(model, concepts, settings, told.append, keep=["a cat"])
     assert same_tensors(before[0], weights_of(encoder)) and same_tensors(
         before[1], weights_of(unet)

@@ -239,7 +239,7 @@ class Hardening:
         with torch.no_grad():
             texts = Text.cat([text() for text in picked.texts])
         predicted = self.borrowed.denoise(x_t, t, texts)
-        return F.mse_loss(predicted.float(), away(*found.chunk(3), self.settings.robust_push))
+        return F.mse_loss(predicted.float(), away(*found.chunk(3), self.settings.robust_overshoot))
 
     def _keep(self, picked):
         x_t, t, _ = self._noised(self.kept, picked.kept)

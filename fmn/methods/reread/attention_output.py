@@ -107,15 +107,15 @@ def record_queries(
 
     Args:
         texts: encoded prompts, [1, 77, D] each. empty: the empty one.
-        settings: has ``sampling_steps``, ``guidance``, ``places`` and ``seed``; text i starts
-            from the noise of seed + i.
+        settings: has ``sampling_steps``, ``guidance``, ``query_positions`` and ``seed``; text i
+            starts from the noise of seed + i.
         side: latents' height and width.
         on_batch: called after each batch, may raise.
         numbers: seeds of the texts' noise, in place of those.
     """
     parts = []
     numbers = numbers or range(settings.seed, settings.seed + len(texts))
-    with recorded(borrowed, family, settings.places, settings.seed) as taken:
+    with recorded(borrowed, family, settings.query_positions, settings.seed) as taken:
         for first in range(0, len(texts), batch):
             some = Text.cat(texts[first : first + batch])
             count = len(some.context)

@@ -61,7 +61,7 @@ class Kept:
 
     def __init__(self, contexts, drawings, settings):
         self.contexts, self.drawings = contexts, drawings
-        self.places = KEPT_PLACES * settings.together
+        self.places = KEPT_PLACES * settings.words_per_prompt
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def rows(self, layer):
@@ -84,7 +84,9 @@ class Drawings:
         self.model, self.borrowed, self.settings = model, borrowed, settings
         self.side = (settings.size or model.family.resolution) // 8
         self.empty = self.encoded_one("")
-        drawn = [min(settings.drawn, len(texts)) for texts in (*self.sides(spoken), kept)]
+        drawn = [
+            min(settings.images_per_concept, len(texts)) for texts in (*self.sides(spoken), kept)
+        ]
         batches = sum(-(-sum(some) // AT_ONCE) for some in self._shared(drawn))
         layers = len(cross_attention_names(model.family))
         total = batches + layers + scenes_count(settings, len(spoken), styles)
@@ -96,11 +98,11 @@ class Drawings:
 
     def _shared(self, lists):
         """Lists of which so little is drawn that a batch holds several, several at a time."""
-        share = max(1, AT_ONCE // self.settings.drawn)
+        share = max(1, AT_ONCE // self.settings.images_per_concept)
         return [lists[first : first + share] for first in range(0, len(lists), share)]
 
     def _drawn(self, lists):
-        counts = [min(self.settings.drawn, len(texts)) for texts in lists]
+        counts = [min(self.settings.images_per_concept, len(texts)) for texts in lists]
         texts = [
             self.encoded_one(texts[i * len(texts) // count])
             for texts, count in zip(lists, counts)

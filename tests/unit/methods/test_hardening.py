@@ -32,8 +32,8 @@ from ..tiny import TINY, TinyBorrowed, TinyModel, TinyText, random_changes
 from .test_reread_run import FEW, STEPS
 
 SETTINGS = replace(
-    FEW, push=0.7, rank=3, robust_steps=2, robust_pictures=2, robust_rank=2, robust_push=1.5,
-    robust_preserve=2.0, robust_lr=0.01,
+    FEW, overshoot=0.7, rank=3, robust_steps=2, robust_pictures=2, robust_rank=2,
+    robust_overshoot=1.5, robust_preserve=2.0, robust_lr=0.01,
 )  # fmt: skip
 DOG, CAR = Concept("dog", anchor="cat", prompts=("my dog on grass",)), Concept("car")
 NAMES = hardened_layers(TINY)
@@ -215,7 +215,7 @@ class Literal:
                 kept = self.kept.text.context[self.pick(len(self.kept.text.context))[0]]
                 text = (empty, kept[None], other)[self.pick(3)[0]]
             found = [self.frozen(x_t, t, context).sample for context in (own, other, empty)]
-            target = literal_away(*found, self.settings.robust_push)
+            target = literal_away(*found, self.settings.robust_overshoot)
             loss += ((self.unet(x_t, t, text).sample - target) ** 2).mean() / HALF
         return loss
 

@@ -13,8 +13,8 @@ from fmn.models.sampling import q_sample
 from ..tiny import TinyModel
 
 FEW = method.Settings(
-    prompts=2, kept=4, drawn=2, sampling_steps=2, guidance=2.0, size=64, robust_steps=2,
-    robust_pictures=3,
+    prompts=2, keep_prompts=4, images_per_concept=2, sampling_steps=2, guidance=2.0, size=64,
+    robust_steps=2, robust_pictures=3,
 )  # fmt: skip
 
 
@@ -56,10 +56,16 @@ def test_the_total_counts_the_looks():
 
 def test_styles_are_pushed_by_their_own_setting():
     concept = Concept("oil painting", "style")
-    settings = method.Settings(prompts=2, kept=4, drawn=2, sampling_steps=2, size=64)
+    settings = method.Settings(
+        prompts=2, keep_prompts=4, images_per_concept=2, sampling_steps=2, size=64
+    )
     first, second, third = (
         method.run(TinyModel(), [concept], replace(settings, **changes))
-        for changes in ({}, {"push": 2.0}, {"push_style": 2 * settings.push_style + 1})
+        for changes in (
+            {},
+            {"overshoot": 2.0},
+            {"overshoot_style": 2 * settings.overshoot_style + 1},
+        )
     )
     for name in first.changes:
         assert torch.equal(first.change_of(name), second.change_of(name))

@@ -117,7 +117,7 @@ def test_each_concept_goes_as_far_as_it_needs(model, monkeypatch, first, second,
     spoken = [sentences(DOG, 2), sentences(OIL, 2)]
     Told.shares = {spoken[0][0][0]: first, spoken[1][0][0]: second}
     monkeypatch.setattr(method, "Remaining", Told)
-    settings = replace(FEW, push=0.5, push_style=0.6, stop_at=0.1)
+    settings = replace(FEW, overshoot=0.5, overshoot_style=0.6, stop_at=0.1)
     seen = []
     monkeypatch.setattr(
         method, "far_enough",
@@ -131,7 +131,7 @@ def test_each_concept_goes_as_far_as_it_needs(model, monkeypatch, first, second,
 def test_a_share_of_all_goes_nowhere_beyond(model):
     """With stop_at 1 the patch is that of push 0, bit for bit."""
     far = method.run(model, [DOG], replace(FEW, stop_at=1.0))
-    plain = method.run(model, [DOG], replace(FEW, push=0.0))
+    plain = method.run(model, [DOG], replace(FEW, overshoot=0.0))
     for side in (0, 1):
         assert same_tensors(
             {name: pair[side] for name, pair in far.changes.items()},
