@@ -13,7 +13,7 @@ import torch
 
 from ..closed_form.protected_subspace import protect, protected_downs
 from ..concepts.concept import Prompt
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..models.attention import watch_attention
 from ..models.attention_maps import flags_of
@@ -172,7 +172,7 @@ def _inverted(model, index, concept, settings, on_step):
     )  # fmt: skip
     with model.borrow() as borrowed:
         found = textual_inversion.invert(model, borrowed, concept.images, how, on_step)
-    prompt = textual_inversion.filled(template, PLACEHOLDER)
+    prompt = fill(template, PLACEHOLDER)
     with model.borrow_text() as text_encoder, torch.no_grad():
         text, _ = text_encoder.encode(prompt, found.vectors)
     ids = tokenize_with_placeholders(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..models.interface import cross_attention_names
 from ..models.sampling import expand, q_sample
@@ -75,11 +75,6 @@ def check_templates(templates):
             )
 
 
-def filled(template, words):
-    """The template with words in its place; other braces stay as they are."""
-    return template.replace("{}", words)
-
-
 def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: None):
     """Learn tokens that stand for what pictures show.
 
@@ -110,7 +105,7 @@ def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: No
 
         def loss_at(index):
             template, x_t, t, noise = draws()
-            text, _ = text_encoder.encode(filled(template, PLACEHOLDER), vectors)
+            text, _ = text_encoder.encode(fill(template, PLACEHOLDER), vectors)
             predicted = borrowed.denoise(x_t, t, expand(text, len(x_t)))
             return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
 

@@ -7,6 +7,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from ...concepts.prompt_templates import fill
 from ...errors import ForgetError
 from ...methods import method, settings_of
 from ...metrics.judge import find_labels
@@ -168,7 +169,7 @@ def judge_for(spec, suite):
         return load_judge(spec)
     labels = {
         "concept": dict(suite.concepts),
-        "style": {name: text.format("something") for name, text in suite.styles.items()},
+        "style": {name: fill(text, "something") for name, text in suite.styles.items()},
     }
     if not spec.startswith("clip:"):
         return load_judge(spec, labels)
