@@ -124,7 +124,7 @@ def _learned_pairs(model, concept, tokens):
     anchor = Prompt(concept.anchor, concept.anchor)
     other, other_last, _ = _encoded(model, {anchor}, whole=True)[anchor]
     made = []
-    with model.borrow_text() as encoder, torch.no_grad():
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
         for vectors in concept.learned:
             if vectors.dim() != 2 or vectors.shape[1] != encoder.width:
                 raise ForgetError(

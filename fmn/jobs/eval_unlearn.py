@@ -113,7 +113,7 @@ class ForgetMeNotTechnique:
         if concepts:
             train = methods.method(config.method).run
             patches.append((train(self.model, concepts, settings), 1.0))
-        self.model.merged(patches)
+        self.model.add_patches(patches)
         self._next_seed = config.seed
 
     def generate(self, prompts, seed=None, **options):
@@ -143,7 +143,7 @@ class ForgetMeNotTechnique:
         return replace(self.sampling, **{names[key]: value for key, value in options.items()})
 
     def _draw(self, prompt, seed, sampling):
-        noise = self.model.latents_like([seed], sampling.size or self.model.family.resolution)
+        noise = self.model.initial_noise([seed], sampling.size or self.model.family.resolution)
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # Schedulers that add noise on the way take it from the global generator. It goes on

@@ -17,7 +17,7 @@ from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
 from ..models.adapters import Switch
-from ..models.attention_maps import flags_of
+from ..models.attention_maps import concept_flags
 from ..models.families import layers as layers_of
 from ..models.interface import Text
 from ..models.sampling import q_sample
@@ -251,10 +251,10 @@ class Draws:
         apart: each pair makes a batch of its own.
     """
 
-    def __init__(self, concepts, batch, generator, borrowed, apart=False):
+    def __init__(self, concepts, batch, generator, denoiser, apart=False):
         self.batch, self.apart = batch, apart
-        self.generator, self.device = generator, borrowed.device
-        self.alphas_cumprod = borrowed.alphas_cumprod.cpu()
+        self.generator, self.device = generator, denoiser.device
+        self.alphas_cumprod = denoiser.alphas_cumprod.cpu()
         self.concepts = shuffled_cycle(
             [shuffled_cycle(pairs, generator) for pairs in concepts], generator
         )
@@ -301,16 +301,16 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     ``methods.forget``."""
     words = keep_for(concepts, keep, "none") if settings.preserve else ()
     downs = protected_downs(model, concepts, keep, settings.layers, settings)
-    flags = flags_of(model, concepts[0].training_prompts()[0])
+    flags = concept_flags(model, concepts[0].training_prompts()[0])
     pairs = [prepare(model, concept, settings) for concept in concepts]
     kept = prepare_kept(model, words, settings)
     probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
 
     @contextmanager
-    def open_loss(borrowed, switch, apart):
+    def open_loss(denoiser, switch, apart):
         generator = torch.Generator().manual_seed(settings.seed)
-        draws = Draws(pairs, settings.batch, generator, borrowed, apart)
-        draws_kept = Draws([kept], settings.batch, generator, borrowed, apart)
+        draws = Draws(pairs, settings.batch, generator, denoiser, apart)
+        draws_kept = Draws([kept], settings.batch, generator, denoiser, apart)
 
         def draw():
             return draws(), draws_kept() if kept else ()
@@ -319,17 +319,17 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
             for batches, how, weight in zip(drawn, (settings, KEEPING), (1.0, settings.preserve)):
                 for batch in batches:
                     share = len(batch.t) / settings.batch
-                    yield ablated(borrowed, switch, batch, how) * (weight * share)
+                    yield ablated(denoiser, switch, batch, how) * (weight * share)
 
         read = [layer.name for layer in layers_of(model.family) if layer.is_key_or_value]
-        with start_detached([borrowed.module(name) for name in read * settings.detach_start]):
+        with start_detached([denoiser.module(name) for name in read * settings.detach_start]):
             yield draw, loss
 
     @contextmanager
-    def rehearsed(borrowed, batch):
-        draws = Draws(pairs, batch, torch.Generator().manual_seed(settings.seed), borrowed)
+    def rehearsed(denoiser, batch):
+        draws = Draws(pairs, batch, torch.Generator().manual_seed(settings.seed), denoiser)
         rows = draws.stacked([draws.one()] * batch)
-        yield lambda: ablated(borrowed, Switch(), rows, settings)
+        yield lambda: ablated(denoiser, Switch(), rows, settings)
 
     return learn(
         model, concepts, settings, settings.layers, open_loss, None, probe_inputs, on_step, downs,
@@ -337,15 +337,15 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     )  # fmt: skip
 
 
-def ablated(borrowed, switch, batch, settings):
+def ablated(denoiser, switch, batch, settings):
     """``concept_ablation`` of a batch."""
-    predicted = borrowed.denoise(batch.x_t, batch.t, batch.target)
+    predicted = denoiser.predict_noise(batch.x_t, batch.t, batch.target)
     wanted = batch.noise
     if settings.target == "model":
         frozen = settings.teacher == "frozen"
         with torch.no_grad(), switch.off() if frozen else nullcontext():
-            wanted = borrowed.denoise(batch.x_t, batch.t, batch.anchor)
+            wanted = denoiser.predict_noise(batch.x_t, batch.t, batch.anchor)
     if not settings.prior:
         return concept_ablation(predicted, wanted)
-    prior = borrowed.denoise(batch.x_t, batch.t, batch.anchor)
+    prior = denoiser.predict_noise(batch.x_t, batch.t, batch.anchor)
     return concept_ablation(predicted, wanted, prior, batch.noise, settings.prior)

@@ -13,9 +13,9 @@ import torch
 from ..closed_form.protected_subspace import protect, protected_downs
 from ..concepts.concept import Prompt
 from ..errors import ForgetError
-from ..models.attention_maps import flags_of
+from ..models.attention_maps import concept_flags
 from ..models.interface import Text
-from ..models.sampling import begin, expand, guided, predictions, spaced, step_count
+from ..models.sampling import begin, expand, guided, predictions, step_count, trailing_timesteps
 from ..settings import Settings as Base
 from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..training.fit_adapters import autograd, in_scope, learn, shuffled_cycle
@@ -175,14 +175,14 @@ def of_one_length(texts):
 class Draws:
     """Endless training batches: prompts in shuffled turns, each with a drawing begun for it."""
 
-    def __init__(self, examples, settings, borrowed, switch, side, channels=4):
-        self.settings, self.borrowed, self.switch = settings, borrowed, switch
+    def __init__(self, examples, settings, denoiser, switch, side, channels=4):
+        self.settings, self.denoiser, self.switch = settings, denoiser, switch
         self.shape = settings.batch, channels, side, side
         self.generator = torch.Generator().manual_seed(settings.seed)
         own = [shuffled_cycle(each, self.generator) for each in examples]
         self.prompts_in_turn = shuffled_cycle(own, self.generator)
         # The drawing stops at times[k]; bin k reaches down to times[k + 1], not included.
-        self.times = [*spaced(step_count(borrowed), settings.sampling_steps), -1]
+        self.times = [*trailing_timesteps(step_count(denoiser), settings.sampling_steps), -1]
 
     def __call__(self):
         """An ``Example``, x_t [B, C, h, w] and its t."""
@@ -198,7 +198,7 @@ class Draws:
 
     def begun(self, example, noise, k, t):
         """The batch of a ``pick``."""
-        return example, self._draw(example, noise.to(self.borrowed.device), k), t
+        return example, self._draw(example, noise.to(self.denoiser.device), k), t
 
     def _number(self, start, end):
         return int(torch.randint(start, end, (1,), generator=self.generator))
@@ -206,10 +206,10 @@ class Draws:
     def _draw(self, example, noise, k):
         """The first k steps of a drawing of what is erased from."""
         text = expand(example.source, len(noise))
-        predict = guided(self.borrowed, text, example.empty, self.settings.guidance)
+        predict = guided(self.denoiser, text, example.empty, self.settings.guidance)
         frozen = self.settings.sample_from == FROZEN
         with self.switch.off() if frozen else nullcontext():
-            return begin(self.borrowed, predict, noise, self.settings.sampling_steps, k)
+            return begin(self.denoiser, predict, noise, self.settings.sampling_steps, k)
 
 
 @autograd()
@@ -229,14 +229,14 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     examples = prepare(model, concepts, settings)
     side = (settings.size or family.resolution) // family.latent_factor
 
-    def open_loss(borrowed, switch, apart):
-        draws = Draws(examples, settings, borrowed, switch, side, family.latent_channels)
+    def open_loss(denoiser, switch, apart):
+        draws = Draws(examples, settings, denoiser, switch, side, family.latent_channels)
 
         def loss(picked):
             example, x_t, t = draws.begun(*picked)
             parts = x_t.split(1 if apart else len(x_t))
             for part in parts:
-                yield loss_of(borrowed, switch, example, part, t, settings.eta) / len(parts)
+                yield loss_of(denoiser, switch, example, part, t, settings.eta) / len(parts)
 
         return nullcontext((draws.pick, loss))
 
@@ -244,7 +244,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     if family.known:
         prompt = concepts[0].training_prompts()[0]
         latent = torch.zeros(1, 4, side, side)
-        probe_inputs = [(model.encode(prompt), flags_of(model, prompt), latent)]
+        probe_inputs = [(model.encode(prompt), concept_flags(model, prompt), latent)]
     # Adam as released: no weight decay, no clipping.
     optimiser = Optimiser(settings.lr, weight_decay=0.0, max_norm=math.inf)
     return learn(
@@ -252,13 +252,13 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     )
 
 
-def loss_of(borrowed, switch, example, x_t, t, eta):
+def loss_of(denoiser, switch, example, x_t, t, eta):
     """ESD's loss for x_t [B, C, h, w] at the time step t."""
     count = len(x_t)
     texts = [example.source, example.concept, example.empty]
     if example.source is example.concept:
         texts = texts[1:]
     with switch.off(), torch.no_grad():
-        frozen = predictions(borrowed, x_t, t, texts)
-    predicted = borrowed.denoise(x_t, torch.full((count,), t), expand(example.source, count))
+        frozen = predictions(denoiser, x_t, t, texts)
+    predicted = denoiser.predict_noise(x_t, torch.full((count,), t), expand(example.source, count))
     return esd(predicted, frozen[0], *frozen[-2:], eta)

@@ -112,16 +112,16 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     """
     first, training = BLOCK.format(0), Training(model, concepts, settings, on_step)
     names = [layer.name for layer in text_layers(model.family) if layer.name.startswith(first)]
-    with model.borrow_text(words=False) as borrowed:
-        adapters = make_adapters(borrowed.module, names, settings, borrowed.device)
+    with model.borrow_text_encoder(words=False) as text_encoder:
+        adapters = make_adapters(text_encoder.module, names, settings, text_encoder.device)
         with (
-            _watched(borrowed.module(last_projection(model.family))) as seen,
-            attached(adapters, borrowed.module) as switch,
+            _watched(text_encoder.module(last_projection(model.family))) as seen,
+            attached(adapters, text_encoder.module) as switch,
         ):
 
             def output(prompt):
                 seen.clear()  # a preview may have encoded its prompts too
-                borrowed.encode(prompt)
+                text_encoder.encode(prompt)
                 return seen.pop().float()
 
             with torch.no_grad(), switch.off():
@@ -145,7 +145,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
                     before = output(prompt)
                 return F.mse_loss(output(prompt), before) / before.square().mean()
 
-            scale = scale_for(borrowed.module(names[0]))
+            scale = scale_for(text_encoder.module(names[0]))
             training.put_on(adapters, switch)
             training.run(loss_at, len(order), _optimiser(settings), on_step, scale)
     return training.finish()

@@ -165,11 +165,11 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     with torch.no_grad():
         targets, guides = _contexts(model, concepts, settings)
         moment = None if settings.form == "reflection" else _kept(model, concepts, settings, keep)
-        with model.borrow() as borrowed:
+        with model.borrow_denoiser() as denoiser:
             names = [layer.name for layer in key_value_layers(model.family, "v")]
             progress, changes, worst = Progress(on_step, len(names)), {}, 0.0
             for name in names:
-                weight = borrowed.module(name).weight.detach().to("cpu", torch.float64)
+                weight = denoiser.module(name).weight.detach().to("cpu", torch.float64)
                 up, down, lost = _edit(weight, targets, guides, moment, settings, name)
                 changes[name], worst = (up.float(), down.float()), max(worst, lost)
                 progress(_cosine(weight, up, down, targets))

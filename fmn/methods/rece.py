@@ -87,7 +87,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
     Args:
         found: contexts [77, D] that an attack found for the one concept, such as
-            ``BorrowedText.encode`` gives; every round edits them away too, token by token.
+            ``TextEncoder.encode`` gives; every round edits them away too, token by token.
 
     Raises:
         ForgetError: also if found contexts have another shape, or there are several concepts.
@@ -97,8 +97,8 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     kept = torch.cat([kept, kept_contexts(model, ("",), "all")])
     given = found_pairs(model, concepts, found)
 
-    def edit_of(borrowed):
-        weights = weight_gram(borrowed, model.family)
+    def edit_of(denoiser):
+        weights = weight_gram(denoiser, model.family)
         return rece(weights, pairs, kept, given, settings)
 
     return input_patch(model, concepts, settings, pairs, edit_of, on_step=on_step)

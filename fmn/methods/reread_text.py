@@ -81,10 +81,10 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     """Train a patch of the text encoder; see ``methods.forget``."""
     pairs, kept, own = _texts(concepts, keep, settings)
     training = Training(model, concepts, settings, on_step)
-    with model.borrow() as borrowed:
-        metric = read_metric(borrowed, model.family)
+    with model.borrow_denoiser() as denoiser:
+        metric = read_metric(denoiser, model.family)
     names = read_layers(model.family)
-    with model.borrow_text(words=False) as encoder:
+    with model.borrow_text_encoder(words=False) as encoder:
         lessons = Lessons(encoder, pairs, kept, own, metric, settings)
         adapters = make_adapters(encoder.module, names, settings, encoder.device)
         scale = scale_for(encoder.module(names[0]))
@@ -123,12 +123,12 @@ def _texts(concepts, keep, settings):
     return pairs, kept, [*given, *own]
 
 
-def read_metric(borrowed, family):
+def read_metric(denoiser, family):
     """R [D, D], float32: |c R|^2 is the mean square of what keys and values make of a context c.
 
     An error that no layer reads is none.
     """
-    values, vectors = torch.linalg.eigh(weight_gram(borrowed, family))
+    values, vectors = torch.linalg.eigh(weight_gram(denoiser, family))
     values = values.clamp(min=0) / values.clamp(min=0).sum()
     return (vectors * values.sqrt()).float()
 
@@ -144,7 +144,7 @@ class Lessons:
     averaged over a batch.
 
     Args:
-        encoder: a ``BorrowedText``. metric: of ``read_metric``.
+        encoder: a ``TextEncoder``. metric: of ``read_metric``.
         pairs: [(text, text)]. kept, own: texts; half of the kept ones come from ``own``, if any.
         settings: of this module.
     """

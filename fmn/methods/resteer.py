@@ -16,7 +16,7 @@ from ..concepts.concept import Prompt
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..models.attention import watch_attention
-from ..models.attention_maps import flags_of
+from ..models.attention_maps import concept_flags
 from ..models.interface import Text, cross_attention_names, tokenize_with_placeholders
 from ..models.sampling import q_sample
 from ..models.token_positions import END_TOKENS, end_positions
@@ -126,7 +126,7 @@ class Data:
     latents: list[torch.Tensor]  # a concept: [N, 4, h, w]
 
     def probe_inputs(self):
-        """The first prompt of each concept, as ``Probe`` looks at it."""
+        """The first prompt of each concept, as ``AttentionProbe`` looks at it."""
         first = {}
         for example in self.examples:
             first.setdefault(example.concept, example)
@@ -151,7 +151,7 @@ def prepare(model, concepts, settings, on_step=lambda step: None):
             examples.append(_inverted(model, index, concept, settings, on_step))
             continue
         for prompt in concept.training_prompts():
-            flags = flags_of(model, prompt, settings.end_tokens)
+            flags = concept_flags(model, prompt, settings.end_tokens)
             examples.append(Example(index, model.encode(prompt), flags))
     size = settings.size or model.family.resolution
     return Data(examples, [_latents(model, concept, settings, size) for concept in concepts])
@@ -170,10 +170,10 @@ def _inverted(model, index, concept, settings, on_step):
         tokens=settings.inverted, steps=settings.inversion_steps, lr=INVERTED_LR,
         seed=settings.seed, start=first.subject, templates=(template,),
     )  # fmt: skip
-    with model.borrow() as borrowed:
-        found = textual_inversion.invert(model, borrowed, concept.images, how, on_step)
+    with model.borrow_denoiser() as denoiser:
+        found = textual_inversion.invert(model, denoiser, concept.images, how, on_step)
     prompt = fill(template, PLACEHOLDER)
-    with model.borrow_text() as text_encoder, torch.no_grad():
+    with model.borrow_text_encoder() as text_encoder, torch.no_grad():
         text, _ = text_encoder.encode(prompt, found.vectors)
     ids = tokenize_with_placeholders(
         lambda words: model.tokenize(Prompt(words, words)), prompt, settings.inverted
@@ -259,22 +259,24 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     data = prepare(model, concepts, settings, on_step)
 
     @contextmanager
-    def open_loss(borrowed, switch, apart):
-        draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device, apart)
-        modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
-        with watch_attention(modules, borrowed.context_argument) as watch:
-            loss = partial(apart_loss if apart else whole_loss, borrowed, watch)
+    def open_loss(denoiser, switch, apart):
+        draws = Draws(data, settings, denoiser.alphas_cumprod, denoiser.device, apart)
+        modules = [denoiser.module(name) for name in cross_attention_names(model.family)]
+        with watch_attention(modules, denoiser.context_argument) as watch:
+            loss = partial(apart_loss if apart else whole_loss, denoiser, watch)
             yield draws, loss
 
     @contextmanager
-    def rehearsed(borrowed, batch):
+    def rehearsed(denoiser, batch):
         how = replace(settings, batch=batch)
-        batches = Draws(data, how, borrowed.alphas_cumprod, borrowed.device)()
-        modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
-        with watch_attention(modules, borrowed.context_argument) as watch:
+        batches = Draws(data, how, denoiser.alphas_cumprod, denoiser.device)()
+        modules = [denoiser.module(name) for name in cross_attention_names(model.family)]
+        with watch_attention(modules, denoiser.context_argument) as watch:
             for each in batches:
                 watch.aim(each.flags)
-            forwards = [partial(borrowed.denoise, each.x_t, each.t, each.text) for each in batches]
+            forwards = [
+                partial(denoiser.predict_noise, each.x_t, each.t, each.text) for each in batches
+            ]
             yield lambda: attention_resteering(
                 [layer for forward in forwards for layer in watch.run(forward)]
             )
@@ -286,26 +288,26 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     )  # fmt: skip
 
 
-def whole_loss(borrowed, watch, batches):
+def whole_loss(denoiser, watch, batches):
     """``attention_resteering`` of a step."""
-    seen = [watched_forward(borrowed, watch, batch) for batch in batches]
+    seen = [watched_forward(denoiser, watch, batch) for batch in batches]
     return attention_resteering([layer for batch in seen for layer in batch])
 
 
-def apart_loss(borrowed, watch, batches):
+def apart_loss(denoiser, watch, batches):
     """The same in parts, one a batch, whose gradients sum to its own.
 
     A norm is no sum, but its gradient is: of |v|^2 / (2 |v|) with the divisor held, which needs
     all norms first, and so a second forward pass.
     """
     with torch.no_grad():
-        norms = [whole_loss(borrowed, watch, [batch]) for batch in batches]
+        norms = [whole_loss(denoiser, watch, [batch]) for batch in batches]
         whole = torch.stack(norms).norm().clamp_min(torch.finfo(torch.float32).tiny)
     for batch, norm in zip(batches, norms):
-        half = whole_loss(borrowed, watch, [batch]).square() / (2 * whole)
+        half = whole_loss(denoiser, watch, [batch]).square() / (2 * whole)
         yield half + norm.square() / (2 * whole)
 
 
-def watched_forward(borrowed, watch, batch):
+def watched_forward(denoiser, watch, batch):
     """What the flagged tokens of a batch get, a tensor [N, H, P] a layer."""
-    return watch(batch.flags, lambda: borrowed.denoise(batch.x_t, batch.t, batch.text))
+    return watch(batch.flags, lambda: denoiser.predict_noise(batch.x_t, batch.t, batch.text))

@@ -108,7 +108,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
     left = (pairs.anchors - pairs.targets).mT
 
-    def open_edits(borrowed):
+    def open_edits(denoiser):
         whole = main_directions(kept, model.family.context_dim)
         shared = None if settings.filter else right_factor(problem, kept, whole, settings)
 

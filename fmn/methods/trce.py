@@ -59,4 +59,4 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     # Means over prompts, as released: the number of sentences is no strength.
     weights = settings.erase / len(texts), settings.preserve / max(len(words), 1)
     edit = uce(*pairs, kept, *weights, settings.damping)
-    return input_patch(model, concepts, settings, pairs, lambda borrowed: edit, on_step=on_step)
+    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step=on_step)

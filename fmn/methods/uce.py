@@ -110,7 +110,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     else:
         names, weights = zip(*attributes)
         edit, pairs = debias(pairs.targets, kept_contexts(model, names), weights, kept, *weighted)
-    return input_patch(model, concepts, settings, pairs, lambda borrowed: edit, on_step=on_step)
+    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step=on_step)
 
 
 def rows_of(model, concepts, settings, keep):

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from ..errors import ForgetError
-from ..models.adapters import Full, LowRank, attached
-from ..models.attention_maps import Probe
+from ..models.adapters import FullAdapter, LowRankAdapter, attached
+from ..models.attention_maps import AttentionProbe
 from ..models.families import layers, layers_by_name
 from ..models.module_patching import checkpointed
 from ..models.sampling import expand, step_count
@@ -70,7 +70,7 @@ def reference_latents(model, concept, side):
 
 
 def make_adapters(module_of, names, settings, device, downs=None):
-    """Fresh adapters: layer name -> ``LowRank``, or ``Full`` if the settings say so.
+    """Fresh adapters: layer name -> ``LowRankAdapter``, or ``FullAdapter`` if the settings say so.
 
     Args:
         settings: has ``rank``, ``seed``, and may have ``full_weights``.
@@ -82,9 +82,9 @@ def make_adapters(module_of, names, settings, device, downs=None):
     for name in names:
         module, down = module_of(name), (downs or {}).get(name)
         adapters[name] = (
-            Full(module, device)
+            FullAdapter(module, device)
             if full
-            else LowRank(module, settings.rank, generator, device, down)
+            else LowRankAdapter(module, settings.rank, generator, device, down)
         )
     return adapters
 
@@ -106,16 +106,16 @@ def learn(
         settings: a method's, with ``steps`` (a concept), ``lr``, ``rank``, ``seed`` and
             ``checkpointing``.
         scope: of ``SCOPES``.
-        open_loss: (borrowed, switch, apart) -> context manager that gives two functions: one picks
+        open_loss: (denoiser, switch, apart) -> context manager that gives two functions: one picks
             at random what the next step trains on, which costs little, the other makes a loss of
             it, or its parts; see ``train.train``. The switch turns the adapters off; ``apart``
             asks for one part a prompt.
         optimiser: ``Optimiser``; None takes AdamW as released with ``settings.lr``.
-        looked_at: what ``Probe`` takes; its first entry is shown as training goes on.
+        probe_inputs: what ``AttentionProbe`` takes; its first entry is shown as training goes on.
         on_step: see ``methods.forget``.
         downs: see ``make_adapters``.
-        rehearsed: (borrowed, batch) -> context manager that gives ``plan.estimate`` the loss of
-            so many prompts; None takes a forward and backward pass of the first of ``looked_at``.
+        rehearsed: (denoiser, batch) -> context manager that gives ``plan.estimate`` the loss of
+            so many prompts; None takes a forward and backward pass of ``probe_inputs[0]``.
 
     Raises:
         ForgetError: memory ran out.
@@ -124,17 +124,17 @@ def learn(
     names = [layer.name for layer in in_scope(model.family, scope)]
     total, batch = settings.steps * len(concepts), getattr(settings, "batch", 1)
     training = Training(model, concepts, settings, on_step)
-    with model.borrow() as borrowed:
+    with model.borrow_denoiser() as denoiser:
         # The first layer of inpainting and editing variants has another shape: it stays.
-        names = [name for name in names if _as_expected(model.family, borrowed, name)]
-        report = _Report(model, borrowed, probe_inputs, on_step, total)
+        names = [name for name in names if _as_expected(model.family, denoiser, name)]
+        report = _Report(model, denoiser, probe_inputs, on_step, total)
         in_place = not model.family.known
 
         @contextmanager
         def adapted(plan):
-            adapters = make_adapters(borrowed.module, names, settings, borrowed.device, downs)
-            blocks = borrowed.checkpoint_blocks() if plan.checkpointing else []
-            with attached(adapters, borrowed.module) as switch, checkpointed(blocks, in_place):
+            adapters = make_adapters(denoiser.module, names, settings, denoiser.device, downs)
+            blocks = denoiser.checkpoint_blocks() if plan.checkpointing else []
+            with attached(adapters, denoiser.module) as switch, checkpointed(blocks, in_place):
                 yield adapters, switch
 
         def estimate_of(plan):
@@ -146,68 +146,68 @@ def learn(
             )
             text, _, latent = probe_inputs[0]
             alike = (
-                type(model), model.family.key, borrowed.device, type(settings), *names,
+                type(model), model.family.key, denoiser.device, type(settings), *names,
                 settings.rank, getattr(settings, "full_weights", False), rows, latent.shape,
                 text.context.shape, plan.checkpointing, downs is None,
-                borrowed.module(names[0]).weight.dtype, bool(getattr(settings, "prior", 0)),
+                denoiser.module(names[0]).weight.dtype, bool(getattr(settings, "prior", 0)),
             )  # fmt: skip
             if alike not in ESTIMATES:
                 if len(ESTIMATES) == MOST_ESTIMATES:
                     ESTIMATES.clear()
-                with adapted(plan) as (adapters, _), step(borrowed, rows) as loss_of:
+                with adapted(plan) as (adapters, _), step(denoiser, rows) as loss_of:
                     parameters = parameters_of(adapters)
-                    ESTIMATES[alike] = estimate(borrowed, model.family, parameters, loss_of)
+                    ESTIMATES[alike] = estimate(denoiser, model.family, parameters, loss_of)
             return ESTIMATES[alike]
 
         def trained(plan, note):
             report.note = note
             with (
                 adapted(plan) as (adapters, switch),
-                open_loss(borrowed, switch, plan.apart) as (draw, loss),
+                open_loss(denoiser, switch, plan.apart) as (draw, loss),
             ):
-                training.put_on(adapters, switch, borrowed)
+                training.put_on(adapters, switch, denoiser)
                 training.check_steps(total)  # before many draws
                 for _ in range(training.tries):
                     draw()
-                scale = scale_for(borrowed.module(names[0]))
+                scale = scale_for(denoiser.module(names[0]))
                 how = optimiser or Optimiser(settings.lr)
                 training.run(lambda index: loss(draw()), total, how, report, scale)
                 return training
 
         ways = plans(settings.checkpointing, batch)
-        planned(trained, ways, estimate_of, borrowed.device)
+        planned(trained, ways, estimate_of, denoiser.device)
     return training.finish()
 
 
-def _as_expected(family, borrowed, name):
+def _as_expected(family, denoiser, name):
     shape = layers_by_name(family)[name].shape
-    return tuple(borrowed.module(name).weight.shape) == tuple(shape)
+    return tuple(denoiser.module(name).weight.shape) == tuple(shape)
 
 
 @contextmanager
-def _plain_step(probe_inputs, borrowed, batch):
+def _plain_step(probe_inputs, denoiser, batch):
     """A forward and backward pass of a batch of one prompt."""
     text, _, latent = probe_inputs
     x = latent[:1].expand(batch, -1, -1, -1)
-    t = torch.full((batch,), step_count(borrowed) // 2)
-    yield lambda: borrowed.denoise(x, t, expand(text, batch)).square().sum()
+    t = torch.full((batch,), step_count(denoiser) // 2)
+    yield lambda: denoiser.predict_noise(x, t, expand(text, batch)).square().sum()
 
 
 class _Report:
     """Adds the first concept's attention, looked at now and then, to what a step tells."""
 
-    def __init__(self, model, borrowed, probe_inputs, on_step, total):
-        self.on_step, self.total, self.borrowed = on_step or (lambda step: None), total, borrowed
+    def __init__(self, model, denoiser, probe_inputs, on_step, total):
+        self.on_step, self.total, self.denoiser = on_step or (lambda step: None), total, denoiser
         self.probe, self.now, self.note = None, None, ""
         if probe_inputs:
-            self.probe = Probe(
-                model.family, probe_inputs[:1], borrowed.alphas_cumprod, steps=(0.5,)
+            self.probe = AttentionProbe(
+                model.family, probe_inputs[:1], denoiser.alphas_cumprod, steps=(0.5,)
             )
-            self.now = self.probe.look(borrowed)[0]
+            self.now = self.probe.measure(denoiser)[0]
         self.before = self.now
 
     def __call__(self, step):
         often = max(1, min(self.total // LOOKS, STEPS_A_LOOK))
         if self.probe and (step.index % often == 0 or step.index == step.total):
-            self.now = self.probe.look(self.borrowed)[0]
+            self.now = self.probe.measure(self.denoiser)[0]
         self.on_step(replace(step, before=self.before, now=self.now, note=self.note))

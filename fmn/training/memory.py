@@ -49,7 +49,7 @@ class Estimate(NamedTuple):
         return "memory: " + ", ".join(f"{name} {size / GB:.2f} GB" for name, size in parts)
 
 
-def estimate(borrowed, family, parameters, loss_of):
+def estimate(denoiser, family, parameters, loss_of):
     """What a training step takes, without computing one.
 
     The step is gone through on tensors that have a shape and no numbers (``FakeTensorMode``), and
@@ -63,7 +63,7 @@ def estimate(borrowed, family, parameters, loss_of):
         an ``Estimate``; None if a part of the model does go by values.
     """
     known = layers(family)
-    size = borrowed.module(known[0].name).weight.element_size()
+    size = denoiser.module(known[0].name).weight.element_size()
     weights = size * sum(prod(layer.shape) for layer in known)
     trained = sum(each.nbytes for each in parameters)
     try:

@@ -7,7 +7,7 @@ import torch
 from ..errors import ForgetError
 from ..images import to_image
 from ..models.families import DEMO
-from ..models.generator import Studio, open_studio
+from ..models.image_sampler import ImageSampler, open_sampler
 from ..models.sampling import Sampling
 
 
@@ -17,7 +17,7 @@ class Previews:
     Args:
         model: a ``Model`` of a known family that can ``decode``.
         prompts: each gives a picture before and one now.
-        on_pictures: as ``Studio``'s; may raise to cancel.
+        on_pictures: as ``ImageSampler``'s; may raise to cancel.
     """
 
     def __init__(self, model, prompts, steps=8, seed=0, on_pictures=lambda count: None):
@@ -37,33 +37,33 @@ class Previews:
         Args:
             training: ``training.Training``, whose adapters are on the model.
         """
-        with torch.no_grad(), self._borrowed(training) as borrowed:
-            studio = Studio(self.model, borrowed, self.sampling, 1, self.on_pictures)
+        with torch.no_grad(), self._denoiser(training) as denoiser:
+            sampler = ImageSampler(self.model, denoiser, self.sampling, 1, self.on_pictures)
             if self.before is None:
                 with training.switch.off():
-                    self.before = self._draw(studio)
+                    self.before = self._draw(sampler)
             # Text that was encoded without the adapters must not be taken for text with them.
-            studio = Studio(self.model, borrowed, self.sampling, 1, self.on_pictures)
-            return self._rows(self._draw(studio))
+            sampler = ImageSampler(self.model, denoiser, self.sampling, 1, self.on_pictures)
+            return self._rows(self._draw(sampler))
 
     def after(self, patch):
         """Pictures with the finished patch on the model."""
-        with open_studio(self.model, self.sampling, 1, self.on_pictures) as studio:
-            self.before = self.before or self._draw(studio)
-            with studio.applying([(patch, 1.0)]):
-                return self._rows(self._draw(studio))
+        with open_sampler(self.model, self.sampling, 1, self.on_pictures) as sampler:
+            self.before = self.before or self._draw(sampler)
+            with sampler.applying([(patch, 1.0)]):
+                return self._rows(self._draw(sampler))
 
     @contextmanager
-    def _borrowed(self, training):
-        if training.borrowed is not None:
-            yield training.borrowed
+    def _denoiser(self, training):
+        if training.denoiser is not None:
+            yield training.denoiser
         else:
-            with self.model.borrow() as borrowed:
-                yield borrowed
+            with self.model.borrow_denoiser() as denoiser:
+                yield denoiser
 
-    def _draw(self, studio):
+    def _draw(self, sampler):
         # One by one: prompts of different lengths do not fit into one batch.
-        return [to_image(studio.draw([prompt], [self.seed])[0]) for prompt in self.prompts]
+        return [to_image(sampler.draw([prompt], [self.seed])[0]) for prompt in self.prompts]
 
     def _rows(self, now):
         return list(zip(self.prompts, self.before, now))

@@ -17,7 +17,7 @@ class Training:
 
     Attributes:
         switch: turns the adapters off.
-        borrowed: the U-Net in training, which draws as it is now; None if text is trained.
+        denoiser: the U-Net in training, which draws as it is now; None if text is trained.
     """
 
     def __init__(self, model, concepts, settings, on_step=None):
@@ -28,13 +28,13 @@ class Training:
         self.begun, self.keeps_best = supervisor.resume, supervisor.keep_best
         self.tries, self.loop, self.best, self.error = 0, None, None, None
 
-    def put_on(self, adapters, switch, borrowed=None, make=None):
+    def put_on(self, adapters, switch, denoiser=None, make=None):
         """Say what is trained; sets it as it was, if a run is resumed.
 
         Args:
             make: function from the losses to the patch; None: the adapters are all of it.
         """
-        self.adapters, self.switch, self.borrowed = adapters, switch, borrowed
+        self.adapters, self.switch, self.denoiser = adapters, switch, denoiser
         self.make, self.beside = make, None
         self.tries, self.loop, self.best = 0, None, None  # memory may have run out in a first try
         self.parameters = {

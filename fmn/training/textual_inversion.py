@@ -53,7 +53,7 @@ class Inverted:
     """What an inversion found.
 
     Attributes:
-        vectors: float32 [tokens, width] on the CPU, for ``BorrowedText.encode``.
+        vectors: float32 [tokens, width] on the CPU, for ``TextEncoder.encode``.
         start: the same before training.
         losses: one a step.
     """
@@ -75,12 +75,12 @@ def check_templates(templates):
             )
 
 
-def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: None):
+def invert(model, denoiser, images, settings=Settings(), on_step=lambda step: None):
     """Learn tokens that stand for what pictures show.
 
     Args:
-        model: a ``Model`` that can ``encode_images`` and ``borrow_text``.
-        borrowed: its ``Borrowed``; patches may be attached to it.
+        model: a ``Model`` that can ``encode_images`` and ``borrow_text_encoder``.
+        denoiser: its ``Denoiser``; patches may be attached to it.
         images: float [N, H, W, 3] in 0..1.
         on_step: gets a ``train.Step`` after each step, and may raise to cancel.
 
@@ -95,21 +95,21 @@ def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: No
         raise ForgetError("There are no pictures to invert: give at least one.")
     latents = model.encode_images(images, model.family.resolution)
     with (
-        model.borrow_text() as text_encoder,
+        model.borrow_text_encoder() as text_encoder,
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
         start = first_vectors(text_encoder, settings)
         vectors = start.clone().requires_grad_()
-        draws = _Draws(latents.clone(), borrowed, settings)
+        draws = _Draws(latents.clone(), denoiser, settings)
 
         def loss_at(index):
             template, x_t, t, noise = draws()
             text, _ = text_encoder.encode(fill(template, PLACEHOLDER), vectors)
-            predicted = borrowed.denoise(x_t, t, expand(text, len(x_t)))
+            predicted = denoiser.predict_noise(x_t, t, expand(text, len(x_t)))
             return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
 
-        scale = scale_for(borrowed.module(f"{cross_attention_names(model.family)[0]}.to_k"))
+        scale = scale_for(denoiser.module(f"{cross_attention_names(model.family)[0]}.to_k"))
         optimiser = Optimiser(settings.lr, weight_decay=0.0)
         losses = train([vectors], loss_at, settings.steps, optimiser, on_step, scale)
         return Inverted(vectors.detach().cpu().clone(), start.cpu(), losses)
@@ -138,9 +138,9 @@ def first_vectors(text_encoder, settings):
 class _Draws:
     """Endless training batches: a template, and noised latents at time steps spread evenly."""
 
-    def __init__(self, latents, borrowed, settings):
+    def __init__(self, latents, denoiser, settings):
         self.latents, self.settings = latents, settings
-        self.device, self.alphas = borrowed.device, borrowed.alphas_cumprod.cpu()
+        self.device, self.alphas = denoiser.device, denoiser.alphas_cumprod.cpu()
         # Not the start's generator: two more tokens shall not change the noise.
         self.generator = torch.Generator().manual_seed(settings.seed)
 

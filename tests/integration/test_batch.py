@@ -62,11 +62,11 @@ class Timed(TinyModel):
     """With a noise schedule that ends in less of the picture, as for zero terminal SNR."""
 
     @contextmanager
-    def borrow(self):
-        with super().borrow() as borrowed:
-            borrowed.alphas_cumprod = borrowed.alphas_cumprod.clone()
-            borrowed.alphas_cumprod[-1] = 2**-24
-            yield borrowed
+    def borrow_denoiser(self):
+        with super().borrow_denoiser() as denoiser:
+            denoiser.alphas_cumprod = denoiser.alphas_cumprod.clone()
+            denoiser.alphas_cumprod[-1] = 2**-24
+            yield denoiser
 
 
 def names(folder):
@@ -271,7 +271,7 @@ def test_what_is_read_while_the_text_is_borrowed_is_not_remembered():
     model = Counting()
     memo, position = Memo(model), model.position
     known = memo.encode_all(["a"])
-    with memo.borrow_text():
+    with memo.borrow_text_encoder():
         model.position = position + 1
         assert not memo.encode_all(["a"]).equal(known)
         memo.encode_all(["b"])

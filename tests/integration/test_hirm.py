@@ -139,7 +139,7 @@ def test_the_loss_of_what_is_kept(model):
     concept = Concept("dog", anchor="cat")
     hirm.run(model, [concept], settings, told.append, keep=keep)
     one = hirm.run(model, [concept], replace(settings, steps=1), keep=keep)
-    worn = DiffusersModel.load("demo").merged([(one, 1.0)])
+    worn = DiffusersModel.load("demo").add_patches([(one, 1.0)])
     with torch.no_grad():
         target, before = output(model, "cat"), output(model, "a wolf")
         first = F.mse_loss(output(model, "dog"), target)
@@ -156,7 +156,7 @@ def test_the_default_reaches_its_target_and_keeps_neighbours(model):
     moved = {}
     for preserve in (0.0, Settings().preserve):
         patch = hirm.run(model, [Concept("dog")], replace(Settings(), preserve=preserve))
-        worn = DiffusersModel.load("demo").merged([(patch, 1.0)])
+        worn = DiffusersModel.load("demo").add_patches([(patch, 1.0)])
         moved[preserve] = float((worn.encode_all(neighbours) - kept).norm() / kept.norm())
         assert (worn.encode_all(["a photo of a dog"]) - dog).norm() > 0.7 * dog.norm()
     assert moved[Settings().preserve] < 0.3 < 0.5 < moved[0.0]

@@ -9,7 +9,7 @@ from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.images import to_image
 from fmn.methods import forget, settings_of
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.patches.patch import load_patch
 from fmn.training.preview import Previews
@@ -26,8 +26,8 @@ def pixels(picture):
 
 def drawn_with(model, patch):
     """The same pictures from a patch that is worn."""
-    with open_studio(model, Sampling(3, 7.0), 1) as studio, studio.applying([(patch, 1.0)]):
-        return [to_image(studio.draw([prompt], [5])[0]) for prompt in PROMPTS]
+    with open_sampler(model, Sampling(3, 7.0), 1) as sampler, sampler.applying([(patch, 1.0)]):
+        return [to_image(sampler.draw([prompt], [5])[0]) for prompt in PROMPTS]
 
 
 def tensors_of(patch):

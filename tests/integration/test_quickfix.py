@@ -146,7 +146,7 @@ def test_the_default_protects_neighbours_and_reaches_the_anchor(model):
     moved = {}
     for name in quickfix.PRESETS:
         patch = quickfix.run(model, [concept], quickfix.PRESETS[name])
-        worn = DiffusersModel.load("demo").merged([(patch, 1.0)])
+        worn = DiffusersModel.load("demo").add_patches([(patch, 1.0)])
         found = worn.encode_all(("a photo of a dog",)) - cat
         moved[name] = (worn.encode_all(neighbours) - kept).norm() / kept.norm()
         if name == "quickfix":

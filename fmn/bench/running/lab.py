@@ -12,7 +12,7 @@ from ...errors import ForgetError
 from ...methods import method, settings_of
 from ...metrics.judge import find_labels
 from ...metrics.load import load_judge
-from ...models.generator import open_studio
+from ...models.image_sampler import open_sampler
 from ...patches.patch import load_patch, save_patch
 from ...training.memory import peak_memory
 from ..measures.trial import Trial
@@ -102,11 +102,11 @@ class Lab:
     def _measure(self, cell, patches):
         module, function = FUNCTIONS[cell.work]
         measure = getattr(import_module(f"..measures.{module}", __package__), function)
-        with open_studio(self.model, self.suite.sampling, self.batch, self.on_work) as studio:
+        with open_sampler(self.model, self.suite.sampling, self.batch, self.on_work) as sampler:
             trial = Trial(
                 suite=self.suite,
                 target=self.target(cell.targets[0]),
-                studio=studio,
+                sampler=sampler,
                 judge=self.judge,
                 check=self.check,
                 clip=self.clip,
@@ -119,7 +119,7 @@ class Lab:
             )
             strength = cell.settings.get("strength", 1.0)
             worn = [(from_bytes(patch), strength) for patch in patches]
-            with studio.applying(worn):
+            with sampler.applying(worn):
                 return measure(trial)
 
 

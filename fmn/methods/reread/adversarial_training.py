@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...linalg import cut
-from ...models.adapters import Fixed, LowRank, attached
+from ...models.adapters import FixedAdapter, LowRankAdapter, attached
 from ...models.families import layers
 from ...models.interface import Text, rows
 from ...models.module_patching import checkpointed
@@ -38,7 +38,7 @@ def hardened_layers(family):
     return [layer.name for layer in layers(family) if layer.name.endswith(ENDINGS)]
 
 
-def harden(training, borrowed, changes, scenes, kept, empty, made, on_step):
+def harden(training, denoiser, changes, scenes, kept, empty, made, on_step):
     """Train a patch further; see the module. ``training.finish`` gives it.
 
     Args:
@@ -55,26 +55,30 @@ def harden(training, borrowed, changes, scenes, kept, empty, made, on_step):
     names = hardened_layers(model.family)
     generator = torch.Generator().manual_seed(settings.seed)
     adapters = {
-        name: LowRank(borrowed.module(name), settings.robust_rank, generator, borrowed.device)
+        name: LowRankAdapter(
+            denoiser.module(name), settings.robust_rank, generator, denoiser.device
+        )
         for name in names
     }
     # The patch itself stays as it is: trained along, it would be given up for what is kept.
-    worn = {name: Fixed([(*factors, 1.0)], borrowed.device) for name, factors in changes.items()}
-    scale = scale_for(borrowed.module(names[0]))
+    worn = {
+        name: FixedAdapter([(*factors, 1.0)], denoiser.device) for name, factors in changes.items()
+    }
+    scale = scale_for(denoiser.module(names[0]))
     optimiser = Optimiser(settings.robust_lr, weight_decay=0.0, decay=True)
-    blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
+    blocks = denoiser.checkpoint_blocks() if settings.checkpointing else []
     rank = max(up.shape[1] for up, _ in changes.values())
     with (
-        attached(worn, borrowed.module) as switch,
-        attached(adapters, borrowed.module, switch),
+        attached(worn, denoiser.module) as switch,
+        attached(adapters, denoiser.module, switch),
         checkpointed(blocks),
-        adversaries(model, borrowed) as adversary,
+        adversaries(model, denoiser) as adversary,
     ):
         training.put_on(
-            adapters, switch, borrowed, lambda losses: made(joined(changes, adapters, rank), losses)
+            adapters, switch, denoiser, lambda losses: made(joined(changes, adapters, rank), losses)
         )
         loss = Hardening(
-            borrowed, adapters, switch, scenes, kept, empty, adversary, settings, scale
+            denoiser, adapters, switch, scenes, kept, empty, adversary, settings, scale
         )
         for _ in range(training.tries):
             loss.pick()
@@ -150,15 +154,15 @@ class Hardening:
     """
 
     def __init__(
-        self, borrowed, adapters, switch, concepts, kept, empty, adversary, settings, scale
+        self, denoiser, adapters, switch, concepts, kept, empty, adversary, settings, scale
     ):
-        self.borrowed, self.switch, self.settings = borrowed, switch, settings
+        self.denoiser, self.switch, self.settings = denoiser, switch, settings
         self.adversary, self.picks = adversary, 0
         self.scale = torch.tensor(scale)
         self.parameters = parameters_of(adapters)
         self.concepts, self.kept, self.empty = concepts, kept, empty
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.alphas = borrowed.alphas_cumprod.cpu()
+        self.alphas = denoiser.alphas_cumprod.cpu()
         self.adversaries = [[None] * ADVERSARIES for _ in concepts]
 
     def learned(self):
@@ -218,7 +222,7 @@ class Hardening:
         x_t, t, noise = self._noised(picked.scene, picked.attacked)
         for parameter in self.parameters:
             parameter.requires_grad_(False)
-        predicted = self.borrowed.denoise(x_t, t, expand(adversary.alone(), HALF))
+        predicted = self.denoiser.predict_noise(x_t, t, expand(adversary.alone(), HALF))
         loss = F.mse_loss(predicted.float(), noise)
         (gradient,) = torch.autograd.grad(loss * self.scale, [adversary.learned])
         if torch.isfinite(gradient).all():
@@ -235,10 +239,10 @@ class Hardening:
         with torch.no_grad(), self.switch.off():
             own, other = rows(scene.text, index), rows(scene.other, index)
             texts = Text.cat([own, other, expand(self.empty, HALF)])
-            found = self.borrowed.denoise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
+            found = self.denoiser.predict_noise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
         with torch.no_grad():
             texts = Text.cat([text() for text in picked.texts])
-        predicted = self.borrowed.denoise(x_t, t, texts)
+        predicted = self.denoiser.predict_noise(x_t, t, texts)
         return F.mse_loss(predicted.float(), away(*found.chunk(3), self.settings.robust_overshoot))
 
     def _keep(self, picked):
@@ -247,8 +251,8 @@ class Hardening:
         if picked.blank:  # guidance needs it
             text = expand(self.empty, HALF)
         with torch.no_grad(), self.switch.off():
-            wanted = self.borrowed.denoise(x_t, t, text)
-        return F.mse_loss(self.borrowed.denoise(x_t, t, text).float(), wanted.float())
+            wanted = self.denoiser.predict_noise(x_t, t, text)
+        return F.mse_loss(self.denoiser.predict_noise(x_t, t, text).float(), wanted.float())
 
     def _places(self, scene):
         index = self._random(len(scene.latents), HALF)
@@ -261,7 +265,7 @@ class Hardening:
         """x_t, t and the noise of some places, where the model is."""
         index, t, noise = places
         x_t = q_sample(scene.latents[index], noise, self.alphas[t])
-        return (each.to(self.borrowed.device) for each in (x_t, t, noise))
+        return (each.to(self.denoiser.device) for each in (x_t, t, noise))
 
     def _random(self, high, count):
         return torch.randint(high, (count,), generator=self.generator)

@@ -13,12 +13,12 @@ FREE, CONTEXT_LR = 3, 0.02  # tokens that a ``Context`` sets freely, and its rat
 
 
 @contextmanager
-def adversaries(model, borrowed):
+def adversaries(model, denoiser):
     """Yields a function from a ``Scene`` and a generator to a fresh adversary."""
     if len(model.family.texts) > 1:  # their words cannot be learned yet
-        yield lambda scene, generator: Context(scene, generator, borrowed.device)
+        yield lambda scene, generator: Context(scene, generator, denoiser.device)
         return
-    with model.borrow_text() as encoder:
+    with model.borrow_text_encoder() as encoder:
         yield lambda scene, generator: Words(encoder, scene.blanks, generator)
 
 
@@ -26,7 +26,7 @@ class Words:
     """An adversary: input words learned to summon the concept, as by textual inversion.
 
     Args:
-        encoder: a ``BorrowedText``. prompts: with ``PLACEHOLDER`` in the concept's place.
+        encoder: a ``TextEncoder``. prompts: with ``PLACEHOLDER`` in the concept's place.
     """
 
     def __init__(self, encoder, prompts, generator):

@@ -217,9 +217,9 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     if settings.robust_steps:
         training = Training(model, concepts, settings, on_step)
         training.check_steps(settings.robust_steps * len(concepts))
-    with model.borrow() as borrowed:
+    with model.borrow_denoiser() as denoiser:
         styles = [concept.name for concept in concepts if concept.kind == "style"]
-        draw = Drawings(model, borrowed, settings, on_step, spoken, kept, len(styles))
+        draw = Drawings(model, denoiser, settings, on_step, spoken, kept, len(styles))
         pushes = [
             settings.overshoot_style if concept.kind == "style" else settings.overshoot
             for concept in concepts
@@ -233,9 +233,9 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         if not texts:
             return made(changes)
         drawn = partial(draw.progress, 0.0)
-        scenes = draw_scenes(borrowed, *texts, draw.empty, settings, draw.side, drawn)
+        scenes = draw_scenes(denoiser, *texts, draw.empty, settings, draw.side, drawn)
         try:
-            harden(training, borrowed, changes, *scenes, draw.empty, made, on_step)
+            harden(training, denoiser, changes, *scenes, draw.empty, made, on_step)
         except NonFiniteLoss as error:  # at once: the closed form is what there is
             error.patch = made(changes)
             raise
@@ -260,7 +260,7 @@ def _hardening_texts(draw, concepts, spoken, kept):
 @torch.no_grad()
 def closed_form(draw, spoken, kept, pushes):
     """What the regression gives: layer name -> (up, down) on the CPU, and what is left."""
-    model, borrowed, settings = draw.model, draw.borrowed, draw.settings
+    model, denoiser, settings = draw.model, draw.denoiser, draw.settings
     *drawn, of_kept = draw(*draw.sides(spoken), kept)
     readings = [
         Reading.of(model, pairs, first, second)
@@ -270,11 +270,11 @@ def closed_form(draw, spoken, kept, pushes):
     problems = (
         Problem(
             f"{layer.name}.to_out.0",
-            exact(borrowed.module(f"{layer.name}.to_out.0").weight.detach()),
+            exact(denoiser.module(f"{layer.name}.to_out.0").weight.detach()),
             [reading.rows(layer) for reading in readings],
             stay.rows(layer),
         )
-        for layer in cross_attention_layers(borrowed, model.family)
+        for layer in cross_attention_layers(denoiser, model.family)
     )
     if settings.stop_at:
         problems = list(problems)

@@ -29,7 +29,7 @@ class Scene:
     index: torch.Tensor | None = None
 
 
-def draw_scenes(borrowed, concepts, kept, styled, empty, settings, side, on_batch):
+def draw_scenes(denoiser, concepts, kept, styled, empty, settings, side, on_batch):
     """A ``Scene`` of each concept, and one of what is kept.
 
     Args:
@@ -43,25 +43,25 @@ def draw_scenes(borrowed, concepts, kept, styled, empty, settings, side, on_batc
     for text, other, blanks in concepts:
         turns = torch.arange(own) % len(text.context)
         text, other = rows(text, turns), rows(other, turns)
-        scenes.append(draw_scene(borrowed, text, empty, settings, side, on_batch, other, blanks))
+        scenes.append(draw_scene(denoiser, text, empty, settings, side, on_batch, other, blanks))
     turns = torch.arange(others) % len(kept.context)
-    kept = draw_scene(borrowed, rows(kept, turns), empty, settings, side, on_batch)
+    kept = draw_scene(denoiser, rows(kept, turns), empty, settings, side, on_batch)
     for text in styled:
-        kept = least_like(borrowed, kept, rows(text, turns), settings, on_batch)
+        kept = least_like(denoiser, kept, rows(text, turns), settings, on_batch)
         turns = turns[kept.index]
     return scenes, kept
 
 
 @torch.no_grad()
-def draw_scene(borrowed, text, empty, settings, side, on_batch, other=None, blanks=()):
+def draw_scene(denoiser, text, empty, settings, side, on_batch, other=None, blanks=()):
     """Draw texts with the model as it is: a ``Scene`` whose latents are on the CPU."""
     generator, found = torch.Generator().manual_seed(settings.seed), []
     for first in range(0, len(text.context), AT_ONCE):
         some = rows(text, slice(first, first + AT_ONCE))
         noise = torch.randn(len(some.context), 4, side, side, generator=generator)
-        predict = guided(borrowed, some, empty, settings.guidance)
-        noise = noise.to(borrowed.device)
-        latents = ddim(predict, noise, borrowed.alphas_cumprod, DRAWING_STEPS)
+        predict = guided(denoiser, some, empty, settings.guidance)
+        noise = noise.to(denoiser.device)
+        latents = ddim(predict, noise, denoiser.alphas_cumprod, DRAWING_STEPS)
         found.append(latents.float().cpu())
         on_batch()
     return Scene(torch.cat(found), text, other, blanks)
@@ -93,7 +93,7 @@ def picture_counts(settings):
 
 
 @torch.no_grad()
-def least_like(borrowed, scene, styled, settings, on_batch):
+def least_like(denoiser, scene, styled, settings, on_batch):
     """The half of a scene that looks least like a style.
 
     A model draws some style where it is asked for none. If that is to be forgotten, such pictures
@@ -104,15 +104,15 @@ def least_like(borrowed, scene, styled, settings, on_batch):
         styled: the scene's prompts with the style.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    alphas, gain = borrowed.alphas_cumprod.cpu(), torch.zeros(len(scene.latents))
+    alphas, gain = denoiser.alphas_cumprod.cpu(), torch.zeros(len(scene.latents))
     for share in LOOKS:
         t = torch.full((len(scene.latents),), int(share * len(alphas)))
         noise = torch.randn(scene.latents.shape, generator=generator)
         x_t = q_sample(scene.latents, noise, alphas[t])
         for some in torch.arange(len(t)).split(AT_ONCE):
             for text, sign in ((scene.text, 1), (styled, -1)):
-                place = x_t[some].to(borrowed.device), t[some].to(borrowed.device)
-                found = borrowed.denoise(*place, rows(text, some)).float().cpu()
+                place = x_t[some].to(denoiser.device), t[some].to(denoiser.device)
+                found = denoiser.predict_noise(*place, rows(text, some)).float().cpu()
                 gain[some] += sign * (found - noise[some]).square().flatten(1).mean(1)
             on_batch()
     best = gain.argsort()[: half(len(gain))].sort().values

@@ -12,7 +12,7 @@ from fmn.linalg import merge
 from fmn.methods.reread import method
 from fmn.methods.reread.regression_data import Drawings
 from fmn.methods.reread.residual import FIRST, STEPS, Remaining
-from fmn.models.sampling import spaced
+from fmn.models.sampling import trailing_timesteps
 
 from ..tiny import TinyModel, same_tensors
 from .test_reread_run import DOG, FEW, OIL, OUTPUTS
@@ -34,14 +34,14 @@ def random_change(model):
     return changes
 
 
-def remaining(model, borrowed, pairs=PAIRS):
-    draw = Drawings(model, borrowed, FEW, lambda step: None, [pairs], [""])
+def remaining(model, denoiser, pairs=PAIRS):
+    draw = Drawings(model, denoiser, FEW, lambda step: None, [pairs], [""])
     return Remaining(draw, pairs)
 
 
 def test_all_remains_without_a_change(model):
-    with model.borrow() as borrowed:
-        share = remaining(model, borrowed)
+    with model.borrow_denoiser() as denoiser:
+        share = remaining(model, denoiser)
         assert share({}) == pytest.approx(1.0, abs=1e-6)
         share(random_change(model))
         assert share({}) == pytest.approx(1.0, abs=1e-6)  # and none stays on the model
@@ -58,7 +58,7 @@ def test_the_share_is_that_of_the_equation(model):
         torch.cat([model.encode(Prompt(each, each)).context for each in texts])
         for texts in (*zip(*PAIRS), [""] * count)
     )
-    alphas, times = model_alphas(model), spaced(1000, STEPS)
+    alphas, times = model_alphas(model), trailing_timesteps(1000, STEPS)
     x = torch.stack(
         [
             torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed))
@@ -81,14 +81,14 @@ def test_the_share_is_that_of_the_equation(model):
             alpha, after = alphas[times[i]], alphas[times[i + 1]]
             clean = (x - (1 - alpha).sqrt() * guided) / alpha.sqrt()
             x = after.sqrt() * clean + (1 - after).sqrt() * guided
-    with model.borrow() as borrowed:
-        found = remaining(model, borrowed)(changes)
+    with model.borrow_denoiser() as denoiser:
+        found = remaining(model, denoiser)(changes)
     assert found == pytest.approx(sum(shares) / FIRST, rel=1e-3)
 
 
 def model_alphas(model):
-    with model.borrow() as borrowed:
-        return borrowed.alphas_cumprod
+    with model.borrow_denoiser() as denoiser:
+        return denoiser.alphas_cumprod
 
 
 class Told:

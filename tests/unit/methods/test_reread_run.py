@@ -53,9 +53,9 @@ def drawn_of(texts, settings):
 def queries_of(model, texts, settings):
     """Queries of drawings of some of the texts, layer name -> [drawn, S, C]."""
     encoded = [model.encode(Prompt(text, text)) for text in drawn_of(texts, settings)]
-    with model.borrow() as borrowed:
+    with model.borrow_denoiser() as denoiser:
         empty = model.encode(Prompt("", ""))
-        return record_queries(borrowed, TINY, encoded, empty, settings, 8)
+        return record_queries(denoiser, TINY, encoded, empty, settings, 8)
 
 
 def spoken_of(concept, settings):
@@ -229,8 +229,8 @@ def test_short_lists_share_a_batch(model, drawn, batches):
     settings = replace(FEW, images_per_concept=drawn)
     pairs = [sentences(each, FEW.prompts + (each is DOG)) for each in (DOG, CAR)]
     lists = [*Drawings.sides(pairs), ["a house", "a tree", "the sea"]]
-    with model.borrow() as borrowed:
-        draw = Drawings(model, borrowed, settings, lambda step: None, pairs, lists[-1])
+    with model.borrow_denoiser() as denoiser:
+        draw = Drawings(model, denoiser, settings, lambda step: None, pairs, lists[-1])
         found = draw(*lists)
     assert [len(x) for x, _, _ in model.seen[1::2]] == batches  # a step with guidance, one without
     for texts, queries in zip(lists, found):
