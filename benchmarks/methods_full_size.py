@@ -118,8 +118,12 @@ def warm_up(model):
     from fmn.concepts.concept import Prompt
 
     text = model.encode(Prompt("", ""))
-    with model.borrow_text(words=False), model.borrow() as borrowed, torch.no_grad():
-        borrowed.denoise(torch.zeros(1, 4, 8, 8), torch.tensor([500]), text)
+    with (
+        model.borrow_text_encoder(words=False),
+        model.borrow_denoiser() as denoiser,
+        torch.no_grad(),
+    ):
+        denoiser.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([500]), text)
 
 
 def changes_of(preset, known, size, keep):

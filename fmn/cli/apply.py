@@ -84,12 +84,12 @@ def _draw(options, drawing, guided):
     out = options.out or free_name(PICTURE)
     check_file(out, ".png")
     patches = _patches(options)
-    model = DiffusersModel.load(options.model).merged(patches)
+    model = DiffusersModel.load(options.model).add_patches(patches)
     model.pipeline.set_progress_bar_config(disable=False, desc="drawing")
     if model.family is DEMO and not guided:
         drawing = replace(drawing, guidance=DEMO_GUIDANCE)
     size = drawing.size or model.family.resolution
-    noise = model.latents_like([drawing.seed] * len(options.prompt), size)
+    noise = model.initial_noise([drawing.seed] * len(options.prompt), size)
     latents = model.sample_latents(options.prompt, noise, drawing.steps, drawing.guidance)
     images = [to_image(picture) for picture in model.decode(latents)]
     picture = images[0]
@@ -115,7 +115,7 @@ def _merge(options):
                 f"not '{target.name}'."
             )
         check_new(target)
-        DiffusersModel.load(source).merged(_patches(options)).save(target)
+        DiffusersModel.load(source).add_patches(_patches(options)).save(target)
     else:
         check_file(target, ".safetensors")
         merge_into_checkpoint(source, _patches(options), target)

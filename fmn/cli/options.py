@@ -61,14 +61,17 @@ def add_settings(parser, defaults):
         told = each.metadata
         limits = "" if told["low"] is None else f"; {told['low']:g} to {told['high']:g}"
         help = f"{told['help']} ({default}{limits})".replace("%", "%%")
-        how = {"dest": f"set_{each.name}", "help": help}
+        how = {"dest": f"set_{each.name}"}
         if isinstance(default, bool):
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, **how)
+            how |= {"action": argparse.BooleanOptionalAction}
         elif told["choices"]:
-            parser.add_argument(option, choices=told["choices"], **how)
+            how |= {"choices": told["choices"]}
         else:
-            metavar = "N" if isinstance(default, int) else "X"
-            parser.add_argument(option, type=type(default), metavar=metavar, **how)
+            how |= {"type": type(default), "metavar": "N" if isinstance(default, int) else "X"}
+        parser.add_argument(option, help=help, **how)
+        if told["formerly"]:
+            formerly = f"--{told['formerly'].replace('_', '-')}"
+            parser.add_argument(formerly, help=argparse.SUPPRESS, **how)
 
 
 def given_options(options):

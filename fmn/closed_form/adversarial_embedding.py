@@ -27,11 +27,11 @@ class Hardest:
     after: float
 
 
-def hardest(borrowed, family, patches, contexts, r=0.1):
+def hardest(denoiser, family, patches, contexts, r=0.1):
     """The text that through the patched layers comes nearest to what c gives untouched.
 
     Args:
-        borrowed: a ``Borrowed`` without the patches.
+        denoiser: a ``Denoiser`` without the patches.
         patches: list of (ForgetPatch, strength).
         contexts: c, [..., D]; every token counts, BOS and padding too.
         r: see ``hardest_contexts``.
@@ -45,7 +45,7 @@ def hardest(borrowed, family, patches, contexts, r=0.1):
             "The patch changes no keys or values of cross-attention, so there is no embedding to "
             "solve for: use a patch whose layers include them, and a strength that is not 0."
         )
-    plain, gram, cross = grams(borrowed, family, patches)
+    plain, gram, cross = grams(denoiser, family, patches)
     found = hardest_contexts(gram, cross, contexts, r)
     before = distance(plain, gram, cross, contexts, contexts)
     return Hardest(found, before, distance(plain, gram, cross, contexts, found))
@@ -72,11 +72,11 @@ def hardest_contexts(gram, cross, contexts, r):
     return solved.mT.reshape(rows.shape)
 
 
-def grams(borrowed, family, patches):
+def grams(denoiser, family, patches):
     """Sums of W_l^T W_l, W'_l^T W'_l and W'_l^T W_l over all keys and values of cross-attention.
 
     Args:
-        borrowed: a ``Borrowed``; its weights are the W_l.
+        denoiser: a ``Denoiser``; its weights are the W_l.
         patches: list of (ForgetPatch, strength), which make W'_l = W_l + strength * up @ down.
 
     Returns:
@@ -84,14 +84,14 @@ def grams(borrowed, family, patches):
     """
     for patch, _ in patches:
         patch.check_family(family)
-        patch.check_shapes(lambda layer: borrowed.module(layer.name).weight)
+        patch.check_shapes(lambda layer: denoiser.module(layer.name).weight)
     shape = family.context_dim, family.context_dim
     plain, mixed, square = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
     for layer in layers(family):
         if not layer.is_key_or_value:
             continue
         # First to the CPU: not every device has float64.
-        weight = borrowed.module(layer.name).weight.detach().cpu().double()
+        weight = denoiser.module(layer.name).weight.detach().cpu().double()
         plain.addmm_(weight.mT, weight)
         factors = [
             (*patch.changes[layer.name], s) for patch, s in patches if layer.name in patch.changes

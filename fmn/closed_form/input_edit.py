@@ -7,7 +7,7 @@ float64, serves every layer. No published code keeps this form; they store full 
 
 import time
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,14 +73,14 @@ def debias(contexts, attributes, weights, kept, erase=1.0, preserve=1.0, damping
     return uce(contexts, anchors, kept, erase, preserve, damping), (contexts, anchors)
 
 
-def weight_of(borrowed, layer):
+def weight_of(denoiser, layer):
     """A layer's weight in float64."""
-    return exact(borrowed.module(layer.name).weight.detach())
+    return exact(denoiser.module(layer.name).weight.detach())
 
 
-def weight_gram(borrowed, family):
+def weight_gram(denoiser, family):
     """Sum of W^T W over all keys and values, [D, D] in float64, on the CPU."""
-    return sum(gram(weight_of(borrowed, layer)) for layer in key_value_layers(family)).cpu()
+    return sum(gram(weight_of(denoiser, layer)) for layer in key_value_layers(family)).cpu()
 
 
 def key_value_layers(family, which="kv"):
@@ -157,13 +157,14 @@ class Distances:
         self.right, self.squares = right, (whole, self.before, gram(after.mT))
 
 
-def rank_setting(default=0):
+def rank_setting(default: int = 0, **more: Any) -> Any:
     return setting(
         default,
         "Largest rank of a layer's change for each concept; the file grows with it. 0: all of it, "
         f"nothing is cut up to rank {MAX_RANK} in all.",
         low=0,
         high=MAX_RANK,
+        **more,
     )
 
 
@@ -195,6 +196,7 @@ def damping(default):
         low=1e-6,
         high=1e6,
         step=0.01,
+        advanced=True,
     )
 
 
@@ -202,11 +204,11 @@ def input_patch(model, concepts, settings, pairs, edit_of, which="kv", on_step=N
     """A patch of one ``InputEdit`` for all layers; see ``layer_patch``.
 
     Args:
-        edit_of: function from the ``Borrowed`` to the edit.
+        edit_of: function from the ``Denoiser`` to the edit.
     """
 
-    def open_edits(borrowed):
-        edit = compact(edit_of(borrowed))
+    def open_edits(denoiser):
+        edit = compact(edit_of(denoiser))
         return edit.left, lambda layer, weight: edit.right
 
     return layer_patch(model, concepts, settings, pairs, open_edits, which, on_step)
@@ -221,7 +223,7 @@ def layer_patch(model, concepts, settings, pairs, open_edits, which="kv", on_ste
         settings: the method's, with ``rank`` of ``rank_setting``; also for the record.
         pairs: ``contexts.Pairs``; the record's losses are the sums of |W c - W c*|^2 and of
             |W' c - W c*|^2 over them and the layers.
-        open_edits: function from the ``Borrowed`` to left [D, n] in float64, and a function from
+        open_edits: function from the ``Denoiser`` to left [D, n] in float64, and a function from
             (``Layer``, its float64 weight) to right [n, D].
         which: ``kv``, ``k`` or ``v``.
         on_step: gets a ``train.Step`` after each layer; its losses are 1 and how much of the first
@@ -230,11 +232,11 @@ def layer_patch(model, concepts, settings, pairs, open_edits, which="kv", on_ste
     base, start = model.fingerprint(), time.monotonic()
     chosen, rank = key_value_layers(model.family, which), settings.rank * len(concepts)
     changes, sums = {}, torch.zeros(4, dtype=torch.float64)
-    with model.borrow() as borrowed, torch.no_grad():
-        left, right_of = open_edits(borrowed)
+    with model.borrow_denoiser() as denoiser, torch.no_grad():
+        left, right_of = open_edits(denoiser)
         distances = Distances(pairs, left)
         for done, layer in enumerate(chosen, 1):
-            weight = weight_of(borrowed, layer)
+            weight = weight_of(denoiser, layer)
             right = right_of(layer, weight)
             up, down, found = distances.change(weight, right, min(rank or MAX_RANK, MAX_RANK))
             sums += torch.tensor(found, dtype=torch.float64)

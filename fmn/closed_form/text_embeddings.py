@@ -35,6 +35,7 @@ def tokens_setting(default="last"):
         "end of the text and its padding. subject: all of its words. all: every position but the "
         "start.",
         choices=TOKENS,
+        advanced=True,
     )
 
 
@@ -44,6 +45,7 @@ def keep_tokens_setting():
         "Which tokens of kept words stay. last: the last one. all: every position, padding and "
         "the empty prompt too.",
         choices=KEEP_TOKENS,
+        advanced=True,
     )
 
 
@@ -122,7 +124,7 @@ def _learned_pairs(model, concept, tokens):
     anchor = Prompt(concept.anchor, concept.anchor)
     other, other_last, _ = _encoded(model, {anchor}, whole=True)[anchor]
     made = []
-    with model.borrow_text() as encoder, torch.no_grad():
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
         for vectors in concept.learned:
             if vectors.dim() != 2 or vectors.shape[1] != encoder.width:
                 raise ForgetError(

@@ -195,12 +195,12 @@ def state_of(model):
     From a row of every layer, what a prompt is encoded as, the noise schedule, and the host's code.
     """
     parts = [model.encode(PROBE).context]
-    with model.borrow() as borrowed:
-        parts += [borrowed.module(layer.name).weight[:1] for layer in layers(model.family)]
+    with model.borrow_denoiser() as denoiser:
+        parts += [denoiser.module(layer.name).weight[:1] for layer in layers(model.family)]
         rows = [part.detach().to("cpu", torch.float16) for part in parts]
-        alphas = borrowed.alphas_cumprod
+        alphas = denoiser.alphas_cumprod
         # In float32: in half precision the schedule's ends are all alike.
-        rows.append(borrowed.sigmas if alphas is None else alphas)
+        rows.append(denoiser.sigmas if alphas is None else alphas)
     told = f"{model.family.key} {model.family.title} {model.prediction} {model.fingerprint()} "
     told += f"{code_of(type(model).__module__)} "
     return hashlib.sha256((told + _digest(rows)).encode()).hexdigest()
@@ -219,22 +219,22 @@ class Memo:
 
     def __init__(self, model, limit=MEMO_BYTES):
         self._model, self._limit, self._bytes = model, limit, 0
-        self._known, self._device, self._borrowed = OrderedDict(), "cpu", 0
+        self._known, self._device, self._lent = OrderedDict(), "cpu", 0
 
     def __getattr__(self, name):
         return getattr(self._model, name)
 
     @contextmanager
-    def borrow_text(self, words=True):
-        self._borrowed += 1
+    def borrow_text_encoder(self, words=True):
+        self._lent += 1
         try:
-            with self._model.borrow_text(words) as borrowed:
-                yield borrowed
+            with self._model.borrow_text_encoder(words) as text_encoder:
+                yield text_encoder
         finally:
-            self._borrowed -= 1
+            self._lent -= 1
 
     def encode_all(self, texts, length=CHUNK):
-        if self._borrowed:
+        if self._lent:
             return self._model.encode_all(texts, length)
         # What is known of a text may be longer than is asked for now: tokens in front are the same.
         missing = [

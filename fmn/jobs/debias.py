@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import ForgetError
 from ..methods import forget, uce
-from ..models.generator import open_studio
+from ..models.image_sampler import open_sampler
 from ..models.sampling import Sampling
 
 
@@ -56,10 +56,10 @@ def balance(
     seeds = range(seed, seed + pictures)
     weights, patches, done = dict.fromkeys(desired, 0.0), [None], []
     while True:
-        with open_studio(model, sampling) as studio:
+        with open_sampler(model, sampling) as sampler:
             worn = [(patches[-1], 1.0)] if patches[-1] else []
-            with studio.applying(worn):
-                drawn = studio.draw(prompts, seeds)
+            with sampler.applying(worn):
+                drawn = sampler.draw(prompts, seeds)
         done.append(Round(dict(weights), _shares(judge, domain, drawn, desired)))
         on_round(done[-1])
         if done[-1].off(desired) < tolerance or len(done) > rounds:

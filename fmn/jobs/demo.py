@@ -50,7 +50,7 @@ def run_demo(folder):
     patch = forget(model, list(CONCEPTS), settings_of(DEFAULT, {}))
     solved = time.monotonic() - begun
     file = save_patch(patch, folder / "forget_three.safetensors")
-    model.merged([(patch, 1.0)])
+    model.add_patches([(patch, 1.0)])
     after = _draw(model, PROMPTS, "drawing after")
     found = [seen(judge, PROMPTS, pictures) for pictures in (before, after)]
 
@@ -90,7 +90,7 @@ def seen(judge, prompts, pictures):
 
 def _draw(model, prompts, title, batch=6):
     """One picture a prompt, [N, H, W, 3]; the n-th always starts from seed n."""
-    noise, pictures = model.latents_like(range(len(prompts)), SIDE), []
+    noise, pictures = model.initial_noise(range(len(prompts)), SIDE), []
     with tqdm(total=len(prompts), desc=title, unit="picture") as bar:
         for i in range(0, len(prompts), batch):
             rows = slice(i, i + batch)

@@ -142,7 +142,7 @@ class ForgetMeNotTechnique:
         return replace(self.sampling, **{names[key]: value for key, value in options.items()})
 
     def _draw(self, prompt, seed, sampling):
-        noise = self.model.latents_like([seed], sampling.size or self.model.family.resolution)
+        noise = self.model.initial_noise([seed], sampling.size or self.model.family.resolution)
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # Schedulers that add noise on the way take it from the global generator. It goes on

@@ -53,8 +53,8 @@ def fuse(model, sources, preserve=PRESERVE, budget=0, on_step=lambda step: None,
     reads_out = any(name.endswith(OUT) for name in names)
     drawn = [_drawn(own, settings) for own in (*texts, kept)] if reads_out else []
     progress = Progress(on_step, sum(-(-len(own) // AT_ONCE) for own in drawn) + len(names))
-    with model.borrow() as borrowed:
-        reader = _Reader(model, borrowed, settings, texts, kept)
+    with model.borrow_denoiser() as denoiser:
+        reader = _Reader(model, denoiser, settings, texts, kept)
         if reads_out:
             reader.draw(drawn, lambda: progress(1.0))
         changes, sums = {}, torch.zeros(3, dtype=torch.float64)
@@ -107,7 +107,7 @@ def _texts(concepts, count):
 
 
 def _drawn(texts, settings):
-    return _spread(texts, settings.drawn)
+    return _spread(texts, settings.images_per_concept)
 
 
 def _spread(texts, count):
@@ -119,12 +119,12 @@ def _spread(texts, count):
 class _Reader:
     """What layers read of each patch's prompts, and of kept ones."""
 
-    def __init__(self, model, borrowed, settings, texts, kept):
-        self.model, self.borrowed, self.settings = model, borrowed, settings
+    def __init__(self, model, denoiser, settings, texts, kept):
+        self.model, self.denoiser, self.settings = model, denoiser, settings
         self.contexts = [model.encode_all(own) for own in texts]
         self.kept = model.encode_all(kept)
         self.layers = {
-            layer.name: layer for layer in cross_attention_layers(borrowed, model.family)
+            layer.name: layer for layer in cross_attention_layers(denoiser, model.family)
         }
         self._of_text = None
 
@@ -133,7 +133,7 @@ class _Reader:
         empty, side = self._encoded(""), self.model.family.resolution // 8
         *self.queries, kept = [
             record_queries(
-                self.borrowed, self.model.family, [self._encoded(text) for text in own], empty,
+                self.denoiser, self.model.family, [self._encoded(text) for text in own], empty,
                 self.settings, side, AT_ONCE, on_batch,
             )
             for own in drawn

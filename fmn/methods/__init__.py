@@ -74,17 +74,22 @@ def settings_of(preset: str, changes: dict[str, Any]) -> Settings:
     """A preset's settings with some changed.
 
     Args:
-        changes: field -> plain value.
+        changes: field, or its former name -> plain value.
 
     Raises:
         ForgetError: no such field, or a value it cannot have.
     """
     settings = method(preset).PRESETS[preset]
     known = [field.name for field in fields(settings)]
-    for name in changes:
+    current = settings.current(changes)
+    for name in current:
         if name not in known:
             raise ForgetError(f"{preset} has no setting '{name}': use {', '.join(known)}.")
-    return replace(settings, **changes)
+    if len(current) < len(changes):
+        raise ForgetError(
+            f"{', '.join(changes)} name a setting twice, by its name and its former one: give one."
+        )
+    return replace(settings, **current)
 
 
 def default_settings(concepts: Sequence[Concept]) -> Settings:

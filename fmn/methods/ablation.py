@@ -18,7 +18,7 @@ from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
 from ..models.adapters import Switch
-from ..models.attention_maps import flags_of
+from ..models.attention_maps import concept_flags
 from ..models.families import layers as layers_of
 from ..models.interface import Borrowed, Model, Text
 from ..models.sampling import q_sample
@@ -45,13 +45,15 @@ class Settings(Base, method="ablation"):
         3e-3,
         "AdamW's learning rate. Around 0.003 for low rank; the released code trains full weights "
         "with 0.000008.",
+        advanced=True,
     )
-    rank: int = rank()
+    rank: int = rank(advanced=True)
     layers: str = setting(
         "kv",
         "What is trained. kv: keys and values of cross-attention. attention: all of "
         "cross-attention. unet: every linear and convolution layer.",
         choices=("kv", "attention", "unet"),
+        advanced=True,
     )
     full_weights: bool = full_weights()
     target: str = setting(
@@ -59,18 +61,21 @@ class Settings(Base, method="ablation"):
         "What the concept's prompt learns to predict. model: what the model predicts for the "
         "anchor's prompt. noise: the true noise on the anchor's pictures.",
         choices=("model", "noise"),
+        advanced=True,
     )
     teacher: str = setting(
         "frozen",
         "Who predicts for the anchor, if target is 'model'. frozen: the model before training. "
         "current: the model in training, as released; the anchor may drift along.",
         choices=("frozen", "current"),
+        advanced=True,
     )
     no_anchor: str = setting(
         "empty",
         "What stands for the anchor of concepts without one. empty: the empty prompt. rest: the "
         "same prompt without the concept's words.",
         choices=("empty", "rest"),
+        advanced=True,
     )
     references: str = setting(
         "samples",
@@ -85,9 +90,11 @@ class Settings(Base, method="ablation"):
         low=1,
         high=1000,
     )
-    sample_steps: int = setting(20, "Sampling steps of those pictures.", low=1, high=1000)
+    sample_steps: int = setting(
+        20, "Sampling steps of those pictures.", low=1, high=1000, advanced=True
+    )
     guidance: float = setting(
-        5.0, "Guidance of those pictures. 1: none.", low=0.0, high=100.0, step=0.1
+        5.0, "Guidance of those pictures. 1: none.", low=0.0, high=100.0, step=0.1, advanced=True
     )
     prior: float = setting(
         0.0,
@@ -96,6 +103,7 @@ class Settings(Base, method="ablation"):
         low=0.0,
         high=1000.0,
         step=0.01,
+        advanced=True,
     )
     preserve: float = setting(
         1.0,
@@ -109,12 +117,14 @@ class Settings(Base, method="ablation"):
         True,
         "On: the start token's key and value are not trained on, as released. It is in every "
         "prompt, so this spares the others.",
+        advanced=True,
     )
     batch: int = setting(
         4,
         "Prompts a step. 4 as released; more are steadier, slower and need more memory.",
         low=1,
         high=64,
+        advanced=True,
     )
     size: int = size()
     checkpointing: bool = checkpointing()
@@ -309,7 +319,7 @@ def run(
     """Train a patch that draws their anchors for the concepts' prompts; see ``methods.forget``."""
     words = keep_for(concepts, keep, "none") if settings.preserve else ()
     downs = protected_downs(model, concepts, keep, settings.layers, settings)
-    flags = flags_of(model, concepts[0].training_prompts()[0])
+    flags = concept_flags(model, concepts[0].training_prompts()[0])
     pairs = [prepare(model, concept, settings) for concept in concepts]
     kept = prepare_kept(model, words, settings)
     probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]

@@ -19,7 +19,7 @@ from ..concepts.prompt_templates import with_article
 from ..errors import ForgetError
 from ..models.families import layers
 from ..models.interface import Text
-from ..models.sampling import ddim, guided
+from ..models.sampling import ddim, guided, seeded_noise
 from ..models.token_positions import CHUNK
 from ..settings import Settings as Base
 from ..settings import seed, setting, size
@@ -62,6 +62,7 @@ class Settings(Base, method="casteer"):
         low=0.01,
         high=1.0,
         step=0.01,
+        advanced=True,
     )
     guidance: float = setting(
         7.0,
@@ -71,7 +72,11 @@ class Settings(Base, method="casteer"):
         step=0.1,
     )
     batch: int = setting(
-        1, "Pairs drawn at once. More: faster on a GPU, and more memory.", low=1, high=64
+        1,
+        "Pairs drawn at once. More: faster on a GPU, and more memory.",
+        low=1,
+        high=64,
+        advanced=True,
     )
     size: int = size()
     seed: int = seed()
@@ -120,18 +125,18 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     base = model.fingerprint()
     names = [layer.name for layer in layers(model.family) if layer.name.endswith("attn2.to_out.0")]
     batches = -(-settings.pairs // settings.batch)
-    with torch.no_grad(), model.borrow() as borrowed:
+    with torch.no_grad(), model.borrow_denoiser() as denoiser:
         progress = Progress(on_step, batches * len(concepts))
         empty = _encoded(model, Prompt("", ""))
         found = []
         for concept in concepts:
             pairs = prompt_pairs(concept, _words(concepts, concept, settings), settings.pairs)
-            steered = Directions(model, borrowed, names, settings, empty)
+            steered = Directions(model, denoiser, names, settings, empty)
             found.append(steered.measure(pairs, progress))
         changes = {}
         for i, name in enumerate(names):
             columns = torch.stack([directions[i] for directions in found], 1)
-            weight = borrowed.module(name).weight.detach().to("cpu", torch.float64)
+            weight = denoiser.module(name).weight.detach().to("cpu", torch.float64)
             up, down = reflection(weight, proper_span(columns, name), settings.strength)
             if up.shape[1]:
                 changes[name] = up.float(), down.float()
@@ -152,8 +157,8 @@ class Directions:
         names: the layers. empty: the empty prompt, for guidance.
     """
 
-    def __init__(self, model, borrowed, names, settings, empty):
-        self.model, self.borrowed, self.names = model, borrowed, names
+    def __init__(self, model, denoiser, names, settings, empty):
+        self.model, self.denoiser, self.names = model, denoiser, names
         self.settings, self.empty = settings, empty
         self.last = max(1, round(settings.end * settings.sampling_steps))
         # Sums over pairs of the difference of pixel means: a layer [steps, C].
@@ -187,19 +192,19 @@ class Directions:
 
     def _draw(self, pairs, numbers):
         """Sum over the pairs of what the concept adds: a layer [steps, C]."""
-        settings, borrowed = self.settings, self.borrowed
+        settings, denoiser = self.settings, self.denoiser
         prompts = [pair.concept for pair in pairs] + [pair.other for pair in pairs]
         text = Text.cat([_encoded(self.model, prompt) for prompt in prompts])
         signs = torch.ones(len(prompts), dtype=torch.float64)
         signs[len(pairs) :] = -1
         side = (settings.size or self.model.family.resolution) // 8
         # Both prompts of a pair start from the same noise, as in the paper.
-        noise = torch.cat([_noise(settings.seed + number, side) for number in numbers]).repeat(
+        noise = seeded_noise([settings.seed + number for number in numbers], side).repeat(
             2, 1, 1, 1
         )
-        predict = guided(borrowed, text, self.empty, settings.guidance)
+        predict = guided(denoiser, text, self.empty, settings.guidance)
         steps = []
-        with pixel_means(borrowed, self.names) as means:
+        with pixel_means(denoiser, self.names) as means:
 
             def probe_inputs(x, t):
                 predicted = predict(x, t)
@@ -209,8 +214,8 @@ class Directions:
 
             ddim(
                 probe_inputs,
-                noise.to(borrowed.device),
-                borrowed.alphas_cumprod,
+                noise.to(denoiser.device),
+                denoiser.alphas_cumprod,
                 settings.sampling_steps,
                 last=self.last,
             )
@@ -218,7 +223,7 @@ class Directions:
 
 
 @contextmanager
-def pixel_means(borrowed, names):
+def pixel_means(denoiser, names):
     """Yields a dict that holds what each layer last gave, mean over pixels: float64 [B, C]."""
     means = {}
     with ExitStack() as hooks:
@@ -227,13 +232,8 @@ def pixel_means(borrowed, names):
             def hook(module, args, output, name=name):
                 means[name] = output.float().mean(1).cpu().double()
 
-            hooks.enter_context(borrowed.module(name).register_forward_hook(hook))
+            hooks.enter_context(denoiser.module(name).register_forward_hook(hook))
         yield means
-
-
-def _noise(number, side):
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn(1, 4, side, side, generator=generator)
 
 
 def _encoded(model, prompt):

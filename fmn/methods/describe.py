@@ -53,7 +53,9 @@ def _settings(info):
     All of them, for a method or settings that are not known here.
     """
     own, name = info.get("settings", {}), info.get("method")
-    presets = method(METHODS[name][0]).PRESETS if name in METHODS else {}
+    module = method(METHODS[name][0]) if name in METHODS else None
+    presets = module.PRESETS if module else {}
+    own = module.Settings.current(own) if module else own
     others = {
         preset: {key: own[key] for key in own if own[key] != asdict(settings).get(key)}
         for preset, settings in presets.items()

@@ -72,7 +72,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     found = concept_pairs(model, concepts, settings.tokens)
     pairs = Pairs.cat([_anchored(each, own, basis, safe) for each, own in zip(concepts, found)])
     edit = double_projections(*pairs, basis)
-    return input_patch(model, concepts, settings, pairs, lambda borrowed: edit, on_step=on_step)
+    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step=on_step)
 
 
 def protected(own, kept, count):

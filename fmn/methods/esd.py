@@ -53,6 +53,7 @@ class Settings(Base, method="esd"):
         1e-3,
         "Adam's learning rate. Around 0.001 for low rank; the released codes train full weights "
         "with 0.00001 and 0.00005.",
+        advanced=True,
     )
     eta: float = setting(
         2.0,
@@ -69,7 +70,7 @@ class Settings(Base, method="esd"):
         "linear and convolution layer; the only choice for some transformer models.",
         choices=tuple(SCOPES),
     )
-    rank: int = rank()
+    rank: int = rank(advanced=True)
     full_weights: bool = full_weights()
     erase_from: str = setting(
         "",
@@ -81,6 +82,7 @@ class Settings(Base, method="esd"):
         "Which model draws what is trained on. frozen: the untouched one, as in the current code. "
         "edited: the one in training, as in the paper.",
         choices=(FROZEN, EDITED),
+        advanced=True,
     )
     sampling_steps: int = setting(
         20,
@@ -88,18 +90,29 @@ class Settings(Base, method="esd"):
         "Fewer are faster, with fewer time steps to train at.",
         low=1,
         high=1000,
+        advanced=True,
     )
     timesteps: str = setting(
         EXACT,
         "Time step to train at. exact: the one the drawing stopped at, as in the current code. "
         "bin: any down to the next one, as in the paper.",
         choices=(EXACT, BIN),
+        advanced=True,
     )
     guidance: float = setting(
-        3.0, "Guidance while drawing; 1 is none, and twice as fast.", low=0.0, high=100.0, step=0.1
+        3.0,
+        "Guidance while drawing; 1 is none, and twice as fast.",
+        low=0.0,
+        high=100.0,
+        step=0.1,
+        advanced=True,
     )
     batch: int = setting(
-        1, "Drawings a step, of the same prompt. More are steadier and slower.", low=1, high=64
+        1,
+        "Drawings a step, of the same prompt. More are steadier and slower.",
+        low=1,
+        high=64,
+        advanced=True,
     )
     size: int = size()
     checkpointing: bool = checkpointing()
@@ -262,7 +275,7 @@ def run(
     if family.known:
         prompt = concepts[0].training_prompts()[0]
         latent = torch.zeros(1, 4, side, side)
-        probe_inputs = [(model.encode(prompt), flags_of(model, prompt), latent)]
+        probe_inputs = [(model.encode(prompt), concept_flags(model, prompt), latent)]
     # Adam as released: no weight decay, no clipping.
     config = AdamWConfig(settings.lr, weight_decay=0.0, max_norm=math.inf)
     return train_patch(

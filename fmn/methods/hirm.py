@@ -62,6 +62,7 @@ class Settings(Base, method="hirm"):
         2e-3,
         "AdamW's learning rate. Around 0.002 for low rank; the paper trains full weights with "
         "0.00005.",
+        advanced=True,
     )
     rank: int = setting(
         8,
@@ -74,6 +75,7 @@ class Settings(Base, method="hirm"):
         False,
         "On: train whole weight matrices, as published, and cut them to the rank when done. Off: "
         "train the low rank itself.",
+        advanced=True,
     )
     preserve: float = setting(
         3.0,
@@ -91,6 +93,7 @@ class Settings(Base, method="hirm"):
         low=1e-3,
         high=1e6,
         step=0.001,
+        advanced=True,
     )
     seed: int = seed()
 

@@ -50,6 +50,7 @@ class Settings(Base, method="oce"):
         low=0.0,
         high=1e9,
         step=0.001,
+        advanced=True,
     )
     preserve: float = setting(
         0.0,
@@ -65,6 +66,7 @@ class Settings(Base, method="oce"):
         low=1e-6,
         high=1e9,
         step=0.001,
+        advanced=True,
     )
     guide: str = setting(
         "anchor",
@@ -72,6 +74,7 @@ class Settings(Base, method="oce"):
         "patch is exact. start: for a concept without an anchor that of the start of the text, as "
         "in the released code.",
         choices=("anchor", "start"),
+        advanced=True,
     )
     strength: float = setting(
         2.0,
@@ -82,7 +85,9 @@ class Settings(Base, method="oce"):
         step=0.01,
     )
     expand: bool = setting(
-        False, "On: also edit five templates around each name, such as 'photo of NAME'."
+        False,
+        "On: also edit five templates around each name, such as 'photo of NAME'.",
+        advanced=True,
     )
     keep_list: str = setting(
         "auto",
@@ -96,6 +101,7 @@ class Settings(Base, method="oce"):
         "changes a layer by more than 1 %.",
         low=0,
         high=768,
+        advanced=True,
     )
 
     @property
@@ -157,11 +163,11 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     with torch.no_grad():
         targets, guides = _contexts(model, concepts, settings)
         moment = None if settings.form == "reflection" else _kept(model, concepts, settings, keep)
-        with model.borrow() as borrowed:
+        with model.borrow_denoiser() as denoiser:
             names = [layer.name for layer in key_value_layers(model.family, "v")]
             progress, changes, worst = Progress(on_step, len(names)), {}, 0.0
             for name in names:
-                weight = borrowed.module(name).weight.detach().to("cpu", torch.float64)
+                weight = denoiser.module(name).weight.detach().to("cpu", torch.float64)
                 up, down, lost = _edit(weight, targets, guides, moment, settings, name)
                 changes[name], worst = (up.float(), down.float()), max(worst, lost)
                 progress(_cosine(weight, up, down, targets))

@@ -73,14 +73,14 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     ``closed_form.uce``, in the inputs of this layer.
     """
     base = model.fingerprint()
-    with model.borrow_text(words=False) as borrowed, torch.no_grad():
-        with _inputs(model, borrowed.module(LAYER)) as inputs:
+    with model.borrow_text_encoder(words=False) as text_encoder, torch.no_grad():
+        with _inputs(model, text_encoder.module(LAYER)) as inputs:
             # Embeddings that attacks on the U-Net found are none of this layer's inputs.
             named = [replace(concept, learned=()) for concept in concepts]
             pairs = Pairs.cat(concept_pairs(inputs, named, settings.tokens, lambda _: TEMPLATES))
             words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
             kept = _kept(inputs, words, pairs.targets)
-        weight = weight_of(borrowed, layers_by_name(model.family)[LAYER]).cpu()
+        weight = weight_of(text_encoder, layers_by_name(model.family)[LAYER]).cpu()
         edit = compact(uce(*pairs, kept, preserve=settings.preserve, damping=settings.damping))
         rank = settings.rank * len(concepts) or max(weight.shape)
         up, down, sums = Distances(pairs, edit.left).change(weight, edit.right, rank)

@@ -55,13 +55,16 @@ class Settings(Base, method="rece"):
         low=1e-9,
         high=1e6,
         step=0.001,
+        advanced=True,
     )
     erase: float = erase()
     preserve: float = preserve(0.1)
     damping: float = damping(0.5)
     tokens: str = tokens_setting()
     expand: bool = setting(
-        False, "On: also edit five templates around each name, such as 'photo of NAME'."
+        False,
+        "On: also edit five templates around each name, such as 'photo of NAME'.",
+        advanced=True,
     )
     keep_list: str = keep_list_setting()
     keep_tokens: str = keep_tokens_setting()
@@ -82,7 +85,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
     Args:
         found: contexts [77, D] that an attack found for the one concept, such as
-            ``BorrowedText.encode`` gives; every round edits them away too, token by token.
+            ``TextEncoder.encode`` gives; every round edits them away too, token by token.
 
     Raises:
         ForgetError: also if found contexts have another shape, or there are several concepts.
@@ -92,8 +95,8 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     kept = torch.cat([kept, kept_contexts(model, ("",), "all")])
     given = found_pairs(model, concepts, found)
 
-    def edit_of(borrowed):
-        weights = weight_gram(borrowed, model.family)
+    def edit_of(denoiser):
+        weights = weight_gram(denoiser, model.family)
         return rece(weights, pairs, kept, given, settings)
 
     return input_patch(model, concepts, settings, pairs, edit_of, on_step=on_step)

@@ -47,7 +47,7 @@ class Settings(Base, method="reread_text"):
         low=1,
         high=100_000,
     )
-    lr: float = lr(8e-3, "AdamW's learning rate at the start; it falls to zero.")
+    lr: float = lr(8e-3, "AdamW's learning rate at the start; it falls to zero.", advanced=True)
     rank: int = rank(32)
     batch: int = setting(
         32,
@@ -55,6 +55,7 @@ class Settings(Base, method="reread_text"):
         "steady.",
         low=1,
         high=1024,
+        advanced=True,
     )
     preserve: float = preserve(2.0)
     prompts: int = setting(
@@ -63,13 +64,16 @@ class Settings(Base, method="reread_text"):
         "come on top.",
         low=1,
         high=180,
+        advanced=True,
     )
-    kept: int = setting(
+    keep_prompts: int = setting(
         1500,
         "Sentences with kept words. More: less harm. Half of the kept sentences of a step are "
         "those of what is connected to keep, if anything is.",
         low=0,
         high=10_000,
+        advanced=True,
+        formerly="kept",
     )
     keep_list: str = keep_list_setting()
     seed: int = seed()
@@ -93,7 +97,7 @@ def run(
     with model.borrow() as borrowed:
         metric = read_metric(borrowed, model.family)
     names = read_layers(model.family)
-    with model.borrow_text(words=False) as encoder:
+    with model.borrow_text_encoder(words=False) as encoder:
         lessons = Lessons(encoder, pairs, kept, own, metric, settings)
         adapters = make_adapters(encoder.module, names, settings, encoder.device)
         scale = initial_loss_scale(encoder.module(names[0]))
@@ -124,19 +128,19 @@ def _texts(concepts, keep, settings):
     if not settings.preserve:
         return pairs, [""], []
     words = keep_for(concepts, keep, settings.keep_list)
-    kept = kept_sentences(words, styles, settings.kept)
+    kept = kept_sentences(words, styles, settings.keep_prompts)
     given = keep_for(concepts, keep, "none")
     # What is given may be styles, and then stands behind the other given words too.
     own = kept_sentences(given, [*given, *styles], settings.prompts * len(given))[1:]
     return pairs, kept, [*given, *own]
 
 
-def read_metric(borrowed, family):
+def read_metric(denoiser, family):
     """R [D, D], float32: |c R|^2 is the mean square of what keys and values make of a context c.
 
     An error that no layer reads is none.
     """
-    values, vectors = torch.linalg.eigh(weight_gram(borrowed, family))
+    values, vectors = torch.linalg.eigh(weight_gram(denoiser, family))
     values = values.clamp(min=0) / values.clamp(min=0).sum()
     return (vectors * values.sqrt()).float()
 
@@ -152,7 +156,7 @@ class Lessons:
     averaged over a batch.
 
     Args:
-        encoder: a ``BorrowedText``. metric: of ``read_metric``.
+        encoder: a ``TextEncoder``. metric: of ``read_metric``.
         pairs: [(text, text)]. kept, own: texts; half of the kept ones come from ``own``, if any.
         settings: of this module.
     """

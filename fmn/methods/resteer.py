@@ -61,6 +61,7 @@ class Settings(Base, method="resteer"):
         2e-3,
         "AdamW's learning rate. Around 0.002 for low rank; the released code trains full weights "
         "with 0.000002.",
+        advanced=True,
     )
     rank: int = rank()
     layers: str = setting(
@@ -68,6 +69,7 @@ class Settings(Base, method="resteer"):
         "What is trained. kv: keys and values of cross-attention. attention: all of "
         "cross-attention. unet: every linear and convolution layer.",
         choices=SCOPES,
+        advanced=True,
     )
     full_weights: bool = full_weights()
     end_tokens: str = setting(
@@ -75,6 +77,7 @@ class Settings(Base, method="resteer"):
         "Also take attention from the end-of-text token, which sums up the prompt: none, the "
         "first one, or all (in Stable Diffusion 1.x that includes all padding, as released).",
         choices=END_TOKENS,
+        advanced=True,
     )
     references: str = setting(
         "zeros",
@@ -83,13 +86,14 @@ class Settings(Base, method="resteer"):
         choices=REFERENCES,
     )
     samples: int = setting(
-        4, "How many pictures a concept, if references is 'samples'.", low=1, high=64
+        4, "How many pictures a concept, if references is 'samples'.", low=1, high=64, advanced=True
     )
     batch: int = setting(
         1,
         "Prompts a step. 1 as released; more are steadier, slower and need more memory.",
         low=1,
         high=64,
+        advanced=True,
     )
     size: int = size()
     checkpointing: bool = checkpointing()
@@ -103,7 +107,11 @@ class Settings(Base, method="resteer"):
         high=8,
     )
     inversion_steps: int = setting(
-        500, "Steps of that learning. Too few learn another thing.", low=1, high=100_000
+        500,
+        "Steps of that learning. Too few learn another thing.",
+        low=1,
+        high=100_000,
+        advanced=True,
     )
     protect: bool = protect()
 
@@ -164,7 +172,7 @@ def prepare(
             examples.append(_inverted(model, index, concept, settings, on_step))
             continue
         for prompt in concept.training_prompts():
-            flags = flags_of(model, prompt, settings.end_tokens)
+            flags = concept_flags(model, prompt, settings.end_tokens)
             examples.append(Example(index, model.encode(prompt), flags))
     size = settings.size or model.family.resolution
     return Data(examples, [_latents(model, concept, settings, size) for concept in concepts])

@@ -60,6 +60,7 @@ class Settings(Base, method="speed"):
         True,
         "On: each layer protects only the kept words that the edit would change more than the "
         "average, which leaves room for the edit. Off: all of them in all layers, faster.",
+        advanced=True,
     )
     copies: int = setting(
         10,
@@ -67,9 +68,10 @@ class Settings(Base, method="speed"):
         "with filter.",
         low=0,
         high=100,
+        advanced=True,
     )
     invariants: bool = setting(
-        True, "On: the start token and the empty prompt stay exactly as they are."
+        True, "On: the start token and the empty prompt stay exactly as they are.", advanced=True
     )
     layers: str = setting(
         "v",
@@ -104,7 +106,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
 
     left = (pairs.anchors - pairs.targets).mT
 
-    def open_edits(borrowed):
+    def open_edits(denoiser):
         whole = main_directions(kept, model.family.context_dim)
         shared = None if settings.filter else right_factor(problem, kept, whole, settings)
 

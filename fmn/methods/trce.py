@@ -35,6 +35,7 @@ class Settings(Base, method="trce"):
         "first",
         "Which end tokens are edited. first: the first end-of-text. all: also the padding behind.",
         choices=("first", "all"),
+        advanced=True,
     )
     erase: float = erase()
     preserve: float = preserve(0.01)
@@ -56,4 +57,4 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     # Means over prompts, as released: the number of sentences is no strength.
     weights = settings.erase / len(texts), settings.preserve / max(len(words), 1)
     edit = uce(*pairs, kept, *weights, settings.damping)
-    return input_patch(model, concepts, settings, pairs, lambda borrowed: edit, on_step=on_step)
+    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step=on_step)

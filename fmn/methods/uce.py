@@ -68,7 +68,9 @@ class Settings(Base, method="uce"):
     damping: float = damping(0.5)
     tokens: str = tokens_setting()
     expand: bool = setting(
-        False, "On: also edit five templates around each name, such as 'photo of NAME'."
+        False,
+        "On: also edit five templates around each name, such as 'photo of NAME'.",
+        advanced=True,
     )
     attributes: str = setting(
         "",
@@ -106,7 +108,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
     else:
         names, weights = zip(*attributes)
         edit, pairs = debias(pairs.targets, kept_contexts(model, names), weights, kept, *weighted)
-    return input_patch(model, concepts, settings, pairs, lambda borrowed: edit, on_step=on_step)
+    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step=on_step)
 
 
 def rows_of(model, concepts, settings, keep):

@@ -24,7 +24,7 @@ class Previews:
     Args:
         model: of a known family, with a ``decode``.
         prompts: each gives a picture before and one now.
-        on_pictures: as ``Studio``'s; may raise to cancel.
+        on_pictures: as ``ImageSampler``'s; may raise to cancel.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Previews:
 
     def _draw(self, studio: Studio) -> list[Image]:
         # One by one: prompts of different lengths do not fit into one batch.
-        return [to_image(studio.draw([prompt], [self.seed])[0]) for prompt in self.prompts]
+        return [to_image(sampler.draw([prompt], [self.seed])[0]) for prompt in self.prompts]
 
     def _rows(self, now: list[Image]) -> Rows:
         return list(zip(self.prompts, self.before, now))

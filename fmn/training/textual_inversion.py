@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..models.interface import Borrowed, BorrowedText, Model, cross_attention_names
 from ..models.sampling import expand, q_sample
@@ -54,7 +54,7 @@ class Inverted:
     """The learned tokens.
 
     Attributes:
-        vectors: float32 [tokens, width] on the CPU, for ``BorrowedText.encode``.
+        vectors: float32 [tokens, width] on the CPU, for ``TextEncoder.encode``.
         start: the same before training.
         losses: one a step.
     """
@@ -103,7 +103,7 @@ def invert(
         raise ForgetError("There are no pictures to invert: give at least one.")
     latents = model.encode_images(images, model.family.resolution)
     with (
-        model.borrow_text() as text_encoder,
+        model.borrow_text_encoder() as text_encoder,
         torch.inference_mode(False),
         torch.enable_grad(),
     ):

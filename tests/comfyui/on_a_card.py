@@ -115,9 +115,9 @@ def test_contexts_that_attack_are_where_texts_are(pack, comfy_model, made, monke
     )
 
     @contextmanager
-    def contexts(model, borrowed):
-        assert borrowed.device == plugin.CARD
-        yield lambda *given: adversaries.Context(*given, borrowed.device)
+    def contexts(model, denoiser):
+        assert denoiser.device == plugin.CARD
+        yield lambda *given: adversaries.Context(*given, denoiser.device)
 
     monkeypatch.setattr(hardening, "adversaries", contexts)
     assert comfy_model.encode(concept(pack).training_prompts()[0]).context.device.type == "cpu"

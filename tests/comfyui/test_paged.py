@@ -123,8 +123,8 @@ def test_what_is_hooked_on_a_text_encoder_is_what_encodes(pack, pages):
     layer = pack("fmn.models.families").text_layers(model.family)[-1]
     handle = model.text_module(layer.name).register_forward_hook(lambda *given: 2 * given[2])
     changed = model.encode(prompt).context
-    with model.borrow_text() as borrowed, torch.no_grad():
-        torch.testing.assert_close(borrowed.encode(prompt.text)[0].context, changed)
+    with model.borrow_text_encoder() as text_encoder, torch.no_grad():
+        torch.testing.assert_close(text_encoder.encode(prompt.text)[0].context, changed)
     handle.remove()
     assert (changed - plain).abs().max() > 0.1
     torch.testing.assert_close(model.encode(prompt).context, plain)
@@ -158,7 +158,7 @@ def test_loaders_that_do_not_say_how_are_refused(pack, pages):
     refused = pytest.raises(pack("fmn.errors").ForgetError, match="stock checkpoint loader")
     with refused:
         pack("fmn.methods.resteer").run(pages.host(False), [concept(pack)], settings(pack))
-    with refused, pages.host(False).borrow_text():
+    with refused, pages.host(False).borrow_text_encoder():
         pass
 
 

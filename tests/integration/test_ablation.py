@@ -14,8 +14,7 @@ from fmn.errors import ForgetError
 from fmn.methods.ablation import PRESETS, Draws, Pair, Settings, prepare, prompt_pairs, run
 from fmn.training import fit_adapters
 from fmn.training import run as training
-
-from ..unit.tiny import TinyBorrowed, TinyModel, make_scheduler
+from tests.unit.tiny import TinyDenoiser, TinyModel, make_scheduler
 
 ALPHAS = make_scheduler().alphas_cumprod
 DOG = Concept("dog", anchor="cat")
@@ -332,7 +331,7 @@ def test_draws_take_turns_and_noise_the_anchors_pictures():
         ],
         [Pair(encoded["elf"], encoded["man"], latents)],
     ]
-    draws = Draws(pairs, 8, torch.Generator().manual_seed(0), TinyBorrowed(model))
+    draws = Draws(pairs, 8, torch.Generator().manual_seed(0), TinyDenoiser(model))
     counted, times, starts = Counter(), set(), set()
     for _ in range(10):
         [batch] = draws()

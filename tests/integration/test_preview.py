@@ -9,13 +9,12 @@ from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.images import to_image
 from fmn.methods import forget, settings_of
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.patches.patch import load_patch
 from fmn.training.preview import Previews
 from fmn.training.resume import Saves, load_state, state_path
-
-from ..unit.tiny import Cancelled, TinyModel, same_tensors, traces, weights_of
+from tests.unit.tiny import Cancelled, TinyModel, same_tensors, traces, weights_of
 
 DOG, PROMPTS = [Concept("dog")], ("a dog", "a house")
 SETTINGS = {"steps": 4, "lr": 0.05}
@@ -27,8 +26,8 @@ def pixels(picture):
 
 def drawn_with(model, patch):
     """The same pictures from a patch that is worn."""
-    with open_studio(model, Sampling(3, 7.0), 1) as studio, studio.applying([(patch, 1.0)]):
-        return [to_image(studio.draw([prompt], [5])[0]) for prompt in PROMPTS]
+    with open_sampler(model, Sampling(3, 7.0), 1) as sampler, sampler.applying([(patch, 1.0)]):
+        return [to_image(sampler.draw([prompt], [5])[0]) for prompt in PROMPTS]
 
 
 def tensors_of(patch):

@@ -14,8 +14,7 @@ from fmn.models.interface import Text
 from fmn.models.token_positions import EOS_ID
 from fmn.training import fit_adapters
 from fmn.training import run as training
-
-from ..unit.tiny import TinyModel, make_scheduler, word_id
+from tests.unit.tiny import TinyModel, make_scheduler, word_id
 
 MUSK = Concept("elon musk", "identity")
 DOG = Concept("dog")

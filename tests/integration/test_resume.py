@@ -13,9 +13,8 @@ from fmn.methods import forget, settings_of
 from fmn.training.loop import Optimiser, train
 from fmn.training.resume import load_state, save_state, state_path
 from fmn.training.run import SMOOTHED, Supervisor
-
-from ..unit.tiny import TinyModel, same_tensors, traces, weights_of
-from ..unit.training.test_train import Overflow, loss_of, start
+from tests.unit.tiny import TinyModel, same_tensors, traces, weights_of
+from tests.unit.training.test_train import Overflow, loss_of, start
 
 CONCEPTS = [Concept("dog", aliases=("puppy",), anchor="cat"), Concept("owl", anchor="cat")]
 CASES = {
@@ -78,7 +77,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path):
 
 TEXT = {
     "hirm": ({"steps": 3}, {"steps": 1}),  # of each concept
-    "reread-many": ({"steps": 4, "kept": 8, "batch": 2}, {}),  # its rate depends on their number
+    # Its rate depends on the number of steps.
+    "reread-many": ({"steps": 4, "keep_prompts": 8, "batch": 2}, {}),
 }
 
 
@@ -90,6 +90,19 @@ def test_a_text_encoder_s_training_goes_on_too(preset, tmp_path):
     forget(model, CONCEPTS, replace(settings, **TEXT[preset][1]), saved_at(2, file))
     resumed = forget(model, CONCEPTS, settings, Supervisor(resume=load_state(file)))
     assert same_tensors(tensors_of(resumed), tensors_of(whole))
+
+
+def test_a_state_with_a_setting_s_former_name_goes_on(tmp_path):
+    settings, file = settings_of("reread-many", TEXT["reread-many"][0]), tmp_path / "a.fmn-train"
+    model = DiffusersModel.load("demo")
+    whole = forget(model, CONCEPTS, settings, saved_at(2, file))
+    state = load_state(file)
+    state.record["settings"]["kept"] = state.record["settings"].pop("keep_prompts")
+    resumed = forget(model, CONCEPTS, settings, Supervisor(resume=state))
+    assert same_tensors(tensors_of(resumed), tensors_of(whole))
+    state.record["settings"]["kept"] += 1
+    with pytest.raises(ForgetError, match="made with keep_prompts 9.*this is 8"):
+        forget(model, CONCEPTS, settings, Supervisor(resume=state))
 
 
 def test_a_shorter_run_goes_on_with_more_steps(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 
 from ...models.interface import Text, cross_attention_names
-from ...models.sampling import ddim, guided, spaced
+from ...models.sampling import ddim, guided, seeded_noise, trailing_timesteps
 
 TEXTS_AT_ONCE = 32
 
@@ -29,11 +29,11 @@ class Layer(NamedTuple):
     value: torch.Tensor
 
 
-def cross_attention_layers(borrowed, family):
+def cross_attention_layers(denoiser, family):
     """The ``Layer`` of every attn2 module, in forward order, on the model's device."""
     found = []
     for name in cross_attention_names(family):
-        module = borrowed.module(name)
+        module = denoiser.module(name)
         key, value = (
             rearrange(part.weight.detach().float(), "(h d) c -> h d c", h=module.heads)
             for part in (module.to_k, module.to_v)
@@ -67,7 +67,7 @@ def read_out(layer, queries, contexts):
 
 
 @contextmanager
-def recorded(borrowed, family, places, seed):
+def recorded(denoiser, family, places, seed):
     """Yields a function from a batch size B to what was recorded last and is then dropped.
 
     That is layer name -> [B, S, C]: the queries of ``places`` random places of each of the first B
@@ -94,43 +94,38 @@ def recorded(borrowed, family, places, seed):
     with ExitStack() as hooks:
         for name in names:
             hooks.enter_context(
-                borrowed.module(f"{name}.to_q").register_forward_hook(hook_of(name))
+                denoiser.module(f"{name}.to_q").register_forward_hook(hook_of(name))
             )
         yield taken
 
 
 @torch.no_grad()
 def record_queries(
-    borrowed, family, texts, empty, settings, side, batch=4, on_batch=None, numbers=None
+    denoiser, family, texts, empty, settings, side, batch=4, on_batch=None, numbers=None
 ):
     """Draw texts, and record queries on the way: layer name -> [N, S, C].
 
     Args:
         texts: encoded prompts, [1, 77, D] each. empty: the empty one.
-        settings: has ``sampling_steps``, ``guidance``, ``places`` and ``seed``; text i starts
-            from the noise of seed + i.
+        settings: has ``sampling_steps``, ``guidance``, ``query_positions`` and ``seed``; text i
+            starts from the noise of seed + i.
         side: latents' height and width.
         on_batch: called after each batch, may raise.
         numbers: seeds of the texts' noise, in place of those.
     """
     parts = []
     numbers = numbers or range(settings.seed, settings.seed + len(texts))
-    with recorded(borrowed, family, settings.places, settings.seed) as taken:
+    with recorded(denoiser, family, settings.query_positions, settings.seed) as taken:
         for first in range(0, len(texts), batch):
             some = Text.cat(texts[first : first + batch])
             count = len(some.context)
-            noise = torch.cat(
-                [
-                    torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(number))
-                    for number in numbers[first : first + count]
-                ]
-            ).to(borrowed.device)
-            predict = guided(borrowed, some, empty, settings.guidance)
-            steps, alphas = settings.sampling_steps, borrowed.alphas_cumprod
+            noise = seeded_noise(numbers[first : first + count], side).to(denoiser.device)
+            predict = guided(denoiser, some, empty, settings.guidance)
+            steps, alphas = settings.sampling_steps, denoiser.alphas_cumprod
             x = ddim(predict, noise, alphas, steps, last=steps - 1)
             # Nothing is drawn from the last step, so it needs no guidance.
-            t = torch.full((count,), spaced(len(alphas), steps)[-1])
-            borrowed.denoise(x, t, some)
+            t = torch.full((count,), trailing_timesteps(len(alphas), steps)[-1])
+            denoiser.predict_noise(x, t, some)
             parts.append(taken(count))
             if on_batch:
                 on_batch()

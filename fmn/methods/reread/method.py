@@ -43,29 +43,32 @@ BLANKS = 4  # sentences in which adversaries' words are met, beside the concept'
 
 @dataclass(frozen=True)
 class Settings(Base, method="reread"):
-    push: float = setting(
+    overshoot: float = setting(
         0.4,
         "How far beyond, but for styles. 0: prompts are read as if the concept were not there. 1: "
         "as much to the other side. Higher: it goes more surely, and neighbours suffer more.",
         low=0.0,
         high=4.0,
         step=0.01,
+        formerly="push",
     )
-    push_style: float = setting(
+    overshoot_style: float = setting(
         0.7,
         "The same for styles, which need more: asked for none, a model draws one anyway.",
         low=0.0,
         high=4.0,
         step=0.01,
+        formerly="push_style",
     )
     stop_at: float = setting(
         0.0,
-        "Go no further than needed: push is raised in steps until at most this share of what the "
-        "concept does to a drawing's first predictions is left, or a step takes less of it than "
-        "that. 0: always as far as push says.",
+        "Go no further than needed: overshoot is raised in steps until at most this share of what "
+        "the concept does to a drawing's first predictions is left, or a step takes less of it "
+        "than that. 0: always as far as overshoot says.",
         low=0.0,
         high=1.0,
         step=0.01,
+        advanced=True,
     )
     preserve: float = preserve(10.0)
     damping: float = setting(
@@ -75,42 +78,62 @@ class Settings(Base, method="reread"):
         low=1e-9,
         high=1e6,
         step=0.0001,
+        advanced=True,
     )
     prompts: int = setting(
         10,
         "Sentences with each name of the concept, from a fixed list; its own prompts come on top.",
         low=1,
         high=180,
+        advanced=True,
     )
-    kept: int = setting(
+    keep_prompts: int = setting(
         256,
         "Sentences with kept words. More: less harm, and longer to encode. Each word and prompt "
         "that is connected to keep comes on top.",
         low=0,
         high=10_000,
+        advanced=True,
+        formerly="kept",
     )
-    together: int = setting(
+    words_per_prompt: int = setting(
         1,
         "Kept words in each of these sentences. 1: as many words as sentences are kept. More: "
         "fewer sentences do for a list, which are what takes long to encode.",
         low=1,
         high=6,
+        advanced=True,
+        formerly="together",
     )
-    drawn: int = setting(
+    images_per_concept: int = setting(
         4,
         "How many prompts of each concept are drawn, beside as many without it and as many kept "
         "ones, to see where cross-attention looks.",
         low=1,
         high=64,
+        advanced=True,
+        formerly="drawn",
     )
-    sampling_steps: int = setting(4, "Steps in which each is drawn.", low=1, high=1000)
+    sampling_steps: int = setting(
+        4, "Steps in which each is drawn.", low=1, high=1000, advanced=True
+    )
     guidance: float = setting(
-        3.5, "Guidance scale while drawing. 1: none, half the time.", low=1.0, high=100.0, step=0.1
+        3.5,
+        "Guidance scale while drawing. 1: none, half the time.",
+        low=1.0,
+        high=100.0,
+        step=0.1,
+        advanced=True,
     )
-    places: int = setting(
-        8, "Places of each picture and step whose queries are used.", low=1, high=1024
+    query_positions: int = setting(
+        8,
+        "Places of each picture and step whose queries are used.",
+        low=1,
+        high=1024,
+        advanced=True,
+        formerly="places",
     )
-    rank: int = rank_setting(8)
+    rank: int = rank_setting(8, advanced=True)
     robust_steps: int = setting(
         0,
         "Training steps for each concept against attacks, after the closed form. 0: none, the "
@@ -118,14 +141,18 @@ class Settings(Base, method="reread"):
         "far longer and costs some of what is kept.",
         low=0,
         high=100_000,
+        group="robust",
     )
-    robust_push: float = setting(
+    robust_overshoot: float = setting(
         3.0,
         "With robust_steps: how far predictions are moved away from the concept. 0: as if it were "
         "not in the prompt. Higher: it stays away more surely, and neighbours suffer more.",
         low=0.0,
         high=20.0,
         step=0.1,
+        advanced=True,
+        group="robust",
+        formerly="robust_push",
     )
     robust_preserve: float = setting(
         1.5,
@@ -133,20 +160,31 @@ class Settings(Base, method="reread"):
         low=0.0,
         high=1000.0,
         step=0.1,
+        advanced=True,
+        group="robust",
     )
     robust_rank: int = setting(
         3,
         "With robust_steps: rank of the change of self-attention and feed-forward layers.",
         low=1,
         high=128,
+        advanced=True,
+        group="robust",
     )
     robust_pictures: int = setting(
         24,
         "With robust_steps: pictures drawn of each concept, and twice as many of kept prompts.",
         low=1,
         high=1000,
+        advanced=True,
+        group="robust",
     )
-    robust_lr: float = lr(2e-3, "With robust_steps: AdamW's learning rate at the start.")
+    robust_lr: float = lr(
+        2e-3,
+        "With robust_steps: AdamW's learning rate at the start.",
+        advanced=True,
+        group="robust",
+    )
     checkpointing: bool = checkpointing()
     keep_list: str = keep_list_setting()
     size: int = size()
@@ -160,10 +198,15 @@ class Settings(Base, method="reread"):
 PRESETS = {
     "reread": Settings(),
     "reread-quick": Settings(
-        kept=64, together=4, drawn=1, sampling_steps=2, guidance=1.0, places=24
+        keep_prompts=64,
+        words_per_prompt=4,
+        images_per_concept=1,
+        sampling_steps=2,
+        guidance=1.0,
+        query_positions=24,
     ),
-    "reread-auto": Settings(push=1.0, push_style=1.0, stop_at=0.03),
-    "reread-robust": Settings(push=0.7, push_style=1.2, robust_steps=300),
+    "reread-auto": Settings(overshoot=1.0, overshoot_style=1.0, stop_at=0.03),
+    "reread-robust": Settings(overshoot=0.7, overshoot_style=1.2, robust_steps=300),
 }
 
 
@@ -187,9 +230,9 @@ def run(
     options.check_steps(settings.robust_steps * len(concepts))  # before any work
     with model.borrow() as borrowed:
         styles = [concept.name for concept in concepts if concept.kind == "style"]
-        draw = Drawings(model, borrowed, settings, on_step, spoken, kept, len(styles))
+        draw = Drawings(model, denoiser, settings, on_step, spoken, kept, len(styles))
         pushes = [
-            settings.push_style if concept.kind == "style" else settings.push
+            settings.overshoot_style if concept.kind == "style" else settings.overshoot
             for concept in concepts
         ]
         texts = _training_texts(draw, concepts, spoken, kept) if settings.robust_steps else None
@@ -231,7 +274,7 @@ def _training_texts(draw, concepts, spoken, kept):
 @torch.no_grad()
 def closed_form(draw, spoken, kept, pushes):
     """What the regression gives: layer name -> (up, down) on the CPU, and what is left."""
-    model, borrowed, settings = draw.model, draw.borrowed, draw.settings
+    model, denoiser, settings = draw.model, draw.denoiser, draw.settings
     *drawn, of_kept = draw(*draw.sides(spoken), kept)
     readings = [
         Reading.of(model, pairs, first, second)
@@ -241,11 +284,11 @@ def closed_form(draw, spoken, kept, pushes):
     problems = (
         Problem(
             f"{layer.name}.to_out.0",
-            exact(borrowed.module(f"{layer.name}.to_out.0").weight.detach()),
+            exact(denoiser.module(f"{layer.name}.to_out.0").weight.detach()),
             [reading.rows(layer) for reading in readings],
             stay.rows(layer),
         )
-        for layer in cross_attention_layers(borrowed, model.family)
+        for layer in cross_attention_layers(denoiser, model.family)
     )
     if settings.stop_at:
         problems = list(problems)
@@ -307,14 +350,14 @@ def solve(weight, read, kept, settings, pushes=None):
 
     Args:
         weight: W [out, C], float64. read: (o, o*) of each concept, [n, C]. kept: [m, C].
-        pushes: of each concept; None takes ``settings.push`` for all.
+        pushes: of each concept; None takes ``settings.overshoot`` for all.
 
     Returns:
         up [out, r], down [r, C]
     """
     system = settings.preserve * gram(kept) / max(1, len(kept))
     towards = torch.zeros_like(system)
-    for (concept, other), push in zip(read, pushes or [settings.push] * len(read)):
+    for (concept, other), push in zip(read, pushes or [settings.overshoot] * len(read)):
         system += gram(concept) / len(concept)
         towards += (1 + push) * (other - concept).mT @ concept / len(concept)
     mean = system.trace() / len(system)
@@ -342,5 +385,8 @@ def kept_texts(concepts, keep, settings):
         return [""]
     words = keep_for(concepts, (), settings.keep_list)
     styles = keep_for(concepts, (), "styles")
-    words = together(words, settings.together)
-    return [*kept_sentences(words, styles, settings.kept), *keep_for(concepts, keep, "none")]
+    words = together(words, settings.words_per_prompt)
+    return [
+        *kept_sentences(words, styles, settings.keep_prompts),
+        *keep_for(concepts, keep, "none"),
+    ]

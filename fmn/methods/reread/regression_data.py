@@ -11,6 +11,7 @@ from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...linalg import exact
 from ...models.interface import Text, cross_attention_names
+from ...models.sampling import seeded_noise
 from ...models.token_positions import CHUNK
 from .attention_output import read_out, record_queries
 from .training_images import AT_ONCE, batch_count, image_counts
@@ -60,7 +61,7 @@ class Kept:
 
     def __init__(self, contexts, drawings, settings):
         self.contexts, self.drawings = contexts, drawings
-        self.places = KEPT_PLACES * settings.together
+        self.places = KEPT_PLACES * settings.words_per_prompt
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def rows(self, layer):
@@ -79,11 +80,13 @@ class Drawings:
         """The lists of texts to draw of concepts' pairs: with the concept, and without, in turn."""
         return [[pair[side] for pair in pairs] for pairs in spoken for side in (0, 1)]
 
-    def __init__(self, model, borrowed, settings, on_step, spoken, kept, styles=0):
-        self.model, self.borrowed, self.settings = model, borrowed, settings
+    def __init__(self, model, denoiser, settings, on_step, spoken, kept, styles=0):
+        self.model, self.denoiser, self.settings = model, denoiser, settings
         self.side = (settings.size or model.family.resolution) // 8
         self.empty = self.encoded_one("")
-        drawn = [min(settings.drawn, len(texts)) for texts in (*self.sides(spoken), kept)]
+        drawn = [
+            min(settings.images_per_concept, len(texts)) for texts in (*self.sides(spoken), kept)
+        ]
         batches = sum(-(-sum(some) // AT_ONCE) for some in self._shared(drawn))
         layers = len(cross_attention_names(model.family))
         total = batches + layers + batch_count(settings, len(spoken), styles)
@@ -95,11 +98,11 @@ class Drawings:
 
     def _shared(self, lists):
         """Lists of which so little is drawn that a batch holds several, several at a time."""
-        share = max(1, AT_ONCE // self.settings.drawn)
+        share = max(1, AT_ONCE // self.settings.images_per_concept)
         return [lists[first : first + share] for first in range(0, len(lists), share)]
 
     def _drawn(self, lists):
-        counts = [min(self.settings.drawn, len(texts)) for texts in lists]
+        counts = [min(self.settings.images_per_concept, len(texts)) for texts in lists]
         texts = [
             self.encoded_one(texts[i * len(texts) // count])
             for texts, count in zip(lists, counts)
@@ -107,7 +110,7 @@ class Drawings:
         ]
         numbers = [self.settings.seed + i for count in counts for i in range(count)]
         queries = record_queries(
-            self.borrowed, self.model.family, texts, self.empty, self.settings, self.side,
+            self.denoiser, self.model.family, texts, self.empty, self.settings, self.side,
             AT_ONCE, lambda: self.progress(1.0), numbers,
         )  # fmt: skip
         if not all(torch.isfinite(each).all() for each in queries.values()):
@@ -125,13 +128,7 @@ class Drawings:
 
     def noise(self, count):
         """Pure noise [count, 4, side, side] of seeds from the settings' on, on the CPU."""
-        side = self.side
-        return torch.stack(
-            [
-                torch.randn(4, side, side, generator=torch.Generator().manual_seed(number))
-                for number in range(self.settings.seed, self.settings.seed + count)
-            ]
-        )
+        return seeded_noise(range(self.settings.seed, self.settings.seed + count), self.side)
 
     def encoded_one(self, text):
         found = self.model.encode(Prompt(text, text))

@@ -8,7 +8,7 @@ prediction, e' the patched one's, c a sentence with the concept and o the same w
 
 import torch
 
-from ...models.adapters import Fixed, attached
+from ...models.adapters import FixedAdapter, attached
 from ...models.interface import Text
 from ...models.sampling import ddim, guided
 
@@ -24,20 +24,20 @@ class Remaining:
     """
 
     def __init__(self, draw, pairs):
-        self.borrowed, count = draw.borrowed, min(TEXTS, len(pairs))
+        self.denoiser, count = draw.denoiser, min(TEXTS, len(pairs))
         chosen = [pairs[i * len(pairs) // count] for i in range(count)]
         self.text, other = (
             Text.cat([draw.encoded_one(text) for text in side]) for side in zip(*chosen)
         )
         self.points = []
-        predict = guided(draw.borrowed, self.text, draw.empty, draw.settings.guidance)
+        predict = guided(draw.denoiser, self.text, draw.empty, draw.settings.guidance)
 
         def watched(x, t):
             self.points.append((x, t))
             return predict(x, t)
 
-        noise = draw.noise(count).to(draw.borrowed.device)
-        ddim(watched, noise, draw.borrowed.alphas_cumprod, STEPS, last=FIRST)
+        noise = draw.noise(count).to(draw.denoiser.device)
+        ddim(watched, noise, draw.denoiser.alphas_cumprod, STEPS, last=FIRST)
         self.others = [self._predicted(x, t, other) for x, t in self.points]
         self.effects = [
             self._predicted(x, t, self.text) - other
@@ -47,13 +47,15 @@ class Remaining:
     @torch.no_grad()
     def __call__(self, changes):
         """``changes``: layer name -> (up, down)."""
-        worn = {name: Fixed([(*f, 1.0)], self.borrowed.device) for name, f in changes.items()}
+        worn = {
+            name: FixedAdapter([(*f, 1.0)], self.denoiser.device) for name, f in changes.items()
+        }
         shares = []
-        with attached(worn, self.borrowed.module):
+        with attached(worn, self.denoiser.module):
             for (x, t), other, effect in zip(self.points, self.others, self.effects):
                 now = self._predicted(x, t, self.text) - other
                 shares.append(float((now * effect).sum() / effect.square().sum()))
         return sum(shares) / len(shares)
 
     def _predicted(self, x, t, text):
-        return self.borrowed.denoise(x, torch.full((len(x),), t), text).float()
+        return self.denoiser.predict_noise(x, torch.full((len(x),), t), text).float()

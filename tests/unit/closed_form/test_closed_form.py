@@ -125,8 +125,8 @@ def test_distances_of_an_edit_that_is_none():
 
 def test_the_gram_is_the_sum_over_keys_and_values():
     model = TinyModel()
-    with model.borrow() as borrowed:
-        found = weight_gram(borrowed, TINY)
+    with model.borrow_denoiser() as denoiser:
+        found = weight_gram(denoiser, TINY)
     near(found, sum(weight.T @ weight for weight in weights(model).values()), 1e-12)
 
 

@@ -167,7 +167,7 @@ def test_the_anchor_alone():
 def test_what_an_attack_found_is_forgotten_too():
     """A learned embedding equal to the name's own words gives the name's own rows."""
     model = TinyModel()
-    with model.borrow_text() as encoder:
+    with model.borrow_text_encoder() as encoder:
         vectors = encoder.vectors("old dog")
     plain = concept_pairs(model, [Concept("old dog", anchor="cat")])[0]
     both = concept_pairs(model, [Concept("old dog", anchor="cat", learned=(vectors,))])[0]

@@ -229,7 +229,7 @@ class Quiet:
     def __init__(self):
         self.calls = []
 
-    def denoise(self, x_t, t, text):
+    def predict_noise(self, x_t, t, text):
         self.calls.append((len(x_t), int(t[0])))
         return torch.zeros_like(x_t)
 
@@ -237,14 +237,14 @@ class Quiet:
 @pytest.mark.parametrize("timesteps, found", [("exact", {7, 5, 3, 1}), ("bin", set(range(8)))])
 def test_time_steps_and_the_length_of_drawings(timesteps, found):
     """k is uniform; a drawing is no longer than k pairs, and t is in the k-th bin."""
-    borrowed, settings = Quiet(), Settings(sampling_steps=4, timesteps=timesteps)
+    denoiser, settings = Quiet(), Settings(sampling_steps=4, timesteps=timesteps)
     examples = prepare(TinyModel(), [DOG], settings)
-    draws, times, counts = Draws(examples, settings, borrowed, Switch(), 2), set(), [0] * 4
+    draws, times, counts = Draws(examples, settings, denoiser, Switch(), 2), set(), [0] * 4
     for _ in range(300):
-        borrowed.calls.clear()
+        denoiser.calls.clear()
         _, x_t, t = draws()
-        k = len(borrowed.calls)
-        assert borrowed.calls == [(2, 7 - 2 * i) for i in range(k)]
+        k = len(denoiser.calls)
+        assert denoiser.calls == [(2, 7 - 2 * i) for i in range(k)]
         assert t in (7 - 2 * k, 6 - 2 * k) and x_t.shape == (1, 4, 2, 2)
         times.add(t)
         counts[k] += 1
@@ -283,11 +283,11 @@ def test_forwards_of_a_step(monkeypatch):
 
 
 def test_no_guidance_draws_with_one_forward():
-    borrowed, settings = Quiet(), Settings(sampling_steps=4, guidance=1.0, batch=3)
-    draws = Draws(prepare(TinyModel(), [DOG], settings), settings, borrowed, Switch(), 2)
+    denoiser, settings = Quiet(), Settings(sampling_steps=4, guidance=1.0, batch=3)
+    draws = Draws(prepare(TinyModel(), [DOG], settings), settings, denoiser, Switch(), 2)
     for _ in range(5):
         draws()
-    assert borrowed.calls and {count for count, _ in borrowed.calls} == {3}
+    assert denoiser.calls and {count for count, _ in denoiser.calls} == {3}
 
 
 def test_repeating_a_whole_context_changes_nothing():
@@ -297,8 +297,8 @@ def test_repeating_a_whole_context_changes_nothing():
     _, wide = of_one_length([long, short])
     assert wide.context.shape[1] == 154
     x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([9])
-    with model.borrow() as borrowed:
-        plain, repeated = (borrowed.denoise(x_t, t, text) for text in (short, wide))
+    with model.borrow_denoiser() as denoiser:
+        plain, repeated = (denoiser.predict_noise(x_t, t, text) for text in (short, wide))
     torch.testing.assert_close(repeated, plain, rtol=1e-4, atol=1e-5)
 
 

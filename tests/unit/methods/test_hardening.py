@@ -20,7 +20,7 @@ from fmn.methods.reread.adversarial_training import (
 )
 from fmn.methods.reread.adversaries import FREE
 from fmn.methods.reread.training_images import Scene
-from fmn.models.adapters import Fixed, LowRank, attached
+from fmn.models.adapters import FixedAdapter, LowRankAdapter, attached
 from fmn.models.families import CLIP_G, CLIP_L
 from fmn.models.interface import Text
 from fmn.patches.lora_keys import PARTS
@@ -28,17 +28,17 @@ from fmn.patches.patch import save_patch
 from fmn.training.run import Training
 
 from ..literal import near
-from ..tiny import TINY, TinyBorrowed, TinyModel, TinyText, random_changes
+from ..tiny import TINY, TinyDenoiser, TinyModel, TinyTextEncoder, random_changes
 from .test_reread_run import FEW, STEPS
 
 SETTINGS = replace(
-    FEW, push=0.7, rank=3, robust_steps=2, robust_pictures=2, robust_rank=2, robust_push=1.5,
-    robust_preserve=2.0, robust_lr=0.01,
+    FEW, overshoot=0.7, rank=3, robust_steps=2, robust_pictures=2, robust_rank=2,
+    robust_overshoot=1.5, robust_preserve=2.0, robust_lr=0.01,
 )  # fmt: skip
 DOG, CAR = Concept("dog", anchor="cat", prompts=("my dog on grass",)), Concept("car")
 NAMES = hardened_layers(TINY)
 BLANKS = ("a photo of <*>", "my <*> on grass", "<*> in a forest")
-ALPHAS = TinyBorrowed(TinyModel()).alphas_cumprod.tolist()
+ALPHAS = TinyDenoiser(TinyModel()).alphas_cumprod.tolist()
 CHANGES = random_changes(TINY, 3, lambda layer: layer.name.endswith("attn2.to_out.0"), size=0.2)
 
 
@@ -69,18 +69,20 @@ def scenes_of(model):
 def opened(model, settings=SETTINGS, concepts=2, scale=1.0):
     """(loss, adapters) with a patch and adapters that both change the model."""
     (own, kept), generator = scenes_of(model), torch.Generator().manual_seed(3)
-    with model.borrow() as borrowed:
-        adapters = {name: LowRank(borrowed.module(name), 2, generator, "cpu") for name in NAMES}
+    with model.borrow_denoiser() as denoiser:
+        adapters = {
+            name: LowRankAdapter(denoiser.module(name), 2, generator, "cpu") for name in NAMES
+        }
         for adapter in adapters.values():
             torch.nn.init.normal_(adapter.up, std=0.05, generator=generator)
-        worn = {name: Fixed([(*pair, 1.0)], "cpu") for name, pair in CHANGES.items()}
+        worn = {name: FixedAdapter([(*pair, 1.0)], "cpu") for name, pair in CHANGES.items()}
         with (
-            attached(worn, borrowed.module) as switch,
-            attached(adapters, borrowed.module, switch),
-            adversaries.adversaries(model, borrowed) as adversary,
+            attached(worn, denoiser.module) as switch,
+            attached(adapters, denoiser.module, switch),
+            adversaries.adversaries(model, denoiser) as adversary,
         ):
             told = own[:concepts], kept, text_of(model, ""), adversary, settings, scale
-            yield Hardening(borrowed, adapters, switch, *told), adapters
+            yield Hardening(denoiser, adapters, switch, *told), adapters
 
 
 def test_away_is_the_formula_and_its_clamps():
@@ -126,8 +128,8 @@ def test_scenes_are_drawn_by_ddim(model, monkeypatch, at_once):
     monkeypatch.setattr(training_images, "AT_ONCE", at_once)
     text, empty = text_of(model, *(f"word{i}" for i in range(6))), text_of(model, "")
     settings, told = replace(SETTINGS, guidance=2.5, seed=4), []
-    with model.borrow() as borrowed:
-        given = borrowed, text, empty, settings, 8, lambda: told.append(len(model.seen))
+    with model.borrow_denoiser() as denoiser:
+        given = denoiser, text, empty, settings, 8, lambda: told.append(len(model.seen))
         scene = training_images.draw_scene(*given, text, BLANKS)
     assert told == [3 * (i + 1) for i in range(-(-6 // at_once))]
     assert scene.text is scene.other is text and scene.blanks == BLANKS and len(scene.latents) == 6
@@ -174,12 +176,12 @@ class Literal:
             yield index[i], x_t[None], t, noise[i][None]
 
     def words(self, prompt, learned):
-        return TinyText(self.model).encode(prompt, learned)[0].context
+        return TinyTextEncoder(self.model).encode(prompt, learned)[0].context
 
     def fresh(self):
         """Two random directions, as long as words are; age, vectors, optimiser."""
         directions = random(2, TINY.context_dim, seed=self.pick(1 << 30)[0])
-        known = TinyText(self.model).vectors("a photo of")
+        known = TinyTextEncoder(self.model).vectors("a photo of")
         length = sum(float(v.norm()) for v in known) / len(known)
         learned = torch.stack([length * v / v.norm() for v in directions]).requires_grad_()
         return [0, learned, torch.optim.Adam([learned], lr=adversaries.WORD_LR)]
@@ -215,7 +217,7 @@ class Literal:
                 kept = self.kept.text.context[self.pick(len(self.kept.text.context))[0]]
                 text = (empty, kept[None], other)[self.pick(3)[0]]
             found = [self.frozen(x_t, t, context).sample for context in (own, other, empty)]
-            target = literal_away(*found, self.settings.robust_push)
+            target = literal_away(*found, self.settings.robust_overshoot)
             loss += ((self.unet(x_t, t, text).sample - target) ** 2).mean() / HALF
         return loss
 
@@ -265,11 +267,13 @@ def test_adversaries_grow_old(model, monkeypatch):
 def test_overflow_halves_the_scale_and_leaves_the_words(model, monkeypatch):
     with opened(model, scale=1024.0) as (loss_at, _):
         stepped(loss_at)  # its scale is 1024
-        adversary, plain = loss_at.adversaries[0][0], loss_at.borrowed.denoise
+        adversary, plain = loss_at.adversaries[0][0], loss_at.denoiser.predict_noise
         picked = loss_at.pick()._replace(scene=loss_at.concepts[0], adversary=adversary)
         before = adversary.learned.detach().clone()
         with monkeypatch.context() as patched:
-            patched.setattr(loss_at.borrowed, "denoise", lambda *given: plain(*given) * math.inf)
+            patched.setattr(
+                loss_at.denoiser, "predict_noise", lambda *given: plain(*given) * math.inf
+            )
             loss_at._attack(picked)
         assert loss_at.scale == 512 and torch.equal(adversary.learned, before)
         assert all(p.requires_grad for p in loss_at.parameters)
@@ -302,12 +306,12 @@ def test_steps_and_what_is_trained(model, concepts):
     own, kept = scenes_of(model)
     spoken = [(scene.text, scene.other, scene.blanks) for scene in own[:concepts]]
     training, empty = Training(model, [DOG, CAR][:concepts], settings), text_of(model, "")
-    with model.borrow() as borrowed:
+    with model.borrow_denoiser() as denoiser:
         found = training_images.draw_scenes(
-            borrowed, spoken, kept.text, [], empty, settings, 8, lambda: drawn.append(1)
+            denoiser, spoken, kept.text, [], empty, settings, 8, lambda: drawn.append(1)
         )
         given = CHANGES, *found, empty, lambda *both: made.append(both), told.append
-        adversarial_training.harden(training, borrowed, *given)
+        adversarial_training.harden(training, denoiser, *given)
     training.finish()
     ((changes, losses),) = made
     assert len(drawn) == concepts * -(-5 // training_images.AT_ONCE) - (

@@ -12,7 +12,7 @@ from fmn.linalg import merge
 from fmn.methods.reread import method
 from fmn.methods.reread.regression_data import Drawings
 from fmn.methods.reread.residual import FIRST, STEPS, Remaining
-from fmn.models.sampling import spaced
+from fmn.models.sampling import trailing_timesteps
 
 from ..tiny import TinyModel, same_tensors
 from .test_reread_run import DOG, FEW, OIL, OUTPUTS
@@ -34,14 +34,14 @@ def random_change(model):
     return changes
 
 
-def remaining(model, borrowed, pairs=PAIRS):
-    draw = Drawings(model, borrowed, FEW, lambda step: None, [pairs], [""])
+def remaining(model, denoiser, pairs=PAIRS):
+    draw = Drawings(model, denoiser, FEW, lambda step: None, [pairs], [""])
     return Remaining(draw, pairs)
 
 
 def test_all_remains_without_a_change(model):
-    with model.borrow() as borrowed:
-        share = remaining(model, borrowed)
+    with model.borrow_denoiser() as denoiser:
+        share = remaining(model, denoiser)
         assert share({}) == pytest.approx(1.0, abs=1e-6)
         share(random_change(model))
         assert share({}) == pytest.approx(1.0, abs=1e-6)  # and none stays on the model
@@ -58,7 +58,7 @@ def test_the_share_is_that_of_the_equation(model):
         torch.cat([model.encode(Prompt(each, each)).context for each in texts])
         for texts in (*zip(*PAIRS), [""] * count)
     )
-    alphas, times = model_alphas(model), spaced(1000, STEPS)
+    alphas, times = model_alphas(model), trailing_timesteps(1000, STEPS)
     x = torch.stack(
         [
             torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed))
@@ -81,14 +81,14 @@ def test_the_share_is_that_of_the_equation(model):
             alpha, after = alphas[times[i]], alphas[times[i + 1]]
             clean = (x - (1 - alpha).sqrt() * guided) / alpha.sqrt()
             x = after.sqrt() * clean + (1 - after).sqrt() * guided
-    with model.borrow() as borrowed:
-        found = remaining(model, borrowed)(changes)
+    with model.borrow_denoiser() as denoiser:
+        found = remaining(model, denoiser)(changes)
     assert found == pytest.approx(sum(shares) / FIRST, rel=1e-3)
 
 
 def model_alphas(model):
-    with model.borrow() as borrowed:
-        return borrowed.alphas_cumprod
+    with model.borrow_denoiser() as denoiser:
+        return denoiser.alphas_cumprod
 
 
 class Told:
@@ -117,7 +117,7 @@ def test_each_concept_goes_as_far_as_it_needs(model, monkeypatch, first, second,
     spoken = [sentences(DOG, 2), sentences(OIL, 2)]
     Told.shares = {spoken[0][0][0]: first, spoken[1][0][0]: second}
     monkeypatch.setattr(method, "Remaining", Told)
-    settings = replace(FEW, push=0.5, push_style=0.6, stop_at=0.1)
+    settings = replace(FEW, overshoot=0.5, overshoot_style=0.6, stop_at=0.1)
     seen = []
     monkeypatch.setattr(
         method, "far_enough",
@@ -131,7 +131,7 @@ def test_each_concept_goes_as_far_as_it_needs(model, monkeypatch, first, second,
 def test_a_share_of_all_goes_nowhere_beyond(model):
     """With stop_at 1 the patch is that of push 0, bit for bit."""
     far = method.run(model, [DOG], replace(FEW, stop_at=1.0))
-    plain = method.run(model, [DOG], replace(FEW, push=0.0))
+    plain = method.run(model, [DOG], replace(FEW, overshoot=0.0))
     for side in (0, 1):
         assert same_tensors(
             {name: pair[side] for name, pair in far.changes.items()},

@@ -24,7 +24,7 @@ def matrices(weight, read, kept, settings):
     for concepts, others in read:
         for o, other in zip(concepts, others):
             system = system + torch.outer(o, o) / len(concepts)
-            towards = towards + (1 + settings.push) * torch.outer(other - o, o) / len(concepts)
+            towards = towards + (1 + settings.overshoot) * torch.outer(other - o, o) / len(concepts)
     for k in kept:
         system = system + settings.preserve * torch.outer(k, k) / len(kept)
     mean = sum(float(system[i, i]) for i in range(width)) / width
@@ -57,7 +57,7 @@ def objective(change, weight, read, kept, settings):
     found = 0.0
     for concepts, others in read:
         for o, other in zip(concepts, others):
-            off = change @ o - (1 + settings.push) * (weight @ (other - o))
+            off = change @ o - (1 + settings.overshoot) * (weight @ (other - o))
             found += float(off @ off) / len(concepts)
     for k in kept:
         found += settings.preserve * float((change @ k) @ (change @ k)) / len(kept)
@@ -66,7 +66,7 @@ def objective(change, weight, read, kept, settings):
 
 
 def settings_of(**more):
-    return method.Settings(**{"push": 0.7, "preserve": 2.0, "damping": 0.1, "rank": 0} | more)
+    return method.Settings(**{"overshoot": 0.7, "preserve": 2.0, "damping": 0.1, "rank": 0} | more)
 
 
 def solved(settings, read=READ, kept=KEPT):
@@ -76,7 +76,7 @@ def solved(settings, read=READ, kept=KEPT):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"push": 0.0}, {"preserve": 0.0, "damping": 1e-3}, {"preserve": 1000.0}]
+    "more", [{}, {"overshoot": 0.0}, {"preserve": 0.0, "damping": 1e-3}, {"preserve": 1000.0}]
 )
 def test_without_a_bound_it_is_ridge_regression(more):
     settings = settings_of(**more)
@@ -124,9 +124,9 @@ def test_no_rank_is_above_what_a_file_may_have(monkeypatch):
 
 
 def test_push_scales_the_change():
-    once = solved(settings_of(push=0.0, rank=1))
+    once = solved(settings_of(overshoot=0.0, rank=1))
     for push in (0.5, 1.0, 4.0):
-        near(solved(settings_of(push=push, rank=1)), (1 + push) * once, 1e-12)
+        near(solved(settings_of(overshoot=push, rank=1)), (1 + push) * once, 1e-12)
 
 
 def test_damping_holds_everything():

@@ -9,7 +9,7 @@ from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError, NonFiniteLoss
 from fmn.methods import forget
 from fmn.methods.resteer import RELEASED, Settings, prepare, run
-from fmn.models.attention_maps import look_at
+from fmn.models.attention_maps import measure_attention
 from fmn.training.fit_adapters import in_scope
 
 from ..tiny import TINY, Cancelled, TinyModel, same_tensors, traces, weights_of
@@ -142,7 +142,10 @@ def test_a_run_forgets_and_leaves_the_model_as_it_was(full, scope):
 
     # The patch alone does what training did: on the weights, without adapters.
     data = prepare(model, [MUSK], settings)
-    [untouched], [forgetful] = look_at(model, data), look_at(merged(model, patch), data)
+    [untouched], [forgetful] = (
+        measure_attention(model, data),
+        measure_attention(merged(model, patch), data),
+    )
     assert forgetful.share < 0.6 * untouched.share
     assert untouched.map.shape == (32, 32)
     torch.testing.assert_close(float(untouched.map.mean()), untouched.share, rtol=0.02, atol=0)
@@ -153,9 +156,9 @@ def test_the_patch_is_the_trained_state(monkeypatch):
     monkeypatch.setattr("fmn.models.attention_maps.STEPS", (0.5,))
     model, steps = TinyModel(), []
     data = prepare(model, [MUSK], SETTINGS)
-    [before] = look_at(model, data)
+    [before] = measure_attention(model, data)
     patch = run(model, [MUSK], SETTINGS, steps.append)
-    [after] = look_at(merged(model, patch), data)
+    [after] = measure_attention(merged(model, patch), data)
     assert steps[0].before.share == pytest.approx(before.share, rel=1e-4)
     assert steps[-1].now.share == pytest.approx(after.share, rel=1e-4) != before.share
 

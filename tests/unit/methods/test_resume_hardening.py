@@ -11,8 +11,8 @@ from fmn.methods.reread import adversarial_training, training_images
 from fmn.models.families import CLIP_G, CLIP_L
 from fmn.training.resume import load_state, save_state
 from fmn.training.run import Supervisor
+from tests.integration.test_resume import run, saved_at, tensors_of
 
-from ...integration.test_resume import run, saved_at, tensors_of
 from ..tiny import TINY, TinyModel, same_tensors, weights_of
 from .test_hardening import SETTINGS
 

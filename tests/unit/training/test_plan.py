@@ -51,22 +51,22 @@ def test_the_estimate_is_what_a_step_takes(checkpointing, size):
     text, flags = model.encode(DOG.training_prompts()[0]), torch.zeros(1, 77, dtype=torch.bool)
     flags[0, 4] = True
     x, t = torch.randn(1, 4, size // 8, size // 8), torch.tensor([500])
-    with model.borrow() as borrowed:
-        adapters = make_adapters(borrowed.module, names, settings, CPU)
+    with model.borrow_denoiser() as denoiser:
+        adapters = make_adapters(denoiser.module, names, settings, CPU)
         parameters = parameters_of(adapters)
-        modules = [borrowed.module(name) for name in cross_attention_names(TINY)]
-        blocks = borrowed.checkpoint_blocks() if checkpointing else []
+        modules = [denoiser.module(name) for name in cross_attention_names(TINY)]
+        blocks = denoiser.checkpoint_blocks() if checkpointing else []
         with (
-            attached(adapters, borrowed.module),
+            attached(adapters, denoiser.module),
             checkpointed(blocks),
             watch_attention(modules, "encoder_hidden_states") as watch,
         ):
             watch.aim(flags)
 
             def loss_of():
-                return attention_resteering(watch.run(lambda: borrowed.denoise(x, t, text)))
+                return attention_resteering(watch.run(lambda: denoiser.predict_noise(x, t, text)))
 
-            found = estimate(borrowed, TINY, parameters, loss_of)
+            found = estimate(denoiser, TINY, parameters, loss_of)
             with memory._Alive() as alive:
                 torch.autograd.grad(loss_of(), parameters)
     assert found.activations == pytest.approx(alive.most, rel=0.02)
@@ -81,8 +81,8 @@ def test_a_model_that_goes_by_values_has_no_estimate():
     def loss_of():
         return parameter.sum() * parameter.detach().sum().item()
 
-    with TinyModel().borrow() as borrowed:
-        assert estimate(borrowed, TINY, [parameter], loss_of) is None
+    with TinyModel().borrow_denoiser() as denoiser:
+        assert estimate(denoiser, TINY, [parameter], loss_of) is None
 
 
 def train_that(fails=()):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fmn.errors import NonFiniteLoss
-from fmn.models.adapters import Full, attached
+from fmn.models.adapters import FullAdapter, attached
 from fmn.training.loop import Optimiser, train
 
 from ..tiny import Cancelled
@@ -147,7 +147,7 @@ def test_bfloat16_masters_never_move_and_ours_do():
     assert torch.equal(masters.weight, make().weight)
 
     layer = make()
-    adapter = Full(layer, "cpu")
+    adapter = FullAdapter(layer, "cpu")
     with attached({"layer": adapter}, lambda name: layer):
         train([adapter.change], lambda index: loss(layer), 35, Optimiser(2e-6))
     # Each of Adam's steps is lr while the gradient keeps its sign.
