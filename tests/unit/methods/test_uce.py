@@ -7,7 +7,7 @@ from fmn.closed_form.text_embeddings import kept_contexts
 from fmn.concepts.concept import Concept, Prompt
 from fmn.concepts.keep_list import keep_for
 from fmn.errors import ForgetError
-from fmn.methods import uce
+from fmn.methods import forget, uce
 
 from ..literal import assert_solves, literal_uce, weights
 from ..tiny import TinyModel, same_tensors, weights_of
@@ -128,7 +128,7 @@ def test_a_kept_concept_is_refused():
 def test_inference_mode_is_left():
     model = TinyModel()
     with torch.inference_mode():
-        patch = uce.run(model, CONCEPTS)
+        patch = forget(model, CONCEPTS, uce.Settings())
     assert not any(factor.is_inference() for pair in patch.changes.values() for factor in pair)
 
 
