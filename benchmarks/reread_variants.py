@@ -41,7 +41,7 @@ from fmn.linalg import cut, exact, gram
 from fmn.methods.reread import method
 from fmn.methods.reread.attention_output import cross_attention_layers
 from fmn.metrics.load import load_judge
-from fmn.models.attention_maps import concept_flags
+from fmn.models.attention_maps import flags_of
 from fmn.models.image_sampler import open_sampler
 
 DEFAULTS = method.Settings()
@@ -51,18 +51,18 @@ def by_layer(model, concept, solved):
     """A patch whose layers are solved one by one.
 
     Args:
-        solved: (denoiser, layer, reading, kept) -> (name of a Linear, up, down).
+        solved: (borrowed, layer, reading, kept) -> (name of a Linear, up, down).
     """
     kept = method.kept_texts([concept], (), DEFAULTS)
     changes = {}
-    with model.borrow_denoiser() as denoiser, torch.no_grad():
+    with model.borrow() as borrowed, torch.no_grad():
         pairs = sentences(concept, DEFAULTS.prompts)
-        draw = method.Drawings(model, denoiser, DEFAULTS, lambda step: None, [pairs], kept)
+        draw = method.Drawings(model, borrowed, DEFAULTS, lambda step: None, [pairs], kept)
         first, second, of_kept = draw(*draw.sides([pairs]), kept)
         reading = method.Reading.of(model, pairs, first, second)
         stay = method.Kept(model.encode_all(kept), [of_kept, reading.queries], DEFAULTS)
-        for layer in cross_attention_layers(denoiser, model.family):
-            name, up, down = solved(denoiser, layer, reading, stay)
+        for layer in cross_attention_layers(borrowed, model.family):
+            name, up, down = solved(borrowed, layer, reading, stay)
             changes[name] = up.float(), down.float()
     return finished(model, model.fingerprint(), [concept], DEFAULTS, changes, [0.0])
 
@@ -71,17 +71,17 @@ def method(changes, model, concept):
     return method.run(model, [concept], replace(DEFAULTS, **changes))
 
 
-def weight(denoiser, name):
-    return exact(denoiser.module(name).weight.detach())
+def weight(borrowed, name):
+    return exact(borrowed.module(name).weight.detach())
 
 
 def values(by_head, model, concept):
-    def solved(denoiser, layer, reading, kept):
+    def solved(borrowed, layer, reading, kept):
         heads, _, width = layer.value.shape
         # With the identity in place of W_v, what is read out are the attended contexts.
         bare = layer._replace(value=torch.eye(width).expand(heads, -1, -1))
         rows = [x.unflatten(1, (heads, width)) for x in (*reading.rows(bare), kept.rows(bare))]
-        own = weight(denoiser, f"{layer.name}.to_v")
+        own = weight(borrowed, f"{layer.name}.to_v")
         if not by_head:
             concept_, other, stay = (x.flatten(0, 1) for x in rows)
             return f"{layer.name}.to_v", *method.solve(own, [(concept_, other)], stay, DEFAULTS)
@@ -98,7 +98,7 @@ def values(by_head, model, concept):
 
 
 def direction(oblique, model, concept):
-    def solved(denoiser, layer, reading, kept):
+    def solved(borrowed, layer, reading, kept):
         name = f"{layer.name}.to_out.0"
         having, lacking = reading.rows(layer)
         mean = (having - lacking).mean(0)
@@ -106,7 +106,7 @@ def direction(oblique, model, concept):
         system = gram(stay) / len(stay)
         system += 1e-3 * system.trace() / len(system) * torch.eye(len(system)).double()
         test = torch.linalg.solve(system, mean) if oblique else mean
-        return name, -weight(denoiser, name) @ mean[:, None] / (test @ mean), test[None]
+        return name, -weight(borrowed, name) @ mean[:, None] / (test @ mean), test[None]
 
     return by_layer(model, concept, solved)
 
@@ -115,9 +115,9 @@ def attention(model, concept, steps=100, rank=4, lr=3e-3, at_once=16):
     """Layer-wise re-steer: Adam on a low rank of to_k, on recorded queries."""
     pairs = sentences(concept, DEFAULTS.prompts)
     prompts = [Prompt(text, concept.name) for text, _ in pairs]
-    flags = torch.cat([concept_flags(model, prompt) for prompt in prompts])
+    flags = torch.cat([flags_of(model, prompt) for prompt in prompts])
 
-    def solved(denoiser, layer, reading, kept):
+    def solved(borrowed, layer, reading, kept):
         generator = torch.Generator().manual_seed(0)
         heads, size, width = layer.key.shape
         down = torch.randn(rank, width, generator=generator) * width**-0.5
@@ -152,8 +152,8 @@ def attended(layer, key, queries, contexts):
 
 VARIANTS = {
     "re-read": partial(method, {}),
-    "push 0": partial(method, {"overshoot": 0.0}),
-    "push 1": partial(method, {"overshoot": 1.0}),
+    "push 0": partial(method, {"push": 0.0}),
+    "push 1": partial(method, {"push": 1.0}),
     "rank 1": partial(method, {"rank": 1}),
     "rank 2": partial(method, {"rank": 2}),
     "no kept": partial(method, {"preserve": 0.0, "damping": 0.1}),
@@ -169,7 +169,7 @@ def measure(model, judge, suite, target, patch, count, cache):
     """UA, IRA and CRA of one target."""
     with open_sampler(model, suite.sampling) as sampler, sampler.applying([(patch, 1.0)]):
         trial = Trial(suite, target, sampler, judge, count=count, cache=cache)
-        found = unlearn_canvas(pictures(trial)["rows"], target.domain, resamples=2)
+        found = unlearn_canvas([(pictures(trial)["rows"], target.domain)], resamples=2)
     return [found[name]["value"] for name in ("UA", "IRA", "CRA")]
 
 
