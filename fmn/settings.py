@@ -1,8 +1,7 @@
 """Settings of a method, described once: nodes, command line and checks all read the fields."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from dataclasses import field, fields
+from typing import ClassVar
 
 from .errors import ForgetError
 
@@ -110,6 +109,7 @@ class Settings:
     """
 
     method = ""
+    trains: ClassVar[bool] = False  # whether these settings train in steps that can be resumed
 
     def __init_subclass__(cls, method: str = "", **more: Any) -> None:
         super().__init_subclass__(**more)

@@ -72,8 +72,8 @@ def run_forget(options):
     from ..methods import forget
     from ..methods.describe import describe
     from ..patches.patch import rescue, save_patch
-    from ..training.resume import Saves, load_state
-    from ..training.run import Supervisor
+    from ..training.resume import load_state
+    from ..training.run import SaveEvery, TrainingOptions
     from .progress import Bar
 
     concepts = _concepts(options)
@@ -81,18 +81,13 @@ def run_forget(options):
     _check_used(options, settings)
     state = _state_file(options.resume)
     path = _target(options, concepts, state)
-    saves = Saves(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
+    save = SaveEvery(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
     resume = load_state(state) if state else None
     model = DiffusersModel.load(options.model)
+    training = TrainingOptions(resume, options.keep_best, save)
     with Bar() as bar:
-
-        def on_step(step):
-            bar(step)
-            saves(step)
-
-        supervisor = Supervisor(on_step, resume, options.keep_best)
         try:
-            patch = forget(model, concepts, settings, supervisor, tuple(options.keep))
+            patch = forget(model, concepts, settings, bar, tuple(options.keep), training)
         except NonFiniteLoss as error:
             raise rescue(error, free_name(path.with_stem(f"{path.stem}_rescued"))) from error
     save_patch(patch, path)
@@ -153,11 +148,9 @@ def _check_used(options, settings):
     name = preset_of(settings)
     if options.save_every < 0:
         raise ForgetError(f"--save-every is {options.save_every}: use 0 (never) or more steps.")
-    # 0 steps can mean as many as were published; 0 robust steps mean none.
-    trains = hasattr(settings, "steps") or getattr(settings, "robust_steps", 0) > 0
     unused = {"--save-every": options.save_every, "--keep-best": options.keep_best}
     given = next((option for option, value in unused.items() if value), None)
-    if given and not trains:
+    if given and not settings.trains:
         so_far = " without --robust-steps" if hasattr(settings, "robust_steps") else ""
         raise ForgetError(
             f"{given} is for methods that train, and {name} only solves{so_far}: leave it out."

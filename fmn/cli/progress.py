@@ -22,8 +22,9 @@ class Bar:
             self.bar = None
         self.bar = self.bar or tqdm(total=step.total, unit="step")
         text = f"loss {step.losses[-1]:.4g}"
-        if step.before:
-            text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
+        if step.attention_before:
+            before, now = step.attention_before.share, step.attention_now.share
+            text += f", attention {before:.2%} -> {now:.2%}"
         self.bar.set_postfix_str(text)
         self.bar.update(step.index - self.bar.n)
 

@@ -19,9 +19,8 @@ from torch import Tensor
 from ..linalg import gram, relative_error, to_float64, truncate_product
 from ..models.families import layers
 from ..patches.patch import MAX_RANK, ForgetPatch, new_info
-from ..progress import OnStep, ignore
+from ..progress import OnStep, StepProgress, ignore
 from ..settings import Settings, setting
-from ..training.loop import Step
 from .text_embeddings import Pairs
 
 if TYPE_CHECKING:
@@ -236,7 +235,7 @@ def layer_patch(
             sums += torch.tensor(squares, dtype=torch.float64)
             changes[layer.name] = up.float().cpu(), down.float().cpu()
             seconds = (time.monotonic() - start) / done * (len(chosen) - done)
-            on_step(Step(done, len(chosen), remaining_losses(*sums[2:].tolist()), seconds))
+            on_step(StepProgress(done, len(chosen), remaining_losses(*sums[2:].tolist()), seconds))
     lost, whole, *losses = sums.tolist()
     error = relative_error(lost, whole)
     return solved_patch(model, fingerprint, concepts, settings, changes, losses, error)

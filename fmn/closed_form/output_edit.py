@@ -12,8 +12,7 @@ from torch import Tensor
 from ..errors import ForgetError
 from ..linalg import balanced_factors, product_svd
 from ..patches.patch import MAX_RANK
-from ..progress import OnStep
-from ..training.loop import Step
+from ..progress import OnStep, StepProgress
 
 
 def span(columns: Tensor, tolerance: float = 1e-6) -> Tensor:
@@ -83,4 +82,4 @@ class PartProgress:
         self.values.append(value)
         done = len(self.values)
         left = (time.monotonic() - self.start) / done * (self.total - done)
-        self.on_step(Step(done, self.total, list(self.values), left))
+        self.on_step(StepProgress(done, self.total, list(self.values), left))

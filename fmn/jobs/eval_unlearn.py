@@ -111,9 +111,8 @@ class ForgetMeNotTechnique:
         if guidance is None and self.model.family is DEMO:
             self.sampling = replace(self.sampling, guidance=DEMO_GUIDANCE)
         if concepts:
-            train = methods.method(config.method).run
-            patches.append((train(self.model, concepts, settings), 1.0))
-        self.model.add_patches(patches)
+            patches.append((methods.forget(self.model, concepts, settings), 1.0))
+        self.model.merged(patches)
         self._next_seed = config.seed
 
     def generate(self, prompts, seed=None, **options):

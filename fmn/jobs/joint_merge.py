@@ -14,9 +14,9 @@ from ..errors import ForgetError
 from ..methods.reread.attention_output import cross_attention_layers, read_out, record_queries
 from ..methods.reread.method import Settings, kept_texts
 from ..methods.reread.regression_data import AT_ONCE, Kept
+from ..models.module_patching import autograd
 from ..patches.merge import finished, joint, opened, system_of
 from ..settings import PRESERVE
-from ..training.fit_adapters import autograd
 
 TEXTS = 40  # prompts of one concept, at most
 OUT = ".attn2.to_out.0"
@@ -34,7 +34,7 @@ def fuse(model, sources, preserve=PRESERVE, budget=0, on_step=lambda step: None,
         model: a ``Model``; it comes back unchanged.
         sources: list of (patch or path of its file, strength).
         preserve: weight of kept prompts. budget: bytes that the file may have; 0: any.
-        on_step: gets a ``train.Step`` after each part of the work, and may raise to cancel.
+        on_step: gets a ``StepProgress`` after each part of the work, and may raise to cancel.
         keep: words or prompts to keep, beside the shipped lists.
 
     Raises:

@@ -23,7 +23,6 @@ from ..models.sampling import ddim, guided, seeded_noise
 from ..models.token_positions import CHUNK
 from ..settings import Settings as Base
 from ..settings import seed, setting, size
-from ..training.fit_adapters import autograd
 
 TITLE = "CASteer"
 ABOUT = (
@@ -117,7 +116,6 @@ def prompt_pairs(concept, words, count):
     return pairs
 
 
-@autograd()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Measure directions and project them out; see ``methods.forget``.
 

@@ -21,7 +21,6 @@ from ..errors import ForgetError
 from ..linalg import main_directions, off
 from ..settings import Settings as Base
 from ..settings import setting
-from ..training.fit_adapters import autograd
 
 TITLE = "Double Projections"
 ABOUT = (
@@ -60,7 +59,6 @@ PRESETS = {
 }
 
 
-@autograd()
 @torch.no_grad()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Solve for a patch; see ``methods.forget``."""

@@ -16,7 +16,6 @@ from ..errors import ForgetError
 from ..linalg import gram
 from ..settings import Settings as Base
 from ..settings import setting
-from ..training.fit_adapters import autograd
 
 TITLE = "OCE"
 ABOUT = (
@@ -154,7 +153,6 @@ def solved(weight, erased, guide, kept_moment, scale):
     return u @ (vh @ weight) - weight, torch.eye(weight.shape[1], dtype=weight.dtype)
 
 
-@autograd()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Solve for a patch; see ``methods.forget``.
 

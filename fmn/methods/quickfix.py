@@ -25,10 +25,9 @@ from ..linalg import gram, share
 from ..models.families import layers_by_name
 from ..models.interface import Text
 from ..models.token_positions import CHUNK
+from ..progress import StepProgress
 from ..settings import Settings as Base
 from ..settings import setting
-from ..training.fit_adapters import autograd
-from ..training.loop import Step
 
 TITLE = "Diff-QuickFix"
 ABOUT = (
@@ -65,7 +64,6 @@ class Settings(Base, method="quickfix"):
 PRESETS = {"quickfix": Settings(), "quickfix-2024": Settings(preserve=0.0)}
 
 
-@autograd()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Solve for a patch of the text encoder; see ``methods.forget``.
 
@@ -87,7 +85,7 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         rank = settings.rank * len(concepts) or max(weight.shape)
         up, down, sums = Distances(pairs, edit.left).change(weight, edit.right, rank)
     lost, whole, *losses = sums
-    on_step(Step(1, 1, left_of(*losses), 0.0))
+    on_step(StepProgress(1, 1, left_of(*losses), 0.0))
     changes = {LAYER: (up.float(), down.float())}
     return finished(model, base, concepts, settings, changes, losses, share(lost, whole))
 

@@ -30,7 +30,6 @@ from ..errors import ForgetError
 from ..models.token_positions import CHUNK
 from ..settings import Settings as Base
 from ..settings import setting
-from ..training.fit_adapters import autograd
 from .uce import rows_of
 
 TITLE = "RECE"
@@ -80,7 +79,6 @@ PRESETS = {
 }
 
 
-@autograd()
 @torch.no_grad()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=(), found=()):
     """Solve for a patch; see ``methods.forget``.

@@ -6,22 +6,27 @@ them, and is not linear. So low-rank changes of all its layers are trained until
 sentence with a concept, what it gave for the same sentence without it. The U-Net is not run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..closed_form.input_edit import preserve, weight_gram
 from ..closed_form.text_embeddings import keep_list_setting
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import kept_sentences, sentences, styled_sentences
 from ..models.adapters import attached
 from ..models.families import text_layers
+from ..models.interface import Model
 from ..models.token_positions import EOS_ID
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import lr, rank, seed, setting
-from ..training.fit_adapters import autograd, make_adapters
-from ..training.loop import Optimiser, scale_for
-from ..training.run import Training
+from ..training.fit_adapters import make_adapters
+from ..training.loop import AdamWConfig, initial_loss_scale
+from ..training.run import Task, TrainingOptions, TrainingRun
 
 TITLE = "Re-read, text encoder"
 ABOUT = (
@@ -35,6 +40,7 @@ FAINT = 0.05  # pairs that differ less than this share of the mean count as if t
 
 @dataclass(frozen=True)
 class Settings(Base, method="reread_text"):
+    trains = True
     steps: int = setting(
         1500,
         "Training steps in all, however many concepts. More: more is forgotten and less harmed.",
@@ -76,25 +82,31 @@ class Settings(Base, method="reread_text"):
 PRESETS = {"reread-many": Settings()}
 
 
-@autograd()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+def run(
+    model: Model,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+    options: TrainingOptions = TrainingOptions(),
+) -> ForgetPatch:
     """Train a patch of the text encoder; see ``methods.forget``."""
     pairs, kept, own = _texts(concepts, keep, settings)
-    training = Training(model, concepts, settings, on_step)
-    with model.borrow_denoiser() as denoiser:
-        metric = read_metric(denoiser, model.family)
+    options.check_steps(settings.steps)  # before any work
+    task = Task.of(model, concepts, settings)
+    with model.borrow() as borrowed:
+        metric = read_metric(borrowed, model.family)
     names = read_layers(model.family)
     with model.borrow_text_encoder(words=False) as encoder:
         lessons = Lessons(encoder, pairs, kept, own, metric, settings)
         adapters = make_adapters(encoder.module, names, settings, encoder.device)
-        scale = scale_for(encoder.module(names[0]))
-        optimiser = Optimiser(settings.lr, weight_decay=0.0, decay=True)
+        scale = initial_loss_scale(encoder.module(names[0]))
+        config = AdamWConfig(settings.lr, weight_decay=0.0, linear_decay=True)
         with attached(adapters, encoder.module) as switch:
-            training.put_on(adapters, switch)
-            training.check_steps(settings.steps)  # before many draws
-            for _ in range(training.tries):
+            for _ in range(options.batches_drawn):
                 lessons.pick()
-            training.run(lessons, settings.steps, optimiser, on_step, scale)
+            training = TrainingRun(task, adapters, switch, options, config, settings.steps, scale)
+            training.train(lessons, on_step)
     return training.finish()
 
 

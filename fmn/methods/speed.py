@@ -29,7 +29,6 @@ from ..linalg import (  # fmt: skip
 )
 from ..settings import Settings as Base
 from ..settings import seed, setting
-from ..training.fit_adapters import autograd
 
 TITLE = "SPEED"
 ABOUT = (
@@ -96,7 +95,6 @@ class Problem(NamedTuple):
     exact: torch.Tensor
 
 
-@autograd()
 @torch.no_grad()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Solve for a patch; see ``methods.forget``."""

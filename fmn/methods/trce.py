@@ -14,7 +14,6 @@ from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import sentences
 from ..settings import Settings as Base
 from ..settings import setting
-from ..training.fit_adapters import autograd
 
 TITLE = "TRCE (closed form)"
 ABOUT = (
@@ -48,7 +47,6 @@ class Settings(Base, method="trce"):
 PRESETS = {"trce": Settings(), "trce-released": Settings(prompts=15, damping=1e-3, rank=0)}
 
 
-@autograd()
 @torch.no_grad()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Solve for a patch; see ``methods.forget``."""

@@ -31,7 +31,6 @@ from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
 from ..settings import Settings as Base
 from ..settings import setting
-from ..training.fit_adapters import autograd
 
 TITLE = "UCE"
 ABOUT = (
@@ -93,7 +92,6 @@ PRESETS = {
 }
 
 
-@autograd()
 @torch.no_grad()
 def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
     """Solve for a patch; see ``methods.forget``."""

@@ -5,6 +5,7 @@ queries of real drawings. ``docs/methods/reread.md`` derives it and tells what e
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,16 +14,18 @@ import torch
 
 from ...closed_form.input_edit import finished, preserve, rank_setting
 from ...closed_form.text_embeddings import keep_list_setting
+from ...concepts.concept import Concept
 from ...concepts.keep_list import keep_for
 from ...concepts.prompt_templates import PLACEHOLDER, blanked, kept_sentences, sentences, together
 from ...errors import NonFiniteLoss
 from ...linalg import exact, gram, truncate
-from ...patches.patch import MAX_RANK
+from ...models.interface import Model
+from ...patches.patch import MAX_RANK, ForgetPatch
+from ...progress import OnStep, ignore
 from ...settings import Settings as Base
 from ...settings import checkpointing, lr, seed, setting, size
-from ...training.fit_adapters import autograd
-from ...training.run import Training
-from .adversarial_training import harden
+from ...training.run import Task, TrainingOptions
+from .adversarial_training import train_adversarially
 from .attention_output import cross_attention_layers
 from .regression_data import Drawings, Kept, Reading
 from .residual import Remaining
@@ -187,6 +190,10 @@ class Settings(Base, method="reread"):
     size: int = size()
     seed: int = seed()
 
+    @property
+    def trains(self) -> bool:  # type: ignore[override]
+        return self.robust_steps > 0
+
 
 PRESETS = {
     "reread": Settings(),
@@ -203,46 +210,53 @@ PRESETS = {
 }
 
 
-@autograd()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
-    """Solve for a patch, and harden it if asked for; see ``methods.forget``.
+def run(
+    model: Model,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+    options: TrainingOptions = TrainingOptions(),
+) -> ForgetPatch:
+    """Solve for a patch, and train it further if asked for; see ``methods.forget``.
 
     The record's losses are what is left of the concept in what the layers read, their mean of
     |W' o - W o*|^2 / |W o - W o*|^2: 1 at first, and push^2 where nothing holds it back. Those of
-    hardening follow.
+    adversarial training follow.
     """
-    base = model.fingerprint()
+    task = Task.of(model, concepts, settings)
     spoken = [sentences(concept, settings.prompts) for concept in concepts]
     kept = kept_texts(concepts, keep, settings)
-    if settings.robust_steps:
-        training = Training(model, concepts, settings, on_step)
-        training.check_steps(settings.robust_steps * len(concepts))
-    with model.borrow_denoiser() as denoiser:
+    options.check_steps(settings.robust_steps * len(concepts))  # before any work
+    with model.borrow() as borrowed:
         styles = [concept.name for concept in concepts if concept.kind == "style"]
         draw = Drawings(model, denoiser, settings, on_step, spoken, kept, len(styles))
         pushes = [
             settings.overshoot_style if concept.kind == "style" else settings.overshoot
             for concept in concepts
         ]
-        texts = _hardening_texts(draw, concepts, spoken, kept) if settings.robust_steps else None
+        texts = _training_texts(draw, concepts, spoken, kept) if settings.robust_steps else None
         changes, left = closed_form(draw, spoken, kept, pushes)
 
-        def made(changes, losses=()):
-            return finished(model, base, concepts, settings, changes, [1.0, left, *losses])
+        def make_patch(changes, losses=()):
+            losses = [1.0, left, *losses]
+            return finished(model, task.fingerprint, concepts, settings, changes, losses)
 
         if not texts:
-            return made(changes)
-        drawn = partial(draw.progress, 0.0)
-        scenes = draw_scenes(denoiser, *texts, draw.empty, settings, draw.side, drawn)
+            return make_patch(changes)
+        on_batch = partial(draw.progress, 0.0)
+        scenes = draw_scenes(borrowed, *texts, draw.empty, settings, draw.side, on_batch)
         try:
-            harden(training, denoiser, changes, *scenes, draw.empty, made, on_step)
-        except NonFiniteLoss as error:  # at once: the closed form is what there is
-            error.patch = made(changes)
+            training = train_adversarially(
+                task, options, borrowed, changes, *scenes, draw.empty, make_patch, on_step
+            )
+        except NonFiniteLoss as error:  # in the first steps: only the closed form can be rescued
+            error.patch = make_patch(changes)
             raise
     return training.finish()
 
 
-def _hardening_texts(draw, concepts, spoken, kept):
+def _training_texts(draw, concepts, spoken, kept):
     """What ``draw_scenes`` needs: of each concept, kept ones, and these in each style that goes.
 
     Raises:

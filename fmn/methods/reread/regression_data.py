@@ -14,8 +14,7 @@ from ...models.interface import Text, cross_attention_names
 from ...models.sampling import seeded_noise
 from ...models.token_positions import CHUNK
 from .attention_output import read_out, record_queries
-from .training_images import AT_ONCE, picture_counts
-from .training_images import count as scenes_count
+from .training_images import AT_ONCE, batch_count, image_counts
 
 KEPT_PLACES = 4  # at which a kept sentence is read, for each word
 
@@ -90,7 +89,7 @@ class Drawings:
         ]
         batches = sum(-(-sum(some) // AT_ONCE) for some in self._shared(drawn))
         layers = len(cross_attention_names(model.family))
-        total = batches + layers + scenes_count(settings, len(spoken), styles)
+        total = batches + layers + batch_count(settings, len(spoken), styles)
         self.progress = Progress(on_step, total)
 
     def __call__(self, *lists):
@@ -124,7 +123,7 @@ class Drawings:
 
     def encoded(self, texts):
         """Texts as one batch, at most as many of them as hardening draws of what is kept."""
-        count = min(len(texts), max(picture_counts(self.settings)))
+        count = min(len(texts), max(image_counts(self.settings)))
         return Text.cat([self.encoded_one(texts[i * len(texts) // count]) for i in range(count)])
 
     def noise(self, count):
