@@ -15,7 +15,6 @@ from ..closed_form.protected_subspace import protect, protected_downs
 from ..concepts.concept import Concept, Prompt
 from ..errors import ForgetError
 from ..models.adapters import Switch
-from ..models.attention_maps import flags_of
 from ..models.interface import Borrowed, Model, Text
 from ..models.sampling import begin, expand, guided, predictions, spaced, step_count
 from ..patches.patch import ForgetPatch

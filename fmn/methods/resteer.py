@@ -18,7 +18,6 @@ from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
 from ..models.adapters import Switch
 from ..models.attention import Watcher, watch_attention
-from ..models.attention_maps import flags_of
 from ..models.interface import (
     Borrowed,
     Model,
