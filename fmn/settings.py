@@ -1,7 +1,8 @@
 """Settings of a method, described once: nodes, command line and checks all read the fields."""
 
-from dataclasses import field, fields
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar
 
 from .errors import ForgetError
 

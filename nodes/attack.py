@@ -15,7 +15,7 @@ from ..fmn.models.image_sampler import open_sampler
 from ..fmn.models.interface import Text
 from ..fmn.models.sampling import Sampling
 from ..fmn.patches.embedding_file import recorded, save_embedding
-from ..fmn.training.textual_inversion import Settings, fill, invert
+from ..fmn.training.textual_inversion import Settings, invert
 from .common import lines_of, strength_input
 from .embedding import FOLDER, embedding_path
 from .types import CATEGORY, Learned, Patch, show_text, told
@@ -234,10 +234,10 @@ def _drawn(host, sampler, vectors, words, count, settings):
     """Pictures [count, H, W, 3] with the tokens and with the words, from the same noise."""
     templates = [settings.templates[i % len(settings.templates)] for i in range(count)]
     seeds = [settings.seed + i for i in range(count)]
-    with host.borrow_text() as encoder, torch.no_grad():
+    with host.borrow_text_encoder() as encoder, torch.no_grad():
         texts = [encoder.encode(fill(t, PLACEHOLDER), vectors)[0] for t in templates]
-    learned = studio.draw_texts(Text.cat(texts), seeds, after=_cancellable)
-    return learned, studio.draw([fill(t, words) for t in templates], seeds, after=_cancellable)
+    learned = sampler.draw_texts(Text.cat(texts), seeds, after=_cancellable)
+    return learned, sampler.draw([fill(t, words) for t in templates], seeds, after=_cancellable)
 
 
 def _cancellable(x, alpha):

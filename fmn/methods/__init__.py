@@ -165,4 +165,5 @@ def _check_resume(
         )
     from ..training.run import Task
 
-    options.resume.check(Task.of(model, concepts, settings).record())
+    record = Task.of(model, concepts, settings).record()
+    options.resume.check(record, settings.current)

@@ -20,7 +20,7 @@ from ..errors import ForgetError
 from ..models.adapters import Switch
 from ..models.attention_maps import concept_flags
 from ..models.families import layers as layers_of
-from ..models.interface import Borrowed, Model, Text
+from ..models.interface import Denoiser, Model, Text
 from ..models.sampling import q_sample
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
@@ -262,7 +262,7 @@ class Batches:
         concepts: Sequence[Sequence[Pair]],
         size: int,
         generator: torch.Generator,
-        denoiser: Borrowed,
+        denoiser: Denoiser,
         split: bool = False,
     ):
         self.size, self.split = size, split
@@ -325,7 +325,7 @@ def run(
     probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
 
     @contextmanager
-    def open_loss(denoiser: Borrowed, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
+    def open_loss(denoiser: Denoiser, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
         generator = torch.Generator().manual_seed(settings.seed)
         batches = Batches(pairs, settings.batch, generator, denoiser, split)
         batches_kept = Batches([kept], settings.batch, generator, denoiser, split)
@@ -350,16 +350,16 @@ def run(
 
 
 def ablation_loss(
-    denoiser: Borrowed, switch: Switch, batch: Batch, settings: Settings
+    denoiser: Denoiser, switch: Switch, batch: Batch, settings: Settings
 ) -> torch.Tensor:
     """``concept_ablation`` of a batch."""
-    predicted = denoiser.denoise(batch.x_t, batch.t, batch.target)
+    predicted = denoiser.predict_noise(batch.x_t, batch.t, batch.target)
     target = batch.noise
     if settings.target == "model":
         frozen = settings.teacher == "frozen"
         with torch.no_grad(), switch.off() if frozen else nullcontext():
-            target = denoiser.denoise(batch.x_t, batch.t, batch.anchor)
+            target = denoiser.predict_noise(batch.x_t, batch.t, batch.anchor)
     if not settings.prior:
         return concept_ablation(predicted, target)
-    prior = denoiser.denoise(batch.x_t, batch.t, batch.anchor)
+    prior = denoiser.predict_noise(batch.x_t, batch.t, batch.anchor)
     return concept_ablation(predicted, target, prior, batch.noise, settings.prior)

@@ -15,8 +15,9 @@ from ..closed_form.protected_subspace import protect, protected_downs
 from ..concepts.concept import Concept, Prompt
 from ..errors import ForgetError
 from ..models.adapters import Switch
-from ..models.interface import Borrowed, Model, Text
-from ..models.sampling import begin, expand, guided, predictions, spaced, step_count
+from ..models.attention_maps import concept_flags
+from ..models.interface import Denoiser, Model, Text
+from ..models.sampling import begin, expand, guided, predictions, step_count, trailing_timesteps
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
@@ -193,7 +194,7 @@ class Batches:
         self,
         examples: Sequence[Sequence[Example]],
         settings: Settings,
-        denoiser: Borrowed,
+        denoiser: Denoiser,
         switch: Switch,
         side: int,
         channels: int = 4,
@@ -204,7 +205,7 @@ class Batches:
         prompts = [shuffled_cycle(each, self.generator) for each in examples]
         self.examples = shuffled_cycle(prompts, self.generator)
         # Sampling stops at times[k]; bin k reaches down to times[k + 1], not included.
-        self.times = [*spaced(step_count(denoiser), settings.sampling_steps), -1]
+        self.times = [*trailing_timesteps(step_count(denoiser), settings.sampling_steps), -1]
 
     def __call__(self) -> tuple[Example, torch.Tensor, int]:
         """An ``Example``, x_t [B, C, h, w] and its t."""
@@ -258,7 +259,7 @@ def run(
     side = (settings.size or family.resolution) // family.latent_factor
 
     def open_loss(
-        denoiser: Borrowed, switch: Switch, split: bool
+        denoiser: Denoiser, switch: Switch, split: bool
     ) -> AbstractContextManager[tuple[Draw, LossOf]]:
         batches = Batches(examples, settings, denoiser, switch, side, family.latent_channels)
 
@@ -283,7 +284,7 @@ def run(
 
 
 def esd_loss(
-    denoiser: Borrowed, switch: Switch, example: Example, x_t: torch.Tensor, t: int, eta: float
+    denoiser: Denoiser, switch: Switch, example: Example, x_t: torch.Tensor, t: int, eta: float
 ) -> torch.Tensor:
     """ESD's loss for x_t [B, C, h, w] at the time step t."""
     count = len(x_t)
@@ -292,5 +293,5 @@ def esd_loss(
         texts = texts[1:]
     with switch.off(), torch.no_grad():
         frozen = predictions(denoiser, x_t, t, texts)
-    predicted = denoiser.denoise(x_t, torch.full((count,), t), expand(example.source, count))
+    predicted = denoiser.predict_noise(x_t, torch.full((count,), t), expand(example.source, count))
     return esd(predicted, frozen[0], *frozen[-2:], eta)

@@ -130,7 +130,7 @@ def run(
     order = _order(concepts, settings)
     kept = _kept(concepts, keep, settings, len(order))
     options.check_steps(len(order))
-    with model.borrow_text(words=False) as text_encoder:
+    with model.borrow_text_encoder(words=False) as text_encoder:
         adapters = make_adapters(text_encoder.module, names, settings, text_encoder.device)
         with (
             _outputs(text_encoder.module(last_projection(model.family))) as outputs,

@@ -94,7 +94,7 @@ def run(
     pairs, kept, own = _texts(concepts, keep, settings)
     options.check_steps(settings.steps)  # before any work
     task = Task.of(model, concepts, settings)
-    with model.borrow() as borrowed:
+    with model.borrow_denoiser() as borrowed:
         metric = read_metric(borrowed, model.family)
     names = read_layers(model.family)
     with model.borrow_text_encoder(words=False) as encoder:

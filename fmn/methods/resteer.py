@@ -18,8 +18,9 @@ from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
 from ..models.adapters import Switch
 from ..models.attention import Watcher, watch_attention
+from ..models.attention_maps import concept_flags
 from ..models.interface import (
-    Borrowed,
+    Denoiser,
     Model,
     Text,
     cross_attention_names,
@@ -144,7 +145,7 @@ class Data:
     latents: list[torch.Tensor]  # a concept: [N, 4, h, w]
 
     def probe_inputs(self) -> list[ProbeInput]:
-        """The first prompt of each concept, for ``Probe``."""
+        """The first prompt of each concept, for ``AttentionProbe``."""
         first: dict[int, Example] = {}
         for example in self.examples:
             first.setdefault(example.concept, example)
@@ -192,10 +193,10 @@ def _inverted(
         tokens=settings.inverted, steps=settings.inversion_steps, lr=INVERTED_LR,
         seed=settings.seed, start=first.subject, templates=(template,),
     )  # fmt: skip
-    with model.borrow() as denoiser:
+    with model.borrow_denoiser() as denoiser:
         learned = textual_inversion.invert(model, denoiser, concept.images, inversion, on_step)
     prompt = textual_inversion.fill(template, PLACEHOLDER)
-    with model.borrow_text() as text_encoder, torch.no_grad():
+    with model.borrow_text_encoder() as text_encoder, torch.no_grad():
         text, _ = text_encoder.encode(prompt, learned.vectors)
     ids = tokenize_with_placeholders(
         lambda words: model.tokenize(Prompt(words, words)), prompt, settings.inverted
@@ -289,7 +290,7 @@ def run(
     data = prepare(model, concepts, settings, on_step)
 
     @contextmanager
-    def open_loss(denoiser: Borrowed, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
+    def open_loss(denoiser: Denoiser, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
         batches = Batches(data, settings, denoiser.alphas_cumprod, denoiser.device, split)
         modules = [denoiser.module(name) for name in cross_attention_names(model.family)]
         with watch_attention(modules, denoiser.context_argument) as watch:
@@ -301,14 +302,14 @@ def run(
     )  # fmt: skip
 
 
-def batched_loss(denoiser: Borrowed, watch: Watcher, batches: Sequence[Batch]) -> torch.Tensor:
+def batched_loss(denoiser: Denoiser, watch: Watcher, batches: Sequence[Batch]) -> torch.Tensor:
     """``attention_resteering`` of a step."""
     watched = [watched_forward(denoiser, watch, batch) for batch in batches]
     return attention_resteering([layer for layers in watched for layer in layers])
 
 
 def split_loss(
-    denoiser: Borrowed, watch: Watcher, batches: Sequence[Batch]
+    denoiser: Denoiser, watch: Watcher, batches: Sequence[Batch]
 ) -> Iterator[torch.Tensor]:
     """The same in parts, one a batch, whose gradients add up to its gradient.
 
@@ -323,6 +324,6 @@ def split_loss(
         yield half + norm.square() / (2 * whole)
 
 
-def watched_forward(denoiser: Borrowed, watch: Watcher, batch: Batch) -> list[torch.Tensor]:
+def watched_forward(denoiser: Denoiser, watch: Watcher, batch: Batch) -> list[torch.Tensor]:
     """The attention that the flagged tokens of a batch get, [N, H, P] a layer."""
-    return watch(batch.flags, lambda: denoiser.denoise(batch.x_t, batch.t, batch.text))
+    return watch(batch.flags, lambda: denoiser.predict_noise(batch.x_t, batch.t, batch.text))

@@ -10,10 +10,10 @@ import torch
 
 from ..concepts.concept import Concept
 from ..errors import ForgetError
-from ..models.adapters import Full, LowRank, Switch, attached
-from ..models.attention_maps import Probe
+from ..models.adapters import FullAdapter, LowRankAdapter, Switch, attached
+from ..models.attention_maps import AttentionProbe
 from ..models.families import Family, Layer, layers, layers_by_name
-from ..models.interface import Borrowed, Model, Text
+from ..models.interface import Denoiser, Model, Text
 from ..models.module_patching import checkpointed
 from ..models.sampling import step_count
 from ..patches.patch import ForgetPatch
@@ -36,7 +36,7 @@ MEASUREMENTS, STEPS_BETWEEN = 7, 25
 ProbeInput = tuple[Text, torch.Tensor, torch.Tensor]
 Draw = Callable[[], Any]  # draws the batch of a step, of whatever the method trains on
 LossOf = Callable[[Any], Loss]  # its loss
-OpenLoss = Callable[[Borrowed, Switch, bool], AbstractContextManager[tuple[Draw, LossOf]]]
+OpenLoss = Callable[[Denoiser, Switch, bool], AbstractContextManager[tuple[Draw, LossOf]]]
 
 
 def in_scope(family: Family, scope: str) -> list[Layer]:
@@ -79,7 +79,7 @@ def make_adapters(
     device: torch.device,
     downs: Mapping[str, torch.Tensor] | None = None,
 ) -> Adapters:
-    """Fresh adapters: layer name -> ``LowRank``, or ``Full`` if the settings say so.
+    """Fresh adapters: layer name -> ``LowRankAdapter``, or ``FullAdapter`` if the settings say so.
 
     Args:
         settings: has ``rank``, ``seed``, and may have ``full_weights``.
@@ -87,9 +87,11 @@ def make_adapters(
     """
     generator = torch.Generator().manual_seed(settings.seed)
     if getattr(settings, "full_weights", False):
-        return {name: Full(module_of(name), device) for name in names}
+        return {name: FullAdapter(module_of(name), device) for name in names}
     return {
-        name: LowRank(module_of(name), settings.rank, generator, device, (downs or {}).get(name))
+        name: LowRankAdapter(
+            module_of(name), settings.rank, generator, device, (downs or {}).get(name)
+        )
         for name in names
     }
 
@@ -131,7 +133,7 @@ def train_patch(
             at a time, to a context manager that gives two functions: one draws a step's batch at
             random, which costs little, the other computes its loss; see ``loop.Loss``.
         config: None takes AdamW as released with ``settings.lr``.
-        probe_inputs: what ``Probe`` takes; the attention of the first is part of the progress.
+        probe_inputs: what ``AttentionProbe`` takes; progress has the attention of the first.
         downs: see ``make_adapters``.
         forwards: forward passes whose activations a step holds at once.
 
@@ -143,7 +145,7 @@ def train_patch(
     total, batch = settings.steps * len(concepts), getattr(settings, "batch", 1)
     options.check_steps(total)  # before any work
     task = Task.of(model, concepts, settings)
-    with model.borrow() as denoiser:
+    with model.borrow_denoiser() as denoiser:
         # The first layer of inpainting and editing variants has another shape: it is not trained.
         names = [name for name in names if _has_known_shape(model.family, denoiser, name)]
         new_adapters = partial(
@@ -181,13 +183,13 @@ def train_patch(
     return run.finish()
 
 
-def _has_known_shape(family: Family, denoiser: Borrowed, name: str) -> bool:
+def _has_known_shape(family: Family, denoiser: Denoiser, name: str) -> bool:
     shape = layers_by_name(family)[name].shape
     return tuple(denoiser.module(name).weight.shape) == tuple(shape)
 
 
 def _measure(
-    denoiser: Borrowed, adapters: Adapters, probe_input: ProbeInput
+    denoiser: Denoiser, adapters: Adapters, probe_input: ProbeInput
 ) -> tuple[int, Activations]:
     """Bytes of the trained parameters, and of what a forward pass of one prompt stores."""
     text, _, latent = probe_input
@@ -195,7 +197,7 @@ def _measure(
     x = latent[:1].to(denoiser.device)
     with attached(adapters, denoiser.module):
         activations = measure_activations(
-            lambda: denoiser.denoise(x, t, text), denoiser.checkpoint_blocks()
+            lambda: denoiser.predict_noise(x, t, text), denoiser.checkpoint_blocks()
         )
     return sum(parameter.nbytes for parameter in adapter_parameters(adapters)), activations
 
@@ -206,7 +208,7 @@ class _AttentionReport:
     def __init__(
         self,
         family: Family,
-        denoiser: Borrowed,
+        denoiser: Denoiser,
         probe_inputs: Sequence[ProbeInput],
         on_step: OnStep,
         total: int,
@@ -216,14 +218,14 @@ class _AttentionReport:
         self.probe, self.now, self.memory = None, None, ""
         if probe_inputs:
             alphas = denoiser.alphas_cumprod
-            self.probe = Probe(family, probe_inputs[:1], alphas, steps=(0.5,))
-            self.now = self.probe.look(denoiser)[0]
+            self.probe = AttentionProbe(family, probe_inputs[:1], alphas, steps=(0.5,))
+            self.now = self.probe.measure(denoiser)[0]
         self.before = self.now
 
     def __call__(self, progress: StepProgress) -> None:
         measured = progress.index % self.every == 0 or progress.index == progress.total
         if self.probe and measured:
-            self.now = self.probe.look(self.denoiser)[0]
+            self.now = self.probe.measure(self.denoiser)[0]
         self.on_step(
             replace(
                 progress,

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import ForgetError, memory_ran_out
 from ..models.families import Family, layers
-from ..models.interface import Borrowed
+from ..models.interface import Denoiser
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Estimate(NamedTuple):
     @classmethod
     def of(
         cls,
-        denoiser: Borrowed,
+        denoiser: Denoiser,
         family: Family,
         trained: int,
         activations: Activations,

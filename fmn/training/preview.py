@@ -9,7 +9,7 @@ from PIL.Image import Image
 from ..errors import ForgetError
 from ..images import to_image
 from ..models.families import DEMO
-from ..models.generator import Studio, open_studio
+from ..models.image_sampler import ImageSampler, open_sampler
 from ..models.interface import Model
 from ..models.sampling import Sampling
 from ..patches.patch import ForgetPatch
@@ -47,12 +47,14 @@ class Previews:
 
     def during(self, run: TrainingRun) -> Rows:
         """Pictures between two steps of a run, whose adapters are attached."""
-        lent = nullcontext(run.denoiser) if run.denoiser else self.model.borrow()
+        lent = nullcontext(run.denoiser) if run.denoiser else self.model.borrow_denoiser()
         with torch.no_grad(), lent as denoiser:
 
             def draw() -> list[Image]:
-                # A new studio each time: it caches texts, which the adapters may change.
-                return self._draw(Studio(self.model, denoiser, self.sampling, 1, self.on_pictures))
+                # A new sampler each time: it caches texts, which the adapters may change.
+                return self._draw(
+                    ImageSampler(self.model, denoiser, self.sampling, 1, self.on_pictures)
+                )
 
             if not self.before:
                 with run.switch.off():
@@ -61,12 +63,12 @@ class Previews:
 
     def after(self, patch: ForgetPatch) -> Rows:
         """Pictures with the finished patch applied to the model."""
-        with open_studio(self.model, self.sampling, 1, self.on_pictures) as studio:
-            self.before = self.before or self._draw(studio)
-            with studio.applying([(patch, 1.0)]):
-                return self._rows(self._draw(studio))
+        with open_sampler(self.model, self.sampling, 1, self.on_pictures) as sampler:
+            self.before = self.before or self._draw(sampler)
+            with sampler.applying([(patch, 1.0)]):
+                return self._rows(self._draw(sampler))
 
-    def _draw(self, studio: Studio) -> list[Image]:
+    def _draw(self, sampler: ImageSampler) -> list[Image]:
         # One by one: prompts of different lengths do not fit into one batch.
         return [to_image(sampler.draw([prompt], [self.seed])[0]) for prompt in self.prompts]
 

@@ -11,8 +11,8 @@ import torch
 
 from ..concepts.concept import Concept
 from ..errors import ForgetError, NonFiniteLoss
-from ..models.adapters import Full, LowRank, Switch
-from ..models.interface import Borrowed, Model
+from ..models.adapters import FullAdapter, LowRankAdapter, Switch
+from ..models.interface import Denoiser, Model
 from ..patches.patch import ForgetPatch, new_info, save_patch
 from ..progress import OnStep, StepProgress
 from ..settings import Settings
@@ -20,7 +20,7 @@ from .loop import AdamWConfig, LossAt, Moments, Trainer
 from .resume import Best, ExtraState, TrainingState, save_state, state_path
 
 SMOOTHED = 10  # losses whose mean decides which step is best
-Adapters = Mapping[str, LowRank | Full]  # by layer name
+Adapters = Mapping[str, LowRankAdapter | FullAdapter]  # by layer name
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class TrainingRun:
         config: AdamWConfig,
         steps: int,
         loss_scale: float = 1.0,
-        denoiser: Borrowed | None = None,
+        denoiser: Denoiser | None = None,
         make_patch: Callable[[list[float]], ForgetPatch] | None = None,
         extra_state: Callable[[], ExtraState] = dict,
     ):

@@ -11,7 +11,7 @@ import torch
 
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
-from ..models.interface import Borrowed, BorrowedText, Model, cross_attention_names
+from ..models.interface import Denoiser, Model, TextEncoder, cross_attention_names
 from ..models.sampling import expand, q_sample
 from ..progress import OnStep, ignore
 from ..settings import check_limits
@@ -76,14 +76,9 @@ def check_templates(templates: Sequence[str]) -> None:
             )
 
 
-def fill(template: str, words: str) -> str:
-    """The template with words in place of its {}; other braces stay as they are."""
-    return template.replace("{}", words)
-
-
 def invert(
     model: Model,
-    denoiser: Borrowed,
+    denoiser: Denoiser,
     images: torch.Tensor | None,
     settings: Settings = Settings(),
     on_step: OnStep = ignore,
@@ -115,7 +110,7 @@ def invert(
             """|e(x_t, t, prompt) - noise|^2, equation 2 of the paper."""
             template, x_t, t, noise = draw()
             text, _ = text_encoder.encode(fill(template, PLACEHOLDER), vectors)
-            predicted = denoiser.denoise(x_t, t, expand(text, len(x_t)))
+            predicted = denoiser.predict_noise(x_t, t, expand(text, len(x_t)))
             return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
 
         key = denoiser.module(f"{cross_attention_names(model.family)[0]}.to_k")
@@ -125,7 +120,7 @@ def invert(
         return Inverted(vectors.detach().cpu().clone(), start.cpu(), losses)
 
 
-def initial_vectors(text_encoder: BorrowedText, settings: Settings) -> torch.Tensor:
+def initial_vectors(text_encoder: TextEncoder, settings: Settings) -> torch.Tensor:
     """The embeddings that training starts from, float32 [tokens, width]; see ``Settings.start``.
 
     Raises:
@@ -148,7 +143,7 @@ def initial_vectors(text_encoder: BorrowedText, settings: Settings) -> torch.Ten
 class _Batches:
     """Endless training batches: a template, and noised latents at time steps spread evenly."""
 
-    def __init__(self, latents: torch.Tensor, denoiser: Borrowed, settings: Settings):
+    def __init__(self, latents: torch.Tensor, denoiser: Denoiser, settings: Settings):
         self.latents, self.settings = latents, settings
         self.device, self.alphas = denoiser.device, denoiser.alphas_cumprod.cpu()
         # Not the generator of the start: two more tokens must not change the noise.

@@ -15,7 +15,7 @@ from fmn.hosts.diffusers import load
 from fmn.hosts.diffusers.load import load_pipeline, make_tokenizer
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import resteer
-from fmn.models.families import FAMILIES, SDXL, CLIPConfig
+from fmn.models.families import FAMILIES, SDXL, CLIPConfig, UNetFamily
 from fmn.models.sampling import ddim
 from fmn.training import fit_adapters
 

@@ -158,10 +158,10 @@ def fine_tune(sampler, adapters, prompts, pictures, settings, seed):
         return F.mse_loss(predicted.float(), noise.to(predicted.device))
 
     parameters = adapter_parameters(adapters)
-    scale = initial_loss_scale(borrowed.module(next(iter(adapters))))
-    # ``open_studio`` works without gradients; cancelling goes through its callback.
+    scale = initial_loss_scale(denoiser.module(next(iter(adapters))))
+    # ``open_sampler`` works without gradients; cancelling goes through its callback.
     with torch.enable_grad():
         return train(
             parameters, loss_at, settings.steps, AdamWConfig(settings.lr),
-            lambda step: studio.on_pictures(0), scale,
+            lambda step: sampler.on_pictures(0), scale,
         )  # fmt: skip

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from ...linalg import cut
-from ...models.adapters import Fixed, LowRank, Switch, attached
+from ...models.adapters import FixedAdapter, LowRankAdapter, Switch, attached
 from ...models.families import Family, layers
-from ...models.interface import Borrowed, Text, rows
+from ...models.interface import Denoiser, Text, rows
 from ...models.module_patching import checkpointed
 from ...models.sampling import expand, q_sample
 from ...patches.patch import ForgetPatch
@@ -45,7 +45,7 @@ def trained_layers(family: Family) -> list[str]:
 def train_adversarially(
     task: Task,
     options: TrainingOptions,
-    denoiser: Borrowed,
+    denoiser: Denoiser,
     changes: Changes,
     scenes: Sequence[Scene],
     kept: Scene,
@@ -68,11 +68,15 @@ def train_adversarially(
     names = trained_layers(task.model.family)
     generator = torch.Generator().manual_seed(settings.seed)
     adapters = {
-        name: LowRank(denoiser.module(name), settings.robust_rank, generator, denoiser.device)
+        name: LowRankAdapter(
+            denoiser.module(name), settings.robust_rank, generator, denoiser.device
+        )
         for name in names
     }
     # The patch itself stays as it is: trained along, it would be given up for what is kept.
-    applied = {name: Fixed([(*pair, 1.0)], denoiser.device) for name, pair in changes.items()}
+    applied = {
+        name: FixedAdapter([(*pair, 1.0)], denoiser.device) for name, pair in changes.items()
+    }
     blocks = denoiser.checkpoint_blocks() if settings.checkpointing else []
     rank = max(up.shape[1] for up, _ in changes.values())
     scale = initial_loss_scale(denoiser.module(names[0]))
@@ -170,7 +174,7 @@ class AdversarialLoss:
 
     def __init__(
         self,
-        denoiser: Borrowed,
+        denoiser: Denoiser,
         adapters: Adapters,
         switch: Switch,
         scenes: Sequence[Scene],
@@ -250,7 +254,7 @@ class AdversarialLoss:
         x_t, t, noise = self._noised(pick.scene, pick.attacked)
         for parameter in self.parameters:
             parameter.requires_grad_(False)
-        predicted = self.denoiser.denoise(x_t, t, expand(adversary.shortest_text(), HALF))
+        predicted = self.denoiser.predict_noise(x_t, t, expand(adversary.shortest_text(), HALF))
         loss = F.mse_loss(predicted.float(), noise)
         (gradient,) = torch.autograd.grad(loss * self.scale, [adversary.learned])
         if torch.isfinite(gradient).all():
@@ -268,11 +272,11 @@ class AdversarialLoss:
         with torch.no_grad(), self.switch.off():
             concept, without = rows(scene.text, index), rows(scene.other, index)
             texts = Text.cat([concept, without, expand(self.empty, HALF)])
-            frozen = self.denoiser.denoise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
+            frozen = self.denoiser.predict_noise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
         with torch.no_grad():
             texts = Text.cat([text() for text in pick.texts])
-        predicted = self.denoiser.denoise(x_t, t, texts)
-        return F.mse_loss(predicted.float(), away(*frozen.chunk(3), self.settings.robust_push))
+        predicted = self.denoiser.predict_noise(x_t, t, texts)
+        return F.mse_loss(predicted.float(), away(*frozen.chunk(3), self.settings.robust_overshoot))
 
     def _keep(self, pick: Pick) -> torch.Tensor:
         """|e'(x_t, kept) - e(x_t, kept)|^2"""
@@ -281,8 +285,8 @@ class AdversarialLoss:
         if pick.blank:  # guidance needs it
             text = expand(self.empty, HALF)
         with torch.no_grad(), self.switch.off():
-            frozen = self.denoiser.denoise(x_t, t, text)
-        return F.mse_loss(self.denoiser.denoise(x_t, t, text).float(), frozen.float())
+            frozen = self.denoiser.predict_noise(x_t, t, text)
+        return F.mse_loss(self.denoiser.predict_noise(x_t, t, text).float(), frozen.float())
 
     def _noising(self, scene: Scene) -> Noising:
         index = self._random(len(scene.latents), HALF)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ...models.interface import Borrowed, BorrowedText, Model, Text, rows
+from ...models.interface import Denoiser, Model, Text, TextEncoder, rows
 from ...training import textual_inversion
 from ...training.textual_inversion import initial_vectors
 from .training_images import Scene
@@ -21,7 +21,7 @@ class Words:
         prompts: with ``PLACEHOLDER`` in the concept's place.
     """
 
-    def __init__(self, encoder: BorrowedText, prompts: Sequence[str], generator: torch.Generator):
+    def __init__(self, encoder: TextEncoder, prompts: Sequence[str], generator: torch.Generator):
         self.encoder, self.prompts, self.generator, self.age = encoder, prompts, generator, 0
         seed = int(torch.randint(1 << 30, (1,), generator=generator))
         start = initial_vectors(
@@ -79,10 +79,10 @@ NewAdversary = Callable[[Scene, torch.Generator], Adversary]
 
 
 @contextmanager
-def adversaries(model: Model, denoiser: Borrowed) -> Iterator[NewAdversary]:
+def adversaries(model: Model, denoiser: Denoiser) -> Iterator[NewAdversary]:
     """Yields a function that makes a new adversary."""
     if len(model.family.texts) > 1:  # their words cannot be learned yet
         yield lambda scene, generator: Context(scene, generator, denoiser.device)
         return
-    with model.borrow_text() as encoder:
+    with model.borrow_text_encoder() as encoder:
         yield lambda scene, generator: Words(encoder, scene.blanks, generator)

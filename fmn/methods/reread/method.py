@@ -228,7 +228,7 @@ def run(
     spoken = [sentences(concept, settings.prompts) for concept in concepts]
     kept = kept_texts(concepts, keep, settings)
     options.check_steps(settings.robust_steps * len(concepts))  # before any work
-    with model.borrow() as borrowed:
+    with model.borrow_denoiser() as denoiser:
         styles = [concept.name for concept in concepts if concept.kind == "style"]
         draw = Drawings(model, denoiser, settings, on_step, spoken, kept, len(styles))
         pushes = [
@@ -245,10 +245,10 @@ def run(
         if not texts:
             return make_patch(changes)
         on_batch = partial(draw.progress, 0.0)
-        scenes = draw_scenes(borrowed, *texts, draw.empty, settings, draw.side, on_batch)
+        scenes = draw_scenes(denoiser, *texts, draw.empty, settings, draw.side, on_batch)
         try:
             training = train_adversarially(
-                task, options, borrowed, changes, *scenes, draw.empty, make_patch, on_step
+                task, options, denoiser, changes, *scenes, draw.empty, make_patch, on_step
             )
         except NonFiniteLoss as error:  # in the first steps: only the closed form can be rescued
             error.patch = make_patch(changes)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...models.interface import Borrowed, Text, rows
+from ...models.interface import Denoiser, Text, rows
 from ...models.sampling import ddim, guided, q_sample
 
 DRAWING_STEPS = 12
@@ -32,7 +32,7 @@ class Scene:
 
 
 def draw_scenes(
-    denoiser: Borrowed,
+    denoiser: Denoiser,
     concepts: Sequence[tuple[Text, Text, tuple[str, ...]]],
     kept: Text,
     styled: Sequence[Text],
@@ -67,7 +67,7 @@ def draw_scenes(
 
 @torch.no_grad()
 def draw_scene(
-    denoiser: Borrowed,
+    denoiser: Denoiser,
     text: Text,
     empty: Text,
     settings: Any,
@@ -116,7 +116,7 @@ def image_counts(settings: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def least_like(
-    denoiser: Borrowed, scene: Scene, styled: Text, settings: Any, on_batch: Callable[[], None]
+    denoiser: Denoiser, scene: Scene, styled: Text, settings: Any, on_batch: Callable[[], None]
 ) -> Scene:
     """The half of a scene that looks least like a style.
 
@@ -136,7 +136,7 @@ def least_like(
         for some in torch.arange(len(t)).split(AT_ONCE):
             noised = x_t[some].to(denoiser.device), t[some].to(denoiser.device)
             for text, sign in ((scene.text, 1), (styled, -1)):
-                predicted = denoiser.denoise(*noised, rows(text, some)).float().cpu()
+                predicted = denoiser.predict_noise(*noised, rows(text, some)).float().cpu()
                 gain[some] += sign * (predicted - noise[some]).square().flatten(1).mean(1)
             on_batch()
     best = gain.argsort()[: _half(len(gain))].sort().values
