@@ -87,7 +87,8 @@ def debiased_anchors(contexts: Tensor, attributes: Tensor, weights: Sequence[flo
 
 def weight_of(module: torch.nn.Module) -> Tensor:
     """A layer's weight in float64."""
-    return to_float64(module.weight.detach())
+    weight: Any = module.weight
+    return to_float64(weight.detach())
 
 
 def weight_gram(denoiser: Denoiser, family: UNetFamily) -> Tensor:

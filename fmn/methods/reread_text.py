@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..closed_form.input_edit import preserve, weight_gram
+from ..closed_form.input_edit import preserve_setting, weight_gram
 from ..closed_form.text_embeddings import keep_list_setting
 from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
@@ -57,7 +57,7 @@ class Settings(Base, method="reread_text"):
         high=1024,
         advanced=True,
     )
-    preserve: float = preserve(2.0)
+    preserve: float = preserve_setting(2.0)
     prompts: int = setting(
         12,
         "Sentences with each name, from a fixed list; as many with styles, and its own prompts, "
