@@ -164,7 +164,7 @@ def test_losses_are_distances_of_keys_and_values(tokens):
     settings = uce_method.Settings(tokens=tokens, rank=1)
     steps = []
     patch = uce_method.run(model, CONCEPTS, settings, steps.append, keep=("a blue house",))
-    pairs, _ = uce_method.rows_of(model, CONCEPTS, settings, ())
+    pairs, _ = uce_method.uce_rows(model, CONCEPTS, settings, ())
     before = after = 0.0
     for name, weight in weights(model).items():
         changed = weight + patch.change_of(name).double()
