@@ -1,4 +1,4 @@
-"""What a style's hardening keeps: the pictures that look least like it."""
+"""What a style's adversarial training keeps: the pictures that look least like it."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import torch
 
 from fmn.concepts.concept import Concept
 from fmn.methods.reread import method
-from fmn.methods.reread.training_images import AT_ONCE, LOOKS, Scene, least_like
+from fmn.methods.reread.training_images import AT_ONCE, STYLE_STEPS, Scene, least_like
 from fmn.models.interface import Text
 from fmn.models.sampling import q_sample
 
@@ -28,7 +28,7 @@ def test_half_of_the_pictures_by_the_models_own_error():
     with model.borrow_denoiser() as denoiser:
         kept = least_like(denoiser, Scene(latents, plain), styled, FEW, lambda: told.append(1))
         generator, gain = torch.Generator().manual_seed(FEW.seed), [0.0] * 6
-        for share in LOOKS:
+        for share in STYLE_STEPS:
             noise = torch.randn(latents.shape, generator=generator)
             for i in range(6):
                 t = torch.tensor([int(share * 1000)])
@@ -42,14 +42,14 @@ def test_half_of_the_pictures_by_the_models_own_error():
     assert kept.index.tolist() == least
     assert torch.equal(kept.latents, latents[least])
     assert torch.equal(kept.text.context, plain.context[least])
-    assert len(told) == len(LOOKS) * -(-6 // AT_ONCE)
+    assert len(told) == len(STYLE_STEPS) * -(-6 // AT_ONCE)
 
 
-def test_the_total_counts_the_looks():
+def test_the_total_counts_the_style_steps():
     steps = []
     concepts = [Concept("oil painting", "style"), Concept("dog"), Concept("ink", "style")]
     patch = method.run(TinyModel(), concepts, FEW, steps.append)
-    drawn = [step for step in steps if step.training is None]
+    drawn = [step for step in steps if step.total != 3 * FEW.robust_steps]
     assert [step.index for step in drawn] == list(range(1, drawn[-1].total + 1))
     assert any(up.abs().sum() > 0 for up, _ in patch.changes.values())
 
