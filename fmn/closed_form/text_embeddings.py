@@ -179,11 +179,6 @@ def _selected_rows(tokens: str, last: int, first: int) -> Tensor:
     return torch.arange(start, end + 1)
 
 
-def anchor_context(model: UNetModel, concept: Concept) -> Tensor:
-    """The context [77, D] of a concept's anchor alone."""
-    return model.encode_all([concept.anchor])[0].cpu().double()
-
-
 def _aligned(
     target: Tensor, other: Tensor, rows: Tensor, position: int, other_position: int
 ) -> Pairs:

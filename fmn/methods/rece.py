@@ -26,15 +26,12 @@ from ..closed_form.input_edit import (
 )
 from ..closed_form.text_embeddings import (
     Pairs,
-    anchor_context,
     expand_setting,
     keep_list_setting,
     keep_tokens_setting,
     kept_contexts,
     tokens_setting,
 )
-from ..errors import ForgetError
-from ..models.token_positions import CHUNK
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import setting
@@ -95,31 +92,19 @@ def run(
     settings: Settings = Settings(),
     on_step: OnStep = ignore,
     keep: Sequence[str] = (),
-    attacks: Sequence[Tensor] = (),
 ) -> ForgetPatch:
-    """Solve for a patch; see ``methods.forget``.
-
-    Args:
-        attacks: contexts [77, D] that an attack found for the one concept, such as
-            ``TextEncoder.encode`` gives; every round edits them away too, token by token.
-
-    Raises:
-        ForgetError: also if the attacks have another shape, or there are several concepts.
-    """
+    """Solve for a patch; see ``methods.forget``."""
     pairs, kept = uce_rows(model, concepts, settings, keep)
     # The empty prompt, all of it, is what guidance starts from.
     kept = torch.cat([kept, kept_contexts(model, ("",), "all")])
-    attacked = attack_pairs(model, concepts, attacks)
 
     def edit_of(denoiser: Denoiser) -> InputEdit:
-        return rece(weight_gram(denoiser, model.family), pairs, kept, attacked, settings)
+        return rece(weight_gram(denoiser, model.family), pairs, kept, settings)
 
     return input_patch(model, concepts, settings, pairs, edit_of, on_step)
 
 
-def rece(
-    weights: Tensor, pairs: Pairs, kept: Tensor, attacked: Pairs, settings: Settings
-) -> InputEdit:
+def rece(weights: Tensor, pairs: Pairs, kept: Tensor, settings: Settings) -> InputEdit:
     """The edits of UCE and of all rounds as one.
 
     The adversarial embedding of a round is c' = (r I + sum W'^T W')^-1 (sum W'^T W) c. With
@@ -127,7 +112,6 @@ def rece(
 
     Args:
         weights: G, of ``weight_gram``.
-        pairs, attacked: the concept's, and those that attacks found.
     """
     weighted = settings.erase, settings.preserve, settings.damping
     edit = uce(*pairs, kept, *weighted)
@@ -135,27 +119,5 @@ def rece(
         change = torch.eye(len(weights), dtype=torch.float64) + edit.left @ edit.right  # I + Z
         cross = change.mT @ weights  # sum W'^T W
         hardest = hardest_contexts(cross @ change, cross, pairs.targets, settings.regularisation)
-        every = Pairs.cat([Pairs(hardest, pairs.anchors), attacked])
-        edit = edit.then(uce(*every, kept, *weighted))
+        edit = edit.then(uce(hardest, pairs.anchors, kept, *weighted))
     return edit
-
-
-def attack_pairs(model: UNetModel, concepts: Sequence[Concept], attacks: Sequence[Tensor]) -> Pairs:
-    """Attacks' contexts without BOS, each beside the same position of the anchor's prompt."""
-    if attacks and len(concepts) > 1:
-        raise ForgetError(
-            "Embeddings that an attack found belong to one concept, and there are several: forget "
-            "them one at a time."
-        )
-    width = model.family.context_dim
-    for context in attacks:
-        if tuple(context.shape) != (CHUNK, width):
-            raise ForgetError(
-                f"An embedding that an attack found has shape {list(context.shape)}: give contexts "
-                f"of shape [{CHUNK}, {width}]."
-            )
-    if not attacks:
-        return Pairs(*torch.zeros(2, 0, width, dtype=torch.float64))
-    targets = torch.cat([context.detach().cpu().double()[1:] for context in attacks])
-    anchor = anchor_context(model, concepts[0])[1:]
-    return Pairs(targets, anchor.repeat(len(attacks), 1))

@@ -226,7 +226,9 @@ def test_draws_noise_the_reference():
     """Equal seeds draw equal noise, which a schedule of zero alphas shows bare."""
     clean = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(9))
     data, noises = make_data(clean), []
-    bare, draws = (Batches(data, Settings(batch=8), alphas, "cpu") for alphas in (ALPHAS * 0, ALPHAS))
+    bare, draws = (
+        Batches(data, Settings(batch=8), alphas, "cpu") for alphas in (ALPHAS * 0, ALPHAS)
+    )
     for _ in range(100):
         ([noise], [batch]) = bare(), draws()
         assert torch.equal(noise.t, batch.t)

@@ -92,9 +92,7 @@ def test_a_text_encoder_s_training_goes_on_too(preset, tmp_path):
     settings, file = settings_of(preset, TEXT[preset][0]), tmp_path / "a.fmn-train"
     model = DiffusersModel.load("demo")
     whole = forget(model, CONCEPTS, settings)
-    forget(
-        model, CONCEPTS, replace(settings, **TEXT[preset][1]), options=saved_at(2, file)
-    )
+    forget(model, CONCEPTS, replace(settings, **TEXT[preset][1]), options=saved_at(2, file))
     resumed = forget(model, CONCEPTS, settings, options=resumed_from(file))
     assert same_tensors(tensors_of(resumed), tensors_of(whole))
 

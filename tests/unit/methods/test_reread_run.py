@@ -11,6 +11,7 @@ from fmn.concepts.concept import Concept, Prompt
 from fmn.concepts.keep_list import keep_for
 from fmn.concepts.prompt_templates import kept_sentences, sentences, together
 from fmn.errors import ForgetError
+from fmn.methods import forget
 from fmn.methods.reread import method
 from fmn.methods.reread.attention_output import record_queries
 from fmn.methods.reread.regression import both_sides
@@ -282,7 +283,7 @@ def test_cancelling(model, last):
 
 def test_it_runs_in_inference_mode(model):
     with torch.inference_mode():
-        inner = method.run(model, [DOG], FEW)
+        inner = forget(model, [DOG], FEW)
     outer = method.run(model, [DOG], FEW)
     assert all(torch.equal(inner.change_of(name), outer.change_of(name)) for name in OUTPUTS)
     assert not any(each.is_inference() for pair in inner.changes.values() for each in pair)

@@ -111,7 +111,9 @@ def test_on_step_is_called_after_every_step():
         left = progress.seconds_left
         seen.append((progress.index, progress.total, list(progress.losses), left))
 
-    losses = train(parameters, lambda index: loss_of(parameters, index), 4, AdamWConfig(0.1), on_step)
+    losses = train(
+        parameters, lambda index: loss_of(parameters, index), 4, AdamWConfig(0.1), on_step
+    )
     assert [(index, total) for index, total, *_ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [so_far for _, _, so_far, _ in seen] == [losses[:i] for i in (1, 2, 3, 4)]
     assert all(left >= 0 for *_, left in seen)
