@@ -173,7 +173,7 @@ def train_patch(
 
         estimate_of = None
         if probe_inputs and model.family.known:
-            trained, activations = _measure(denoiser, new_adapters(), probe_inputs[0])
+            trained, activations = _measure(model.family, denoiser, new_adapters(), probe_inputs[0])
             estimate_of = partial(
                 Estimate.of, denoiser, model.family, trained, activations, prompts=batch,
                 forwards=forwards,
@@ -189,15 +189,16 @@ def _has_known_shape(family: Family, denoiser: Denoiser, name: str) -> bool:
 
 
 def _measure(
-    denoiser: Denoiser, adapters: Adapters, probe_input: ProbeInput
+    family: Family, denoiser: Denoiser, adapters: Adapters, probe_input: ProbeInput
 ) -> tuple[int, Activations]:
     """Bytes of the trained parameters, and of what a forward pass of one prompt stores."""
     text, _, latent = probe_input
     t = torch.tensor([step_count(denoiser) // 2])
     x = latent[:1].to(denoiser.device)
+    weights = [denoiser.module(layer.name).weight for layer in layers(family)]
     with attached(adapters, denoiser.module):
         activations = measure_activations(
-            lambda: denoiser.predict_noise(x, t, text), denoiser.checkpoint_blocks()
+            lambda: denoiser.predict_noise(x, t, text), denoiser.checkpoint_blocks(), weights
         )
     return sum(parameter.nbytes for parameter in adapter_parameters(adapters)), activations
 

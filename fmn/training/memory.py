@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any, NamedTuple, TypeVar
@@ -102,21 +102,24 @@ class Estimate(NamedTuple):
 
 
 def measure_activations(
-    forward: Callable[[], object], blocks: Sequence[torch.nn.Module]
+    forward: Callable[[], object],
+    blocks: Sequence[torch.nn.Module],
+    weights: Iterable[torch.Tensor] = (),
 ) -> Activations:
     """Run a forward pass, and count what it would store for a backward pass without storing it.
 
     Args:
         forward: runs with gradients, and without checkpointing.
         blocks: modules that checkpointing would recompute; not nested.
+        weights: are in memory anyway, and not counted.
     """
-    seen: WeakSet[torch.UntypedStorage] = WeakSet()
+    seen = WeakSet(weight.untyped_storage() for weight in weights)
     stored = inputs = inside = largest = start = 0
 
     def count(tensor: torch.Tensor) -> None:
         nonlocal stored
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and storage not in seen:
+        if storage not in seen:
             seen.add(storage)
             stored += storage.nbytes()
 

@@ -21,8 +21,8 @@ def pipeline_model(pack):
 
 
 def make(pack, model, method="quickfix", **settings):
-    module = pack(f"fmn.methods.{method}")
-    return module.run(model, [concept(pack, anchor="cat")], module.Settings(**settings))
+    chosen = pack(f"fmn.methods.{method}").Settings(**settings)
+    return pack("fmn.methods").forget(model, [concept(pack, anchor="cat")], chosen)
 
 
 def encoded(clip, text=PROMPT):

@@ -13,7 +13,7 @@ from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError
 from fmn.methods.ablation import PRESETS, Batches, Pair, Settings, prepare, prompt_pairs, run
 from fmn.training import fit_adapters
-from fmn.training import run as training
+from fmn.training.loop import Trainer
 from tests.unit.tiny import TinyDenoiser, TinyModel, make_scheduler
 
 ALPHAS = make_scheduler().alphas_cumprod
@@ -214,10 +214,10 @@ def first_step(monkeypatch, model, concepts, settings, keep=()):
         caught["drawn"].append(rows)
         return batches
 
-    def train(parameters, loss_at, *args):
+    def first(trainer, loss_at):
         generator = torch.Generator().manual_seed(9)
         with torch.no_grad():
-            for parameter in parameters:
+            for parameter in trainer.parameters:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         loss = sum(loss_at(0))
         loss.backward()
@@ -227,7 +227,7 @@ def first_step(monkeypatch, model, concepts, settings, keep=()):
     with monkeypatch.context() as patched, pytest.raises(Captured):
         patched.setattr(fit_adapters, "make_adapters", made)
         patched.setattr(Batches, "__call__", drawn)
-        patched.setattr(training, "train", train)
+        patched.setattr(Trainer, "run", first)
         run(model, concepts, settings, keep=keep)
     return caught
 

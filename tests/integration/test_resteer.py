@@ -13,7 +13,7 @@ from fmn.methods.resteer import Batches, Data, Example, Settings, prepare
 from fmn.models.interface import Text
 from fmn.models.token_positions import EOS_ID
 from fmn.training import fit_adapters
-from fmn.training import run as training
+from fmn.training.loop import Trainer
 from tests.unit.tiny import TinyModel, make_scheduler, word_id
 
 MUSK = Concept("elon musk", "identity")
@@ -77,7 +77,7 @@ def first_step(model, concepts, settings, monkeypatch):
         caught["adapters"] = original(*args)
         return caught["adapters"]
 
-    def train(parameters, loss_at, *args):
+    def first(trainer, loss_at):
         model.seen.clear()
         loss = loss_at(0)
         caught["seen"] = list(model.seen)
@@ -88,7 +88,7 @@ def first_step(model, concepts, settings, monkeypatch):
     original = fit_adapters.make_adapters
     with monkeypatch.context() as patched, pytest.raises(Captured):
         patched.setattr(fit_adapters, "make_adapters", make_adapters)
-        patched.setattr(training, "train", train)
+        patched.setattr(Trainer, "run", first)
         resteer.run(model, concepts, settings)
     gradients = {
         f"{name}.{part}": parameter.grad

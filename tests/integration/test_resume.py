@@ -1,15 +1,18 @@
 """A run that goes on from a file equals one that was never interrupted, bit for bit."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import forget, settings_of
+from fmn.patches.patch import load_patch
 from fmn.progress import ignore
 from fmn.training.loop import AdamWConfig, Trainer
 from fmn.training.resume import load_state, save_state, state_path
@@ -173,6 +176,16 @@ def test_parameters_without_gradient_have_no_moments():
     list(trainer.run(lambda index: used.square()))
     moments = trainer.state().moments
     assert moments[0]["step"] == 2 and moments[1] is None
+
+
+def test_a_state_of_version_0_1_ends_in_its_patch_bit_for_bit():
+    """Saved by version 0.1 after 4 of 8 steps on the demo model, beside the patch of all 8."""
+    model, files = DiffusersModel.load("demo"), Path(__file__).parents[1] / "data" / "resume"
+    settings = settings_of("resteer", {"steps": 8, "rank": 1})
+    options = resumed_from(files / "resteer-0.1.fmn-train")
+    patch = forget(model, [Concept("dog")], settings, options=options)
+    assert same_tensors(patch.lora(), load_file(files / "resteer-0.1.safetensors"))
+    assert patch.info["loss"] == load_patch(files / "resteer-0.1.safetensors").info["loss"]
 
 
 LONG = {"steps": 15, "lr": 0.05, "seed": 1}  # a rate at which the loss jumps
