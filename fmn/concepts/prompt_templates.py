@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from ..sequences import evenly
 from .concept import TEMPLATES, Concept, Prompt
 
 PLACEHOLDER = "<*>"  # stands in a prompt for input embeddings that belong to no word
@@ -97,9 +98,8 @@ def kept_sentences(words: Sequence[str], styles: Sequence[str], count: int) -> l
     """
     frames = KEPT_FRAMES if styles else KEPT_FRAMES[:2]
     prompts = [""]
-    for i in range(count if words else 0):
+    for i, word in enumerate(evenly(words, count if words else 0)):
         style = styles[(i * STRIDE + i // len(styles)) % len(styles)] if styles else ""
-        word = words[i * len(words) // count]
         word = word if i % len(frames) == 0 else with_article(word)
         prompts.append(frames[i % len(frames)].format(word, style))
     return prompts

@@ -6,14 +6,14 @@ What a layer reads comes from the model at hand: contexts of the patches' prompt
 
 import torch
 
-from ..closed_form.output_edit import Progress
+from ..closed_form.output_edit import PartProgress
 from ..concepts.concept import Prompt
 from ..concepts.concept_list import FIELDS, concept_of
 from ..concepts.prompt_templates import sentences
 from ..errors import ForgetError
 from ..methods.reread.attention_output import cross_attention_layers, read_out, record_queries
 from ..methods.reread.method import Settings, kept_texts
-from ..methods.reread.regression_data import AT_ONCE, Kept
+from ..methods.reread.regression_data import AT_ONCE, KeptSentences
 from ..models.module_patching import autograd
 from ..patches.merge import finished, joint, opened, system_of
 from ..settings import PRESERVE
@@ -52,7 +52,7 @@ def fuse(model, sources, preserve=PRESERVE, budget=0, on_step=lambda step: None,
     names = list(dict.fromkeys(layer.name for patch, _ in entries for layer in patch.layers))
     reads_out = any(name.endswith(OUT) for name in names)
     drawn = [_drawn(own, settings) for own in (*texts, kept)] if reads_out else []
-    progress = Progress(on_step, sum(-(-len(own) // AT_ONCE) for own in drawn) + len(names))
+    progress = PartProgress(on_step, sum(-(-len(own) // AT_ONCE) for own in drawn) + len(names))
     with model.borrow_denoiser() as denoiser:
         reader = _Reader(model, denoiser, settings, texts, kept)
         if reads_out:
@@ -138,7 +138,7 @@ class _Reader:
             )
             for own in drawn
         ]  # fmt: skip
-        self.stay = Kept(self.kept, [kept, *self.queries], self.settings)
+        self.stay = KeptSentences(self.kept, [kept, *self.queries], self.settings)
 
     def system(self, name):
         """The ``merging.System`` of a layer."""

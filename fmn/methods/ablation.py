@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..closed_form.protected_subspace import protect, protected_downs
+from ..closed_form.protected_subspace import protect_setting, protected_downs
 from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import PLACEHOLDER
@@ -129,7 +129,7 @@ class Settings(Base, method="ablation"):
     size: int = size()
     checkpointing: bool = checkpointing()
     seed: int = seed()
-    protect: bool = protect()
+    protect: bool = protect_setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..closed_form.protected_subspace import protect, protected_downs
+from ..closed_form.protected_subspace import protect_setting, protected_downs
 from ..concepts.concept import Concept, Prompt
 from ..errors import ForgetError
 from ..models.adapters import Switch
@@ -117,7 +117,7 @@ class Settings(Base, method="esd"):
     size: int = size()
     checkpointing: bool = checkpointing()
     seed: int = seed()
-    protect: bool = protect()
+    protect: bool = protect_setting()
 
 
 PRESETS = {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..closed_form.protected_subspace import protect, protected_downs
+from ..closed_form.protected_subspace import protect_setting, protected_downs
 from ..concepts.concept import Concept, Prompt
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
@@ -113,7 +113,7 @@ class Settings(Base, method="resteer"):
         high=100_000,
         advanced=True,
     )
-    protect: bool = protect()
+    protect: bool = protect_setting()
 
 
 RELEASED = Settings(

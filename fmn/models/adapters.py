@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..linalg import truncate
+from ..linalg import truncate_matrix
 
 
 def _apply(module, x, weight):
@@ -81,7 +81,7 @@ class FullAdapter(nn.Module):
         return _apply(module, x, self.change.to(x))
 
     def factors(self, rank):
-        return truncate(self.change.detach(), rank)
+        return truncate_matrix(self.change.detach(), rank)
 
 
 class Switch:

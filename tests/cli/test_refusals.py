@@ -69,7 +69,7 @@ REFUSED = {
                  "--preserve is nan: use 0 to 1000"),
     "save every": ([*FORGET, "--save-every", "-1"], "--save-every is -1"),
     # Kinds, methods and options that do not fit
-    "kind": (["forget", "demo", "person:elon musk"], "'person' is no kind: use identity, object"),
+    "kind": (["forget", "demo", "person:elon musk"], "'person' is not a kind: use identity"),
     "no model": (["batch", "list.txt"], "required: --model: see python -m fmn batch --help"),
     "joint without": (["merge", PATCH, "--how", "joint"], "give the --model"),
     "for joint": (["merge", PATCH, "--model", "demo"], "--model is for --how joint"),

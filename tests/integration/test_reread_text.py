@@ -55,7 +55,7 @@ def test_the_loss_is_the_documented_one(model, metric):
         apart = (before - targets).square().sum(1)
         # Untouched, all of each difference is left and nothing that is kept has moved.
         assert float(lessons(0)) == pytest.approx(1.0, rel=1e-4)
-        torch.testing.assert_close(lessons.apart, apart, rtol=1e-4, atol=0)
+        torch.testing.assert_close(lessons.distances, apart, rtol=1e-4, atol=0)
         assert float(lessons.scale) == pytest.approx(float(apart.mean()), rel=1e-4)
         name = "text_encoder.text_model.encoder.layers.2.mlp.fc2"
         shift = torch.randn(128, generator=torch.Generator().manual_seed(2))

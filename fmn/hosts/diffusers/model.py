@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...images import square
-from ...linalg import merge
+from ...linalg import full_change
 from ...models.families import INPUT_CHANNELS, identify
 from ...models.interface import Text, fingerprint
 from ...models.sampling import DRAWN_AT_ONCE, seeded_noise
@@ -227,7 +227,7 @@ class DiffusersModel:
                 patch.check_shapes(lambda layer: self._any_module(layer.name).weight, text=True)
                 for name, factors in patch.changes.items():
                     weight = self._any_module(name).weight
-                    change = merge(*(factor.to(weight.device) for factor in factors))
+                    change = full_change(*(factor.to(weight.device) for factor in factors))
                     weight += (strength * change).to(weight.dtype)
         return self
 

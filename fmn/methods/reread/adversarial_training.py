@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...linalg import cut
+from ...linalg import truncate_product
 from ...models.adapters import FixedAdapter, LowRankAdapter, Switch, attached
 from ...models.families import Family, layers
 from ...models.interface import Denoiser, Text, rows
@@ -114,7 +114,8 @@ def joined(changes: Changes, adapters: Adapters, rank: int) -> Changes:
         if name in changes:
             first = changes[name]
             up, down = torch.cat([first[0], up], 1), torch.cat([first[1], down])
-            up, down = (factor.float() for factor in cut(up.double(), down.double(), rank)[:2])
+            up, down, _ = truncate_product(up.double(), down.double(), rank)
+            up, down = up.float(), down.float()
         result[name] = up, down
     return result
 

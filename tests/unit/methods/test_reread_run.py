@@ -14,7 +14,8 @@ from fmn.errors import ForgetError
 from fmn.methods import forget
 from fmn.methods.reread import method
 from fmn.methods.reread.attention_output import record_queries
-from fmn.methods.reread.regression_data import Drawings
+from fmn.methods.reread.regression import both_sides
+from fmn.methods.reread.regression_data import QuerySampler
 from fmn.models.families import layers, layers_by_name
 from fmn.models.interface import cross_attention_names
 from fmn.patches.lora_keys import file_name
@@ -229,10 +230,10 @@ def test_short_lists_share_a_batch(model, drawn, batches):
     """The noise of a list's i-th text, and what is seen, is the same as where it is alone."""
     settings = replace(FEW, images_per_concept=drawn)
     pairs = [sentences(each, FEW.prompts + (each is DOG)) for each in (DOG, CAR)]
-    lists = [*Drawings.sides(pairs), ["a house", "a tree", "the sea"]]
+    lists = [*both_sides(pairs), ["a house", "a tree", "the sea"]]
     with model.borrow_denoiser() as denoiser:
-        draw = Drawings(model, denoiser, settings, lambda step: None, pairs, lists[-1])
-        found = draw(*lists)
+        sampler = QuerySampler(model, denoiser, settings, lambda step: None, lists)
+        found = sampler.draw(lists)
     assert [len(x) for x, _, _ in model.seen[1::2]] == batches  # a step with guidance, one without
     for texts, queries in zip(lists, found):
         alone = queries_of(model, texts, settings)

@@ -86,7 +86,7 @@ def test_2023_edits_the_end_and_keeps_whole_prompts(tmp_path):
 def test_templates_are_of_the_kind():
     model = TinyModel()
     settings = uce.Settings(expand=True, keep_list="none")
-    pairs, _ = uce.rows_of(model, CONCEPTS, settings, ())
+    pairs, _ = uce.uce_rows(model, CONCEPTS, settings, ())
     assert len(pairs.targets) == (2 + 2 * 5) + (1 + 5) + (1 + 5)
     assert pairs.targets[13].equal(last(model, "painting by van gogh"))
     assert pairs.anchors[13].equal(last(model, "painting by a painter"))
