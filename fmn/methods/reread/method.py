@@ -19,7 +19,7 @@ from ...concepts.prompt_templates import PLACEHOLDER, blanked, kept_sentences, s
 from ...errors import NonFiniteLoss
 from ...progress import OnStep, ignore
 from ...settings import Settings as Base
-from ...settings import checkpointing, lr, seed, setting, size
+from ...settings import advanced, checkpointing, lr, seed, setting, size
 from ...training.run import Task, TrainingOptions
 from .adversarial_training import train_adversarially
 from .regression import both_sides, closed_form
@@ -45,90 +45,65 @@ class Settings(Base, method="reread"):
         0.4,
         "How far beyond, but for styles. 0: prompts are read as if the concept were not there. 1: "
         "as much to the other side. Higher: it goes more surely, and neighbours suffer more.",
-        low=0.0,
-        high=4.0,
-        step=0.01,
+        limits=(0.0, 4.0, 0.01),
         formerly="push",
     )
     overshoot_style: float = setting(
         0.7,
         "The same for styles, which need more: asked for none, a model draws one anyway.",
-        low=0.0,
-        high=4.0,
-        step=0.01,
+        limits=(0.0, 4.0, 0.01),
         formerly="push_style",
     )
-    stop_at: float = setting(
+    stop_at: float = advanced(
         0.0,
         "Go no further than needed: overshoot is raised in steps until at most this share of what "
         "the concept does to a drawing's first predictions is left, or a step takes less of it "
         "than that. 0: always as far as overshoot says.",
-        low=0.0,
-        high=1.0,
-        step=0.01,
-        advanced=True,
+        limits=(0.0, 1.0, 0.01),
     )
     preserve: float = preserve_setting(10.0)
-    damping: float = setting(
+    damping: float = advanced(
         1e-3,
         "Weight of leaving all as it is (lambda), as a share of the mean square of what is read. "
         "Small: a stronger edit. Large: none.",
-        low=1e-9,
-        high=1e6,
-        step=0.0001,
-        advanced=True,
+        limits=(1e-9, 1e6, 0.0001),
     )
-    prompts: int = setting(
+    prompts: int = advanced(
         10,
         "Sentences with each name of the concept, from a fixed list; its own prompts come on top.",
-        low=1,
-        high=180,
-        advanced=True,
+        limits=(1, 180),
     )
-    keep_prompts: int = setting(
+    keep_prompts: int = advanced(
         256,
         "Sentences with kept words. More: less harm, and longer to encode. Each word and prompt "
         "that is connected to keep comes on top.",
-        low=0,
-        high=10_000,
-        advanced=True,
+        limits=(0, 10_000),
         formerly="kept",
     )
-    words_per_prompt: int = setting(
+    words_per_prompt: int = advanced(
         1,
         "Kept words in each of these sentences. 1: as many words as sentences are kept. More: "
         "fewer sentences do for a list, which are what takes long to encode.",
-        low=1,
-        high=6,
-        advanced=True,
+        limits=(1, 6),
         formerly="together",
     )
-    images_per_concept: int = setting(
+    images_per_concept: int = advanced(
         4,
         "How many prompts of each concept are drawn, beside as many without it and as many kept "
         "ones, to see where cross-attention looks.",
-        low=1,
-        high=64,
-        advanced=True,
+        limits=(1, 64),
         formerly="drawn",
     )
-    sampling_steps: int = setting(
-        4, "Steps in which each is drawn.", low=1, high=1000, advanced=True
-    )
-    guidance: float = setting(
+    sampling_steps: int = advanced(4, "Steps in which each is drawn.", limits=(1, 1000))
+    guidance: float = advanced(
         3.5,
         "Guidance scale while drawing. 1: none, half the time.",
-        low=1.0,
-        high=100.0,
-        step=0.1,
-        advanced=True,
+        limits=(1.0, 100.0, 0.1),
     )
-    query_positions: int = setting(
+    query_positions: int = advanced(
         8,
         "Places of each picture and step whose queries are used.",
-        low=1,
-        high=1024,
-        advanced=True,
+        limits=(1, 1024),
         formerly="places",
     )
     rank: int = rank_setting(8, advanced=True)
@@ -137,44 +112,33 @@ class Settings(Base, method="reread"):
         "Training steps for each concept against attacks, after the closed form. 0: none, the "
         "patch is made in a moment. 300: learned words bring the concept back less often; takes "
         "far longer and costs some of what is kept.",
-        low=0,
-        high=100_000,
+        limits=(0, 100_000),
         group="robust",
     )
-    robust_overshoot: float = setting(
+    robust_overshoot: float = advanced(
         3.0,
         "With robust_steps: how far predictions are moved away from the concept. 0: as if it were "
         "not in the prompt. Higher: it stays away more surely, and neighbours suffer more.",
-        low=0.0,
-        high=20.0,
-        step=0.1,
-        advanced=True,
+        limits=(0.0, 20.0, 0.1),
         group="robust",
         formerly="robust_push",
     )
-    robust_preserve: float = setting(
+    robust_preserve: float = advanced(
         1.5,
         "With robust_steps: weight of kept prompts against what is forgotten. 0: none.",
-        low=0.0,
-        high=1000.0,
-        step=0.1,
-        advanced=True,
+        limits=(0.0, 1000.0, 0.1),
         group="robust",
     )
-    robust_rank: int = setting(
+    robust_rank: int = advanced(
         3,
         "With robust_steps: rank of the change of self-attention and feed-forward layers.",
-        low=1,
-        high=128,
-        advanced=True,
+        limits=(1, 128),
         group="robust",
     )
-    robust_pictures: int = setting(
+    robust_pictures: int = advanced(
         24,
         "With robust_steps: pictures drawn of each concept, and twice as many of kept prompts.",
-        low=1,
-        high=1000,
-        advanced=True,
+        limits=(1, 1000),
         group="robust",
     )
     robust_lr: float = lr(
