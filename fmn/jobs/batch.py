@@ -198,9 +198,8 @@ def state_of(model):
     with model.borrow_denoiser() as denoiser:
         parts += [denoiser.module(layer.name).weight[:1] for layer in layers(model.family)]
         rows = [part.detach().to("cpu", torch.float16) for part in parts]
-        alphas = denoiser.alphas_cumprod
         # In float32: in half precision the schedule's ends are all alike.
-        rows.append(denoiser.sigmas if alphas is None else alphas)
+        rows.append(denoiser.schedule.levels)
     told = f"{model.family.key} {model.family.title} {model.prediction} {model.fingerprint()} "
     told += f"{code_of(type(model).__module__)} "
     return hashlib.sha256((told + _digest(rows)).encode()).hexdigest()

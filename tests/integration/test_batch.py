@@ -11,6 +11,7 @@ from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.jobs.batch import Memo, forget_each, recipe, state_of
 from fmn.methods import METHODS, forget, settings_of
 from fmn.models.families import FAMILIES
+from fmn.models.sampling import DDPMSchedule
 from fmn.models.token_positions import CHUNK
 from fmn.patches.patch import load_patch, save_patch
 from tests.unit.tiny import (
@@ -66,6 +67,7 @@ class Timed(TinyModel):
         with super().borrow_denoiser() as denoiser:
             denoiser.alphas_cumprod = denoiser.alphas_cumprod.clone()
             denoiser.alphas_cumprod[-1] = 2**-24
+            denoiser.schedule = DDPMSchedule(denoiser.alphas_cumprod)
             yield denoiser
 
 

@@ -9,22 +9,17 @@ softmax: with queries q, the contexts c_t of its 77 tokens and a head's W_k, W_v
 and the o of all heads side by side is the input of the layer's ``to_out``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...models.interface import Text, cross_attention_names
+from ...models.families import UNetFamily, cross_attention_names
+from ...models.interface import Text, UNet
 from ...models.sampling import ddim, guided, seeded_noise, trailing_timesteps
-
-if TYPE_CHECKING:
-    from ...models.families import UNetFamily
-    from ...models.interface import UNet
 
 TEXTS_AT_ONCE = 32
 
@@ -42,8 +37,8 @@ class CrossAttention(NamedTuple):
 def cross_attention_layers(denoiser: UNet, family: UNetFamily) -> list[CrossAttention]:
     """Every attn2 module, in forward order, on the model's device."""
     layers = []
-    for name in cross_attention_names(family):
-        module: Any = denoiser.module(name)
+    modules: list[Any] = denoiser.cross_attention_modules()
+    for name, module in zip(cross_attention_names(family), modules):
         key, value = (
             rearrange(part.weight.detach().float(), "(h d) c -> h d c", h=module.heads)
             for part in (module.to_k, module.to_v)
