@@ -4,10 +4,8 @@ A closed form edits W so that W c becomes what W c* was, for the contexts c of a
 and c* of its anchor's. The choice of these tokens matters much: ``TOKENS``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +14,9 @@ from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import CHOICES
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
+from ..models.interface import Text, UNetModel
 from ..models.token_positions import CHUNK, EOS_ID, mentioned_positions, word_positions
-from ..settings import setting
-
-if TYPE_CHECKING:
-    from ..models.interface import Text, UNetModel
+from ..settings import advanced, setting
 
 TOKENS = ("last", "from-last", "subject", "all")
 KEEP_TOKENS = ("last", "all")
@@ -37,23 +33,21 @@ EMPTY = Prompt("", "")
 
 
 def tokens_setting(default: str = "last") -> Any:
-    return setting(
+    return advanced(
         default,
         "Which of the concept's tokens are edited. last: its last one. from-last: that one, the "
         "end of the text and its padding. subject: all of its words. all: every position but the "
         "start.",
         choices=TOKENS,
-        advanced=True,
     )
 
 
 def keep_tokens_setting() -> Any:
-    return setting(
+    return advanced(
         "last",
         "Which tokens of kept words stay. last: the last one. all: every position, padding and "
         "the empty prompt too.",
         choices=KEEP_TOKENS,
-        advanced=True,
     )
 
 
@@ -66,10 +60,9 @@ def keep_list_setting() -> Any:
 
 
 def expand_setting() -> Any:
-    return setting(
+    return advanced(
         False,
         "On: also edit five templates around each name, such as 'photo of NAME'.",
-        advanced=True,
     )
 
 
@@ -95,7 +88,7 @@ class Pairs(NamedTuple):
     anchors: Tensor
 
     @staticmethod
-    def cat(pairs: Iterable[Pairs]) -> Pairs:
+    def cat(pairs: "Iterable[Pairs]") -> "Pairs":
         return Pairs(*(torch.cat(parts) for parts in zip(*pairs)))
 
 
@@ -242,7 +235,8 @@ def first_tokens(model: EncodesText, texts: Sequence[str], lengths: Sequence[int
         texts: plain strings of at most 75 tokens.
         lengths: of each, at least up to its first end of text.
     """
-    known, order = {}, sorted(set(zip(lengths, texts)))
+    known: dict[tuple[int, str], Tensor] = {}
+    order = sorted(set(zip(lengths, texts)))
     for begin in range(0, len(order), TEXTS_AT_ONCE):
         part = order[begin : begin + TEXTS_AT_ONCE]
         contexts = model.encode_all([text for _, text in part], part[-1][0]).cpu().double()

@@ -4,13 +4,11 @@ What the concept adds to the output of each cross-attention is measured over pai
 projected out of its last layer. ``docs/methods/casteer.md`` says what a patch cannot hold.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,21 +16,17 @@ from torch import Tensor
 from ..closed_form.input_edit import Changes, solved_patch, weight_of
 from ..closed_form.output_edit import PartProgress, proper_span, reflection
 from ..closed_form.text_embeddings import encode_chunk
-from ..concepts.concept import Prompt
+from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import with_article
 from ..errors import ForgetError
 from ..models.families import layers
-from ..models.interface import Text
+from ..models.interface import Text, UNet, UNetModel
 from ..models.sampling import ddim, guided, seeded_noise
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import seed, setting, size
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.interface import UNet, UNetModel
-    from ..patches.patch import ForgetPatch
+from ..settings import advanced, seed, setting, size
 
 TITLE = "CASteer"
 ABOUT = (
@@ -51,42 +45,32 @@ class Settings(Base, method="casteer"):
         1.0,
         "0: nothing happens. 1: nothing is left along the concept's direction. 2: what was there "
         "becomes its opposite; the paper does so only where the concept shows, a patch everywhere.",
-        low=0.0,
-        high=4.0,
-        step=0.01,
+        limits=(0.0, 4.0, 0.01),
     )
     pairs: int = setting(
         50,
         "Prompt pairs for each concept, with it and without it. More: a steadier direction, and "
         "more time.",
-        low=1,
-        high=10_000,
+        limits=(1, 10_000),
     )
     sampling_steps: int = setting(
-        10, "Steps in which each pair is drawn. Takes time in proportion.", low=1, high=1000
+        10, "Steps in which each pair is drawn. Takes time in proportion.", limits=(1, 1000)
     )
-    end: float = setting(
+    end: float = advanced(
         1.0,
         "How far each pair is drawn. 1: to the end. 0.5: the first half of the steps, in which "
         "shapes are made; the rest is neither drawn nor measured.",
-        low=0.01,
-        high=1.0,
-        step=0.01,
-        advanced=True,
+        limits=(0.01, 1.0, 0.01),
     )
     guidance: float = setting(
         7.0,
         "Guidance scale while drawing. 1: none, which takes half the time.",
-        low=1.0,
-        high=100.0,
-        step=0.1,
+        limits=(1.0, 100.0, 0.1),
     )
-    batch: int = setting(
+    batch: int = advanced(
         1,
         "Pairs drawn at once. More: faster on a GPU, and more memory.",
-        low=1,
-        high=64,
-        advanced=True,
+        limits=(1, 64),
     )
     size: int = size()
     seed: int = seed()

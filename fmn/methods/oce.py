@@ -4,11 +4,8 @@ The values of cross-attention are turned by an orthogonal matrix, W' = R W, that
 the concept's last token gives. R is nearly a reflection; see ``docs/methods/oce.md``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,17 +25,15 @@ from ..closed_form.text_embeddings import (
     kept_contexts,
     words_of,
 )
+from ..concepts.concept import Concept
 from ..concepts.keep_list import CHOICES, keep_for
 from ..errors import ForgetError
 from ..linalg import gram
+from ..models.interface import UNetModel
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import setting
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.interface import UNetModel
-    from ..patches.patch import ForgetPatch
+from ..settings import advanced, setting
 
 TITLE = "OCE"
 ABOUT = (
@@ -62,50 +57,37 @@ class Settings(Base, method="oce"):
         2000.0,
         "Weight of what is forgotten (s). Too small against the other weights: nothing is "
         "forgotten. Very large: the same as a reflection of strength 2.",
-        low=1e-3,
-        high=1e9,
-        step=0.001,
+        limits=(1e-3, 1e9, 0.001),
     )
-    general: float = setting(
+    general: float = advanced(
         10.0,
         "Weight of text in general (p), taken from shipped words and what is connected to keep. "
         "0: it may change freely.",
-        low=0.0,
-        high=1e9,
-        step=0.001,
-        advanced=True,
+        limits=(0.0, 1e9, 0.001),
     )
     preserve: float = setting(
         0.0,
         "Weight of each kept word (q). 0: kept words count as text in general only. Higher: they "
         "change less, and less is forgotten.",
-        low=0.0,
-        high=1e9,
-        step=0.001,
+        limits=(0.0, 1e9, 0.001),
     )
-    damping: float = setting(
+    damping: float = advanced(
         10.0,
         "Weight of leaving all as it is (lambda). Small: a stronger edit. Large: none.",
-        low=1e-6,
-        high=1e9,
-        step=0.001,
-        advanced=True,
+        limits=(1e-6, 1e9, 0.001),
     )
-    guide: str = setting(
+    guide: str = advanced(
         "anchor",
         "Directions that are spared. anchor: those of the concepts' anchors; without any, the "
         "patch is exact. start: for a concept without an anchor that of the start of the text, as "
         "in the released code.",
         choices=("anchor", "start"),
-        advanced=True,
     )
     strength: float = setting(
         2.0,
         "For reflection only. 0: nothing happens. 1: nothing is left along the concept's "
         "directions. 2: it becomes its opposite, as in the paper.",
-        low=0.0,
-        high=4.0,
-        step=0.01,
+        limits=(0.0, 4.0, 0.01),
     )
     expand: bool = expand_setting()
     keep_list: str = setting(
@@ -114,13 +96,11 @@ class Settings(Base, method="oce"):
         "concept's kind.",
         choices=CHOICES,
     )
-    rank: int = setting(
+    rank: int = advanced(
         0,
         "Largest rank of a layer's change. 0: all of it; with a guide, which has full rank, what "
         "changes a layer by more than 1 %.",
-        low=0,
-        high=768,
-        advanced=True,
+        limits=(0, 768),
     )
 
     @property

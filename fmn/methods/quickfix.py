@@ -5,12 +5,9 @@ and solves its output projection anew: what goes into it at a concept's tokens s
 its anchor's does. Here as an exact low rank; the U-Net is not touched.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,18 +22,15 @@ from ..closed_form.input_edit import (
     weight_of,
 )
 from ..closed_form.text_embeddings import Pairs, concept_pairs, keep_list_setting, tokens_setting
+from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..linalg import gram, relative_error
-from ..models.interface import Text
+from ..models.interface import Text, UNetModel
 from ..models.token_positions import CHUNK
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, StepProgress, ignore
 from ..settings import Settings as Base
 from ..settings import setting
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept, Prompt
-    from ..models.interface import UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "Diff-QuickFix"
 ABOUT = (
@@ -53,17 +47,13 @@ class Settings(Base, method="quickfix"):
     damping: float = setting(
         0.01,
         "Weight of leaving the layer as it is (lambda). Small: a stronger edit. Large: none.",
-        low=1e-6,
-        high=1e6,
-        step=0.01,
+        limits=(1e-6, 1e6, 0.01),
     )
     preserve: float = setting(
         10.0,
         "Weight of what is kept; 1 counts it as much as what is forgotten. 0: no keep-list, as "
         "published, which harms most prompts. Higher: what is listed changes less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
     tokens: str = tokens_setting("from-last")
     keep_list: str = keep_list_setting()

@@ -4,11 +4,8 @@ The embedding of the first end-of-text token sums up a prompt, also what it says
 that of many prompts with the concept is read as that of the same prompts with the anchor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,16 +18,14 @@ from ..closed_form.input_edit import (
     uce,
 )
 from ..closed_form.text_embeddings import end_pairs, keep_list_setting, kept_contexts
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import sentences
+from ..models.interface import UNetModel
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import setting
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.interface import UNetModel
-    from ..patches.patch import ForgetPatch
+from ..settings import advanced, setting
 
 TITLE = "TRCE (closed form)"
 ABOUT = (
@@ -45,14 +40,12 @@ class Settings(Base, method="trce"):
         60,
         "Sentences with each name of the concept, from a fixed list. More cover more wordings and "
         "take longer to encode.",
-        low=1,
-        high=180,
+        limits=(1, 180),
     )
-    ends: str = setting(
+    ends: str = advanced(
         "first",
         "Which end tokens are edited. first: the first end-of-text. all: also the padding behind.",
         choices=("first", "all"),
-        advanced=True,
     )
     erase: float = erase_setting()
     preserve: float = preserve_setting(0.01)
