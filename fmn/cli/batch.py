@@ -114,12 +114,12 @@ def run_merge(options):
     sources, budget = chosen_files(options.patch, _matching).items(), options.budget_kb * 1000
     if options.how == "joint":
         from ..hosts.diffusers.model import DiffusersModel
-        from ..jobs.joint_merge import fuse
+        from ..jobs.joint_merge import joint_merge
         from .progress import Bar
 
         model = DiffusersModel.load(options.model)
         with Bar() as bar:
-            merged = fuse(model, sources, preserve, budget, bar, tuple(options.keep or ()))
+            merged = joint_merge(model, sources, preserve, budget, bar, tuple(options.keep or ()))
     else:
         merged = merge(sources, budget)
     save_patch(merged.patch, out)
