@@ -2,7 +2,7 @@
 
     python3 tools/run.py demo    forget three concepts of the demo model; pictures in out/demo
     python3 tools/run.py bench   measure forgetting on the demo model; report in out/bench
-    python3 tools/run.py tests   lint, types and all tests, against a real ComfyUI and a real browser
+    python3 tools/run.py tests   lint, types and tests, with a real ComfyUI and a real browser
 
 The first run installs (a few minutes, and several GB where pip picks torch's CUDA build); later
 ones start at once.

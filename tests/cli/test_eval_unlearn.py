@@ -192,7 +192,7 @@ BAD = {
     "settings alone": ({"patches": [], "settings": {"rank": 1}}, "settings are for training"),
     "unknown setting": ({"concepts": ["dog"], "settings": {"step": 1}}, "no setting 'step'"),
     "text as number": ({"concepts": ["dog"], "settings": {"kept": "4"}}, "kept is '4'"),
-    "unknown method": ({"concepts": ["dog"], "method": "hope"}, "no method 'hope': use reread"),
+    "unknown method": ({"concepts": ["dog"], "method": "hope"}, "There is no method 'hope'"),
     "true as number": ({"patches": [], "seed": True}, "seed is True: write a whole number"),
     "patch as text": ({"patches": "dog.safetensors"}, "patches is 'dog.safetensors': write a list"),
     "patches no text": ({"patches": [1]}, "patches is [1]: write a list of texts"),
