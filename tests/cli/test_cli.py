@@ -23,7 +23,7 @@ RESTEER = "--method", "resteer"  # the default trains nothing
 def fmn(*arguments, code=0, cwd=ROOT):
     done = subprocess.run(
         [sys.executable, "-m", "fmn", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
+        cwd=cwd, capture_output=True, text=True, timeout=110,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == code, done.stderr[-2000:]
