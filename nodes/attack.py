@@ -7,15 +7,15 @@ from comfy_api.latest import io
 
 from ..fmn.closed_form.adversarial_embedding import hardest
 from ..fmn.concepts.concept import Prompt
-from ..fmn.concepts.prompt_templates import PLACEHOLDER
+from ..fmn.concepts.prompt_templates import PLACEHOLDER, fill
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.images import loss_picture
-from ..fmn.models.generator import open_studio
+from ..fmn.models.image_sampler import open_sampler
 from ..fmn.models.interface import Text
 from ..fmn.models.sampling import Sampling
 from ..fmn.patches.embedding_file import recorded, save_embedding
-from ..fmn.training.textual_inversion import Settings, filled, invert
+from ..fmn.training.textual_inversion import Settings, invert
 from .common import lines_of, strength_input
 from .embedding import FOLDER, embedding_path
 from .types import CATEGORY, Learned, Patch, show_text, told
@@ -136,8 +136,8 @@ class TextualInversion(io.ComfyNode):
         name, settings = name.strip(), _settings(**inputs)
         path, host = embedding_path(name), ComfyModel(model, clip, vae)
         fingerprint = _refuse_early(host)
-        with host.borrow() as borrowed:
-            found = invert(host, borrowed, images, settings, _Progress(name, settings.steps))
+        with host.borrow_denoiser() as denoiser:
+            found = invert(host, denoiser, images, settings, _Progress(name, settings.steps))
         embedding = recorded(found, host, fingerprint, "textual inversion", settings, name)
         save_embedding(embedding, path, host.family)
         token = f"embedding:{name}"
@@ -217,11 +217,11 @@ class ConceptInversionProbe(io.ComfyNode):
         show = _Progress(words, settings.steps + 2 * pictures)
         worn = [] if patch is None else [(patch, strength)]
         with (
-            open_studio(host, Sampling(), batch=4, on_pictures=show.drawn) as studio,
-            studio.applying(worn),
+            open_sampler(host, Sampling(), batch=4, on_pictures=show.drawn) as sampler,
+            sampler.applying(worn),
         ):
-            found = invert(host, studio.borrowed, images, settings, show)
-            learned, named = _drawn(host, studio, found.vectors, words, pictures, settings)
+            found = invert(host, sampler.denoiser, images, settings, show)
+            learned, named = _drawn(host, sampler, found.vectors, words, pictures, settings)
         embedding = recorded(found, host, fingerprint, "concept inversion", settings, words)
         if path is not None:
             save_embedding(embedding, path, host.family)
@@ -230,14 +230,14 @@ class ConceptInversionProbe(io.ComfyNode):
         return io.NodeOutput(learned, named, token, embedding, ui=told(text))
 
 
-def _drawn(host, studio, vectors, words, count, settings):
+def _drawn(host, sampler, vectors, words, count, settings):
     """Pictures [count, H, W, 3] with the tokens and with the words, from the same noise."""
     templates = [settings.templates[i % len(settings.templates)] for i in range(count)]
     seeds = [settings.seed + i for i in range(count)]
-    with host.borrow_text() as encoder, torch.no_grad():
-        texts = [encoder.encode(filled(t, PLACEHOLDER), vectors)[0] for t in templates]
-    learned = studio.draw_texts(Text.cat(texts), seeds, after=_cancellable)
-    return learned, studio.draw([filled(t, words) for t in templates], seeds, after=_cancellable)
+    with host.borrow_text_encoder() as encoder, torch.no_grad():
+        texts = [encoder.encode(fill(t, PLACEHOLDER), vectors)[0] for t in templates]
+    learned = sampler.draw_texts(Text.cat(texts), seeds, after=_cancellable)
+    return learned, sampler.draw([fill(t, words) for t in templates], seeds, after=_cancellable)
 
 
 def _cancellable(x, alpha):
@@ -248,7 +248,7 @@ def _cancellable(x, alpha):
 
 def _refuse_early(host):
     """The base's fingerprint; what cannot be learned on is refused before any work is done."""
-    with host.borrow_text():
+    with host.borrow_text_encoder():
         return host.fingerprint()
 
 
@@ -301,8 +301,8 @@ class HardestEmbedding(io.ComfyNode):
     def execute(cls, model, clip, patch, prompt, strength, r):
         host = ComfyModel(model, clip)
         encoded = host.encode(Prompt(prompt, prompt, plain=False))
-        with host.borrow() as borrowed:
-            found = hardest(borrowed, host.family, [(patch, strength)], encoded.context, r)
+        with host.borrow_denoiser() as denoiser:
+            found = hardest(denoiser, host.family, [(patch, strength)], encoded.context, r)
         text = (
             f"The patch moves keys and values of '{prompt}' by {found.before:.2%}. Through it, the "
             f"hardest embedding comes within {found.after:.2%} of what they were."

@@ -5,12 +5,13 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..fmn.concepts.concept import TEMPLATES
+from ..fmn.concepts.prompt_templates import fill
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.methods import resteer
 from ..fmn.metrics.mscore import check, m_score, plot, report, summary
-from ..fmn.models.attention_maps import look_at, maps_grid, maps_text
-from ..fmn.models.generator import open_studio
+from ..fmn.models.attention_maps import maps_grid, maps_text, measure_attention
+from ..fmn.models.image_sampler import open_sampler
 from ..fmn.models.sampling import Sampling
 from ..fmn.training.textual_inversion import Settings
 from .common import image_of, lines_of
@@ -91,7 +92,7 @@ class AttentionMap(io.ComfyNode):
             None if vae is None else host.decode(latent)[0] for *_, latent in data.probe_inputs()
         ]
         names = [concept.name for concept in concepts]
-        rows = list(zip(names, look_at(host, data), pictures))
+        rows = list(zip(names, measure_attention(host, data), pictures))
         text = maps_text(host.family, rows)
         picture = image_of(maps_grid(host.family, rows, brightest / 100))
         return io.NodeOutput(picture, text, ui=told(text))
@@ -220,7 +221,7 @@ class MScore(io.ComfyNode):
         jobs = [(concept, _templates(concept, templates)) for concept in concepts]
         for concept, prompts in jobs:
             check(concept.name, prompts, seeds)
-        with host.borrow_text():
+        with host.borrow_text_encoder():
             pass  # what cannot be measured is refused before anything is drawn
         runs = (2 if compared else 1) * inversions
         show = _Progress(len(jobs) * runs * settings.steps, inversions)
@@ -247,17 +248,17 @@ def _measure(host, reference, concept, given, count, show):
     """Scores of one concept on both models, as ``mscore.summary`` gives them."""
     phrase, prompts, seeds, *_ = given
     images, before = concept.images, None
-    with open_studio(reference, Sampling(), batch=4, on_pictures=show.drawn) as studio:
+    with open_sampler(reference, Sampling(), batch=4, on_pictures=show.drawn) as sampler:
         if images is None:
             show.start(f"{phrase}: drawing {count} pictures")
-            named = [prompts[i % len(prompts)].format(phrase) for i in range(count)]
-            images = studio.draw(named, [seeds[0] + i for i in range(count)])
+            named = [fill(prompts[i % len(prompts)], phrase) for i in range(count)]
+            images = sampler.draw(named, [seeds[0] + i for i in range(count)])
         if reference is not host:
             show.start(f"{phrase}, untouched")
-            before = m_score(reference, studio.borrowed, images, *given, show)
+            before = m_score(reference, sampler.denoiser, images, *given, show)
     show.start(f"{phrase}, this model")
-    with host.borrow() as borrowed:
-        after = m_score(host, borrowed, images, *given, show)
+    with host.borrow_denoiser() as denoiser:
+        after = m_score(host, denoiser, images, *given, show)
     return summary(host, before or after, after, phrase, prompts)
 
 

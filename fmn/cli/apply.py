@@ -87,12 +87,12 @@ def _draw(options: Namespace, drawing: Drawing, guided: bool) -> tuple[dict[str,
     out = options.out or free_name(PICTURE)
     check_file(out, ".png")
     patches = _patches(options)
-    model = DiffusersModel.load(options.model).merged(patches)
+    model = DiffusersModel.load(options.model).add_patches(patches)
     model.pipeline.set_progress_bar_config(disable=False, desc="drawing")
     if model.family is DEMO and not guided:
         drawing = replace(drawing, guidance=DEMO_GUIDANCE)
     size = drawing.size or model.family.resolution
-    noise = model.latents_like([drawing.seed] * len(options.prompt), size)
+    noise = model.initial_noise([drawing.seed] * len(options.prompt), size)
     latents = model.sample_latents(options.prompt, noise, drawing.steps, drawing.guidance)
     images = [to_image(image) for image in model.decode(latents)]
     picture = images[0]
@@ -118,7 +118,7 @@ def _merge(options: Namespace) -> tuple[dict[str, str], str]:
                 f"not '{target.name}'."
             )
         check_new(target)
-        DiffusersModel.load(source).merged(_patches(options)).save(target)
+        DiffusersModel.load(source).add_patches(_patches(options)).save(target)
     else:
         check_file(target, ".safetensors")
         merge_into_checkpoint(source, _patches(options), target)

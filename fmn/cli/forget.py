@@ -22,8 +22,6 @@ from .options import (
 if TYPE_CHECKING:  # these load torch, which --help does not need
     import torch
 
-    from ..training.loop import Step
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SIDE = 1024  # pixels of a reference picture
 
@@ -79,8 +77,8 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     from ..methods import forget
     from ..methods.describe import describe
     from ..patches.patch import rescue, save_patch
-    from ..training.resume import Saves, load_state
-    from ..training.run import Supervisor
+    from ..training.resume import load_state
+    from ..training.run import SaveEvery, TrainingOptions
     from .progress import StepBar
 
     concepts = _concepts(options)
@@ -88,18 +86,13 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     _check_used(options, settings)
     state = _state_file(options.resume)
     path = _target(options, concepts, state)
-    saves = Saves(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
+    save = SaveEvery(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
     resume = load_state(state) if state else None
     model = DiffusersModel.load(options.model)
+    training = TrainingOptions(resume, options.keep_best, save)
     with StepBar() as bar:
-
-        def on_step(step: "Step") -> None:
-            bar(step)
-            saves(step)
-
-        supervisor = Supervisor(on_step, resume, options.keep_best)
         try:
-            patch = forget(model, concepts, settings, supervisor, tuple(options.keep))
+            patch = forget(model, concepts, settings, bar, tuple(options.keep), training)
         except NonFiniteLoss as error:
             raise rescue(error, free_name(path.with_stem(f"{path.stem}_rescued"))) from error
     save_patch(patch, path)
@@ -159,11 +152,9 @@ def _check_used(options: Namespace, settings: Settings) -> None:
     name, settable = preset_of(settings), {each.name: each for each in fields(settings)}
     if options.save_every < 0:
         raise ForgetError(f"--save-every is {options.save_every}: use 0 (never) or more steps.")
-    # steps=0 can mean the published number; robust_steps=0 means none.
-    trains = "steps" in settable or getattr(settings, "robust_steps", 0) > 0
     needs_training = {"--save-every": options.save_every, "--keep-best": options.keep_best}
     unused = next((option for option, value in needs_training.items() if value), None)
-    if unused and not trains:
+    if unused and not settings.trains:
         as_set = " without --robust-steps" if "robust_steps" in settable else ""
         raise ForgetError(
             f"{unused} is for methods that train, and {name} only solves{as_set}: leave it out."

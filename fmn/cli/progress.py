@@ -7,7 +7,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:  # these load torch, and a bar is made before that
     from ..bench.running.runner import Progress
     from ..jobs.batch import BatchProgress
-    from ..training.loop import Step
+    from ..progress import StepProgress
 
 
 AnyBar = TypeVar("AnyBar", bound="Bar")
@@ -42,10 +42,11 @@ class Bar:
 class StepBar(Bar):
     """A method's step callback: one unit is a step."""
 
-    def __call__(self, step: "Step") -> None:
+    def __call__(self, step: "StepProgress") -> None:
         text = f"loss {step.losses[-1]:.4g}"
-        if step.before:
-            text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
+        before, now = step.attention_before, step.attention_now
+        if before and now:
+            text += f", attention {before.share:.2%} -> {now.share:.2%}"
         self.show(step.index, step.total, "step", text)
 
 

@@ -14,12 +14,12 @@ from ..concepts.concept import Concept
 from ..errors import ForgetError
 from ..methods import check_keep, forget
 from ..models.families import Family
-from ..models.interface import BorrowedText, Model
+from ..models.interface import Model, TextEncoder
 from ..models.token_positions import CHUNK
 from ..patches.patch import load_patch, save_patch
+from ..progress import StepProgress
 from ..settings import Settings
 from ..text import printable
-from ..training.loop import Step
 from .recipe import hash_model, hash_model_0_1, recipe, recipe_0_1
 
 CACHE_BYTES = 1 << 30
@@ -39,7 +39,7 @@ class BatchProgress:
     name: str
     index: int
     count: int
-    step: Step | None = None
+    step: StepProgress | None = None
     seconds_left: float | None = None
 
     @property
@@ -203,7 +203,7 @@ class _Tracker:
         self.on_progress(BatchProgress(name, self.index, self.count))
         self.start = self.start or time.monotonic()
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: StepProgress) -> None:
         made = self.made + step.index / step.total
         left = (time.monotonic() - self.start) / made * max(self.missing - made, 0)
         self.on_progress(BatchProgress(self.name, self.index, self.count, step, left))
@@ -223,23 +223,23 @@ class CachingModel:
     def __init__(self, model: Model, limit: int = CACHE_BYTES):
         self._model, self._limit, self._bytes = model, limit, 0
         self._contexts: OrderedDict[str, torch.Tensor] = OrderedDict()  # [T, D] each
-        self._device, self._borrowed = torch.device("cpu"), 0
+        self._device, self._lent = torch.device("cpu"), 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     @contextmanager
-    def borrow_text(self, words: bool = True) -> Iterator[BorrowedText]:
-        self._borrowed += 1
+    def borrow_text_encoder(self, words: bool = True) -> Iterator[TextEncoder]:
+        self._lent += 1
         try:
-            with self._model.borrow_text(words) as borrowed:
-                yield borrowed
+            with self._model.borrow_text_encoder(words) as text_encoder:
+                yield text_encoder
         finally:
-            self._borrowed -= 1
+            self._lent -= 1
 
     def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> torch.Tensor:
         """Contexts [len(texts), length, D]; see ``Model.encode_all``."""
-        if self._borrowed:
+        if self._lent:
             return self._model.encode_all(texts, length)
         # A longer context serves as well: its first tokens are the same.
         missing = [

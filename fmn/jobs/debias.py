@@ -13,7 +13,7 @@ from ..concepts.concept import Concept
 from ..errors import ForgetError
 from ..methods import forget, uce
 from ..metrics.judge import Judge
-from ..models.generator import open_studio
+from ..models.image_sampler import open_sampler
 from ..models.interface import Model
 from ..models.sampling import Sampling
 from ..patches.patch import ForgetPatch
@@ -75,8 +75,8 @@ def balance(
     done: list[Round] = []
     while True:
         applied = [(patches[-1], 1.0)] if patches[-1] else []
-        with open_studio(model, sampling) as studio, studio.applying(applied):
-            images = studio.draw(prompts, range(seed, seed + pictures))
+        with open_sampler(model, sampling) as sampler, sampler.applying(applied):
+            images = sampler.draw(prompts, range(seed, seed + pictures))
         done.append(Round(dict(weights), _shares(judge, domain, images, desired)))
         on_round(done[-1])
         if done[-1].error(desired) < tolerance or len(done) > rounds:

@@ -53,7 +53,7 @@ def run_demo(folder: str | Path) -> tuple[dict[str, Any], str]:
     patch = forget(model, list(CONCEPTS), settings_of(DEFAULT, {}))
     solved = time.monotonic() - solving
     file = save_patch(patch, folder / "forget_three.safetensors")
-    model.merged([(patch, 1.0)])
+    model.add_patches([(patch, 1.0)])
     after = _draw(model, PROMPTS, "drawing after")
     labels = [judge_labels(judge, PROMPTS, images) for images in (before, after)]
 
@@ -96,7 +96,7 @@ def judge_labels(
 
 def _draw(model: DiffusersModel, prompts: list[str], title: str, batch: int = 6) -> torch.Tensor:
     """One picture for each prompt, [N, H, W, 3]; the n-th starts from seed n."""
-    noise, images = model.latents_like(range(len(prompts)), SIDE), []
+    noise, images = model.initial_noise(range(len(prompts)), SIDE), []
     with tqdm(total=len(prompts), desc=title, unit="picture") as bar:
         for i in range(0, len(prompts), batch):
             rows = slice(i, i + batch)

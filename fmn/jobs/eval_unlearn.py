@@ -112,7 +112,7 @@ class ForgetMeNotTechnique:
             self.sampling = replace(self.sampling, guidance=DEMO_GUIDANCE)
         if concepts:
             patches.append((forget(self.model, concepts, settings), 1.0))
-        self.model.merged(patches)
+        self.model.add_patches(patches)
         self._next_seed = config.seed
 
     def generate(
@@ -144,7 +144,7 @@ class ForgetMeNotTechnique:
         return replace(self.sampling, **{names[key]: value for key, value in options.items()})
 
     def _draw(self, prompt: str, seed: int, sampling: Sampling) -> Image.Image:
-        noise = self.model.latents_like([seed], sampling.size or self.model.family.resolution)
+        noise = self.model.initial_noise([seed], sampling.size or self.model.family.resolution)
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # Schedulers that add noise at each step take it from the global generator, which

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from ..closed_form.output_edit import Progress
+from ..closed_form.output_edit import PartProgress
 from ..concepts.concept import Concept, Prompt
 from ..concepts.concept_list import FIELDS, concept_of
 from ..concepts.prompt_templates import sentences
 from ..errors import ForgetError
 from ..methods.reread.attention_output import cross_attention_layers, read_out, record_queries
 from ..methods.reread.method import Settings, kept_texts
-from ..methods.reread.regression_data import AT_ONCE, Kept
-from ..models.interface import Borrowed, Model, Text
+from ..methods.reread.regression_data import AT_ONCE, KeptSentences
+from ..models.interface import Denoiser, Model, Text
+from ..models.module_patching import autograd
 from ..patches.merge import Merged, System, finished, joint, opened, system_of
 from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import PRESERVE
-from ..training.fit_adapters import autograd
-from ..training.loop import Step
 
 MAX_PROMPTS = 40  # of one concept
 OUTPUT = ".attn2.to_out.0"
@@ -35,7 +35,7 @@ def joint_merge(
     sources: Sequence[tuple[ForgetPatch | str | Path, float]],
     preserve: float = PRESERVE,
     budget: int = 0,
-    on_step: Callable[[Step], None] = lambda step: None,
+    on_step: OnStep = ignore,
     keep: Sequence[str] = (),
 ) -> Merged:
     """Solve for the merged patch.
@@ -63,12 +63,14 @@ def joint_merge(
     prompts = [_prompts(forgotten, settings.prompts) for forgotten in concepts]
     kept = kept_texts(sum(concepts, []), keep, settings)
     names = list(dict.fromkeys(layer.name for patch, _ in entries for layer in patch.layers))
-    sampled = [_subsample(texts, settings.drawn) for texts in (*prompts, kept)]
+    sampled = [_subsample(texts, settings.images_per_concept) for texts in (*prompts, kept)]
     if not any(name.endswith(OUTPUT) for name in names):
         sampled = []
-    progress = Progress(on_step, sum(-(-len(texts) // AT_ONCE) for texts in sampled) + len(names))
-    with model.borrow() as borrowed:
-        inputs = _LayerInputs(model, borrowed, settings, prompts, kept)
+    progress = PartProgress(
+        on_step, sum(-(-len(texts) // AT_ONCE) for texts in sampled) + len(names)
+    )
+    with model.borrow_denoiser() as denoiser:
+        inputs = _LayerInputs(model, denoiser, settings, prompts, kept)
         if sampled:
             inputs.record_queries(sampled, lambda: progress(1.0))
         changes, sums = {}, torch.zeros(3, dtype=torch.float64)
@@ -143,16 +145,16 @@ class _LayerInputs:
     def __init__(
         self,
         model: Model,
-        borrowed: Borrowed,
+        denoiser: Denoiser,
         settings: Settings,
         prompts: list[list[str]],
         kept: list[str],
     ):
-        self.model, self.borrowed, self.settings = model, borrowed, settings
+        self.model, self.denoiser, self.settings = model, denoiser, settings
         self.contexts = [model.encode_all(texts) for texts in prompts]  # [N, T, D] each
         self.kept = model.encode_all(kept)
         self.layers = {
-            layer.name: layer for layer in cross_attention_layers(borrowed, model.family)
+            layer.name: layer for layer in cross_attention_layers(denoiser, model.family)
         }
         self._text_system: System | None = None
 
@@ -161,12 +163,12 @@ class _LayerInputs:
         empty, side = self._encode(""), self.model.family.resolution // 8
         *self.queries, kept = [
             record_queries(
-                self.borrowed, self.model.family, [self._encode(text) for text in texts], empty,
+                self.denoiser, self.model.family, [self._encode(text) for text in texts], empty,
                 self.settings, side, AT_ONCE, on_batch,
             )
             for texts in prompts
         ]  # fmt: skip
-        self.kept_outputs = Kept(self.kept, [kept, *self.queries], self.settings)
+        self.kept_outputs = KeptSentences(self.kept, [kept, *self.queries], self.settings)
 
     def system(self, name: str) -> System:
         """What the layer of that name reads."""

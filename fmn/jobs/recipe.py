@@ -96,12 +96,12 @@ def _name(model: Model) -> str:
 
 def _hash_sample(model: Model) -> str:
     parts = [model.encode(PROBE).context]
-    with model.borrow() as borrowed:
-        parts += [borrowed.module(layer.name).weight[:1] for layer in layers(model.family)]
+    with model.borrow_denoiser() as denoiser:
+        parts += [denoiser.module(layer.name).weight[:1] for layer in layers(model.family)]
         rows = [part.detach().to("cpu", torch.float16) for part in parts]
-        alphas = borrowed.alphas_cumprod
+        alphas = denoiser.alphas_cumprod
         # In float32: float16 cannot tell the ends of schedules apart.
-        rows.append(borrowed.sigmas if alphas is None else alphas)
+        rows.append(denoiser.sigmas if alphas is None else alphas)
     return _hash_tensors(rows)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..linalg import truncate
+from ..linalg import truncate_matrix
 
 
 def _apply(module, x, weight):
@@ -19,7 +19,7 @@ def _apply(module, x, weight):
     return F.linear(x, weight)
 
 
-class LowRank(nn.Module):
+class LowRankAdapter(nn.Module):
     """W + up @ down with float32 factors (LoRA, Hu et al. 2021). Starts at zero change.
 
     Args:
@@ -47,7 +47,7 @@ class LowRank(nn.Module):
         return self.up.detach(), self.down.detach(), 0.0
 
 
-class Fixed(nn.Module):
+class FixedAdapter(nn.Module):
     """W + sum of strength * up @ down: patches that are worn, not trained.
 
     Args:
@@ -62,10 +62,10 @@ class Fixed(nn.Module):
         self.register_buffer("up", torch.cat(ups, 1).to(device))
         self.register_buffer("down", torch.cat(downs, 0).to(device))
 
-    forward = LowRank.forward
+    forward = LowRankAdapter.forward
 
 
-class Full(nn.Module):
+class FullAdapter(nn.Module):
     """W + change, every weight free, in float32 whatever precision W has.
 
     bfloat16 masters would not do: an AdamW step of 2e-6 is below half a unit in the last place
@@ -81,7 +81,7 @@ class Full(nn.Module):
         return _apply(module, x, self.change.to(x))
 
     def factors(self, rank):
-        return truncate(self.change.detach(), rank)
+        return truncate_matrix(self.change.detach(), rank)
 
 
 class Switch:
@@ -104,7 +104,7 @@ def attached(adapters, module_of, switch=None):
     """Add each adapter's output to its layer's for a while; yields their ``Switch``.
 
     Args:
-        adapters: layer name -> LowRank, Full or Fixed.
+        adapters: layer name -> LowRankAdapter, FullAdapter or Fixed.
         module_of: function from a layer name to the host's module.
         switch: of others that are attached, to turn all off at once; None makes a new one.
     """

@@ -32,11 +32,11 @@ class Attention:
     layers: torch.Tensor | None = None
 
 
-class Probe:
+class AttentionProbe:
     """Fixed noise, time steps and prompts, looked at again and again.
 
     Args:
-        looked_at: a concept: (text of one prompt, flags bool [1, T], latent [1, 4, h, w]).
+        probe_inputs: a concept: (text of one prompt, flags bool [1, T], latent [1, 4, h, w]).
         steps: shares of the schedule; a look costs one forward for each concept and step.
     """
 
@@ -48,18 +48,18 @@ class Probe:
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
-    def look(self, borrowed):
+    def measure(self, denoiser):
         """One ``Attention`` a concept."""
-        modules = [borrowed.module(name) for name in self.names]
-        with watch_attention(modules, borrowed.context_argument) as watch:
-            return [self._look_at(borrowed, watch, *one) for one in self.probe_inputs]
+        modules = [denoiser.module(name) for name in self.names]
+        with watch_attention(modules, denoiser.context_argument) as watch:
+            return [self._look_at(denoiser, watch, *one) for one in self.probe_inputs]
 
-    def _look_at(self, borrowed, watch, text, flags, latent):
-        flags = flags.to(borrowed.device)
+    def _look_at(self, denoiser, watch, text, flags, latent):
+        flags = flags.to(denoiser.device)
         shares, places = [], []
         for t, alpha in zip(self.t, self.alphas_cumprod):
-            x_t = q_sample(latent, self.noise, alpha).to(borrowed.device)
-            watched = watch(flags, partial(borrowed.denoise, x_t, t[None], text))
+            x_t = q_sample(latent, self.noise, alpha).to(denoiser.device)
+            watched = watch(flags, partial(denoiser.predict_noise, x_t, t[None], text))
             shares.append(attention_share(watched))
             places.append(_places(watched))
         layers = torch.stack(places).mean(0)
@@ -79,7 +79,7 @@ def _places(watched):
     return torch.stack(maps)
 
 
-def flags_of(model, prompt, end_tokens="none"):
+def concept_flags(model, prompt, end_tokens="none"):
     """Which tokens of a ``Prompt`` name its subject, bool [1, T]; see ``flagged_positions``."""
     ids = model.tokenize(prompt)
     subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
@@ -88,16 +88,16 @@ def flags_of(model, prompt, end_tokens="none"):
     return flags
 
 
-def look_at(model, data):
-    """``Probe.look`` at a model that nothing is attached to.
+def measure_attention(model, data):
+    """``AttentionProbe.measure`` at a model that nothing is attached to.
 
     Args:
-        data: has a ``looked_at()``, which gives what ``Probe`` takes; a method's prepared data.
+        data: a method's prepared data; its ``probe_inputs()`` are those of ``AttentionProbe``.
     """
-    with model.borrow() as borrowed:
-        return Probe(model.family, data.probe_inputs(), borrowed.alphas_cumprod, STEPS).look(
-            borrowed
-        )
+    with model.borrow_denoiser() as denoiser:
+        return AttentionProbe(
+            model.family, data.probe_inputs(), denoiser.alphas_cumprod, STEPS
+        ).measure(denoiser)
 
 
 BLOCKS = {"down_blocks": "down", "mid_block": "middle", "up_blocks": "up"}

@@ -40,8 +40,8 @@ def rows(text, index):
     return Text(text.context[index], vectors)
 
 
-class Borrowed(Protocol):
-    """A loaded U-Net that autograd can work with, for as long as ``Model.borrow`` lasts.
+class Denoiser(Protocol):
+    """A loaded U-Net that autograd can work with, for as long as ``Model.borrow_denoiser`` lasts.
 
     All its weights are frozen. Methods may hook its modules and must unhook them again.
     """
@@ -55,15 +55,15 @@ class Borrowed(Protocol):
     def module(self, layer) -> torch.nn.Module:
         """The Linear or Conv2d, or the attn2 module, of that diffusers name."""
 
-    def denoise(self, x_t, t, text) -> torch.Tensor:
+    def predict_noise(self, x_t, t, text) -> torch.Tensor:
         """Predicted noise [B, 4, h, w] for x_t [B, 4, h, w] at integer steps t [B]."""
 
     def checkpoint_blocks(self) -> list[torch.nn.Module]:
         """Modules worth recomputing in the backward pass instead of keeping their activations."""
 
 
-class BorrowedText(Protocol):
-    """A model's text encoders that autograd can work with, while ``Model.borrow_text`` lasts.
+class TextEncoder(Protocol):
+    """Text encoders that autograd can work with, while ``Model.borrow_text_encoder`` lasts.
 
     All their weights are frozen. Methods may hook their modules and must unhook them again. Of
     models with two encoders no words' input embeddings can be had or put in.
@@ -136,18 +136,18 @@ class Model(Protocol):
     def fingerprint(self) -> str:
         """``fingerprint`` of the loaded weights without any patches."""
 
-    def borrow(self):
-        """Context manager that gives a ``Borrowed`` and takes it back unchanged."""
+    def borrow_denoiser(self):
+        """Context manager that gives a ``Denoiser`` and takes it back unchanged."""
 
-    def borrow_text(self, words=True):
-        """Context manager that gives a ``BorrowedText`` and takes it back unchanged.
+    def borrow_text_encoder(self, words=True):
+        """Context manager that gives a ``TextEncoder`` and takes it back unchanged.
 
         Args:
             words: input words are to be learned, which two encoders refuse at once.
         """
 
 
-def two_encoders(family):
+def two_encoders_error(family):
     """The refusal to learn words for a model with two text encoders."""
     return ForgetError(
         f"{family.title} has two text encoders, whose words cannot be learned yet: use a Stable "

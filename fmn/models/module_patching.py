@@ -9,6 +9,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
+def autograd():
+    """Leave inference mode, in which ComfyUI runs nodes and whose tensors autograd refuses."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def replaced(modules, make):
     """Set ``module.forward = make(module)`` on each; puts back what was there, also on error."""
     before = []

@@ -1,9 +1,10 @@
-"""DDIM (Song et al. 2021) over any host's ``Borrowed.denoise``, from embeddings instead of words.
+"""DDIM (Song et al. 2021) over any host, from embeddings instead of words.
 
 A bench needs more of a sampler than a host's own gives: to start in the middle, to change the
 predicted noise on the way, to draw from learned embeddings, and to do the same in every host.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,20 @@ class Sampling:
             raise ForgetError(f"size is {self.size}: use a multiple of 64 up to 4096, or 0.")
 
 
-def spaced(total, steps):
+def trailing_timesteps(total, steps):
     """Time steps from ``total`` - 1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
     return [round(total - i * total / steps) - 1 for i in range(steps)]
+
+
+def seeded_noise(seeds: Iterable[int], side: int, channels: int = 4) -> torch.Tensor:
+    """Noise of unit variance [N, channels, side, side] on the CPU, from one generator a seed.
+
+    A seed's noise is the same in any batch and on any device.
+    """
+    shape = channels, side, side
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 def expand(text, count):
@@ -50,50 +62,50 @@ def expand(text, count):
     return Text(text.context.expand(count, -1, -1), vectors)
 
 
-def guided(borrowed, text, empty, guidance):
+def guided(denoiser, text, empty, guidance):
     """A function from x_t [B, 4, h, w] and t to the guided noise; ``empty`` is one prompt's."""
     if guidance == 1:
-        return lambda x, t: borrowed.denoise(x, torch.full((len(x),), t), text)
+        return lambda x, t: denoiser.predict_noise(x, torch.full((len(x),), t), text)
     if text.alone:
 
         def apart(x, t):
-            with_text, without = predictions(borrowed, x, t, [text, empty])
+            with_text, without = predictions(denoiser, x, t, [text, empty])
             return without + guidance * (with_text - without)
 
         return apart
     both = Text.cat([text, expand(empty, len(text.context))])
 
     def predict(x, t):
-        noise = borrowed.denoise(torch.cat([x, x]), torch.full((2 * len(x),), t), both)
+        noise = denoiser.predict_noise(torch.cat([x, x]), torch.full((2 * len(x),), t), both)
         with_text, without = noise.chunk(2)
         return without + guidance * (with_text - without)
 
     return predict
 
 
-def predictions(borrowed, x, t, texts):
+def predictions(denoiser, x, t, texts):
     """Predicted noise for x [B, C, h, w] at the step t, given each of several prompts [1, T, D].
 
     In one batch, for which all must have the same T; with a forward for each if they are alone.
     """
     if texts[0].alone:
-        return [borrowed.denoise(x, torch.full((len(x),), t), text) for text in texts]
+        return [denoiser.predict_noise(x, torch.full((len(x),), t), text) for text in texts]
     rows = Text.cat([expand(text, len(x)) for text in texts])
     many = x.repeat(len(texts), 1, 1, 1)
-    return borrowed.denoise(many, torch.full((len(many),), t), rows).split(len(x))
+    return denoiser.predict_noise(many, torch.full((len(many),), t), rows).split(len(x))
 
 
-def begin(borrowed, predict, noise, steps, last):
+def begin(denoiser, predict, noise, steps, last):
     """The first ``last`` of ``steps`` steps of a drawing from noise, as the model is drawn with."""
-    if borrowed.alphas_cumprod is None:
-        return euler(predict, noise, borrowed.sigmas, borrowed.scales, steps, last)
-    return ddim(predict, noise, borrowed.alphas_cumprod, steps, last=last)
+    if denoiser.alphas_cumprod is None:
+        return euler(predict, noise, denoiser.sigmas, denoiser.scales, steps, last)
+    return ddim(predict, noise, denoiser.alphas_cumprod, steps, last=last)
 
 
-def step_count(borrowed):
+def step_count(denoiser):
     """Number of time steps that a borrowed model knows."""
-    alphas = borrowed.alphas_cumprod
-    return len(borrowed.sigmas if alphas is None else alphas)
+    alphas = denoiser.alphas_cumprod
+    return len(denoiser.sigmas if alphas is None else alphas)
 
 
 @torch.no_grad()
@@ -113,7 +125,7 @@ def euler(predict, x, sigmas, scales, steps, last):
     Returns:
         x_t at step ``last``, [B, C, h, w].
     """
-    times = spaced(len(sigmas), steps)
+    times = trailing_timesteps(len(sigmas), steps)
     for now, following in zip(times[:last], times[1:]):
         step = predict(x, now).to(x) * (sigmas[following] - sigmas[now]).to(x)
         x = (x * scales[now].to(x) + step) / scales[following].to(x)
@@ -155,7 +167,7 @@ def ddim(
     Returns:
         x_0 (or x at step ``last``), [B, 4, h, w].
     """
-    times = spaced(len(alphas_cumprod), steps)
+    times = trailing_timesteps(len(alphas_cumprod), steps)
     last = steps if last is None else last
     for i in range(first, last):
         alpha = alphas_cumprod[times[i]].to(x)

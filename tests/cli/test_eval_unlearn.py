@@ -80,10 +80,10 @@ def saved(folder):
 
 def expected(prompts, seeds, patches=()):
     """What the diffusers host draws by itself."""
-    model = DiffusersModel.load("demo").merged(patches)
+    model = DiffusersModel.load("demo").add_patches(patches)
     return pixels(
         to_image(model.decode(model.sample_latents([prompt], noise, 2, 3.5))[0])
-        for prompt, noise in zip(prompts, model.latents_like(seeds, 64).split(1))
+        for prompt, noise in zip(prompts, model.initial_noise(seeds, 64).split(1))
     )
 
 
@@ -156,7 +156,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone():
 def test_draws_what_free_run_draws_from_the_merged_model(registry, patch, tmp_path, monkeypatch):
     """The same noise, first and, with a scheduler that adds some, on the way."""
     monkeypatch.delenv("HF_TOKEN", raising=False)  # it would log in
-    DiffusersModel.load("demo").merged([(load_patch(patch), 0.7)]).save(tmp_path / "merged")
+    DiffusersModel.load("demo").add_patches([(load_patch(patch), 0.7)]).save(tmp_path / "merged")
     config = {"num_inference_steps": 3, "guidance_scale": 5.0, "device": "cpu"}
     theirs = get_technique("free_run")(model_id=str(tmp_path / "merged"), **config)
     ours = ForgetMeNotTechnique(model="demo", patches=[f"{patch}:0.7"], **config)
@@ -191,7 +191,7 @@ BAD = {
     "no concepts": ({"concepts": []}, "nothing to forget"),
     "settings alone": ({"patches": [], "settings": {"rank": 1}}, "settings are for training"),
     "unknown setting": ({"concepts": ["dog"], "settings": {"step": 1}}, "no setting 'step'"),
-    "text as number": ({"concepts": ["dog"], "settings": {"kept": "4"}}, "kept is '4'"),
+    "text as number": ({"concepts": ["dog"], "settings": {"kept": "4"}}, "keep_prompts is '4'"),
     "unknown method": ({"concepts": ["dog"], "method": "hope"}, "There is no method 'hope'"),
     "true as number": ({"patches": [], "seed": True}, "seed is True: write a whole number"),
     "patch as text": ({"patches": "dog.safetensors"}, "patches is 'dog.safetensors': write a list"),

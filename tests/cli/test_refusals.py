@@ -71,7 +71,7 @@ REFUSED = {
                  "--preserve is nan.*0 to 1000"),
     "save every": ([*FORGET, "--save-every", "-1"], "--save-every is -1"),
     # Kinds, methods and options that do not fit
-    "kind": (["forget", "demo", "person:elon musk"], "'person'.*kind.*identity, object"),
+    "kind": (["forget", "demo", "person:elon musk"], "'person'.*kind.*identity"),
     "no model": (["batch", "list.txt"], "required: --model.*python -m fmn batch --help"),
     "joint without": (["merge", PATCH, "--how", "joint"], "--how joint.*--model"),
     "for joint": (["merge", PATCH, "--model", "demo"], "--model is for --how joint"),

@@ -47,9 +47,10 @@ def made(pack):
     """Function to a preset's patch of a short run."""
     methods = pack("fmn.methods")
 
-    def forget(host, preset, name="dog", on_step=lambda step: None):
+    def forget(host, preset, name="dog", after_step=None):
+        options = pack("fmn.training.run").TrainingOptions(after_step=after_step)
         settings = methods.settings_of(preset, SHORT.get(preset, {}))
-        return methods.forget(host, [concept(pack, name)], settings, on_step)
+        return methods.forget(host, [concept(pack, name)], settings, options=options)
 
     return forget
 
@@ -99,11 +100,11 @@ def test_text_encoders_come_back_after_a_preview(
     expected, pictures = made(comfy_model, preset), []
     previews = pack("fmn.training.preview").Previews(comfy_model, ["a dog"], steps=1)
 
-    def draw(step):
-        pictures.extend(previews.during(step.training))
+    def draw(progress, run):
+        pictures.extend(previews.during(run))
 
     little("tight")
-    assert_same(made(comfy_model, preset, on_step=draw), expected)
+    assert_same(made(comfy_model, preset, after_step=draw), expected)
     assert len(pictures) == 2
 
 
@@ -115,9 +116,9 @@ def test_contexts_that_attack_are_where_texts_are(pack, comfy_model, made, monke
     )
 
     @contextmanager
-    def contexts(model, borrowed):
-        assert borrowed.device == plugin.CARD
-        yield lambda *given: adversaries.Context(*given, borrowed.device)
+    def contexts(model, denoiser):
+        assert denoiser.device == plugin.CARD
+        yield lambda *given: adversaries.Context(*given, denoiser.device)
 
     monkeypatch.setattr(hardening, "adversaries", contexts)
     assert comfy_model.encode(concept(pack).training_prompts()[0]).context.device.type == "cpu"

@@ -17,8 +17,15 @@ from fmn.methods.reread import Settings as Reread
 from fmn.models.families import FAMILIES
 from fmn.models.token_positions import CHUNK
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import TINY, Cancelled, TinyModel, metadata_of, rewrite, same_tensors, weights_of
+from tests.unit.tiny import (
+    TINY,
+    Cancelled,
+    TinyModel,
+    metadata_of,
+    rewrite,
+    same_tensors,
+    weights_of,
+)
 
 CONCEPTS = [
     Concept("dog", aliases=("hound",), anchor="cat"),
@@ -30,7 +37,7 @@ UCE = settings_of("uce", {"keep_list": "none"})
 KEEP = ("blue house", "a man on a horse")
 # What makes each method short; the four that only watch the U-Net read no texts through the cache.
 SHORT = {
-    "keep_list": "none", "prompts": 3, "kept": 4, "steps": 2, "batch": 2, "size": 64,
+    "keep_list": "none", "prompts": 3, "keep_prompts": 4, "steps": 2, "batch": 2, "size": 64,
     "sampling_steps": 1,
 }  # fmt: skip
 WATCHING = "resteer", "esd", "ablation", "casteer"
@@ -59,11 +66,11 @@ class Timed(TinyModel):
     """With a noise schedule that ends in less of the picture, as for zero terminal SNR."""
 
     @contextmanager
-    def borrow(self):
-        with super().borrow() as borrowed:
-            borrowed.alphas_cumprod = borrowed.alphas_cumprod.clone()
-            borrowed.alphas_cumprod[-1] = 2**-24
-            yield borrowed
+    def borrow_denoiser(self):
+        with super().borrow_denoiser() as denoiser:
+            denoiser.alphas_cumprod = denoiser.alphas_cumprod.clone()
+            denoiser.alphas_cumprod[-1] = 2**-24
+            yield denoiser
 
 
 def names(folder):
@@ -310,7 +317,7 @@ def test_what_is_read_while_the_text_is_borrowed_is_not_remembered():
     model = Counting()
     cache, position = CachingModel(model), model.position
     known = cache.encode_all(["a"])
-    with cache.borrow_text():
+    with cache.borrow_text_encoder():
         model.position = position + 1
         assert not cache.encode_all(["a"]).equal(known)
         cache.encode_all(["b"])

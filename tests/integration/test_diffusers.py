@@ -32,7 +32,7 @@ def test_samples_have_unit_variance_with_any_scheduler(model, name):
     pipeline.scheduler = getattr(diffusers, name).from_config(
         pipeline.scheduler.config, timestep_spacing="trailing"
     )
-    latents = model.sample_latents(["a photo of a dog"], model.latents_like([0], 128), 6, 3.5)
+    latents = model.sample_latents(["a photo of a dog"], model.initial_noise([0], 128), 6, 3.5)
     assert 0.5 < latents.std() < 2
 
 
@@ -100,10 +100,10 @@ def test_a_variant_with_another_input_layer_is_refused(model):
     model.unet.register_to_config(in_channels=5)
     patch = ForgetPatch(DEMO, {"conv_in": (torch.ones(64, 1, 1, 1), torch.ones(1, 4, 3, 3))})
     with pytest.raises(ForgetError, match=r"\[64, 4, 3, 3\], the model has \[64, 5, 3, 3\]"):
-        model.merged([(patch, 1.0)])
-    with pytest.raises(ForgetError, match="reads 5 channels"), model.borrow():
+        model.add_patches([(patch, 1.0)])
+    with pytest.raises(ForgetError, match="reads 5 channels"), model.borrow_denoiser():
         pass
     keys = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     before = model.unet.get_submodule(keys).weight.clone()
-    model.merged([(ForgetPatch(DEMO, {keys: (torch.ones(192, 1), torch.ones(1, 128))}), 0.5)])
+    model.add_patches([(ForgetPatch(DEMO, {keys: (torch.ones(192, 1), torch.ones(1, 128))}), 0.5)])
     assert torch.allclose(model.unet.get_submodule(keys).weight, before + 0.5)

@@ -13,12 +13,12 @@ import torch
 from ...errors import ForgetError
 from ...images import square
 from ...models.families import INPUT_CHANNELS, identify, layers, layers_by_name
-from ...models.interface import Text, fingerprint, two_encoders
+from ...models.interface import Text, fingerprint, two_encoders_error
 from ...models.sampling import DRAWN_AT_ONCE
 from ...models.token_positions import CHUNK
 from .text_encoder import (
     FLOATS,
-    borrow_text,
+    borrow_text_encoder,
     bring_back,
     frozen,
     load_whole,
@@ -187,7 +187,7 @@ class ComfyModel:
                 )
 
     @contextmanager
-    def borrow(self):
+    def borrow_denoiser(self):
         """Load the U-Net so that autograd can use it; see ``docs/architecture.md``."""
         channels = self.patcher.model.diffusion_model.in_channels
         if channels not in INPUT_CHANNELS:
@@ -202,7 +202,7 @@ class ComfyModel:
                 f"{given}, as it knows no such variant of the family: train on its base model."
             )
         with self._loaded() as patcher:
-            yield Borrowed(self, patcher)
+            yield Denoiser(self, patcher)
 
     def _channels_beside_noise(self):
         x = torch.zeros(1, 4, 8, 8)
@@ -219,14 +219,14 @@ class ComfyModel:
             yield patcher
 
     @contextmanager
-    def borrow_text(self, words=True):
+    def borrow_text_encoder(self, words=True):
         """Load the text encoders so that autograd can use them."""
         self._need_clip()
         if words and self.family.vector_dim is not None:
-            raise two_encoders(self.family)
+            raise two_encoders_error(self.family)
         self.clip = plain_clip(self.clip)
-        with borrow_text(self) as borrowed:
-            yield borrowed
+        with borrow_text_encoder(self) as text_encoder:
+            yield text_encoder
 
     def patched(self, patch, strength):
         """A clone of the MODEL with the patch on it; ComfyUI merges it when it loads the model."""
@@ -249,8 +249,8 @@ class ComfyModel:
         return clone
 
 
-class Borrowed:
-    """``fmn.models.interface.Borrowed`` over a loaded patcher."""
+class Denoiser:
+    """``fmn.models.interface.Denoiser`` over a loaded patcher."""
 
     context_argument = "context"
 
@@ -277,7 +277,7 @@ class Borrowed:
         # The VAE or the text encoder may have needed the memory.
         bring_back(self.patcher, self.device, ALL_MEMORY)
 
-    def denoise(self, x_t, t, text):
+    def predict_noise(self, x_t, t, text):
         # A step of a method may draw for a while first.
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._back()

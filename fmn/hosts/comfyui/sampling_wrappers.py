@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ...errors import ForgetError
 from ...guidance.prompt_gate import Gated
 from ...guidance.safe_latent_diffusion import SafeGuidance, step_of
-from ...models.adapters import Fixed, attached
+from ...models.adapters import FixedAdapter, attached
 from ...text import printable
 
 SAFE = "fmn_safe_latent_diffusion"
@@ -181,7 +181,7 @@ def gated(host, patch, strength, gate):
     def prepare(guider, sigmas):
         device = guider.model_patcher.load_device
         adapters = {
-            name: Fixed([(up, down, strength)], device)
+            name: FixedAdapter([(up, down, strength)], device)
             for name, (up, down) in patch.changes.items()
         }
         told = False

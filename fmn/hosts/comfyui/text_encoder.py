@@ -9,7 +9,7 @@ import torch
 
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
-from ...models.interface import Text, tokenize_with_placeholders, two_encoders
+from ...models.interface import Text, tokenize_with_placeholders, two_encoders_error
 from ...models.token_positions import CHUNK, EOS_ID, word_positions
 
 FLOATS = torch.float32, torch.float16, torch.bfloat16
@@ -71,14 +71,14 @@ def bring_back(patcher, device, beside=0):
 
 
 @contextmanager
-def borrow_text(host):
-    """``Model.borrow_text`` of a ``ComfyModel`` that has a CLIP."""
+def borrow_text_encoder(host):
+    """``Model.borrow_text_encoder`` of a ``ComfyModel`` that has a CLIP."""
     patcher = host.clip.patcher
     load_whole(patcher)
     with frozen(patcher.model):
-        borrowed = _BorrowedText(host)
-        with _copied_inputs(borrowed.stage):
-            yield borrowed
+        text_encoder = _TextEncoder(host)
+        with _copied_inputs(text_encoder.stage):
+            yield text_encoder
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def shortened(stage, length):
         yield
 
 
-class _BorrowedText:
+class _TextEncoder:
     def __init__(self, host):
         self.host, self.clip, self.stage = host, host.clip, host.clip.cond_stage_model
         sections = self.clip.tokenize("", disable_weights=True)
@@ -188,14 +188,14 @@ class _BorrowedText:
 
     def vectors(self, words):
         if self.pair:
-            raise two_encoders(self.host.family)
+            raise two_encoders_error(self.host.family)
         ids = self._ids(words)
         found = [ids[position] for position in word_positions(ids)]
         return self._embedding().weight[found].detach().float().cpu().clone()
 
     def encode(self, prompt, vectors=None):
         if self.pair and vectors is not None:
-            raise two_encoders(self.host.family)
+            raise two_encoders_error(self.host.family)
         ids = tokenize_with_placeholders(self._ids, prompt, 0 if vectors is None else len(vectors))
         if self.pair:
             tokens = self.clip.tokenize(prompt, disable_weights=True)

@@ -14,7 +14,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 from ...errors import ForgetError
 from ...models.interface import Text
 from ...models.unknown_family import family_of_model
-from .model import Borrowed, ComfyModel, known_family, plain
+from .model import ComfyModel, Denoiser, known_family, plain
 
 FLOWS = comfy.model_sampling.CONST, comfy.model_sampling.COSMOS_RFLOW
 # Pixels a side for one of the latent, where that is not 8.
@@ -23,12 +23,12 @@ NO_PICTURES = "SC_Prior", "SC_B", "SD_X4", "ACEAudio"  # Stable Cascade, an upsc
 
 
 def host_of(patcher, clip=None, vae=None):
-    """``ComfyModel`` for the families we know, else ``OtherModel``."""
-    host = OtherModel if known_family(patcher) is None else ComfyModel
+    """``ComfyModel`` for the families we know, else ``UnknownModel``."""
+    host = UnknownModel if known_family(patcher) is None else ComfyModel
     return host(patcher, clip, vae)
 
 
-class OtherModel(ComfyModel):
+class UnknownModel(ComfyModel):
     """What ESD needs of ``fmn.models.interface.Model``, over any MODEL that predicts from text."""
 
     def __init__(self, patcher, clip=None, vae=None):
@@ -64,12 +64,12 @@ class OtherModel(ComfyModel):
         return Text(found.pop("cond"), found, alone=True)
 
     @contextmanager
-    def borrow(self):
+    def borrow_denoiser(self):
         """Load the model so that autograd can use it; see ``docs/architecture.md``."""
         self._check_latents()
         # Many models add in place to what backward needs; such a tensor is copied before.
         with self._loaded() as patcher, allow_mutation_on_saved_tensors():
-            yield OtherBorrowed(self, patcher)
+            yield UnknownDenoiser(self, patcher)
 
     def _check_latents(self):
         model = self.patcher.model
@@ -88,7 +88,7 @@ class OtherModel(ComfyModel):
             )
 
 
-class OtherBorrowed(Borrowed):
+class UnknownDenoiser(Denoiser):
     """A model by ComfyUI's own noise levels; ``denoise`` gives d = (x - clean) / sigma.
 
     That is the noise in models that predict noise or v, and the velocity in flow models. x_t is

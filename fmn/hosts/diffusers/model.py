@@ -3,6 +3,7 @@
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from safetensors import SafetensorError
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...images import square
-from ...linalg import merge
+from ...linalg import full_change
 from ...models.families import INPUT_CHANNELS, identify
 from ...models.interface import Text, fingerprint
-from ...models.sampling import DRAWN_AT_ONCE
+from ...models.sampling import DRAWN_AT_ONCE, seeded_noise
 from ...models.token_positions import CHUNK
 from .load import drawing_text, load_pipeline
-from .text_encoder import borrow_text, frozen, shortened
+from .text_encoder import borrow_text_encoder, frozen, shortened
 
 ENCODED_AT_ONCE = 32 * CHUNK  # tokens
 PIXELS_AT_ONCE = 1 << 20  # that the autoencoder makes or reads: one picture of XL's size
@@ -147,18 +148,15 @@ class DiffusersModel:
         known = hasattr(encoder, "text_model")
         return encoder.get_submodule(path if known else path.removeprefix("text_model."))
 
-    def latents_like(self, seeds, size):
-        """First noise [N, 4, size/8, size/8], one generator a seed, on the CPU."""
-        shape = 4, size // 8, size // 8
-        return torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
+    def initial_noise(self, seeds: Iterable[int], size: int) -> torch.Tensor:
+        """``seeded_noise`` [N, 4, size/8, size/8] for pictures of ``size`` pixels a side."""
+        return seeded_noise(seeds, size // 8)
 
     @torch.no_grad()
     def sample(self, prompt, seeds, size, steps, guidance):
         found = [
             self.sample_latents([prompt.text] * len(noise), noise, steps, guidance).float().cpu()
-            for noise in self.latents_like(seeds, size).split(DRAWN_AT_ONCE)
+            for noise in self.initial_noise(seeds, size).split(DRAWN_AT_ONCE)
         ]
         return torch.cat(found)
 
@@ -206,7 +204,7 @@ class DiffusersModel:
         return torch.cat(found)
 
     @contextmanager
-    def borrow(self):
+    def borrow_denoiser(self):
         channels = self.unet.config.in_channels
         if channels not in INPUT_CHANNELS:
             raise ForgetError(
@@ -215,12 +213,12 @@ class DiffusersModel:
                 "patch to it."
             )
         with frozen([self.unet]), _filled(self.unet):
-            yield _Borrowed(self)
+            yield _Denoiser(self)
 
-    def borrow_text(self, words=True):
-        return borrow_text(self, words)
+    def borrow_text_encoder(self, words=True):
+        return borrow_text_encoder(self, words)
 
-    def merged(self, patches):
+    def add_patches(self, patches):
         """Add patches to the weights for good; a list of (patch, strength)."""
         with torch.no_grad():
             for patch, strength in patches:
@@ -229,9 +227,11 @@ class DiffusersModel:
                 patch.check_shapes(lambda layer: self._any_module(layer.name).weight, text=True)
                 for name, factors in patch.changes.items():
                     weight = self._any_module(name).weight
-                    change = merge(*(factor.to(weight.device) for factor in factors))
+                    change = full_change(*(factor.to(weight.device) for factor in factors))
                     weight += (strength * change).to(weight.dtype)
         return self
+
+    merged = add_patches  # deprecated: the name in version 0.1
 
     def _any_module(self, name):
         is_text = name.startswith("text_encoder")
@@ -256,7 +256,7 @@ class DiffusersModel:
             shutil.rmtree(part, ignore_errors=True)
 
 
-class _Borrowed:
+class _Denoiser:
     context_argument = "encoder_hidden_states"
 
     def __init__(self, model):
@@ -268,7 +268,7 @@ class _Borrowed:
     def module(self, name):
         return self.unet.get_submodule(name)
 
-    def denoise(self, x_t, t, text):
+    def predict_noise(self, x_t, t, text):
         dtype = self.unet.dtype
         x_t = x_t.to(self.device, dtype)
         output = self.unet(

@@ -5,19 +5,19 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 
 from ...concepts.concept import Prompt
-from ...models.interface import Text, tokenize_with_placeholders, two_encoders
+from ...models.interface import Text, tokenize_with_placeholders, two_encoders_error
 from ...models.token_positions import CHUNK, word_positions
 
 
 @contextmanager
-def borrow_text(model, words=True):
-    """``Model.borrow_text`` of a ``DiffusersModel``."""
+def borrow_text_encoder(model, words=True):
+    """``Model.borrow_text_encoder`` of a ``DiffusersModel``."""
     if words and model.family.vector_dim is not None:
-        raise two_encoders(model.family)
+        raise two_encoders_error(model.family)
     names = ("text_encoder", "text_encoder_2")[: len(model.family.texts)]
     encoders = [getattr(model.pipeline, name) for name in names]
     with frozen(encoders):
-        yield _BorrowedText(model, encoders)
+        yield _TextEncoder(model, encoders)
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def shortened(pipeline, length):
         yield
 
 
-class _BorrowedText:
+class _TextEncoder:
     def __init__(self, model, encoders):
         self.model, self.encoder, self.pair = model, encoders[0], len(encoders) > 1
         self.encoders = encoders
@@ -74,7 +74,7 @@ class _BorrowedText:
 
     def vectors(self, words):
         if self.pair:
-            raise two_encoders(self.model.family)
+            raise two_encoders_error(self.model.family)
         ids = self._ids(words)
         found = [ids[position] for position in word_positions(ids)]
         return self.embedding.weight[found].detach().float().clone()
@@ -101,7 +101,7 @@ class _BorrowedText:
 
     def encode(self, prompt, vectors=None):
         if self.pair and vectors is not None:
-            raise two_encoders(self.model.family)
+            raise two_encoders_error(self.model.family)
         ids = tokenize_with_placeholders(self._ids, prompt, 0 if vectors is None else len(vectors))
         if self.pair:
             context, _, pooled, _ = self.model.pipeline.encode_prompt(

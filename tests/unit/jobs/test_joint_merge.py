@@ -16,7 +16,14 @@ from ..tiny import TINY, Cancelled, TinyModel, make_patch, same_tensors, traces,
 CONCEPTS = [Concept("dog", aliases=("hound",)), Concept("van gogh", "style")]
 UCE = settings_of("uce", {"keep_list": "none"})
 REREAD = settings_of(
-    "reread", {"prompts": 3, "kept": 8, "drawn": 2, "sampling_steps": 2, "places": 3}
+    "reread",
+    {
+        "prompts": 3,
+        "keep_prompts": 8,
+        "images_per_concept": 2,
+        "sampling_steps": 2,
+        "query_positions": 3,
+    },
 )
 
 

@@ -5,25 +5,25 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..concepts.concept import Prompt
-from .adapters import Fixed, attached
+from .adapters import FixedAdapter, attached
 from .interface import Text
-from .sampling import Sampling, ddim, guided
+from .sampling import Sampling, ddim, guided, seeded_noise
 
 CACHED_TEXTS = 4096
 
 
-class Studio:
-    """Draws pictures from prompts or embeddings. Made by ``open_studio``.
+class ImageSampler:
+    """Draws pictures from prompts or embeddings. Made by ``open_sampler``.
 
     Attributes:
-        model, borrowed: the host, and its U-Net.
+        model, denoiser: the host, and its U-Net.
         sampling: a ``Sampling`` whose size is never 0.
         batch: pictures drawn at once.
         on_pictures: called with the number of pictures after each batch; may raise to cancel.
     """
 
-    def __init__(self, model, borrowed, sampling, batch, on_pictures):
-        self.model, self.borrowed, self.batch = model, borrowed, batch
+    def __init__(self, model, denoiser, sampling, batch, on_pictures):
+        self.model, self.denoiser, self.batch = model, denoiser, batch
         self.sampling = Sampling(
             sampling.steps, sampling.guidance, sampling.size or model.family.resolution
         )
@@ -42,7 +42,7 @@ class Studio:
             patch.check_family(self.model.family)
             patch.check_shapes(lambda layer: self._module(layer.name).weight)
             patch.check_shapes(lambda layer: self._module(layer.name).weight, text=True)
-        adapters = _adapters(added, self.borrowed.device)
+        adapters = _adapters(added, self.denoiser.device)
         changes_text = any(patch.changes_text for patch, _ in added)
         with attached(adapters, self._module) as switch:
             self._worn = [*before, (switch, changes_text)]
@@ -53,10 +53,10 @@ class Studio:
 
     def _module(self, name):
         is_text = name.startswith("text_encoder")
-        return (self.model.text_module if is_text else self.borrowed.module)(name)
+        return (self.model.text_module if is_text else self.denoiser.module)(name)
 
     @contextmanager
-    def bare(self):
+    def unpatched(self):
         """As if nothing were worn, for a while."""
         with ExitStack() as stack:
             for switch, _ in self._worn:
@@ -78,20 +78,17 @@ class Studio:
         return Text.cat([self.text(prompt) for prompt in prompts])
 
     def noise(self, seeds):
-        """Pure noise [B, 4, h, w], one generator a seed, on the CPU."""
-        side = self.sampling.size // 8
-        return torch.stack(
-            [torch.randn(4, side, side, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        )
+        """``seeded_noise`` [B, 4, h, w] of the drawings' size."""
+        return seeded_noise(seeds, self.sampling.size // 8)
 
     def predictor(self, text):
-        """``sampling.guided`` for encoded prompts, with the studio's guidance."""
-        return guided(self.borrowed, text, self.text(""), self.sampling.guidance)
+        """``sampling.guided`` for encoded prompts, with the sampler's guidance."""
+        return guided(self.denoiser, text, self.text(""), self.sampling.guidance)
 
     def latents(self, text, x, **options):
         """``sampling.ddim`` from x [B, 4, h, w], on the CPU; options as there."""
-        x = x.to(self.borrowed.device)
-        alphas = self.borrowed.alphas_cumprod
+        x = x.to(self.denoiser.device)
+        alphas = self.denoiser.alphas_cumprod
         return ddim(self.predictor(text), x, alphas, self.sampling.steps, **options).float().cpu()
 
     def decode(self, latents):
@@ -119,15 +116,15 @@ def _adapters(patches, device):
     for patch, strength in patches:
         for name, (up, down) in patch.changes.items():
             factors.setdefault(name, []).append((up, down, strength))
-    return {name: Fixed(found, device) for name, found in factors.items()}
+    return {name: FixedAdapter(found, device) for name, found in factors.items()}
 
 
 @contextmanager
-def open_studio(model, sampling=Sampling(), batch=16, on_pictures=lambda count: None):
+def open_sampler(model, sampling=Sampling(), batch=16, on_pictures=lambda count: None):
     """Borrow a model to draw with; its weights are never written to.
 
     Args:
         model: a ``Model`` that can ``decode``.
     """
-    with model.borrow() as borrowed, torch.no_grad():
-        yield Studio(model, borrowed, sampling, batch, on_pictures)
+    with model.borrow_denoiser() as denoiser, torch.no_grad():
+        yield ImageSampler(model, denoiser, sampling, batch, on_pictures)
