@@ -16,9 +16,7 @@ KEEPERS = {"preserve": "raise preserve", "general": "raise general", "protect": 
 def setting(
     default: Value,
     help: str,
-    low: float | None = None,
-    high: float | None = None,
-    step: float | None = None,
+    limits: tuple[float, ...] = (),
     choices: Iterable[str] = (),
     advanced: bool = False,
     group: str = "",
@@ -28,14 +26,15 @@ def setting(
 
     Args:
         help: what it does and what the end values mean, for tooltips and ``--help``.
-        low, high: limits of a number, both allowed.
-        step: what a number is a multiple of.
+        limits: the least and the largest number, both allowed, and what it is a multiple of, if
+            anything.
         choices: allowed strings.
-        advanced: nodes hide it until asked for all settings.
+        advanced: see ``advanced``.
         group: name of the settings that belong together, "" for none.
         formerly: the name it had in version 0.1, which files, workflows and commands may hold.
             ``Settings.current`` translates it.
     """
+    low, high, step = (*limits, None, None, None)[:3]
     described = {
         "help": help, "low": low, "high": high, "step": step, "choices": tuple(choices),
         "advanced": advanced, "group": group, "formerly": formerly,
@@ -43,61 +42,58 @@ def setting(
     return field(default=default, metadata=described)
 
 
+def advanced(default: Value, help: str, **more: Any) -> Any:
+    """A ``setting`` that nodes hide until asked for all of them."""
+    return setting(default, help, advanced=True, **more)
+
+
 def steps(default: int) -> Any:
     help = "Training steps for each concept. More forget more, and harm neighbours."
-    return setting(default, help, low=1, high=100_000)
+    return setting(default, help, limits=(1, 100_000))
 
 
 def lr(default: float, help: str, **more: Any) -> Any:
-    return setting(default, help, low=1e-8, high=1.0, **more)
+    return setting(default, help, limits=(1e-8, 1.0), **more)
 
 
 def rank(default: int = 4, **more: Any) -> Any:
     return setting(
         default,
         "Rank of the patch: how many directions each layer may change. The file grows with it.",
-        low=1,
-        high=128,
+        limits=(1, 128),
         **more,
     )
 
 
 def full_weights() -> Any:
-    return setting(
+    return advanced(
         False,
         "On: train whole weight matrices, as released, and cut them to the rank when done; needs "
         "far more memory. Off: train the low rank itself.",
-        advanced=True,
     )
 
 
 def size() -> Any:
-    return setting(
+    return advanced(
         0,
         "Pixels a side while training. 0: what the model was made for. Smaller is faster and "
         "needs less memory.",
-        low=0,
-        high=4096,
-        step=64,
-        advanced=True,
+        limits=(0, 4096, 64),
     )
 
 
 def checkpointing() -> Any:
-    return setting(
+    return advanced(
         False,
         "On: save memory by computing some things twice, which takes longer.",
-        advanced=True,
     )
 
 
 def seed() -> Any:
-    return setting(
+    return advanced(
         0,
         "The same seed and settings give the same patch.",
-        low=0,
-        high=MAX_SEED,
-        advanced=True,
+        limits=(0, MAX_SEED),
     )
 
 

@@ -20,17 +20,14 @@ DEMO_GUIDANCE = 3.5
 class Drawing(Settings):
     """How pictures are sampled."""
 
-    steps: int = setting(20, "Sampling steps.", low=1, high=1000)
+    steps: int = setting(20, "Sampling steps.", limits=(1, 1000))
     guidance: float = setting(
         7.0,
         f"Guidance scale. 1: none. For the demo model the default is {DEMO_GUIDANCE}.",
-        low=0.0,
-        high=100.0,
+        limits=(0.0, 100.0),
     )
-    size: int = setting(
-        0, "Pixels a side. 0: what the model was made for.", low=0, high=4096, step=64
-    )
-    seed: int = setting(0, "Same seed, same picture.", low=0, high=MAX_SEED)
+    size: int = setting(0, "Pixels a side. 0: what the model was made for.", limits=(0, 4096, 64))
+    seed: int = setting(0, "Same seed, same picture.", limits=(0, MAX_SEED))
 
 
 def add_apply(commands: Commands) -> None:

@@ -20,7 +20,7 @@ from ..linalg import gram, relative_error, to_float64, truncate_product
 from ..models.families import layers
 from ..patches.patch import MAX_RANK, ForgetPatch, new_info
 from ..progress import OnStep, StepProgress, ignore
-from ..settings import Settings, setting
+from ..settings import Settings, advanced, setting
 from .text_embeddings import Pairs
 
 if TYPE_CHECKING:
@@ -266,8 +266,7 @@ def rank_setting(default: int = 0, **more: Any) -> Any:
         default,
         "Largest rank of a layer's change for each concept; the file grows with it. 0: all of it, "
         f"nothing is cut up to rank {MAX_RANK} in all.",
-        low=0,
-        high=MAX_RANK,
+        limits=(0, MAX_RANK),
         **more,
     )
 
@@ -277,9 +276,7 @@ def erase_setting() -> Any:
         1.0,
         "Weight of what is forgotten. 0: nothing happens. Higher: the concept goes more surely, "
         "and neighbours with it.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
 
 
@@ -287,18 +284,13 @@ def preserve_setting(default: float = 1.0) -> Any:
     return setting(
         default,
         "Weight of what is kept. 0: no keep-list. Higher: what is listed changes less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
 
 
 def damping_setting(default: float) -> Any:
-    return setting(
+    return advanced(
         default,
         "Weight of leaving everything as it is (lambda). Small: a stronger edit. Large: none.",
-        low=1e-6,
-        high=1e6,
-        step=0.01,
-        advanced=True,
+        limits=(1e-6, 1e6, 0.01),
     )

@@ -17,7 +17,7 @@ from ..concepts.keep_list import CHOICES
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..models.token_positions import CHUNK, EOS_ID, mentions, word_positions
-from ..settings import setting
+from ..settings import advanced, setting
 
 if TYPE_CHECKING:
     from ..models.interface import Text, UNetModel
@@ -37,23 +37,21 @@ EMPTY = Prompt("", "")
 
 
 def tokens_setting(default: str = "last") -> Any:
-    return setting(
+    return advanced(
         default,
         "Which of the concept's tokens are edited. last: its last one. from-last: that one, the "
         "end of the text and its padding. subject: all of its words. all: every position but the "
         "start.",
         choices=TOKENS,
-        advanced=True,
     )
 
 
 def keep_tokens_setting() -> Any:
-    return setting(
+    return advanced(
         "last",
         "Which tokens of kept words stay. last: the last one. all: every position, padding and "
         "the empty prompt too.",
         choices=KEEP_TOKENS,
-        advanced=True,
     )
 
 
@@ -66,10 +64,9 @@ def keep_list_setting() -> Any:
 
 
 def expand_setting() -> Any:
-    return setting(
+    return advanced(
         False,
         "On: also edit five templates around each name, such as 'photo of NAME'.",
-        advanced=True,
     )
 
 

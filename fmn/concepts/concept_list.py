@@ -17,7 +17,7 @@ MAX_CONCEPTS = 2000
 MAX_TEXTS = 200  # aliases or prompts of one concept
 MAX_LENGTH = 1000  # letters of one text
 FIELDS = ("name", "kind", "aliases", "prompts", "anchor")
-LISTS = ("aliases", "prompts")
+LIST_FIELDS = ("aliases", "prompts")
 SUFFIXES = (".txt", ".csv", ".yaml", ".yml", ".json")
 Entry: TypeAlias = tuple[int, Any]  # number of its line, from 1, and plain data
 SEPARATORS = re.compile(r"[|;]")  # of aliases and prompts in a cell of CSV
@@ -130,7 +130,8 @@ def concept_of(entry: Any, kind: str = "object") -> Concept:
     if "name" not in entry:
         raise ForgetError("the field 'name' is missing: write the words to forget.")
     values: dict[str, Any] = {
-        name: (_texts if name in LISTS else _text)(value, name) for name, value in entry.items()
+        name: (_texts if name in LIST_FIELDS else _text)(value, name)
+        for name, value in entry.items()
     }
     if "kind" not in values:
         values["kind"], values["name"] = kind_and_name(values["name"], kind)
@@ -194,7 +195,7 @@ def _columns(cells: list[str], place: str) -> list[str]:
 
 def _entry_of_row(cells: dict[str, str]) -> dict[str, Any]:
     entry: dict[str, Any] = {name: cell for name, cell in cells.items() if cell or name == "name"}
-    for name in LISTS:
+    for name in LIST_FIELDS:
         if name in entry:
             texts = (text.strip() for text in SEPARATORS.split(entry[name]))
             entry[name] = [text for text in texts if text]

@@ -4,8 +4,11 @@ The model encodes the patches' prompts, which is what keys and values of cross-a
 its outputs read is computed from them and the queries of a few sampled images.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,12 +20,15 @@ from ..errors import ForgetError
 from ..methods.reread.attention_output import cross_attention_layers, read_out, record_queries
 from ..methods.reread.method import Settings, kept_texts
 from ..methods.reread.regression_data import AT_ONCE, KeptSentences
-from ..models.interface import Denoiser, Model, Text
+from ..models.interface import Text
 from ..models.module_patching import autograd
 from ..patches.merge import Merged, System, finished, joint, opened, system_of
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import PRESERVE
+
+if TYPE_CHECKING:
+    from ..models.interface import UNet, UNetModel
 
 MAX_PROMPTS = 40  # of one concept
 OUTPUT = ".attn2.to_out.0"
@@ -31,7 +37,7 @@ OUTPUT = ".attn2.to_out.0"
 @autograd()
 @torch.no_grad()
 def joint_merge(
-    model: Model,
+    model: UNetModel,
     sources: Sequence[tuple[ForgetPatch | str | Path, float]],
     preserve: float = PRESERVE,
     budget: int = 0,
@@ -144,8 +150,8 @@ class _LayerInputs:
 
     def __init__(
         self,
-        model: Model,
-        denoiser: Denoiser,
+        model: UNetModel,
+        denoiser: UNet,
         settings: Settings,
         prompts: list[list[str]],
         kept: list[str],

@@ -25,7 +25,7 @@ from ..models.sampling import q_sample
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
+from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..training.fit_adapters import Draw, LossOf, reference_latents, shuffled_cycle, train_patch
 from ..training.losses import concept_ablation
 from ..training.run import TrainingOptions
@@ -49,34 +49,30 @@ class Settings(Base, method="ablation"):
         advanced=True,
     )
     rank: int = rank(advanced=True)
-    layers: str = setting(
+    layers: str = advanced(
         "kv",
         "What is trained. kv: keys and values of cross-attention. attention: all of "
         "cross-attention. unet: every linear and convolution layer.",
         choices=("kv", "attention", "unet"),
-        advanced=True,
     )
     full_weights: bool = full_weights()
-    target: str = setting(
+    target: str = advanced(
         "model",
         "What the concept's prompt learns to predict. model: what the model predicts for the "
         "anchor's prompt. noise: the true noise on the anchor's pictures.",
         choices=("model", "noise"),
-        advanced=True,
     )
-    teacher: str = setting(
+    teacher: str = advanced(
         "frozen",
         "Who predicts for the anchor, if target is 'model'. frozen: the model before training. "
         "current: the model in training, as released; the anchor may drift along.",
         choices=("frozen", "current"),
-        advanced=True,
     )
-    no_anchor: str = setting(
+    no_anchor: str = advanced(
         "empty",
         "What stands for the anchor of concepts without one. empty: the empty prompt. rest: the "
         "same prompt without the concept's words.",
         choices=("empty", "rest"),
-        advanced=True,
     )
     references: str = setting(
         "samples",
@@ -88,44 +84,33 @@ class Settings(Base, method="ablation"):
         4,
         "How many pictures of each anchor prompt, if references is 'samples'. More cover more, "
         "and take longer to draw.",
-        low=1,
-        high=1000,
+        limits=(1, 1000),
     )
-    sample_steps: int = setting(
-        20, "Sampling steps of those pictures.", low=1, high=1000, advanced=True
+    sample_steps: int = advanced(20, "Sampling steps of those pictures.", limits=(1, 1000))
+    guidance: float = advanced(
+        5.0, "Guidance of those pictures. 1: none.", limits=(0.0, 100.0, 0.1)
     )
-    guidance: float = setting(
-        5.0, "Guidance of those pictures. 1: none.", low=0.0, high=100.0, step=0.1, advanced=True
-    )
-    prior: float = setting(
+    prior: float = advanced(
         0.0,
         "Weight of drawing the anchor itself as in its pictures. 0: off. Higher: the concept "
         "moves less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
-        advanced=True,
+        limits=(0.0, 1000.0, 0.01),
     )
     preserve: float = setting(
         1.0,
         "Weight of drawing words to keep, if given, as before. 0: none may be given. Higher: they "
         "change less. A step takes about twice as long with them.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
-    detach_start: bool = setting(
+    detach_start: bool = advanced(
         True,
         "On: the start token's key and value are not trained on, as released. It is in every "
         "prompt, so this spares the others.",
-        advanced=True,
     )
-    batch: int = setting(
+    batch: int = advanced(
         4,
         "Prompts a step. 4 as released; more are steadier, slower and need more memory.",
-        low=1,
-        high=64,
-        advanced=True,
+        limits=(1, 64),
     )
     size: int = size()
     checkpointing: bool = checkpointing()

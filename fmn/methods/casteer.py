@@ -27,7 +27,7 @@ from ..models.interface import Text
 from ..models.sampling import ddim, guided, seeded_noise
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import seed, setting, size
+from ..settings import advanced, seed, setting, size
 
 if TYPE_CHECKING:
     from ..concepts.concept import Concept
@@ -52,42 +52,32 @@ class Settings(Base, method="casteer"):
         1.0,
         "0: nothing happens. 1: nothing is left along the concept's direction. 2: what was there "
         "becomes its opposite; the paper does so only where the concept shows, a patch everywhere.",
-        low=0.0,
-        high=4.0,
-        step=0.01,
+        limits=(0.0, 4.0, 0.01),
     )
     pairs: int = setting(
         50,
         "Prompt pairs for each concept, with it and without it. More: a steadier direction, and "
         "more time.",
-        low=1,
-        high=10_000,
+        limits=(1, 10_000),
     )
     sampling_steps: int = setting(
-        10, "Steps in which each pair is drawn. Takes time in proportion.", low=1, high=1000
+        10, "Steps in which each pair is drawn. Takes time in proportion.", limits=(1, 1000)
     )
-    end: float = setting(
+    end: float = advanced(
         1.0,
         "How far each pair is drawn. 1: to the end. 0.5: the first half of the steps, in which "
         "shapes are made; the rest is neither drawn nor measured.",
-        low=0.01,
-        high=1.0,
-        step=0.01,
-        advanced=True,
+        limits=(0.01, 1.0, 0.01),
     )
     guidance: float = setting(
         7.0,
         "Guidance scale while drawing. 1: none, which takes half the time.",
-        low=1.0,
-        high=100.0,
-        step=0.1,
+        limits=(1.0, 100.0, 0.1),
     )
-    batch: int = setting(
+    batch: int = advanced(
         1,
         "Pairs drawn at once. More: faster on a GPU, and more memory.",
-        low=1,
-        high=64,
-        advanced=True,
+        limits=(1, 64),
     )
     size: int = size()
     seed: int = seed()

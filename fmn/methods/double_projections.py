@@ -49,16 +49,14 @@ class Settings(Base, method="double_projections"):
         0,
         "How many main directions of the kept words are protected exactly (top-k SVD). More: less "
         "harm and a weaker hold on the concept. 0: all of them, at most half of a token's width.",
-        low=0,
-        high=2048,
+        limits=(0, 2048),
     )
     proxy: int = setting(
         4,
         "Main directions of the kept words whose mix replaces a concept without an anchor. Few: "
         "something vague. Many: what resembles the concept most, so less is forgotten. 0: all "
         "protected ones, as published.",
-        low=0,
-        high=2048,
+        limits=(0, 2048),
     )
     tokens: str = tokens_setting()
     keep_list: str = keep_list_setting()

@@ -21,7 +21,7 @@ from ..models.sampling import begin, expand, guided, predictions, step_count, tr
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
+from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..training.fit_adapters import (
     Draw,
     LossOf,
@@ -60,9 +60,7 @@ class Settings(Base, method="esd"):
         2.0,
         "How far away from the concept, as in the current code. 0: nothing is forgotten. 1: the "
         "concept is read as the empty prompt. 2: beyond that; the paper's eta of 1.",
-        low=0.0,
-        high=100.0,
-        step=0.01,
+        limits=(0.0, 100.0, 0.01),
     )
     layers: str = setting(
         "x",
@@ -78,42 +76,33 @@ class Settings(Base, method="esd"):
         "A prompt that shall lose the concept and nothing else, such as 'a cowboy' for the concept "
         "'cowboy hat'. Empty: the concept's own prompts lose it.",
     )
-    sample_from: str = setting(
+    sample_from: str = advanced(
         FROZEN,
         "Which model draws what is trained on. frozen: the untouched one, as in the current code. "
         "edited: the one in training, as in the paper.",
         choices=(FROZEN, EDITED),
-        advanced=True,
     )
-    sampling_steps: int = setting(
+    sampling_steps: int = advanced(
         20,
         "Steps of a whole drawing; each training step does a random part of it. 50 as released. "
         "Fewer are faster, with fewer time steps to train at.",
-        low=1,
-        high=1000,
-        advanced=True,
+        limits=(1, 1000),
     )
-    timesteps: str = setting(
+    timesteps: str = advanced(
         EXACT,
         "Time step to train at. exact: the one the drawing stopped at, as in the current code. "
         "bin: any down to the next one, as in the paper.",
         choices=(EXACT, BIN),
-        advanced=True,
     )
-    guidance: float = setting(
+    guidance: float = advanced(
         3.0,
         "Guidance while drawing; 1 is none, and twice as fast.",
-        low=0.0,
-        high=100.0,
-        step=0.1,
-        advanced=True,
+        limits=(0.0, 100.0, 0.1),
     )
-    batch: int = setting(
+    batch: int = advanced(
         1,
         "Drawings a step, of the same prompt. More are steadier and slower.",
-        low=1,
-        high=64,
-        advanced=True,
+        limits=(1, 64),
     )
     size: int = size()
     checkpointing: bool = checkpointing()

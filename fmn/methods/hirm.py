@@ -24,7 +24,7 @@ from ..models.token_positions import CHUNK
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import lr, seed, setting
+from ..settings import advanced, lr, seed, setting
 from ..training.fit_adapters import make_adapters, shuffled_cycle
 from ..training.loop import AdamWConfig, initial_loss_scale
 from ..training.run import Task, TrainingOptions, TrainingRun
@@ -56,8 +56,7 @@ class Settings(Base, method="hirm"):
         60,
         "Training steps for each concept. 0: as published for full weights, 15 to 50 by kind and "
         "target. More forget more, and harm neighbours.",
-        low=0,
-        high=100_000,
+        limits=(0, 100_000),
     )
     lr: float = lr(
         2e-3,
@@ -69,32 +68,25 @@ class Settings(Base, method="hirm"):
         8,
         "Rank of the patch: how many directions each layer may change. The file grows with it. "
         "768: nothing is cut.",
-        low=1,
-        high=768,
+        limits=(1, 768),
     )
-    full_weights: bool = setting(
+    full_weights: bool = advanced(
         False,
         "On: train whole weight matrices, as published, and cut them to the rank when done. Off: "
         "train the low rank itself.",
-        advanced=True,
     )
     preserve: float = setting(
         3.0,
         "Weight of what is kept: a step also holds one kept prompt where it was. 0: no keep-list, "
         "as published, which harms most prompts. Higher: forgets less, harms less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
     keep_list: str = keep_list_setting()
-    scale: float = setting(
+    scale: float = advanced(
         500.0,
         "Size of the noise: its 2-norm over all 77 tokens. Higher: further away from all that "
         "words mean.",
-        low=1e-3,
-        high=1e6,
-        step=0.001,
-        advanced=True,
+        limits=(1e-3, 1e6, 0.001),
     )
     seed: int = seed()
 

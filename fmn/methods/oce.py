@@ -33,7 +33,7 @@ from ..errors import ForgetError
 from ..linalg import gram
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import setting
+from ..settings import advanced, setting
 
 if TYPE_CHECKING:
     from ..concepts.concept import Concept
@@ -63,50 +63,37 @@ class Settings(Base, method="oce"):
         2000.0,
         "Weight of what is forgotten (s). Too small against the other weights: nothing is "
         "forgotten. Very large: the same as a reflection of strength 2.",
-        low=1e-3,
-        high=1e9,
-        step=0.001,
+        limits=(1e-3, 1e9, 0.001),
     )
-    general: float = setting(
+    general: float = advanced(
         10.0,
         "Weight of text in general (p), taken from shipped words and what is connected to keep. "
         "0: it may change freely.",
-        low=0.0,
-        high=1e9,
-        step=0.001,
-        advanced=True,
+        limits=(0.0, 1e9, 0.001),
     )
     preserve: float = setting(
         0.0,
         "Weight of each kept word (q). 0: kept words count as text in general only. Higher: they "
         "change less, and less is forgotten.",
-        low=0.0,
-        high=1e9,
-        step=0.001,
+        limits=(0.0, 1e9, 0.001),
     )
-    damping: float = setting(
+    damping: float = advanced(
         10.0,
         "Weight of leaving all as it is (lambda). Small: a stronger edit. Large: none.",
-        low=1e-6,
-        high=1e9,
-        step=0.001,
-        advanced=True,
+        limits=(1e-6, 1e9, 0.001),
     )
-    guide: str = setting(
+    guide: str = advanced(
         "anchor",
         "Directions that are spared. anchor: those of the concepts' anchors; without any, the "
         "patch is exact. start: for a concept without an anchor that of the start of the text, as "
         "in the released code.",
         choices=("anchor", "start"),
-        advanced=True,
     )
     strength: float = setting(
         2.0,
         "For reflection only. 0: nothing happens. 1: nothing is left along the concept's "
         "directions. 2: it becomes its opposite, as in the paper.",
-        low=0.0,
-        high=4.0,
-        step=0.01,
+        limits=(0.0, 4.0, 0.01),
     )
     expand: bool = expand_setting()
     keep_list: str = setting(
@@ -115,13 +102,11 @@ class Settings(Base, method="oce"):
         "concept's kind.",
         choices=CHOICES,
     )
-    rank: int = setting(
+    rank: int = advanced(
         0,
         "Largest rank of a layer's change. 0: all of it; with a guide, which has full rank, what "
         "changes a layer by more than 1 %.",
-        low=0,
-        high=768,
-        advanced=True,
+        limits=(0, 768),
     )
 
     @property

@@ -54,17 +54,13 @@ class Settings(Base, method="quickfix"):
     damping: float = setting(
         0.01,
         "Weight of leaving the layer as it is (lambda). Small: a stronger edit. Large: none.",
-        low=1e-6,
-        high=1e6,
-        step=0.01,
+        limits=(1e-6, 1e6, 0.01),
     )
     preserve: float = setting(
         10.0,
         "Weight of what is kept; 1 counts it as much as what is forgotten. 0: no keep-list, as "
         "published, which harms most prompts. Higher: what is listed changes less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
     tokens: str = tokens_setting("from-last")
     keep_list: str = keep_list_setting()

@@ -34,7 +34,7 @@ from ..closed_form.text_embeddings import (
 )
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import setting
+from ..settings import advanced, setting
 from .uce import uce_rows
 
 if TYPE_CHECKING:
@@ -56,17 +56,13 @@ class Settings(Base, method="rece"):
         2,
         "How often the hardest embedding is found and edited away. More stand attacks better, and "
         "harm more.",
-        low=1,
-        high=20,
+        limits=(1, 20),
     )
-    regularisation: float = setting(
+    regularisation: float = advanced(
         0.1,
         "Holds the hardest embedding near zero (r). Small: it brings the concept back best, so "
         "the edit is stronger. Large: hardly any edit.",
-        low=1e-9,
-        high=1e6,
-        step=0.001,
-        advanced=True,
+        limits=(1e-9, 1e6, 0.001),
     )
     erase: float = erase_setting()
     preserve: float = preserve_setting(0.1)

@@ -25,7 +25,7 @@ from ..models.families import text_layers
 from ..models.token_positions import EOS_ID
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import lr, rank, seed, setting
+from ..settings import advanced, lr, rank, seed, setting
 from ..training.fit_adapters import make_adapters
 from ..training.loop import AdamWConfig, initial_loss_scale
 from ..training.run import Task, TrainingOptions, TrainingRun
@@ -52,35 +52,28 @@ class Settings(Base, method="reread_text"):
     steps: int = setting(
         1500,
         "Training steps in all, however many concepts. More: more is forgotten and less harmed.",
-        low=1,
-        high=100_000,
+        limits=(1, 100_000),
     )
     lr: float = lr(8e-3, "AdamW's learning rate at the start; it falls to zero.", advanced=True)
     rank: int = rank(32)
-    batch: int = setting(
+    batch: int = advanced(
         32,
         "Sentences with a concept in each step, and as many kept ones. Smaller is faster and less "
         "steady.",
-        low=1,
-        high=1024,
-        advanced=True,
+        limits=(1, 1024),
     )
     preserve: float = preserve_setting(2.0)
-    prompts: int = setting(
+    prompts: int = advanced(
         12,
         "Sentences with each name, from a fixed list; as many with styles, and its own prompts, "
         "come on top.",
-        low=1,
-        high=180,
-        advanced=True,
+        limits=(1, 180),
     )
-    keep_prompts: int = setting(
+    keep_prompts: int = advanced(
         1500,
         "Sentences with kept words. More: less harm. Half of the kept sentences of a step are "
         "those of what is connected to keep, if anything is.",
-        low=0,
-        high=10_000,
-        advanced=True,
+        limits=(0, 10_000),
         formerly="kept",
     )
     keep_list: str = keep_list_setting()

@@ -31,7 +31,7 @@ from ..models.token_positions import END_TOKENS, end_positions
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
+from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..training import textual_inversion
 from ..training.fit_adapters import (
     Draw,
@@ -65,20 +65,18 @@ class Settings(Base, method="resteer"):
         advanced=True,
     )
     rank: int = rank()
-    layers: str = setting(
+    layers: str = advanced(
         "kv",
         "What is trained. kv: keys and values of cross-attention. attention: all of "
         "cross-attention. unet: every linear and convolution layer.",
         choices=SCOPES,
-        advanced=True,
     )
     full_weights: bool = full_weights()
-    end_tokens: str = setting(
+    end_tokens: str = advanced(
         "none",
         "Also take attention from the end-of-text token, which sums up the prompt: none, the "
         "first one, or all (in Stable Diffusion 1.x that includes all padding, as released).",
         choices=END_TOKENS,
-        advanced=True,
     )
     references: str = setting(
         "zeros",
@@ -86,15 +84,13 @@ class Settings(Base, method="resteer"):
         "pictures that the model draws of the concept first.",
         choices=REFERENCES,
     )
-    samples: int = setting(
-        4, "How many pictures a concept, if references is 'samples'.", low=1, high=64, advanced=True
+    samples: int = advanced(
+        4, "How many pictures a concept, if references is 'samples'.", limits=(1, 64)
     )
-    batch: int = setting(
+    batch: int = advanced(
         1,
         "Prompts a step. 1 as released; more are steadier, slower and need more memory.",
-        low=1,
-        high=64,
-        advanced=True,
+        limits=(1, 64),
     )
     size: int = size()
     checkpointing: bool = checkpointing()
@@ -104,15 +100,12 @@ class Settings(Base, method="resteer"):
         "How many tokens are first learned from the concept's reference pictures (textual "
         "inversion); their attention is trained away instead of the name's. 0: none, the name is "
         "taken; 4 as released.",
-        low=0,
-        high=8,
+        limits=(0, 8),
     )
-    inversion_steps: int = setting(
+    inversion_steps: int = advanced(
         500,
         "Steps of that learning. Too few learn another thing.",
-        low=1,
-        high=100_000,
-        advanced=True,
+        limits=(1, 100_000),
     )
     protect: bool = protect_setting()
 

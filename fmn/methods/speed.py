@@ -33,7 +33,7 @@ from ..linalg import (
 )
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import seed, setting
+from ..settings import advanced, seed, setting
 
 if TYPE_CHECKING:
     from ..concepts.concept import Concept
@@ -56,34 +56,27 @@ class Settings(Base, method="speed"):
         1.0,
         "Weight of changing little (retain scale). Small: a stronger edit; 0.05 for ten or more "
         "concepts. Large: none.",
-        low=1e-6,
-        high=1e6,
-        step=0.01,
+        limits=(1e-6, 1e6, 0.01),
     )
     threshold: float = setting(
         0.1,
         "What counts as free: directions of the kept words with a smaller eigenvalue. 0: only "
         "those they do not have at all. Large: everything, kept words too.",
-        low=0.0,
-        high=1e6,
-        step=0.01,
+        limits=(0.0, 1e6, 0.01),
     )
-    filter: bool = setting(
+    filter: bool = advanced(
         True,
         "On: each layer protects only the kept words that the edit would change more than the "
         "average, which leaves room for the edit. Off: all of them in all layers, faster.",
-        advanced=True,
     )
-    copies: int = setting(
+    copies: int = advanced(
         10,
         "Noisy copies of each protected word, in each layer's weakest direction. 0: none. Only "
         "with filter.",
-        low=0,
-        high=100,
-        advanced=True,
+        limits=(0, 100),
     )
-    invariants: bool = setting(
-        True, "On: the start token and the empty prompt stay exactly as they are.", advanced=True
+    invariants: bool = advanced(
+        True, "On: the start token and the empty prompt stay exactly as they are."
     )
     layers: str = setting(
         "v",

@@ -25,7 +25,7 @@ from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import sentences
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import setting
+from ..settings import advanced, setting
 
 if TYPE_CHECKING:
     from ..concepts.concept import Concept
@@ -46,14 +46,12 @@ class Settings(Base, method="trce"):
         60,
         "Sentences with each name of the concept, from a fixed list. More cover more wordings and "
         "take longer to encode.",
-        low=1,
-        high=180,
+        limits=(1, 180),
     )
-    ends: str = setting(
+    ends: str = advanced(
         "first",
         "Which end tokens are edited. first: the first end-of-text. all: also the padding behind.",
         choices=("first", "all"),
-        advanced=True,
     )
     erase: float = erase_setting()
     preserve: float = preserve_setting(0.01)

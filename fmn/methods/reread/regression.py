@@ -17,7 +17,7 @@ from .regression_data import ConceptSentences, KeptSentences, QuerySampler, Sent
 from .residual import Residual
 
 if TYPE_CHECKING:
-    from .method import Settings
+    from .settings import Settings
 
 OVERSHOOT_STEP = 0.2
 

@@ -24,7 +24,7 @@ from .training_images import AT_ONCE, batch_count, image_counts
 
 if TYPE_CHECKING:
     from ...models.interface import UNet, UNetModel
-    from .method import Settings
+    from .settings import Settings
 
 KEPT_POSITIONS = 4  # at which a kept sentence is read, for each word
 
