@@ -156,7 +156,7 @@ def main():
         write_whole(out / f"{name}.png", lambda path, grid=grid: grid.save(path, "PNG"))
         print(table(name, found[name]), flush=True)
     text = json.dumps({"seeds": options.seeds, "examples": found}, indent=1)
-    write_whole(out / "correction.json", lambda path: path.write_text(text))
+    write_whole(out / "correction.json", lambda path: path.write_text(text, "utf-8"))
 
 
 def trained(model, method, concept, settings, keep):

@@ -25,7 +25,7 @@ from fmn.methods import settings_of
 from fmn.models.families import SD1, SDXL
 
 TERA, GIGA = 1e12, 1e9
-CONFIGS = json.loads((ASSETS / "pipelines.json").read_text())
+CONFIGS = json.loads((ASSETS / "pipelines.json").read_text("utf-8"))
 
 
 def counted(make, forward):

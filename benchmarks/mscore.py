@@ -82,7 +82,7 @@ def main():
             print(table(name, found[name]), flush=True)
     result = {"settings": asdict(settings), "seeds": options.seeds, "targets": found}
     text = json.dumps(result, indent=1)
-    write_whole(Path(options.out, "mscore.json"), lambda path: path.write_text(text))
+    write_whole(Path(options.out, "mscore.json"), lambda path: path.write_text(text, "utf-8"))
     grid = labelled_grid(rows, [f"{i + 1}" for i in range(len(STYLES))], side=96)
     write_whole(Path(options.out, "grid.png"), lambda path: grid.save(path, format="PNG"))
 

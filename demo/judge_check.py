@@ -146,4 +146,4 @@ def check(given):
     print(as_text(found))
     if given.json:
         record = {"model": given.model, "sampling": vars(sampling), **found, "rows": rows}
-        write_whole(given.json, lambda path: path.write_text(json.dumps(record, indent=1)))
+        write_whole(given.json, lambda path: path.write_text(json.dumps(record, indent=1), "utf-8"))

@@ -60,7 +60,7 @@ def environment(name, *groups):
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     wanted = hashlib.sha256(repr((sys.version_info[:2], groups)).encode()).hexdigest()
     stamp = folder / "complete"
-    if stamp.is_file() and stamp.read_text() == wanted:
+    if stamp.is_file() and stamp.read_text("utf-8") == wanted:
         return python
     print(f"Making {folder.name}, once; this takes a few minutes ...", flush=True)
     try:
@@ -72,7 +72,7 @@ def environment(name, *groups):
     if name == "tests":
         fix_torchvision(str(python))
         fetch_comfyui(str(python), folder)
-    stamp.write_text(wanted)
+    stamp.write_text(wanted, "utf-8")
     return python
 
 
@@ -80,7 +80,7 @@ def fix_torchvision(python):
     command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     extension = Path(packages) / "torchvision" / "extension.py"
-    extension.write_text(extension.read_text() + TORCHVISION_FIX)
+    extension.write_text(extension.read_text("utf-8") + TORCHVISION_FIX, "utf-8")
 
 
 def fetch_comfyui(python, folder):

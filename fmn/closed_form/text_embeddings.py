@@ -16,7 +16,7 @@ from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import CHOICES
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
-from ..models.token_positions import CHUNK, EOS_ID, mentions, word_positions
+from ..models.token_positions import CHUNK, EOS_ID, mentioned_positions, word_positions
 from ..settings import advanced, setting
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _last_mention(
     if not prompt.text:
         return 0, 0, 0
     subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-    positions = mentions(prompt, ids, subject)
+    positions = mentioned_positions(prompt, ids, subject)
     start = positions[-1] // CHUNK * CHUNK
     first = positions[-len(word_positions(subject))] - start
     return start, positions[-1] - start, max(first, 1)

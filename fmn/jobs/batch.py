@@ -14,7 +14,7 @@ from ..concepts.concept import Concept
 from ..errors import ForgetError
 from ..methods import check_keep, forget
 from ..models.families import Family
-from ..models.interface import Model, TextEncoder
+from ..models.interface import Model, TextEncoder, UNetModel
 from ..models.token_positions import CHUNK
 from ..patches.patch import load_patch, save_patch
 from ..progress import StepProgress
@@ -114,7 +114,9 @@ def forget_each(
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
     check_keep(settings, keep)
-    start, result, caching = time.monotonic(), BatchResult(), CachingModel(model)
+    start, result = time.monotonic(), BatchResult()
+    # Methods ask other models than U-Nets for nothing that is cached.
+    caching = cast(Model, CachingModel(cast(UNetModel, model)))
     targets = _targets(model, concepts, settings, Path(folder), keep)
     missing = sum(not target.path.exists() for target in targets)
     tracker = _Tracker(on_progress, len(targets), missing)
@@ -125,7 +127,7 @@ def forget_each(
             result.existing.append(existing)
             continue
         try:
-            patch = forget(cast(Model, caching), [target.concept], settings, tracker, keep)
+            patch = forget(caching, [target.concept], settings, tracker, keep)
         except ForgetError as error:
             result.failed.append((target.concept, str(error)))
         else:
@@ -210,7 +212,7 @@ class _Tracker:
 
 
 class CachingModel:
-    """A ``Model`` that caches contexts: encoding the keep-list, much the same for each concept,
+    """A ``UNetModel`` that caches contexts: encoding the keep-list, much the same for each concept,
     takes nearly all of a closed form's time.
 
     While the text encoder is borrowed it caches nothing: the borrower may hook it to see each
@@ -220,7 +222,7 @@ class CachingModel:
         limit: bytes; the least recently used contexts are dropped first.
     """
 
-    def __init__(self, model: Model, limit: int = CACHE_BYTES):
+    def __init__(self, model: UNetModel, limit: int = CACHE_BYTES):
         self._model, self._limit, self._bytes = model, limit, 0
         self._contexts: OrderedDict[str, torch.Tensor] = OrderedDict()  # [T, D] each
         self._device, self._lent = torch.device("cpu"), 0
@@ -238,7 +240,7 @@ class CachingModel:
             self._lent -= 1
 
     def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> torch.Tensor:
-        """Contexts [len(texts), length, D]; see ``Model.encode_all``."""
+        """Contexts [len(texts), length, D]; see ``UNetModel.encode_all``."""
         if self._lent:
             return self._model.encode_all(texts, length)
         # A longer context serves as well: its first tokens are the same.

@@ -14,7 +14,7 @@ from ..errors import ForgetError
 from ..methods import forget, uce
 from ..metrics.judge import Judge
 from ..models.image_sampler import open_sampler
-from ..models.interface import Model
+from ..models.interface import UNetModel
 from ..models.sampling import Sampling
 from ..patches.patch import ForgetPatch
 
@@ -37,7 +37,7 @@ class Round:
 
 
 def balance(
-    model: Model,
+    model: UNetModel,
     concept: Concept,
     desired: dict[str, float],
     judge: Judge,

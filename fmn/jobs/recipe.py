@@ -99,9 +99,8 @@ def _hash_sample(model: Model) -> str:
     with model.borrow_denoiser() as denoiser:
         parts += [denoiser.module(layer.name).weight[:1] for layer in layers(model.family)]
         rows = [part.detach().to("cpu", torch.float16) for part in parts]
-        alphas = denoiser.alphas_cumprod
         # In float32: float16 cannot tell the ends of schedules apart.
-        rows.append(denoiser.sigmas if alphas is None else alphas)
+        rows.append(denoiser.schedule.levels)
     return _hash_tensors(rows)
 
 

@@ -20,7 +20,7 @@ from ..errors import ForgetError
 from ..models.adapters import Switch
 from ..models.attention_maps import concept_flags
 from ..models.families import layers as layers_of
-from ..models.interface import Denoiser, Model, Text
+from ..models.interface import Text, UNet, UNetModel
 from ..models.sampling import q_sample
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
@@ -181,7 +181,7 @@ def _rest(text: str) -> str:
     return ENDS.sub("", re.sub(r"\s+", " ", text))
 
 
-def prepare(model: Model, concept: Concept, settings: Settings) -> list[Pair]:
+def prepare(model: UNetModel, concept: Concept, settings: Settings) -> list[Pair]:
     """The pairs of a concept.
 
     Raises:
@@ -200,14 +200,14 @@ def prepare(model: Model, concept: Concept, settings: Settings) -> list[Pair]:
     ]
 
 
-def prepare_kept(model: Model, words: Sequence[str], settings: Settings) -> list[Pair]:
+def prepare_kept(model: UNetModel, words: Sequence[str], settings: Settings) -> list[Pair]:
     """Words or prompts to keep, each paired with itself."""
     prompts = [Prompt(text, text) for text in words]
     texts = [model.encode(prompt) for prompt in prompts]
     return [Pair(t, t, _sampled(model, prompt, settings)) for prompt, t in zip(prompts, texts)]
 
 
-def _sampled(model: Model, prompt: Prompt, settings: Settings) -> torch.Tensor:
+def _sampled(model: UNetModel, prompt: Prompt, settings: Settings) -> torch.Tensor:
     """Latents [N, 4, h, w] to noise, for a prompt without pictures of its own."""
     side = settings.size or model.family.resolution
     if settings.references == "zeros":
@@ -216,7 +216,7 @@ def _sampled(model: Model, prompt: Prompt, settings: Settings) -> torch.Tensor:
     return model.sample(prompt, seeds, side, settings.sample_steps, settings.guidance)
 
 
-def _encoded(model: Model, concept: Concept, settings: Settings) -> torch.Tensor:
+def _encoded(model: UNetModel, concept: Concept, settings: Settings) -> torch.Tensor:
     if concept.images is None:
         raise ForgetError(
             f"'{concept.name}' has no pictures: connect some of its anchor, or set references to "
@@ -248,7 +248,7 @@ class Batches:
         concepts: Sequence[Sequence[Pair]],
         size: int,
         generator: torch.Generator,
-        denoiser: Denoiser,
+        denoiser: UNet,
         split: bool = False,
     ):
         self.size, self.split = size, split
@@ -276,8 +276,11 @@ class Batches:
         return Batch(x_t, t, noise, pair.target, pair.anchor)
 
     def _stack(self, rows: Sequence[Batch]) -> Batch:
-        x_t, t, noise, targets, anchors = zip(*rows)
-        x_t, t, noise = (torch.cat(tensors).to(self.device) for tensors in (x_t, t, noise))
+        x_t, t, noise = (
+            torch.cat(tensors).to(self.device)
+            for tensors in zip(*((row.x_t, row.t, row.noise) for row in rows))
+        )
+        targets, anchors = ([row.target for row in rows], [row.anchor for row in rows])
         return Batch(x_t, t, noise, Text.cat(targets), Text.cat(anchors))
 
 
@@ -295,7 +298,7 @@ def start_detached(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def run(
-    model: Model,
+    model: UNetModel,
     concepts: Sequence[Concept],
     settings: Settings = Settings(),
     on_step: OnStep = ignore,
@@ -311,7 +314,7 @@ def run(
     probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
 
     @contextmanager
-    def open_loss(denoiser: Denoiser, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
+    def open_loss(denoiser: UNet, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
         generator = torch.Generator().manual_seed(settings.seed)
         batches = Batches(pairs, settings.batch, generator, denoiser, split)
         batches_kept = Batches([kept], settings.batch, generator, denoiser, split)
@@ -335,9 +338,7 @@ def run(
     )  # fmt: skip
 
 
-def ablation_loss(
-    denoiser: Denoiser, switch: Switch, batch: Batch, settings: Settings
-) -> torch.Tensor:
+def ablation_loss(denoiser: UNet, switch: Switch, batch: Batch, settings: Settings) -> torch.Tensor:
     """``concept_ablation`` of a batch."""
     predicted = denoiser.predict_noise(batch.x_t, batch.t, batch.target)
     target = batch.noise

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -15,9 +16,9 @@ from ..closed_form.protected_subspace import protect_setting, protected_downs
 from ..concepts.concept import Concept, Prompt
 from ..errors import ForgetError
 from ..models.adapters import Switch
-from ..models.attention_maps import concept_flags
-from ..models.interface import Denoiser, Model, Text
-from ..models.sampling import begin, expand, guided, predictions, step_count, trailing_timesteps
+from ..models.attention_maps import ProbeInput, concept_flags
+from ..models.interface import Denoiser, Model, Text, UNetModel
+from ..models.sampling import expand, guided, predictions, trailing_timesteps
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
@@ -25,7 +26,6 @@ from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, se
 from ..training.fit_adapters import (
     Draw,
     LossOf,
-    ProbeInput,
     in_scope,
     shuffled_cycle,
     train_patch,
@@ -195,7 +195,7 @@ class Batches:
         prompts = [shuffled_cycle(each, self.generator) for each in examples]
         self.examples = shuffled_cycle(prompts, self.generator)
         # Sampling stops at times[k]; bin k reaches down to times[k + 1], not included.
-        self.times = [*trailing_timesteps(step_count(denoiser), settings.sampling_steps), -1]
+        self.times = [*trailing_timesteps(len(denoiser.schedule), settings.sampling_steps), -1]
 
     def __call__(self) -> tuple[Example, torch.Tensor, int]:
         """An ``Example``, x_t [B, C, h, w] and its t."""
@@ -218,7 +218,8 @@ class Batches:
         predict = guided(self.denoiser, text, example.empty, self.settings.guidance)
         frozen = self.settings.sample_from == FROZEN
         with self.switch.off() if frozen else nullcontext():
-            x_t = begin(self.denoiser, predict, noise, self.settings.sampling_steps, k)
+            steps = self.settings.sampling_steps
+            x_t = self.denoiser.schedule.partial_sample(predict, noise, steps, k)
         return example, x_t, t
 
     def _number(self, start: int, end: int) -> int:
@@ -244,7 +245,8 @@ def run(
             f"{family.title} is none of them: turn protect off."
         )
     in_scope(family, scope)  # refuses before any work
-    downs = protected_downs(model, concepts, keep, scope, settings)
+    unet_model = cast(UNetModel, model)  # which it is, where the family is known
+    downs = protected_downs(unet_model, concepts, keep, scope, settings)
     examples = prepare(model, concepts, settings)
     side = (settings.size or family.resolution) // family.latent_factor
 
@@ -265,12 +267,13 @@ def run(
     if family.known:
         prompt = concepts[0].training_prompts()[0]
         latent = torch.zeros(1, 4, side, side)
-        probe_inputs = [(model.encode(prompt), concept_flags(model, prompt), latent)]
+        probe_inputs = [(model.encode(prompt), concept_flags(unet_model, prompt), latent)]
     # Adam as released: no weight decay, no clipping.
     config = AdamWConfig(settings.lr, weight_decay=0.0, max_norm=math.inf)
     return train_patch(
-        model, concepts, settings, scope, open_loss, on_step, options, config, probe_inputs, downs
-    )
+        unet_model, concepts, settings, scope, open_loss, on_step, options, config, probe_inputs,
+        downs,
+    )  # fmt: skip
 
 
 def esd_loss(
@@ -284,4 +287,5 @@ def esd_loss(
     with switch.off(), torch.no_grad():
         frozen = predictions(denoiser, x_t, t, texts)
     predicted = denoiser.predict_noise(x_t, torch.full((count,), t), expand(example.source, count))
-    return esd(predicted, frozen[0], *frozen[-2:], eta)
+    first, (concept, empty) = frozen[0], frozen[-2:]
+    return esd(predicted, first, concept, empty, eta)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..models.adapters import attached
 from ..models.families import Family, text_layers
-from ..models.interface import Model
+from ..models.interface import UNetModel
 from ..models.token_positions import CHUNK
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
@@ -91,7 +92,13 @@ class Settings(Base, method="hirm"):
     seed: int = seed()
 
 
-PUBLISHED = {"steps": 0, "lr": 5e-5, "rank": 768, "full_weights": True, "preserve": 0.0}
+PUBLISHED: dict[str, Any] = {
+    "steps": 0,
+    "lr": 5e-5,
+    "rank": 768,
+    "full_weights": True,
+    "preserve": 0.0,
+}
 PRESETS = {
     "hirm": Settings(),
     "hirm-r": Settings(target="noise", **PUBLISHED),
@@ -103,7 +110,7 @@ Output = Callable[[str], torch.Tensor]  # from a prompt to h [1, 77, D]
 
 
 def run(
-    model: Model,
+    model: UNetModel,
     concepts: Sequence[Concept],
     settings: Settings = Settings(),
     on_step: OnStep = ignore,

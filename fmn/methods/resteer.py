@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -18,16 +18,10 @@ from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
 from ..models.adapters import Switch
 from ..models.attention import Watcher, watch_attention
-from ..models.attention_maps import concept_flags
-from ..models.interface import (
-    Denoiser,
-    Model,
-    Text,
-    cross_attention_names,
-    tokenize_with_placeholders,
-)
+from ..models.attention_maps import ProbeInput, concept_flags
+from ..models.interface import Text, UNet, UNetModel
 from ..models.sampling import q_sample
-from ..models.token_positions import END_TOKENS, end_positions
+from ..models.token_positions import END_TOKENS, end_positions, tokenize_with_placeholders
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
@@ -36,7 +30,6 @@ from ..training import textual_inversion
 from ..training.fit_adapters import (
     Draw,
     LossOf,
-    ProbeInput,
     reference_latents,
     shuffled_cycle,
     train_patch,
@@ -150,7 +143,7 @@ class Data:
 
 
 def prepare(
-    model: Model, concepts: Sequence[Concept], settings: Settings, on_step: OnStep = ignore
+    model: UNetModel, concepts: Sequence[Concept], settings: Settings, on_step: OnStep = ignore
 ) -> Data:
     """Encode prompts, find the tokens to forget, and get the latents to noise.
 
@@ -173,7 +166,7 @@ def prepare(
 
 
 def _inverted(
-    model: Model, index: int, concept: Concept, settings: Settings, on_step: OnStep
+    model: UNetModel, index: int, concept: Concept, settings: Settings, on_step: OnStep
 ) -> Example:
     """An example in which tokens learned from the concept's pictures stand for its name."""
     if concept.images is None:
@@ -193,14 +186,16 @@ def _inverted(
     with model.borrow_text_encoder() as text_encoder, torch.no_grad():
         text, _ = text_encoder.encode(prompt, learned.vectors)
     ids = tokenize_with_placeholders(
-        lambda words: model.tokenize(Prompt(words, words)), prompt, settings.inverted
+        lambda words: cast(list[int], model.tokenize(Prompt(words, words))),
+        prompt,
+        settings.inverted,
     )
     flags = torch.tensor([[token is None for token in ids]])
     flags[0, end_positions(ids, settings.end_tokens)] = True
     return Example(index, Text(text.context.float().cpu().clone(), text.vectors), flags)
 
 
-def _latents(model: Model, concept: Concept, settings: Settings, size: int) -> torch.Tensor:
+def _latents(model: UNetModel, concept: Concept, settings: Settings, size: int) -> torch.Tensor:
     if concept.images is not None:
         return reference_latents(model, concept, size)
     if settings.references == "samples":
@@ -263,13 +258,15 @@ class Batches:
         return Batch(x_t, t, example.text, example.flags)
 
     def _stack(self, rows: Sequence[Batch]) -> Batch:
-        x_t, t, texts, flags = zip(*rows)
-        x_t, t, flags = (torch.cat(tensors).to(self.device) for tensors in (x_t, t, flags))
-        return Batch(x_t, t, Text.cat(texts), flags)
+        x_t, t, flags = (
+            torch.cat(tensors).to(self.device)
+            for tensors in zip(*((row.x_t, row.t, row.flags) for row in rows))
+        )
+        return Batch(x_t, t, Text.cat([row.text for row in rows]), flags)
 
 
 def run(
-    model: Model,
+    model: UNetModel,
     concepts: Sequence[Concept],
     settings: Settings = Settings(),
     on_step: OnStep = ignore,
@@ -284,9 +281,9 @@ def run(
     data = prepare(model, concepts, settings, on_step)
 
     @contextmanager
-    def open_loss(denoiser: Denoiser, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
+    def open_loss(denoiser: UNet, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
         batches = Batches(data, settings, denoiser.alphas_cumprod, denoiser.device, split)
-        modules = [denoiser.module(name) for name in cross_attention_names(model.family)]
+        modules = denoiser.cross_attention_modules()
         with watch_attention(modules, denoiser.context_argument) as watch:
             yield batches, partial(split_loss if split else batched_loss, denoiser, watch)
 
@@ -296,15 +293,13 @@ def run(
     )  # fmt: skip
 
 
-def batched_loss(denoiser: Denoiser, watch: Watcher, batches: Sequence[Batch]) -> torch.Tensor:
+def batched_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> torch.Tensor:
     """``attention_resteering`` of a step."""
     watched = [watched_forward(denoiser, watch, batch) for batch in batches]
     return attention_resteering([layer for layers in watched for layer in layers])
 
 
-def split_loss(
-    denoiser: Denoiser, watch: Watcher, batches: Sequence[Batch]
-) -> Iterator[torch.Tensor]:
+def split_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
     """The same in parts, one a batch, whose gradients add up to its gradient.
 
     A norm is no sum, but its gradient is that of |v|^2 / (2 |v|) with the divisor held constant,
@@ -318,6 +313,6 @@ def split_loss(
         yield half + norm.square() / (2 * whole)
 
 
-def watched_forward(denoiser: Denoiser, watch: Watcher, batch: Batch) -> list[torch.Tensor]:
+def watched_forward(denoiser: UNet, watch: Watcher, batch: Batch) -> list[torch.Tensor]:
     """The attention that the flagged tokens of a batch get, [N, H, P] a layer."""
     return watch(batch.flags, lambda: denoiser.predict_noise(batch.x_t, batch.t, batch.text))

@@ -1,18 +1,23 @@
 """DDIM (Song et al. 2021) over any host, from embeddings instead of words.
 
-A bench needs more of a sampler than a host's own gives: to start in the middle, to change the
+A bench needs more than a host's own sampler offers: to start in the middle, to change the
 predicted noise on the way, to draw from learned embeddings, and to do the same in every host.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import ForgetError
-from .interface import Text
+from .interface import Denoiser, NoiseFunction, Text
 
 DRAWN_AT_ONCE = 4  # pictures that a host draws together, whatever the memory: the methods' default
+
+# (x_t, predicted noise, t, alpha-bar of t) -> noise
+Correction = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
+# (x, alpha-bar of the next step) -> x
+AfterStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Sampling:
     guidance: float = 7.0
     size: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
             raise ForgetError(f"Sampling steps are {self.steps}: use 1 to 1000.")
         if not 0 <= self.guidance <= 100:
@@ -38,7 +43,7 @@ class Sampling:
             raise ForgetError(f"size is {self.size}: use a multiple of 64 up to 4096, or 0.")
 
 
-def trailing_timesteps(total, steps):
+def trailing_timesteps(total: int, steps: int) -> list[int]:
     """Time steps from ``total`` - 1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
     return [round(total - i * total / steps) - 1 for i in range(steps)]
 
@@ -54,28 +59,35 @@ def seeded_noise(seeds: Iterable[int], side: int, channels: int = 4) -> torch.Te
     )
 
 
-def expand(text, count):
-    """One encoded prompt as a batch, unless it has to stay alone."""
+def expand(text: Text, count: int) -> Text:
+    """One encoded prompt as a batch of ``count``, unless it has to stay alone."""
     if text.alone:
         return text
     vectors = {name: v.expand(count, *v.shape[1:]) for name, v in text.vectors.items()}
     return Text(text.context.expand(count, -1, -1), vectors)
 
 
-def guided(denoiser, text, empty, guidance):
-    """A function from x_t [B, 4, h, w] and t to the guided noise; ``empty`` is one prompt's."""
+def guided(denoiser: Denoiser, text: Text, empty: Text, guidance: float) -> NoiseFunction:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6), where 1 + w is ``guidance``.
+
+    Args:
+        text: of B prompts. empty: of one, the unconditional.
+
+    Returns:
+        a function from x_t [B, C, h, w] and t to the guided noise [B, C, h, w].
+    """
     if guidance == 1:
         return lambda x, t: denoiser.predict_noise(x, torch.full((len(x),), t), text)
     if text.alone:
 
-        def apart(x, t):
+        def predict_apart(x: torch.Tensor, t: int) -> torch.Tensor:
             with_text, without = predictions(denoiser, x, t, [text, empty])
             return without + guidance * (with_text - without)
 
-        return apart
+        return predict_apart
     both = Text.cat([text, expand(empty, len(text.context))])
 
-    def predict(x, t):
+    def predict(x: torch.Tensor, t: int) -> torch.Tensor:
         noise = denoiser.predict_noise(torch.cat([x, x]), torch.full((2 * len(x),), t), both)
         with_text, without = noise.chunk(2)
         return without + guidance * (with_text - without)
@@ -83,7 +95,9 @@ def guided(denoiser, text, empty, guidance):
     return predict
 
 
-def predictions(denoiser, x, t, texts):
+def predictions(
+    denoiser: Denoiser, x: torch.Tensor, t: int, texts: Sequence[Text]
+) -> Sequence[torch.Tensor]:
     """Predicted noise for x [B, C, h, w] at the step t, given each of several prompts [1, T, D].
 
     In one batch, for which all must have the same T; with a forward for each if they are alone.
@@ -95,31 +109,25 @@ def predictions(denoiser, x, t, texts):
     return denoiser.predict_noise(many, torch.full((len(many),), t), rows).split(len(x))
 
 
-def begin(denoiser, predict, noise, steps, last):
-    """The first ``last`` of ``steps`` steps of a drawing from noise, as the model is drawn with."""
-    if denoiser.alphas_cumprod is None:
-        return euler(predict, noise, denoiser.sigmas, denoiser.scales, steps, last)
-    return ddim(predict, noise, denoiser.alphas_cumprod, steps, last=last)
-
-
-def step_count(denoiser):
-    """Number of time steps that a borrowed model knows."""
-    alphas = denoiser.alphas_cumprod
-    return len(denoiser.sigmas if alphas is None else alphas)
-
-
 @torch.no_grad()
-def euler(predict, x, sigmas, scales, steps, last):
-    """Begin a drawing with Euler's method on dx / d sigma (Karras et al. 2022, eq. 1).
+def euler(
+    predict: NoiseFunction,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    scales: torch.Tensor,
+    steps: int,
+    last: int,
+) -> torch.Tensor:
+    """The first steps of Euler's method on dx / d sigma (Karras et al. 2022, eq. 1).
 
     For any noising x = a clean + sigma noise whose network gives, or can be made to give, the
     direction d = (x - clean) / sigma: in flow models d is the velocity, and a is 1 - sigma.
 
     Args:
         predict: d of x_t and t.
-        x: [B, C, h, w], noise.
-        sigmas: noise level of each time step, ascending.
-        scales: what x_t, the network's input, is multiplied by to give x; one a time step.
+        x: noise [B, C, h, w].
+        sigmas: noise level of each time step [S], ascending.
+        scales: x / x_t of each time step [S], where x_t is the network's input.
         steps: number of steps of the whole schedule; this call does the first ``last``, fewer.
 
     Returns:
@@ -132,37 +140,36 @@ def euler(predict, x, sigmas, scales, steps, last):
     return x
 
 
-def ddpm_sigma(alpha, following):
+def ddpm_sigma(alpha: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """Standard deviation of DDPM's fresh noise in a step (Song et al. 2021, eq. 16 with eta 1)."""
     return ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
 
 
 @torch.no_grad()
 def ddim(
-    predict,
-    x,
-    alphas_cumprod,
-    steps,
-    first=0,
-    last=None,
-    eta=0.0,
-    spread=1.0,
-    generator=None,
-    correct=None,
-    after=None,
-):
+    predict: NoiseFunction,
+    x: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    steps: int,
+    first: int = 0,
+    last: int | None = None,
+    eta: float = 0.0,
+    spread: float = 1.0,
+    generator: torch.Generator | None = None,
+    correct: Correction | None = None,
+    after: AfterStep | None = None,
+) -> torch.Tensor:
     """Draw latents by DDIM (Song et al. 2021, eq. 12).
 
     Args:
         predict: noise from x_t and t, e.g. of ``guided``.
-        x: [B, 4, h, w]: noise, or the latent that an earlier call left at step ``first``.
+        x: [B, 4, h, w], noise, or the latent that an earlier call left at step ``first``.
         steps: number of steps of the whole schedule; this call does those from ``first`` up to,
             not with, ``last`` (None: the end).
         eta: share of fresh noise a step; 0 is deterministic, 1 is DDPM's.
         spread: factor on that fresh noise (Lu et al. 2025, arXiv 2505.17013, noise probe).
         generator: for the fresh noise.
-        correct: (x, noise, t, alpha) -> noise, called on every prediction.
-        after: (x, next alpha) -> x, called after every step.
+        correct: called on every prediction. after: called after every step.
 
     Returns:
         x_0 (or x at step ``last``), [B, 4, h, w].
@@ -175,23 +182,74 @@ def ddim(
         noise = predict(x, times[i]).to(x)
         if correct is not None:
             noise = correct(x, noise, times[i], alpha)
-        clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()  # "predicted x_0" of eq. 12
         sigma = eta * ddpm_sigma(alpha, following)
-        # With eta above 1 the root's argument turns negative; the probe takes its absolute value.
+        # "Direction pointing to x_t" of eq. 12. With eta above 1 the root's argument turns
+        # negative; the noise probe takes its absolute value.
         x = following.sqrt() * clean + (1 - following - sigma**2).abs().sqrt() * noise
         if eta:
             fresh = torch.randn(x.shape, generator=generator).to(x)
-            x = x + spread * sigma * fresh
+            x = x + spread * sigma * fresh  # "random noise" of eq. 12
         if after is not None:
             x = after(x, following)
     return x
 
 
-def q_sample(clean, noise, alpha_cumprod):
-    """x_t of a clean latent (Ho et al. 2020, eq. 4).
+def q_sample(clean: torch.Tensor, noise: torch.Tensor, alpha_cumprod: torch.Tensor) -> torch.Tensor:
+    """x_t of a clean latent, the forward process of DDPM (Ho et al. 2020, eq. 4).
 
     Args:
         clean, noise: [B, 4, h, w]. alpha_cumprod: [B], the product of alphas up to each t.
     """
     alpha_cumprod = alpha_cumprod.view(-1, 1, 1, 1)
     return alpha_cumprod.sqrt() * clean + (1 - alpha_cumprod).sqrt() * noise
+
+
+@dataclass(frozen=True)
+class DDPMSchedule:
+    """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise (Ho et al. 2020, eq. 4).
+
+    Attributes:
+        alphas_cumprod: alpha-bar of each time step, float32 [S].
+    """
+
+    alphas_cumprod: torch.Tensor
+
+    @property
+    def levels(self) -> torch.Tensor:
+        return self.alphas_cumprod
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def partial_sample(
+        self, predict: NoiseFunction, noise: torch.Tensor, steps: int, last: int
+    ) -> torch.Tensor:
+        """See ``NoiseSchedule``."""
+        return ddim(predict, noise, self.alphas_cumprod, steps, last=last)
+
+
+@dataclass(frozen=True)
+class SigmaSchedule:
+    """x = a x_0 + sigma noise, by ComfyUI's noise levels; see ``euler``.
+
+    Attributes:
+        sigmas: noise level of each time step [S], ascending.
+        scales: x / x_t of each time step [S], where x_t is the network's input.
+    """
+
+    sigmas: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def levels(self) -> torch.Tensor:
+        return self.sigmas
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def partial_sample(
+        self, predict: NoiseFunction, noise: torch.Tensor, steps: int, last: int
+    ) -> torch.Tensor:
+        """See ``NoiseSchedule``."""
+        return euler(predict, noise, self.sigmas, self.scales, steps, last)

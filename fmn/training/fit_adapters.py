@@ -4,18 +4,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
 from ..concepts.concept import Concept
 from ..errors import ForgetError
-from ..models.adapters import FullAdapter, LowRankAdapter, Switch, attached
-from ..models.attention_maps import AttentionProbe
+from ..models.adapters import FullAdapter, LayerModule, LowRankAdapter, Switch, attached
+from ..models.attention_maps import AttentionProbe, ProbeInput
 from ..models.families import Family, Layer, layers, layers_by_name
-from ..models.interface import Denoiser, Model, Text
+from ..models.interface import UNet, UNetModel
 from ..models.module_patching import checkpointed
-from ..models.sampling import step_count
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, StepProgress
 from .loop import AdamWConfig, Loss, initial_loss_scale
@@ -32,11 +31,9 @@ SCOPES: dict[str, Callable[[Layer], bool]] = {
 # The first concept's attention is measured so many times a run, or every so many steps, if that is
 # more often. Each time costs a forward pass.
 MEASUREMENTS, STEPS_BETWEEN = 7, 25
-# Text of one prompt, flags bool [1, T] of the concept's tokens, and latent [1, 4, h, w]
-ProbeInput = tuple[Text, torch.Tensor, torch.Tensor]
 Draw = Callable[[], Any]  # draws the batch of a step, of whatever the method trains on
 LossOf = Callable[[Any], Loss]  # its loss
-OpenLoss = Callable[[Denoiser, Switch, bool], AbstractContextManager[tuple[Draw, LossOf]]]
+OpenLoss = Callable[[UNet, Switch, bool], AbstractContextManager[tuple[Draw, LossOf]]]
 
 
 def in_scope(family: Family, scope: str) -> list[Layer]:
@@ -57,13 +54,15 @@ def in_scope(family: Family, scope: str) -> list[Layer]:
     return chosen
 
 
-def reference_latents(model: Model, concept: Concept, side: int) -> torch.Tensor:
-    """Latents [N, 4, h, w] of a concept's pictures, ``side`` pixels wide (0: the family's).
+def reference_latents(model: UNetModel, concept: Concept, side: int) -> torch.Tensor:
+    """Latents [N, 4, h, w] of the concept's pictures, which it has; ``side`` pixels wide (0: the
+    family's).
 
     Raises:
         ForgetError: the VAE is another model's.
     """
-    latents = model.encode_images(concept.images, side or model.family.resolution)
+    images = cast(torch.Tensor, concept.images)
+    latents = model.encode_images(images, side or model.family.resolution)
     if latents.shape[1] != 4:
         raise ForgetError(
             f"This VAE gives {latents.shape[1]} channels, but {model.family.title} reads 4: "
@@ -73,7 +72,7 @@ def reference_latents(model: Model, concept: Concept, side: int) -> torch.Tensor
 
 
 def make_adapters(
-    module_of: Callable[[str], torch.nn.Module],
+    module_of: Callable[[str], LayerModule],
     names: Sequence[str],
     settings: Any,
     device: torch.device,
@@ -111,7 +110,7 @@ def shuffled_cycle(
 
 
 def train_patch(
-    model: Model,
+    model: UNetModel,
     concepts: Sequence[Concept],
     settings: Any,
     scope: str,
@@ -126,6 +125,7 @@ def train_patch(
     """Train adapters on a U-Net and make the patch.
 
     Args:
+        model: of unknown families a ``Model`` is enough.
         settings: a method's, with ``steps`` (a concept), ``lr``, ``rank``, ``seed``,
             ``checkpointing``, and perhaps ``batch``.
         scope: of ``SCOPES``.
@@ -151,7 +151,7 @@ def train_patch(
         new_adapters = partial(
             make_adapters, denoiser.module, names, settings, denoiser.device, downs
         )
-        report = _AttentionReport(model.family, denoiser, probe_inputs, on_step, total)
+        report = _AttentionReport(denoiser, probe_inputs, on_step, total)
 
         def train(plan: Plan, message: str) -> TrainingRun:
             report.memory = message
@@ -183,17 +183,17 @@ def train_patch(
     return run.finish()
 
 
-def _has_known_shape(family: Family, denoiser: Denoiser, name: str) -> bool:
+def _has_known_shape(family: Family, denoiser: UNet, name: str) -> bool:
     shape = layers_by_name(family)[name].shape
     return tuple(denoiser.module(name).weight.shape) == tuple(shape)
 
 
 def _measure(
-    family: Family, denoiser: Denoiser, adapters: Adapters, probe_input: ProbeInput
+    family: Family, denoiser: UNet, adapters: Adapters, probe_input: ProbeInput
 ) -> tuple[int, Activations]:
     """Bytes of the trained parameters, and of what a forward pass of one prompt stores."""
     text, _, latent = probe_input
-    t = torch.tensor([step_count(denoiser) // 2])
+    t = torch.tensor([len(denoiser.schedule) // 2])
     x = latent[:1].to(denoiser.device)
     weights = [denoiser.module(layer.name).weight for layer in layers(family)]
     with attached(adapters, denoiser.module):
@@ -208,8 +208,7 @@ class _AttentionReport:
 
     def __init__(
         self,
-        family: Family,
-        denoiser: Denoiser,
+        denoiser: UNet,
         probe_inputs: Sequence[ProbeInput],
         on_step: OnStep,
         total: int,
@@ -219,7 +218,7 @@ class _AttentionReport:
         self.probe, self.now, self.memory = None, None, ""
         if probe_inputs:
             alphas = denoiser.alphas_cumprod
-            self.probe = AttentionProbe(family, probe_inputs[:1], alphas, steps=(0.5,))
+            self.probe = AttentionProbe(probe_inputs[:1], alphas, steps=(0.5,))
             self.now = self.probe.measure(denoiser)[0]
         self.before = self.now
 

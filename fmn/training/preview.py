@@ -10,7 +10,7 @@ from ..errors import ForgetError
 from ..images import to_image
 from ..models.families import DEMO
 from ..models.image_sampler import ImageSampler, open_sampler
-from ..models.interface import Model
+from ..models.interface import UNetModel
 from ..models.sampling import Sampling
 from ..patches.patch import ForgetPatch
 from .run import TrainingRun
@@ -29,7 +29,7 @@ class Previews:
 
     def __init__(
         self,
-        model: Model,
+        model: UNetModel,
         prompts: Iterable[str],
         steps: int = 8,
         seed: int = 0,

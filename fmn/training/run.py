@@ -12,7 +12,7 @@ import torch
 from ..concepts.concept import Concept
 from ..errors import ForgetError, NonFiniteLoss
 from ..models.adapters import FullAdapter, LowRankAdapter, Switch
-from ..models.interface import Denoiser, Model
+from ..models.interface import Model, UNet
 from ..patches.patch import ForgetPatch, new_info, save_patch
 from ..progress import OnStep, StepProgress
 from ..settings import Settings
@@ -78,9 +78,9 @@ class Task(NamedTuple):
 
     def patch(self, adapters: Adapters, losses: list[float]) -> ForgetPatch:
         """The patch of trained adapters."""
-        changes, largest_error = {}, 0.0
+        changes, largest_error, rank = {}, 0.0, getattr(self.settings, "rank")  # noqa: B009
         for name, adapter in adapters.items():
-            up, down, error = adapter.factors(self.settings.rank)
+            up, down, error = adapter.factors(rank)
             changes[name] = up.cpu().clone(), down.cpu().clone()
             largest_error = max(largest_error, error)
         info = new_info(
@@ -116,7 +116,7 @@ class TrainingRun:
         config: AdamWConfig,
         steps: int,
         loss_scale: float = 1.0,
-        denoiser: Denoiser | None = None,
+        denoiser: UNet | None = None,
         make_patch: Callable[[list[float]], ForgetPatch] | None = None,
         extra_state: Callable[[], ExtraState] = dict,
     ):

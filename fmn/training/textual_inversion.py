@@ -11,7 +11,8 @@ import torch
 
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
-from ..models.interface import Denoiser, Model, TextEncoder, cross_attention_names
+from ..models.families import cross_attention_names
+from ..models.interface import TextEncoder, UNet, UNetModel
 from ..models.sampling import expand, q_sample
 from ..progress import OnStep, ignore
 from ..settings import check_limits
@@ -77,8 +78,8 @@ def check_templates(templates: Sequence[str]) -> None:
 
 
 def invert(
-    model: Model,
-    denoiser: Denoiser,
+    model: UNetModel,
+    denoiser: UNet,
     images: torch.Tensor | None,
     settings: Settings = Settings(),
     on_step: OnStep = ignore,
@@ -143,7 +144,7 @@ def initial_vectors(text_encoder: TextEncoder, settings: Settings) -> torch.Tens
 class _Batches:
     """Endless training batches: a template, and noised latents at time steps spread evenly."""
 
-    def __init__(self, latents: torch.Tensor, denoiser: Denoiser, settings: Settings):
+    def __init__(self, latents: torch.Tensor, denoiser: UNet, settings: Settings):
         self.latents, self.settings = latents, settings
         self.device, self.alphas = denoiser.device, denoiser.alphas_cumprod.cpu()
         # Not the generator of the start: two more tokens must not change the noise.

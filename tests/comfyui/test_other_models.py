@@ -34,20 +34,21 @@ def test_drawing_and_loss_are_the_papers(pack, other_host, monkeypatch, name, er
     """Flow: x_1 is noise, dx/dsigma is the velocity; ESD's loss is taken on velocities."""
     esd, model = pack("fmn.methods.esd"), other_host(name)
     settings = esd_settings(pack, batch=2, erase_from=erase_from)
-    begun, begin = [], esd.begin
+    schedule = pack("fmn.models.sampling").SigmaSchedule
+    samples, partial_sample = [], schedule.partial_sample
 
-    def recorded(denoiser, predict, noise, steps, last):
-        begun.append((noise, last))
-        return begin(denoiser, predict, noise, steps, last)
+    def recorded(self, predict, noise, steps, last):
+        samples.append((noise, last))
+        return partial_sample(self, predict, noise, steps, last)
 
-    monkeypatch.setattr(esd, "begin", recorded)
+    monkeypatch.setattr(schedule, "partial_sample", recorded)
     with torch.inference_mode(False), torch.enable_grad():
         examples = esd.prepare(model, [concept(pack, prompts=("a dog here",))], settings)
         with model.borrow_denoiser() as denoiser, adapted(denoiser, name) as (change, switch):
             draws = esd.Batches(examples, settings, denoiser, switch, 8, 16)
             for _ in range(6):
                 example, x_t, t = draws()
-                noise, last = begun[-1]
+                noise, last = samples[-1]
                 switch.on = False
                 with torch.no_grad():
                     x, sigma = literal_drawing(denoiser, example, noise, last)
@@ -66,7 +67,7 @@ def test_drawing_and_loss_are_the_papers(pack, other_host, monkeypatch, name, er
                 loss = esd.esd_loss(denoiser, switch, example, x_t, t, 1.7)
                 torch.testing.assert_close(loss, literal(), rtol=1e-4, atol=1e-6)
                 check_gradient(loss, literal, change)
-    assert {last for _, last in begun} == {0, 1, 2, 3}
+    assert {last for _, last in samples} == {0, 1, 2, 3}
 
 
 @contextmanager
@@ -227,7 +228,7 @@ def test_same_predictions_as_the_host_of_known_families(pack, demo):
             text = sampling.expand(text, 2)
             given = noise, torch.tensor([900, 30]), text
             drawing = sampling.guided(denoiser, text, empty, 4.0)
-            drawn = sampling.begin(denoiser, drawing, noise, 6, 4)
+            drawn = denoiser.schedule.partial_sample(drawing, noise, 6, 4)
             found.append((denoiser.predict_noise(*given), drawn))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     assert other.prediction == "epsilon"

@@ -15,6 +15,7 @@ from fmn.jobs.recipe import hash_model, hash_model_0_1, recipe, recipe_0_1
 from fmn.methods import METHODS, forget, settings_of, uce
 from fmn.methods.reread import Settings as Reread
 from fmn.models.families import FAMILIES
+from fmn.models.sampling import DDPMSchedule
 from fmn.models.token_positions import CHUNK
 from fmn.patches.patch import load_patch, save_patch
 from tests.unit.tiny import (
@@ -70,6 +71,7 @@ class Timed(TinyModel):
         with super().borrow_denoiser() as denoiser:
             denoiser.alphas_cumprod = denoiser.alphas_cumprod.clone()
             denoiser.alphas_cumprod[-1] = 2**-24
+            denoiser.schedule = DDPMSchedule(denoiser.alphas_cumprod)
             yield denoiser
 
 

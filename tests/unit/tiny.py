@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fmn.concepts.concept import Concept, Prompt
-from fmn.models.families import DEMO, UNetFamily, layers
-from fmn.models.interface import Text, fingerprint, tokenize_with_placeholders
-from fmn.models.token_positions import CHUNK, EOS_ID, word_positions
+from fmn.models.families import DEMO, UNetFamily, cross_attention_names, layers
+from fmn.models.interface import Text, fingerprint
+from fmn.models.sampling import DDPMSchedule
+from fmn.models.token_positions import CHUNK, EOS_ID, tokenize_with_placeholders, word_positions
 from fmn.patches.patch import ForgetPatch, new_info
 
 BOS = 49406
@@ -126,9 +127,13 @@ class TinyDenoiser:
     def __init__(self, model):
         self.model = model
         self.alphas_cumprod = make_scheduler().alphas_cumprod
+        self.schedule = DDPMSchedule(self.alphas_cumprod)
 
     def module(self, name):
         return self.model.unet.get_submodule(name)
+
+    def cross_attention_modules(self):
+        return [self.module(name) for name in cross_attention_names(TINY)]
 
     def predict_noise(self, x_t, t, text):
         self.model.seen.append((x_t, t, text))

@@ -9,8 +9,8 @@ import torch
 
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
-from ...models.interface import Text, tokenize_with_placeholders, two_encoders_error
-from ...models.token_positions import CHUNK, EOS_ID, word_positions
+from ...models.interface import Text, two_encoders_error
+from ...models.token_positions import CHUNK, EOS_ID, tokenize_with_placeholders, word_positions
 
 FLOATS = torch.float32, torch.float16, torch.bfloat16
 # What the tokenizer calls a part, and what the encoder does.

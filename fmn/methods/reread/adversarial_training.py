@@ -9,7 +9,7 @@ that adversaries learn at the same time (as in AdvUnlearn and STEREO). Kept prom
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ...linalg import truncate_product
 from ...models.adapters import FixedAdapter, LowRankAdapter, Switch, attached
 from ...models.families import Family, layers
-from ...models.interface import Denoiser, Text, rows
+from ...models.interface import Text, UNet, UNetModel
 from ...models.module_patching import checkpointed
 from ...models.sampling import expand, q_sample
 from ...patches.patch import ForgetPatch
@@ -34,7 +34,7 @@ LIFETIME = 60  # steps of an adversary until it starts anew
 MAX_GAIN = 10.0  # that a small difference is multiplied by
 EMPTY = 6  # one step in so many keeps the predictions for the empty prompt
 HALF = 4  # pictures of the concept a step, and as many kept ones
-Changes = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # layer name -> (up, down)
+Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer name -> (up, down)
 
 
 def trained_layers(family: Family) -> list[str]:
@@ -45,12 +45,12 @@ def trained_layers(family: Family) -> list[str]:
 def train_adversarially(
     task: Task,
     options: TrainingOptions,
-    denoiser: Denoiser,
+    denoiser: UNet,
     changes: Changes,
     scenes: Sequence[Scene],
     kept: Scene,
     empty: Text,
-    make_patch: Callable[[Changes, list[float]], ForgetPatch],
+    make_patch: Callable[[Changes, Sequence[float]], ForgetPatch],
     on_step: OnStep,
 ) -> TrainingRun:
     """Train a patch further; the ``finish`` of the run gives it. See the module.
@@ -64,8 +64,8 @@ def train_adversarially(
     Raises:
         NonFiniteLoss: at once, so that nothing was learnt.
     """
-    settings: Any = task.settings
-    names = trained_layers(task.model.family)
+    model, settings = cast(UNetModel, task.model), cast(Any, task.settings)
+    names = trained_layers(model.family)
     generator = torch.Generator().manual_seed(settings.seed)
     adapters = {
         name: LowRankAdapter(
@@ -85,7 +85,7 @@ def train_adversarially(
         attached(applied, denoiser.module) as switch,
         attached(adapters, denoiser.module, switch),
         checkpointed(blocks),
-        adversaries(task.model, denoiser) as new_adversary,
+        adversaries(model, denoiser) as new_adversary,
     ):
         loss = AdversarialLoss(
             denoiser, adapters, switch, scenes, kept, empty, new_adversary, settings, scale
@@ -139,7 +139,7 @@ class Noising(NamedTuple):
     """Which pictures of a scene are noised and how, at time steps spread over the schedule; all on
     the CPU."""
 
-    index: torch.Tensor  # [HALF]
+    rows: torch.Tensor  # [HALF]
     t: torch.Tensor  # [HALF]
     noise: torch.Tensor  # [HALF, 4, h, w]
 
@@ -175,7 +175,7 @@ class AdversarialLoss:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: UNet,
         adapters: Adapters,
         switch: Switch,
         scenes: Sequence[Scene],
@@ -224,7 +224,7 @@ class AdversarialLoss:
             slots[slot] = adversary = self.new_adversary(scene, self.generator)
         adversary.age += 1
         attacked, forgotten = self._noising(scene), self._noising(scene)
-        texts = self._pick_texts(scene, forgotten.index, [a for a in slots if a is not None])
+        texts = self._pick_texts(scene, forgotten.rows, [a for a in slots if a is not None])
         kept, blank = self._noising(self.kept), int(self._random(EMPTY, 1)) == 0
         return Pick(scene, adversary, attacked, forgotten, texts, kept, blank)
 
@@ -235,14 +235,14 @@ class AdversarialLoss:
         texts: list[Callable[[], Text]] = []
         for i, kind in zip(index.split(1), self._random(4, HALF).tolist()):
             if kind == 0:
-                texts.append(partial(rows, scene.text, i))
+                texts.append(partial(Text.__getitem__, scene.text, i))
             elif kind < 3:
                 adversary = met[int(self._random(len(met), 1))]
                 texts.append(partial(adversary.text, adversary.pick()))
             else:
                 j = self._random(len(self.kept.text.context), 1)
                 others = (self.empty, slice(0, 1)), (self.kept.text, j), (scene.other, i)
-                texts.append(partial(rows, *others[int(self._random(3, 1))]))
+                texts.append(partial(Text.__getitem__, *others[int(self._random(3, 1))]))
         return texts
 
     def __call__(self, pick: Pick) -> torch.Tensor:
@@ -268,21 +268,23 @@ class AdversarialLoss:
 
     def _forget(self, pick: Pick) -> torch.Tensor:
         """|e'(x_t, text) - away(...)|^2"""
-        scene, index = pick.scene, pick.forgotten.index
+        scene, index = pick.scene, pick.forgotten.rows
         x_t, t, _ = self._noised(scene, pick.forgotten)
         with torch.no_grad(), self.switch.off():
-            concept, without = rows(scene.text, index), rows(scene.other, index)
+            concept, without = scene.text[index], scene.other[index]
             texts = Text.cat([concept, without, expand(self.empty, HALF)])
             frozen = self.denoiser.predict_noise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
         with torch.no_grad():
             texts = Text.cat([text() for text in pick.texts])
         predicted = self.denoiser.predict_noise(x_t, t, texts)
-        return F.mse_loss(predicted.float(), away(*frozen.chunk(3), self.settings.robust_overshoot))
+        e_concept, e_without, e_empty = frozen.chunk(3)
+        target = away(e_concept, e_without, e_empty, self.settings.robust_overshoot)
+        return F.mse_loss(predicted.float(), target)
 
     def _keep(self, pick: Pick) -> torch.Tensor:
         """|e'(x_t, kept) - e(x_t, kept)|^2"""
         x_t, t, _ = self._noised(self.kept, pick.kept)
-        text = rows(self.kept.text, pick.kept.index)
+        text = self.kept.text[pick.kept.rows]
         if pick.blank:  # guidance needs it
             text = expand(self.empty, HALF)
         with torch.no_grad(), self.switch.off():

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ...models.interface import Denoiser, Model, Text, TextEncoder, rows
+from ...models.interface import Text, TextEncoder, UNet, UNetModel
 from ...training import textual_inversion
 from ...training.textual_inversion import initial_vectors
 from .training_images import Scene
@@ -53,7 +53,7 @@ class Context:
 
     def __init__(self, scene: Scene, generator: torch.Generator, device: torch.device):
         i = int(torch.randint(len(scene.other.context), (1,), generator=generator))
-        self.start, self.age = rows(scene.other, slice(i, i + 1)), 0
+        self.start, self.age = scene.other[i : i + 1], 0
         context = self.start.context.float().to(device)
         shifts = torch.zeros(FREE + 1, context.shape[-1], device=device)
         self.context, self.learned = context, shifts.requires_grad_()
@@ -79,7 +79,7 @@ NewAdversary = Callable[[Scene, torch.Generator], Adversary]
 
 
 @contextmanager
-def adversaries(model: Model, denoiser: Denoiser) -> Iterator[NewAdversary]:
+def adversaries(model: UNetModel, denoiser: UNet) -> Iterator[NewAdversary]:
     """Yields a function that makes a new adversary."""
     if len(model.family.texts) > 1:  # their words cannot be learned yet
         yield lambda scene, generator: Context(scene, generator, denoiser.device)

@@ -19,7 +19,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...models.interface import Text, cross_attention_names
+from ...models.families import cross_attention_names
+from ...models.interface import Text
 from ...models.sampling import ddim, guided, seeded_noise, trailing_timesteps
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class CrossAttention(NamedTuple):
 def cross_attention_layers(denoiser: UNet, family: UNetFamily) -> list[CrossAttention]:
     """Every attn2 module, in forward order, on the model's device."""
     layers = []
-    for name in cross_attention_names(family):
-        module: Any = denoiser.module(name)
+    modules: list[Any] = denoiser.cross_attention_modules()
+    for name, module in zip(cross_attention_names(family), modules):
         key, value = (
             rearrange(part.weight.detach().float(), "(h d) c -> h d c", h=module.heads)
             for part in (module.to_k, module.to_v)

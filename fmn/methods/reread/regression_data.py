@@ -15,7 +15,8 @@ from ...closed_form.output_edit import PartProgress
 from ...closed_form.text_embeddings import encode_chunk
 from ...errors import ForgetError
 from ...linalg import to_float64
-from ...models.interface import Text, cross_attention_names
+from ...models.families import cross_attention_names
+from ...models.interface import Text
 from ...models.sampling import seeded_noise
 from ...progress import OnStep
 from ...sequences import evenly

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from ...models.interface import Denoiser, Text, rows
+from ...models.interface import Text, UNet
 from ...models.sampling import ddim, guided, q_sample
 
 DRAWING_STEPS = 12
 AT_ONCE = 4  # pictures
 STYLE_STEPS = 0.3, 0.5, 0.7, 0.9  # shares of the schedule at which a style shows
+
+NO_TEXT = Text(torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -19,20 +21,20 @@ class Scene:
     """Noise-free latents [n, 4, h, w], and the texts they were drawn from; [n, 77, D] each.
 
     Attributes:
-        other: the same texts without the concept; of kept scenes None.
+        other: the same texts without the concept; empty of kept scenes.
         blanks: its prompts with ``PLACEHOLDER`` in place of the concept.
         index: rows of the scene that this one was chosen from.
     """
 
     latents: torch.Tensor
     text: Text
-    other: Text | None = None
+    other: Text = NO_TEXT
     blanks: tuple[str, ...] = ()
     index: torch.Tensor | None = None
 
 
 def draw_scenes(
-    denoiser: Denoiser,
+    denoiser: UNet,
     concepts: Sequence[tuple[Text, Text, tuple[str, ...]]],
     kept: Text,
     styled: Sequence[Text],
@@ -55,31 +57,31 @@ def draw_scenes(
     scenes, (per_concept, per_kept) = [], image_counts(settings)
     for text, other, blanks in concepts:
         chosen = torch.arange(per_concept) % len(text.context)
-        text, other = rows(text, chosen), rows(other, chosen)
+        text, other = text[chosen], other[chosen]
         scenes.append(draw_scene(denoiser, text, empty, settings, side, on_batch, other, blanks))
     chosen = torch.arange(per_kept) % len(kept.context)
-    scene = draw_scene(denoiser, rows(kept, chosen), empty, settings, side, on_batch)
+    scene = draw_scene(denoiser, kept[chosen], empty, settings, side, on_batch)
     for text in styled:
-        scene = least_like(denoiser, scene, rows(text, chosen), settings, on_batch)
+        scene = least_like(denoiser, scene, text[chosen], settings, on_batch)
         chosen = chosen[scene.index]
     return scenes, scene
 
 
 @torch.no_grad()
 def draw_scene(
-    denoiser: Denoiser,
+    denoiser: UNet,
     text: Text,
     empty: Text,
     settings: Any,
     side: int,
     on_batch: Callable[[], None],
-    other: Text | None = None,
+    other: Text = NO_TEXT,
     blanks: tuple[str, ...] = (),
 ) -> Scene:
     """Draw texts with the unpatched model: a ``Scene`` whose latents are on the CPU."""
     generator, batches = torch.Generator().manual_seed(settings.seed), []
     for first in range(0, len(text.context), AT_ONCE):
-        some = rows(text, slice(first, first + AT_ONCE))
+        some = text[first : first + AT_ONCE]
         noise = torch.randn(len(some.context), 4, side, side, generator=generator)
         predict = guided(denoiser, some, empty, settings.guidance)
         noise = noise.to(denoiser.device)
@@ -116,7 +118,7 @@ def image_counts(settings: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def least_like(
-    denoiser: Denoiser, scene: Scene, styled: Text, settings: Any, on_batch: Callable[[], None]
+    denoiser: UNet, scene: Scene, styled: Text, settings: Any, on_batch: Callable[[], None]
 ) -> Scene:
     """The half of a scene that looks least like a style.
 
@@ -136,8 +138,8 @@ def least_like(
         for some in torch.arange(len(t)).split(AT_ONCE):
             noised = x_t[some].to(denoiser.device), t[some].to(denoiser.device)
             for text, sign in ((scene.text, 1), (styled, -1)):
-                predicted = denoiser.predict_noise(*noised, rows(text, some)).float().cpu()
+                predicted = denoiser.predict_noise(*noised, text[some]).float().cpu()
                 gain[some] += sign * (predicted - noise[some]).square().flatten(1).mean(1)
             on_batch()
     best = gain.argsort()[: _half(len(gain))].sort().values
-    return Scene(scene.latents[best], rows(scene.text, best), index=best)
+    return Scene(scene.latents[best], scene.text[best], index=best)

@@ -11,8 +11,7 @@ from fmn.concepts.keep_list import keep_for
 from fmn.errors import ForgetError
 from fmn.methods import casteer
 from fmn.models.adapters import FixedAdapter, attached
-from fmn.models.families import layers, layers_by_name
-from fmn.models.interface import cross_attention_names
+from fmn.models.families import cross_attention_names, layers, layers_by_name
 from fmn.models.sampling import trailing_timesteps
 from fmn.patches.lora_keys import file_name
 from fmn.patches.patch import save_patch

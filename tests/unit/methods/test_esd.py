@@ -12,6 +12,7 @@ from fmn.methods.esd import PRESETS, Batches, Settings, equal_lengths, prepare, 
 from fmn.models.adapters import Switch
 from fmn.models.families import layers
 from fmn.models.interface import Text
+from fmn.models.sampling import DDPMSchedule
 from fmn.training import fit_adapters
 from fmn.training.losses import esd
 from fmn.training.memory import Activations
@@ -224,7 +225,7 @@ class Quiet:
     """A U-Net of eight time steps that predicts nothing, and counts."""
 
     device = torch.device("cpu")
-    alphas_cumprod = torch.linspace(0.99, 0.1, 8)
+    schedule = DDPMSchedule(torch.linspace(0.99, 0.1, 8))
 
     def __init__(self):
         self.calls = []

@@ -15,7 +15,7 @@ from fmn.methods.reread.attention_output import (
     record_queries,
     recorded,
 )
-from fmn.models.interface import cross_attention_names
+from fmn.models.families import cross_attention_names
 from fmn.models.sampling import trailing_timesteps
 
 from ..literal import near

@@ -16,8 +16,7 @@ from fmn.methods.reread import method
 from fmn.methods.reread.attention_output import record_queries
 from fmn.methods.reread.regression import both_sides
 from fmn.methods.reread.regression_data import QuerySampler
-from fmn.models.families import layers, layers_by_name
-from fmn.models.interface import cross_attention_names
+from fmn.models.families import cross_attention_names, layers, layers_by_name
 from fmn.patches.lora_keys import file_name
 from fmn.patches.patch import save_patch
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fmn.errors import ForgetError, NonFiniteLoss
-from fmn.models.interface import tokenize_with_placeholders
-from fmn.models.token_positions import EOS_ID
+from fmn.models.token_positions import EOS_ID, tokenize_with_placeholders
 from fmn.training import textual_inversion
 from fmn.training.textual_inversion import PLACEHOLDER, Settings, initial_vectors, invert
 
