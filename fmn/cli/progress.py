@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 if TYPE_CHECKING:  # these load torch, and a bar is made before that
-    from ..bench.running.runner import Progress
+    from ..bench.running.runner import CellProgress
     from ..jobs.batch import BatchProgress
     from ..progress import StepProgress
 
@@ -61,7 +61,7 @@ class BatchBar(Bar):
 class CellBar(Bar):
     """A bench's progress callback: one unit is a cell. Cells of an earlier run count as done."""
 
-    def __call__(self, progress: "Progress") -> None:
+    def __call__(self, progress: "CellProgress") -> None:
         cell, done = progress.cell, progress.done
         text = f"{cell.work}, {cell.method}, {cell.targets[0]}"
         self.show(done, progress.total, "cell", text, initial=done - 1)
