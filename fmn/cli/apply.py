@@ -49,7 +49,10 @@ def add_apply(commands: Commands) -> None:
     )  # fmt: skip
     drawing = apply.add_argument_group("with --prompt")
     drawing.add_argument(
-        "--out", type=Path, metavar="PNG", help=f"the picture ({PICTURE}, or a free number behind)"
+        "--out",
+        type=Path,
+        metavar="PNG",
+        help=f"the picture ({PICTURE}; a number is appended if it exists)",
     )
     add_settings(drawing, Drawing())
 

@@ -50,7 +50,7 @@ def add_merge(commands: Commands) -> None:
         "if a file is named more than once",
     )  # fmt: skip
     merge.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"({MERGED}, or a free number behind)"
+        "--out", type=Path, metavar="FILE", help=f"({MERGED}; a number is appended if it exists)"
     )
     merge.add_argument(
         "--how", choices=HOW, default=HOW[0],

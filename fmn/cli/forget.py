@@ -46,7 +46,7 @@ def add_forget(commands: Commands, asked: str | None) -> None:
     add_kind(forget)
     forget.add_argument(
         "--out", type=Path, metavar="FILE",
-        help="patch file (forget_NAME.safetensors, or a free number behind)",
+        help="patch file (forget_NAME.safetensors; a number is appended if it exists)",
     )  # fmt: skip
     add_repeated(forget, "--alias", "another name, for one concept only", metavar="WORDS")
     add_repeated(forget, "--prompt", "another prompt that contains the one concept", metavar="TEXT")

@@ -62,7 +62,7 @@ def add_keep(parser: argparse._ActionsContainer, **more: Any) -> None:
 def add_kind(parser: argparse.ArgumentParser) -> None:
     """``--kind``."""
     parser.add_argument(
-        "--kind", choices=KINDS, default="object", help="of concepts without one (%(default)s)"
+        "--kind", choices=KINDS, default="object", help="for concepts that name none (%(default)s)"
     )
 
 
