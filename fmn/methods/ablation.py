@@ -31,6 +31,7 @@ from ..training.losses import concept_ablation
 from ..training.run import TrainingOptions
 
 TITLE = "Concept Ablation"
+REVISION = 1
 ABOUT = (
     "Concept Ablation (arXiv 2303.13516): trains the concept's prompts to draw what its anchor's "
     "prompts draw; also corrects what a word means."

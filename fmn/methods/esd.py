@@ -29,6 +29,7 @@ from ..training.losses import esd
 from ..training.run import TrainingOptions
 
 TITLE = "ESD"
+REVISION = 1
 ABOUT = (
     "Erased Stable Diffusion (arXiv 2303.07345): trains the model to draw, for the concept's "
     "prompts, away from the concept. Slower than re-steering, and stronger."

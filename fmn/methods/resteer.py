@@ -32,6 +32,7 @@ from ..training.losses import attention_resteering
 from ..training.run import TrainingOptions
 
 TITLE = "Re-steer"
+REVISION = 1
 ABOUT = (
     "Attention re-steering (Forget-Me-Not, arXiv 2303.17591): trains away the attention that the "
     "concept's words get."

@@ -164,9 +164,8 @@ def train_patch(
                 run.train(lambda index: loss_of(draw()), report)
                 return run
 
-        estimate_of = _estimator(
-            model.family, denoiser, make_adapters(*given), probe_inputs, batch, forwards
-        )
+        measured = model.family, denoiser, make_adapters(*given), probe_inputs
+        estimate_of = _estimator(*measured, batch, forwards)
         ordered = plans(settings.checkpointing, batch)
         run = train_with_retry(train, ordered, estimate_of, denoiser.device)
     return run.finish()
