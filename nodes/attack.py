@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..fmn.closed_form.adversarial_embedding import hardest
 from ..fmn.concepts.concept import Prompt
-from ..fmn.concepts.prompt_templates import PLACEHOLDER
+from ..fmn.concepts.prompt_templates import PLACEHOLDER, fill
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.images import loss_picture
@@ -15,7 +15,7 @@ from ..fmn.models.image_sampler import open_sampler
 from ..fmn.models.interface import Text
 from ..fmn.models.sampling import Sampling
 from ..fmn.patches.embedding_file import recorded, save_embedding
-from ..fmn.training.textual_inversion import Settings, filled, invert
+from ..fmn.training.textual_inversion import Settings, invert
 from .common import lines_of, strength_input
 from .embedding import FOLDER, embedding_path
 from .types import CATEGORY, Learned, Patch, show_text, told
@@ -235,9 +235,9 @@ def _drawn(host, sampler, vectors, words, count, settings):
     templates = [settings.templates[i % len(settings.templates)] for i in range(count)]
     seeds = [settings.seed + i for i in range(count)]
     with host.borrow_text_encoder() as encoder, torch.no_grad():
-        texts = [encoder.encode(filled(t, PLACEHOLDER), vectors)[0] for t in templates]
+        texts = [encoder.encode(fill(t, PLACEHOLDER), vectors)[0] for t in templates]
     learned = sampler.draw_texts(Text.cat(texts), seeds, after=_cancellable)
-    return learned, sampler.draw([filled(t, words) for t in templates], seeds, after=_cancellable)
+    return learned, sampler.draw([fill(t, words) for t in templates], seeds, after=_cancellable)
 
 
 def _cancellable(x, alpha):

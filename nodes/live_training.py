@@ -57,24 +57,23 @@ class Live:
         self.send(pictures=True)
 
     def step(self, step):
-        """Take in a ``train.Step``; sends it unless the last event was a moment ago."""
+        """Take in a ``StepProgress``; sends it unless the last event was a moment ago."""
         if step.index < self.state["step"] or step.total != self.state["total"]:
             self.losses, self.attention = Curve(), Curve()  # another part of the work begins
         if not self.losses.points:  # a resumed run has losses behind it
             for index, loss in enumerate(step.losses[:-1], step.index - len(step.losses) + 1):
                 self.losses.add(index, loss)
         self.losses.add(step.index, step.losses[-1])
-        if step.before and not self.attention.points:
-            self.attention.add(0, step.before.share)
-            self.looked = step.before
-        if step.before and step.now is not self.looked:
-            self.attention.add(step.index, step.now.share)
-            self.looked = step.now
-        best = step.training.best if step.training else None
+        if step.attention_before and not self.attention.points:
+            self.attention.add(0, step.attention_before.share)
+            self.measured = step.attention_before
+        if step.attention_before and step.attention_now is not self.measured:
+            self.attention.add(step.index, step.attention_now.share)
+            self.measured = step.attention_now
         self.state |= {
             "step": step.index, "total": step.total, "seconds_left": round(step.seconds_left, 1),
             "losses": self.losses.points, "attention": self.attention.points,
-            "best": best[1] if best else None, "memory": step.note[:SENTENCE],
+            "best": step.best_step, "memory": step.memory[:SENTENCE],
         }  # fmt: skip
         if step.index == step.total or time.monotonic() - self.sent >= SECONDS:
             self.send()

@@ -5,6 +5,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..fmn.concepts.concept import TEMPLATES
+from ..fmn.concepts.prompt_templates import fill
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.methods import resteer
@@ -250,7 +251,7 @@ def _measure(host, reference, concept, given, count, show):
     with open_sampler(reference, Sampling(), batch=4, on_pictures=show.drawn) as sampler:
         if images is None:
             show.start(f"{phrase}: drawing {count} pictures")
-            named = [prompts[i % len(prompts)].format(phrase) for i in range(count)]
+            named = [fill(prompts[i % len(prompts)], phrase) for i in range(count)]
             images = sampler.draw(named, [seeds[0] + i for i in range(count)])
         if reference is not host:
             show.start(f"{phrase}, untouched")

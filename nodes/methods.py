@@ -14,13 +14,18 @@ TITLES = {"lr": "learning rate"}
 FINEST = 1e-7
 
 
+def _widget(described):
+    """A field's widget: workflows for API use hold its name, so a renamed field keeps it."""
+    return described.metadata["formerly"] or WIDGET_NAMES.get(described.name, described.name)
+
+
 def _input(described):
     told, default = described.metadata, described.default
-    name = WIDGET_NAMES.get(described.name, described.name)
+    name = _widget(described)
     # Optional, so that workflows from before a setting came keep working.
     given = {"default": default, "tooltip": told["help"], "optional": True}
-    if described.name in TITLES:
-        given["display_name"] = TITLES[described.name]
+    if told["formerly"] or described.name in TITLES:
+        given["display_name"] = TITLES.get(described.name, described.name)
     if told["choices"]:
         return io.Combo.Input(name, options=list(told["choices"]), **given)
     if isinstance(default, bool):
@@ -77,8 +82,8 @@ class MethodNode(io.ComfyNode):
         module = method(METHODS[cls.method][0])
         if preset != WIDGETS:
             return io.NodeOutput(module.PRESETS[preset])
-        names = {widget: name for name, widget in WIDGET_NAMES.items()}
-        values = {names.get(widget, widget): value for widget, value in widgets.items()}
+        names = {_widget(described): described.name for described in fields(module.Settings)}
+        values = {names[widget]: value for widget, value in widgets.items()}
         return io.NodeOutput(module.Settings(**values))
 
 

@@ -16,8 +16,8 @@ from ..fmn.images import maps_picture
 from ..fmn.methods import DEFAULT, DEFAULT_MANY, MANY, default_settings, forget
 from ..fmn.patches.patch import rescue
 from ..fmn.training.preview import Previews
-from ..fmn.training.resume import Saves, load_state
-from ..fmn.training.run import SMOOTHED, Supervisor
+from ..fmn.training.resume import load_state
+from ..fmn.training.run import SMOOTHED, SaveEvery, TrainingOptions
 from .common import keep_input, model_input, stamp_of
 from .live_training import Live
 from .patch import KIND, STATES, output_path
@@ -77,26 +77,28 @@ class TrainForgetPatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concepts, method=None, vae=None, keep=(), options=None):
-        settings, options = method or default_settings(concepts), options or TrainingOptions()
+        settings, options = method or default_settings(concepts), options or Widgets()
         host, losses = host_of(model, clip, vae), []
         resume = load_state(options.resume) if options.resume else None
         title = ", ".join(concept.name for concept in concepts)
         with Live(title, workflow_id()) as live:
-            saves = Saves(
+            save = SaveEvery(
                 options.save_every,
                 lambda step: output_path(f"{options.filename_prefix}_step{step}"),
             )
             show, previews = _Progress(live), _Previews(host, concepts, options, live)
 
-            def on_step(step):
-                losses[:] = step.losses
-                show(step)
-                saves(step)
-                previews(step)
+            def on_step(progress):
+                losses[:] = progress.losses
+                show(progress)
 
+            def after_step(progress, run):
+                save(progress, run)
+                previews(progress, run)
+
+            training = TrainingOptions(resume, options.keep_best, after_step)
             try:
-                supervisor = Supervisor(on_step, resume, options.keep_best)
-                patch = forget(host, concepts, settings, supervisor, keep)
+                patch = forget(host, concepts, settings, on_step, keep, training)
             except NonFiniteLoss as error:
                 raise rescue(error, output_path("rescued")) from error
             previews.finish(patch)
@@ -113,8 +115,8 @@ class _Progress:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.bar = self.bar or comfy.utils.ProgressBar(step.total)
         preview = None
-        if step.before:
-            picture = maps_picture(step.before, step.now)
+        if step.attention_before:
+            picture = maps_picture(step.attention_before, step.attention_now)
             preview = ("JPEG", picture, PREVIEW_SIDE)
         self.bar.update_absolute(step.index, step.total, preview)
         self.live.step(step)
@@ -140,10 +142,10 @@ class _Previews:
             host, filter(None, prompts), options.preview_steps, options.preview_seed
         )
 
-    def __call__(self, step):
-        self.steps = step.index
-        if self.every and step.training and step.index % self.every == 0 < step.total - step.index:
-            self.live.previews(self.drawn.during(step.training), step.index)
+    def __call__(self, progress, run):
+        self.steps, last = progress.index, progress.index == progress.total
+        if self.every and progress.index % self.every == 0 and not last:
+            self.live.previews(self.drawn.during(run), progress.index)
 
     def finish(self, patch):
         if self.every:
@@ -156,8 +158,8 @@ MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
-    """What the Training Options node says; the fields are its widgets."""
+class Widgets:
+    """The values of the Training Options node."""
 
     preview_every: int = 0
     forgotten_prompt: str = ""
@@ -271,7 +273,7 @@ class TrainingOptionsNode(io.ComfyNode):
             path = _path_of(resume)
         if widgets.get("save_every"):
             output_path(widgets["filename_prefix"])  # a bad name is refused before training
-        return io.NodeOutput(TrainingOptions(**widgets, resume=path))
+        return io.NodeOutput(Widgets(**widgets, resume=path))
 
 
 def _path_of(name):

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..images import ACCENT, INK, PALE, PAPER
 from ..training.textual_inversion import Settings, check_templates, invert
@@ -140,9 +140,7 @@ def check(phrase, templates, seeds):
 
 def pooled(encoder, templates, phrase, vectors=None):
     """Pooled text of each template with the phrase in it, [templates, D]."""
-    return torch.cat(
-        [encoder.encode(template.format(phrase), vectors)[1] for template in templates]
-    )
+    return torch.cat([encoder.encode(fill(template, phrase), vectors)[1] for template in templates])
 
 
 def cosine(first, second):

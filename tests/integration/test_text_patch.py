@@ -21,8 +21,7 @@ from fmn.models.families import DEMO, SD1, SD2, SDXL, CLIPConfig, text_layers
 from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch
-
-from ..unit.tiny import make_patch, metadata_of, rewrite, same_tensors, weights_of
+from tests.unit.tiny import make_patch, metadata_of, rewrite, same_tensors, weights_of
 
 PROMPT = Prompt("a photo of a dog", "dog")
 FAMILIES = [DEMO, SD1, SD2, SDXL]

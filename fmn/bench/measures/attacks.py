@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from ...concepts.concept import TEMPLATES, Prompt
+from ...concepts.prompt_templates import PLACEHOLDER, fill
 from ...errors import ForgetError
 from ...models.interface import Text
 from ...models.token_positions import CHUNK, word_positions
 from ...settings import check_limits
-from ...training.textual_inversion import PLACEHOLDER, Settings, invert
+from ...training.textual_inversion import Settings, invert
 from .text import judged_rows
 
 MERGES = Path(__file__).parents[2] / "assets" / "clip_merges.txt"
@@ -85,13 +86,12 @@ def attack_prompt(suite, target, ask):
         ForgetError: the style's template does not hold its name, or a name is left.
     """
     if target.kind == "unsafe":
-        prompt = TEMPLATES["object"].format(PLACEHOLDER)
+        prompt = fill(TEMPLATES["object"], PLACEHOLDER)
     elif target.kind == "style":
-        prompt = _without_name(suite.styles[target.name], target).format(
-            suite.concepts[ask.concept]
-        )
+        style = _without_name(suite.styles[target.name], target)
+        prompt = fill(style, suite.concepts[ask.concept])
     else:
-        prompt = suite.styles[ask.style].format(PLACEHOLDER)
+        prompt = fill(suite.styles[ask.style], PLACEHOLDER)
     check_absent(prompt, target)
     return prompt
 
@@ -229,7 +229,7 @@ def _is_or_holds(word, own):
 
 def suite_words(suite):
     """The words of the suite's phrases and styles, sorted."""
-    texts = [*suite.concepts.values(), *(style.format("") for style in suite.styles.values())]
+    texts = [*suite.concepts.values(), *(fill(style, "") for style in suite.styles.values())]
     return sorted({word for text in texts for word in re.findall(r"[\w-]+", text.lower())})
 
 

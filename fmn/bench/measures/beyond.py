@@ -16,7 +16,7 @@ from torch.nn import Linear
 
 from ...errors import ForgetError
 from ...models.sampling import ddpm_sigma, q_sample
-from ...training.loop import Optimiser, train
+from ...training.loop import AdamWConfig, train
 from .attacks import examples
 from .text import judged_rows
 
@@ -213,8 +213,8 @@ def train_classifier(latents, wanted, alphas, settings, seed):
             logit = network(q_sample(x[rows], noise, alpha[rows]), alpha[rows])
             return F.binary_cross_entropy_with_logits(logit, label[rows], pos_weight=weight)
 
-        optimiser = Optimiser(settings.lr, weight_decay=1e-3)
-        train(list(network.parameters()), loss_at, settings.steps, optimiser)
+        config = AdamWConfig(settings.lr, weight_decay=1e-3)
+        train(list(network.parameters()), loss_at, settings.steps, config)
     network.eval().requires_grad_(False)
     return network, _accuracy(network, latents[kept_out], wanted[kept_out], alphas, generator)
 

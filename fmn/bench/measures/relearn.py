@@ -14,8 +14,8 @@ from ...models.adapters import LowRankAdapter, attached
 from ...models.families import layers
 from ...models.sampling import q_sample
 from ...settings import check_limits
-from ...training.loop import Optimiser, scale_for, train
-from ...training.run import parameters_of
+from ...training.loop import AdamWConfig, initial_loss_scale, train
+from ...training.run import adapter_parameters
 from .attacks import examples
 from .text import judged_rows
 
@@ -157,11 +157,11 @@ def fine_tune(sampler, adapters, prompts, pictures, settings, seed):
         predicted = denoiser.predict_noise(x_t, t.to(denoiser.device), text)
         return F.mse_loss(predicted.float(), noise.to(predicted.device))
 
-    parameters = parameters_of(adapters)
-    scale = scale_for(denoiser.module(next(iter(adapters))))
+    parameters = adapter_parameters(adapters)
+    scale = initial_loss_scale(denoiser.module(next(iter(adapters))))
     # ``open_sampler`` works without gradients; cancelling goes through its callback.
     with torch.enable_grad():
         return train(
-            parameters, loss_at, settings.steps, Optimiser(settings.lr),
+            parameters, loss_at, settings.steps, AdamWConfig(settings.lr),
             lambda step: sampler.on_pictures(0), scale,
         )  # fmt: skip

@@ -7,8 +7,9 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from ...concepts.prompt_templates import fill
 from ...errors import ForgetError
-from ...methods import method, settings_of
+from ...methods import forget, settings_of
 from ...metrics.judge import find_labels
 from ...metrics.load import load_judge
 from ...models.image_sampler import open_sampler
@@ -86,8 +87,7 @@ class Lab:
         """A patch that forgets these concepts, on the model as it is now."""
         chosen = settings_of(settings["preset"], settings["settings"])
         concepts = [self.suite.concept(self.target(name)) for name in names]
-        run = method(settings["preset"]).run
-        return run(self.model, concepts, chosen, lambda step: self.on_work(1))
+        return forget(self.model, concepts, chosen, lambda progress: self.on_work(1))
 
     def target(self, name):
         """A target of the suite, or any of its concepts as one."""
@@ -168,7 +168,7 @@ def judge_for(spec, suite):
         return load_judge(spec)
     labels = {
         "concept": dict(suite.concepts),
-        "style": {name: text.format("something") for name, text in suite.styles.items()},
+        "style": {name: fill(text, "something") for name, text in suite.styles.items()},
     }
     if not spec.startswith("clip:"):
         return load_judge(spec, labels)

@@ -115,3 +115,12 @@ def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ForgetError, match=message):
         scores(model=model, **options)
     assert not model.seen
+
+
+def test_other_braces_of_a_template_stay():
+    """They used to fail after all inversions."""
+    found = scores(templates=("a {big} photo of {}",), seeds=(0,))
+    with TinyModel().borrow_text() as text:
+        learned = pooled(text, ("a {big} photo of {}",), "<*>", found[0].vectors)
+        named = torch.cat([text.encode("a {big} photo of big dog")[1]])
+    assert found[0].value == cosine(learned, named)

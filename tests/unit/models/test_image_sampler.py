@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fmn.errors import ForgetError
-from fmn.linalg import merge
+from fmn.linalg import full_change
 from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 
@@ -36,7 +36,7 @@ def merged_latents(*patches):
     with torch.no_grad():
         for patch, strength in patches:
             for name, factors in patch.changes.items():
-                model.unet.get_submodule(name).weight += strength * merge(*factors)
+                model.unet.get_submodule(name).weight += strength * full_change(*factors)
     return plain_latents(model)
 
 
