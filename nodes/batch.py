@@ -122,14 +122,14 @@ class _Progress:
     def __init__(self):
         self.bar = None
 
-    def __call__(self, place):
+    def __call__(self, progress):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        total = place.count * PARTS
+        total = progress.count * PARTS
         self.bar = self.bar or comfy.utils.ProgressBar(total)
-        self.bar.update_absolute(round(place.done * PARTS), total)
-        text = f"{place.name}: {place.index}/{place.count}"
-        if place.seconds_left is not None:
-            text += f", {place.seconds_left:.0f} s left"
+        self.bar.update_absolute(round(progress.done * PARTS), total)
+        text = f"{progress.name}: {progress.index}/{progress.count}"
+        if progress.seconds_left is not None:
+            text += f", {progress.seconds_left:.0f} s left"
         show_text(text)
 
 

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..fmn.errors import ForgetError
 from ..fmn.files import chosen_files
 from ..fmn.hosts.comfyui.unknown_model import host_of
-from ..fmn.jobs.joint_merge import fuse
+from ..fmn.jobs.joint_merge import joint_merge
 from ..fmn.patches.merge import merge
 from ..fmn.settings import HOW, PRESERVE
 from .common import lines_of, stamp_of, strength_input
@@ -164,7 +164,7 @@ class MergeForgetPatches(io.ComfyNode):
                     "is empty: connect both, or merge by concatenate."
                 )
             host = host_of(model, clip)
-            merged = fuse(host, sources, preserve, budget_kb * 1000, _Progress(), keep)
+            merged = joint_merge(host, sources, preserve, budget_kb * 1000, _Progress(), keep)
         elif how == "concatenate":
             merged = merge(sources, budget_kb * 1000)
         else:

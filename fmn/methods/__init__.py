@@ -3,6 +3,8 @@
 A method's module has:
 
 - ``TITLE`` and ``ABOUT``: its name in menus, and a sentence on what it does;
+- ``REVISION``: a whole number from 1, raised whenever the method's patches change at equal
+  settings; batches and ConceptBench then make their results anew;
 - ``Settings``: a frozen dataclass over ``fmn.settings.Settings``;
 - ``PRESETS``: name -> ``Settings``, the first being the defaults;
 - ``run(model, concepts, settings, on_step, keep)``, which returns a ``ForgetPatch``;
@@ -68,6 +70,11 @@ def check_preset(name: str) -> None:
 def method(preset: str) -> ModuleType:
     """The module of a preset."""
     return import_module(f".{PRESETS[preset]}", __package__)
+
+
+def revision(preset: str) -> int:
+    """The revision of a preset's method: what is stored of an older one is out of date."""
+    return method(preset).REVISION
 
 
 def settings_of(preset: str, changes: dict[str, Any]) -> Settings:

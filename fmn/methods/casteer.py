@@ -29,6 +29,7 @@ from ..settings import Settings as Base
 from ..settings import advanced, seed, setting, size
 
 TITLE = "CASteer"
+REVISION = 1
 ABOUT = (
     "Cross-attention steering (CASteer, arXiv 2503.09630) baked into weights: measures what the "
     "concept adds to cross-attention's output, and projects it out."

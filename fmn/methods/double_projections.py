@@ -29,6 +29,7 @@ from ..settings import Settings as Base
 from ..settings import setting
 
 TITLE = "Double Projections"
+REVISION = 1
 ABOUT = (
     "Double Projections (arXiv 2604.10032): a closed form that replaces the concept by its "
     "nearest mix of kept words, by a change that gives nothing for the last tokens of those "

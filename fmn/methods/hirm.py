@@ -31,6 +31,7 @@ from ..training.loop import AdamWConfig, initial_loss_scale
 from ..training.run import Task, TrainingOptions, TrainingRun
 
 TITLE = "HiRM"
+REVISION = 1
 ABOUT = (
     "High-level representation misdirection (arXiv 2602.19631): trains the text encoder's first "
     "layer until the concept's words mean noise, or its anchor. The patch is for the CLIP."

@@ -36,6 +36,7 @@ from ..settings import Settings as Base
 from ..settings import advanced, setting
 
 TITLE = "OCE"
+REVISION = 1
 ABOUT = (
     "Orthogonal Concept Erasure (arXiv 2605.28902): a closed form, done in seconds, that turns "
     "what cross-attention gives for the concept's words into its opposite."

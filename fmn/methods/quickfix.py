@@ -33,6 +33,7 @@ from ..settings import Settings as Base
 from ..settings import setting
 
 TITLE = "Diff-QuickFix"
+REVISION = 1
 ABOUT = (
     "Diff-QuickFix (arXiv 2310.13730): a closed form, done in a moment, that makes the text "
     "encoder's first layer read the concept's words as its anchor's. The patch is for the CLIP."

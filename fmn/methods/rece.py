@@ -38,6 +38,7 @@ from ..settings import advanced, setting
 from .uce import uce_rows
 
 TITLE = "RECE"
+REVISION = 1
 ABOUT = (
     "RECE (arXiv 2407.12383): UCE, then rounds that solve for the embedding which brings the "
     "concept back best, and edit that away too."

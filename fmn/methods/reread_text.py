@@ -30,6 +30,7 @@ from ..training.loop import AdamWConfig, initial_loss_scale
 from ..training.run import Task, TrainingOptions, TrainingRun
 
 TITLE = "Re-read, text encoder"
+REVISION = 1
 ABOUT = (
     "Re-read for many concepts at once: trains the text encoder to give sentences with a concept "
     "as it gave them without, and others as before. The patch is for the CLIP."

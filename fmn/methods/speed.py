@@ -38,6 +38,7 @@ from ..settings import Settings as Base
 from ..settings import advanced, seed, setting
 
 TITLE = "SPEED"
+REVISION = 1
 ABOUT = (
     "SPEED (arXiv 2503.07392): a closed form that edits values of cross-attention where kept "
     "words have no part, for many concepts at once."

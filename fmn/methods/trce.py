@@ -28,6 +28,7 @@ from ..settings import Settings as Base
 from ..settings import advanced, setting
 
 TITLE = "TRCE (closed form)"
+REVISION = 1
 ABOUT = (
     "The closed form of TRCE (arXiv 2503.07389): makes the end-of-text token of many prompts with "
     "the concept read as if they spoke of the anchor."

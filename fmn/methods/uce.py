@@ -41,6 +41,7 @@ from ..settings import Settings as Base
 from ..settings import setting
 
 TITLE = "UCE"
+REVISION = 1
 ABOUT = (
     "Unified Concept Editing (arXiv 2308.14761): a closed form, done in a moment, that makes "
     "cross-attention read the concept's words as its anchor's."

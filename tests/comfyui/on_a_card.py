@@ -69,14 +69,14 @@ def worn(pack, clip_on_card, comfy_model, made):
 def test_weights_are_read_with_what_is_worn(pack, worn, comfy_model, made, little, monkeypatch):
     """After texts were encoded, which takes the U-Net off the card."""
     host, on_unet = worn
-    fuse, state_of = pack("fmn.jobs.joint_merge"), pack("fmn.jobs.batch").state_of
-    short = partial(fuse.Settings, prompts=3, kept=8, drawn=1, sampling_steps=2)
-    monkeypatch.setattr(fuse, "Settings", short)
+    merging, hash_model = pack("fmn.jobs.joint_merge"), pack("fmn.jobs.recipe").hash_model
+    short = partial(merging.Settings, prompts=3, kept=8, drawn=1, sampling_steps=2)
+    monkeypatch.setattr(merging, "Settings", short)
     patchers = comfy_model.patcher, comfy_model.clip.patcher
 
     def solved():
         found = [made(host, preset) for preset in ("reread", "quickfix")]
-        return *found, fuse.fuse(host, [(on_unet, 1.0)]).patch
+        return *found, merging.joint_merge(host, [(on_unet, 1.0)]).patch
 
     expected = solved()
     little("tight")
@@ -88,7 +88,7 @@ def test_weights_are_read_with_what_is_worn(pack, worn, comfy_model, made, littl
             for name in patch.changes:
                 one, two = patch.change_of(name), other.change_of(name)
                 assert (one - two).norm() < 1e-2 * two.norm(), (how, name)
-        assert state_of(host) != state_of(comfy_model)
+        assert hash_model(host) != hash_model(comfy_model)
     little("tight")
     assert all(same_bits(weights, state(each)) for weights, each in zip(before, patchers))
 

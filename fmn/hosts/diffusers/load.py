@@ -32,11 +32,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...errors import ForgetError, memory_ran_out
+from ...files import DEMO_FOLDER
 from ...models.families import DEMO, Family, UNetFamily
 from ...patches.checkpoint import UNET_PREFIX, checkpoint_family, refuse_quantised
 
 ASSETS = Path(__file__).parents[2] / "assets"
-DEMO_FILE = Path(__file__).parents[3] / "demo" / "fmn-demo.safetensors"
+DEMO_FILE = DEMO_FOLDER / "fmn-demo.safetensors"
 # TAESD works on latents of unit variance times 0.18215; the demo's own factor replaces it.
 SD_SCALE = 0.18215
 UNET_FILE = re.compile(

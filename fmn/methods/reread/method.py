@@ -24,6 +24,7 @@ from .settings import Settings
 from .training_images import draw_scenes
 
 TITLE = "Re-read"
+REVISION = 1
 ABOUT = (
     "Re-read, this pack's own closed form: makes cross-attention read prompts as if the concept "
     "were not in them, and leaves what it reads out of other prompts. Trains only if asked to."
