@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..concepts.concept import Prompt
 from .adapters import LayerModule
 from .families import Family, Layer, UNetFamily, layers
-from .token_positions import CHUNK
+from .token_positions import CHUNK, TokenIds
 
 # Noise, or what stands for it, of x_t [B, C, h, w] at the time step t.
 NoiseFunction = Callable[[Tensor, int], Tensor]
@@ -182,7 +182,7 @@ class UNetModel(Model, Protocol):
             words: input words are to be learned, which models with two encoders refuse at once.
         """
 
-    def tokenize(self, prompt: Prompt) -> list[int | None]:
+    def tokenize(self, prompt: Prompt) -> TokenIds:
         """Token ids of a ``Prompt``, a multiple of 77; None where a token is a vector."""
 
     def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor:
