@@ -163,7 +163,7 @@ class Model(Protocol):
         """Encode a ``Prompt``, [1, T, D]."""
 
     def borrow_denoiser(self) -> AbstractContextManager[Denoiser]:
-        """Lend the network out; it is given back unchanged."""
+        """The network, ready for autograd while the context lasts and unchanged after it."""
 
 
 class UNetModel(Model, Protocol):
@@ -173,10 +173,10 @@ class UNetModel(Model, Protocol):
     def family(self) -> UNetFamily: ...
 
     def borrow_denoiser(self) -> AbstractContextManager[UNet]:
-        """Lend the U-Net out; it is given back unchanged."""
+        """The U-Net, ready for autograd while the context lasts and unchanged after it."""
 
     def borrow_text_encoder(self, words: bool = True) -> AbstractContextManager[TextEncoder]:
-        """Lend the text encoders out; they are given back unchanged.
+        """The text encoders, ready for autograd while the context lasts and unchanged after it.
 
         Args:
             words: input words are to be learned, which models with two encoders refuse at once.
