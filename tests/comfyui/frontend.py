@@ -43,7 +43,7 @@ STATE = """async () => {
     graph: app.graph.id, client: app.api.clientId, socket: app.api.socket?.readyState,
     nodes: app.graph.nodes.map(each => `${each.id} ${each.type}`),
     elements: document.querySelectorAll('[data-node-id]').length,
-    ours: texts('.fmn-train .fmn-content, .fmn-told .fmn-content'),
+    ours: texts('.fmn-train .fmn-content, .fmn-node-text .fmn-content'),
     places: app.graph.nodes.flatMap(each => each.widgets ?? [])
       .filter(each => each.type?.startsWith('FMN_'))
       .map(each => `${each.type} ${each.element?.isConnected} ${each.element?.hidden}`),

@@ -54,7 +54,7 @@ PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
 TEXTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
   const view = node.widgets?.find(widget => widget.type === 'FMN_TRAIN_LIVE')?.element;
   if (view) return [node.id, view.innerText.startsWith('done: ') ? 1 : 0];
-  const told = node.widgets?.find(widget => widget.type === 'FMN_TOLD')?.element;
+  const told = node.widgets?.find(widget => widget.type === 'FMN_NODE_TEXT')?.element;
   return [node.id, told?.isConnected && told.querySelector('.fmn-content').innerText ? 1 : 0];
 }))"""
 

@@ -175,7 +175,7 @@ def test_keys_move_the_selection_and_never_reach_the_canvas(shelf):
     page.keyboard.press("Backspace")
     page.keyboard.press("Delete")
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text("deleted for good").wait_for()
+    dialog.get_by_text("permanently deleted").wait_for()
     expect(dialog.get_by_role("listitem")).to_have_text([f"{FOLDER}/dog.safetensors"])
     answer(page, "Cancel")
     assert len(nodes(page)) == 1

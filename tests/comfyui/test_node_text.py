@@ -11,7 +11,7 @@ from .frontend import ROOT, dress, idle, open_prompt
 from .workflows import demo_loader, node, numbered
 
 MODULES = "attack", "batch", "bench", "guidance", "measure", "merge", "patch"
-TOLD = ".fmn-told:not([hidden]) .fmn-content"
+TOLD = ".fmn-node-text:not([hidden]) .fmn-content"
 STOCK = """() => app.graph.nodes.flatMap(n => n.widgets ?? [])
   .filter(widget => widget.name === '$$node-text-preview').length"""
 SAY = """said => app.api.dispatchCustomEvent('forget-me-not.text', {
@@ -126,4 +126,4 @@ def test_all_nodes_that_tell_have_a_place_for_it(pack):
     nodes = [node for name in MODULES for node in pack(f"nodes.{name}").NODES]
     telling = {n.define_schema().node_id for n in nodes if "told(" in inspect.getsource(n.execute)}
     text = (ROOT / "web" / "told.js").read_text(encoding="utf-8")
-    assert telling == set(re.findall(r'"(FMN_\w+)"', text)) - {"FMN_TOLD"} and len(telling) > 10
+    assert telling == set(re.findall(r'"(FMN_\w+)"', text)) - {"FMN_NODE_TEXT"} and len(telling) > 10
