@@ -17,15 +17,16 @@ FINEST = 1e-7  # step of numbers without one
 
 
 def _widget_name(setting: Field[Any]) -> str:
-    return WIDGET_NAMES.get(setting.name, setting.name)
+    """A renamed setting keeps its widget's name, which workflows in API form hold."""
+    return setting.metadata.get("formerly") or WIDGET_NAMES.get(setting.name, setting.name)
 
 
 def _input(setting: Field[Any]) -> io.Input:
     """The widget of a setting, optional so that workflows from before it existed keep working."""
     name, meta, default = _widget_name(setting), setting.metadata, setting.default
     options = {"default": default, "tooltip": meta["help"], "optional": True}
-    if setting.name in TITLES:
-        options["display_name"] = TITLES[setting.name]
+    if meta.get("formerly") or setting.name in TITLES:
+        options["display_name"] = TITLES.get(setting.name, setting.name)
     limits = {"min": meta["low"], "max": meta["high"]}
     if meta["choices"]:
         widget = io.Combo.Input(name, options=list(meta["choices"]), **options)
