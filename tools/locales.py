@@ -57,7 +57,7 @@ def phrases(texts):
 
 
 def translated(texts, translate):
-    """The same structure with ``translate(text)`` for each text, leaving out those that are None."""
+    """The same structure with ``translate(text)`` for each text, without those that are None."""
     if isinstance(texts, str):
         return translate(texts)
     items = {key: translated(value, translate) for key, value in texts.items()}
