@@ -129,8 +129,8 @@ def test_scores_of_a_patch_that_was_just_saved(server, measured):
         ({"name": "../../escape"}, "leads out of output/forget_bench"),
         ({"patch": ["train", 0], "method": ["method", 0]}, "remove one of them"),
         ({"patch": ["train", 0], "suite": "demo", "targets": "wolf"}, "no target 'wolf'"),
-        ({"write_scores": True}, "what is measured is no file yet"),
-        ({"write_scores": True, "patch": ["train", 0]}, "what is measured is no file yet"),
+        ({"write_scores": True}, "the patch is not a file yet"),
+        ({"write_scores": True, "patch": ["train", 0]}, "the patch is not a file yet"),
         (
             {"write_scores": True, "patch": ["shipped", 0], "targets": "santa claus"},
             "'santa_claus.safetensors' belongs to this pack",
