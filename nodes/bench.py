@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from comfy.model_management import InterruptProcessingException
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
+from PIL import Image
 
 from ..fmn.bench.names import MEASURES, QUICK
-from ..fmn.bench.reporting.plots import plots
-from ..fmn.bench.reporting.report import in_short, markdown_table
+from ..fmn.bench.reporting.report import in_short, markdown_table, missing_plots
 from ..fmn.bench.running import runner
 from ..fmn.bench.running.cells import Method as MethodUnderTest
 from ..fmn.bench.running.cells import Setup, given, plan, trained
@@ -64,7 +66,8 @@ class ConceptBench(io.ComfyNode):
                 io.Image.Output(
                     "BARS",
                     display_name="bars",
-                    tooltip="The measures of each target, as bars with 95 % intervals.",
+                    tooltip="Each method's UA, IRA, CRA and mean with 95 % intervals, the best "
+                    "method first.",
                 ),
                 io.Image.Output(
                     "SCATTER",
@@ -91,14 +94,15 @@ class ConceptBench(io.ComfyNode):
         measures = {"quick": QUICK, "all": MEASURES}.get(measure, (measure,))
         folder = below_output(name.strip() or "bench", "forget_bench")
         summary, paths = _run(host, setup, parsed, chosen, under_test, measures, folder)
-        images = {plot.name: image_of(plot.image) for plot in plots(summary)}
         report = f"{markdown_table(summary)}\n\n{paths['html']}"
         text = f"{in_short(summary)}\n{paths['html']}"
+        if missing := missing_plots():
+            report, text = f"{report}\n\n{missing}", f"{text}\n{missing}"
         if source is not None:
             scores.write_scores(source, *scores.scores_of(summary, setup, under_test.name))
             written = f"scores written into {printable(source.path.name)}"
             report, text = f"{report}\n\n{written}", f"{text}\n{written}"
-        shown = images["bars"], images["erased-vs-kept"]
+        shown = _plot(paths, "bars"), _plot(paths, "erased-vs-kept")
         return io.NodeOutput(report, *shown, ui=text_output(text, report))
 
 
@@ -177,6 +181,14 @@ def _run_inputs() -> list[io.Input]:
             "Needs a patch directly from Load or Save Forget Patch. Off: no patch file is touched.",
         ),
     ]
+
+
+def _plot(paths: dict[str, Path], name: str) -> torch.Tensor | ExecutionBlocker:
+    """A plot of the report as IMAGE; nodes behind it do not run if there is none."""
+    if name not in paths:
+        return ExecutionBlocker(None)
+    with Image.open(paths[name]) as image:
+        return image_of(image)
 
 
 def _setup(
