@@ -4,7 +4,7 @@ from contextlib import suppress
 
 from playwright.sync_api import TimeoutError
 
-from .frontend import ARTEFACTS, all_nodes, another_workflow
+from .frontend import ARTEFACTS, all_nodes, another_workflow, at_rest
 
 # Sets {type: {widget: value}}. Not by widget.callback: Nodes 2.0 of frontend 1.32.9 shows no text
 # that comes to a node after its widgets were changed so.
@@ -78,7 +78,7 @@ def drawn(page, nodes_2):
     all_nodes(page, nodes_2)
     if not nodes_2:
         page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        page.wait_for_timeout(500)  # it glides there
+        at_rest(page)  # it glides there
 
 
 def run(page, server):

@@ -11,7 +11,7 @@ from playwright.sync_api import expect
 
 from tools.locales import BOOK, LOCALES, literal, missing, node_defs, node_texts, read
 
-from .frontend import ARTEFACTS, READY, setting
+from .frontend import ARTEFACTS, READY, at_rest, setting
 
 HAN = re.compile(r"[\u4e00-\u9fff]")
 SAME_IN_CHINESE = {"clip", "CLIP", "vae", "VAE", "lora", "token", "tokens", "eta"}
@@ -149,7 +149,7 @@ def test_help_opens_in_chinese(page):
         page.wait_for_function(READY)
         open_help(page, read(BOOK)["Method: Re-steer"])
         expect(page.locator("table")).to_have_count(3)
-        page.wait_for_timeout(500)
+        at_rest(page)
         page.screenshot(path=ARTEFACTS / "help in Chinese.png")
     finally:
         setting(page, "Comfy.Locale", "en")

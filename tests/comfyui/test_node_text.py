@@ -7,7 +7,7 @@ import uuid
 import pytest
 from playwright.sync_api import expect
 
-from .frontend import ROOT, dress, idle, open_prompt
+from .frontend import ROOT, at_rest, dress, idle, open_prompt
 from .workflows import demo_loader, node, numbered
 
 SHOWN = ".fmn-node-text:not([hidden]) .fmn-content"
@@ -87,7 +87,7 @@ def test_a_text_goes_to_the_workflow_that_was_run(page):
     open_prompt(page, numbered(batch("slow", ["dog"], slow)))
     page.evaluate(SAY, {"workflow": str(uuid.uuid4()), "text": "1 of 9"})
     idle(page)
-    page.evaluate("() => new Promise(done => setTimeout(done, 300))")
+    at_rest(page)
     expect(text).to_have_count(0)
     assert page.fmn_errors == []
 

@@ -6,7 +6,7 @@ from itertools import groupby
 import pytest
 from playwright.sync_api import expect
 
-from .frontend import all_nodes, setting
+from .frontend import all_nodes, at_rest, setting
 from .shelf_files import FOLDER, folder_of
 from .shelf_page import answer, only, quiet, refresh, row, settled
 
@@ -143,7 +143,7 @@ def test_what_is_dropped_has_to_be_on_the_shelf(shelf):
             }""",
             key,
         )
-    page.wait_for_timeout(200)
+    at_rest(page)
     assert nodes(page) == []
     quiet(page)
 
