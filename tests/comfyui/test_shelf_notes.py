@@ -82,7 +82,7 @@ def test_notes_written_elsewhere_are_shown_and_not_overwritten(shelf, server, no
     notes.press_sequentially("mine")
     write(server, "theirs")
     page.get_by_role("listbox").focus()
-    page.get_by_text("meanwhile the notes below were written elsewhere").wait_for()
+    page.get_by_text("notes below were written elsewhere").wait_for()
     expect(page.locator(".fmn-saved-notes")).to_have_text("theirs")
     expect(notes).to_have_value("mine")
     assert kept(server) == "theirs"
