@@ -4,22 +4,16 @@ Keys and values of cross-attention are linear in the text. So the text that undo
 the least-squares sense over all these layers, needs no pictures and no training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import ForgetError
-from ..models.families import layers
-
-if TYPE_CHECKING:
-    from ..models.families import UNetFamily
-    from ..models.interface import Denoiser
-    from ..patches.patch import ForgetPatch
+from ..models.families import UNetFamily, layers
+from ..models.interface import Denoiser
+from ..patches.patch import ForgetPatch
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ gives nothing for any context c with down c = 0, whatever up becomes. So down is
 directions of the concept's contexts that are orthogonal to the kept contexts, and up is trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +15,9 @@ from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
 from ..models.families import layers
+from ..models.interface import UNetModel
 from ..models.token_positions import CHUNK, EOS_ID, flagged_positions
 from ..settings import setting
-
-if TYPE_CHECKING:
-    from ..models.interface import UNetModel
 
 ENERGY = 0.99  # share of the kept contexts' sum of squares that down is orthogonal to
 SMALLEST = 1e-9  # share of a sum of squares below which a direction is rounding

@@ -4,10 +4,8 @@ A closed form edits W so that W c becomes what W c* was, for the contexts c of a
 and c* of its anchor's. The choice of these tokens matters much: ``TOKENS``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +14,9 @@ from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import CHOICES
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
+from ..models.interface import Text, UNetModel
 from ..models.token_positions import CHUNK, EOS_ID, mentioned_positions, word_positions
 from ..settings import advanced, setting
-
-if TYPE_CHECKING:
-    from ..models.interface import Text, UNetModel
 
 TOKENS = ("last", "from-last", "subject", "all")
 KEEP_TOKENS = ("last", "all")
@@ -92,7 +88,7 @@ class Pairs(NamedTuple):
     anchors: Tensor
 
     @staticmethod
-    def cat(pairs: Iterable[Pairs]) -> Pairs:
+    def cat(pairs: "Iterable[Pairs]") -> "Pairs":
         return Pairs(*(torch.cat(parts) for parts in zip(*pairs)))
 
 
@@ -239,7 +235,8 @@ def first_tokens(model: EncodesText, texts: Sequence[str], lengths: Sequence[int
         texts: plain strings of at most 75 tokens.
         lengths: of each, at least up to its first end of text.
     """
-    known, order = {}, sorted(set(zip(lengths, texts)))
+    known: dict[tuple[int, str], Tensor] = {}
+    order = sorted(set(zip(lengths, texts)))
     for begin in range(0, len(order), TEXTS_AT_ONCE):
         part = order[begin : begin + TEXTS_AT_ONCE]
         contexts = model.encode_all([text for _, text in part], part[-1][0]).cpu().double()

@@ -276,12 +276,10 @@ class Batches:
         return Batch(x_t, t, noise, pair.target, pair.anchor)
 
     def _stack(self, rows: Sequence[Batch]) -> Batch:
-        x_t, t, noise = (
-            torch.cat(tensors).to(self.device)
-            for tensors in zip(*((row.x_t, row.t, row.noise) for row in rows))
-        )
-        targets, anchors = ([row.target for row in rows], [row.anchor for row in rows])
-        return Batch(x_t, t, noise, Text.cat(targets), Text.cat(anchors))
+        parts = zip(*((row.x_t, row.t, row.noise) for row in rows))
+        x_t, t, noise = (torch.cat(tensors).to(self.device) for tensors in parts)
+        target, anchor = (Text.cat(texts) for texts in zip(*((r.target, r.anchor) for r in rows)))
+        return Batch(x_t, t, noise, target, anchor)
 
 
 @contextmanager

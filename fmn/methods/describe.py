@@ -1,17 +1,13 @@
 """A patch in words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..patches.patch import ForgetPatch
 from ..patches.scores import scores_text
 from ..text import printable
 from . import METHODS, method
-
-if TYPE_CHECKING:
-    from ..patches.patch import ForgetPatch
 
 PARTS_SHOWN = 12  # of a merged patch
 SETTINGS_SHOWN = 50  # more than any method has

@@ -4,11 +4,8 @@ First projection: the concept's embedding c onto the span of safe words gives it
 W c becomes W c* by a change that gives nothing for any kept embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,17 +18,15 @@ from ..closed_form.text_embeddings import (
     kept_contexts,
     tokens_setting,
 )
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
 from ..linalg import main_directions, orthogonal_part
+from ..models.interface import UNetModel
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import setting
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.interface import UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "Double Projections"
 REVISION = 1

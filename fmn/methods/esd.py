@@ -23,13 +23,7 @@ from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
-from ..training.fit_adapters import (
-    Draw,
-    LossOf,
-    in_scope,
-    shuffled_cycle,
-    train_patch,
-)
+from ..training.fit_adapters import Draw, LossOf, in_scope, shuffled_cycle, train_patch
 from ..training.loop import AdamWConfig
 from ..training.losses import esd
 from ..training.run import TrainingOptions
@@ -95,14 +89,10 @@ class Settings(Base, method="esd"):
         choices=(EXACT, BIN),
     )
     guidance: float = advanced(
-        3.0,
-        "Guidance while drawing; 1 is none, and twice as fast.",
-        limits=(0.0, 100.0, 0.1),
+        3.0, "Guidance while drawing; 1 is none, and twice as fast.", limits=(0.0, 100.0, 0.1)
     )
     batch: int = advanced(
-        1,
-        "Drawings a step, of the same prompt. More are steadier and slower.",
-        limits=(1, 64),
+        1, "Drawings a step, of the same prompt. More are steadier and slower.", limits=(1, 64)
     )
     size: int = size()
     checkpointing: bool = checkpointing()

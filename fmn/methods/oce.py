@@ -4,11 +4,8 @@ The values of cross-attention are turned by an orthogonal matrix, W' = R W, that
 the concept's last token gives. R is nearly a reflection; see ``docs/methods/oce.md``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,17 +25,15 @@ from ..closed_form.text_embeddings import (
     kept_contexts,
     words_of,
 )
+from ..concepts.concept import Concept
 from ..concepts.keep_list import CHOICES, keep_for
 from ..errors import ForgetError
 from ..linalg import gram
+from ..models.interface import UNetModel
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import advanced, setting
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.interface import UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "OCE"
 REVISION = 1

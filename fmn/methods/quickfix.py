@@ -5,12 +5,9 @@ and solves its output projection anew: what goes into it at a concept's tokens s
 its anchor's does. Here as an exact low rank; the U-Net is not touched.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,18 +22,15 @@ from ..closed_form.input_edit import (
     weight_of,
 )
 from ..closed_form.text_embeddings import Pairs, concept_pairs, keep_list_setting, tokens_setting
+from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..linalg import gram, relative_error
-from ..models.interface import Text
+from ..models.interface import Text, UNetModel
 from ..models.token_positions import CHUNK
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, StepProgress, ignore
 from ..settings import Settings as Base
 from ..settings import setting
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept, Prompt
-    from ..models.interface import UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "Diff-QuickFix"
 REVISION = 1

@@ -4,11 +4,8 @@ After UCE, the embedding that through the edited layers comes nearest to what th
 solved for, and edited away as well; and so on for some rounds. All of it is algebra of [D, D].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,15 +29,13 @@ from ..closed_form.text_embeddings import (
     kept_contexts,
     tokens_setting,
 )
+from ..concepts.concept import Concept
+from ..models.interface import Denoiser, UNetModel
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import advanced, setting
 from .uce import uce_rows
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.interface import Denoiser, UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "RECE"
 REVISION = 1

@@ -6,11 +6,8 @@ them, and is not linear. So low-rank changes of all its layers are trained until
 sentence with a concept, what it gave for the same sentence without it. The U-Net is not run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,19 +18,16 @@ from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import kept_sentences, sentences, styled_sentences
 from ..models.adapters import attached
-from ..models.families import text_layers
+from ..models.families import UNetFamily, text_layers
+from ..models.interface import Text, TextEncoder, UNet, UNetModel
 from ..models.token_positions import EOS_ID
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import advanced, lr, rank, seed, setting
 from ..training.fit_adapters import make_adapters
 from ..training.loop import AdamWConfig, initial_loss_scale
 from ..training.run import Task, TrainingOptions, TrainingRun
-
-if TYPE_CHECKING:
-    from ..models.families import UNetFamily
-    from ..models.interface import Text, TextEncoder, UNet, UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "Re-read, text encoder"
 REVISION = 1

@@ -27,13 +27,7 @@ from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..training import textual_inversion
-from ..training.fit_adapters import (
-    Draw,
-    LossOf,
-    reference_latents,
-    shuffled_cycle,
-    train_patch,
-)
+from ..training.fit_adapters import Draw, LossOf, reference_latents, shuffled_cycle, train_patch
 from ..training.losses import attention_resteering
 from ..training.run import TrainingOptions
 
@@ -96,9 +90,7 @@ class Settings(Base, method="resteer"):
         limits=(0, 8),
     )
     inversion_steps: int = advanced(
-        500,
-        "Steps of that learning. Too few learn another thing.",
-        limits=(1, 100_000),
+        500, "Steps of that learning. Too few learn another thing.", limits=(1, 100_000)
     )
     protect: bool = protect_setting()
 
@@ -224,9 +216,8 @@ class Batches:
         device: torch.device,
         split: bool = False,
     ):
-        self.latents, self.size, self.split, self.device = (
-            data.latents, settings.batch, split, device,
-        )  # fmt: skip
+        self.latents, self.size = data.latents, settings.batch
+        self.split, self.device = split, device
         self.alphas_cumprod = alphas_cumprod.cpu()
         self.generator = torch.Generator().manual_seed(settings.seed)
         concepts = range(len(data.latents))
@@ -258,10 +249,8 @@ class Batches:
         return Batch(x_t, t, example.text, example.flags)
 
     def _stack(self, rows: Sequence[Batch]) -> Batch:
-        x_t, t, flags = (
-            torch.cat(tensors).to(self.device)
-            for tensors in zip(*((row.x_t, row.t, row.flags) for row in rows))
-        )
+        parts = zip(*((row.x_t, row.t, row.flags) for row in rows))
+        x_t, t, flags = (torch.cat(tensors).to(self.device) for tensors in parts)
         return Batch(x_t, t, Text.cat([row.text for row in rows]), flags)
 
 

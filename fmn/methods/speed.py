@@ -4,11 +4,9 @@ The published formula works on [D, D] matrices for each layer. With n targets it
 n, and here all systems are of size n and of the number of kept words.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from ..closed_form.text_embeddings import (
     kept_contexts,
     tokens_setting,
 )
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
 from ..linalg import (
@@ -31,15 +30,12 @@ from ..linalg import (
     strong_directions,
     weakest_direction,
 )
+from ..models.families import Layer
+from ..models.interface import Denoiser, UNetModel
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import advanced, seed, setting
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.families import Layer
-    from ..models.interface import Denoiser, UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "SPEED"
 REVISION = 1

@@ -4,11 +4,8 @@ The embedding of the first end-of-text token sums up a prompt, also what it says
 that of many prompts with the concept is read as that of the same prompts with the anchor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,16 +18,14 @@ from ..closed_form.input_edit import (
     uce,
 )
 from ..closed_form.text_embeddings import end_pairs, keep_list_setting, kept_contexts
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import sentences
+from ..models.interface import UNetModel
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import advanced, setting
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.interface import UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "TRCE (closed form)"
 REVISION = 1

@@ -4,12 +4,10 @@ Keys and values of cross-attention are solved anew so that the concept's tokens 
 anchor's, and kept ones as before. Here as an exact low rank; see ``fmn.closed_form.input_edit``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,16 +31,14 @@ from ..closed_form.text_embeddings import (
     kept_contexts,
     tokens_setting,
 )
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
+from ..models.interface import UNetModel
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import setting
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.interface import UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "UCE"
 REVISION = 1

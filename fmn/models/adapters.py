@@ -10,30 +10,28 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..linalg import truncate_matrix
 from .families import Family, Layer
 
 LayerModule = nn.Linear | nn.Conv2d
 # An adapter: (layer, its input) -> what is added to its output
-Adapter = Callable[[LayerModule, torch.Tensor], torch.Tensor]
+Adapter = Callable[[LayerModule, Tensor], Tensor]
 Device = torch.device | str
 
 
 class Patch(Protocol):
     """A ``fmn.patches.patch.ForgetPatch``, as far as applying it goes."""
 
-    changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    changes: dict[str, tuple[Tensor, Tensor]]
 
     @property
     def changes_text(self) -> bool: ...
 
     def check_family(self, family: Family) -> None: ...
 
-    def check_shapes(
-        self, weight_of: Callable[[Layer], torch.Tensor], text: bool = False
-    ) -> None: ...
+    def check_shapes(self, weight_of: Callable[[Layer], Tensor], text: bool = False) -> None: ...
 
 
 def check_fits(patch: Patch, family: Family, module_of: Callable[[str], LayerModule]) -> None:
@@ -47,7 +45,7 @@ def check_fits(patch: Patch, family: Family, module_of: Callable[[str], LayerMod
         patch.check_shapes(lambda layer: module_of(layer.name).weight, text)
 
 
-def _apply(module: LayerModule, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _apply(module: LayerModule, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
     return F.linear(x, weight)
@@ -56,10 +54,10 @@ def _apply(module: LayerModule, x: torch.Tensor, weight: torch.Tensor) -> torch.
 class _Factors(nn.Module):
     """W + up @ down with float32 factors up [out, r] and down [r, in]."""
 
-    up: torch.Tensor
-    down: torch.Tensor
+    up: Tensor
+    down: Tensor
 
-    def forward(self, module: LayerModule, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, module: LayerModule, x: Tensor) -> Tensor:
         hidden = _apply(module, x, self.down.to(x))
         up = self.up.to(x)
         return F.conv2d(hidden, up) if up.dim() == 4 else F.linear(hidden, up)
@@ -78,7 +76,7 @@ class LowRankAdapter(_Factors):
         rank: int,
         generator: torch.Generator,
         device: Device,
-        down: torch.Tensor | None = None,
+        down: Tensor | None = None,
     ) -> None:
         super().__init__()
         out, *inputs = module.weight.shape
@@ -92,7 +90,7 @@ class LowRankAdapter(_Factors):
         ones = [1] * (len(inputs) - 1)
         self.up = nn.Parameter(torch.zeros(out, len(down), *ones, device=device))
 
-    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """up [out, r], down [r, in], and no error, whatever rank is asked for."""
         return self.up.detach(), self.down.detach(), 0.0
 
@@ -104,9 +102,7 @@ class FixedAdapter(_Factors):
         factors: (up, down, strength) of each patch.
     """
 
-    def __init__(
-        self, factors: Sequence[tuple[torch.Tensor, torch.Tensor, float]], device: Device
-    ) -> None:
+    def __init__(self, factors: Sequence[tuple[Tensor, Tensor, float]], device: Device) -> None:
         super().__init__()
         ups = [strength * up.float() for up, _, strength in factors]
         downs = [down.float() for _, down, _ in factors]
@@ -127,10 +123,10 @@ class FullAdapter(nn.Module):
         shape = module.weight.shape
         self.change = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
 
-    def forward(self, module: LayerModule, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, module: LayerModule, x: Tensor) -> Tensor:
         return _apply(module, x, self.change.to(x))
 
-    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """The change at that rank; see ``truncate_matrix``."""
         return truncate_matrix(self.change.detach(), rank)
 
@@ -167,12 +163,7 @@ def attached(
     with ExitStack() as hooks:
         for name, adapter in adapters.items():
 
-            def hook(
-                module: LayerModule,
-                args: tuple[torch.Tensor, ...],
-                output: torch.Tensor,
-                adapter: Adapter = adapter,
-            ) -> torch.Tensor:
+            def hook(module, args, output, adapter=adapter):
                 return output + adapter(module, args[0]) if switch.on else output
 
             hooks.enter_context(module_of(name).register_forward_hook(hook))

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 import torch
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
 from .module_patching import replaced
 
@@ -25,9 +25,7 @@ class CrossAttention(Protocol):
     heads: int
 
 
-def cross_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), with the softmax in float32.
 
     Args:
@@ -57,10 +55,10 @@ class Watcher:
     def __init__(self, count: int) -> None:
         self.count = count
         # (samples, tokens) by prompt length: recomputation in backward has to find its own again
-        self._flagged: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._collected: list[torch.Tensor] | None = None
+        self._flagged: dict[int, tuple[Tensor, ...]] = {}
+        self._collected: list[Tensor] | None = None
 
-    def __call__(self, flags: torch.Tensor, forward: Callable[[], object]) -> list[torch.Tensor]:
+    def __call__(self, flags: Tensor, forward: Callable[[], object]) -> list[Tensor]:
         """Run ``forward()`` up to the last layer and return what the flagged tokens got.
 
         Args:
@@ -72,13 +70,13 @@ class Watcher:
         self.aim(flags)
         return self.run(forward)
 
-    def aim(self, flags: torch.Tensor) -> None:
+    def aim(self, flags: Tensor) -> None:
         """Set the tokens that ``run`` is about."""
         # As indices: to index by a mask would make the CPU wait for the GPU in every layer.
         self._flagged[flags.shape[1]] = flags.nonzero(as_tuple=True)
 
-    def run(self, forward: Callable[[], object]) -> list[torch.Tensor]:
-        collected: list[torch.Tensor] = []
+    def run(self, forward: Callable[[], object]) -> list[Tensor]:
+        collected: list[Tensor] = []
         self._collected = collected
         try:
             with suppress(_AllWatched):
@@ -89,9 +87,7 @@ class Watcher:
             # saves the same tensors, but not collect.
             self._collected = None
 
-    def attend(
-        self, module: CrossAttention, x: torch.Tensor, context: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, module: CrossAttention, x: Tensor, context: Tensor) -> Tensor:
         """The output [B, P, C] of an attn2 module for x [B, P, C] and a context [B, T, D]."""
         q, k, v = module.to_q(x), module.to_k(context), module.to_v(context)
         output, probabilities = cross_attention(q, k, v, module.heads)
@@ -117,8 +113,8 @@ def watch_attention(modules: Sequence[nn.Module], context_argument: str) -> Iter
     """
     watcher = Watcher(len(modules))
 
-    def replacement(module: nn.Module) -> Callable[..., torch.Tensor]:
-        def forward(x: torch.Tensor, **arguments: torch.Tensor) -> torch.Tensor:
+    def replacement(module: nn.Module) -> Callable[..., Tensor]:
+        def forward(x, **arguments):
             return watcher.attend(cast(CrossAttention, module), x, arguments[context_argument])
 
         return forward
@@ -128,7 +124,7 @@ def watch_attention(modules: Sequence[nn.Module], context_argument: str) -> Iter
 
 
 @torch.no_grad()
-def attention_share(watched: Sequence[torch.Tensor]) -> float:
+def attention_share(watched: Sequence[Tensor]) -> float:
     """Mean share of attention that flagged tokens get: over layers, heads and pixels, 0 to 1.
 
     Args:

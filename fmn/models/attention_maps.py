@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from ..concepts.concept import Prompt
 from ..images import heat_map, labelled_grid, to_image
@@ -20,7 +21,7 @@ from .token_positions import flagged_positions
 STEPS = (0.25, 0.5, 0.75)  # shares of the schedule, where details, shapes and layout are decided
 MAP_SIDE = 32
 # Of a concept: one encoded prompt, flags bool [1, T], latent [1, 4, h, w]
-ProbeInput = tuple[Text, torch.Tensor, torch.Tensor]
+ProbeInput = tuple[Text, Tensor, Tensor]
 
 
 class Probed(Protocol):
@@ -40,12 +41,12 @@ class Attention:
     """
 
     share: float
-    map: torch.Tensor
-    layers: torch.Tensor
+    map: Tensor
+    layers: Tensor
 
 
 # Concept's name, its attention, and a picture [H, W, 3] in 0..1 or None
-MapRow = tuple[str, Attention, torch.Tensor | None]
+MapRow = tuple[str, Attention, Tensor | None]
 
 
 class AttentionProbe:
@@ -58,7 +59,7 @@ class AttentionProbe:
     def __init__(
         self,
         probe_inputs: Sequence[ProbeInput],
-        alphas_cumprod: torch.Tensor,
+        alphas_cumprod: Tensor,
         steps: Sequence[float] = STEPS,
         seed: int = 0,
     ) -> None:
@@ -76,12 +77,7 @@ class AttentionProbe:
             return [self._measure(denoiser, watch, *inputs) for inputs in self.probe_inputs]
 
     def _measure(
-        self,
-        denoiser: UNet,
-        watch: Watcher,
-        text: Text,
-        flags: torch.Tensor,
-        latent: torch.Tensor,
+        self, denoiser: UNet, watch: Watcher, text: Text, flags: Tensor, latent: Tensor
     ) -> Attention:
         flags = flags.to(denoiser.device)
         shares, maps = [], []
@@ -94,7 +90,7 @@ class AttentionProbe:
         return Attention(sum(shares) / len(shares), layers.mean(0), layers)
 
 
-def _layer_maps(watched: Sequence[torch.Tensor]) -> torch.Tensor:
+def _layer_maps(watched: Sequence[Tensor]) -> Tensor:
     """Attention by layer and place, mean over heads, summed over tokens: [layers, 32, 32].
 
     Args:
@@ -111,7 +107,7 @@ def _layer_maps(watched: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(maps)
 
 
-def concept_flags(model: UNetModel, prompt: Prompt, end_tokens: str = "none") -> torch.Tensor:
+def concept_flags(model: UNetModel, prompt: Prompt, end_tokens: str = "none") -> Tensor:
     """Which tokens of a ``Prompt`` name its subject, bool [1, T]; see ``flagged_positions``."""
     ids = model.tokenize(prompt)
     subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
@@ -130,9 +126,9 @@ def measure_attention(model: UNetModel, data: Probed) -> list[Attention]:
 BLOCKS = {"down_blocks": "down", "mid_block": "middle", "up_blocks": "up"}
 
 
-def block_maps(family: Family, attention: Attention) -> dict[str, torch.Tensor]:
+def block_maps(family: Family, attention: Attention) -> dict[str, Tensor]:
     """Maps of an ``Attention`` by block, mean over the block's layers: title -> [32, 32]."""
-    grouped: dict[str, list[torch.Tensor]] = {}
+    grouped: dict[str, list[Tensor]] = {}
     for name, layer in zip(cross_attention_names(family), attention.layers):
         part, number, *_ = name.split(".")
         title = BLOCKS[part] + (f" {number}" if number.isdecimal() else "")

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
@@ -35,6 +35,12 @@ def refuse_words(family: Family) -> None:
         )
 
 
+def check_one_chunk(text: str, chunks: int) -> None:
+    """Refuse a text that takes more than one chunk."""
+    if chunks > 1:
+        raise ForgetError(f"'{text:.60}...' is too long: shorten it to 75 tokens.")
+
+
 class CLIPTextEncoder(ABC):
     """Base of the hosts' ``interface.TextEncoder``.
 
@@ -59,13 +65,11 @@ class CLIPTextEncoder(ABC):
         """A prompt, as both encoders give it."""
 
     @abstractmethod
-    def _encode_chunk(
-        self, ids: list[int | None], vectors: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_chunk(self, ids: list[int | None], vectors: Tensor | None) -> tuple[Tensor, Tensor]:
         """States [1, 77, D] and pooled text [1, D] of ids, with a row of vectors for each None."""
 
     @abstractmethod
-    def _states(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _states(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """States [N, T, D] that the U-Net reads and pooled text of each encoder, for ids [N, E, T].
 
         The pooled text is used of the second of two encoders alone.
@@ -79,13 +83,13 @@ class CLIPTextEncoder(ABC):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def vectors(self, words: str) -> torch.Tensor:
+    def vectors(self, words: str) -> Tensor:
         refuse_words(self.family)
         ids = self._ids(words)
         rows = [ids[position] for position in word_positions(ids)]
         return self.embedding.weight[rows].detach().float().clone()
 
-    def encode(self, prompt: str, vectors: torch.Tensor | None = None) -> tuple[Text, torch.Tensor]:
+    def encode(self, prompt: str, vectors: Tensor | None = None) -> tuple[Text, Tensor]:
         if vectors is not None:
             refuse_words(self.family)
         count = 0 if vectors is None else len(vectors)
@@ -98,7 +102,7 @@ class CLIPTextEncoder(ABC):
         context, pooled = self._encode_chunk(ids, vectors)
         return Text(context.float()), pooled.float()
 
-    def encode_ids(self, ids: torch.Tensor) -> Text:
+    def encode_ids(self, ids: Tensor) -> Text:
         states = self._states(ids)
         context, pooled = torch.cat([state for state, _ in states], -1), states[-1][1]
         return Text(context.float(), {"pooled": pooled.float()} if self.pair else {})

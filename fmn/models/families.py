@@ -60,7 +60,7 @@ CLIP_H = CLIPConfig("clip_h", 23, 1024)
 CLIP_G = CLIPConfig("clip_g", 32, 1280)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
     """Models that share their layers, so that a patch made on one fits the others."""
 
@@ -88,7 +88,7 @@ class Family:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class UNetFamily(Family):
     """U-Nets of Stable Diffusion's kind, whose layers follow from these numbers."""
 

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..concepts.concept import Prompt
 from .adapters import Device, FixedAdapter, LayerModule, Patch, Switch, attached, check_fits
@@ -81,7 +82,7 @@ class ImageSampler:
         """Several as one batch, [B, T, D]."""
         return Text.cat([self.text(prompt) for prompt in prompts])
 
-    def noise(self, seeds: Iterable[int]) -> torch.Tensor:
+    def noise(self, seeds: Iterable[int]) -> Tensor:
         """``seeded_noise`` [B, 4, h, w] of the pictures' size."""
         return seeded_noise(seeds, self.sampling.size // 8)
 
@@ -89,17 +90,17 @@ class ImageSampler:
         """``sampling.guided`` for encoded prompts, with the sampler's guidance."""
         return guided(self.denoiser, text, self.text(""), self.sampling.guidance)
 
-    def latents(self, text: Text, x: torch.Tensor, **options: Any) -> torch.Tensor:
+    def latents(self, text: Text, x: Tensor, **options: Any) -> Tensor:
         """``sampling.ddim`` from x [B, 4, h, w], on the CPU; options as there."""
         x = x.to(self.denoiser.device)
         alphas = self.denoiser.alphas_cumprod
         return ddim(self.predictor(text), x, alphas, self.sampling.steps, **options).float().cpu()
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, H, W, 3] in 0..1."""
         return self.model.decode(latents)
 
-    def draw_texts(self, text: Text, seeds: Iterable[int], **options: Any) -> torch.Tensor:
+    def draw_texts(self, text: Text, seeds: Iterable[int], **options: Any) -> Tensor:
         """Pictures [B, H, W, 3] of encoded prompts, one a seed, in batches."""
         seeds, pictures = list(seeds), []
         for i in range(0, len(seeds), self.batch):
@@ -109,7 +110,7 @@ class ImageSampler:
             self.on_pictures(len(pictures[-1]))
         return torch.cat(pictures)
 
-    def draw(self, prompts: Iterable[str], seeds: Iterable[int], **options: Any) -> torch.Tensor:
+    def draw(self, prompts: Iterable[str], seeds: Iterable[int], **options: Any) -> Tensor:
         """Pictures [B, H, W, 3] in 0..1, one a prompt and seed."""
         return self.draw_texts(self.texts(prompts), seeds, **options)
 
@@ -117,7 +118,7 @@ class ImageSampler:
 def _fixed_adapters(
     patches: Sequence[tuple[Patch, float]], device: Device
 ) -> dict[str, FixedAdapter]:
-    factors: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
+    factors: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
     for patch, strength in patches:
         for name, (up, down) in patch.changes.items():
             factors.setdefault(name, []).append((up, down, strength))

@@ -5,13 +5,14 @@ Every model offers ``Model``: that is enough to train on its predictions, as ESD
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..concepts.concept import Prompt
 from .adapters import LayerModule
@@ -19,7 +20,7 @@ from .families import Family, Layer, UNetFamily, layers
 from .token_positions import CHUNK
 
 # Noise, or what stands for it, of x_t [B, C, h, w] at the time step t.
-NoiseFunction = Callable[[torch.Tensor, int], torch.Tensor]
+NoiseFunction = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Text:
         alone: the host takes one prompt a forward: B is 1, for noisy latents of any number.
     """
 
-    context: torch.Tensor
-    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
+    context: Tensor
+    vectors: dict[str, Tensor] = field(default_factory=dict)
     alone: bool = False
 
     @staticmethod
@@ -43,25 +44,29 @@ class Text:
         vectors = {name: torch.cat([text.vectors[name] for text in texts]) for name in names}
         return Text(torch.cat([text.context for text in texts]), vectors)
 
-    def __getitem__(self, index: slice | torch.Tensor) -> "Text":
+    def __getitem__(self, index: slice | Tensor) -> "Text":
         """Some of the batch."""
         vectors = {name: vector[index] for name, vector in self.vectors.items()}
         return Text(self.context[index], vectors)
 
 
-class NoiseSchedule(Protocol):
-    """How a model adds noise; see ``sampling.DDPMSchedule`` and ``sampling.SigmaSchedule``."""
+@dataclass(frozen=True)
+class NoiseSchedule(ABC):
+    """How a model adds noise; ``sampling`` has ``DDPMSchedule`` and ``SigmaSchedule``.
 
-    @property
-    def levels(self) -> torch.Tensor:
-        """A number for each time step, [S]; models with other levels draw other pictures."""
+    Attributes:
+        levels: of each time step [S]: alpha-bar or sigma.
+    """
+
+    levels: Tensor
 
     def __len__(self) -> int:
-        """Number of time steps S."""
+        return len(self.levels)
 
+    @abstractmethod
     def partial_sample(
-        self, predict: NoiseFunction, noise: torch.Tensor, steps: int, last: int
-    ) -> torch.Tensor:
+        self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
+    ) -> Tensor:
         """x_t after the first ``last`` of ``steps`` sampling steps from noise [B, C, h, w]."""
 
 
@@ -79,7 +84,7 @@ class Denoiser(Protocol):
     def module(self, name: str) -> LayerModule:
         """The Linear or Conv2d of a ``Layer.name``."""
 
-    def predict_noise(self, x_t: torch.Tensor, t: torch.Tensor, text: Text) -> torch.Tensor:
+    def predict_noise(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         """Predicted noise [B, C, h, w] for x_t [B, C, h, w] at integer time steps t [B].
 
         Of flow models, the velocity.
@@ -92,7 +97,7 @@ class Denoiser(Protocol):
 class UNet(Denoiser, Protocol):
     """A U-Net with DDPM's noise whose cross-attention can be read."""
 
-    alphas_cumprod: torch.Tensor  # float32 [S], alpha-bar of Ho et al. 2020, section 2
+    alphas_cumprod: Tensor  # float32 [S], alpha-bar of Ho et al. 2020, section 2
     context_argument: str  # the name under which attn2.forward gets the text
 
     def cross_attention_modules(self) -> list[nn.Module]:
@@ -116,10 +121,10 @@ class TextEncoder(Protocol):
     def module(self, name: str) -> LayerModule:
         """The Linear of that diffusers name; see ``families.text_layers``."""
 
-    def vectors(self, words: str) -> torch.Tensor:
+    def vectors(self, words: str) -> Tensor:
         """Input embeddings of the words' tokens, float32 [k, width], without BOS, EOT, padding."""
 
-    def encode(self, prompt: str, vectors: torch.Tensor | None = None) -> tuple[Text, torch.Tensor]:
+    def encode(self, prompt: str, vectors: Tensor | None = None) -> tuple[Text, Tensor]:
         """Encode a prompt, a plain string of one chunk.
 
         Args:
@@ -132,10 +137,10 @@ class TextEncoder(Protocol):
             what SDXL reads: the second's, projected.
         """
 
-    def ids_of(self, texts: Sequence[str]) -> torch.Tensor:
+    def ids_of(self, texts: Sequence[str]) -> Tensor:
         """Token ids [N, E, 77] of plain strings of one chunk each, for each of E encoders."""
 
-    def encode_ids(self, ids: torch.Tensor) -> Text:
+    def encode_ids(self, ids: Tensor) -> Text:
         """The text of token ids [N, E, T], as ``Model.encode`` gives it.
 
         T may be less than 77, as long as the first EOT is there: CLIP is causal, so tokens cut off
@@ -180,7 +185,7 @@ class UNetModel(Model, Protocol):
     def tokenize(self, prompt: Prompt) -> list[int | None]:
         """Token ids of a ``Prompt``, a multiple of 77; None where a token is a vector."""
 
-    def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> torch.Tensor:
+    def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor:
         """Contexts [N, length, D] of plain strings of one chunk each, in batches.
 
         Args:
@@ -193,17 +198,17 @@ class UNetModel(Model, Protocol):
 
     def sample(
         self, prompt: Prompt, seeds: Iterable[int], size: int, steps: int, guidance: float
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Latents [len(seeds), 4, size/8, size/8] drawn by the host's sampler, unit variance."""
 
-    def encode_images(self, images: torch.Tensor, size: int) -> torch.Tensor:
+    def encode_images(self, images: Tensor, size: int) -> Tensor:
         """Latents of pictures [N, H, W, 3], cropped to a centred square of ``size`` pixels."""
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, H, W, 3] in 0..1 of latents [N, 4, h, w] of unit variance."""
 
 
-def fingerprint(family: Family, weight_of: Callable[[Layer], torch.Tensor]) -> str:
+def fingerprint(family: Family, weight_of: Callable[[Layer], Tensor]) -> str:
     """A hash that tells one base model from another.
 
     The same for float16 and float32 copies of it; a copy in bfloat16 has lost bits and counts as

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -87,13 +87,13 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     leaves, input_spec = tree_flatten((args, kwargs))
-    indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in indices]
     for i in indices:
         leaves[i] = None
     output_specs = []
 
-    def run(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    def run(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         inputs = list(leaves)
         for i, tensor in zip(indices, tensors):
             inputs[i] = tensor.clone()
@@ -112,15 +112,13 @@ class _Recompute(torch.autograd.Function):
     """``run(tensors)``, which is called again in backward; it has parameters of its own."""
 
     @staticmethod
-    def forward(
-        ctx: Any, run: Callable[..., Any], anchor: torch.Tensor, *tensors: torch.Tensor
-    ) -> Any:
+    def forward(ctx: Any, run: Callable[..., Any], anchor: Tensor, *tensors: Tensor) -> Any:
         ctx.run = run
         ctx.save_for_backward(*tensors)
         return run(tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         tensors = [
             tensor.detach().requires_grad_(tensor.requires_grad) for tensor in ctx.saved_tensors
         ]
@@ -129,7 +127,7 @@ class _Recompute(torch.autograd.Function):
         needed = [
             (output, gradient)
             for output, gradient in zip(outputs, gradients)
-            if isinstance(output, torch.Tensor) and output.requires_grad
+            if isinstance(output, Tensor) and output.requires_grad
         ]
         if needed:
             outputs, gradients = zip(*needed)

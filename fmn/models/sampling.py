@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import ForgetError
-from .interface import Denoiser, NoiseFunction, Text
+from .interface import Denoiser, NoiseFunction, NoiseSchedule, Text
 
 DRAWN_AT_ONCE = 4  # pictures that a host draws together, whatever the memory: the methods' default
 
 # (x_t, predicted noise, t, alpha-bar of t) -> noise
-Correction = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
+Correction = Callable[[Tensor, Tensor, int, Tensor], Tensor]
 # (x, alpha-bar of the next step) -> x
-AfterStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+AfterStep = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def trailing_timesteps(total: int, steps: int) -> list[int]:
     return [round(total - i * total / steps) - 1 for i in range(steps)]
 
 
-def seeded_noise(seeds: Iterable[int], side: int, channels: int = 4) -> torch.Tensor:
+def seeded_noise(seeds: Iterable[int], side: int, channels: int = 4) -> Tensor:
     """Noise of unit variance [N, channels, side, side] on the CPU, from one generator a seed.
 
     A seed's noise is the same in any batch and on any device.
@@ -80,14 +81,14 @@ def guided(denoiser: Denoiser, text: Text, empty: Text, guidance: float) -> Nois
         return lambda x, t: denoiser.predict_noise(x, torch.full((len(x),), t), text)
     if text.alone:
 
-        def predict_apart(x: torch.Tensor, t: int) -> torch.Tensor:
+        def predict_apart(x: Tensor, t: int) -> Tensor:
             with_text, without = predictions(denoiser, x, t, [text, empty])
             return without + guidance * (with_text - without)
 
         return predict_apart
     both = Text.cat([text, expand(empty, len(text.context))])
 
-    def predict(x: torch.Tensor, t: int) -> torch.Tensor:
+    def predict(x: Tensor, t: int) -> Tensor:
         noise = denoiser.predict_noise(torch.cat([x, x]), torch.full((2 * len(x),), t), both)
         with_text, without = noise.chunk(2)
         return without + guidance * (with_text - without)
@@ -95,9 +96,7 @@ def guided(denoiser: Denoiser, text: Text, empty: Text, guidance: float) -> Nois
     return predict
 
 
-def predictions(
-    denoiser: Denoiser, x: torch.Tensor, t: int, texts: Sequence[Text]
-) -> Sequence[torch.Tensor]:
+def predictions(denoiser: Denoiser, x: Tensor, t: int, texts: Sequence[Text]) -> Sequence[Tensor]:
     """Predicted noise for x [B, C, h, w] at the step t, given each of several prompts [1, T, D].
 
     In one batch, for which all must have the same T; with a forward for each if they are alone.
@@ -111,13 +110,8 @@ def predictions(
 
 @torch.no_grad()
 def euler(
-    predict: NoiseFunction,
-    x: torch.Tensor,
-    sigmas: torch.Tensor,
-    scales: torch.Tensor,
-    steps: int,
-    last: int,
-) -> torch.Tensor:
+    predict: NoiseFunction, x: Tensor, sigmas: Tensor, scales: Tensor, steps: int, last: int
+) -> Tensor:
     """The first steps of Euler's method on dx / d sigma (Karras et al. 2022, eq. 1).
 
     For any noising x = a clean + sigma noise whose network gives, or can be made to give, the
@@ -140,7 +134,7 @@ def euler(
     return x
 
 
-def ddpm_sigma(alpha: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+def ddpm_sigma(alpha: Tensor, following: Tensor) -> Tensor:
     """Standard deviation of DDPM's fresh noise in a step (Song et al. 2021, eq. 16 with eta 1)."""
     return ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
 
@@ -148,8 +142,8 @@ def ddpm_sigma(alpha: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def ddim(
     predict: NoiseFunction,
-    x: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
+    x: Tensor,
+    alphas_cumprod: Tensor,
     steps: int,
     first: int = 0,
     last: int | None = None,
@@ -158,7 +152,7 @@ def ddim(
     generator: torch.Generator | None = None,
     correct: Correction | None = None,
     after: AfterStep | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Draw latents by DDIM (Song et al. 2021, eq. 12).
 
     Args:
@@ -195,7 +189,7 @@ def ddim(
     return x
 
 
-def q_sample(clean: torch.Tensor, noise: torch.Tensor, alpha_cumprod: torch.Tensor) -> torch.Tensor:
+def q_sample(clean: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> Tensor:
     """x_t of a clean latent, the forward process of DDPM (Ho et al. 2020, eq. 4).
 
     Args:
@@ -205,51 +199,29 @@ def q_sample(clean: torch.Tensor, noise: torch.Tensor, alpha_cumprod: torch.Tens
     return alpha_cumprod.sqrt() * clean + (1 - alpha_cumprod).sqrt() * noise
 
 
-@dataclass(frozen=True)
-class DDPMSchedule:
+class DDPMSchedule(NoiseSchedule):
     """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise (Ho et al. 2020, eq. 4).
 
-    Attributes:
-        alphas_cumprod: alpha-bar of each time step, float32 [S].
+    ``levels`` are alpha-bar, float32.
     """
 
-    alphas_cumprod: torch.Tensor
-
-    @property
-    def levels(self) -> torch.Tensor:
-        return self.alphas_cumprod
-
-    def __len__(self) -> int:
-        return len(self.alphas_cumprod)
-
     def partial_sample(
-        self, predict: NoiseFunction, noise: torch.Tensor, steps: int, last: int
-    ) -> torch.Tensor:
-        """See ``NoiseSchedule``."""
-        return ddim(predict, noise, self.alphas_cumprod, steps, last=last)
+        self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
+    ) -> Tensor:
+        return ddim(predict, noise, self.levels, steps, last=last)
 
 
 @dataclass(frozen=True)
-class SigmaSchedule:
-    """x = a x_0 + sigma noise, by ComfyUI's noise levels; see ``euler``.
+class SigmaSchedule(NoiseSchedule):
+    """x = a x_0 + sigma noise, by ComfyUI's noise levels; ``levels`` are sigma, ascending.
 
     Attributes:
-        sigmas: noise level of each time step [S], ascending.
         scales: x / x_t of each time step [S], where x_t is the network's input.
     """
 
-    sigmas: torch.Tensor
-    scales: torch.Tensor
-
-    @property
-    def levels(self) -> torch.Tensor:
-        return self.sigmas
-
-    def __len__(self) -> int:
-        return len(self.sigmas)
+    scales: Tensor
 
     def partial_sample(
-        self, predict: NoiseFunction, noise: torch.Tensor, steps: int, last: int
-    ) -> torch.Tensor:
-        """See ``NoiseSchedule``."""
-        return euler(predict, noise, self.sigmas, self.scales, steps, last)
+        self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
+    ) -> Tensor:
+        return euler(predict, noise, self.levels, self.scales, steps, last)

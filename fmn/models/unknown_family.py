@@ -59,7 +59,7 @@ class UnknownLayer(Layer):
         return CROSS_ATTENTION.fullmatch(self.compvis) is not None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class UnknownFamily(Family):
     """One model: ``listed`` are its layers, or, of a patch file, those it changes."""
 

@@ -12,13 +12,13 @@ from ..concepts.concept import Concept
 from ..errors import ForgetError
 from ..models.adapters import FullAdapter, LayerModule, LowRankAdapter, Switch, attached
 from ..models.attention_maps import AttentionProbe, ProbeInput
-from ..models.families import Family, Layer, layers, layers_by_name
+from ..models.families import Family, Layer, layers
 from ..models.interface import UNet, UNetModel
 from ..models.module_patching import checkpointed
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, StepProgress
 from .loop import AdamWConfig, Loss, initial_loss_scale
-from .memory import Activations, Estimate, Plan, measure_activations, plans, train_with_retry
+from .memory import Estimate, Plan, measure_activations, plans, train_with_retry
 from .run import Adapters, Task, TrainingOptions, TrainingRun, adapter_parameters
 
 T = TypeVar("T")
@@ -129,9 +129,9 @@ def train_patch(
         settings: a method's, with ``steps`` (a concept), ``lr``, ``rank``, ``seed``,
             ``checkpointing``, and perhaps ``batch``.
         scope: of ``SCOPES``.
-        open_loss: function from the U-Net, the switch of its adapters and whether prompts go one
-            at a time, to a context manager that gives two functions: one draws a step's batch at
-            random, which costs little, the other computes its loss; see ``loop.Loss``.
+        open_loss: function from the U-Net, its adapters' switch and whether prompts go one at a
+            time, to a context manager of two functions: one draws a step's batch at random, which
+            costs little, the other computes its loss.
         config: None takes AdamW as released with ``settings.lr``.
         probe_inputs: what ``AttentionProbe`` takes; progress has the attention of the first.
         downs: see ``make_adapters``.
@@ -141,21 +141,16 @@ def train_patch(
         ForgetError: memory ran out.
         NonFiniteLoss: training diverged; it carries the patch of the last good step.
     """
-    names = [layer.name for layer in in_scope(model.family, scope)]
     total, batch = settings.steps * len(concepts), getattr(settings, "batch", 1)
     options.check_steps(total)  # before any work
-    task = Task.of(model, concepts, settings)
+    task, config = Task.of(model, concepts, settings), config or AdamWConfig(settings.lr)
     with model.borrow_denoiser() as denoiser:
-        # The first layer of inpainting and editing variants has another shape: it is not trained.
-        names = [name for name in names if _has_known_shape(model.family, denoiser, name)]
-        new_adapters = partial(
-            make_adapters, denoiser.module, names, settings, denoiser.device, downs
-        )
+        names = _trained_names(model.family, denoiser, scope)
+        given = denoiser.module, names, settings, denoiser.device, downs
         report = _AttentionReport(denoiser, probe_inputs, on_step, total)
 
         def train(plan: Plan, message: str) -> TrainingRun:
-            report.memory = message
-            adapters = new_adapters()
+            report.memory, adapters = message, make_adapters(*given)
             blocks = denoiser.checkpoint_blocks() if plan.checkpointing else []
             with (
                 attached(adapters, denoiser.module) as switch,
@@ -164,35 +159,40 @@ def train_patch(
             ):
                 for _ in range(options.batches_drawn):
                     draw()
-                run = TrainingRun(
-                    task, adapters, switch, options, config or AdamWConfig(settings.lr), total,
-                    initial_loss_scale(denoiser.module(names[0])), denoiser,
-                )  # fmt: skip
+                scale = initial_loss_scale(denoiser.module(names[0]))
+                run = TrainingRun(task, adapters, switch, options, config, total, scale, denoiser)
                 run.train(lambda index: loss_of(draw()), report)
                 return run
 
-        estimate_of = None
-        if probe_inputs and model.family.known:
-            trained, activations = _measure(model.family, denoiser, new_adapters(), probe_inputs[0])
-            estimate_of = partial(
-                Estimate.of, denoiser, model.family, trained, activations, prompts=batch,
-                forwards=forwards,
-            )  # fmt: skip
+        measured = model.family, denoiser, make_adapters(*given), probe_inputs
+        estimate_of = _estimator(*measured, batch, forwards)
         ordered = plans(settings.checkpointing, batch)
         run = train_with_retry(train, ordered, estimate_of, denoiser.device)
     return run.finish()
 
 
-def _has_known_shape(family: Family, denoiser: UNet, name: str) -> bool:
-    shape = layers_by_name(family)[name].shape
-    return tuple(denoiser.module(name).weight.shape) == tuple(shape)
+def _trained_names(family: Family, denoiser: UNet, scope: str) -> list[str]:
+    """Of the scope's layers; the first of inpainting and editing variants has another shape, and is
+    not trained."""
+    return [
+        layer.name
+        for layer in in_scope(family, scope)
+        if tuple(denoiser.module(layer.name).weight.shape) == tuple(layer.shape)
+    ]
 
 
-def _measure(
-    family: Family, denoiser: UNet, adapters: Adapters, probe_input: ProbeInput
-) -> tuple[int, Activations]:
-    """Bytes of the trained parameters, and of what a forward pass of one prompt stores."""
-    text, _, latent = probe_input
+def _estimator(
+    family: Family,
+    denoiser: UNet,
+    adapters: Adapters,
+    probe_inputs: Sequence[ProbeInput],
+    prompts: int,
+    forwards: int,
+) -> Callable[[Plan], Estimate] | None:
+    """Function from a plan to its ``Estimate``, by a forward pass of the first prompt."""
+    if not (probe_inputs and family.known):
+        return None
+    text, _, latent = probe_inputs[0]
     t = torch.tensor([len(denoiser.schedule) // 2])
     x = latent[:1].to(denoiser.device)
     weights = [denoiser.module(layer.name).weight for layer in layers(family)]
@@ -200,18 +200,16 @@ def _measure(
         activations = measure_activations(
             lambda: denoiser.predict_noise(x, t, text), denoiser.checkpoint_blocks(), weights
         )
-    return sum(parameter.nbytes for parameter in adapter_parameters(adapters)), activations
+    trained = sum(parameter.nbytes for parameter in adapter_parameters(adapters))
+    known = sum(weight.nbytes for weight in weights)
+    return partial(Estimate.of, known, trained, activations, prompts=prompts, forwards=forwards)
 
 
 class _AttentionReport:
     """Adds the first concept's attention, measured now and then, to the progress of a step."""
 
     def __init__(
-        self,
-        denoiser: UNet,
-        probe_inputs: Sequence[ProbeInput],
-        on_step: OnStep,
-        total: int,
+        self, denoiser: UNet, probe_inputs: Sequence[ProbeInput], on_step: OnStep, total: int
     ):
         self.denoiser, self.on_step = denoiser, on_step
         self.every = max(1, min(total // MEASUREMENTS, STEPS_BETWEEN))
@@ -228,9 +226,6 @@ class _AttentionReport:
             self.now = self.probe.measure(self.denoiser)[0]
         self.on_step(
             replace(
-                progress,
-                attention_before=self.before,
-                attention_now=self.now,
-                memory=self.memory,
+                progress, attention_before=self.before, attention_now=self.now, memory=self.memory
             )
         )

@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from math import prod
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
@@ -13,8 +12,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import ForgetError, memory_ran_out
-from ..models.families import Family, layers
-from ..models.interface import Denoiser
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,8 +69,7 @@ class Estimate(NamedTuple):
     @classmethod
     def of(
         cls,
-        denoiser: Denoiser,
-        family: Family,
+        weights: int,
         trained: int,
         activations: Activations,
         plan: Plan,
@@ -82,12 +78,10 @@ class Estimate(NamedTuple):
     ) -> "Estimate":
         """
         Args:
-            trained: bytes of the trained parameters.
+            weights, trained: bytes of the model's and of the trained parameters.
             prompts: of a step, which are in memory at once if the plan does not split them.
             forwards: forward passes whose activations are in memory at once.
         """
-        size = denoiser.module(layers(family)[0].name).weight.element_size()
-        weights = size * sum(prod(layer.shape) for layer in layers(family))
         stored = activations.checkpointed if plan.checkpointing else activations.stored
         stored *= forwards * (1 if plan.split_batch else prompts)
         return cls(weights, stored, (1 + COPIES) * trained)

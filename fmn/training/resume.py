@@ -97,9 +97,7 @@ class TrainingState:
         return cls(record, list(loop.losses), tensors)
 
     def check(
-        self,
-        record: dict[str, Any],
-        current: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        self, record: dict[str, Any], current: Callable[[dict[str, Any]], dict[str, Any]] = dict
     ) -> None:
         """Raise a ``ForgetError`` unless this is a state of what would be trained now.
 

@@ -27,6 +27,7 @@ from diffusers.loaders.single_file_utils import (
 from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -42,7 +43,7 @@ SD_SCALE = 0.18215
 UNET_FILE = re.compile(
     r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
 )
-Weights = dict[str, torch.Tensor]
+Weights = dict[str, Tensor]
 
 # Text encoders of a family -> beginning of a checkpoint's keys -> what has them
 PARTS = {

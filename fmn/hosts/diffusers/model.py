@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
@@ -130,7 +130,7 @@ class DiffusersModel:
         return self.encode_prompts([prompt.text])
 
     @torch.no_grad()
-    def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> torch.Tensor:
+    def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor:
         for text in texts:
             self.tokenize(Prompt(text, text))
         with shortened(self.pipeline, length):
@@ -144,14 +144,14 @@ class DiffusersModel:
         known = hasattr(encoder, "text_model")
         return encoder.get_submodule(path if known else path.removeprefix("text_model."))
 
-    def initial_noise(self, seeds: Iterable[int], size: int) -> torch.Tensor:
+    def initial_noise(self, seeds: Iterable[int], size: int) -> Tensor:
         """``seeded_noise`` [N, 4, size/8, size/8] for pictures of ``size`` pixels a side."""
         return seeded_noise(seeds, size // 8)
 
     @torch.no_grad()
     def sample(
         self, prompt: Prompt, seeds: Iterable[int], size: int, steps: int, guidance: float
-    ) -> torch.Tensor:
+    ) -> Tensor:
         latents = [
             self.sample_latents([prompt.text] * len(noise), noise, steps, guidance).float().cpu()
             for noise in self.initial_noise(seeds, size).split(DRAWN_AT_ONCE)
@@ -160,8 +160,8 @@ class DiffusersModel:
 
     @torch.no_grad()
     def sample_latents(
-        self, texts: list[str], noise: torch.Tensor, steps: int, guidance: float
-    ) -> torch.Tensor:
+        self, texts: list[str], noise: Tensor, steps: int, guidance: float
+    ) -> Tensor:
         """Latents [N, 4, h, w] of unit variance from noise [N, 4, h, w].
 
         The first sample is noise * sqrt(1 + sigma_max^2), as in ComfyUI; diffusers would scale it
@@ -185,7 +185,7 @@ class DiffusersModel:
             ).images
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         vae, pictures = self.pipeline.vae, []
         for part in latents.split(_pictures_at_once(latents.shape[2] * 8, latents.shape[3] * 8)):
             images = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
@@ -193,7 +193,7 @@ class DiffusersModel:
         return torch.cat(pictures)
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor, size: int) -> torch.Tensor:
+    def encode_images(self, images: Tensor, size: int) -> Tensor:
         vae, latents = self.pipeline.vae, []
         for part in square(images, size).split(_pictures_at_once(size, size)):
             encoded = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1)
@@ -270,7 +270,7 @@ class _UNet:
     def cross_attention_modules(self) -> list[nn.Module]:
         return [self.unet.get_submodule(name) for name in cross_attention_names(self.model.family)]
 
-    def predict_noise(self, x_t: torch.Tensor, t: torch.Tensor, text: Text) -> torch.Tensor:
+    def predict_noise(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         dtype = self.unet.dtype
         x_t = x_t.to(self.device, dtype)
         output = self.unet(
@@ -285,7 +285,7 @@ class _UNet:
         alpha = self.alphas_cumprod.to(self.device)[t].view(-1, 1, 1, 1)
         return alpha.sqrt() * output + (1 - alpha).sqrt() * x_t
 
-    def _added_conditions(self, x_t: torch.Tensor, text: Text) -> dict[str, torch.Tensor] | None:
+    def _added_conditions(self, x_t: Tensor, text: Text) -> dict[str, Tensor] | None:
         if "pooled" not in text.vectors:
             return None
         height, width = x_t.shape[-2] * 8, x_t.shape[-1] * 8

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...concepts.concept import Prompt
 from ...models.adapters import LayerModule
@@ -76,7 +76,7 @@ class TextEncoder(CLIPTextEncoder):
     def _ids(self, text: str) -> list[int]:
         return self.model.tokenize(Prompt(text, text))
 
-    def ids_of(self, texts: Sequence[str]) -> torch.Tensor:
+    def ids_of(self, texts: Sequence[str]) -> Tensor:
         pipeline = self.model.pipeline
         tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if self.pair else [])]
         for text in texts:
@@ -85,7 +85,7 @@ class TextEncoder(CLIPTextEncoder):
         ids = [tokenizer(list(texts), **options).input_ids for tokenizer in tokenizers]
         return torch.stack(ids, 1)
 
-    def _states(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _states(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         outputs = [
             encoder(part.to(encoder.device), output_hidden_states=self.pair)
             for encoder, part in zip(self.encoders, ids.unbind(1))
@@ -100,14 +100,12 @@ class TextEncoder(CLIPTextEncoder):
         text = self.model.encode_prompts([prompt])
         return Text(text.context.float(), {"pooled": text.vectors["pooled"].float()})
 
-    def _encode_chunk(
-        self, ids: list[int | None], vectors: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_chunk(self, ids: list[int | None], vectors: Tensor | None) -> tuple[Tensor, Tensor]:
         indices = [i for i, token in enumerate(ids) if token is None]
         # Any word will do under the vectors: the encoder only looks for its first EOT in the ids.
         words = torch.tensor([[0 if token is None else token for token in ids]])
 
-        def replace(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             if vectors is None:
                 return output
             index = torch.tensor(indices, device=output.device)

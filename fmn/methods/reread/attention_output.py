@@ -9,23 +9,17 @@ softmax: with queries q, the contexts c_t of its 77 tokens and a head's W_k, W_v
 and the o of all heads side by side is the input of the layer's ``to_out``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...models.families import cross_attention_names
-from ...models.interface import Text
+from ...models.families import UNetFamily, cross_attention_names
+from ...models.interface import Text, UNet
 from ...models.sampling import ddim, guided, seeded_noise, trailing_timesteps
-
-if TYPE_CHECKING:
-    from ...models.families import UNetFamily
-    from ...models.interface import UNet
 
 TEXTS_AT_ONCE = 32
 

@@ -4,17 +4,17 @@ UCE's ridge regression, moved from single tokens to what a layer reads out of wh
 queries of real drawings. ``docs/methods/reread.md`` derives it and reports what else was tried.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...closed_form.input_edit import Changes, solved_patch
 from ...concepts.concept import Concept
 from ...concepts.keep_list import keep_for
 from ...concepts.prompt_templates import PLACEHOLDER, blanked, kept_sentences, sentences, together
 from ...errors import NonFiniteLoss
+from ...models.interface import Text, UNetModel
+from ...patches.patch import ForgetPatch
 from ...progress import OnStep, ignore
 from ...training.run import Task, TrainingOptions
 from .adversarial_training import train_adversarially
@@ -22,10 +22,6 @@ from .regression import both_sides, closed_form
 from .regression_data import QuerySampler, SentencePairs
 from .settings import Settings
 from .training_images import draw_scenes
-
-if TYPE_CHECKING:
-    from ...models.interface import Text, UNetModel
-    from ...patches.patch import ForgetPatch
 
 TITLE = "Re-read"
 REVISION = 1

@@ -1,10 +1,8 @@
 """The ridge regression of Re-read, for each cross-attention layer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +13,7 @@ from ...patches.patch import MAX_RANK
 from .attention_output import cross_attention_layers
 from .regression_data import ConceptSentences, KeptSentences, QuerySampler, SentencePairs
 from .residual import Residual
-
-if TYPE_CHECKING:
-    from .settings import Settings
+from .settings import Settings
 
 OVERSHOOT_STEP = 0.2
 

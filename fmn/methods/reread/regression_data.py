@@ -3,10 +3,7 @@
 They are what cross-attention reads out of these sentences at the queries of real drawings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,16 +13,13 @@ from ...closed_form.text_embeddings import encode_chunk
 from ...errors import ForgetError
 from ...linalg import to_float64
 from ...models.families import cross_attention_names
-from ...models.interface import Text
+from ...models.interface import Text, UNet, UNetModel
 from ...models.sampling import seeded_noise
 from ...progress import OnStep
 from ...sequences import evenly
 from .attention_output import CrossAttention, Queries, read_out, record_queries
+from .settings import Settings
 from .training_images import AT_ONCE, batch_count, image_counts
-
-if TYPE_CHECKING:
-    from ...models.interface import UNet, UNetModel
-    from .settings import Settings
 
 KEPT_POSITIONS = 4  # at which a kept sentence is read, for each word
 

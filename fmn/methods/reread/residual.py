@@ -6,8 +6,6 @@ words led, the share of e(c) - e(o) in e'(c) - e(o), with e the frozen model's p
 patched one's, c a sentence with the concept and o the same without it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
