@@ -10,6 +10,11 @@ from safetensors import SafetensorError
 
 from .errors import ForgetError
 
+# The demo model, its judges and control pictures: in a wheel among the assets (setup.py), else in
+# the clone's demo/.
+DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
+if not DEMO_FOLDER.is_dir():
+    DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 MAX_STRENGTH = 100
 STATE_ENDING = ".fmn-train"  # of a training's state: no ending that loaders of models list
 

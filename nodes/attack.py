@@ -9,15 +9,15 @@ from comfy_api.latest import io
 
 from ..fmn.closed_form.adversarial_embedding import hardest
 from ..fmn.concepts.concept import Prompt
-from ..fmn.concepts.prompt_templates import PLACEHOLDER
+from ..fmn.concepts.prompt_templates import PLACEHOLDER, fill
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
-from ..fmn.models.generator import Studio, open_studio
+from ..fmn.models.image_sampler import ImageSampler, open_sampler
 from ..fmn.models.interface import Text
 from ..fmn.models.sampling import Sampling
 from ..fmn.patches.embedding_file import recorded, save_embedding
 from ..fmn.patches.patch import ForgetPatch
-from ..fmn.training.textual_inversion import Settings, filled, invert
+from ..fmn.training.textual_inversion import Settings, invert
 from .common import advanced, clip_input, model_input, strength_input, vae_input
 from .page import text_output
 from .progress import InversionProgress, stop_if_cancelled
@@ -73,12 +73,12 @@ class ConceptInversionProbe(io.ComfyNode):
         on_pictures = progress.drawing(words, 2 * pictures)
         patches = [] if patch is None else [(patch, strength)]
         with (
-            open_studio(host, Sampling(), batch=4, on_pictures=on_pictures) as studio,
-            studio.applying(patches),
+            open_sampler(host, Sampling(), batch=4, on_pictures=on_pictures) as sampler,
+            sampler.applying(patches),
         ):
             on_step = progress.training(words)
-            learned = invert(host, studio.borrowed, images, settings, on_step)
-            drawn = _draw_both(host, studio, learned.vectors, words, pictures, settings)
+            learned = invert(host, sampler.denoiser, images, settings, on_step)
+            drawn = _draw_both(host, sampler, learned.vectors, words, pictures, settings)
         embedding = recorded(learned, host, fingerprint, "concept inversion", settings, words)
         if path is not None:
             save_embedding(embedding, path, host.family)
@@ -126,16 +126,16 @@ def _probe_inputs() -> list[io.Input]:
 
 
 def _draw_both(
-    host: ComfyModel, studio: Studio, vectors: torch.Tensor, words: str, count: int,
+    host: ComfyModel, sampler: ImageSampler, vectors: torch.Tensor, words: str, count: int,
     settings: Settings,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Pictures [count, H, W, 3] with the tokens and with the words, from the same noise."""
     templates = [settings.templates[i % len(settings.templates)] for i in range(count)]
     seeds = [settings.seed + i for i in range(count)]
-    with host.borrow_text() as encoder, torch.no_grad():
-        texts = [encoder.encode(filled(t, PLACEHOLDER), vectors)[0] for t in templates]
-    learned = studio.draw_texts(Text.cat(texts), seeds, after=_cancellable)
-    return learned, studio.draw([filled(t, words) for t in templates], seeds, after=_cancellable)
+    with host.borrow_text_encoder() as encoder, torch.no_grad():
+        texts = [encoder.encode(fill(t, PLACEHOLDER), vectors)[0] for t in templates]
+    learned = sampler.draw_texts(Text.cat(texts), seeds, after=_cancellable)
+    return learned, sampler.draw([fill(t, words) for t in templates], seeds, after=_cancellable)
 
 
 def _cancellable(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -201,8 +201,8 @@ class HardestEmbedding(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         host = ComfyModel(model, clip)
         encoded = host.encode(Prompt(prompt, prompt, plain=False))
-        with host.borrow() as borrowed:
-            solution = hardest(borrowed, host.family, [(patch, strength)], encoded.context, r)
+        with host.borrow_denoiser() as denoiser:
+            solution = hardest(denoiser, host.family, [(patch, strength)], encoded.context, r)
         text = (
             f"The patch moves keys and values of '{prompt}' by {solution.before:.2%}. With the "
             f"hardest embedding they are within {solution.after:.2%} of what they were."

@@ -14,7 +14,7 @@ from server import PromptServer
 from ..fmn.concepts.concept import Concept
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.unknown_model import host_of
-from ..fmn.jobs.batch import Place, forget_each
+from ..fmn.jobs.batch import BatchProgress, forget_each
 from ..fmn.methods import DEFAULT, settings_of
 from ..fmn.settings import Settings
 from .common import clip_input, keep_input, trained_model_input
@@ -75,13 +75,13 @@ class TrainForgetPatches(io.ComfyNode):
         settings, path = method or settings_of(DEFAULT, {}), _path_of(folder)
         host, bar = host_of(model, clip, vae), Progress()
 
-        def on_place(place: Place) -> None:
-            text = f"{place.name}: {place.index}/{place.count}"
-            if place.seconds_left is not None:
-                text += f", {place.seconds_left:.0f} s left"
-            bar.show(round(place.done * PARTS), text, place.count * PARTS)
+        def on_progress(progress: BatchProgress) -> None:
+            text = f"{progress.name}: {progress.index}/{progress.count}"
+            if progress.seconds_left is not None:
+                text += f", {progress.seconds_left:.0f} s left"
+            bar.show(round(progress.done * PARTS), text, progress.count * PARTS)
 
-        batch = forget_each(host, concepts, settings, path, on_place, tuple(keep))
+        batch = forget_each(host, concepts, settings, path, on_progress, tuple(keep))
         if made := _files_made():
             made.add(path, batch.files)
         report = batch.report()

@@ -16,9 +16,10 @@ from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
+from ..fmn.files import DEMO_FOLDER
 from .types import CATEGORY
 
-FILE = Path(__file__).parent.parent / "demo" / "fmn-demo.safetensors"
+FILE = DEMO_FOLDER / "fmn-demo.safetensors"
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64,
     "context_dim": 128, "channel_mult": [1, 2, 3], "num_res_blocks": [1, 1, 1],

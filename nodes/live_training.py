@@ -14,8 +14,7 @@ from PIL import Image
 from server import PromptServer
 
 from ..fmn.images import jpeg_text
-from ..fmn.models.attention_maps import Attention
-from ..fmn.training.loop import Step
+from ..fmn.progress import ConceptAttention, StepProgress
 from .page import Page, queueing_page
 
 EVENT = "forget-me-not.train"
@@ -102,7 +101,7 @@ class LiveTraining:
         self.page, self.state = queueing_page(), TrainingState(title[:NAME])
         self.losses, self.attention = Curve(), Curve()
         self.sent = 0.0
-        self.last_look: Attention | None = None
+        self.measured: ConceptAttention | None = None
 
     def __enter__(self) -> "LiveTraining":
         self.send(pictures=True)
@@ -122,7 +121,7 @@ class LiveTraining:
             self.state.error = (str(error) or kind.__name__)[:SENTENCE]
         self.send(pictures=True)
 
-    def step(self, step: Step) -> None:
+    def step(self, step: StepProgress) -> None:
         """Take in a step; it is sent unless the last event was a moment ago."""
         if step.index < self.state.step or step.total != self.state.total:
             self.losses, self.attention = Curve(), Curve()  # another part of the work begins
@@ -130,23 +129,22 @@ class LiveTraining:
         self.state.step, self.state.total = step.index, step.total
         self.state.seconds_left = round(step.seconds_left, 1)
         self.state.losses, self.state.attention = self.losses.points, self.attention.points
-        best = step.training.best if step.training else None
-        self.state.best = best[1] if best else None
-        self.state.memory = step.note[:SENTENCE]
+        self.state.best, self.state.memory = step.best_step, step.memory[:SENTENCE]
         if step.index == step.total or time.monotonic() - self.sent >= SECONDS:
             self.send()
 
-    def _extend_curves(self, step: Step) -> None:
+    def _extend_curves(self, step: StepProgress) -> None:
         if not self.losses.points:  # a resumed run brings its earlier losses
             for index, loss in enumerate(step.losses[:-1], step.index - len(step.losses) + 1):
                 self.losses.add(index, loss)
         self.losses.add(step.index, step.losses[-1])
-        if step.before and not self.attention.points:
-            self.attention.add(0, step.before.share)
-            self.last_look = step.before
-        if step.before and step.now is not self.last_look:
-            self.attention.add(step.index, step.now.share)
-            self.last_look = step.now
+        before, now = step.attention_before, step.attention_now
+        if before and not self.attention.points:
+            self.attention.add(0, before.share)
+            self.measured = before
+        if now and now is not self.measured:
+            self.attention.add(step.index, now.share)
+            self.measured = now
 
     def previews(self, rows: list[tuple[str, Image.Image, Image.Image]], at: int) -> None:
         """Show rows of (prompt, picture before training, picture at step ``at``)."""

@@ -8,12 +8,14 @@ from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..fmn.concepts.concept import TEMPLATES, Concept
+from ..fmn.concepts.prompt_templates import fill
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.methods import resteer
 from ..fmn.metrics.mscore import Score, check, m_score, plot, report, summary
-from ..fmn.models.attention_maps import look_at, maps_grid, maps_text
-from ..fmn.models.generator import open_studio
+from ..fmn.models.attention_maps import maps_grid, maps_text, measure_attention
+from ..fmn.models.image_sampler import open_sampler
+from ..fmn.models.interface import Denoiser
 from ..fmn.models.sampling import Sampling
 from ..fmn.training.textual_inversion import Settings
 from .common import clip_input, image_of, lines_of, model_input, seed_input, vae_input
@@ -61,7 +63,7 @@ class AttentionMap(io.ComfyNode):
             None if vae is None else host.decode(latent)[0] for *_, latent in data.probe_inputs()
         ]
         names = [concept.name for concept in concepts]
-        rows = list(zip(names, look_at(host, data), pictures))
+        rows = list(zip(names, measure_attention(host, data), pictures))
         text = maps_text(host.family, rows)
         picture = image_of(maps_grid(host.family, rows, brightest / 100))
         return io.NodeOutput(picture, text, ui=text_output(text))
@@ -135,7 +137,7 @@ class MScore(io.ComfyNode):
         prompts = {concept.name: _templates(concept, templates) for concept in concepts}
         for name in prompts:
             check(name, prompts[name], seeds)
-        with host.borrow_text():
+        with host.borrow_text_encoder():
             pass  # refuses unsuitable text encoders before anything is drawn
         progress = InversionProgress(sum(measured.steps_of(concept) for concept in concepts))
         results = {}
@@ -252,21 +254,21 @@ class _Measured(NamedTuple):
         name, images, before = concept.name, concept.images, None
         on_pictures = progress.drawing(name, self.pictures)
 
-        def scored(model: ComfyModel, borrowed: Any, which: str) -> list[Score]:
+        def scored(model: ComfyModel, denoiser: Denoiser, which: str) -> list[Score]:
             on_step = progress.training(f"{name}, {which}", len(self.seeds))
             given = name, templates, self.seeds, self.settings, others
-            return m_score(model, borrowed, images, *given, on_step)
+            return m_score(model, denoiser, images, *given, on_step)
 
         drawing = self.reference or self.host
-        with open_studio(drawing, Sampling(), batch=4, on_pictures=on_pictures) as studio:
+        with open_sampler(drawing, Sampling(), batch=4, on_pictures=on_pictures) as sampler:
             if images is None:
-                prompts = [templates[i % len(templates)].format(name) for i in range(self.pictures)]
+                prompts = [fill(templates[i % len(templates)], name) for i in range(self.pictures)]
                 seeds = range(self.seeds[0], self.seeds[0] + self.pictures)
-                images = studio.draw(prompts, list(seeds))
+                images = sampler.draw(prompts, list(seeds))
             if self.reference is not None:
-                before = scored(self.reference, studio.borrowed, "untouched")
-        with self.host.borrow() as borrowed:
-            after = scored(self.host, borrowed, "this model")
+                before = scored(self.reference, sampler.denoiser, "untouched")
+        with self.host.borrow_denoiser() as denoiser:
+            after = scored(self.host, denoiser, "this model")
         return summary(self.host, before or after, after, name, templates)
 
 

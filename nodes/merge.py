@@ -13,8 +13,8 @@ from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
 from ..fmn.files import chosen_files
-from ..fmn.hosts.comfyui.unknown_model import host_of
-from ..fmn.jobs.joint_merge import fuse
+from ..fmn.hosts.comfyui.model import ComfyModel
+from ..fmn.jobs.joint_merge import joint_merge
 from ..fmn.patches.merge import merge
 from ..fmn.patches.patch import ForgetPatch
 from ..fmn.settings import HOW, PRESERVE
@@ -107,8 +107,8 @@ class MergeForgetPatches(io.ComfyNode):
                     "Joint merging needs the model and its CLIP, but the model or the clip input "
                     "is empty: connect both, or merge by concatenate."
                 )
-            host, on_step = host_of(model, clip), Progress().step
-            merged = fuse(host, sources, preserve, budget_kb * 1000, on_step, keep)
+            host, on_step = ComfyModel(model, clip), Progress().step
+            merged = joint_merge(host, sources, preserve, budget_kb * 1000, on_step, keep)
         elif how == "concatenate":
             merged = merge(sources, budget_kb * 1000)
         else:

@@ -18,14 +18,14 @@ FINEST = 1e-7  # step of numbers without one
 
 def _widget_name(setting: Field[Any]) -> str:
     """A renamed setting keeps its widget's name, which workflows in API form hold."""
-    return setting.metadata.get("formerly") or WIDGET_NAMES.get(setting.name, setting.name)
+    return setting.metadata["formerly"] or WIDGET_NAMES.get(setting.name, setting.name)
 
 
 def _input(setting: Field[Any]) -> io.Input:
     """The widget of a setting, optional so that workflows from before it existed keep working."""
     name, meta, default = _widget_name(setting), setting.metadata, setting.default
     options = {"default": default, "tooltip": meta["help"], "optional": True}
-    if meta.get("formerly") or setting.name in TITLES:
+    if meta["formerly"] or setting.name in TITLES:
         options["display_name"] = TITLES.get(setting.name, setting.name)
     limits = {"min": meta["low"], "max": meta["high"]}
     if meta["choices"]:
@@ -39,7 +39,7 @@ def _input(setting: Field[Any]) -> io.Input:
     else:
         step = meta["step"] or FINEST
         widget = io.Float.Input(name, step=step, round=False, **limits, **options)
-    return advanced(widget)[0] if meta.get("advanced") else widget
+    return advanced(widget)[0] if meta["advanced"] else widget
 
 
 def _preset_input(presets: list[str]) -> io.Input:

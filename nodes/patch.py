@@ -14,7 +14,7 @@ from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
 from ..fmn.files import STATE_ENDING
-from ..fmn.hosts.comfyui.model import ComfyModel
+from ..fmn.hosts.comfyui.host import ComfyHost
 from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import data_uri
 from ..fmn.methods.describe import describe
@@ -240,7 +240,7 @@ def names_of(patch: ForgetPatch) -> str:
     return printable(", ".join(patch.concepts))
 
 
-def other_base_note(host: ComfyModel, patch: ForgetPatch) -> str:
+def other_base_note(host: ComfyHost, patch: ForgetPatch) -> str:
     """What to add for a patch that was trained on another base; "" for the same base."""
     if patch.info.get("base.fingerprint") == host.fingerprint():
         return ""

@@ -7,10 +7,9 @@ from comfy.model_management import throw_exception_if_processing_interrupted as 
 from PIL import Image
 
 from ..fmn.images import loss_picture
-from ..fmn.training.loop import Step
+from ..fmn.progress import OnStep, StepProgress
 from .page import show_text
 
-OnStep = Callable[[Step], None]
 PREVIEW_SIDE = 512
 
 
@@ -36,7 +35,7 @@ class Progress:
         if text:
             show_text(text)
 
-    def step(self, step: Step) -> None:
+    def step(self, step: StepProgress) -> None:
         """The callback of work in steps that have no loss."""
         text = f"step {step.index}/{step.total}, {step.seconds_left:.0f} s left"
         self.show(step.index, text, step.total)
@@ -49,7 +48,7 @@ class InversionProgress(Progress):
         """The callback of a training, or of ``runs`` trainings in a row."""
         run = 0
 
-        def on_step(step: Step) -> None:
+        def on_step(step: StepProgress) -> None:
             nonlocal run
             run += step.index == 1
             which = f", inversion {run}/{runs}" if runs > 1 else ""

@@ -61,8 +61,8 @@ class TextualInversion(io.ComfyNode):
         path, host = embedding_path(name), ComfyModel(model, clip, vae)
         fingerprint = refuse_early(host)
         on_step = InversionProgress(settings.steps).training(name)
-        with host.borrow() as borrowed:
-            learned = invert(host, borrowed, images, settings, on_step)
+        with host.borrow_denoiser() as denoiser:
+            learned = invert(host, denoiser, images, settings, on_step)
         embedding = recorded(learned, host, fingerprint, "textual inversion", settings, name)
         save_embedding(embedding, path, host.family)
         token = f"embedding:{name}"
@@ -159,7 +159,7 @@ def inversion_settings(start: str, templates: str, training_seed: int, **values:
 
 def refuse_early(host: ComfyModel) -> str:
     """The base's fingerprint; unsuitable text encoders are refused before any work is done."""
-    with host.borrow_text():
+    with host.borrow_text_encoder():
         return host.fingerprint()
 
 

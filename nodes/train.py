@@ -14,16 +14,16 @@ from comfy_api.latest import io
 from ..fmn.concepts.concept import Concept
 from ..fmn.errors import ForgetError, NonFiniteLoss
 from ..fmn.files import STATE_ENDING
-from ..fmn.hosts.comfyui.model import ComfyModel
+from ..fmn.hosts.comfyui.host import ComfyHost
 from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import maps_picture
 from ..fmn.methods import DEFAULT, DEFAULT_MANY, MANY, default_settings, forget
 from ..fmn.patches.patch import ForgetPatch, rescue
+from ..fmn.progress import StepProgress
 from ..fmn.settings import Settings
-from ..fmn.training.loop import Step
 from ..fmn.training.preview import Previews
-from ..fmn.training.resume import Saves, load_state
-from ..fmn.training.run import SMOOTHED, Supervisor
+from ..fmn.training.resume import load_state
+from ..fmn.training.run import SMOOTHED, SaveEvery, TrainingOptions, TrainingRun
 from .common import advanced, clip_input, file_stamp, keep_input, seed_input, trained_model_input
 from .live_training import LiveTraining
 from .patch import KIND, STATES, output_path
@@ -36,7 +36,7 @@ MAX_STEPS = 100_000
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class OptionWidgets:
     """The widgets of the Training Options node."""
 
     preview_every: int = 0
@@ -103,28 +103,32 @@ class TrainForgetPatch(io.ComfyNode):
     def execute(
         cls, model: ModelPatcher, clip: CLIP, concepts: list[Concept],
         method: Settings | None = None, vae: VAE | None = None, keep: Sequence[str] = (),
-        options: TrainingOptions | None = None,
+        options: OptionWidgets | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        settings, options = method or default_settings(concepts), options or TrainingOptions()
+        settings, options = method or default_settings(concepts), options or OptionWidgets()
         host, bar = host_of(model, clip, vae), Progress()
         losses: list[float] = []
         prefix = f"{options.filename_prefix}_step"
-        saves = Saves(options.save_every, lambda step: output_path(f"{prefix}{step}"))
+        save = SaveEvery(options.save_every, lambda step: output_path(f"{prefix}{step}"))
         resume = load_state(options.resume) if options.resume else None
         with LiveTraining(", ".join(concept.name for concept in concepts)) as live:
             previews = _Previews(host, concepts, options, live)
 
-            def on_step(step: Step) -> None:
+            def on_step(step: StepProgress) -> None:
                 losses[:] = step.losses
-                maps = maps_picture(step.before, step.now) if step.before else None
+                before, now = step.attention_before, step.attention_now
+                maps = maps_picture(before, now) if before and now else None
                 bar.show(step.index, total=step.total, picture=maps)
                 live.step(step)
-                saves(step)
-                previews(step)
+                previews.steps = step.index
 
+            def after_step(step: StepProgress, run: TrainingRun) -> None:
+                save(step, run)
+                previews(step, run)
+
+            training = TrainingOptions(resume, options.keep_best, after_step)
             try:
-                supervisor = Supervisor(on_step, resume, options.keep_best)
-                patch = forget(host, concepts, settings, supervisor, keep)
+                patch = forget(host, concepts, settings, on_step, keep, training)
             except NonFiniteLoss as error:
                 raise rescue(error, output_path("rescued")) from error
             previews.finish(patch)
@@ -135,7 +139,7 @@ class _Previews:
     """Draws previews every some steps and at the end, if they are wanted and can be drawn."""
 
     def __init__(
-        self, host: ComfyModel, concepts: Sequence[Concept], options: TrainingOptions,
+        self, host: ComfyHost, concepts: Sequence[Concept], options: OptionWidgets,
         live: LiveTraining,
     ) -> None:  # fmt: skip
         self.every, self.live, self.steps = options.preview_every, live, 0
@@ -152,11 +156,10 @@ class _Previews:
         steps, seed = options.preview_steps, options.preview_seed
         self.pictures = Previews(host, filter(None, prompts), steps, seed)
 
-    def __call__(self, step: Step) -> None:
-        self.steps = step.index
-        # The last step's are drawn of the finished patch.
-        if self.every and step.training and step.index % self.every == 0 < step.total - step.index:
-            self.live.previews(self.pictures.during(step.training), step.index)
+    def __call__(self, step: StepProgress, run: TrainingRun) -> None:
+        is_last = step.index == step.total  # those are drawn with the finished patch
+        if self.every and step.index % self.every == 0 and not is_last:
+            self.live.previews(self.pictures.during(run), step.index)
 
     def finish(self, patch: ForgetPatch) -> None:
         if self.every:
@@ -192,7 +195,7 @@ class TrainingOptionsNode(io.ComfyNode):
         if widgets.get("save_every"):
             output_path(widgets["filename_prefix"])  # refuses a bad name before training
         path = None if resume == NO_STATE else _state_path(resume)
-        return io.NodeOutput(TrainingOptions(**widgets, resume=path))
+        return io.NodeOutput(OptionWidgets(**widgets, resume=path))
 
 
 def _preview_inputs() -> list[io.Input]:

@@ -4,7 +4,7 @@ kohya's names are read by every loader we know: ComfyUI, A1111, Forge, diffusers
 are ``lora_unet_`` and the layer's path with dots as underscores: diffusers' path for Stable
 Diffusion 1.x and 2.x, the CompVis path for XL. Readers also know the other one, so we read both.
 Text encoders are ``lora_te_``, or ``lora_te1_`` and ``lora_te2_`` where there are two. Layers of an
-``other.OtherFamily`` are called like this from the start.
+``other.UnknownFamily`` are called like this from the start.
 """
 
 from functools import cache

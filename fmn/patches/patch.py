@@ -12,7 +12,7 @@ from safetensors.torch import save, save_file
 from .. import __version__
 from ..errors import ForgetError, NonFiniteLoss
 from ..files import write_whole
-from ..linalg import merge
+from ..linalg import full_change
 from ..models import unknown_family
 from ..models.families import FAMILIES, Family, layers_by_name
 from .lora_keys import PARTS, file_name, known_names
@@ -99,7 +99,7 @@ class ForgetPatch:
     def change_of(self, name, device="cpu"):
         """The full float32 change of one layer."""
         up, down = self.changes[name]
-        return merge(up.to(device), down.to(device))
+        return full_change(up.to(device), down.to(device))
 
 
 def _balance(up, down):

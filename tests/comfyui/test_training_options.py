@@ -17,8 +17,8 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
 
     cancelled = management.InterruptProcessingException
     raised = {"success": None, "error": Fault, "cancel": cancelled}[ending]
-    methods, resume = pack("fmn.methods"), pack("fmn.training.resume")
-    drawn, saves = [], resume.Saves(1, lambda step: tmp_path / f"{step}.safetensors")
+    methods, training = pack("fmn.methods"), pack("fmn.training.run")
+    drawn, save = [], training.SaveEvery(1, lambda step: tmp_path / f"{step}.safetensors")
 
     def on_pictures(count):
         drawn.append(count)
@@ -32,12 +32,11 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
         comfy_model, prompts, 2, on_pictures=on_pictures
     )
 
-    def on_step(step):
-        saves(step)
-        if step.training:
-            previews.during(step.training)
+    def after_step(progress, run):
+        save(progress, run)
+        previews.during(run)
 
-    supervisor = pack("fmn.training.run").Supervisor(on_step, keep_best=True)
+    options = training.TrainingOptions(keep_best=True, after_step=after_step)
     settings = methods.settings_of(preset, SHORT[preset])
     patchers = comfy_model.patcher, comfy_model.clip.patcher
     before = [(state(patcher), gradient_flags(patcher)) for patcher in patchers]
@@ -46,9 +45,9 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
     with torch.inference_mode():
         if raised:
             with pytest.raises(raised):
-                methods.forget(comfy_model, [concept(pack)], settings, supervisor)
+                methods.forget(comfy_model, [concept(pack)], settings, options=options)
         else:
-            methods.forget(comfy_model, [concept(pack)], settings, supervisor)
+            methods.forget(comfy_model, [concept(pack)], settings, options=options)
             assert len(drawn) == 2 + 2 * 2
     for patcher, (weights, flags) in zip(patchers, before):
         assert same_bits(weights, state(patcher)) and gradient_flags(patcher) == flags
@@ -61,20 +60,21 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
 @pytest.mark.parametrize("preset", TRAINED)
 def test_a_resumed_run_equals_an_uninterrupted_one(pack, comfy_model, tmp_path, preset):
     methods, resume = pack("fmn.methods"), pack("fmn.training.resume")
-    supervisor = pack("fmn.training.run").Supervisor
+    options = pack("fmn.training.run").TrainingOptions
     steps = "robust_steps" if preset == "reread-robust" else "steps"
     settings = methods.settings_of(preset, SHORT[preset] | {steps: 3})
     file = tmp_path / "2.fmn-train"
 
-    def on_step(step):
-        if step.training and step.index == 2:
-            resume.save_state(step.training.state(), file)
+    def save(progress, run):
+        if progress.index == 2:
+            resume.save_state(run.state(), file)
 
-    def run(supervised):
+    def run(options):
         with torch.inference_mode():
-            return methods.forget(comfy_model, [concept(pack)], settings, supervised)
+            return methods.forget(comfy_model, [concept(pack)], settings, options=options)
 
-    whole, resumed = run(supervisor(on_step)), run(supervisor(resume=resume.load_state(file)))
+    whole = run(options(after_step=save))
+    resumed = run(options(resume=resume.load_state(file)))
     for name, factors in whole.changes.items():
         assert all(map(torch.equal, factors, resumed.changes[name]))
 

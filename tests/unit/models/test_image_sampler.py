@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fmn.errors import ForgetError
-from fmn.linalg import merge
-from fmn.models.generator import open_studio
+from fmn.linalg import full_change
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 
 from ..tiny import TINY, TinyModel, make_patch, same_tensors, traces, weights_of
@@ -17,17 +17,17 @@ def patch_of(seed=0, size=0.2):
     return make_patch(TINY, seed=seed, size=size)
 
 
-def studio_of(model, batch=16, on_pictures=lambda count: None):
-    return open_studio(model, Sampling(3, 2.0), batch, on_pictures)
+def sampler_of(model, batch=16, on_pictures=lambda count: None):
+    return open_sampler(model, Sampling(3, 2.0), batch, on_pictures)
 
 
-def latents(studio):
-    return studio.latents(studio.texts(PROMPTS), studio.noise(SEEDS))
+def latents(sampler):
+    return sampler.latents(sampler.texts(PROMPTS), sampler.noise(SEEDS))
 
 
 def plain_latents(model=None):
-    with studio_of(model or TinyModel()) as studio:
-        return latents(studio)
+    with sampler_of(model or TinyModel()) as sampler:
+        return latents(sampler)
 
 
 def merged_latents(*patches):
@@ -36,7 +36,7 @@ def merged_latents(*patches):
     with torch.no_grad():
         for patch, strength in patches:
             for name, factors in patch.changes.items():
-                model.unet.get_submodule(name).weight += strength * merge(*factors)
+                model.unet.get_submodule(name).weight += strength * full_change(*factors)
     return plain_latents(model)
 
 
@@ -47,21 +47,21 @@ def close(first, second):
 @pytest.mark.parametrize("strength", [1.0, -0.5])
 def test_worn_is_merged(strength):
     patch = patch_of()
-    with studio_of(TinyModel()) as studio, studio.applying([(patch, strength)]):
-        worn = latents(studio)
+    with sampler_of(TinyModel()) as sampler, sampler.applying([(patch, strength)]):
+        worn = latents(sampler)
     assert close(worn, merged_latents((patch, strength)))
     assert not close(worn, plain_latents())
 
 
 def test_several_patches_and_nested_wearing_add_up():
     first, second, third = patch_of(0), patch_of(1), patch_of(2)
-    with studio_of(TinyModel()) as studio:
-        with studio.applying([(first, 1.0), (second, 0.5)]):
-            two = latents(studio)
-            with studio.applying([(third, 1.0)]):
-                three = latents(studio)
-            assert torch.equal(latents(studio), two)
-        assert torch.equal(latents(studio), plain_latents())
+    with sampler_of(TinyModel()) as sampler:
+        with sampler.applying([(first, 1.0), (second, 0.5)]):
+            two = latents(sampler)
+            with sampler.applying([(third, 1.0)]):
+                three = latents(sampler)
+            assert torch.equal(latents(sampler), two)
+        assert torch.equal(latents(sampler), plain_latents())
     assert close(two, merged_latents((first, 1.0), (second, 0.5)))
     assert close(three, merged_latents((first, 1.0), (second, 0.5), (third, 1.0)))
     assert not close(two, three)
@@ -69,27 +69,27 @@ def test_several_patches_and_nested_wearing_add_up():
 
 def test_a_patch_and_its_negation_cancel():
     patch = patch_of()
-    with studio_of(TinyModel()) as studio, studio.applying([(patch, 1.0), (patch, -1.0)]):
-        assert close(latents(studio), plain_latents())
+    with sampler_of(TinyModel()) as sampler, sampler.applying([(patch, 1.0), (patch, -1.0)]):
+        assert close(latents(sampler), plain_latents())
 
 
 def test_strength_zero_is_nothing():
-    with studio_of(TinyModel()) as studio, studio.applying([(patch_of(), 0.0)]):
-        assert torch.equal(latents(studio), plain_latents())
+    with sampler_of(TinyModel()) as sampler, sampler.applying([(patch_of(), 0.0)]):
+        assert torch.equal(latents(sampler), plain_latents())
 
 
 def test_bare_is_untouched_for_a_while_also_nested():
     plain, both = plain_latents(), [(patch_of(0), 1.0), (patch_of(1), 1.0)]
-    with studio_of(TinyModel()) as studio, studio.applying(both[:1]), studio.applying(both[1:]):
-        worn = latents(studio)
-        with studio.bare():
-            assert torch.equal(latents(studio), plain)
-            with studio.bare():
-                assert torch.equal(latents(studio), plain)
-            assert torch.equal(latents(studio), plain)
-            with studio.applying([(patch_of(2), 1.0)]):
-                anew = latents(studio)
-        assert torch.equal(latents(studio), worn)
+    with sampler_of(TinyModel()) as sampler, sampler.applying(both[:1]), sampler.applying(both[1:]):
+        worn = latents(sampler)
+        with sampler.unpatched():
+            assert torch.equal(latents(sampler), plain)
+            with sampler.unpatched():
+                assert torch.equal(latents(sampler), plain)
+            assert torch.equal(latents(sampler), plain)
+            with sampler.applying([(patch_of(2), 1.0)]):
+                anew = latents(sampler)
+        assert torch.equal(latents(sampler), worn)
     assert close(anew, merged_latents((patch_of(2), 1.0)))
 
 
@@ -101,17 +101,17 @@ def fail():
 def test_an_error_inside_restores_everything(bare):
     model = TinyModel()
     before = weights_of(model.unet)
-    with studio_of(model) as studio:
-        with pytest.raises(RuntimeError, match="a fault"), studio.applying([(patch_of(), 1.0)]):
+    with sampler_of(model) as sampler:
+        with pytest.raises(RuntimeError, match="a fault"), sampler.applying([(patch_of(), 1.0)]):
             if bare:
-                with studio.bare():
+                with sampler.unpatched():
                     fail()
             fail()
-        assert torch.equal(latents(studio), plain_latents())
+        assert torch.equal(latents(sampler), plain_latents())
     with (
         pytest.raises(RuntimeError, match="a fault"),
-        studio_of(model) as studio,
-        studio.applying([(patch_of(), 1.0)]),
+        sampler_of(model) as sampler,
+        sampler.applying([(patch_of(), 1.0)]),
     ):
         fail()
     assert same_tensors(weights_of(model.unet), before)
@@ -120,34 +120,34 @@ def test_an_error_inside_restores_everything(bare):
 
 
 def test_bare_ends_with_an_error_and_the_patch_is_on_again():
-    with studio_of(TinyModel()) as studio, studio.applying([(patch_of(), 1.0)]):
-        worn = latents(studio)
-        with pytest.raises(RuntimeError), studio.bare():
+    with sampler_of(TinyModel()) as sampler, sampler.applying([(patch_of(), 1.0)]):
+        worn = latents(sampler)
+        with pytest.raises(RuntimeError), sampler.unpatched():
             raise RuntimeError
-        assert torch.equal(latents(studio), worn)
+        assert torch.equal(latents(sampler), worn)
 
 
 def test_the_model_comes_back_bit_by_bit():
     model = TinyModel()
     before = weights_of(model.unet)
-    with studio_of(model) as studio, studio.applying([(patch_of(), 1.0)]):
-        latents(studio)
+    with sampler_of(model) as sampler, sampler.applying([(patch_of(), 1.0)]):
+        latents(sampler)
         assert same_tensors(weights_of(model.unet), before)
     assert same_tensors(weights_of(model.unet), before)
 
 
 def test_a_foreign_patch_is_refused_and_nothing_is_put_on():
-    with studio_of(TinyModel()) as studio:
-        with pytest.raises(ForgetError), studio.applying([(patch_of(), 1.0), (make_patch(), 1.0)]):
+    with sampler_of(TinyModel()) as sampler:
+        with pytest.raises(ForgetError), sampler.applying([(patch_of(), 1.0), (make_patch(), 1.0)]):
             pass
-        assert torch.equal(latents(studio), plain_latents())
+        assert torch.equal(latents(sampler), plain_latents())
 
 
 def test_pictures_come_in_batches_and_are_counted():
     counts = []
-    with studio_of(TinyModel(), batch=2, on_pictures=counts.append) as studio:
-        pictures = studio.draw(["a dog"] * 5, range(5))
-        alone = studio.draw(["a dog"], [4])
+    with sampler_of(TinyModel(), batch=2, on_pictures=counts.append) as sampler:
+        pictures = sampler.draw(["a dog"] * 5, range(5))
+        alone = sampler.draw(["a dog"], [4])
     assert pictures.shape == (5, 64, 64, 3) and counts == [2, 2, 1, 1]
     assert pictures.min() >= 0 and pictures.max() <= 1
     # A picture depends on its seed alone, not on its neighbours.
@@ -159,28 +159,28 @@ def test_on_pictures_may_end_it():
         raise KeyboardInterrupt
 
     model = TinyModel()
-    with pytest.raises(KeyboardInterrupt), studio_of(model, 1, stop) as studio:
-        studio.draw(PROMPTS, SEEDS)
+    with pytest.raises(KeyboardInterrupt), sampler_of(model, 1, stop) as sampler:
+        sampler.draw(PROMPTS, SEEDS)
     assert all(parameter.requires_grad for parameter in model.unet.parameters())
 
 
 def test_noise_belongs_to_its_seed():
-    with studio_of(TinyModel()) as studio:
-        noise = studio.noise([5, 6])
+    with sampler_of(TinyModel()) as sampler:
+        noise = sampler.noise([5, 6])
         assert noise.shape == (2, 4, 8, 8)
-        assert torch.equal(noise[1:], studio.noise([6])) and not torch.equal(noise[0], noise[1])
+        assert torch.equal(noise[1:], sampler.noise([6])) and not torch.equal(noise[0], noise[1])
 
 
 def test_a_prompt_is_encoded_once(monkeypatch):
     model, encoded = TinyModel(), []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda prompt: encoded.append(prompt) or encode(prompt))
-    with studio_of(model) as studio:
-        studio.draw(["a dog", "a dog"], [1, 2])
-        studio.draw(["a dog"], [3])
+    with sampler_of(model) as sampler:
+        sampler.draw(["a dog", "a dog"], [1, 2])
+        sampler.draw(["a dog"], [3])
     assert sorted(prompt.text for prompt in encoded) == ["", "a dog"]
 
 
 def test_size_zero_is_the_familys():
-    with studio_of(TinyModel()) as studio:
-        assert studio.sampling == Sampling(3, 2.0, 64)
+    with sampler_of(TinyModel()) as sampler:
+        assert sampler.sampling == Sampling(3, 2.0, 64)
