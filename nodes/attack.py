@@ -1,5 +1,7 @@
 """Nodes that learn words from pictures, and that try to bring a forgotten concept back."""
 
+from dataclasses import asdict
+
 import comfy.model_management
 import comfy.utils
 import torch
@@ -14,7 +16,7 @@ from ..fmn.images import loss_picture
 from ..fmn.models.generator import open_studio
 from ..fmn.models.interface import Text
 from ..fmn.models.sampling import Sampling
-from ..fmn.patches.embedding_file import recorded, save_embedding
+from ..fmn.patches.embedding_file import embedding_of, save_embedding
 from ..fmn.training.textual_inversion import Settings, filled, invert
 from .common import lines_of, strength_input
 from .embedding import FOLDER, embedding_path
@@ -138,7 +140,8 @@ class TextualInversion(io.ComfyNode):
         fingerprint = _refuse_early(host)
         with host.borrow() as borrowed:
             found = invert(host, borrowed, images, settings, _Progress(name, settings.steps))
-        embedding = recorded(found, host, fingerprint, "textual inversion", settings, name)
+        record = host.family, fingerprint, "textual inversion", asdict(settings), name
+        embedding = embedding_of(found.vectors, found.losses, *record)
         save_embedding(embedding, path, host.family)
         token = f"embedding:{name}"
         text = f"saved {name}.safetensors in models/{FOLDER}: write {token} in a prompt"
@@ -222,7 +225,8 @@ class ConceptInversionProbe(io.ComfyNode):
         ):
             found = invert(host, studio.borrowed, images, settings, show)
             learned, named = _drawn(host, studio, found.vectors, words, pictures, settings)
-        embedding = recorded(found, host, fingerprint, "concept inversion", settings, words)
+        record = host.family, fingerprint, "concept inversion", asdict(settings), words
+        embedding = embedding_of(found.vectors, found.losses, *record)
         if path is not None:
             save_embedding(embedding, path, host.family)
         text = f"{words}: does it show? Compare the pictures by learned tokens and by name"

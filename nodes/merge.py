@@ -13,7 +13,7 @@ from ..fmn.errors import ForgetError
 from ..fmn.files import chosen_files
 from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.jobs.joint_merge import fuse
-from ..fmn.patches.merge import merge
+from ..fmn.patches.merge import merge_patches
 from ..fmn.settings import HOW, PRESERVE
 from .common import lines_of, stamp_of, strength_input
 from .patch import KIND
@@ -166,7 +166,7 @@ class MergeForgetPatches(io.ComfyNode):
             host = host_of(model, clip)
             merged = fuse(host, sources, preserve, budget_kb * 1000, _Progress(), keep)
         elif how == "concatenate":
-            merged = merge(sources, budget_kb * 1000)
+            merged = merge_patches(sources, budget_kb * 1000)
         else:
             raise ForgetError(f"how is '{how}': choose one of {', '.join(HOW)}.")
         report = merged.report()

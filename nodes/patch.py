@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..fmn.errors import ForgetError
 from ..fmn.files import STATE_ENDING
 from ..fmn.hosts.comfyui.unknown_model import host_of
-from ..fmn.images import data_uri
+from ..fmn.images import thumbnail_uri
 from ..fmn.methods.describe import describe
 from ..fmn.patches.patch import load_patch, save_patch
 from ..fmn.patches.scores import source_of
@@ -115,7 +115,7 @@ class SaveForgetPatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, patch, filename_prefix, thumbnail=None):
-        picture = None if thumbnail is None else data_uri(thumbnail)
+        picture = None if thumbnail is None else thumbnail_uri(thumbnail)
         path = save_patch(patch, output_path(filename_prefix), picture)
         name = path.relative_to(Path(output_folder()).resolve()).as_posix()
         size = path.stat().st_size / 1e6
@@ -165,7 +165,7 @@ class LoadForgetPatch(io.ComfyNode):
         path = _path_of(file)
         if path is None:
             raise ForgetError(_missing(file))
-        return io.NodeOutput(replace(load_patch(path), source=source_of(path)))
+        return io.NodeOutput(load_patch(path))
 
 
 def _missing(name):

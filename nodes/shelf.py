@@ -11,7 +11,7 @@ from server import PromptServer
 
 from ..fmn.errors import ForgetError
 from ..fmn.patches.checkpoint import base_of
-from ..fmn.patches.library import Shelf
+from ..fmn.patches.library import Library
 from .demo import FILE as DEMO_FILE
 from .patch import KIND
 
@@ -129,4 +129,4 @@ def start():
     """Add the routes to the server that runs; without one, as in tools and tests, do nothing."""
     server = getattr(PromptServer, "instance", None)
     if server is not None:
-        add_routes(server.routes, Shelf(folder_paths.get_folder_paths(KIND)))
+        add_routes(server.routes, Library(folder_paths.get_folder_paths(KIND)))

@@ -105,7 +105,7 @@ def run_batch(options):
 def run_merge(options):
     """Returns the result and its text."""
     from ..files import check_file, chosen_files, free_name
-    from ..patches.merge import merge
+    from ..patches.merge import merge_patches
     from ..patches.patch import save_patch
 
     preserve = _check_merge(options)
@@ -121,7 +121,7 @@ def run_merge(options):
         with Bar() as bar:
             merged = fuse(model, sources, preserve, budget, bar, tuple(options.keep or ()))
     else:
-        merged = merge(sources, budget)
+        merged = merge_patches(sources, budget)
     save_patch(merged.patch, out)
     result = {
         "patch": str(out),

@@ -13,7 +13,8 @@ import torch
 
 from ..linalg import cut, exact, gram, share
 from ..models.families import layers
-from ..patches.patch import MAX_RANK, ForgetPatch, new_info
+from ..patches.metadata import new_info
+from ..patches.patch import MAX_RANK, ForgetPatch
 from ..settings import setting
 from ..training.loop import Step
 

@@ -16,7 +16,8 @@ from ..errors import ForgetError
 from ..methods import check_keep, forget
 from ..models.families import layers
 from ..models.token_positions import CHUNK
-from ..patches.patch import FORMAT, load_patch, save_patch
+from ..patches.metadata import FORMAT
+from ..patches.patch import load_patch, save_patch
 from ..text import printable
 from .sources import code_of
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from ..concepts.concept import Concept
 from ..files import write_whole
 from ..hosts.diffusers.model import DiffusersModel
-from ..images import beside, labelled_grid, to_image
+from ..images import labelled_grid, side_by_side, to_image
 from ..methods import DEFAULT, forget, settings_of
 from ..metrics.load import load_judge
 from ..patches.patch import save_patch
@@ -108,7 +108,7 @@ def _grid(prompts, before, after):
         rows.append((prompt, [to_image(before[i]), to_image(after[i])]))
     third = -(-len(rows) // 3)
     blocks = [rows[i : i + third] for i in range(0, len(rows), third)]
-    return beside([labelled_grid(block, ["before", "after"], side=96) for block in blocks])
+    return side_by_side([labelled_grid(block, ["before", "after"], side=96) for block in blocks])
 
 
 def _table(result):

@@ -1,4 +1,4 @@
-"""One patch that does what several do, each on its own prompts; ``merging.joint`` has the maths.
+"""One patch that does what several do, each on its own prompts; ``patches.joint`` has the maths.
 
 What a layer reads comes from the model at hand: contexts of the patches' prompts, and for
 ``to_out`` of cross-attention what it reads out of them at the queries of a few drawings.
@@ -14,7 +14,8 @@ from ..errors import ForgetError
 from ..methods.reread.attention_output import cross_attention_layers, read_out, record_queries
 from ..methods.reread.method import Settings, kept_texts
 from ..methods.reread.regression_data import AT_ONCE, Kept
-from ..patches.merge import finished, joint, opened, system_of
+from ..patches.joint import joint_change, layer_inputs
+from ..patches.merge import build_merged, open_patches
 from ..settings import PRESERVE
 from ..training.fit_adapters import autograd
 
@@ -25,7 +26,7 @@ OUT = ".attn2.to_out.0"
 @autograd()
 @torch.no_grad()
 def fuse(model, sources, preserve=PRESERVE, budget=0, on_step=lambda step: None, keep=()):
-    """Solve for the patch; returns a ``merging.Merged``.
+    """Solve for the patch; returns a ``merge.Merged``.
 
     The record's losses are sums over layers of what is minimised, as a share of what it would be
     without any patch: first for the sum of the patches, then for the solution.
@@ -41,7 +42,7 @@ def fuse(model, sources, preserve=PRESERVE, budget=0, on_step=lambda step: None,
         ForgetError: a patch is of another family, does not say what it forgets, or changes layers
             of which this does not know what they read.
     """
-    entries = opened(sources)
+    entries = open_patches(sources)
     for patch, _ in entries:
         patch.check_family(model.family)
         _check_layers(patch)
@@ -65,12 +66,12 @@ def fuse(model, sources, preserve=PRESERVE, budget=0, on_step=lambda step: None,
                 else None
                 for patch, strength in entries
             ]
-            changes[name], found = joint(parts, reader.system(name))
+            changes[name], found = joint_change(parts, reader.inputs(name))
             sums += torch.tensor(found, dtype=torch.float64)
             progress(float(sums[1] / sums[2]))
     told = {"how": "joint", "budget": budget, "preserve": preserve, "damping": settings.damping}
     losses = (sums[:2] / sums[2]).tolist()
-    return finished(entries, changes, told, budget, losses)
+    return build_merged(entries, changes, told, budget, losses)
 
 
 def _check_layers(patch):
@@ -140,14 +141,14 @@ class _Reader:
         ]  # fmt: skip
         self.stay = Kept(self.kept, [kept, *self.queries], self.settings)
 
-    def system(self, name):
-        """The ``merging.System`` of a layer."""
+    def inputs(self, name):
+        """The ``joint.LayerInputs`` of a layer."""
         weights = self.settings.preserve, self.settings.damping
         if not name.endswith(OUT):
             if self._of_text is None:  # the same for all keys and values
                 # BOS is the same in every prompt: it belongs to what stays.
                 rows = [own[:, 1:].flatten(0, 1).float().cpu() for own in self.contexts]
-                self._of_text = system_of(rows, self.kept.flatten(0, 1).cpu(), *weights)
+                self._of_text = layer_inputs(rows, self.kept.flatten(0, 1).cpu(), *weights)
             return self._of_text
         layer = self.layers[name.removesuffix(".to_out.0")]
         rows = []
@@ -155,7 +156,7 @@ class _Reader:
             seen = queries[layer.name]
             seen = seen[torch.arange(len(own)) % len(seen)]
             rows.append(read_out(layer, seen, own).flatten(0, 1).cpu())
-        return system_of(rows, self.stay.rows(layer).cpu(), *weights)
+        return layer_inputs(rows, self.stay.rows(layer).cpu(), *weights)
 
     def _encoded(self, text):
         return self.model.encode(Prompt(text, text))

@@ -10,12 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ForgetError
-from ..files import STATE_ENDING, write_whole
-from ..patches.metadata import check_header_size
+from ..files import MAX_HEADER, STATE_ENDING, open_safetensors, write_whole
 from ..patches.patch import save_patch
 from .loop import TOP_SCALE, Loop
 
@@ -195,19 +193,13 @@ def load_state(path):
         ForgetError: it is not a whole, well-formed training state.
     """
     path = Path(path)
-    check_header_size(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = _record(path.name, file.metadata() or {})
-            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-            wrong = [key for key in kinds if kinds[key] != ("F64" if key == "losses" else "F32")]
-            if wrong or "losses" not in kinds or len(kinds) == 1:
-                raise _damaged(path.name, f"tensors ({wrong[0]:.60})" if wrong else "tensors")
-            tensors = {key: file.get_tensor(key) for key in kinds}
-    except SafetensorError as error:
-        raise ForgetError(
-            f"'{path.name}' is damaged or not a safetensors file ({error}): start anew."
-        ) from error
+    with open_safetensors(path, "start anew", MAX_HEADER) as file:
+        record = _record(path.name, file.metadata() or {})
+        kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        wrong = [key for key in kinds if kinds[key] != ("F64" if key == "losses" else "F32")]
+        if wrong or "losses" not in kinds or len(kinds) == 1:
+            raise _damaged(path.name, f"tensors ({wrong[0]:.60})" if wrong else "tensors")
+        tensors = {key: file.get_tensor(key) for key in kinds}
     losses = tensors.pop("losses")
     _check_tensors(path.name, record, losses, tensors)
     return State(record, losses.tolist(), tensors, path.name)

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 import torch
 
 from ..errors import ForgetError, NonFiniteLoss
-from ..patches.patch import ForgetPatch, new_info
+from ..patches.metadata import new_info
+from ..patches.patch import ForgetPatch
 from .loop import train
 from .resume import record_of, state_of
 

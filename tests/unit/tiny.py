@@ -13,7 +13,8 @@ from fmn.concepts.concept import Concept, Prompt
 from fmn.models.families import DEMO, Family, layers
 from fmn.models.interface import Text, fingerprint, tokenize_with_placeholders
 from fmn.models.token_positions import CHUNK, EOS_ID, word_positions
-from fmn.patches.patch import ForgetPatch, new_info
+from fmn.patches.metadata import new_info
+from fmn.patches.patch import ForgetPatch
 
 BOS = 49406
 TINY = Family(

@@ -24,14 +24,14 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
 )
 from diffusers.utils import logging as diffusers_logging
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...errors import ForgetError, memory_ran_out
+from ...files import open_safetensors
 from ...models.families import DEMO
-from ...patches.checkpoint import UNET_PREFIX, checkpoint_family, refuse_quantised
+from ...patches.checkpoint import UNET_PREFIX, checkpoint_family
 
 ASSETS = Path(__file__).parents[2] / "assets"
 DEMO_FILE = Path(__file__).parents[3] / "demo" / "fmn-demo.safetensors"
@@ -72,7 +72,6 @@ def load_pipeline(path, dtype=torch.float32):
             "or a diffusers folder."
         )
     family = checkpoint_family(path)
-    refuse_quantised(path)
     _check_parts(path, family)
     try:
         return _demo(dtype, path) if family is DEMO else _single_file(path, family, dtype)
@@ -88,7 +87,7 @@ def load_pipeline(path, dtype=torch.float32):
 
 def _check_parts(path, family):
     """Refuse a file without text encoder or VAE: ComfyUI's ModelSave writes the U-Net alone."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         keys = list(file.keys())
     for beginning, part in PARTS[len(family.texts)].items():
         if not any(key.startswith(beginning) for key in keys):
@@ -181,7 +180,7 @@ def _single_file(path, family, dtype):
 
 def _inputs(path):
     """Channels that a checkpoint's U-Net reads."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         return file.get_slice(f"{UNET_PREFIX}input_blocks.0.0.weight").get_shape()[1]
 
 
@@ -191,7 +190,7 @@ def _prediction(path, family):
     XL checkpoints carry keys for it. In Stable Diffusion 2.x the last block's norm tells: its bias
     spreads wider in the 768 px model, which has no variants with more inputs.
     """
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         keys = set(file.keys())
         if len(family.texts) > 1:
             if keys & EDM:

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load
 
 from fmn.errors import ForgetError
+from fmn.files import MAX_HEADER
 from fmn.methods.describe import describe
 from fmn.models.families import DEMO, layers
 from fmn.patches.lora_keys import file_name
-from fmn.patches.metadata import MAX_HEADER
 from fmn.patches.patch import load_patch, save_patch
 
 from ..tiny import make_patch, rewrite
@@ -78,7 +78,7 @@ def pickled(content):
     return b"PK\x03\x04" + content
 
 
-CUT = "cut short or not a safetensors file"
+CUT = "damaged or not a safetensors file .its header claims"
 DAMAGED = "is damaged or not a safetensors file"
 CONTENTS = {
     "empty": (lambda content: b"", CUT),
@@ -120,7 +120,7 @@ def test_header_over_our_bound(saved):
     data = content[8 + header_length(content) :]
     saved.write_bytes(len(header).to_bytes(8, "little") + header + data)
     assert len(load(saved.read_bytes())) == 42  # well-formed otherwise
-    refused(saved, f"we read at most {MAX_HEADER}")
+    refused(saved, f"at most {MAX_HEADER} are read")
 
 
 def test_no_file(tmp_path):
@@ -189,7 +189,7 @@ FIT = f"does not fit '{re.escape(LAYER.name)}' of shape"
 STRAY = "which Forget-Me-Not demo model does not have"
 NOT_FINITE = f"NaN or infinite values in '{PREFIX}'"
 METADATA = "metadata of '.*' is damaged"
-WRONG = "metadata of '.*' has values of the wrong kind"
+WRONG = "metadata of '.*' has values of the wrong type"
 TENSORS = {
     "no metadata": (no_metadata, "not a forget patch: .* Use Load LoRA"),
     "no format": (lambda tensors, metadata: metadata.pop("fmn.format"), "not a forget patch"),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fmn.bench.running.cells import Setup
 from fmn.errors import ForgetError
 from fmn.methods.describe import describe
-from fmn.patches.library_entry import described
+from fmn.patches.library_entry import describe_file
 from fmn.patches.patch import load_patch, save_patch
 from fmn.patches.scores import (
     bytes_of,
@@ -62,7 +62,7 @@ def test_what_reads_a_patch_tells_them(path):
     text = describe(load_patch(path))
     assert "scores: UA 98 %, IRA 95 %, M-Score 0.4123\n" in text
     assert "measured: Demo model: dog; 12 pictures a question, judge demo, base ffff" in text
-    entry = described(path, path.stat())
+    entry = describe_file(path, path.stat())
     assert entry["scores"] == SCORES and entry["measured"] == ["Demo model", ["dog"]]
 
 
@@ -95,7 +95,7 @@ def test_another_file_of_the_same_name_gets_none(path):
     source = source_of(path)
     save_patch(make_patch(rank=1), path)
     before = path.read_bytes()
-    with pytest.raises(ForgetError, match="'dog.safetensors' is not the patch any more"):
+    with pytest.raises(ForgetError, match="'dog.safetensors' has been replaced"):
         write_scores(source, SCORES, MEASURED)
     assert path.read_bytes() == before
     path.unlink()
@@ -111,7 +111,7 @@ def test_a_file_whose_header_was_replaced_gets_none(path, stripped):
     header = json.dumps(content).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + weights(path))
     before = path.read_bytes()
-    with pytest.raises(ForgetError, match="'dog.safetensors' is not the patch any more"):
+    with pytest.raises(ForgetError, match="'dog.safetensors' has been replaced"):
         write_scores(source, SCORES, MEASURED)
     assert path.read_bytes() == before
 
@@ -185,7 +185,7 @@ def test_a_stranger_s_record_is_checked(path, changes):
     write_scores(source_of(path), SCORES, MEASURED | changes)
     with pytest.raises(ForgetError, match="metadata of 'dog.safetensors'"):
         load_patch(path)
-    assert described(path, path.stat())["problem"] == "damaged"
+    assert describe_file(path, path.stat())["problem"] == "damaged"
 
 
 @pytest.mark.parametrize("measured", [{"suite": "Demo"}, {}])
