@@ -2,6 +2,7 @@
 
 import re
 
+from ..text import with_article
 from .concept import TEMPLATES
 
 PLACEHOLDER = "<*>"  # stands in a prompt for input embeddings that are no word's
@@ -106,13 +107,6 @@ def together(words, count):
     if groups == len(words):
         return list(words)
     return [", ".join(map(with_article, words[i::groups])) for i in range(groups)]
-
-
-def with_article(word):
-    """The word with a or an, unless it has an article or is a name."""
-    if word[0].isupper() or word.split()[0] in ("a", "an", "the"):
-        return word
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def _without(prompt):

@@ -15,7 +15,6 @@ from ..closed_form.input_edit import finished
 from ..closed_form.output_edit import Progress, proper_span, reflection
 from ..concepts.concept import Prompt
 from ..concepts.keep_list import keep_for
-from ..concepts.prompt_templates import with_article
 from ..errors import ForgetError
 from ..models.families import layers
 from ..models.interface import Text
@@ -23,6 +22,7 @@ from ..models.sampling import ddim, guided
 from ..models.token_positions import CHUNK
 from ..settings import Settings as Base
 from ..settings import seed, setting, size
+from ..text import with_article
 from ..training.fit_adapters import autograd
 
 TITLE = "CASteer"

@@ -222,6 +222,31 @@ def test_thumbnail_of_the_file(shelf):
         shelf.picture(0, "dog.safetensors")  # the file beside it is none
 
 
+def test_a_thumbnail_on_the_list_takes_one_look_up(shelf, monkeypatch):
+    walked = []
+    real = Library.entries.__globals__["_walk"]
+    monkeypatch.setitem(
+        Library.entries.__globals__, "_walk", lambda root: walked.append(root) or real(root)
+    )
+    shelf.entries()
+    assert len(walked) == 2
+    for _ in range(3):
+        assert shelf.picture(1, "deep/er/cat.safetensors")[:3] == b"\xff\xd8\xff"
+    assert len(walked) == 2
+
+
+def test_a_thumbnail_of_what_has_gone(shelf, folders):
+    shelf.entries()
+    shelf.delete(1, "deep/er/cat.safetensors")
+    with pytest.raises(ForgetError, match="There is no patch"):
+        shelf.picture(1, "deep/er/cat.safetensors")
+    shelf.entries()
+    (folders[0] / "dog.png").unlink()
+    (folders[0] / "dog.safetensors").unlink()
+    with pytest.raises(ForgetError, match="thumbnail.*No such file"):
+        shelf.picture(0, "dog.safetensors")
+
+
 def test_no_thumbnail(shelf, folders):
     (folders[0] / "dog.png").unlink()
     rewrite(folders[0] / "dog.safetensors", lambda _, data: data.pop("modelspec.thumbnail"))
