@@ -18,7 +18,7 @@ File = TypeVar("File")
 MAX_HEADER = 16 << 20  # bytes, of small untrusted files; SDXL's names take less than 1 MiB
 MAX_STRENGTH = 100
 STATE_ENDING = ".fmn-train"  # of a training state; loaders of models do not list this ending
-FORBIDDEN = '<>:"/\\|?*'
+FORBIDDEN = set('<>:"/\\|?*')
 RESERVED = {"con", "prn", "aux", "nul"} | {
     f"{port}{n}" for port in ("com", "lpt") for n in "123456789"
 }
@@ -43,7 +43,10 @@ def open_safetensors(
     """
     path = Path(path)
     try:
-        _check_header_size(path, max_header)
+        with open(path, "rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > max_header:
+            raise EOFError(f"its header claims {header} bytes, and at most {max_header} are read")
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
@@ -54,18 +57,6 @@ def open_safetensors(
         raise ForgetError(
             f"'{path.name}' is damaged or not a safetensors file ({error}): {remedy}."
         ) from error
-
-
-def _check_header_size(path: Path, max_header: int) -> None:
-    """Raise EOFError if the header cannot be as long as it claims."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if size < 8 or header > min(size - 8, max_header):
-        raise EOFError(
-            f"its header claims {header} bytes, the file has {size}, and at most {max_header} "
-            "are read"
-        )
 
 
 def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
@@ -165,28 +156,24 @@ def checked_stem(name: object, suffix: str) -> str:
     """A file's new name without its suffix, which may be given or not.
 
     Raises:
-        ForgetError: no text, empty, too long, a path, or a name that some system refuses.
+        ForgetError: no text, or not a name of a file in this folder on every system.
     """
-    if not isinstance(name, str):
-        raise ForgetError("A new name has to be a text: type one.")
-    stem = name.strip()
+    stem = name.strip() if isinstance(name, str) else ""
     if stem.lower().endswith(suffix):
         stem = stem[: -len(suffix)].rstrip()
-    bad = next((letter for letter in stem if not letter.isprintable() or letter in FORBIDDEN), None)
-    if bad is not None:
+    refused = (
+        not stem
+        or not stem.isprintable()
+        or set(stem) & FORBIDDEN
+        or "." in (stem[0], stem[-1])
+        or stem.split(".")[0].strip().lower() in RESERVED
+        or len(stem.encode()) > MAX_NAME
+    )
+    if refused:
         raise ForgetError(
-            f"The name {name!r:.80} has the letter {bad!r}, which file names may not have: use "
-            "letters, digits, spaces, - and _; a file stays in its folder."
-        )
-    if not stem or stem[0] == "." or stem[-1] == ".":
-        raise ForgetError(
-            f"The name {name!r:.80} is empty, or begins or ends with a dot: choose another."
-        )
-    if stem.split(".")[0].strip().lower() in RESERVED:
-        raise ForgetError(f"Windows reserves the name {name!r:.80}: choose another.")
-    if len(stem.encode()) > MAX_NAME:
-        raise ForgetError(
-            f"The name {name!r:.40}... has more than {MAX_NAME} bytes: choose a shorter one."
+            f"The name {name!r:.80} cannot be used on every system: use letters, digits, spaces, - "
+            f"and _, at most {MAX_NAME} bytes, no dot at either end, and no name that Windows "
+            "reserves, such as con."
         )
     return stem
 

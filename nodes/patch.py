@@ -15,7 +15,6 @@ from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import thumbnail_uri
 from ..fmn.methods.describe import describe
 from ..fmn.patches.patch import load_patch, save_patch
-from ..fmn.patches.scores import source_of
 from ..fmn.text import printable
 from .common import stamp_of, strength_input
 from .types import CATEGORY, Patch, told
@@ -120,7 +119,7 @@ class SaveForgetPatch(io.ComfyNode):
         name = path.relative_to(Path(output_folder()).resolve()).as_posix()
         size = path.stat().st_size / 1e6
         text = f"saved {name}, {size:.2f} MB, in output/{KIND}"
-        saved = replace(patch, source=source_of(path))
+        saved = replace(patch, source=load_patch(path).source)
         return io.NodeOutput(saved, name, ui=told(text, name))
 
 

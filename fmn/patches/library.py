@@ -25,6 +25,7 @@ NOTES = ".fmn.json"
 PICTURES = ".jpg", ".jpeg", ".png", ".webp"
 MAX_NOTES = 4000  # letters
 MAX_NOTES_FILE = 1 << 16  # bytes
+Contents = dict[tuple[str, int, int], Any]  # (path, time, size) -> what was read there
 
 
 class PatchFiles(NamedTuple):
@@ -61,7 +62,7 @@ class Library:
 
     def __init__(self, folders: Sequence[AnyPath]) -> None:
         self.folders = [Path(folder) for folder in folders]
-        self._read_before: dict[str, tuple[object, Any]] = {}  # path -> (time and size, content)
+        self._contents: Contents = {}
         self._listed: dict[tuple[int, str], PatchFiles] = {}  # of the last listing
         self._lock = RLock()
 
@@ -78,7 +79,7 @@ class Library:
             ForgetError: a folder cannot be read.
         """
         with self._lock:
-            before, self._read_before = self._read_before, {}
+            before, self._contents = self._contents, {}
             entries, names, listed = [], set(), {}
             for number, folder in enumerate(self.folders):
                 for patch in _walk(folder):
@@ -92,7 +93,7 @@ class Library:
             self._listed = listed
             return entries
 
-    def _entry(self, patch: PatchFiles, before: dict[str, tuple[object, Any]]) -> dict[str, Any]:
+    def _entry(self, patch: PatchFiles, before: Contents) -> dict[str, Any]:
         try:
             entry = dict(self._read(patch.file, before, describe_file))
             if entry.pop("thumbnail", False) or patch.picture:
@@ -110,17 +111,15 @@ class Library:
         return entry
 
     def _read(
-        self, item: os.DirEntry[str], before: dict[str, tuple[object, Any]],
+        self, item: os.DirEntry[str], before: Contents,
         read: Callable[[Path, os.stat_result], Any],
     ) -> Any:  # fmt: skip
         """``read`` of a file, or what it gave before if the file has not changed."""
         stat = item.stat()
-        stamp = stat.st_mtime_ns, stat.st_size
-        kept = before.get(item.path)
-        if kept is None or kept[0] != stamp:
-            kept = stamp, read(Path(item.path), stat)
-        self._read_before[item.path] = kept
-        return kept[1]
+        key = item.path, stat.st_mtime_ns, stat.st_size
+        content = before[key] if key in before else read(Path(item.path), stat)
+        self._contents[key] = content
+        return content
 
     def find(self, folder: object, name: object) -> PatchFiles:
         """The files of a patch in the list, as they are now.

@@ -1,6 +1,6 @@
 """Scores of a bench kept in the patch's own file, where lists of patches show them.
 
-Only the header is written anew; the weights behind it are copied as they are.
+Only the header changes; the weights stay as they are.
 """
 
 import hashlib
@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import save
 
 from ..errors import ForgetError
-from ..files import MAX_HEADER, AnyPath, write_whole
+from ..files import MAX_HEADER, open_safetensors, write_whole
 from .metadata import Info, is_number, read_info
 
 # Columns of a bench that are kept -> their names in the file. All but M-Score are shares, 0 to 1.
@@ -50,12 +49,6 @@ class Source(NamedTuple):
     weights: str
 
 
-def source_of(path: AnyPath) -> Source:
-    """The ``Source`` of a patch that was just written to a file."""
-    path = Path(path).resolve()  # so that a link stays one when scores are written
-    return Source(path, tensor_hash(load(_read(path))))
-
-
 def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash of a file's tensors alone: the same for a patch made again on another day."""
     digest = hashlib.sha256()
@@ -69,32 +62,23 @@ def bytes_of(source: Source) -> bytes:
     """The file's present content.
 
     Raises:
-        ForgetError: the file is missing, or has other weights by now.
+        ForgetError: the file is missing or damaged, or has other weights by now.
     """
-    data = _read(source.path)
-    try:
-        weights = tensor_hash(load(data))
-    except (SafetensorError, KeyError):  # KeyError: a dtype that no patch has
-        weights = ""
-    if weights != source.weights:
-        raise _replaced(source)
-    return data
+    _read(source)
+    return source.path.read_bytes()
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
+def _read(source: Source) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of the file, which has to be the patch still."""
+    with open_safetensors(source.path, "load it again", MAX_HEADER) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    if tensor_hash(tensors) != source.weights or "fmn.format" not in metadata:
         raise ForgetError(
-            f"'{path}' cannot be read ({error.strerror}): if it was moved, load it again."
-        ) from error
-
-
-def _replaced(source: Source) -> ForgetError:
-    return ForgetError(
-        f"'{source.path.name}' has been replaced since the patch was loaded, so no scores are "
-        "written into it: load it again."
-    )
+            f"'{source.path.name}' has been replaced since the patch was loaded, so no scores are "
+            "written into it: load it again."
+        )
+    return tensors, metadata
 
 
 def check_targets(name: str, concepts: Sequence[str], targets: Sequence[str]) -> None:
@@ -148,12 +132,7 @@ def write_scores(source: Source, scores: Mapping[str, float], measured: Mapping[
     Raises:
         ForgetError: see ``bytes_of``; or the file cannot be written.
     """
-    data = bytes_of(source)
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    metadata = header.get("__metadata__", {})
-    if "fmn.format" not in metadata:  # another program has written the header anew
-        raise _replaced(source)
+    tensors, metadata = _read(source)
     info = read_info(source.path.name, metadata)
     before, old = info.get("scores", {}), info.get("measured", {})
     if old | {"date": ""} == {**measured, "date": ""}:
@@ -161,14 +140,13 @@ def write_scores(source: Source, scores: Mapping[str, float], measured: Mapping[
         if scores == before:
             return
     metadata |= {"fmn.scores": json.dumps(scores), "fmn.measured": json.dumps(measured)}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # as safetensors aligns it
-    if len(text) > MAX_HEADER:
+    content = save(tensors, metadata)
+    length = int.from_bytes(content[:8], "little")
+    if length > MAX_HEADER:
         raise ForgetError(
-            f"The header of '{source.path.name}' has no room for scores ({len(text)} bytes, at "
-            f"most {MAX_HEADER} are read): measure without writing them."
+            f"The header of '{source.path.name}' has no room for scores ({length} bytes, at most "
+            f"{MAX_HEADER} are read): measure without writing them."
         )
-    content = len(text).to_bytes(8, "little") + text + data[8 + length :]
     write_whole(source.path, lambda file: file.write_bytes(content))
 
 

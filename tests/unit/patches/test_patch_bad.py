@@ -78,23 +78,22 @@ def pickled(content):
     return b"PK\x03\x04" + content
 
 
-CUT = "damaged or not a safetensors file .its header claims"
 DAMAGED = "is damaged or not a safetensors file"
 CONTENTS = {
-    "empty": (lambda content: b"", CUT),
-    "text": (lambda content: b"I am a text file, not a patch.\n" * 20, CUT),
-    "page": (lambda content: b"<!DOCTYPE html><html>Not found</html>", CUT),
-    "pickle": (pickled, CUT),
+    "empty": (lambda content: b"", DAMAGED),
+    "text": (lambda content: b"I am a text file, not a patch.\n" * 20, DAMAGED),
+    "page": (lambda content: b"<!DOCTYPE html><html>Not found</html>", DAMAGED),
+    "pickle": (pickled, DAMAGED),
     "zeros": (lambda content: bytes(4096), DAMAGED),
-    "half a length": (lambda content: content[:4], CUT),
-    "a length": (lambda content: content[:8], CUT),
-    "half a header": (without_end, CUT),
+    "half a length": (lambda content: content[:4], DAMAGED),
+    "a length": (lambda content: content[:8], DAMAGED),
+    "half a header": (without_end, DAMAGED),
     "a header": (lambda content: content[: 8 + header_length(content)], DAMAGED),
     "half its data": (lambda content: content[: len(content) * 3 // 4], DAMAGED),
     "all but a byte": (lambda content: content[:-1], DAMAGED),
     "a byte too many": (lambda content: content + b"\0", DAMAGED),
-    "huge length": (lambda content: b"\xff" * 8 + content[8:], CUT),
-    "length over size": (lambda content: len(content).to_bytes(8, "little") + content[8:], CUT),
+    "huge length": (lambda content: b"\xff" * 8 + content[8:], DAMAGED),
+    "length over size": (lambda content: len(content).to_bytes(8, "little") + content[8:], DAMAGED),
     "short length": (lambda content: (99).to_bytes(8, "little") + content[8:], DAMAGED),
     "no object": (lambda content: (2).to_bytes(8, "little") + b"[]", DAMAGED),
     "not UTF-8": (lambda content: (4).to_bytes(8, "little") + b"{\xff\xfe}", DAMAGED),
