@@ -25,7 +25,7 @@ BATCH = "batch", "list.txt", "--model", "demo"
 TRAIN = *FORGET, "--method", "resteer"
 REFUSED = {
     # Endings and places of what is written
-    "forget ckpt": ([*FORGET, "--out", "d.ckpt"], "'d.ckpt' does not end in .safetensors, which"),
+    "forget ckpt": ([*FORGET, "--out", "d.ckpt"], "'d.ckpt' does not end in .safetensors"),
     "forget bare": ([*FORGET, "--out", "d"], "name it d.safetensors"),
     "merge ckpt": (["merge", PATCH, "--out", "d.ckpt"], "does not end in .safetensors"),
     "checkpoint ckpt": ([*APPLY, "--checkpoint", "d.ckpt"], "does not end in .safetensors"),
