@@ -122,21 +122,17 @@ def concatenate(patches: Strengths) -> dict[str, Factors]:
 def choose_ranks(
     values: Sequence[torch.Tensor], costs: Sequence[int], openings: Sequence[int], room: int
 ) -> list[int]:
-    """How many directions to keep of each layer, so that the squared error is least for the bytes.
+    """The rank of each layer, so that the squared error is least for ``room`` bytes.
 
-    Directions of all layers go into one order, by squared singular value for its bytes; those of a
-    layer that pay for opening it only together go together. Taken in that order, no other choice
-    of as many bytes has a smaller error. The room that is left goes to later ones that fit.
+    Directions of all layers are taken by their squared singular value per byte; the first ones of
+    a layer together, if only together they are worth its opening. No other choice of as many
+    bytes has a smaller error. The room that is left goes to later directions that fit.
 
     Args:
         values: singular values of each layer, falling.
-        costs: bytes of a direction of each. openings: bytes of having the layer at all.
-        room: bytes in all.
-
-    Returns:
-        The rank of each layer, 0 allowed.
+        costs: bytes of a direction of each. openings: bytes that each takes at any rank but 0.
     """
-    blocks: list[tuple[float, int, int]] = []  # (squares for a byte, layer, directions)
+    blocks: list[tuple[float, int, int]] = []  # (squares per byte, layer, directions)
     for layer, (singular, cost, opening) in enumerate(zip(values, costs, openings)):
         if not len(singular):
             continue
@@ -153,7 +149,7 @@ def choose_ranks(
         opening = 0 if ranks[layer] else openings[layer]
         fitting = min(count, max(0, (room - opening) // costs[layer]))
         if fitting < count:
-            closed.add(layer)  # a layer's directions come in order: none behind this one
+            closed.add(layer)  # its later directions would leave a gap
         if fitting:
             ranks[layer] += fitting
             room -= opening + fitting * costs[layer]

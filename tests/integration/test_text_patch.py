@@ -90,23 +90,23 @@ def test_text_layers_of_another_family_are_refused(tmp_path, family, other):
         )
 
 
-def test_a_studio_wears_a_text_patch(model):
+def test_a_studio_applies_a_text_patch(model):
     patch, unet = text_patch(), make_patch(DEMO)
     plain = model.encode(PROMPT).context
     merged = DiffusersModel.load("demo").merged([(patch, 0.5)]).encode(PROMPT).context
     with open_studio(model, Sampling(steps=2)) as studio:
         assert torch.equal(studio.text(PROMPT.text).context, plain)
         with studio.applying([(patch, 0.5), (unet, 1.0)]):
-            worn = studio.text(PROMPT.text).context
+            applied = studio.text(PROMPT.text).context
             with studio.bare():
                 assert torch.equal(studio.text(PROMPT.text).context, plain)
                 bare = studio.draw([PROMPT.text], [1])
-            assert torch.equal(studio.text(PROMPT.text).context, worn)
+            assert torch.equal(studio.text(PROMPT.text).context, applied)
             drawn = studio.draw([PROMPT.text], [1])
         assert torch.equal(studio.text(PROMPT.text).context, plain)
         assert torch.equal(studio.draw([PROMPT.text], [1]), bare)
-    assert (worn - plain).abs().max() > 0.1 and not torch.equal(drawn, bare)
-    torch.testing.assert_close(worn, merged, rtol=0, atol=1e-4)
+    assert (applied - plain).abs().max() > 0.1 and not torch.equal(drawn, bare)
+    torch.testing.assert_close(applied, merged, rtol=0, atol=1e-4)
 
 
 def test_a_unet_patch_leaves_the_text(model):

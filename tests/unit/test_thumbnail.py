@@ -1,4 +1,4 @@
-"""Thumbnails of strangers: small JPEGs come out, or one sentence."""
+"""Untrusted thumbnails: small JPEGs come out, or one sentence."""
 
 import base64
 import io

@@ -65,8 +65,8 @@ def test_rows_that_attention_has_tiled_keep_their_samples_gate():
 
 def test_hooks_come_off_after_an_error():
     module = nn.Linear(6, 5)
-    worn = {"layer": Gated(Fixed([(*factors(1, module), 1.0)], "cpu"), torch.ones(1))}
-    with pytest.raises(KeyError), attached(worn, lambda _: module):
+    adapters = {"layer": Gated(Fixed([(*factors(1, module), 1.0)], "cpu"), torch.ones(1))}
+    with pytest.raises(KeyError), attached(adapters, lambda _: module):
         raise KeyError
     assert not module._forward_hooks
 

@@ -240,7 +240,7 @@ def open_clip(width):
 
 
 def write_text_checkpoint(path, family, block, monkeypatch):
-    """Random weights of one block of each text encoder, and no U-Net: its family is told."""
+    """Random weights of one block of each text encoder, and no U-Net: its family is given."""
     monkeypatch.setattr("fmn.patches.checkpoint.checkpoint_family", lambda path: family)
     generator, tensors = torch.Generator().manual_seed(3), {}
     for place, width, names in PLACES[family].values():

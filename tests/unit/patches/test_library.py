@@ -141,21 +141,21 @@ def test_closed_file(shelf, folders):
     assert named(shelf)["dog.safetensors"]["problem"] == "unreadable"
 
 
-def test_anchor_and_aliases_are_told(shelf, folders):
-    told = [
+def test_anchor_and_aliases_are_listed(shelf, folders):
+    concepts = [
         {"name": "puppy", "kind": "custom", "anchor": "dog", "aliases": ["pup", "whelp"]},
         {"name": "cat", "kind": "object"},
         {"name": "owl", "kind": "object", "anchor": "\x1b" * 999,
          "aliases": ["y" * 150, "z" * 150]},
     ]  # fmt: skip
-    changed(folders[0] / "dog.safetensors", **{"fmn.concepts": json.dumps(told)})
+    changed(folders[0] / "dog.safetensors", **{"fmn.concepts": json.dumps(concepts)})
     puppy, cat, owl = named(shelf)["dog.safetensors"]["concepts"]
     assert puppy == ["puppy", "custom", "dog", "pup, whelp"]
     assert cat == ["cat", "object", "", ""]
     assert owl == ["owl", "object", "?" * 200, "y" * 150 + ", " + "z" * 48]
 
 
-def test_strangers_texts_are_bounded_and_cleared(shelf, folders):
+def test_untrusted_texts_are_bounded_and_cleared(shelf, folders):
     many = [{"name": "x" * 9999 + str(i), "kind": "k\x1b[31m\u202e"} for i in range(500)]
     scores = {f"{i}\n": value for i, value in enumerate([1, "1", None, 1e999, 10**400, *[2] * 99])}
     changed(folders[0] / "dog.safetensors", **{

@@ -196,10 +196,10 @@ def test_the_record(tmp_path):
     second.info["base.fingerprint"] = "0" * 32
     merged = merge_patches([(first, 0.5), (second, 1.0), (second, 0.25)])
     path = save_patch(merged.patch, tmp_path / "merged.safetensors")
-    told = metadata_of(path)
-    assert json.loads(told["fmn.method"]) == "merge"
-    assert json.loads(told["fmn.settings"]) == {"how": "concatenate", "budget": 0}
-    assert "fmn.base.fingerprint" not in told and json.loads(told["fmn.loss"]) == {}
+    metadata = metadata_of(path)
+    assert json.loads(metadata["fmn.method"]) == "merge"
+    assert json.loads(metadata["fmn.settings"]) == {"how": "concatenate", "budget": 0}
+    assert "fmn.base.fingerprint" not in metadata and json.loads(metadata["fmn.loss"]) == {}
     loaded = load_patch(path)
     assert loaded.concepts == ["dog", "van gogh", "cat"]
     assert loaded.info["concepts"][0]["aliases"] == ["puppy"]
@@ -257,7 +257,7 @@ def test_what_cannot_be_merged():
 )  # fmt: skip
 def test_a_damaged_record_is_refused(tmp_path, value):
     path = save_patch(merge_patches([(make_patch(), 1.0)]).patch, tmp_path / "merged.safetensors")
-    rewrite(path, lambda tensors, told: told.update({"fmn.merged": json.dumps(value)}))
+    rewrite(path, lambda tensors, metadata: metadata.update({"fmn.merged": json.dumps(value)}))
     with pytest.raises(ForgetError, match="metadata of 'merged.safetensors'"):
         load_patch(path)
 

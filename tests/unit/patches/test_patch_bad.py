@@ -278,7 +278,7 @@ def test_wrong_content(saved, change, reason):
     ],
 )  # fmt: skip
 def test_wrong_records_are_refused_or_described(saved, key, value):
-    """A stranger's record may not break what shows it."""
+    """An untrusted record must not break what shows it."""
     rewrite(saved, tell(key, value))
     try:
         patch = load_patch(saved)

@@ -47,8 +47,8 @@ def test_only_the_header_changes(path):
     assert weights(path) == before
     after = load_file(path)
     assert list(after) == list(tensors) and all(after[key].equal(tensors[key]) for key in tensors)
-    told = {"fmn.scores": json.dumps(SCORES), "fmn.measured": json.dumps(MEASURED)}
-    assert metadata_of(path) == metadata | told and PICTURE in metadata.values()
+    written = {"fmn.scores": json.dumps(SCORES), "fmn.measured": json.dumps(MEASURED)}
+    assert metadata_of(path) == metadata | written and PICTURE in metadata.values()
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
     assert [item.name for item in path.parent.iterdir()] == ["dog.safetensors"]
     assert bytes_of(source) == path.read_bytes()  # it is still the patch that was loaded
@@ -178,7 +178,7 @@ def test_only_what_a_patch_forgets():
         check_targets("dog.safetensors", ["dog"], ["dog", "cat"])
 
 
-def test_a_stranger_s_scores_are_cut_to_size():
+def test_untrusted_scores_are_cut_to_size():
     odd = {f"{i}": i for i in range(99)} | {"UA": 1e250}
     lines = scores_text({"scores": {"a": "1", "b": None, "UA": 1e250, "c\n": 10**400} | odd})
     (line,) = lines
@@ -189,7 +189,7 @@ def test_a_stranger_s_scores_are_cut_to_size():
     "changes",
     [{"targets": "dog"}, {"suite": 3}, {"count": "many"}, {"targets": [1]}, {"base": None}],
 )
-def test_a_stranger_s_record_is_checked(path, changes):
+def test_an_untrusted_record_is_checked(path, changes):
     write_scores(load_patch(path).source, SCORES, MEASURED | changes)
     with pytest.raises(ForgetError, match="metadata of 'dog.safetensors'"):
         load_patch(path)
