@@ -169,7 +169,7 @@ def measure(model, judge, suite, target, patch, count, cache):
     """UA, IRA and CRA of one target."""
     with open_studio(model, suite.sampling) as studio, studio.applying([(patch, 1.0)]):
         trial = Trial(suite, target, studio, judge, count=count, cache=cache)
-        found = unlearn_canvas(pictures(trial)["rows"], target.domain, resamples=2)
+        found = unlearn_canvas([(pictures(trial)["rows"], target.domain)], resamples=2)
     return [found[name]["value"] for name in ("UA", "IRA", "CRA")]
 
 

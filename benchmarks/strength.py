@@ -49,7 +49,7 @@ def main(preset):
             worn = [(patch, strength)]
             with open_studio(model, suite.sampling) as studio, studio.applying(worn):
                 trial = Trial(suite, target, studio, judge, count=COUNT, cache=cache)
-                found = unlearn_canvas(pictures(trial)["rows"], target.domain, resamples=2)
+                found = unlearn_canvas([(pictures(trial)["rows"], target.domain)], resamples=2)
                 shares = [found[name]["value"] for name in ("UA", "IRA", "CRA")]
                 rows.append([*shares, unclear(trial, trial.target_asks())])
         told = " | ".join(f"{share:.0%}" for share in torch.tensor(rows).mean(0).tolist())

@@ -7,11 +7,13 @@ from pathlib import Path
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
+from PIL import Image
 
 from ..fmn.bench.names import MEASURES, QUICK
-from ..fmn.bench.reporting.plots import plots
-from ..fmn.bench.reporting.report import in_short, markdown_table
+from ..fmn.bench.reporting.report import in_short, markdown_table, missing_plots
 from ..fmn.bench.running.cells import Setup, given, plan, trained
 from ..fmn.bench.running.lab import Lab, check_domains, files_of, hash_of, judge_for, to_bytes
 from ..fmn.bench.running.runner import Here, bench, failures
@@ -132,7 +134,8 @@ class ConceptBench(io.ComfyNode):
                 io.Image.Output(
                     "BARS",
                     display_name="bars",
-                    tooltip="What was measured of each target, as bars with 95 % intervals.",
+                    tooltip="Each method's UA, IRA, CRA and mean with 95 % intervals, the best "
+                    "method first.",
                 ),
                 io.Image.Output(
                     "SCATTER",
@@ -174,15 +177,24 @@ class ConceptBench(io.ComfyNode):
         )
         if failed:
             raise ForgetError(failures(failed, paths))
-        images = {plot.name: plot.image for plot in plots(summary)}
         report = f"{markdown_table(summary)}\n\n{paths['html']}"
         result = f"{in_short(summary)}\n{paths['html']}"
+        if missing := missing_plots():
+            report, result = f"{report}\n\n{missing}", f"{result}\n{missing}"
         if write_scores:
             scores.write_scores(patch.source, *scores.scores_of(summary, setup, under_test.name))
             written = f"scores written into {printable(patch.source.path.name)}"
             report, result = f"{report}\n\n{written}", f"{result}\n{written}"
-        shown = [image_of(images[name]) for name in ("bars", "erased-vs-kept")]
+        shown = [_plot(paths, name) for name in ("bars", "erased-vs-kept")]
         return io.NodeOutput(report, *shown, ui=told(result, report))
+
+
+def _plot(paths: dict[str, Path], name: str) -> torch.Tensor | ExecutionBlocker:
+    """A plot of the report as IMAGE; nodes behind it do not run if there is none."""
+    if name not in paths:
+        return ExecutionBlocker(None)
+    with Image.open(paths[name]) as image:
+        return image_of(image)
 
 
 def _suite_path(name):

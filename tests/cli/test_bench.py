@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
-from fmn.bench.reporting.columns import Found, columns
+from fmn.bench.reporting.columns import COLUMNS, Results
 from fmn.bench.running.cells import Cell, Method, Setup, plan
 from fmn.bench.running.lab import Lab, to_bytes
 from fmn.bench.running.store import Store
@@ -54,8 +54,8 @@ def scores(lab, name, patches, strength=1.0):
     """Key of a column -> its value, for pictures of one target on a model with patches."""
     cell = Cell("pictures", "m", {"strength": strength}, (name,))
     result, _, _ = lab.run(cell, [to_bytes(patch) for patch in patches])
-    found = Found([(lab.suite.find(name), {"pictures": result})])
-    made = {column.key: column.make(found) for column in columns()}
+    results = Results([(lab.suite.find(name), {"pictures": result})])
+    made = {column["key"]: compute(results) for column, compute in COLUMNS}
     return {key: value["value"] for key, value in made.items() if value is not None}
 
 

@@ -63,6 +63,12 @@ def test_a_patch_is_measured_on_what_it_forgets(server, measured):
     assert told.endswith(str(folder_of(server) / "report.html"))
 
 
+def test_plots_of_what_was_not_measured_are_left_out(server):
+    outputs = server.run(bench(measure="together", name="together"))
+    assert "together" in outputs["bench"]["text"][0]
+    assert "bars" not in outputs and "scatter" not in outputs
+
+
 def test_a_second_run_measures_only_what_is_missing(server, measured):
     before = finished(server)
     server.run(training(steps=3) | bench(patch=["train", 0], targets="dog"))
