@@ -88,10 +88,9 @@ class ForgetPatch:
                     f"has {list(weight_of(layer).shape)}: use a patch made for this variant."
                 )
 
-    def change_of(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def change_of(self, name: str) -> torch.Tensor:
         """The full float32 change of one layer, [out, in] or [out, in, kh, kw]."""
-        up, down = self.changes[name]
-        return merge(up.to(device), down.to(device))
+        return merge(*self.changes[name])
 
     def lora(
         self, dtype: torch.dtype = torch.float16, layers: Sequence[Layer] | None = None
