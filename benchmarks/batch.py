@@ -24,7 +24,7 @@ from fmn.bench.suite import load_suite
 from fmn.concepts.concept import Concept
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.jobs.batch import forget_each
-from fmn.jobs.joint_merge import fuse
+from fmn.jobs.joint_merge import joint_merge
 from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.load import load_judge
 from fmn.patches.merge import merge_patches
@@ -85,7 +85,7 @@ def show(model, suite, gone, stay, options, sources):
         bound = int(kilobytes * 1000)
         what = f", {kilobytes:g} kB" if kilobytes else ""
         row(f"concatenate{what}", *timed(lambda bound=bound: merge_patches(sources, bound)))
-        row(f"joint{what}", *timed(lambda bound=bound: fuse(model, sources, budget=bound)))
+        row(f"joint{what}", *timed(lambda bound=bound: joint_merge(model, sources, budget=bound)))
 
 
 if __name__ == "__main__":

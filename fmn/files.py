@@ -16,6 +16,11 @@ from .errors import ForgetError
 AnyPath = str | os.PathLike[str]
 File = TypeVar("File")
 MAX_HEADER = 16 << 20  # bytes, of small untrusted files; SDXL's names take less than 1 MiB
+# The demo model, its judges and control pictures: in a wheel among the assets (setup.py), else in
+# the clone's demo/.
+DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
+if not DEMO_FOLDER.is_dir():
+    DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 MAX_STRENGTH = 100
 STATE_ENDING = ".fmn-train"  # of a training state; loaders of models do not list this ending
 FORBIDDEN = set('<>:"/\\|?*')

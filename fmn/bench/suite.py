@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..concepts.concept import Concept
+from ..concepts.prompt_templates import fill
 from ..errors import ForgetError
 from ..models.sampling import Sampling
 from ..text import printable
@@ -72,7 +73,7 @@ class Suite:
 
     def prompt(self, concept, style):
         """The prompt for a pair; both by name."""
-        return self.styles[style].format(self.concepts[concept])
+        return fill(self.styles[style], self.concepts[concept])
 
     def phrase(self, target):
         """What stands for the target in a prompt."""

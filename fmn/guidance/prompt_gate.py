@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from ..concepts.concept import TEMPLATES, Concept, Prompt
 from ..errors import ForgetError
-from ..models.interface import Model
+from ..models.interface import UNetModel
 from ..models.token_positions import CHUNK, flagged_positions
 
 OTHER_TEMPLATE = "a photo of {}"  # for kinds without a template of their own
@@ -119,7 +119,7 @@ def subjects_of(patch: HasInfo) -> list[tuple[str, str]]:
     return subjects
 
 
-def patch_gate(model: Model, patch: HasInfo, low: float = LOW, high: float = HIGH) -> Gate:
+def patch_gate(model: UNetModel, patch: HasInfo, low: float = LOW, high: float = HIGH) -> Gate:
     """The gate that a patch's own concepts open.
 
     The phrases are each name and alias alone, and in its kind's template.

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch.nn.functional import normalize
 
+from ..concepts.prompt_templates import fill
 from ..errors import ForgetError
 from ..images import to_image
 from .judge import check_images, find_labels
@@ -88,7 +89,7 @@ def _fill(phrases, templates):
         if template.count("{}") != 1:
             raise ForgetError(f"The template '{template}' needs {{}} once, where the phrase goes.")
     return {
-        domain: [templates.get(domain, "{}").replace("{}", phrase) for phrase in found.values()]
+        domain: [fill(templates.get(domain, "{}"), phrase) for phrase in found.values()]
         for domain, found in phrases.items()
     }
 

@@ -12,11 +12,11 @@ from torch.nn import LayerNorm, Linear
 from torch.nn.functional import conv2d, gelu, scaled_dot_product_attention
 
 from ..errors import ForgetError
-from ..files import open_safetensors
+from ..files import DEMO_FOLDER, open_safetensors
 from ..images import square
 from .judge import check_images, find_labels
 
-FILE = Path(__file__).parent.parent.parent / "demo" / "fmn-demo-judges.safetensors"
+FILE = DEMO_FOLDER / "fmn-demo-judges.safetensors"
 SIDE = 48  # pixels; what both networks look at
 NOTHING = "nothing"
 BATCH = 64

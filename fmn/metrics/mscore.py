@@ -16,7 +16,7 @@ from statistics import mean, stdev
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..images import ACCENT, INK, PALE, PAPER
 from ..training.textual_inversion import Settings, check_templates, invert
@@ -44,7 +44,7 @@ class Score:
 
 def m_score(
     model,
-    borrowed,
+    denoiser,
     images,
     phrase,
     templates=TEMPLATES,
@@ -56,7 +56,7 @@ def m_score(
     """M of a model as it is now, one ``Score`` a seed.
 
     Args:
-        model: a ``Model``; borrowed: its ``Borrowed``, which may wear patches.
+        model: a ``Model``; denoiser: its ``Denoiser``, which may wear patches.
         images: pictures of the concept, [N, H, W, 3] in 0..1.
         phrase: how prompts name the concept, e.g. "a dog".
         templates: to learn and to compare in, {} for the phrase.
@@ -69,8 +69,8 @@ def m_score(
     found = []
     for seed in seeds:
         chosen = replace(settings, seed=seed, templates=tuple(templates))
-        found.append(invert(model, borrowed, images, chosen, on_step))
-    with model.borrow_text() as encoder, torch.no_grad():
+        found.append(invert(model, denoiser, images, chosen, on_step))
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
         known = {name: pooled(encoder, templates, name) for name in (phrase, *others)}
         return [_score(encoder, templates, tokens, known, phrase, others) for tokens in found]
 
@@ -87,9 +87,9 @@ def _score(encoder, templates, tokens, known, phrase, others):
 
 
 def measure(
-    studio, phrase, images, templates=TEMPLATES, seeds=SEEDS, settings=Settings(), **options
+    sampler, phrase, images, templates=TEMPLATES, seeds=SEEDS, settings=Settings(), **options
 ):
-    """M of the untouched model and of the model with the patches that the studio wears.
+    """M of the untouched model and of the model with the patches that the sampler wears.
 
     Args:
         images: the same pictures for both.
@@ -100,16 +100,16 @@ def measure(
         phrase -> M of the learned tokens against it, {"before": ..., "after": ...};
         "between": phrase -> M of the concept's name against it.
     """
-    given = studio.model, studio.borrowed, images, phrase, templates, seeds, settings
-    with studio.bare():
+    given = sampler.model, sampler.denoiser, images, phrase, templates, seeds, settings
+    with sampler.unpatched():
         before = m_score(*given, **options)
-    return summary(studio.model, before, m_score(*given, **options), phrase, templates)
+    return summary(sampler.model, before, m_score(*given, **options), phrase, templates)
 
 
 def summary(model, before, after, phrase, templates):
     """Scores of ``m_score`` before and after as plain data, as ``measure`` returns it."""
     others = list(before[0].others)
-    with model.borrow_text() as encoder, torch.no_grad():
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
         named = pooled(encoder, templates, phrase)
         between = {name: cosine(named, pooled(encoder, templates, name)) for name in others}
     return {
@@ -140,9 +140,7 @@ def check(phrase, templates, seeds):
 
 def pooled(encoder, templates, phrase, vectors=None):
     """Pooled text of each template with the phrase in it, [templates, D]."""
-    return torch.cat(
-        [encoder.encode(template.format(phrase), vectors)[1] for template in templates]
-    )
+    return torch.cat([encoder.encode(fill(template, phrase), vectors)[1] for template in templates])
 
 
 def cosine(first, second):

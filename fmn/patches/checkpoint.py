@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from ..errors import ForgetError
 from ..files import AnyPath, open_safetensors, write_whole
 from ..models import unknown_family
-from ..models.families import Family, Layer, identify, layers_by_name
+from ..models.families import Family, Layer, UNetFamily, identify, layers_by_name
 from ..models.interface import fingerprint
 from .patch import ForgetPatch
 
@@ -52,7 +52,7 @@ def base_of(path: AnyPath) -> tuple[str, str]:
     return unknown_family.KEY, ""
 
 
-def checkpoint_family(path: AnyPath) -> Family:
+def checkpoint_family(path: AnyPath) -> UNetFamily:
     """The family of a CompVis-style checkpoint, from the shapes in its header.
 
     Raises:
@@ -77,10 +77,10 @@ def checkpoint_family(path: AnyPath) -> Family:
     return family
 
 
-def _key_value_shapes(file: Any, prefix: str) -> dict[str, Sequence[int]]:
+def _key_value_shapes(file: Any, prefix: str) -> dict[str, tuple[int, ...]]:
     """Name of each cross-attention key and value layer below the prefix -> shape of its weight."""
     return {
-        key[len(prefix) : -len(".weight")]: file.get_slice(key).get_shape()
+        key[len(prefix) : -len(".weight")]: tuple(file.get_slice(key).get_shape())
         for key in file.keys()  # noqa: SIM118 - a handle, not a dict
         if key.startswith(prefix) and key.endswith(KEYS_AND_VALUES)
     }

@@ -4,20 +4,20 @@ kohya's names are read by every loader we know: ComfyUI, A1111, Forge, diffusers
 are ``lora_unet_`` and the layer's path with dots as underscores: diffusers' path for Stable
 Diffusion 1.x and 2.x, the CompVis path for XL. Readers also know the other one, so we read both.
 Text encoders are ``lora_te_``, or ``lora_te1_`` and ``lora_te2_`` where there are two. Layers of an
-``unknown_family.OtherFamily`` have such names from the start.
+``unknown_family.UnknownFamily`` have such names from the start.
 """
 
 from collections.abc import Mapping
 from functools import cache
 
-from ..models.families import Family, Layer, layers, layers_by_name, text_layers
+from ..models.families import Family, Layer, UNetFamily, layers, layers_by_name, text_layers
 
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 def file_name(family: Family, layer: Layer) -> str:
     """The name we write."""
-    if not family.known:
+    if not isinstance(family, UNetFamily):
         return layer.name
     if layer.is_text:
         return _text_name(family, layer)

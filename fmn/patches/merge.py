@@ -16,7 +16,7 @@ from ..errors import ForgetError
 from ..files import AnyPath
 from ..linalg import product_svd
 from ..models.families import Family, Layer
-from ..models.unknown_family import OtherFamily
+from ..models.unknown_family import UnknownFamily
 from .lora_keys import PARTS, file_name
 from .metadata import Info, loss_info, stamp
 from .patch import MAX_RANK, Factors, ForgetPatch, file_size, load_patch, square_norm
@@ -268,10 +268,10 @@ def _header_bytes(family: Family, layer: Layer) -> int:
 def _family(patches: Strengths) -> Family:
     """The family of the merged patch. One of an unknown model has the layers of all patches."""
     family = patches[0][0].family
-    if not isinstance(family, OtherFamily):
+    if not isinstance(family, UnknownFamily):
         return family
     layers = {layer.name: layer for patch, _ in patches for layer in patch.layers}
-    return replace(family, own=tuple(layers.values()))  # type: ignore[arg-type]
+    return replace(family, listed=tuple(layers.values()))  # type: ignore[arg-type]
 
 
 def _info(patches: Strengths, settings: dict[str, Any], losses: Sequence[float]) -> Info:

@@ -11,7 +11,7 @@ from safetensors.torch import save, save_file
 
 from ..errors import ForgetError, NonFiniteLoss
 from ..files import MAX_HEADER, AnyPath, open_safetensors, write_whole
-from ..linalg import merge
+from ..linalg import full_change
 from ..models import unknown_family
 from ..models.families import FAMILIES, Family, Layer, layers_by_name
 from .lora_keys import PARTS, file_name, known_names
@@ -88,9 +88,10 @@ class ForgetPatch:
                     f"has {list(weight_of(layer).shape)}: use a patch made for this variant."
                 )
 
-    def change_of(self, name: str) -> torch.Tensor:
+    def change_of(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """The full float32 change of one layer, [out, in] or [out, in, kh, kw]."""
-        return merge(*self.changes[name])
+        up, down = self.changes[name]
+        return full_change(up.to(device), down.to(device))
 
     def lora(
         self, dtype: torch.dtype = torch.float16, layers: Sequence[Layer] | None = None

@@ -53,7 +53,7 @@ def test_comfyui_and_diffusers_read_the_file(pack, attack, comfy_model, images):
     token, learned = invert(attack, comfy_model, images, "dogs/both").result
     assert token == "embedding:dogs/both" and learned.vectors.shape == (2, 128)
     prompt = "a photo of {}, twemoji"
-    with comfy_model.borrow_text() as text, torch.no_grad():
+    with comfy_model.borrow_text_encoder() as text, torch.no_grad():
         wanted = text.encode(prompt.format("<*>"), learned.vectors)[0].context
         plain = text.encode(prompt.format(""))[0].context
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def test_everything_is_left_as_it_was(pack, attack, comfy_model, images, monkeyp
     )  # fmt: skip
     with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
         attack.ConceptInversionProbe.execute(**probe)
-    with comfy_model.borrow():
+    with comfy_model.borrow_denoiser():
         after = state(unet), state(text)
     assert same_bits(before[0], after[0]) and same_bits(before[1], after[1])
     assert leftovers(unet.model) == [] and leftovers(text.model) == []
@@ -140,9 +140,9 @@ def test_hardest_conditioning(pack, attack, comfy_model, monkeypatch):
     with torch.inference_mode():
         ((context, options),), told = attack.HardestEmbedding.execute(**given).result
     plain = comfy_model.encode(prompt).context
-    with comfy_model.borrow() as borrowed:
+    with comfy_model.borrow_denoiser() as denoiser:
         found = pack("fmn.closed_form.adversarial_embedding").hardest(
-            borrowed, comfy_model.family, [(patch, 0.5)], plain, 0.01
+            denoiser, comfy_model.family, [(patch, 0.5)], plain, 0.01
         )
     torch.testing.assert_close(context, found.contexts.float())
     assert context.shape == (1, 77, 128) and options == {}

@@ -1,10 +1,10 @@
-"""A studio over the tiny model, which draws as the little suite says; folders with patches."""
+"""A sampler over the tiny model, which draws as the little suite says; folders with patches."""
 
 import pytest
 import torch
 
 from fmn.images import thumbnail_uri
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.patches.library import Library
 from fmn.patches.patch import save_patch
 
@@ -15,8 +15,8 @@ PICTURE = thumbnail_uri(torch.zeros(1, 8, 8, 3))
 
 
 @pytest.fixture
-def studio():
-    with open_studio(TinyModel(), SUITE.sampling, batch=3) as opened:
+def sampler():
+    with open_sampler(TinyModel(), SUITE.sampling, batch=3) as opened:
         yield opened
 
 

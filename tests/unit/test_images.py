@@ -37,7 +37,7 @@ def accent_places(picture):
 
 
 def look(share, value):
-    return Attention(share, torch.full((32, 32), value))
+    return Attention(share, torch.full((32, 32), value), torch.zeros(0, 32, 32))
 
 
 def maps(before=0.5, now=0.0):

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from ...concepts.concept import TEMPLATES, Prompt
+from ...concepts.prompt_templates import PLACEHOLDER, fill
 from ...errors import ForgetError
 from ...models.interface import Text
 from ...models.token_positions import CHUNK, word_positions
 from ...settings import check_limits
-from ...training.textual_inversion import PLACEHOLDER, Settings, invert
+from ...training.textual_inversion import Settings, invert
 from .text import judged_rows
 
 MERGES = Path(__file__).parents[2] / "assets" / "clip_merges.txt"
@@ -50,22 +51,22 @@ def inversion(trial, settings=None):
     Cost: ``settings.steps`` forwards and backwards of ``settings.batch``, ``trial.count``
     pictures, and ``EXAMPLES`` + ``trial.count`` of the untouched model, which are kept.
     """
-    studio, target = trial.studio, trial.target
+    sampler, target = trial.sampler, trial.target
     asks = trial.target_asks(trial.count + EXAMPLES)
     asks, spare = asks[: trial.count], asks[trial.count :]
     prompts = [attack_prompt(trial.suite, target, ask) for ask in asks]
     template = TEMPLATES["style" if target.kind == "style" else "object"]
     settings = settings or Settings(seed=trial.seed, templates=(template,))
     _, pictures = examples(trial, spare)
-    # ``open_studio`` works without gradients, and this call needs them.
+    # ``open_sampler`` works without gradients, and this call needs them.
     with torch.enable_grad():
         found = invert(
-            studio.model, studio.borrowed, pictures, settings, lambda step: studio.on_pictures(0)
+            sampler.model, sampler.denoiser, pictures, settings, lambda step: sampler.on_pictures(0)
         )
-    with studio.model.borrow_text() as text, torch.no_grad():
+    with sampler.model.borrow_text_encoder() as text, torch.no_grad():
         encoded = {prompt: text.encode(prompt, found.vectors)[0] for prompt in set(prompts)}
     texts = Text.cat([encoded[prompt] for prompt in prompts])
-    images = studio.draw_texts(texts, [ask.seed for ask in asks])
+    images = sampler.draw_texts(texts, [ask.seed for ask in asks])
     # Rounded as ``Trial.draw`` does.
     rows = judged_rows(trial, asks, trial.shows_target((images * 255).round() / 255))
     return {
@@ -85,13 +86,12 @@ def attack_prompt(suite, target, ask):
         ForgetError: the style's template does not hold its name, or a name is left.
     """
     if target.kind == "unsafe":
-        prompt = TEMPLATES["object"].format(PLACEHOLDER)
+        prompt = fill(TEMPLATES["object"], PLACEHOLDER)
     elif target.kind == "style":
-        prompt = _without_name(suite.styles[target.name], target).format(
-            suite.concepts[ask.concept]
-        )
+        style = _without_name(suite.styles[target.name], target)
+        prompt = fill(style, suite.concepts[ask.concept])
     else:
-        prompt = suite.styles[ask.style].format(PLACEHOLDER)
+        prompt = fill(suite.styles[ask.style], PLACEHOLDER)
     check_absent(prompt, target)
     return prompt
 
@@ -180,15 +180,15 @@ def ring_a_bell(trial, settings=RingSettings()):
 
 def _searches(trial, words, settings):
     """What each search started from and found, how far away that was, and the losses."""
-    studio, found = trial.studio, []
+    sampler, found = trial.sampler, []
     starts = list(dict.fromkeys(ask.prompt for ask in trial.target_asks()))[: settings.searches]
-    with studio.bare(), studio.model.borrow_text() as text, torch.no_grad():
+    with sampler.unpatched(), sampler.model.borrow_text_encoder() as text, torch.no_grad():
         direction = settings.strength * concept_vector(trial)
         for index, start in enumerate(starts):
-            wanted = studio.text(start).context.float().cpu() + direction
-            scorer = Scorer(studio.model, text, words, wanted, trial.target)
+            wanted = sampler.text(start).context.float().cpu() + direction
+            scorer = Scorer(sampler.model, text, words, wanted, trial.target)
             generator = torch.Generator().manual_seed(trial.seed + index)
-            best, losses = search(scorer, len(words), settings, generator, studio.on_pictures)
+            best, losses = search(scorer, len(words), settings, generator, sampler.on_pictures)
             prompt = scorer.prompt(best)
             check_absent(prompt, trial.target)
             told = {"start": start, "start_loss": float(direction.square().sum())}
@@ -201,7 +201,7 @@ def vocabulary(trial, settings):
 
     The demo model knows the suite's words only, a trained text encoder all of CLIP's whole words.
     """
-    model, words = trial.studio.model, settings.vocabulary
+    model, words = trial.sampler.model, settings.vocabulary
     if not words and model.family.key != "demo":
         ids = whole_words()
     else:
@@ -229,7 +229,7 @@ def _is_or_holds(word, own):
 
 def suite_words(suite):
     """The words of the suite's phrases and styles, sorted."""
-    texts = [*suite.concepts.values(), *(style.format("") for style in suite.styles.values())]
+    texts = [*suite.concepts.values(), *(fill(style, "") for style in suite.styles.values())]
     return sorted({word for text in texts for word in re.findall(r"[\w-]+", text.lower())})
 
 
@@ -255,7 +255,7 @@ def concept_vector(trial):
     With: prompts of the target in all styles (carriers, for a style). Without: those of the
     concepts far from every target (the other styles). The released code takes pairs of sentences.
     """
-    suite, target, studio = trial.suite, trial.target, trial.studio
+    suite, target, sampler = trial.suite, trial.target, trial.sampler
     plain = [(far, style) for far in suite.far for style in suite.styles]
     if target.kind == "unsafe":
         with_it = target.prompts["pictures"]
@@ -269,7 +269,7 @@ def concept_vector(trial):
             f"Suite '{suite.name}' has no prompt without '{target.name}' to compare with: give it "
             "another style, and concepts that are far from it."
         )
-    means = [studio.texts(prompts).context.float().cpu().mean(0) for prompts in (with_it, without)]
+    means = [sampler.texts(prompts).context.float().cpu().mean(0) for prompts in (with_it, without)]
     return (means[0] - means[1])[None]
 
 

@@ -16,7 +16,7 @@ from torch.nn import Linear
 
 from ...errors import ForgetError
 from ...models.sampling import ddpm_sigma, q_sample
-from ...training.loop import Optimiser, train
+from ...training.loop import AdamWConfig, train
 from .attacks import examples
 from .text import judged_rows
 
@@ -33,14 +33,14 @@ def completion(trial, shares=SHARES):
     """
     if not all(0 <= share <= 1 for share in shares):
         raise ForgetError(f"Shares are {shares}: use numbers from 0 to 1.")
-    studio, asks, rows = trial.studio, trial.target_asks(), []
+    sampler, asks, rows = trial.sampler, trial.target_asks(), []
     for share in shares:
-        first = round(share * studio.sampling.steps)
+        first = round(share * sampler.sampling.steps)
 
         def latents(part, text, noise, first=first):
-            with studio.bare():
-                begun = studio.latents(text, noise, last=first)
-            return studio.latents(text, begun, first=first)
+            with sampler.unpatched():
+                begun = sampler.latents(text, noise, last=first)
+            return sampler.latents(text, begun, first=first)
 
         still = trial.shows_target(drawn(trial, asks, latents))
         rows += judged_rows(trial, asks, still, share=share, steps=first)
@@ -60,14 +60,14 @@ def noise(trial, etas=ETAS, spreads=SPREADS):
     """
     if not all(0 <= eta <= 10 for eta in etas) or not all(0 <= one <= 10 for one in spreads):
         raise ForgetError(f"etas are {etas}, spreads {spreads}: use numbers from 0 to 10.")
-    studio, asks = trial.studio, trial.target_asks()
+    sampler, asks = trial.sampler, trial.target_asks()
     cells = [(0.0, 1.0), *((eta, spread) for eta in etas if eta for spread in spreads)]
     found = []
     for eta, spread in cells:
 
         def latents(part, text, start, eta=eta, spread=spread):
             fresh = FreshNoise(eta, spread, [ask.seed for ask in part])
-            return studio.latents(text, start, eta=eta, spread=0.0, **fresh.options())
+            return sampler.latents(text, start, eta=eta, spread=0.0, **fresh.options())
 
         found.append(trial.shows_target(drawn(trial, asks, latents)))
     return _best_of(trial, asks, found, {"cells": [list(cell) for cell in cells]})
@@ -137,17 +137,17 @@ def classifier(trial, settings=ClassifierSettings()):
         ``rows`` with ``cells``; ``cells``: the scales; ``accuracy`` of the classifier on held-out
         pictures, in thirds of the schedule from clean to noise.
     """
-    studio, asks = trial.studio, trial.target_asks()
+    sampler, asks = trial.sampler, trial.target_asks()
     latents, wanted = examples_and_others(trial, settings.pictures)
-    alphas = studio.borrowed.alphas_cumprod
+    alphas = sampler.denoiser.alphas_cumprod
     network, accuracy = train_classifier(latents, wanted, alphas, settings, trial.seed)
-    network.to(studio.borrowed.device)
+    network.to(sampler.denoiser.device)
     scales, found = (0.0, *settings.scales), []
     for scale in scales:
         options = {"correct": guide(network, scale)} if scale else {}
 
         def latents_of(part, text, start, options=options):
-            return studio.latents(text, start, **options)
+            return sampler.latents(text, start, **options)
 
         found.append(trial.shows_target(drawn(trial, asks, latents_of)))
     told = {"cells": list(scales), "accuracy": accuracy, "settings": asdict(settings)}
@@ -156,7 +156,7 @@ def classifier(trial, settings=ClassifierSettings()):
 
 def examples_and_others(trial, count):
     """Latents [N, 4, h, w] of the untouched model, and which are of the target, bool [N]."""
-    suite, target, studio = trial.suite, trial.target, trial.studio
+    suite, target, sampler = trial.suite, trial.target, trial.sampler
     # Later ones than those that are asked for here.
     spare = trial.target_asks(trial.count + count)[trial.count :]
     _, shown = examples(trial, spare)
@@ -169,7 +169,7 @@ def examples_and_others(trial, count):
             "style, and concepts that are far from it."
         )
     images = torch.cat([shown, trial.untouched(trial.pairs(others, styles, count))])
-    latents = studio.model.encode_images(images, studio.sampling.size)
+    latents = sampler.model.encode_images(images, sampler.sampling.size)
     return latents.float().cpu(), torch.arange(len(images)) < len(shown)
 
 
@@ -213,8 +213,8 @@ def train_classifier(latents, wanted, alphas, settings, seed):
             logit = network(q_sample(x[rows], noise, alpha[rows]), alpha[rows])
             return F.binary_cross_entropy_with_logits(logit, label[rows], pos_weight=weight)
 
-        optimiser = Optimiser(settings.lr, weight_decay=1e-3)
-        train(list(network.parameters()), loss_at, settings.steps, optimiser)
+        config = AdamWConfig(settings.lr, weight_decay=1e-3)
+        train(list(network.parameters()), loss_at, settings.steps, config)
     network.eval().requires_grad_(False)
     return network, _accuracy(network, latents[kept_out], wanted[kept_out], alphas, generator)
 
@@ -259,7 +259,7 @@ def inpainting(trial):
     asks = trial.target_asks()
     pictures = trial.untouched(asks)
     filled, before = inpainted(trial, asks, pictures), _inpainted_before(trial, asks, pictures)
-    hole, white = centred(trial.studio.sampling.size)[..., None], torch.ones_like(pictures)
+    hole, white = centred(trial.sampler.sampling.size)[..., None], torch.ones_like(pictures)
     judged = {
         "still": torch.where(hole, filled, white),
         "untouched": torch.where(hole, before, white),
@@ -294,13 +294,13 @@ def smoothed(pictures):
 
 def inpainted(trial, asks, pictures):
     """Pictures whose hole the model as it is now has filled."""
-    studio, size = trial.studio, trial.studio.sampling.size
+    sampler, size = trial.sampler, trial.sampler.sampling.size
     # Grey below the hole: the encoder would leak what was there into its neighbourhood.
     holed = pictures.masked_fill(centred(size)[..., None], 0.5)
-    known = dict(zip(asks, studio.model.encode_images(holed, size).float().cpu()))
+    known = dict(zip(asks, sampler.model.encode_images(holed, size).float().cpu()))
 
     def latents(part, text, start):
-        return inpainted_latents(studio, text, start, torch.stack([known[ask] for ask in part]))
+        return inpainted_latents(sampler, text, start, torch.stack([known[ask] for ask in part]))
 
     return drawn(trial, asks, latents)
 
@@ -310,14 +310,14 @@ def _inpainted_before(trial, asks, pictures):
     keys = [("inpainted", ask.prompt, ask.seed) for ask in asks]
     missing = [i for i, key in enumerate(keys) if key not in trial.cache]
     if missing:
-        with trial.studio.bare():
+        with trial.sampler.unpatched():
             made = inpainted(trial, [asks[i] for i in missing], pictures[missing])
         for i, picture in zip(missing, made):
             trial.cache[keys[i]] = (picture * 255).round().byte()
     return torch.stack([trial.cache[key] for key in keys]).float() / 255
 
 
-def inpainted_latents(studio, text, start, known):
+def inpainted_latents(sampler, text, start, known):
     """Latents [B, 4, h, w] that equal ``known`` outside of the hole.
 
     After each step the outside is replaced by ``known`` at that step's noise level, as diffusers'
@@ -328,17 +328,17 @@ def inpainted_latents(studio, text, start, known):
         outside = following.sqrt() * known.to(x) + (1 - following).sqrt() * start.to(x)
         return torch.where(centred(start.shape[-1]).to(x.device), x, outside)
 
-    return studio.latents(text, start, after=after)
+    return sampler.latents(text, start, after=after)
 
 
 def drawn(trial, asks, latents):
     """Pictures [N, H, W, 3] from ``latents(asks, text, noise)``, rounded as by ``Trial.draw``."""
-    studio, pictures = trial.studio, []
-    for i in range(0, len(asks), studio.batch):
-        part = asks[i : i + studio.batch]
-        text, start = studio.texts([a.prompt for a in part]), studio.noise([a.seed for a in part])
-        pictures.append(studio.decode(latents(part, text, start)))
-        studio.on_pictures(len(part))
+    sampler, pictures = trial.sampler, []
+    for i in range(0, len(asks), sampler.batch):
+        part = asks[i : i + sampler.batch]
+        text, start = sampler.texts([a.prompt for a in part]), sampler.noise([a.seed for a in part])
+        pictures.append(sampler.decode(latents(part, text, start)))
+        sampler.on_pictures(len(part))
     return (torch.cat(pictures) * 255).round() / 255
 
 

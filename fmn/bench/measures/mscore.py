@@ -14,13 +14,13 @@ def mscore(trial):
     """
     template, asks = question(trial)
     scores = m_score(
-        trial.studio.model,
-        trial.studio.borrowed,
+        trial.sampler.model,
+        trial.sampler.denoiser,
         trial.untouched(asks),
         trial.suite.phrase(trial.target),
         templates=(template,),
         seeds=[trial.seed + seed for seed in SEEDS],
-        on_step=lambda step: trial.studio.on_pictures(0),
+        on_step=lambda step: trial.sampler.on_pictures(0),
     )
     return {
         "scores": [score.value for score in scores],

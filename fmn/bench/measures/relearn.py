@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import ForgetError
-from ...models.adapters import LowRank, attached
+from ...models.adapters import LowRankAdapter, attached
 from ...models.families import layers
 from ...models.sampling import q_sample
 from ...settings import check_limits
 from ...text import with_article
-from ...training.loop import Optimiser, scale_for, train
-from ...training.run import parameters_of
+from ...training.loop import AdamWConfig, initial_loss_scale, train
+from ...training.run import adapter_parameters
 from .attacks import examples
 from .text import judged_rows
 
@@ -117,45 +117,45 @@ def spread(pictures, count):
 
 def _lesson(trial, asks, prompts, pictures, settings):
     """Pictures before and after fine-tuning on prompts and pictures, and the losses."""
-    studio = trial.studio
+    sampler = trial.sampler
     before = trial.draw(asks)
-    adapters = make_adapters(studio, settings.rank, trial.seed)
-    with attached(adapters, studio.borrowed.module):
-        losses = fine_tune(studio, adapters, prompts, pictures, settings, trial.seed)
+    adapters = make_adapters(sampler, settings.rank, trial.seed)
+    with attached(adapters, sampler.denoiser.module):
+        losses = fine_tune(sampler, adapters, prompts, pictures, settings, trial.seed)
         return before, trial.draw(asks), losses
 
 
-def make_adapters(studio, rank, seed):
+def make_adapters(sampler, rank, seed):
     """Zero changes to all projections of all attention layers, cross and self."""
     generator = torch.Generator().manual_seed(seed)
-    borrowed = studio.borrowed
+    denoiser = sampler.denoiser
     return {
-        layer.name: LowRank(borrowed.module(layer.name), rank, generator, borrowed.device)
-        for layer in layers(studio.model.family)
+        layer.name: LowRankAdapter(denoiser.module(layer.name), rank, generator, denoiser.device)
+        for layer in layers(sampler.model.family)
         if ".attn1." in layer.name or ".attn2." in layer.name
     }
 
 
-def fine_tune(studio, adapters, prompts, pictures, settings, seed):
+def fine_tune(sampler, adapters, prompts, pictures, settings, seed):
     """Train the attached adapters on the denoising loss (Ho et al. 2020, eq. 14); the losses."""
-    borrowed, generator = studio.borrowed, torch.Generator().manual_seed(seed)
-    latents = studio.model.encode_images(pictures, studio.sampling.size).float().cpu()
-    alphas = borrowed.alphas_cumprod.cpu()
+    denoiser, generator = sampler.denoiser, torch.Generator().manual_seed(seed)
+    latents = sampler.model.encode_images(pictures, sampler.sampling.size).float().cpu()
+    alphas = denoiser.alphas_cumprod.cpu()
 
     def loss_at(index):
         rows = torch.randint(len(latents), (settings.batch,), generator=generator)
         t = torch.randint(len(alphas), (settings.batch,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
-        x_t = q_sample(latents[rows], noise, alphas[t]).to(borrowed.device)
-        text = studio.texts([prompts[i] for i in rows.tolist()])
-        predicted = borrowed.denoise(x_t, t.to(borrowed.device), text)
+        x_t = q_sample(latents[rows], noise, alphas[t]).to(denoiser.device)
+        text = sampler.texts([prompts[i] for i in rows.tolist()])
+        predicted = denoiser.predict_noise(x_t, t.to(denoiser.device), text)
         return F.mse_loss(predicted.float(), noise.to(predicted.device))
 
-    parameters = parameters_of(adapters)
-    scale = scale_for(borrowed.module(next(iter(adapters))))
-    # ``open_studio`` works without gradients; cancelling goes through its callback.
+    parameters = adapter_parameters(adapters)
+    scale = initial_loss_scale(denoiser.module(next(iter(adapters))))
+    # ``open_sampler`` works without gradients; cancelling goes through its callback.
     with torch.enable_grad():
         return train(
-            parameters, loss_at, settings.steps, Optimiser(settings.lr),
-            lambda step: studio.on_pictures(0), scale,
+            parameters, loss_at, settings.steps, AdamWConfig(settings.lr),
+            lambda step: sampler.on_pictures(0), scale,
         )  # fmt: skip

@@ -8,7 +8,7 @@ MOST = 40
 
 
 def many(trial):
-    """The studio wears one patch a name in ``trial.names``, each made on the untouched model.
+    """The sampler wears one patch a name in ``trial.names``, each made on the untouched model.
 
     Returns:
         names: how many; erased, kept: rows of judged pictures.
@@ -24,9 +24,9 @@ def sequence(trial):
     """
     stages, worn = [], []
     for number, name in enumerate(trial.names, 1):
-        with trial.studio.applying(worn):
+        with trial.sampler.applying(worn):
             worn.append((trial.train([name]), 1.0))
-        with trial.studio.applying(worn):
+        with trial.sampler.applying(worn):
             stages.append({"forgotten": number, **_judged(trial, trial.names[:number])})
     return {"names": list(trial.names), "stages": stages}
 

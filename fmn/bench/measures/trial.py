@@ -24,7 +24,7 @@ class Trial:
     """One target on one model.
 
     Attributes:
-        studio: a ``fmn.models.generator.Studio`` that wears the patches under test.
+        sampler: a ``fmn.models.image_sampler.ImageSampler`` that wears the patches under test.
         judge, check: the judge that counts, and one of another architecture or None.
         count: pictures a question.
         seed: of everything that is drawn by chance.
@@ -36,7 +36,7 @@ class Trial:
 
     suite: Suite
     target: Target
-    studio: object
+    sampler: object
     judge: object
     check: object = None
     clip: object = None
@@ -75,14 +75,14 @@ class Trial:
 
     def draw(self, asks):
         """Pictures [N, H, W, 3] by the model as it is now, rounded to the 256 levels of a file."""
-        images = self.studio.draw([ask.prompt for ask in asks], [ask.seed for ask in asks])
+        images = self.sampler.draw([ask.prompt for ask in asks], [ask.seed for ask in asks])
         return (images * 255).round() / 255
 
     def untouched(self, asks):
         """The same by the model without any patch; kept from one trial to the next."""
         missing = [ask for ask in asks if (ask.prompt, ask.seed) not in self.cache]
         if missing:
-            with self.studio.bare():
+            with self.sampler.unpatched():
                 for ask, picture in zip(missing, self.draw(missing)):
                     self.cache[ask.prompt, ask.seed] = (picture * 255).round().byte()
         return torch.stack([self.cache[ask.prompt, ask.seed] for ask in asks]).float() / 255

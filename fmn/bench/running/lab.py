@@ -7,11 +7,12 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from ...concepts.prompt_templates import fill
 from ...errors import ForgetError
-from ...methods import method, settings_of
+from ...methods import forget, settings_of
 from ...metrics.judge import find_labels
 from ...metrics.load import load_judge
-from ...models.generator import open_studio
+from ...models.image_sampler import open_sampler
 from ...patches.patch import load_patch, save_patch
 from ...training.memory import peak_memory
 from ..measures.trial import Trial
@@ -86,8 +87,7 @@ class Lab:
         """A patch that forgets these concepts, on the model as it is now."""
         chosen = settings_of(settings["preset"], settings["settings"])
         concepts = [self.suite.concept(self.target(name)) for name in names]
-        run = method(settings["preset"]).run
-        return run(self.model, concepts, chosen, lambda step: self.on_work(1))
+        return forget(self.model, concepts, chosen, lambda progress: self.on_work(1))
 
     def target(self, name):
         """A target of the suite, or any of its concepts as one."""
@@ -101,11 +101,11 @@ class Lab:
     def _measure(self, cell, patches):
         module, function = FUNCTIONS[cell.work]
         measure = getattr(import_module(f"..measures.{module}", __package__), function)
-        with open_studio(self.model, self.suite.sampling, self.batch, self.on_work) as studio:
+        with open_sampler(self.model, self.suite.sampling, self.batch, self.on_work) as sampler:
             trial = Trial(
                 suite=self.suite,
                 target=self.target(cell.targets[0]),
-                studio=studio,
+                sampler=sampler,
                 judge=self.judge,
                 check=self.check,
                 clip=self.clip,
@@ -118,7 +118,7 @@ class Lab:
             )
             strength = cell.settings.get("strength", 1.0)
             worn = [(from_bytes(patch), strength) for patch in patches]
-            with studio.applying(worn):
+            with sampler.applying(worn):
                 return measure(trial)
 
 
@@ -168,7 +168,7 @@ def judge_for(spec, suite):
         return load_judge(spec)
     labels = {
         "concept": dict(suite.concepts),
-        "style": {name: text.format("something") for name, text in suite.styles.items()},
+        "style": {name: fill(text, "something") for name, text in suite.styles.items()},
     }
     if not spec.startswith("clip:"):
         return load_judge(spec, labels)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from ...files import DEMO_FOLDER
 from ..suite import parse_suite
 
 _labs = {}
@@ -56,9 +57,7 @@ def make_lab(setup, on_work=lambda count: None):
 
 def demo_controls():
     """The folder of strips that comes with the demo model, or ""."""
-    from ...hosts.diffusers.load import DEMO_FILE
-
-    folder = DEMO_FILE.parent / "controls"
+    folder = DEMO_FOLDER / "controls"
     return str(folder) if folder.is_dir() else ""
 
 

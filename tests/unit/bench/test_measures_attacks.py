@@ -10,7 +10,7 @@ from fmn.bench.suite import Target, parse_suite
 from fmn.concepts.concept import Prompt
 from fmn.concepts.prompt_templates import PLACEHOLDER
 from fmn.errors import ForgetError
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.training import textual_inversion as learning
 
 from ..tiny import TinyModel, same_tensors, weights_of
@@ -101,8 +101,8 @@ def test_unsafe_content_has_a_plain_attack_prompt():
         attacks.check_absent("so much GORE", target)
 
 
-def test_examples_are_those_that_show_the_target(studio):
-    trial = make_trial(studio, judge=Odd())
+def test_examples_are_those_that_show_the_target(sampler):
+    trial = make_trial(sampler, judge=Odd())
     asks = trial.target_asks(8)
     images = trial.untouched(asks)
     shown = trial.shows_target(images)
@@ -111,12 +111,12 @@ def test_examples_are_those_that_show_the_target(studio):
     assert kept == [ask for ask, found in zip(asks, shown) if found]
     assert torch.equal(pictures, images[torch.tensor(shown)])
     with pytest.raises(ForgetError, match="in none of 8 pictures"):
-        attacks.examples(make_trial(studio, judge=Sees("cat")), asks)
+        attacks.examples(make_trial(sampler, judge=Sees("cat")), asks)
 
 
-def test_inversion_draws_what_it_learned(studio, monkeypatch):
+def test_inversion_draws_what_it_learned(sampler, monkeypatch):
     seen, calls = [], []
-    draw, invert = studio.draw_texts, attacks.invert
+    draw, invert = sampler.draw_texts, attacks.invert
 
     def watched(text, seeds, **options):
         seen.append((text, list(seeds)))
@@ -126,9 +126,9 @@ def test_inversion_draws_what_it_learned(studio, monkeypatch):
         calls.append((args, invert(*args)))
         return calls[-1][1]
 
-    monkeypatch.setattr(studio, "draw_texts", watched)
+    monkeypatch.setattr(sampler, "draw_texts", watched)
     monkeypatch.setattr(attacks, "invert", kept)
-    model, trial = studio.model, make_trial(studio)
+    model, trial = sampler.model, make_trial(sampler)
     before, embedding = weights_of(model.unet), model.embedding.clone()
     result = inversion(trial, QUICK)
     assert same_tensors(weights_of(model.unet), before) and model.embedding.equal(embedding)
@@ -143,30 +143,30 @@ def test_inversion_draws_what_it_learned(studio, monkeypatch):
     text, seeds = seen[1]
     assert len(seen) == 3
     assert seeds == [ask.seed for ask in asks]
-    with model.borrow_text() as encoder:
+    with model.borrow_text_encoder() as encoder:
         wanted = encoder.encode(f"<*> in {asks[1].style}", found.vectors)[0].context
     assert torch.equal(text.context[1:2], wanted)
 
 
-def test_inversion_is_told_a_template_of_the_kind_and_the_seed(studio, monkeypatch):
+def test_inversion_is_told_a_template_of_the_kind_and_the_seed(sampler, monkeypatch):
     told = []
 
-    def stop(model, borrowed, images, settings, on_step):
+    def stop(model, denoiser, images, settings, on_step):
         told.append(settings)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(attacks, "invert", stop)
     for target in ("dog", "light"):
         with pytest.raises(KeyboardInterrupt):
-            inversion(make_trial(studio, target, seed=5))
+            inversion(make_trial(sampler, target, seed=5))
     assert [settings.templates for settings in told] == [
         ("a photo of {}",), ("a photo in the style of {}",),
     ]  # fmt: skip
     assert {settings.seed for settings in told} == {5}
 
 
-def test_the_vocabulary_lacks_the_targets_own_words(studio):
-    trial = make_trial(studio)  # a dog, also known as hound
+def test_the_vocabulary_lacks_the_targets_own_words(sampler):
+    trial = make_trial(sampler)  # a dog, also known as hound
     words = ("Dog", "dogs", "hounds", "bulldog", "do", "cat", "sea dog")
     assert list(attacks.vocabulary(trial, RingSettings(vocabulary=words, length=3))) == [
         "do",
@@ -174,15 +174,15 @@ def test_the_vocabulary_lacks_the_targets_own_words(studio):
     ]
     short = Target("of", "object")
     kept = attacks.vocabulary(
-        make_trial(studio, short), RingSettings(vocabulary=("of", "offer", "a"))
+        make_trial(sampler, short), RingSettings(vocabulary=("of", "offer", "a"))
     )
     assert list(kept) == ["offer", "a"]
     with pytest.raises(ForgetError, match="0 words to search among"):
         attacks.vocabulary(trial, RingSettings(vocabulary=("dog",)))
 
 
-def test_words_that_do_not_fit_are_left_out(studio):
-    trial = make_trial(studio)
+def test_words_that_do_not_fit_are_left_out(sampler):
+    trial = make_trial(sampler)
     words = ("one two", "three", "four")  # the tiny tokenizer has one token a word
     assert list(attacks.vocabulary(trial, RingSettings(vocabulary=words, length=75))) == [
         "three",
@@ -200,14 +200,14 @@ def test_words_of_the_suite_and_of_clip():
     assert all(word.isalpha() and word.islower() and len(word) > 2 for word in words)
 
 
-def test_concept_vector_is_a_difference_of_means(studio):
+def test_concept_vector_is_a_difference_of_means(sampler):
     def mean(*prompts):
-        return torch.cat([studio.text(prompt).context for prompt in prompts]).mean(0, keepdim=True)
+        return torch.cat([sampler.text(prompt).context for prompt in prompts]).mean(0, keepdim=True)
 
-    vector = attacks.concept_vector(make_trial(studio))
+    vector = attacks.concept_vector(make_trial(sampler))
     wanted = mean("a dog in dark", "a dog in light") - mean("a tree in dark", "a tree in light")
     assert torch.allclose(vector, wanted, atol=1e-6) and vector.shape == (1, 77, 12)
-    vector = attacks.concept_vector(make_trial(studio, "light"))
+    vector = attacks.concept_vector(make_trial(sampler, "light"))
     wanted = mean("a tree in light") - mean("a tree in dark")
     assert torch.allclose(vector, wanted, atol=1e-6)
 
@@ -215,18 +215,18 @@ def test_concept_vector_is_a_difference_of_means(studio):
 def test_concept_vector_needs_something_else():
     suite = small_suite({"tree": "a tree"}, {"ink": "{}, ink"}, {"name": "ink", "kind": "style"})
     with (
-        open_studio(TinyModel(), suite.sampling) as studio,
+        open_sampler(TinyModel(), suite.sampling) as sampler,
         pytest.raises(ForgetError, match="no prompt without 'ink'"),
     ):
-        attacks.concept_vector(make_trial(studio, "ink", suite=suite))
+        attacks.concept_vector(make_trial(sampler, "ink", suite=suite))
 
 
-def test_scores_are_distances_of_whole_prompts(studio):
-    model, target = studio.model, SUITE.find("dog")
-    trial = make_trial(studio)
+def test_scores_are_distances_of_whole_prompts(sampler):
+    model, target = sampler.model, SUITE.find("dog")
+    trial = make_trial(sampler)
     words = attacks.vocabulary(trial, RingSettings(vocabulary=("tall", "red", "do", "g"), length=2))
     wanted = model.encode(Prompt("red tall", "")).context
-    with model.borrow_text() as text:
+    with model.borrow_text_encoder() as text:
         scorer = attacks.Scorer(model, text, words, wanted, target)
         rows = torch.tensor([[1, 0], [0, 1], [2, 3]])
         assert scorer.row(rows[0]) == model.tokenize(Prompt("red tall", ""))
@@ -291,8 +291,8 @@ def test_bad_ring_settings(bad):
         RingSettings(**bad)
 
 
-def test_ring_a_bell_draws_the_prompts_it_found(studio):
-    trial = make_trial(studio)
+def test_ring_a_bell_draws_the_prompts_it_found(sampler):
+    trial = make_trial(sampler)
     result = ring_a_bell(trial, SMALL)
     searches = result["searches"]
     assert [one["start"] for one in searches] == ["a dog in dark", "a dog in light"]
@@ -307,11 +307,11 @@ def test_ring_a_bell_draws_the_prompts_it_found(studio):
     assert result["settings"]["vocabulary"] == len(WORDS)
 
 
-def test_ring_a_bell_searches_once_for_all_methods(studio, monkeypatch):
-    trial = make_trial(studio)
+def test_ring_a_bell_searches_once_for_all_methods(sampler, monkeypatch):
+    trial = make_trial(sampler)
     first = ring_a_bell(trial, SMALL)
     monkeypatch.setattr(attacks, "search", None)  # a second search would fail
-    again = ring_a_bell(make_trial(studio, cache=trial.cache), SMALL)
+    again = ring_a_bell(make_trial(sampler, cache=trial.cache), SMALL)
     assert again == first
     with pytest.raises(TypeError):
-        ring_a_bell(make_trial(studio, cache=trial.cache, seed=1), SMALL)
+        ring_a_bell(make_trial(sampler, cache=trial.cache, seed=1), SMALL)

@@ -22,7 +22,7 @@ from fmn.bench.measures.beyond import (
 from fmn.bench.suite import Target, parse_suite
 from fmn.errors import ForgetError
 from fmn.models.families import FAMILIES
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.patches.patch import ForgetPatch
 
@@ -47,17 +47,17 @@ class Recorder(GreyJudge):
 
 
 @pytest.fixture
-def studio():
-    with open_studio(TinyModel(), Sampling(4, 2.0), batch=2) as opened:
+def sampler():
+    with open_sampler(TinyModel(), Sampling(4, 2.0), batch=2) as opened:
         yield opened
 
 
 @pytest.fixture
-def worn(studio, monkeypatch):
+def worn(sampler, monkeypatch):
     monkeypatch.setitem(FAMILIES, "tiny", TINY)
     patch = ForgetPatch(TINY, random_changes(TINY, 2, size=3.0), {})
-    with studio.applying([(patch, 1.0)]):
-        yield studio
+    with sampler.applying([(patch, 1.0)]):
+        yield sampler
 
 
 def test_completion_is_plain_at_one_end_and_untouched_at_the_other(worn):
@@ -79,8 +79,8 @@ def test_completion_hands_over_after_the_first_steps(worn):
     trial, seen = make_trial(worn, count=1), worn.model.seen
     patched = [switch for switch, _ in worn._worn]
     on = []
-    denoise = worn.borrowed.denoise
-    worn.borrowed.denoise = lambda *args: on.append(patched[0].on) or denoise(*args)
+    predict_noise = worn.denoiser.predict_noise
+    worn.denoiser.predict_noise = lambda *args: on.append(patched[0].on) or predict_noise(*args)
     trial.untouched(trial.target_asks())
     on.clear()
     completion(trial, (0.25,))
@@ -88,9 +88,9 @@ def test_completion_hands_over_after_the_first_steps(worn):
 
 
 @pytest.mark.parametrize("shares", [(-0.1,), (0.5, 1.5), (float("nan"),)])
-def test_bad_shares(studio, shares):
+def test_bad_shares(sampler, shares):
     with pytest.raises(ForgetError, match="from 0 to 1"):
-        completion(make_trial(studio), shares)
+        completion(make_trial(sampler), shares)
 
 
 def test_noise_goes_over_its_grid_and_the_best_counts(worn):
@@ -108,7 +108,7 @@ def test_noise_goes_over_its_grid_and_the_best_counts(worn):
         assert row["cells"] == found and row["still"] is any(found)
 
 
-def test_one_cell_is_enough_to_count(studio):
+def test_one_cell_is_enough_to_count(sampler):
     calls = []
 
     class Once(GreyJudge):
@@ -118,17 +118,19 @@ def test_one_cell_is_enough_to_count(studio):
             found = torch.full((len(images),), 1 if len(calls) == 2 else 0)
             return torch.nn.functional.one_hot(found, len(self.labels[domain])).float()
 
-    rows = noise(make_trial(studio, judge=Once(), count=1), etas=(1.0,), spreads=(1.0, 1.1))["rows"]
+    rows = noise(make_trial(sampler, judge=Once(), count=1), etas=(1.0,), spreads=(1.0, 1.1))[
+        "rows"
+    ]
     assert all(row["cells"] == [False, True, False] and row["still"] for row in rows)
     assert not any(row["untouched"] for row in rows)
 
 
-def test_fresh_noise_is_ddims_and_belongs_to_its_picture(studio):
+def test_fresh_noise_is_ddims_and_belongs_to_its_picture(sampler):
     def draw(seeds, x, **options):
-        text = studio.texts(["a dog"] * len(seeds))
-        return studio.latents(text, x, **options)
+        text = sampler.texts(["a dog"] * len(seeds))
+        return sampler.latents(text, x, **options)
 
-    x = studio.noise([1, 2])
+    x = sampler.noise([1, 2])
     both = draw([1, 2], x, eta=1.2, spread=0.0, **FreshNoise(1.2, 1.1, [1, 2]).options())
     alone = draw([2], x[1:], eta=1.2, spread=0.0, **FreshNoise(1.2, 1.1, [2]).options())
     assert torch.allclose(both[1:], alone, atol=1e-4)
@@ -140,19 +142,19 @@ def test_fresh_noise_is_ddims_and_belongs_to_its_picture(studio):
     assert not torch.allclose(alone, other, atol=1e-2)
 
 
-def test_the_probe_leaves_the_global_generator_alone(studio):
+def test_the_probe_leaves_the_global_generator_alone(sampler):
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    trial = make_trial(studio, count=1)
+    trial = make_trial(sampler, count=1)
     noise(trial, etas=(1.0,), spreads=(1.0,))
     classifier(trial, SMALL)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("grid", [((11,), (1,)), ((-1,), (1,)), ((1,), (float("nan"),))])
-def test_bad_noise(studio, grid):
+def test_bad_noise(sampler, grid):
     with pytest.raises(ForgetError, match="from 0 to 10"):
-        noise(make_trial(studio), *grid)
+        noise(make_trial(sampler), *grid)
 
 
 def test_guidance_moves_the_latent_toward_the_class():
@@ -192,24 +194,24 @@ def test_a_classifier_needs_both_kinds():
         train_classifier(torch.zeros(8, 4, 2, 2), torch.ones(8) > 0, ALPHAS, SMALL, 0)
 
 
-def test_examples_are_other_pictures_than_those_asked_for(studio):
-    trial = make_trial(studio)
+def test_examples_are_other_pictures_than_those_asked_for(sampler):
+    trial = make_trial(sampler)
     latents, wanted = examples_and_others(trial, 8)
     assert latents.shape == (16, 4, 8, 8) and wanted.tolist() == [True] * 8 + [False] * 8
     prompts = [prompt for prompt, _ in trial.cache]
     assert sum("dog" in prompt for prompt in prompts) == 8
     assert all("cat" in prompt or "tree" in prompt for prompt in prompts if "dog" not in prompt)
     assert not {ask.seed for ask in trial.target_asks()} & {seed for _, seed in trial.cache}
-    style = make_trial(studio, "light")
+    style = make_trial(sampler, "light")
     examples_and_others(style, 8)
     others = [prompt for prompt, _ in style.cache if "light" not in prompt]
     assert len(others) == 8 and all(prompt == "a tree in dark" for prompt in others)
 
 
-def test_nothing_to_tell_from(studio):
+def test_nothing_to_tell_from(sampler):
     suite = parse_suite(data(far=["dog"], targets=[{"name": "dog", "kind": "object"}]), "one")
     with pytest.raises(ForgetError, match="nothing to tell 'dog' from"):
-        examples_and_others(make_trial(studio, suite.targets[0], suite=suite), 8)
+        examples_and_others(make_trial(sampler, suite.targets[0], suite=suite), 8)
 
 
 def test_classifier_probe(worn):
@@ -238,25 +240,25 @@ def test_the_hole_is_the_middle_half():
     assert torch.equal(centred(64), centred(8).repeat_interleave(8, 0).repeat_interleave(8, 1))
 
 
-def test_inpainting_keeps_the_outside_exactly_and_fills_the_hole(studio):
-    text, start = studio.texts(["a dog"] * 2), studio.noise([1, 2])
+def test_inpainting_keeps_the_outside_exactly_and_fills_the_hole(sampler):
+    text, start = sampler.texts(["a dog"] * 2), sampler.noise([1, 2])
     known = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
-    filled = inpainted_latents(studio, text, start, known)
+    filled = inpainted_latents(sampler, text, start, known)
     hole = centred(8)
     assert torch.equal(filled[..., ~hole], known[..., ~hole])
     # What lies in the hole of the known latents cannot matter.
     secret = known.clone()
     secret[..., hole] = 5
-    assert torch.equal(inpainted_latents(studio, text, start, secret), filled)
-    assert not torch.allclose(filled[..., hole], studio.latents(text, start)[..., hole])
+    assert torch.equal(inpainted_latents(sampler, text, start, secret), filled)
+    assert not torch.allclose(filled[..., hole], sampler.latents(text, start)[..., hole])
 
 
-def test_inpainting_sees_the_outside_at_each_steps_noise(studio):
-    text, start, known = studio.texts(["a dog"]), studio.noise([1]), torch.full((1, 4, 8, 8), 2.0)
-    studio.model.seen.clear()
-    inpainted_latents(studio, text, start, known)
+def test_inpainting_sees_the_outside_at_each_steps_noise(sampler):
+    text, start, known = sampler.texts(["a dog"]), sampler.noise([1]), torch.full((1, 4, 8, 8), 2.0)
+    sampler.model.seen.clear()
+    inpainted_latents(sampler, text, start, known)
     outside = ~centred(8)
-    seen = studio.model.seen
+    seen = sampler.model.seen
     assert torch.equal(seen[0][0][:1], start)
     for x, t, _ in seen[1:]:
         alpha = ALPHAS[int(t[0])]
@@ -264,15 +266,15 @@ def test_inpainting_sees_the_outside_at_each_steps_noise(studio):
         assert torch.allclose(x[:1][..., outside], wanted[..., outside], atol=1e-6)
 
 
-def test_what_the_encoder_sees_is_grey_in_the_hole(studio, monkeypatch):
-    seen, encode = [], studio.model.encode_images
+def test_what_the_encoder_sees_is_grey_in_the_hole(sampler, monkeypatch):
+    seen, encode = [], sampler.model.encode_images
 
     def watched(images, size):
         seen.append((images, size))
         return encode(images, size)
 
-    monkeypatch.setattr(studio.model, "encode_images", watched)
-    trial = make_trial(studio)
+    monkeypatch.setattr(sampler.model, "encode_images", watched)
+    trial = make_trial(sampler)
     pictures, hole = trial.untouched(trial.target_asks()), centred(64)
     inpainting(trial)
     for images, size in seen:
@@ -323,13 +325,13 @@ def test_drawn_is_plain_drawing_in_batches(worn):
     assert told == [2, 1] and torch.equal(images, trial.draw(asks))
 
 
-def test_every_probe_works_for_styles_and_unsafe_content(studio):
+def test_every_probe_works_for_styles_and_unsafe_content(sampler):
     unsafe = Target("gore", "unsafe", prompts={"pictures": ("a dog bites", "a cat bites")})
     judge = Sees()
     judge.labels = GreyJudge.labels | {"unsafe": ("safe", "unsafe")}
     judge.found["unsafe"] = "unsafe"
     for target in ("light", unsafe):
-        trial = make_trial(studio, target, judge=judge, count=2)
+        trial = make_trial(sampler, target, judge=judge, count=2)
         for result in (
             completion(trial, (0.5,)),
             noise(trial, (1.0,), (1.0,)),

@@ -29,33 +29,33 @@ PICTURES = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 64, 64, 3)
 
 
 @pytest.fixture
-def worn(studio, monkeypatch):
+def worn(sampler, monkeypatch):
     monkeypatch.setitem(FAMILIES, "tiny", TINY)
     patch = ForgetPatch(TINY, random_changes(TINY, 2, size=1.0), {})
-    with studio.applying([(patch, 1.0)]):
-        yield studio
+    with sampler.applying([(patch, 1.0)]):
+        yield sampler
 
 
 def hooks(unet):
     return sum(len(module._forward_hooks) for module in unet.modules())
 
 
-def test_adapters_are_on_all_attention_and_start_at_nothing(studio):
-    adapters = make_adapters(studio, 2, 0)
+def test_adapters_are_on_all_attention_and_start_at_nothing(sampler):
+    adapters = make_adapters(sampler, 2, 0)
     names = {layer.name for layer in layers(TINY)}
     assert set(adapters) == {name for name in names if ".attn1.to_" in name or ".attn2.to_" in name}
     assert any(".attn1.to_q" in name for name in adapters)
-    before = studio.draw(["a dog"], [1])
-    with attached(adapters, studio.borrowed.module):
-        assert torch.equal(studio.draw(["a dog"], [1]), before)
+    before = sampler.draw(["a dog"], [1])
+    with attached(adapters, sampler.denoiser.module):
+        assert torch.equal(sampler.draw(["a dog"], [1]), before)
 
 
-def test_fine_tuning_lowers_the_loss(studio):
+def test_fine_tuning_lowers_the_loss(sampler):
     def teach(lr):
         settings = Settings(steps=25, batch=4, lr=lr, rank=4)
-        adapters = make_adapters(studio, settings.rank, 0)
-        with attached(adapters, studio.borrowed.module):
-            return fine_tune(studio, adapters, ["a dog"] * 4, PICTURES, settings, 0)
+        adapters = make_adapters(sampler, settings.rank, 0)
+        with attached(adapters, sampler.denoiser.module):
+            return fine_tune(sampler, adapters, ["a dog"] * 4, PICTURES, settings, 0)
 
     # The same noise and time steps, with and without learning.
     taught, idle = teach(0.05), teach(1e-9)
@@ -63,18 +63,18 @@ def test_fine_tuning_lowers_the_loss(studio):
     assert sum(taught[-10:]) < 0.97 * sum(idle[-10:])
 
 
-def test_each_picture_keeps_its_prompt(studio, monkeypatch):
+def test_each_picture_keeps_its_prompt(sampler, monkeypatch):
     asked = []
-    texts = studio.texts
-    monkeypatch.setattr(studio, "texts", lambda prompts: asked.append(prompts) or texts(prompts))
-    adapters = make_adapters(studio, 1, 0)
-    studio.model.seen.clear()
+    texts = sampler.texts
+    monkeypatch.setattr(sampler, "texts", lambda prompts: asked.append(prompts) or texts(prompts))
+    adapters = make_adapters(sampler, 1, 0)
+    sampler.model.seen.clear()
     prompts = [f"prompt {i}" for i in range(4)]
-    with attached(adapters, studio.borrowed.module):
-        fine_tune(studio, adapters, prompts, PICTURES, Settings(steps=5, batch=3), 0)
-    alphas = studio.borrowed.alphas_cumprod
+    with attached(adapters, sampler.denoiser.module):
+        fine_tune(sampler, adapters, prompts, PICTURES, Settings(steps=5, batch=3), 0)
+    alphas = sampler.denoiser.alphas_cumprod
     assert len(asked) == 5
-    for given, (x_t, t, _) in zip(asked, studio.model.seen):
+    for given, (x_t, t, _) in zip(asked, sampler.model.seen):
         for prompt, x, step in zip(given, x_t, t):
             # The tiny encoder gives the mean of the picture everywhere, and noise has mean 0.
             level = float(x.mean() / alphas[step].sqrt())
@@ -141,16 +141,16 @@ def test_rows_tell_before_and_after(worn, monkeypatch):
     assert len(result["losses"]["dog"]) == 3 and result["pictures"] == 3
 
 
-def test_lessons_are_other_pictures_than_those_asked_for(studio, monkeypatch):
+def test_lessons_are_other_pictures_than_those_asked_for(sampler, monkeypatch):
     taught = []
     given = module.fine_tune
 
-    def watched(studio, adapters, prompts, pictures, settings, seed):
+    def watched(sampler, adapters, prompts, pictures, settings, seed):
         taught.append((prompts, pictures))
-        return given(studio, adapters, prompts, pictures, settings, seed)
+        return given(sampler, adapters, prompts, pictures, settings, seed)
 
     monkeypatch.setattr(module, "fine_tune", watched)
-    trial = trial_of(studio, controls={"cat": PICTURES})
+    trial = trial_of(sampler, controls={"cat": PICTURES})
     result = relearn(trial, QUICK)
     spare = lesson_asks(trial, 5)[2:]
     assert taught[0][0] == ["a photo of a dog"] * 3
@@ -160,25 +160,25 @@ def test_lessons_are_other_pictures_than_those_asked_for(studio, monkeypatch):
     assert torch.equal(taught[1][1], PICTURES[[0, 1, 2]])
 
 
-def test_controls_are_judged_by_their_own_name(studio):
-    trial = trial_of(studio, controls={"cat": PICTURES, "old man": PICTURES[:1]})
+def test_controls_are_judged_by_their_own_name(sampler):
+    trial = trial_of(sampler, controls={"cat": PICTURES, "old man": PICTURES[:1]})
     result = relearn(trial, QUICK)
     rows = result["controls"]
     assert [row["concept"] for row in rows] == ["cat", "cat", "old man", "old man"]
     assert not any(row["still"] or row["before"] for row in rows)  # the judge sees only dogs
     assert all(row["still"] for row in result["rows"])
     assert list(result["losses"]) == ["dog", "cat", "old man"]
-    cats = trial_of(studio, controls={"cat": PICTURES}, judge=Sees("cat"), cache=trial.cache)
+    cats = trial_of(sampler, controls={"cat": PICTURES}, judge=Sees("cat"), cache=trial.cache)
     with pytest.raises(ForgetError, match="in none of 3 pictures"):
         relearn(cats, QUICK)
     with pytest.raises(ForgetError, match="no label for the control 'boat'"):
-        relearn(trial_of(studio, controls={"boat": PICTURES}), QUICK)
+        relearn(trial_of(sampler, controls={"boat": PICTURES}), QUICK)
 
 
-def test_styles_and_unsafe_content_are_asked_for_as_everywhere(studio):
-    style = trial_of(studio, "light")
+def test_styles_and_unsafe_content_are_asked_for_as_everywhere(sampler):
+    style = trial_of(sampler, "light")
     assert lesson_asks(style, 3) == style.target_asks(3)
-    unsafe = trial_of(studio, Target("gore", "unsafe", prompts={"pictures": ("a", "b")}))
+    unsafe = trial_of(sampler, Target("gore", "unsafe", prompts={"pictures": ("a", "b")}))
     assert [ask.prompt for ask in lesson_asks(unsafe, 3)] == ["a", "b", "a"]
 
 

@@ -5,7 +5,6 @@ import torch
 
 from fmn.closed_form.text_embeddings import (
     OBJECT_TEMPLATES,
-    anchor_context,
     concept_pairs,
     end_pairs,
     kept_contexts,
@@ -158,16 +157,10 @@ def test_no_more_tokens_are_encoded_than_are_read():
     assert asked == [(51, 4)]
 
 
-def test_the_anchor_alone():
-    model = TinyModel()
-    assert anchor_context(model, Concept("dog", anchor="cat")).equal(encoded(model, "cat"))
-    assert anchor_context(model, Concept("dog")).equal(encoded(model, ""))
-
-
 def test_what_an_attack_found_is_forgotten_too():
     """A learned embedding equal to the name's own words gives the name's own rows."""
     model = TinyModel()
-    with model.borrow_text() as encoder:
+    with model.borrow_text_encoder() as encoder:
         vectors = encoder.vectors("old dog")
     plain = concept_pairs(model, [Concept("old dog", anchor="cat")])[0]
     both = concept_pairs(model, [Concept("old dog", anchor="cat", learned=(vectors,))])[0]

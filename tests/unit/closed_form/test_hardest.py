@@ -5,7 +5,7 @@ import torch
 
 from fmn.closed_form.adversarial_embedding import grams, hardest, hardest_contexts
 from fmn.errors import ForgetError
-from fmn.models.adapters import Fixed, attached
+from fmn.models.adapters import FixedAdapter, attached
 from fmn.models.families import DEMO, layers
 
 from ..tiny import TINY, TinyModel, make_patch, same_tensors, weights_of
@@ -52,8 +52,8 @@ def two_patches():
 
 
 def solve(model, patches, c, r=0.1):
-    with model.borrow() as borrowed:
-        return hardest(borrowed, TINY, patches, c, r)
+    with model.borrow_denoiser() as denoiser:
+        return hardest(denoiser, TINY, patches, c, r)
 
 
 @pytest.mark.parametrize("r", [1e-3, 0.1, 10.0])
@@ -68,9 +68,9 @@ def test_every_token_is_the_formulas(r, count):
 
 def test_sums_are_those_of_whole_matrices():
     model, patches = TinyModel(), two_patches()
-    with model.borrow() as borrowed:
-        _, gram, cross = grams(borrowed, TINY, patches)
-        _, bare_gram, bare_cross = grams(borrowed, TINY, [])
+    with model.borrow_denoiser() as denoiser:
+        _, gram, cross = grams(denoiser, TINY, patches)
+        _, bare_gram, bare_cross = grams(denoiser, TINY, [])
     both = pairs(model, patches)
     torch.testing.assert_close(gram, sum(changed.T @ changed for _, changed in both))
     torch.testing.assert_close(cross, sum(changed.T @ weight for weight, changed in both))
@@ -130,12 +130,14 @@ def test_patched_layers_give_what_the_distance_says():
     patch = make_patch(TINY, rank=2, size=0.3)
     found = solve(model, [(patch, 1.0)], c)
     text, squared, total = found.contexts.float(), 0.0, 0.0
-    with model.borrow() as borrowed, torch.no_grad():
-        wanted = [borrowed.module(name)(c) for name in KEYS_AND_VALUES]
-        worn = {name: Fixed([(*patch.changes[name], 1.0)], "cpu") for name in KEYS_AND_VALUES}
-        with attached(worn, borrowed.module):
+    with model.borrow_denoiser() as denoiser, torch.no_grad():
+        wanted = [denoiser.module(name)(c) for name in KEYS_AND_VALUES]
+        worn = {
+            name: FixedAdapter([(*patch.changes[name], 1.0)], "cpu") for name in KEYS_AND_VALUES
+        }
+        with attached(worn, denoiser.module):
             for name, target in zip(KEYS_AND_VALUES, wanted):
-                squared += float((borrowed.module(name)(text) - target).square().sum())
+                squared += float((denoiser.module(name)(text) - target).square().sum())
                 total += float(target.square().sum())
     assert (squared / total) ** 0.5 == pytest.approx(found.after, rel=1e-4)
 

@@ -7,7 +7,7 @@ from torch import nn
 from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
 from fmn.guidance.prompt_gate import Gate, Gated, patch_gate, subjects_of
-from fmn.models.adapters import Fixed, attached
+from fmn.models.adapters import FixedAdapter, attached
 
 from ..tiny import TINY, TinyModel, make_patch
 
@@ -37,7 +37,7 @@ def test_each_patch_has_its_own_gate_and_there_are_no_cross_terms(name):
     merged = [torch.einsum("or,r...->o...", up.flatten(1), down) for up, down in pairs]
 
     first, second = (
-        {"layer": Gated(Fixed([(*pair, strength)], "cpu"), gate)}
+        {"layer": Gated(FixedAdapter([(*pair, strength)], "cpu"), gate)}
         for pair, strength, gate in zip(pairs, strengths, gates)
     )
     with torch.no_grad(), attached(first, lambda _: module), attached(second, lambda _: module):
@@ -56,7 +56,7 @@ def test_each_patch_has_its_own_gate_and_there_are_no_cross_terms(name):
 
 def test_rows_that_attention_has_tiled_keep_their_samples_gate():
     module = nn.Linear(6, 5)
-    adapter = Fixed([(*factors(1, module), 1.0)], "cpu")
+    adapter = FixedAdapter([(*factors(1, module), 1.0)], "cpu")
     x = torch.randn(6, 2, 6)
     found = Gated(adapter, torch.tensor([0.0, 1.0]))(module, x)
     assert not found[:3].any()
@@ -65,8 +65,8 @@ def test_rows_that_attention_has_tiled_keep_their_samples_gate():
 
 def test_hooks_come_off_after_an_error():
     module = nn.Linear(6, 5)
-    adapters = {"layer": Gated(Fixed([(*factors(1, module), 1.0)], "cpu"), torch.ones(1))}
-    with pytest.raises(KeyError), attached(adapters, lambda _: module):
+    worn = {"layer": Gated(FixedAdapter([(*factors(1, module), 1.0)], "cpu"), torch.ones(1))}
+    with pytest.raises(KeyError), attached(worn, lambda _: module):
         raise KeyError
     assert not module._forward_hooks
 

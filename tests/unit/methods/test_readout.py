@@ -15,11 +15,11 @@ from fmn.methods.reread.attention_output import (
     record_queries,
     recorded,
 )
-from fmn.models.interface import cross_attention_names
-from fmn.models.sampling import spaced
+from fmn.models.families import cross_attention_names
+from fmn.models.sampling import trailing_timesteps
 
 from ..literal import near
-from ..tiny import TINY, TinyBorrowed, TinyModel, make_scheduler, same_tensors, traces, weights_of
+from ..tiny import TINY, TinyDenoiser, TinyModel, make_scheduler, same_tensors, traces, weights_of
 
 NAMES = cross_attention_names(TINY)
 PROMPTS = "a dog on grass", "red car", "", "a man with a hat at sunset", "blue house"
@@ -81,7 +81,7 @@ def read_by_loops(module, queries, context):
 
 
 def test_layers_are_those_of_the_model(model):
-    found = cross_attention_layers(TinyBorrowed(model), TINY)
+    found = cross_attention_layers(TinyDenoiser(model), TINY)
     assert [layer.name for layer in found] == NAMES and len(NAMES) == 7
     for layer in found:
         module = model.unet.get_submodule(layer.name)
@@ -92,7 +92,7 @@ def test_layers_are_those_of_the_model(model):
 
 def test_layers_of_a_half_precision_model_are_float32(model):
     model.unet.half()
-    layer = cross_attention_layers(TinyBorrowed(model), TINY)[0]
+    layer = cross_attention_layers(TinyDenoiser(model), TINY)[0]
     assert layer.key.dtype == layer.value.dtype == torch.float32
 
 
@@ -102,7 +102,7 @@ def test_it_is_what_the_model_reads_out_of_its_own_text(model, at_once, monkeypa
     queries, read = forward(model, PROMPTS)
     contexts = model.encode_all(PROMPTS)
     sizes = []
-    for layer in cross_attention_layers(TinyBorrowed(model), TINY):
+    for layer in cross_attention_layers(TinyDenoiser(model), TINY):
         found = read_out(layer, queries[layer.name], contexts)
         expected = read[layer.name]
         assert found.shape == expected.shape
@@ -117,7 +117,7 @@ def test_it_is_what_the_model_would_read_out_of_another_text(model):
     """The same queries beside another text, in the model itself and in loops."""
     queries, _ = forward(model, PROMPTS[:2], torch.float64)
     others = model.encode_all(["a ship in the rain", "monet"]).double()
-    layers = cross_attention_layers(TinyBorrowed(model), TINY)
+    layers = cross_attention_layers(TinyDenoiser(model), TINY)
     for layer in layers:
         module = model.unet.get_submodule(layer.name)
         found = read_out(layer, queries[layer.name], others)
@@ -132,15 +132,15 @@ def test_it_is_what_the_model_would_read_out_of_another_text(model):
 
 
 def settings_of(**more):
-    given = {"sampling_steps": 3, "guidance": 1.0, "places": 5, "seed": 7}
+    given = {"sampling_steps": 3, "guidance": 1.0, "query_positions": 5, "seed": 7}
     return SimpleNamespace(**given | more)
 
 
 def record(model, settings, prompts=PROMPTS[:3], batch=2, **more):
-    with model.borrow() as borrowed:
+    with model.borrow_denoiser() as denoiser:
         texts = [model.encode(Prompt(text, text)) for text in prompts]
         empty = model.encode(Prompt("", ""))
-        return record_queries(borrowed, TINY, texts, empty, settings, 8, batch, **more)
+        return record_queries(denoiser, TINY, texts, empty, settings, 8, batch, **more)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
@@ -173,7 +173,7 @@ def test_the_number_of_forwards(model, guidance, doubled):
     # The last step has no guidance.
     sizes = [2 * doubled, 2 * doubled, 2, doubled, doubled, 1]
     assert [len(x) for x, _, _ in model.seen] == sizes
-    assert [int(t[0]) for _, t, _ in model.seen] == spaced(1000, 3) * 2
+    assert [int(t[0]) for _, t, _ in model.seen] == trailing_timesteps(1000, 3) * 2
     contexts = model.encode_all(PROMPTS[:3])
     empty = model.encode_all([""])
     own = [contexts[:2]] * 3 + [contexts[2:]] * 3
@@ -184,7 +184,10 @@ def test_the_number_of_forwards(model, guidance, doubled):
 
 def drawn_by_hand(model, prompt, noise, settings):
     """Queries of DDIM for one prompt, one sample a forward: layer name -> [steps][S, C]."""
-    alphas, times = make_scheduler().alphas_cumprod, spaced(1000, settings.sampling_steps)
+    alphas, times = (
+        make_scheduler().alphas_cumprod,
+        trailing_timesteps(1000, settings.sampling_steps),
+    )
     text, empty = (model.encode_all([each]) for each in (prompt, ""))
     found = {name: [] for name in NAMES}
     x = noise
@@ -204,7 +207,7 @@ def drawn_by_hand(model, prompt, noise, settings):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_text_i_starts_from_the_noise_of_seed_plus_i(model, guidance):
-    settings = settings_of(guidance=guidance, places=1)
+    settings = settings_of(guidance=guidance, query_positions=1)
     found = record(model, settings, batch=2)
     for i, prompt in enumerate(PROMPTS[:3]):
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7 + i))
@@ -217,7 +220,7 @@ def test_text_i_starts_from_the_noise_of_seed_plus_i(model, guidance):
 
 
 def test_the_batch_changes_which_places_are_taken_and_not_their_queries(model):
-    settings = settings_of(places=ALL, guidance=3.0)
+    settings = settings_of(query_positions=ALL, guidance=3.0)
     one, all_at_once = (record(model, settings, batch=batch) for batch in (1, 3))
     for name in NAMES:
         places = one[name].shape[1] // 3
@@ -241,7 +244,9 @@ def test_the_same_seed_gives_the_same(model):
 
 
 def test_places_are_no_more_than_there_are(model):
-    shapes = {name: tuple(q.shape) for name, q in record(model, settings_of(places=20)).items()}
+    shapes = {
+        name: tuple(q.shape) for name, q in record(model, settings_of(query_positions=20)).items()
+    }
     assert set(shapes.values()) == {(3, 3 * 20, 8), (3, 3 * 16, 16)}
 
 
@@ -271,7 +276,7 @@ def test_cancelling(model):
 
 
 def test_recorded_drops_what_it_gave(model):
-    with model.borrow() as borrowed, recorded(borrowed, TINY, 2, 0) as taken:
+    with model.borrow_denoiser() as denoiser, recorded(denoiser, TINY, 2, 0) as taken:
         for count in (1, 3):
             for _ in range(count):
                 forward(model, PROMPTS[:3])

@@ -7,7 +7,7 @@ import torch
 
 from fmn.errors import ForgetError
 from fmn.metrics.mscore import Score, cosine, m_score, measure, pooled, summary
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.training.textual_inversion import Settings
 
@@ -21,8 +21,8 @@ TEMPLATES = "a photo of {}", "{} here"
 def scores(**options):
     model = options.pop("model", None) or TinyModel()
     given = dict(seeds=(0, 1), settings=QUICK, templates=TEMPLATES) | options
-    with model.borrow() as borrowed:
-        return m_score(model, borrowed, IMAGES, given.pop("phrase", "big dog"), **given)
+    with model.borrow_denoiser() as denoiser:
+        return m_score(model, denoiser, IMAGES, given.pop("phrase", "big dog"), **given)
 
 
 def test_cosine_is_the_mean_over_rows():
@@ -33,7 +33,7 @@ def test_cosine_is_the_mean_over_rows():
 
 def test_the_name_against_itself_is_one():
     """Tokens that are the name's own embeddings score 1, other words less."""
-    with TinyModel().borrow_text() as text:
+    with TinyModel().borrow_text_encoder() as text:
         named = pooled(text, TEMPLATES, "big dog")
         placed = pooled(text, TEMPLATES, "<*>", text.vectors("big dog"))
         other = pooled(text, TEMPLATES, "<*>", text.vectors("red castle"))
@@ -45,7 +45,7 @@ def test_the_name_against_itself_is_one():
 def test_one_inversion_is_one_score():
     found = scores(others=("red castle",))
     assert len(found) == 2 and found[0].value != found[1].value
-    with TinyModel().borrow_text() as text:
+    with TinyModel().borrow_text_encoder() as text:
         learned = pooled(text, TEMPLATES, "<*>", found[0].vectors)
         assert found[0].value == cosine(learned, pooled(text, TEMPLATES, "big dog"))
         assert found[0].others == {
@@ -70,10 +70,10 @@ def test_measure_sees_the_patch_and_leaves_the_model():
     model, patch = TinyModel(), make_patch(TINY, size=0.5)
     before = weights_of(model.unet)
     given = "big dog", IMAGES, TEMPLATES, (0, 1), QUICK
-    with open_studio(model, Sampling(2)) as studio:
-        with studio.applying([(patch, 1.0)]):
-            found = measure(studio, *given, others=("red castle",))
-        untouched = measure(studio, *given)
+    with open_sampler(model, Sampling(2)) as sampler:
+        with sampler.applying([(patch, 1.0)]):
+            found = measure(sampler, *given, others=("red castle",))
+        untouched = measure(sampler, *given)
     assert found["before"] == untouched["before"] == untouched["after"]
     assert found["after"] != found["before"] and len(found["after"]) == 2
     assert found["start"] == untouched["start"]
@@ -107,7 +107,7 @@ def test_steps_are_reported_for_every_inversion():
         (dict(phrase=" "), "phrase that names the concept is empty"),
         (dict(seeds=()), "no seed"),
         (dict(templates=()), "no template"),
-        (dict(templates=("a dog",)), "0 places"),
+        (dict(templates=("a dog",)), "0 placeholders"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, message):
@@ -115,3 +115,12 @@ def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ForgetError, match=message):
         scores(model=model, **options)
     assert not model.seen
+
+
+def test_other_braces_of_a_template_stay():
+    """They used to fail after all inversions."""
+    found = scores(templates=("a {big} photo of {}",), seeds=(0,))
+    with TinyModel().borrow_text_encoder() as text:
+        learned = pooled(text, ("a {big} photo of {}",), "<*>", found[0].vectors)
+        named = torch.cat([text.encode("a {big} photo of big dog")[1]])
+    assert found[0].value == cosine(learned, named)

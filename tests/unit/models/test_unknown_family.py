@@ -50,9 +50,12 @@ def test_one_stream_has_only_all(scope):
 
 def test_names():
     made = family("a.0.to_k", "b")
-    assert [file_name(made, layer) for layer in made.own] == ["lora_unet_a_0_to_k", "lora_unet_b"]
-    assert known_names(made) == {layer.name: layer for layer in made.own}
-    assert not any(layer.is_text for layer in family("text_encoder.x").own)
+    assert [file_name(made, layer) for layer in made.listed] == [
+        "lora_unet_a_0_to_k",
+        "lora_unet_b",
+    ]
+    assert known_names(made) == {layer.name: layer for layer in made.listed}
+    assert not any(layer.is_text for layer in family("text_encoder.x").listed)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_families_are_the_same_by_class():
     shapes = {"lora_unet_a.lora_up.weight": [6, 2], "lora_unet_a.lora_down.weight": [2, 4]}
     file = family_of_file("f", "Net", shapes)
     assert file.is_same(family("b")) and not file.is_same(family_of_file("f", "Flux", shapes))
-    assert [(layer.name, layer.shape) for layer in file.own] == [("lora_unet_a", (6, 4))]
+    assert [(layer.name, layer.shape) for layer in file.listed] == [("lora_unet_a", (6, 4))]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fmn.linalg import merge, truncate
-from fmn.models.adapters import Full, LowRank, attached
+from fmn.linalg import full_change, truncate_matrix
+from fmn.models.adapters import FullAdapter, LowRankAdapter, attached
 
 
 def rng(seed=0):
@@ -47,13 +47,13 @@ def with_weight(layer, change, x):
 
 def test_starts_at_zero_change(layer_and_input):
     layer, x = layer_and_input
-    for adapter in (LowRank(layer, 2, rng(), "cpu"), Full(layer, "cpu")):
+    for adapter in (LowRankAdapter(layer, 2, rng(), "cpu"), FullAdapter(layer, "cpu")):
         assert torch.equal(with_adapter(layer, adapter, x), layer(x))
 
 
 def test_low_rank_is_w_plus_up_down(layer_and_input):
     layer, x = layer_and_input
-    adapter = LowRank(layer, 2, rng(), "cpu")
+    adapter = LowRankAdapter(layer, 2, rng(), "cpu")
     adapter.up.data = random(*adapter.up.shape, seed=2)
     # The product as a sum over ranks of outer products, whatever the layer's dimensions.
     change = sum(
@@ -62,13 +62,13 @@ def test_low_rank_is_w_plus_up_down(layer_and_input):
     )
     expected = with_weight(layer, change, x)
     torch.testing.assert_close(with_adapter(layer, adapter, x), expected)
-    torch.testing.assert_close(merge(adapter.up.detach(), adapter.down.detach()), change)
+    torch.testing.assert_close(full_change(adapter.up.detach(), adapter.down.detach()), change)
     assert adapter.factors(4)[2] == 0.0
 
 
 def test_full_is_w_plus_change(layer_and_input):
     layer, x = layer_and_input
-    adapter = Full(layer, "cpu")
+    adapter = FullAdapter(layer, "cpu")
     adapter.change.data = random(*layer.weight.shape, seed=2)
     expected = with_weight(layer, adapter.change.detach(), x)
     torch.testing.assert_close(with_adapter(layer, adapter, x), expected)
@@ -76,7 +76,7 @@ def test_full_is_w_plus_change(layer_and_input):
 
 def test_full_has_the_gradient_of_w(layer_and_input):
     layer, x = layer_and_input
-    adapter = Full(layer, "cpu")
+    adapter = FullAdapter(layer, "cpu")
     with_adapter(layer, adapter, x).square().sum().backward()
     ours, layer.weight.grad = adapter.change.grad, None
     layer(x).square().sum().backward()
@@ -86,7 +86,7 @@ def test_full_has_the_gradient_of_w(layer_and_input):
 def test_low_rank_starts_with_a_gradient(layer_and_input):
     # With down random and up zero, only up moves at first: d/d(up) = d/dW @ down^T.
     layer, x = layer_and_input
-    adapter = LowRank(layer, 2, rng(), "cpu")
+    adapter = LowRankAdapter(layer, 2, rng(), "cpu")
     with_adapter(layer, adapter, x).square().sum().backward()
     expected = layer.weight.grad.flatten(1) @ adapter.down.detach().flatten(1).mT
     torch.testing.assert_close(adapter.up.grad.flatten(1), expected)
@@ -94,35 +94,35 @@ def test_low_rank_starts_with_a_gradient(layer_and_input):
 
 
 def test_factors_fit_the_layer():
-    conv = LowRank(nn.Conv2d(6, 5, 3), 2, rng(), "cpu")
+    conv = LowRankAdapter(nn.Conv2d(6, 5, 3), 2, rng(), "cpu")
     assert (conv.up.shape, conv.down.shape) == ((5, 2, 1, 1), (2, 6, 3, 3))
     # A layer of 4 inputs has no change of a higher rank.
-    linear = LowRank(nn.Linear(4, 8), 16, rng(), "cpu")
+    linear = LowRankAdapter(nn.Linear(4, 8), 16, rng(), "cpu")
     assert (linear.up.shape, linear.down.shape) == ((8, 4), (4, 4))
 
 
 def test_down_keeps_the_size_of_activations():
     for layer in (nn.Linear(768, 320), nn.Conv2d(64, 32, 3)):
-        down = LowRank(layer, 4, rng(), "cpu").down.detach()
+        down = LowRankAdapter(layer, 4, rng(), "cpu").down.detach()
         assert float(down.flatten(1).norm(dim=1).mean()) == pytest.approx(1, rel=0.05)
 
 
 def test_start_depends_on_the_generator_alone():
     layer = nn.Linear(6, 5)
-    first, second, other = (LowRank(layer, 2, rng(seed), "cpu").down for seed in (3, 3, 4))
+    first, second, other = (LowRankAdapter(layer, 2, rng(seed), "cpu").down for seed in (3, 3, 4))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
 def test_parameters_are_float32_whatever_the_layer_is():
     layer, x = nn.Linear(6, 5).bfloat16(), random(2, 6).bfloat16()
-    for adapter in (LowRank(layer, 2, rng(), "cpu"), Full(layer, "cpu")):
+    for adapter in (LowRankAdapter(layer, 2, rng(), "cpu"), FullAdapter(layer, "cpu")):
         assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
         assert with_adapter(layer, adapter, x).dtype == torch.bfloat16
 
 
 def test_only_the_named_layers_change():
     layers = nn.ModuleDict({"one": nn.Linear(3, 3), "two": nn.Linear(3, 3)})
-    adapters = {name: Full(layer, "cpu") for name, layer in layers.items()}
+    adapters = {name: FullAdapter(layer, "cpu") for name, layer in layers.items()}
     adapters["one"].change.data.fill_(1)
     x = random(2, 3)
     with attached(adapters, layers.get_submodule):
@@ -135,7 +135,7 @@ def test_only_the_named_layers_change():
 def test_hooks_are_gone_afterwards(failing):
     layer, x = nn.Linear(3, 3), random(2, 3)
     layer.register_forward_hook(lambda module, args, output: output * 2)  # not ours: stays
-    before, adapter = layer(x), Full(layer, "cpu")
+    before, adapter = layer(x), FullAdapter(layer, "cpu")
     adapter.change.data.fill_(1)
     try:
         with attached({"layer": adapter}, lambda name: layer):
@@ -150,7 +150,7 @@ def test_hooks_are_gone_afterwards(failing):
 
 def test_hooks_are_gone_when_a_layer_is_missing():
     layer = nn.Linear(3, 3)
-    adapters = {"layer": Full(layer, "cpu"), "missing": Full(layer, "cpu")}
+    adapters = {"layer": FullAdapter(layer, "cpu"), "missing": FullAdapter(layer, "cpu")}
     with pytest.raises(KeyError), attached(adapters, {"layer": layer}.__getitem__):
         pass
     assert not layer._forward_hooks
@@ -173,7 +173,7 @@ def best_error(matrix, rank):
 @pytest.mark.parametrize("decay", [0.5, 0.8, 0.95])
 def test_truncate_cuts_off_the_tail_and_no_more(decay, rank):
     matrix = of_spectrum([decay**i for i in range(48)], 64, 48)
-    up, down, error = truncate(matrix, rank)
+    up, down, error = truncate_matrix(matrix, rank)
     assert (up.shape, down.shape) == ((64, rank), (rank, 48))
     best = best_error(matrix, rank)
     assert best * (1 - 1e-4) <= error <= best * 1.001 + 1e-6
@@ -183,14 +183,14 @@ def test_truncate_cuts_off_the_tail_and_no_more(decay, rank):
 def test_truncate_of_a_flat_spectrum():
     # The worst case for subspace iteration: noise.
     matrix = random(320, 768)
-    error = truncate(matrix, 4)[2]
+    error = truncate_matrix(matrix, 4)[2]
     best = best_error(matrix, 4)
     assert best * (1 - 1e-6) <= error <= best * 1.002
 
 
 def test_truncate_is_torchs_svd():
     matrix = of_spectrum([8.0, 4.0, 2.0, 1.0, 0.5], 20, 30)
-    up, down, _ = truncate(matrix, 3)
+    up, down, _ = truncate_matrix(matrix, 3)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     torch.testing.assert_close(up @ down, u[:, :3] * s[:3] @ vh[:3], atol=1e-5, rtol=1e-4)
     # The singular values are shared evenly.
@@ -200,7 +200,7 @@ def test_truncate_is_torchs_svd():
 
 def test_truncate_is_exact_for_low_rank():
     matrix = random(40, 3) @ random(3, 50, seed=1)
-    up, down, error = truncate(matrix, 4)
+    up, down, error = truncate_matrix(matrix, 4)
     torch.testing.assert_close(up @ down, matrix, atol=1e-4, rtol=1e-4)
     assert error < 1e-5
 
@@ -208,7 +208,7 @@ def test_truncate_is_exact_for_low_rank():
 @pytest.mark.parametrize("shape", [(3, 50), (50, 3), (3, 3), (1, 1)])
 def test_truncate_to_more_than_there_is(shape):
     matrix = random(*shape)
-    up, down, error = truncate(matrix, 16)
+    up, down, error = truncate_matrix(matrix, 16)
     assert up.shape[1] == down.shape[0] == min(shape)
     torch.testing.assert_close(up @ down, matrix, atol=1e-5, rtol=1e-4)
     assert error < 1e-5
@@ -216,15 +216,15 @@ def test_truncate_to_more_than_there_is(shape):
 
 def test_truncate_convolution():
     change = of_spectrum([2.0**-i for i in range(12)], 12, 8 * 9).unflatten(1, (8, 3, 3))
-    up, down, error = truncate(change, 5)
+    up, down, error = truncate_matrix(change, 5)
     assert (up.shape, down.shape) == ((12, 5, 1, 1), (5, 8, 3, 3))
     assert error == pytest.approx(best_error(change.flatten(1), 5), rel=1e-3)
-    difference = merge(up, down) - change
+    difference = full_change(up, down) - change
     assert float(difference.norm() / change.norm()) == pytest.approx(error, rel=1e-3)
 
 
 def test_truncate_zero():
-    up, down, error = truncate(torch.zeros(12, 20), 4)
+    up, down, error = truncate_matrix(torch.zeros(12, 20), 4)
     assert error == 0.0
     assert torch.equal(up @ down, torch.zeros(12, 20))
 
@@ -232,24 +232,24 @@ def test_truncate_zero():
 def test_truncate_is_the_same_every_time():
     matrix = random(30, 20)
     torch.manual_seed(0)
-    first = truncate(matrix, 4)
+    first = truncate_matrix(matrix, 4)
     torch.manual_seed(1)
-    second = truncate(matrix, 4)
+    second = truncate_matrix(matrix, 4)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
 def test_the_global_generator_is_left_alone():
     layer, matrix = nn.Conv2d(3, 4, 3), random(30, 20)
     state = torch.get_rng_state()
-    LowRank(layer, 2, rng(), "cpu")
-    Full(layer, "cpu")
-    truncate(matrix, 4)
+    LowRankAdapter(layer, 2, rng(), "cpu")
+    FullAdapter(layer, "cpu")
+    truncate_matrix(matrix, 4)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_merge_is_float32():
     up, down = random(5, 2).half(), random(2, 6, 3, 3, seed=1).half()
-    merged = merge(up[:, :, None, None], down)
+    merged = full_change(up[:, :, None, None], down)
     expected = torch.einsum("or,rikl->oikl", up.float(), down.float())
     assert merged.dtype == torch.float32
     torch.testing.assert_close(merged, expected)
