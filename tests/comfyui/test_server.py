@@ -276,5 +276,5 @@ def test_damaged_file_is_said(server):
         "load": node("FMN_LoadForgetPatch", file="cut.safetensors"),
         "inspect": node("FMN_InspectForgetPatch", patch=["load", 0]),
     }
-    with pytest.raises(PromptError, match="cut short or not a safetensors file"):
+    with pytest.raises(PromptError, match="damaged or not a safetensors file"):
         server.run(load)
