@@ -52,7 +52,7 @@ def add_apply(commands: Commands) -> None:
         "--out",
         type=Path,
         metavar="PNG",
-        help=f"the picture ({PICTURE}; a number is appended if it exists)",
+        help=f"the picture ({PICTURE}; with a number if it exists)",
     )
     add_settings(drawing, Drawing())
 

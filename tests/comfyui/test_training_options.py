@@ -1,8 +1,5 @@
 """Previews, saving and resuming in a real ComfyUI: the model comes back bit by bit."""
 
-import json
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -85,38 +82,3 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pack, comfy_model, tmp_path, 
 def test_the_vae_of_another_model_is_refused(pack, comfy_model):
     with pytest.raises(pack("fmn.errors").ForgetError, match="This VAE reads 4 channels"):
         comfy_model.decode(torch.zeros(1, 16, 16, 16))
-
-
-def test_a_curve_stays_small_and_keeps_both_ends(pack):
-    live = pack("nodes.live_training")
-    curve = live.Curve()
-    for index in range(1, 5001):
-        curve.add(index, index / 3)
-        assert len(curve.points) <= live.POINTS and curve.points[-1][0] == index
-    indices = [index for index, _ in curve.points]
-    assert indices[0] <= 64 and len(indices) > live.POINTS // 3
-    gaps = {b - a for a, b in zip(indices, indices[1:-1])}
-    assert len(gaps) == 1
-    curve.add(5001, float("nan"))
-    assert curve.points[-1] == [5000, 1666.67]
-
-
-def test_only_the_last_states_are_kept(pack, monkeypatch):
-    live, sent = pack("nodes.live_training"), []
-    instance = SimpleNamespace(
-        client_id="me", send_sync=lambda event, data, client: sent.append((event, data, client))
-    )
-    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=instance))
-    for number in range(live.KEPT + 5):
-        context = SimpleNamespace(node_id=str(number), prompt_id="p")
-        monkeypatch.setattr(live, "get_executing_context", lambda context=context: context)
-        with live.Live("x" * 10_000, None) as shown:
-            shown.note("y" * 10_000)
-    assert len(live._states) == live.KEPT and ("me", None, "0") not in live._states
-    assert [data["status"] for _, data, _ in sent[:2]] == ["running", "done"]
-    assert all(len(json.dumps(data)) < 2000 for _, data, _ in sent)
-
-    instance.client_id, before = None, len(sent)  # queued by a program that gave no name
-    with live.Live("dog", None):
-        pass
-    assert len(sent) == before and len(live._states) == live.KEPT

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,6 +278,9 @@ def test_recipes_of_version_0_1():
         key = recipe_0_1("state", concept, settings_of(preset, settings), ("blue house",))
         assert key == recorded[preset]
     assert hash_model_0_1(TinyModel()) is None  # no host of version 0.1
+    package = Path(recipes.__file__).parents[1]
+    for host in recipes._code_0_1()["hosts"]:  # a host that moves takes its entry along
+        assert package.joinpath(*host.split(".")).with_suffix(".py").is_file()
 
 
 @pytest.mark.parametrize("changed", ["nothing", "the method", "the lists"])
