@@ -41,7 +41,7 @@ from fmn.linalg import gram, to_float64, truncate_product
 from fmn.methods import reread
 from fmn.methods.reread.attention_output import cross_attention_layers
 from fmn.methods.reread.method import kept_texts
-from fmn.methods.reread.regression import both_sides
+from fmn.methods.reread.regression import Problem, both_sides, solve
 from fmn.methods.reread.regression_data import ConceptSentences, KeptSentences, QuerySampler
 from fmn.metrics.load import load_judge
 from fmn.models.attention_maps import concept_flags
@@ -71,6 +71,11 @@ def by_layer(model, concept, solved):
     return solved_patch(model, model.fingerprint(), [concept], DEFAULTS, changes, [0.0])
 
 
+def solved_by_reread(weight, concepts, kept, settings):
+    problem = Problem("", weight, concepts, kept)
+    return solve(problem, settings, [settings.overshoot] * len(concepts))
+
+
 def method(changes, model, concept):
     return reread.run(model, [concept], replace(DEFAULTS, **changes))
 
@@ -88,14 +93,16 @@ def values(by_head, model, concept):
         own = weight(denoiser, f"{layer.name}.to_v")
         if not by_head:
             concept_, other, stay = (x.flatten(0, 1) for x in rows)
-            return f"{layer.name}.to_v", *method.solve(own, [(concept_, other)], stay, DEFAULTS)
+            return f"{layer.name}.to_v", *solved_by_reread(own, [(concept_, other)], stay, DEFAULTS)
         whole = replace(DEFAULTS, rank=0)
         change = [
-            torch.mm(*method.solve(part, [(rows[0][:, i], rows[1][:, i])], rows[2][:, i], whole))
+            torch.mm(
+                *solved_by_reread(part, [(rows[0][:, i], rows[1][:, i])], rows[2][:, i], whole)
+            )
             for i, part in enumerate(own.chunk(heads))
         ]
         change = torch.cat(change)
-        up, down, _, _ = truncate_product(change, torch.eye(width).double(), DEFAULTS.rank)
+        up, down, _ = truncate_product(change, torch.eye(width).double(), DEFAULTS.rank)
         return f"{layer.name}.to_v", up, down
 
     return by_layer(model, concept, solved)

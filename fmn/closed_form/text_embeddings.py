@@ -74,7 +74,7 @@ def expanded_templates(concept: Concept) -> tuple[str, ...]:
 class EncodesText(Protocol):
     """The part of a ``UNetModel`` that gives contexts."""
 
-    def tokenize(self, prompt: Prompt) -> list[int | None]: ...
+    def tokenize(self, prompt: Prompt) -> Sequence[int | None]: ...
 
     def encode(self, prompt: Prompt) -> Text: ...
 
@@ -213,7 +213,7 @@ def _encode_mentions(
 
 
 def _last_mention(
-    model: EncodesText, prompt: Prompt, ids: list[int | None]
+    model: EncodesText, prompt: Prompt, ids: Sequence[int | None]
 ) -> tuple[int, int, int]:
     """Where the chunk with a subject's last mention starts, and the mention ends and begins."""
     if not prompt.text:
@@ -287,7 +287,7 @@ def encode_chunk(model: EncodesText, text: str | Prompt) -> Text:
     return encoded
 
 
-def _first_end(ids: list[int | None]) -> int:
+def _first_end(ids: Sequence[int | None]) -> int:
     return ids[:CHUNK].index(EOS_ID)
 
 

@@ -25,6 +25,7 @@ from ..models.module_patching import autograd
 from ..patches.merge import Merged, System, finished, joint, opened, system_of
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
+from ..sequences import evenly
 from ..settings import PRESERVE
 
 if TYPE_CHECKING:
@@ -137,8 +138,7 @@ def _prompts(concepts: list[Concept], count: int) -> list[str]:
 
 def _subsample(texts: list[str], count: int) -> list[str]:
     """At most ``count`` texts, at even distances."""
-    count = min(count, len(texts))
-    return [texts[i * len(texts) // count] for i in range(count)]
+    return evenly(texts, min(count, len(texts)))
 
 
 class _LayerInputs:

@@ -104,7 +104,7 @@ class _LayerInputs:
     def __init__(self, model: UNetModel, inputs: list[Tensor]):
         self.model, self.inputs = model, inputs
 
-    def tokenize(self, prompt: Prompt) -> list[int | None]:
+    def tokenize(self, prompt: Prompt) -> Sequence[int | None]:
         return self.model.tokenize(prompt)
 
     def encode(self, prompt: Prompt) -> Text:

@@ -75,3 +75,12 @@ def test_words_to_keep_count_or_are_refused(pack, comfy_model, preset):
         return
     without, kept = made(), made("a yapping puppy")
     assert without.keys() != kept.keys() or any((without[k] != kept[k]).any() for k in kept)
+
+
+def test_a_renamed_setting_keeps_its_input(pack):
+    """Workflows for API use name inputs by their id, which stays that of version 0.1."""
+    node = next(node for node in pack("nodes.methods").NODES if node.method == "reread")
+    ids = [entry.id for entry in node.define_schema().inputs]
+    assert ids[1:3] == ["push", "push_style"] and "overshoot" not in ids
+    settings = node.execute(push=1.5, kept=7, training_seed=3).result[0]
+    assert (settings.overshoot, settings.keep_prompts, settings.seed) == (1.5, 7, 3)

@@ -47,14 +47,13 @@ class ComfyHost:
         vae: VAE | None = None,
     ) -> None:
         self.patcher, self.family, self.clip, self.vae = patcher, family, clip, vae
-        self.compvis = {layer.name: layer.compvis for layer in layers(family)}
         sampling = patcher.get_model_object("model_sampling")
         v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
         self.prediction = "v" if v else "epsilon"
 
     def key(self, name: str) -> str:
         """ComfyUI's key of a layer's weight."""
-        return f"{PREFIX}{self.compvis[name]}.weight"
+        return f"{PREFIX}{layers_by_name(self.family)[name].compvis}.weight"
 
     def fingerprint(self) -> str:
         def weight_of(layer: Layer) -> Tensor:

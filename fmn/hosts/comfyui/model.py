@@ -153,7 +153,7 @@ class ComfyModel(ComfyHost):
                 f"{given}, as it knows no such variant of the family: train on its base model."
             )
         with self._loaded() as patcher:
-            yield UNet(self, patcher)
+            yield UNet(self.family, patcher)
 
     def _channels_beside_noise(self) -> int:
         x = torch.zeros(1, 4, 8, 8)

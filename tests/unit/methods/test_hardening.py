@@ -331,8 +331,8 @@ def test_steps_and_what_is_trained(model, concepts):
 
 
 def test_a_run_makes_a_plain_lora(model, tmp_path, monkeypatch):
-    steps, settings, finished = [], replace(SETTINGS, rank=2, robust_rank=3), method.solved_patch
-    monkeypatch.setattr(method, "solved_patch", lambda *given: (finished(*given), given[-1]))
+    steps, settings, plain = [], replace(SETTINGS, rank=2, robust_rank=3), method.solved_patch
+    monkeypatch.setattr(method, "solved_patch", lambda *given: (plain(*given), given[-1]))
     patch, losses = method.run(model, [DOG, CAR], settings, steps.append)
     total = STEPS + 1 + training_images.batch_count(settings, 2)
     assert [(step.index, step.total) for step in steps] == [
