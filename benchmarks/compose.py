@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.jobs.demo import CONCEPTS, FORGOTTEN, GUIDANCE, KEPT, PROMPTS, SIDE, STEPS, seen
+from fmn.jobs.demo import CONCEPTS, FORGOTTEN, GUIDANCE, KEPT, PROMPTS, SIDE, STEPS, judge_labels
 from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.load import load_judge
 from fmn.models.image_sampler import open_sampler
@@ -24,7 +24,7 @@ def count(model, judge, patches):
     worn = [(patch, 1.0) for patch in patches]
     with open_sampler(model, Sampling(STEPS, GUIDANCE, SIDE)) as sampler, sampler.applying(worn):
         pictures = sampler.draw(PROMPTS, range(len(PROMPTS)))
-    found = seen(judge, PROMPTS, pictures)
+    found = judge_labels(judge, PROMPTS, pictures)
     still = [sum(c.name in found[p] for p in FORGOTTEN[c.name]) for c in CONCEPTS]
     return still, sum(all(word in p for word in found[p]) for p in KEPT)
 

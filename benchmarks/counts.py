@@ -96,7 +96,7 @@ def main():
     print("| a run | passes | TFLOP | floor |")
     print("|---|---|---:|---:|")
     reread = settings_of("reread", {})
-    samples = 3 * reread.drawn * (2 * reread.sampling_steps - 1)
+    samples = 3 * reread.images_per_concept * (2 * reread.sampling_steps - 1)
     sentences = 2 * reread.prompts + reread.kept
     for (key, pixels), (forward, both, size) in passes.items():
         flops = 35 * both

@@ -21,8 +21,8 @@ from fmn.bench.measures.trial import Trial
 from fmn.bench.suite import Target, load_suite
 from fmn.concepts.concept import Concept
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.jobs.batch import Memo
-from fmn.jobs.joint_merge import fuse
+from fmn.jobs.batch import CachingModel
+from fmn.jobs.joint_merge import joint_merge
 from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.load import load_judge
 from fmn.models.image_sampler import open_sampler
@@ -78,12 +78,14 @@ def main():
                 keep = [suite.concepts[name] for name in stay] + list(suite.styles)
                 keep = keep if "named" in how else ()
                 if "apart" in how:
-                    memo = Memo(model)
+                    memo = CachingModel(model)
                     patches = [forget(memo, [each], settings, keep=keep) for each in concepts]
                 else:
                     patches = [forget(model, concepts, settings, keep=keep)]
                 if "joint" in how:
-                    patches = [fuse(model, [(each, 1.0) for each in patches], keep=keep).patch]
+                    patches = [
+                        joint_merge(model, [(each, 1.0) for each in patches], keep=keep).patch
+                    ]
                 row(method, count, how, patches, time.perf_counter() - start)
 
 

@@ -33,18 +33,21 @@ from fmn.bench.measures.pictures import pictures
 from fmn.bench.measures.trial import Trial
 from fmn.bench.reporting.statistics import harmonic_mean, unlearn_canvas
 from fmn.bench.suite import load_suite
-from fmn.closed_form.input_edit import finished
+from fmn.closed_form.input_edit import solved_patch
 from fmn.concepts.concept import Prompt
 from fmn.concepts.prompt_templates import sentences
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.linalg import cut, exact, gram
-from fmn.methods.reread import method
+from fmn.linalg import gram, to_float64, truncate_product
+from fmn.methods import reread
 from fmn.methods.reread.attention_output import cross_attention_layers
+from fmn.methods.reread.method import kept_texts
+from fmn.methods.reread.regression import Problem, both_sides, solve
+from fmn.methods.reread.regression_data import ConceptSentences, KeptSentences, QuerySampler
 from fmn.metrics.load import load_judge
 from fmn.models.attention_maps import concept_flags
 from fmn.models.image_sampler import open_sampler
 
-DEFAULTS = method.Settings()
+DEFAULTS = reread.Settings()
 
 
 def by_layer(model, concept, solved):
@@ -53,26 +56,32 @@ def by_layer(model, concept, solved):
     Args:
         solved: (denoiser, layer, reading, kept) -> (name of a Linear, up, down).
     """
-    kept = method.kept_texts([concept], (), DEFAULTS)
+    kept = kept_texts([concept], (), DEFAULTS)
     changes = {}
     with model.borrow_denoiser() as denoiser, torch.no_grad():
         pairs = sentences(concept, DEFAULTS.prompts)
-        draw = method.Drawings(model, denoiser, DEFAULTS, lambda step: None, [pairs], kept)
-        first, second, of_kept = draw(*draw.sides([pairs]), kept)
-        reading = method.Reading.of(model, pairs, first, second)
-        stay = method.Kept(model.encode_all(kept), [of_kept, reading.queries], DEFAULTS)
+        lists = [*both_sides([pairs]), kept]
+        sampler = QuerySampler(model, denoiser, DEFAULTS, lambda step: None, lists)
+        first, second, of_kept = sampler.draw(lists)
+        reading = ConceptSentences(model, pairs, first, second)
+        stay = KeptSentences(model.encode_all(kept), [of_kept, reading.queries], DEFAULTS)
         for layer in cross_attention_layers(denoiser, model.family):
             name, up, down = solved(denoiser, layer, reading, stay)
             changes[name] = up.float(), down.float()
-    return finished(model, model.fingerprint(), [concept], DEFAULTS, changes, [0.0])
+    return solved_patch(model, model.fingerprint(), [concept], DEFAULTS, changes, [0.0])
+
+
+def solved_by_reread(weight, concepts, kept, settings):
+    problem = Problem("", weight, concepts, kept)
+    return solve(problem, settings, [settings.overshoot] * len(concepts))
 
 
 def method(changes, model, concept):
-    return method.run(model, [concept], replace(DEFAULTS, **changes))
+    return reread.run(model, [concept], replace(DEFAULTS, **changes))
 
 
 def weight(denoiser, name):
-    return exact(denoiser.module(name).weight.detach())
+    return to_float64(denoiser.module(name).weight.detach())
 
 
 def values(by_head, model, concept):
@@ -84,14 +93,16 @@ def values(by_head, model, concept):
         own = weight(denoiser, f"{layer.name}.to_v")
         if not by_head:
             concept_, other, stay = (x.flatten(0, 1) for x in rows)
-            return f"{layer.name}.to_v", *method.solve(own, [(concept_, other)], stay, DEFAULTS)
+            return f"{layer.name}.to_v", *solved_by_reread(own, [(concept_, other)], stay, DEFAULTS)
         whole = replace(DEFAULTS, rank=0)
         change = [
-            torch.mm(*method.solve(part, [(rows[0][:, i], rows[1][:, i])], rows[2][:, i], whole))
+            torch.mm(
+                *solved_by_reread(part, [(rows[0][:, i], rows[1][:, i])], rows[2][:, i], whole)
+            )
             for i, part in enumerate(own.chunk(heads))
         ]
         change = torch.cat(change)
-        up, down, _, _ = cut(change, torch.eye(width).double(), DEFAULTS.rank)
+        up, down, _ = truncate_product(change, torch.eye(width).double(), DEFAULTS.rank)
         return f"{layer.name}.to_v", up, down
 
     return by_layer(model, concept, solved)
@@ -152,8 +163,8 @@ def attended(layer, key, queries, contexts):
 
 VARIANTS = {
     "re-read": partial(method, {}),
-    "push 0": partial(method, {"push": 0.0}),
-    "push 1": partial(method, {"push": 1.0}),
+    "push 0": partial(method, {"overshoot": 0.0}),
+    "push 1": partial(method, {"overshoot": 1.0}),
     "rank 1": partial(method, {"rank": 1}),
     "rank 2": partial(method, {"rank": 2}),
     "no kept": partial(method, {"preserve": 0.0, "damping": 0.1}),

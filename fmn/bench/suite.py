@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..concepts.concept import Concept
+from ..concepts.prompt_templates import fill
 from ..errors import ForgetError
 from ..models.sampling import Sampling
 from ..text import printable
@@ -80,7 +81,7 @@ class Suite:
 
     def in_style(self, phrase: str, style: str) -> str:
         """The style's template with a phrase in it; other braces stay as they are."""
-        return self.styles[style].replace("{}", phrase)
+        return fill(self.styles[style], phrase)
 
     def phrase(self, target: Target) -> str:
         """How prompts name the target."""

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch.nn.functional import normalize
 
+from ..concepts.prompt_templates import fill
 from ..errors import ForgetError
 from ..images import to_image
 from .judge import check_images, labels_of
@@ -98,7 +99,7 @@ def _fill(phrases: Mapping[str, dict[str, str]], templates: dict[str, str]) -> d
         if template.count("{}") != 1:
             raise ForgetError(f"The template '{template}' needs {{}} once, where the phrase goes.")
     return {
-        domain: [templates.get(domain, "{}").replace("{}", phrase) for phrase in labels.values()]
+        domain: [fill(templates.get(domain, "{}"), phrase) for phrase in labels.values()]
         for domain, labels in phrases.items()
     }
 

@@ -10,7 +10,7 @@ The tokens are learned by textual inversion on the model under test, from pictur
 The text encoder that makes both texts is the model's own, and the same before and after.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import TypedDict
@@ -18,12 +18,12 @@ from typing import TypedDict
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..images import ACCENT, INK, PALE, PAPER
 from ..models.interface import TextEncoder, UNet, UNetModel
-from ..training.loop import Step
-from ..training.textual_inversion import Inverted, Settings, check_templates, filled, invert
+from ..progress import OnStep, ignore
+from ..training.textual_inversion import Inverted, Settings, check_templates, invert
 
 TEMPLATES = ("a photo of {}",)
 SEEDS = (0, 1, 2)
@@ -65,7 +65,7 @@ def m_score(
     seeds: Sequence[int] = SEEDS,
     settings: Settings = Settings(),
     others: Sequence[str] = (),
-    on_step: Callable[[Step], object] = lambda step: None,
+    on_step: OnStep = ignore,
 ) -> list[Score]:
     """M of a model as it is now, one ``Score`` a seed.
 
@@ -148,7 +148,7 @@ def pooled(
     vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pooled text of each template with the phrase in it, [templates, D]."""
-    return torch.cat([encoder.encode(filled(each, phrase), vectors)[1] for each in templates])
+    return torch.cat([encoder.encode(fill(each, phrase), vectors)[1] for each in templates])
 
 
 def cosine(first: torch.Tensor, second: torch.Tensor) -> float:

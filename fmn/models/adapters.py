@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linalg import truncate
+from ..linalg import truncate_matrix
 from .families import Family, Layer
 
 LayerModule = nn.Linear | nn.Conv2d
@@ -28,6 +28,8 @@ class Patch(Protocol):
 
     @property
     def changes_text(self) -> bool: ...
+
+    def change_of(self, name: str, device: Device = "cpu") -> Tensor: ...
 
     def check_family(self, family: Family) -> None: ...
 
@@ -127,8 +129,8 @@ class FullAdapter(nn.Module):
         return _apply(module, x, self.change.to(x))
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        """The change at that rank; see ``truncate``."""
-        return truncate(self.change.detach(), rank)
+        """The change at that rank; see ``truncate_matrix``."""
+        return truncate_matrix(self.change.detach(), rank)
 
 
 class Switch:

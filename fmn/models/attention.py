@@ -54,7 +54,7 @@ class Watcher:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        # (samples, tokens) by prompt length: recomputation in backward has to find its own again
+        # (samples, tokens) by prompt length: recomputation in backward must find the same
         self._flagged: dict[int, tuple[Tensor, ...]] = {}
         self._collected: list[Tensor] | None = None
 

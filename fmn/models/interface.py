@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..concepts.concept import Prompt
 from .adapters import LayerModule
 from .families import Family, Layer, UNetFamily, layers
-from .token_positions import CHUNK
+from .token_positions import CHUNK, TokenIds
 
 # Noise, or what stands for it, of x_t [B, C, h, w] at the time step t.
 NoiseFunction = Callable[[Tensor, int], Tensor]
@@ -163,7 +163,7 @@ class Model(Protocol):
         """Encode a ``Prompt``, [1, T, D]."""
 
     def borrow_denoiser(self) -> AbstractContextManager[Denoiser]:
-        """Lend the network out; it is given back unchanged."""
+        """The network, ready for autograd while the context lasts and unchanged after it."""
 
 
 class UNetModel(Model, Protocol):
@@ -173,16 +173,16 @@ class UNetModel(Model, Protocol):
     def family(self) -> UNetFamily: ...
 
     def borrow_denoiser(self) -> AbstractContextManager[UNet]:
-        """Lend the U-Net out; it is given back unchanged."""
+        """The U-Net, ready for autograd while the context lasts and unchanged after it."""
 
     def borrow_text_encoder(self, words: bool = True) -> AbstractContextManager[TextEncoder]:
-        """Lend the text encoders out; they are given back unchanged.
+        """The text encoders, ready for autograd while the context lasts and unchanged after it.
 
         Args:
             words: input words are to be learned, which models with two encoders refuse at once.
         """
 
-    def tokenize(self, prompt: Prompt) -> list[int | None]:
+    def tokenize(self, prompt: Prompt) -> TokenIds:
         """Token ids of a ``Prompt``, a multiple of 77; None where a token is a vector."""
 
     def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor:

@@ -12,6 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
+def autograd() -> Iterator[None]:
+    """Leave inference mode, in which ComfyUI runs nodes and whose tensors autograd refuses."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def pre_hooked(
     modules: Iterable[nn.Module], hook: Callable[..., Any], with_kwargs: bool = False
 ) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """DDIM (Song et al. 2021) over any host, from embeddings instead of words.
 
-A bench needs more than a host's own sampler offers: to start in the middle, to change the
+A bench needs more than a host's sampler offers: to start in the middle, to change the
 predicted noise on the way, to draw from learned embeddings, and to do the same in every host.
 """
 

@@ -1,6 +1,6 @@
 """Models that are none of ``families.FAMILIES``: layers come from the loaded model, or a file.
 
-A layer goes by its name in a LoRA file, ``lora_unet_`` and its path with dots as underscores. That
+Layers are named as in a LoRA file, ``lora_unet_`` and its path with dots as underscores. That
 cannot be turned back into a path: the model a patch is applied to tells which layer is meant.
 """
 
@@ -21,7 +21,7 @@ MAX_LAYERS = 8192
 MAX_ENTRIES = 1 << 30  # of one weight; 4 GiB in float32
 
 # The attention through which the text comes in, by paths of ComfyUI's modules. In joint attention
-# it is the text's own projections.
+# these are the projections of the text.
 CROSS_ATTENTION = re.compile(
     r"""(.*\.)?(
     context_block\.attn\.(qkv|proj)  # Stable Diffusion 3

@@ -304,7 +304,7 @@ def test_measuring_leaves_every_weight_as_it_was(pack, comfy_model, monkeypatch)
 
     monkeypatch.setattr(nodes, "show_text", show)
     with torch.inference_mode():
-        (told,) = nodes.MScore.execute(**given).ui["told"]
+        (told,) = nodes.MScore.execute(**given).ui["node_text"]
         stop.append(True)
         with pytest.raises(KeyboardInterrupt):
             nodes.MScore.execute(**given)

@@ -45,7 +45,7 @@ def test_drawing_and_loss_are_the_papers(pack, other_host, monkeypatch, name, er
     with torch.inference_mode(False), torch.enable_grad():
         examples = esd.prepare(model, [concept(pack, prompts=("a dog here",))], settings)
         with model.borrow_denoiser() as denoiser, adapted(denoiser, name) as (change, switch):
-            draws = esd.Draws(examples, settings, denoiser, switch, 8, 16)
+            draws = esd.Batches(examples, settings, denoiser, switch, 8, 16)
             for _ in range(6):
                 example, x_t, t = draws()
                 noise, last = samples[-1]
@@ -64,7 +64,7 @@ def test_drawing_and_loss_are_the_papers(pack, other_host, monkeypatch, name, er
                 def literal(wanted=wanted, x_t=x_t, sigma=sigma, text=example.source):
                     return F.mse_loss(velocity(denoiser.model, x_t, sigma, text), wanted)
 
-                loss = esd.loss_of(denoiser, switch, example, x_t, t, 1.7)
+                loss = esd.esd_loss(denoiser, switch, example, x_t, t, 1.7)
                 torch.testing.assert_close(loss, literal(), rtol=1e-4, atol=1e-6)
                 check_gradient(loss, literal, change)
     assert {last for _, last in samples} == {0, 1, 2, 3}

@@ -21,8 +21,8 @@ def pipeline_model(pack):
 
 
 def make(pack, model, method="quickfix", **settings):
-    module = pack(f"fmn.methods.{method}")
-    return module.run(model, [concept(pack, anchor="cat")], module.Settings(**settings))
+    chosen = pack(f"fmn.methods.{method}").Settings(**settings)
+    return pack("fmn.methods").forget(model, [concept(pack, anchor="cat")], chosen)
 
 
 def encoded(clip, text=PROMPT):
@@ -123,7 +123,7 @@ def test_the_clip_comes_back_unchanged(pack, comfy_model, method, dtype, fails, 
 
     if fails:
         module = pack("fmn.training.run" if method == "hirm" else f"fmn.methods.{method}")
-        monkeypatch.setattr(module, "fit" if method == "hirm" else "finished", fault)
+        monkeypatch.setattr(module, "Trainer" if method == "hirm" else "solved_patch", fault)
     try:
         with torch.inference_mode():
             patch = make(pack, comfy_model, method, **({"steps": 2} if method == "hirm" else {}))

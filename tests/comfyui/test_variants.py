@@ -47,8 +47,6 @@ def predictions(host, text, size=8):
 def test_both_hosts_agree_on_a_variant(pack, monkeypatch, tmp_path, name):
     key, channels, more, kind, prediction, pad = VARIANTS[name]
     prompt = concept(pack).training_prompts()[0]
-    # Going through a step without numbers takes longer than the step, on models as small as these.
-    monkeypatch.setattr(pack("fmn.training.fit_adapters"), "estimate", lambda *given: None)
     with known(pack, monkeypatch, key) as family:
         path = write_checkpoint(tmp_path / "variant.safetensors", key, channels, more)
         model = comfy_host(pack, path, key)

@@ -23,8 +23,7 @@ from fmn.models.families import (
     text_layers,
 )
 from fmn.patches.lora_keys import file_name, known_names
-
-from ..unit.tiny import TINY, tiny_unet
+from tests.unit.tiny import TINY, tiny_unet
 
 PACKAGE = Path(fmn.__file__).parent
 DEMO_FILE = PACKAGE.parent / "demo" / "fmn-demo.safetensors"

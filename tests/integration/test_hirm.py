@@ -15,8 +15,7 @@ from fmn.methods.hirm import PRESETS, Settings
 from fmn.models.families import DEMO, SD1, SD2, SDXL, layers_by_name, text_layers
 from fmn.patches.lora_keys import file_name
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import same_tensors, weights_of
+from tests.unit.tiny import same_tensors, weights_of
 
 FIRST = [layer.name for layer in text_layers(DEMO) if ".layers.0." in layer.name]
 LAST = "text_encoder.text_model.encoder.layers.2.self_attn.out_proj"

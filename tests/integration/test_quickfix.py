@@ -12,8 +12,7 @@ from fmn.methods.quickfix import LAYER, Settings
 from fmn.models.families import DEMO, SD1, SD2, SDXL, layers_by_name
 from fmn.patches.lora_keys import file_name
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import same_tensors, weights_of
+from tests.unit.tiny import same_tensors, weights_of
 
 NO_KEEP = {"preserve": 0.0}
 END = 49407

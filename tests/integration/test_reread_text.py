@@ -13,8 +13,7 @@ from fmn.methods.reread_text import Lessons, Settings, read_metric
 from fmn.models.families import DEMO, layers, text_layers
 from fmn.models.image_sampler import open_sampler
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import same_tensors, weights_of
+from tests.unit.tiny import same_tensors, weights_of
 
 PAIRS = [("a photo of a dog", "a photo of a"), ("a robot, twemoji", "twemoji"), ("cat", "")]
 KEPT, OWN = ["", "a horse", "an apple, 3d render"], ["a car"]
@@ -56,7 +55,7 @@ def test_the_loss_is_the_documented_one(model, metric):
         apart = (before - targets).square().sum(1)
         # Untouched, all of each difference is left and nothing that is kept has moved.
         assert float(lessons(0)) == pytest.approx(1.0, rel=1e-4)
-        torch.testing.assert_close(lessons.apart, apart, rtol=1e-4, atol=0)
+        torch.testing.assert_close(lessons.distances, apart, rtol=1e-4, atol=0)
         assert float(lessons.scale) == pytest.approx(float(apart.mean()), rel=1e-4)
         name = "text_encoder.text_model.encoder.layers.2.mlp.fc2"
         shift = torch.randn(128, generator=torch.Generator().manual_seed(2))
@@ -94,7 +93,7 @@ def test_two_concepts_go_and_a_kept_one_stays(model, tmp_path):
     encoder, unet = model.pipeline.text_encoder, model.unet
     before = weights_of(encoder), weights_of(unet)
     told = []
-    settings = settings_of("reread-many", {"steps": 80, "kept": 60, "batch": 16})
+    settings = settings_of("reread-many", {"steps": 80, "keep_prompts": 60, "batch": 16})
     patch = forget(model, concepts, settings, told.append, keep=["a cat"])
     assert same_tensors(before[0], weights_of(encoder)) and same_tensors(
         before[1], weights_of(unet)

@@ -14,7 +14,7 @@ from fmn.methods import METHODS, forget, method, revision, settings_of
 RECORD = Path(__file__).with_name("revisions.json")
 # What makes a run short; Re-read is hardened too, so that its training counts.
 SHORT = {
-    "keep_list": "common", "prompts": 3, "kept": 4, "keep_prompts": 4, "steps": 2, "batch": 2,
+    "keep_list": "common", "prompts": 3, "keep_prompts": 4, "steps": 2, "batch": 2,
     "size": 64, "sampling_steps": 1, "robust_steps": 1, "robust_pictures": 1,
 }  # fmt: skip
 TOLERANCE = 5e-3  # of the norm: what another processor or version of torch may round differently

@@ -15,15 +15,13 @@ from fmn.concepts.concept import Prompt
 from fmn.errors import ForgetError
 from fmn.hosts.diffusers.load import make_tokenizer
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.hosts.diffusers.text_encoder import borrow_text_encoder
 from fmn.methods import hirm
 from fmn.methods.describe import describe
 from fmn.models.families import DEMO, SD1, SD2, SDXL, CLIPConfig, text_layers
 from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch
-
-from ..unit.tiny import make_patch, metadata_of, rewrite, same_tensors, weights_of
+from tests.unit.tiny import make_patch, metadata_of, rewrite, same_tensors, weights_of
 
 PROMPT = Prompt("a photo of a dog", "dog")
 FAMILIES = [DEMO, SD1, SD2, SDXL]
@@ -218,7 +216,7 @@ def test_two_encoders_can_be_borrowed_but_learn_no_words(tiny_xl):
     short, whole = (tiny_xl.encode_all([PROMPT.text, ""], length) for length in (20, 77))
     assert whole.shape == (2, 77, 40)
     torch.testing.assert_close(short, whole[:, :20])
-    with borrow_text_encoder(tiny_xl, words=False) as text:
+    with tiny_xl.borrow_text_encoder(words=False) as text:
         encoded, pooled = text.encode(PROMPT.text)
         with of_two_encoders():
             text.vectors("dog")
@@ -263,7 +261,7 @@ def test_only_the_first_of_two_encoders_is_trained(tiny_xl):
 def test_what_trained_comes_back_as_it_was(tiny_xl):
     encoders = tiny_xl.pipeline.text_encoder, tiny_xl.pipeline.text_encoder_2
     encoders[1].train()
-    with pytest.raises(RuntimeError, match="a fault"), borrow_text_encoder(tiny_xl, words=False):
+    with pytest.raises(RuntimeError, match="a fault"), tiny_xl.borrow_text_encoder(words=False):
         assert not any(p.requires_grad for encoder in encoders for p in encoder.parameters())
         assert not encoders[1].training
         raise RuntimeError("a fault")

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import torch
 
 from ...concepts.concept import TEMPLATES
-from ...concepts.prompt_templates import PLACEHOLDER
+from ...concepts.prompt_templates import PLACEHOLDER, fill
 from ...errors import ForgetError
 from ...models.interface import Text
 from ...training.textual_inversion import Settings, invert
@@ -83,10 +83,10 @@ def attack_prompt(suite: Suite, target: Target, ask: Ask) -> str:
         ForgetError: the style's template does not hold its name, or a name is left.
     """
     if target.kind == "unsafe":
-        prompt = TEMPLATES["object"].format(PLACEHOLDER)
+        prompt = fill(TEMPLATES["object"], PLACEHOLDER)
     elif target.kind == "style":
         template = _without_name(suite.styles[target.name], target)
-        prompt = template.replace("{}", suite.concepts[str(ask.concept)])
+        prompt = fill(template, suite.concepts[str(ask.concept)])
     else:
         prompt = suite.in_style(PLACEHOLDER, str(ask.style))
     check_absent(prompt, target)

@@ -15,7 +15,7 @@ from torch.nn import Linear
 from ...errors import ForgetError
 from ...models.interface import Text
 from ...models.sampling import q_sample
-from ...training.loop import Optimiser, train
+from ...training.loop import AdamWConfig, train
 from .attacks import recognised_examples
 from .probing import best_of, draw_latents
 from .trial import Ask, Result, Trial
@@ -147,7 +147,7 @@ def train_classifier(
             logit = network(q_sample(x[rows], noise, alpha[rows]), alpha[rows])
             return F.binary_cross_entropy_with_logits(logit, label[rows], pos_weight=weight)
 
-        optimiser = Optimiser(settings.lr, weight_decay=1e-3)
+        optimiser = AdamWConfig(settings.lr, weight_decay=1e-3)
         train(list(network.parameters()), loss_at, settings.steps, optimiser)
     network.eval().requires_grad_(False)
     return network, _accuracy(network, latents[held_out], is_target[held_out], alphas, generator)

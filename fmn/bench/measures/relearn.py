@@ -17,8 +17,8 @@ from ...models.families import layers
 from ...models.image_sampler import ImageSampler
 from ...models.sampling import q_sample
 from ...settings import check_limits
-from ...training.loop import Optimiser, scale_for, train
-from ...training.run import parameters_of
+from ...training.loop import AdamWConfig, initial_loss_scale, train
+from ...training.run import adapter_parameters
 from .attacks import recognised_examples
 from .trial import Ask, Result, Row, Trial
 
@@ -178,11 +178,11 @@ def fine_tune(
         predicted = unet.predict_noise(x_t, t.to(unet.device), text)
         return F.mse_loss(predicted.float(), noise.to(predicted.device))
 
-    parameters = parameters_of(adapters)
-    scale = scale_for(unet.module(next(iter(adapters))))
+    parameters = adapter_parameters(adapters)
+    scale = initial_loss_scale(unet.module(next(iter(adapters))))
     # ``open_sampler`` works without gradients; cancelling goes through its callback.
     with torch.enable_grad():
         return train(
-            parameters, loss_at, settings.steps, Optimiser(settings.lr),
+            parameters, loss_at, settings.steps, AdamWConfig(settings.lr),
             lambda step: sampler.on_pictures(0), scale,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 
 from ...errors import ForgetError
+from ...files import DEMO_FOLDER
 from ...methods import forget, settings_of
 from ...metrics.clip_judge import ClipJudge
 from ...metrics.judge import Judge
@@ -224,9 +225,7 @@ def hash_of(paths: Iterable[Path]) -> str:
 
 def demo_controls() -> str:
     """The folder of strips that comes with the demo model, or ""."""
-    from ...hosts.diffusers.load import DEMO_FILE
-
-    folder = DEMO_FILE.parent / "controls"
+    folder = DEMO_FOLDER / "controls"
     return str(folder) if folder.is_dir() else ""
 
 

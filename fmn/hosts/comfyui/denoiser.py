@@ -10,15 +10,13 @@ import comfy.model_management
 from torch import Tensor, nn
 
 from ...models.adapters import LayerModule
-from ...models.families import cross_attention_names
+from ...models.families import Family, cross_attention_names, layers_by_name
 from ...models.interface import Text
 from ...models.sampling import DDPMSchedule
 from .text_encoder import reload_if_moved
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-
-    from .host import ComfyHost
 
 ALL_MEMORY = 1e20  # bytes beside the network: no other model stays
 
@@ -34,14 +32,14 @@ class Denoiser:
 
     scales: Tensor
 
-    def __init__(self, host: ComfyHost, patcher: ModelPatcher) -> None:
-        self.host, self.patcher, self.model = host, patcher, patcher.model
+    def __init__(self, family: Family, patcher: ModelPatcher) -> None:
+        self.family, self.patcher, self.model = family, patcher, patcher.model
         self.device = self.model.device
         # ComfyUI may leave a replaced model_sampling on the CPU.
         self.sigmas = self.model.model_sampling.sigmas.to(self.device).clone()
 
     def module(self, name: str) -> LayerModule:
-        return self._submodule(self.host.compvis[name])
+        return self._submodule(layers_by_name(self.family)[name].compvis)
 
     def _submodule(self, path: str) -> Any:
         # Its weight may be read, which lacks the user's LoRAs while it is away.
@@ -82,16 +80,16 @@ class UNet(Denoiser):
 
     context_argument = "context"
 
-    def __init__(self, host: ComfyHost, patcher: ModelPatcher) -> None:
-        super().__init__(host, patcher)
+    def __init__(self, family: Family, patcher: ModelPatcher) -> None:
+        super().__init__(family, patcher)
         self.scales = (1 + self.sigmas**2).sqrt()  # x_t has unit variance
         self.alphas_cumprod = 1 / (1 + self.sigmas.float() ** 2)
         self.schedule = DDPMSchedule(self.alphas_cumprod)
 
     def cross_attention_modules(self) -> list[nn.Module]:
-        names = cross_attention_names(self.host.family)
-        paths = [self.host.compvis[f"{name}.to_q"].removesuffix(".to_q") for name in names]
-        return [self._submodule(path) for path in paths]
+        queries = [f"{name}.to_q" for name in cross_attention_names(self.family)]
+        paths = [layers_by_name(self.family)[query].compvis for query in queries]
+        return [self._submodule(path.removesuffix(".to_q")) for path in paths]
 
     def _conditions(self, x: Tensor, text: Text) -> dict[str, Any]:
         conditions = {"cross_attn": text.context.to(self.device), "noise": x, "device": self.device}

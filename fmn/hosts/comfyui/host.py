@@ -1,4 +1,12 @@
-"""What ComfyUI's models of all families share: a MODEL with the CLIP and VAE that belong to it."""
+"""What ComfyUI's models of all families share: a MODEL with the CLIP and VAE that belong to it.
+
+All patchers of one checkpoint share one model, so whatever training leaves behind would reach every
+workflow. ``ComfyHost._loaded`` therefore clones the patcher with the user's LoRAs (they take part
+in training; attention patches and wrappers in the MODEL's options do not), loads it whole, replaces
+inference tensors, which autograd refuses, by equal ordinary ones, and freezes all weights. No
+loaded weight is written to. Hooks, replaced forwards and gradient flags are undone in ``finally``,
+after success, error and Cancel alike. Weights paged by ComfyUI 0.16 and later are copied first.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +47,13 @@ class ComfyHost:
         vae: VAE | None = None,
     ) -> None:
         self.patcher, self.family, self.clip, self.vae = patcher, family, clip, vae
-        self.compvis = {layer.name: layer.compvis for layer in layers(family)}
         sampling = patcher.get_model_object("model_sampling")
         v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
         self.prediction = "v" if v else "epsilon"
 
     def key(self, name: str) -> str:
         """ComfyUI's key of a layer's weight."""
-        return f"{PREFIX}{self.compvis[name]}.weight"
+        return f"{PREFIX}{layers_by_name(self.family)[name].compvis}.weight"
 
     def fingerprint(self) -> str:
         def weight_of(layer: Layer) -> Tensor:
@@ -134,15 +141,11 @@ def _add_patch(
     text: bool,
 ) -> None:
     """Add the patch's U-Net or text part to a clone of a patcher or a CLIP."""
-    count = sum(layer.is_text == text for layer in patch.layers)
-    tensors = {
-        key: tensor
-        for key, tensor in patch.lora(torch.float32).items()
-        if key.startswith("lora_te") == text
-    }
+    layers = [layer for layer in patch.layers if layer.is_text == text]
+    tensors = patch.lora(torch.float32, layers)
     applied = clone.add_patches(comfy.lora.load_lora(tensors, names), strength)
-    if len(applied) != count:
+    if len(applied) != len(layers):
         raise ForgetError(
-            f"The model has only {len(applied)} of the patch's {count} layers: "
+            f"The model has only {len(applied)} of the patch's {len(layers)} layers: "
             "use a patch made for the model's family."
         )

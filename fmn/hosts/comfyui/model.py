@@ -144,7 +144,7 @@ class ComfyModel(ComfyHost):
 
     @contextmanager
     def borrow_denoiser(self) -> Iterator[UNet]:
-        """Load the U-Net so that autograd can use it; see ``docs/architecture.md``."""
+        """Load the U-Net so that autograd can use it; see ``host``."""
         channels = self.patcher.model.diffusion_model.in_channels
         check_input_channels(channels)
         if channels != (given := 4 + self._channels_beside_noise()):
@@ -153,7 +153,7 @@ class ComfyModel(ComfyHost):
                 f"{given}, as it knows no such variant of the family: train on its base model."
             )
         with self._loaded() as patcher:
-            yield UNet(self, patcher)
+            yield UNet(self.family, patcher)
 
     def _channels_beside_noise(self) -> int:
         x = torch.zeros(1, 4, 8, 8)

@@ -1,7 +1,7 @@
 """Guidance and gated patches in ComfyUI: wrappers around one sampling run of a cloned MODEL.
 
-Each run makes its own state and puts it into the run's own copy of the model's options, so the
-MODEL keeps nothing and a run starts afresh.
+State lives in a run's copy of the model's options, so the MODEL keeps nothing and each run starts
+afresh.
 """
 
 from __future__ import annotations

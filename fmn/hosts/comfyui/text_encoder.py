@@ -16,15 +16,13 @@ from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...models.adapters import LayerModule
 from ...models.clip_text_encoder import CLIPTextEncoder, check_one_chunk
-from ...models.interface import Text
+from ...models.interface import Text, UNetModel
 from ...models.module_patching import frozen, pre_hooked
 from ...models.token_positions import CHUNK, EOS_ID
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP
-
-    from .model import ComfyModel
 
 FLOATS = torch.float32, torch.float16, torch.bfloat16
 # Names of a part in the tokenizer -> in the encoder
@@ -85,7 +83,7 @@ def reload_if_moved(patcher: ModelPatcher, device: torch.device, beside: float =
 
 
 @contextmanager
-def borrow_text_encoder(host: ComfyModel, clip: CLIP) -> Iterator[TextEncoder]:
+def borrow_text_encoder(host: UNetModel, clip: CLIP) -> Iterator[TextEncoder]:
     """``UNetModel.borrow_text_encoder`` of a ``ComfyModel`` with this CLIP."""
     load_whole(clip.patcher)
     with trainable(clip.patcher.model):
@@ -152,7 +150,7 @@ def tokens_of(clip: CLIP, text: str) -> dict[str, list]:
 class TextEncoder(CLIPTextEncoder):
     """``fmn.models.interface.TextEncoder`` over a loaded CLIP."""
 
-    def __init__(self, host: ComfyModel, clip: CLIP) -> None:
+    def __init__(self, host: UNetModel, clip: CLIP) -> None:
         super().__init__(host.family)
         self.host, self.clip, self.stage = host, clip, clip.cond_stage_model
         parts = clip.tokenize("", disable_weights=True)

@@ -18,6 +18,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
+from ...models.families import Family, layers_by_name
 from ...models.interface import Text
 from ...models.sampling import SigmaSchedule
 from ...models.unknown_family import UnknownFamily, family_of_model
@@ -54,7 +55,7 @@ class UnknownModel(ComfyHost):
             self.prediction = "flow"
 
     def key(self, name: str) -> str:
-        if name not in self.compvis:
+        if name not in layers_by_name(self.family):
             raise ForgetError(
                 f"The patch changes '{name}', which this {self.family.title} does not have: use a "
                 "patch made for this variant."
@@ -74,11 +75,11 @@ class UnknownModel(ComfyHost):
 
     @contextmanager
     def borrow_denoiser(self) -> Iterator[UnknownDenoiser]:
-        """Load the model so that autograd can use it; see ``docs/architecture.md``."""
+        """Load the model so that autograd can use it; see ``host``."""
         self._check_latents()
         # Many models add in place to tensors that backward needs; those are copied before.
         with self._loaded() as patcher, allow_mutation_on_saved_tensors():
-            yield UnknownDenoiser(self, patcher)
+            yield UnknownDenoiser(self.family, patcher)
 
     def _check_latents(self) -> None:
         model = self.patcher.model
@@ -104,8 +105,8 @@ class UnknownDenoiser(Denoiser):
     the network's input, x divided by ``scales`` (ComfyUI's ``calculate_input``).
     """
 
-    def __init__(self, host: ComfyHost, patcher: ModelPatcher) -> None:
-        super().__init__(host, patcher)
+    def __init__(self, family: Family, patcher: ModelPatcher) -> None:
+        super().__init__(family, patcher)
         ones, sampling = torch.ones_like(self.sigmas), self.model.model_sampling
         self.scales = 1 / sampling.calculate_input(self.sigmas, ones)
         self.schedule = SigmaSchedule(self.sigmas, self.scales)

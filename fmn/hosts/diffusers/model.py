@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...images import square
-from ...linalg import merge
 from ...models.adapters import LayerModule, Patch, check_fits
 from ...models.clip_text_encoder import in_batches
 from ...models.families import check_input_channels, cross_attention_names, identify_unet
@@ -27,7 +26,7 @@ from ...models.module_patching import frozen
 from ...models.sampling import DRAWN_AT_ONCE, DDPMSchedule, seeded_noise
 from ...models.token_positions import CHUNK
 from .load import load_pipeline, text_to_image
-from .text_encoder import borrow_text_encoder, evaluating, shortened
+from .text_encoder import borrow_text_encoder, encode_prompts, evaluating, shortened
 
 PIXELS_AT_ONCE = 1 << 20  # that the autoencoder makes or reads: one picture of XL's size
 WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
@@ -114,27 +113,19 @@ class DiffusersModel:
             )
         return ids.input_ids
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Text:
-        """Plain prompts as the pipeline encodes them, [N, 77, D]; gradients flow."""
-        encoded = self.pipeline.encode_prompt(
-            prompt=list(prompts),
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        xl = isinstance(self.pipeline, StableDiffusionXLPipeline)
-        return Text(encoded[0], {"pooled": encoded[2]} if xl else {})
-
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> Text:
-        return self.encode_prompts([prompt.text])
+        return encode_prompts(self.pipeline, [prompt.text], self.device)
 
     @torch.no_grad()
     def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor:
         for text in texts:
             self.tokenize(Prompt(text, text))
         with shortened(self.pipeline, length):
-            batches = [self.encode_prompts(batch).context for batch in in_batches(texts, length)]
+            batches = [
+                encode_prompts(self.pipeline, batch, self.device).context
+                for batch in in_batches(texts, length)
+            ]
         return torch.cat(batches).float()
 
     def text_module(self, name: str) -> LayerModule:
@@ -209,7 +200,7 @@ class DiffusersModel:
             yield _UNet(self)
 
     def borrow_text_encoder(self, words: bool = True) -> AbstractContextManager[TextEncoder]:
-        return borrow_text_encoder(self, words)
+        return borrow_text_encoder(self, self.pipeline, words)
 
     @torch.no_grad()
     def add_patches(self, patches: Sequence[tuple[Patch, float]]) -> DiffusersModel:
@@ -221,10 +212,9 @@ class DiffusersModel:
         for patch, _ in patches:
             check_fits(patch, self.family, self._module)
         for patch, strength in patches:
-            for name, factors in patch.changes.items():
+            for name in patch.changes:
                 weight = self._module(name).weight
-                change = merge(*(factor.to(weight.device) for factor in factors))
-                weight += (strength * change).to(weight.dtype)
+                weight += (strength * patch.change_of(name, weight.device)).to(weight.dtype)
         return self
 
     merged = add_patches  # deprecated: the name in version 0.1

@@ -4,34 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from ...concepts.concept import Prompt
 from ...models.adapters import LayerModule
 from ...models.clip_text_encoder import CLIPTextEncoder, refuse_words
-from ...models.interface import Text
+from ...models.interface import Text, UNetModel
 from ...models.module_patching import frozen, pre_hooked
 from ...models.token_positions import CHUNK
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel
-
-    from .model import DiffusersModel
 
 PARTS = "text_encoder", "text_encoder_2"
 
 
+def encode_prompts(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device
+) -> Text:
+    """Plain prompts as the pipeline encodes them, [N, 77, D]; gradients flow."""
+    encoded = pipeline.encode_prompt(
+        prompt=list(prompts),
+        device=device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    xl = isinstance(pipeline, StableDiffusionXLPipeline)
+    return Text(encoded[0], {"pooled": encoded[2]} if xl else {})
+
+
 @contextmanager
-def borrow_text_encoder(model: DiffusersModel, words: bool = True) -> Iterator[TextEncoder]:
-    """``UNetModel.borrow_text_encoder`` of a ``DiffusersModel``."""
+def borrow_text_encoder(
+    model: UNetModel, pipeline: DiffusionPipeline, words: bool
+) -> Iterator[TextEncoder]:
+    """``UNetModel.borrow_text_encoder`` of a model over a pipeline."""
     if words:
         refuse_words(model.family)
-    encoders = [getattr(model.pipeline, part) for part in PARTS[: len(model.family.texts)]]
+    encoders = [getattr(pipeline, part) for part in PARTS[: len(model.family.texts)]]
     with evaluating(encoders), frozen(encoders):
-        yield TextEncoder(model, encoders)
+        yield TextEncoder(model, pipeline, encoders)
 
 
 @contextmanager
@@ -45,7 +58,7 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def shortened(pipeline: Any, length: int) -> Iterator[None]:
+def shortened(pipeline: DiffusionPipeline, length: int) -> Iterator[None]:
     """The text encoders compute the first ``length`` of 77 tokens alone, for a while."""
 
     def truncate(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -62,9 +75,11 @@ def shortened(pipeline: Any, length: int) -> Iterator[None]:
 class TextEncoder(CLIPTextEncoder):
     """``fmn.models.interface.TextEncoder`` over a pipeline's text encoders."""
 
-    def __init__(self, model: DiffusersModel, encoders: Sequence[CLIPTextModel]) -> None:
+    def __init__(
+        self, model: UNetModel, pipeline: DiffusionPipeline, encoders: Sequence[CLIPTextModel]
+    ) -> None:
         super().__init__(model.family)
-        self.model, self.encoders = model, encoders
+        self.model, self.pipeline, self.encoders = model, pipeline, encoders
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -74,11 +89,11 @@ class TextEncoder(CLIPTextEncoder):
         return self.model.text_module(name)
 
     def _ids(self, text: str) -> list[int]:
-        return self.model.tokenize(Prompt(text, text))
+        return cast(list[int], self.model.tokenize(Prompt(text, text)))
 
     def ids_of(self, texts: Sequence[str]) -> Tensor:
-        pipeline = self.model.pipeline
-        tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if self.pair else [])]
+        names = ("tokenizer", "tokenizer_2")[: len(self.encoders)]
+        tokenizers = [getattr(self.pipeline, name) for name in names]
         for text in texts:
             self._ids(text)  # refuses long ones
         options = {"padding": "max_length", "max_length": CHUNK, "return_tensors": "pt"}
@@ -97,7 +112,7 @@ class TextEncoder(CLIPTextEncoder):
         return [(output.hidden_states[-2], pooled) for output in outputs]
 
     def _encode_pair(self, prompt: str) -> Text:
-        text = self.model.encode_prompts([prompt])
+        text = encode_prompts(self.pipeline, [prompt], self.device)
         return Text(text.context.float(), {"pooled": text.vectors["pooled"].float()})
 
     def _encode_chunk(self, ids: list[int | None], vectors: Tensor | None) -> tuple[Tensor, Tensor]:

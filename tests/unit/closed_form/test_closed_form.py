@@ -9,7 +9,7 @@ from fmn.closed_form.input_edit import (
     Distances,
     InputEdit,
     compact,
-    debias,
+    debiased_anchors,
     key_value_layers,
     rank_setting,
     uce,
@@ -17,7 +17,7 @@ from fmn.closed_form.input_edit import (
 )
 from fmn.closed_form.text_embeddings import Pairs
 from fmn.concepts.concept import Concept
-from fmn.linalg import cut  # fmt: skip
+from fmn.linalg import truncate_product  # fmt: skip
 from fmn.methods import double_projections, rece, speed, trce
 from fmn.methods import uce as uce_method
 from fmn.models.families import SD1, layers
@@ -27,6 +27,7 @@ from ..literal import WIDTH, literal_uce, near, rows, weights
 from ..tiny import TINY, TinyModel
 
 C, ANCHORS, KEPT = rows(3, 1), rows(3, 2), rows(5, 3)
+NONE = InputEdit(rows(0).T, rows(0))
 
 
 def whole(edit):
@@ -44,11 +45,12 @@ def test_uce_is_equation_7_in_every_layer(weighted):
 
 def test_debias_adds_weighted_attributes_to_the_values():
     attributes, ratios = rows(2, 4), (0.3, -0.2)
-    edit, pairs = debias(C, attributes, ratios, KEPT, 2.0, 0.5, 0.1)
+    anchors = debiased_anchors(C, attributes, ratios)
+    edit = uce(C, anchors, KEPT, 2.0, 0.5, 0.1)
     for weight in weights(TinyModel()).values():
         values = [weight @ c + sum(r * (weight @ a) for r, a in zip(ratios, attributes)) for c in C]
         near(weight @ whole(edit), literal_uce(weight, C, values, KEPT, 2.0, 0.5, 0.1), 1e-12)
-    near(pairs[1], C + 0.3 * attributes[0] - 0.2 * attributes[1], 1e-12)
+    near(anchors, C + 0.3 * attributes[0] - 0.2 * attributes[1], 1e-12)
 
 
 def test_an_edit_of_the_edited_matrix_is_the_product():
@@ -56,8 +58,7 @@ def test_an_edit_of_the_edited_matrix_is_the_product():
     both = first.then(second)
     assert both.left.shape == (WIDTH, 5)
     near(whole(both), whole(first) @ whole(second), 1e-13)
-    near(first.applied(C), C @ whole(first).T, 1e-13)
-    near(whole(InputEdit.none(WIDTH).then(first)), whole(first), 1e-15)
+    near(whole(NONE.then(first)), whole(first), 1e-15)
 
 
 def test_compact_drops_what_adds_no_direction():
@@ -77,11 +78,11 @@ def test_cut_is_the_truncated_svd():
     up, down = rows(9, 1, 40).T, rows(9, 2)
     u, s, vh = torch.linalg.svd(up @ down)
     for rank in (1, 4):
-        first, second, lost = cut(up, down, rank)
+        first, second, lost = truncate_product(up, down, rank)
         assert first.shape == (40, rank) and second.shape == (rank, WIDTH)
         near(first @ second, u[:, :rank] * s[:rank] @ vh[:rank], 1e-12)
         assert lost == pytest.approx(float(s[rank:].square().sum()), rel=1e-9)
-    first, _, lost = cut(up, down, 9)
+    first, _, lost = truncate_product(up, down, 9)
     assert first is up and lost == 0
 
 
@@ -89,7 +90,7 @@ def test_cut_is_the_truncated_svd():
 def test_a_cut_to_all_that_a_layer_can_have_loses_nothing(outputs):
     up, down = rows(50, 1, outputs).T, rows(50, 2) * 1e-6
     rank = min(outputs, WIDTH)
-    first, second, lost = cut(up, down, 50)
+    first, second, lost = truncate_product(up, down, 50)
     assert first.shape == (outputs, rank) and second.shape == (rank, WIDTH) and lost == 0
     near(first @ second, up @ down, 1e-20)
     sizes = [float(part.norm()) for part in (first, second)]
@@ -118,7 +119,7 @@ def test_distances_need_no_context(columns, rank):
 
 
 def test_distances_of_an_edit_that_is_none():
-    none = compact(InputEdit.none(WIDTH))
+    none = compact(NONE)
     _, _, sums = Distances(Pairs(C, ANCHORS), none.left).change(rows(5, 11), none.right, 9)
     assert sums[:2] == [0, 0] and sums[2] == pytest.approx(sums[3], rel=1e-12)
 
@@ -163,7 +164,7 @@ def test_losses_are_distances_of_keys_and_values(tokens):
     settings = uce_method.Settings(tokens=tokens, rank=1)
     steps = []
     patch = uce_method.run(model, CONCEPTS, settings, steps.append, keep=("a blue house",))
-    pairs, _ = uce_method.rows_of(model, CONCEPTS, settings, ())
+    pairs, _ = uce_method.uce_rows(model, CONCEPTS, settings, ())
     before = after = 0.0
     for name, weight in weights(model).items():
         changed = weight + patch.change_of(name).double()

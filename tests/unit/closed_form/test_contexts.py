@@ -5,7 +5,6 @@ import torch
 
 from fmn.closed_form.text_embeddings import (
     OBJECT_TEMPLATES,
-    anchor_context,
     concept_pairs,
     end_pairs,
     kept_contexts,
@@ -156,12 +155,6 @@ def test_no_more_tokens_are_encoded_than_are_read():
     concepts = [Concept(f"red thing{i}") for i in range(50)]
     concept_pairs(model, concepts)
     assert asked == [(51, 4)]
-
-
-def test_the_anchor_alone():
-    model = TinyModel()
-    assert anchor_context(model, Concept("dog", anchor="cat")).equal(encoded(model, "cat"))
-    assert anchor_context(model, Concept("dog")).equal(encoded(model, ""))
 
 
 def test_what_an_attack_found_is_forgotten_too():

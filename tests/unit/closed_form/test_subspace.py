@@ -11,7 +11,7 @@ from fmn.closed_form.protected_subspace import (
     position_weights,
     protected_down,
     protected_downs,
-    second_moment,
+    weighted_moment,
 )
 from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError
@@ -88,14 +88,14 @@ def literal_moment(context, ids, start=0):
     return total
 
 
-def test_second_moment(monkeypatch):
+def test_weighted_moment(monkeypatch):
     monkeypatch.setattr(protected_subspace, "AT_ONCE", 2)
     model, texts = TinyModel(), ("", "a cat", "house")
     expected = sum(
         literal_moment(model.encode(prompt).context[0], model.tokenize(prompt))
         for prompt in (Prompt(text, text) for text in texts)
     )
-    torch.testing.assert_close(second_moment(model, texts), expected)
+    torch.testing.assert_close(weighted_moment(model, texts), expected)
 
 
 def test_concept_moment_begins_at_the_concept():

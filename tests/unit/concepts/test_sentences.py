@@ -1,5 +1,6 @@
 """Sentences about concepts, beside those about anchors, and about what is kept."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -13,10 +14,10 @@ from fmn.concepts.prompt_templates import (
     STYLE_FRAMES,
     THINGS,
     blanked,
+    fill,
     kept_sentences,
     sentences,
     together,
-    with_article,
 )
 
 
@@ -169,14 +170,6 @@ def test_every_style_has_its_turn():
     assert all(any(style in text for text in found) for style in styles)
 
 
-@pytest.mark.parametrize(
-    "word, expected",
-    [("owl", "an owl"), ("a man", "a man"), ("the sea", "the sea"), ("Titian", "Titian")],
-)
-def test_articles(word, expected):
-    assert with_article(word) == expected
-
-
 def test_nothing_to_keep():
     assert kept_sentences([], ["ink"], 5) == [""]
     assert kept_sentences([], [], 5) == [""]
@@ -221,3 +214,14 @@ def test_blanked_sentences_leave_out_what_names_the_concept():
     found = blanked(Concept("cat"), 180)
     assert len(found) == len(set(found)) == 180 and all(text.count("<*>") == 1 for text in found)
     assert not any("cat" in text for text in found)
+
+
+def test_all_unsafe_terms_take_no_time():
+    begin = time.monotonic()
+    pairs = sentences(Concept("unsafe", "unsafe", anchor="people talking"), 180)
+    assert time.monotonic() - begin < 1
+    assert len(pairs) > 90 * 180
+
+
+def test_other_braces_of_a_template_stay():
+    assert fill("a {big} photo of {}, {0}", "a {dog}") == "a {big} photo of a {dog}, {0}"

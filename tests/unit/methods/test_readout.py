@@ -132,7 +132,7 @@ def test_it_is_what_the_model_would_read_out_of_another_text(model):
 
 
 def settings_of(**more):
-    given = {"sampling_steps": 3, "guidance": 1.0, "places": 5, "seed": 7}
+    given = {"sampling_steps": 3, "guidance": 1.0, "query_positions": 5, "seed": 7}
     return SimpleNamespace(**given | more)
 
 
@@ -207,7 +207,7 @@ def drawn_by_hand(model, prompt, noise, settings):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_text_i_starts_from_the_noise_of_seed_plus_i(model, guidance):
-    settings = settings_of(guidance=guidance, places=1)
+    settings = settings_of(guidance=guidance, query_positions=1)
     found = record(model, settings, batch=2)
     for i, prompt in enumerate(PROMPTS[:3]):
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7 + i))
@@ -220,7 +220,7 @@ def test_text_i_starts_from_the_noise_of_seed_plus_i(model, guidance):
 
 
 def test_the_batch_changes_which_places_are_taken_and_not_their_queries(model):
-    settings = settings_of(places=ALL, guidance=3.0)
+    settings = settings_of(query_positions=ALL, guidance=3.0)
     one, all_at_once = (record(model, settings, batch=batch) for batch in (1, 3))
     for name in NAMES:
         places = one[name].shape[1] // 3
@@ -244,7 +244,9 @@ def test_the_same_seed_gives_the_same(model):
 
 
 def test_places_are_no_more_than_there_are(model):
-    shapes = {name: tuple(q.shape) for name, q in record(model, settings_of(places=20)).items()}
+    shapes = {
+        name: tuple(q.shape) for name, q in record(model, settings_of(query_positions=20)).items()
+    }
     assert set(shapes.values()) == {(3, 3 * 20, 8), (3, 3 * 16, 16)}
 
 

@@ -8,10 +8,10 @@ import torch
 
 from fmn.concepts.concept import Prompt
 from fmn.concepts.prompt_templates import sentences
-from fmn.linalg import merge
-from fmn.methods.reread import method
-from fmn.methods.reread.regression_data import Drawings
-from fmn.methods.reread.residual import FIRST, STEPS, Remaining
+from fmn.linalg import full_change
+from fmn.methods.reread import method, regression
+from fmn.methods.reread.regression_data import QuerySampler
+from fmn.methods.reread.residual import FIRST, STEPS, Residual
 from fmn.models.sampling import trailing_timesteps
 
 from ..tiny import TinyModel, same_tensors
@@ -35,8 +35,8 @@ def random_change(model):
 
 
 def remaining(model, denoiser, pairs=PAIRS):
-    draw = Drawings(model, denoiser, FEW, lambda step: None, [pairs], [""])
-    return Remaining(draw, pairs)
+    sampler = QuerySampler(model, denoiser, FEW, lambda step: None, [])
+    return Residual(sampler, pairs)
 
 
 def test_all_remains_without_a_change(model):
@@ -52,7 +52,7 @@ def test_the_share_is_that_of_the_equation(model):
     changes, patched = random_change(model), copy.deepcopy(model)
     with torch.no_grad():
         for name, factors in changes.items():
-            patched.unet.get_submodule(name).weight += merge(*factors)
+            patched.unet.get_submodule(name).weight += full_change(*factors)
     count = len(PAIRS)
     text, other, empty = (
         torch.cat([model.encode(Prompt(each, each)).context for each in texts])
@@ -92,7 +92,7 @@ def model_alphas(model):
 
 
 class Told:
-    """In place of ``Remaining``: a share for each push that has been reached."""
+    """In place of ``Residual``: a share for each overshoot that has been reached."""
 
     shares = {}
 
@@ -105,7 +105,7 @@ class Told:
 
 
 @pytest.mark.parametrize(
-    "first, second, pushes",
+    "first, second, overshoots",
     [
         ([0.05], [0.05], [0.0, 0.0]),
         ([0.3, 0.05], [0.1], [0.2, 0.0]),
@@ -113,25 +113,25 @@ class Told:
         ([0.5, 0.35, 0.3], [0.2, 0.15], [0.4, 0.2]),  # a step that takes less than 0.1 is the last
     ],
 )
-def test_each_concept_goes_as_far_as_it_needs(model, monkeypatch, first, second, pushes):
+def test_each_concept_goes_as_far_as_it_needs(model, monkeypatch, first, second, overshoots):
     spoken = [sentences(DOG, 2), sentences(OIL, 2)]
     Told.shares = {spoken[0][0][0]: first, spoken[1][0][0]: second}
-    monkeypatch.setattr(method, "Remaining", Told)
-    settings = replace(FEW, push=0.5, push_style=0.6, stop_at=0.1)
+    monkeypatch.setattr(regression, "Residual", Told)
+    settings = replace(FEW, overshoot=0.5, overshoot_style=0.6, stop_at=0.1)
     seen = []
     monkeypatch.setattr(
-        method, "far_enough",
-        lambda *args, plain=method.far_enough: seen.append(plain(*args)) or seen[-1],
+        regression, "smallest_overshoots",
+        lambda *args, plain=regression.smallest_overshoots: seen.append(plain(*args)) or seen[-1],
     )  # fmt: skip
     patch = method.run(model, [DOG, OIL], settings)
-    assert seen[0] == pytest.approx(pushes)
+    assert seen[0] == pytest.approx(overshoots)
     assert set(patch.changes) == set(OUTPUTS)
 
 
 def test_a_share_of_all_goes_nowhere_beyond(model):
-    """With stop_at 1 the patch is that of push 0, bit for bit."""
+    """With stop_at 1 the patch is that of overshoot 0, bit for bit."""
     far = method.run(model, [DOG], replace(FEW, stop_at=1.0))
-    plain = method.run(model, [DOG], replace(FEW, push=0.0))
+    plain = method.run(model, [DOG], replace(FEW, overshoot=0.0))
     for side in (0, 1):
         assert same_tensors(
             {name: pair[side] for name, pair in far.changes.items()},

@@ -4,7 +4,7 @@ import pytest
 
 from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
-from fmn.methods import uce
+from fmn.methods import settings_of, uce
 from fmn.methods.describe import describe
 from fmn.patches.patch import load_patch, save_patch
 from fmn.text import printable
@@ -48,6 +48,14 @@ def test_settings_are_told_against_the_closest_preset():
     lines = settings_lines("uce", own | {"rank": 3})
     assert lines[:2] == ["settings: as preset uce-2023, except", "- rank 3"]
     assert not lines[2].startswith("-")
+
+
+def test_former_names_of_settings_are_read():
+    own = asdict(settings_of("reread-quick", {}))
+    own = {"push" if name == "overshoot" else name: value for name, value in own.items()}
+    assert settings_lines("reread", own)[0] == "settings: as preset reread-quick"
+    lines = settings_lines("reread", own | {"push": 1.5})
+    assert lines[:2] == ["settings: as preset reread-quick, except", "- overshoot 1.5"]
 
 
 def test_settings_of_an_unknown_method_are_all_told():

@@ -132,7 +132,7 @@ def test_a_run_forgets_and_leaves_the_model_as_it_was(full, scope):
     losses = steps[-1].losses
     assert [step.index for step in steps] == list(range(1, 26)) and steps[0].total == 25
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert steps[-1].now.share < 0.6 * steps[-1].before.share
+    assert steps[-1].attention_now.share < 0.6 * steps[-1].attention_before.share
     assert patch.family is TINY and len(patch.changes) == len(in_scope(TINY, scope))
     assert patch.info["base.fingerprint"] == hash_before
     assert patch.info["loss"] == {"first": losses[0], "last": losses[-1], "steps": 25}
@@ -159,8 +159,8 @@ def test_the_patch_is_the_trained_state(monkeypatch):
     [before] = measure_attention(model, data)
     patch = run(model, [MUSK], SETTINGS, steps.append)
     [after] = measure_attention(merged(model, patch), data)
-    assert steps[0].before.share == pytest.approx(before.share, rel=1e-4)
-    assert steps[-1].now.share == pytest.approx(after.share, rel=1e-4) != before.share
+    assert steps[0].attention_before.share == pytest.approx(before.share, rel=1e-4)
+    assert steps[-1].attention_now.share == pytest.approx(after.share, rel=1e-4) != before.share
 
 
 def test_equal_seeds_give_equal_patches():
@@ -185,7 +185,7 @@ def test_training_inside_inference_mode():
     expected = run(TinyModel(), [MUSK], SETTINGS)
     model = TinyModel()
     with torch.inference_mode():
-        patch = run(model, [MUSK], SETTINGS)
+        patch = forget(model, [MUSK], SETTINGS)
     for name in expected.changes:
         torch.testing.assert_close(patch.change_of(name), expected.change_of(name))
 
@@ -197,7 +197,7 @@ def test_weights_may_be_bfloat16():
     patch = run(model, [MUSK], Settings(steps=20, lr=0.02), steps.append)
     assert same_tensors(weights_of(model.unet), before)
     assert {up.dtype for up, _ in patch.changes.values()} == {torch.float32}
-    assert steps[-1].now.share < 0.6 * steps[-1].before.share
+    assert steps[-1].attention_now.share < 0.6 * steps[-1].attention_before.share
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -113,7 +113,7 @@ def test_steps_are_reported_for_every_inversion():
         (dict(phrase=" "), "phrase that names the concept is empty"),
         (dict(seeds=()), "no seed"),
         (dict(templates=()), "no template"),
-        (dict(templates=("a dog",)), "0 places"),
+        (dict(templates=("a dog",)), "0 placeholders"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, message):
@@ -121,3 +121,12 @@ def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ForgetError, match=message):
         scores(model=model, **options)
     assert not model.seen
+
+
+def test_other_braces_of_a_template_stay():
+    """They used to fail after all inversions."""
+    found = scores(templates=("a {big} photo of {}",), seeds=(0,))
+    with TinyModel().borrow_text_encoder() as text:
+        learned = pooled(text, ("a {big} photo of {}",), "<*>", found[0].vectors)
+        named = torch.cat([text.encode("a {big} photo of big dog")[1]])
+    assert found[0].value == cosine(learned, named)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmn.linalg import merge, truncate
+from fmn.linalg import full_change, truncate_matrix
 from fmn.models.adapters import FullAdapter, LowRankAdapter, attached
 
 
@@ -62,7 +62,7 @@ def test_low_rank_is_w_plus_up_down(layer_and_input):
     )
     expected = with_weight(layer, change, x)
     torch.testing.assert_close(with_adapter(layer, adapter, x), expected)
-    torch.testing.assert_close(merge(adapter.up.detach(), adapter.down.detach()), change)
+    torch.testing.assert_close(full_change(adapter.up.detach(), adapter.down.detach()), change)
     assert adapter.factors(4)[2] == 0.0
 
 
@@ -173,7 +173,7 @@ def best_error(matrix, rank):
 @pytest.mark.parametrize("decay", [0.5, 0.8, 0.95])
 def test_truncate_cuts_off_the_tail_and_no_more(decay, rank):
     matrix = of_spectrum([decay**i for i in range(48)], 64, 48)
-    up, down, error = truncate(matrix, rank)
+    up, down, error = truncate_matrix(matrix, rank)
     assert (up.shape, down.shape) == ((64, rank), (rank, 48))
     best = best_error(matrix, rank)
     assert best * (1 - 1e-4) <= error <= best * 1.001 + 1e-6
@@ -183,14 +183,14 @@ def test_truncate_cuts_off_the_tail_and_no_more(decay, rank):
 def test_truncate_of_a_flat_spectrum():
     # The worst case for subspace iteration: noise.
     matrix = random(320, 768)
-    error = truncate(matrix, 4)[2]
+    error = truncate_matrix(matrix, 4)[2]
     best = best_error(matrix, 4)
     assert best * (1 - 1e-6) <= error <= best * 1.002
 
 
 def test_truncate_is_torchs_svd():
     matrix = of_spectrum([8.0, 4.0, 2.0, 1.0, 0.5], 20, 30)
-    up, down, _ = truncate(matrix, 3)
+    up, down, _ = truncate_matrix(matrix, 3)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     torch.testing.assert_close(up @ down, u[:, :3] * s[:3] @ vh[:3], atol=1e-5, rtol=1e-4)
     # The singular values are shared evenly.
@@ -200,7 +200,7 @@ def test_truncate_is_torchs_svd():
 
 def test_truncate_is_exact_for_low_rank():
     matrix = random(40, 3) @ random(3, 50, seed=1)
-    up, down, error = truncate(matrix, 4)
+    up, down, error = truncate_matrix(matrix, 4)
     torch.testing.assert_close(up @ down, matrix, atol=1e-4, rtol=1e-4)
     assert error < 1e-5
 
@@ -208,7 +208,7 @@ def test_truncate_is_exact_for_low_rank():
 @pytest.mark.parametrize("shape", [(3, 50), (50, 3), (3, 3), (1, 1)])
 def test_truncate_to_more_than_there_is(shape):
     matrix = random(*shape)
-    up, down, error = truncate(matrix, 16)
+    up, down, error = truncate_matrix(matrix, 16)
     assert up.shape[1] == down.shape[0] == min(shape)
     torch.testing.assert_close(up @ down, matrix, atol=1e-5, rtol=1e-4)
     assert error < 1e-5
@@ -216,15 +216,15 @@ def test_truncate_to_more_than_there_is(shape):
 
 def test_truncate_convolution():
     change = of_spectrum([2.0**-i for i in range(12)], 12, 8 * 9).unflatten(1, (8, 3, 3))
-    up, down, error = truncate(change, 5)
+    up, down, error = truncate_matrix(change, 5)
     assert (up.shape, down.shape) == ((12, 5, 1, 1), (5, 8, 3, 3))
     assert error == pytest.approx(best_error(change.flatten(1), 5), rel=1e-3)
-    difference = merge(up, down) - change
+    difference = full_change(up, down) - change
     assert float(difference.norm() / change.norm()) == pytest.approx(error, rel=1e-3)
 
 
 def test_truncate_zero():
-    up, down, error = truncate(torch.zeros(12, 20), 4)
+    up, down, error = truncate_matrix(torch.zeros(12, 20), 4)
     assert error == 0.0
     assert torch.equal(up @ down, torch.zeros(12, 20))
 
@@ -232,9 +232,9 @@ def test_truncate_zero():
 def test_truncate_is_the_same_every_time():
     matrix = random(30, 20)
     torch.manual_seed(0)
-    first = truncate(matrix, 4)
+    first = truncate_matrix(matrix, 4)
     torch.manual_seed(1)
-    second = truncate(matrix, 4)
+    second = truncate_matrix(matrix, 4)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
@@ -243,13 +243,13 @@ def test_the_global_generator_is_left_alone():
     state = torch.get_rng_state()
     LowRankAdapter(layer, 2, rng(), "cpu")
     FullAdapter(layer, "cpu")
-    truncate(matrix, 4)
+    truncate_matrix(matrix, 4)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_merge_is_float32():
     up, down = random(5, 2).half(), random(2, 6, 3, 3, seed=1).half()
-    merged = merge(up[:, :, None, None], down)
+    merged = full_change(up[:, :, None, None], down)
     expected = torch.einsum("or,rikl->oikl", up.float(), down.float())
     assert merged.dtype == torch.float32
     torch.testing.assert_close(merged, expected)

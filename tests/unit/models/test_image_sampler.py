@@ -1,10 +1,10 @@
-"""Patches put on and taken off while a model is borrowed."""
+"""Patches applied and taken off while a sampler is open."""
 
 import pytest
 import torch
 
 from fmn.errors import ForgetError
-from fmn.linalg import merge
+from fmn.linalg import full_change
 from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 
@@ -36,7 +36,7 @@ def merged_latents(*patches):
     with torch.no_grad():
         for patch, strength in patches:
             for name, factors in patch.changes.items():
-                model.unet.get_submodule(name).weight += strength * merge(*factors)
+                model.unet.get_submodule(name).weight += strength * full_change(*factors)
     return plain_latents(model)
 
 
@@ -45,15 +45,15 @@ def close(first, second):
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5])
-def test_worn_is_merged(strength):
+def test_applied_is_merged(strength):
     patch = patch_of()
     with sampler_of(TinyModel()) as sampler, sampler.applying([(patch, strength)]):
-        worn = latents(sampler)
-    assert close(worn, merged_latents((patch, strength)))
-    assert not close(worn, plain_latents())
+        applied = latents(sampler)
+    assert close(applied, merged_latents((patch, strength)))
+    assert not close(applied, plain_latents())
 
 
-def test_several_patches_and_nested_wearing_add_up():
+def test_several_patches_and_nested_applying_add_up():
     first, second, third = patch_of(0), patch_of(1), patch_of(2)
     with sampler_of(TinyModel()) as sampler:
         with sampler.applying([(first, 1.0), (second, 0.5)]):
@@ -81,7 +81,7 @@ def test_strength_zero_is_nothing():
 def test_bare_is_untouched_for_a_while_also_nested():
     plain, both = plain_latents(), [(patch_of(0), 1.0), (patch_of(1), 1.0)]
     with sampler_of(TinyModel()) as sampler, sampler.applying(both[:1]), sampler.applying(both[1:]):
-        worn = latents(sampler)
+        applied = latents(sampler)
         with sampler.unpatched():
             assert torch.equal(latents(sampler), plain)
             with sampler.unpatched():
@@ -89,7 +89,7 @@ def test_bare_is_untouched_for_a_while_also_nested():
             assert torch.equal(latents(sampler), plain)
             with sampler.applying([(patch_of(2), 1.0)]):
                 anew = latents(sampler)
-        assert torch.equal(latents(sampler), worn)
+        assert torch.equal(latents(sampler), applied)
     assert close(anew, merged_latents((patch_of(2), 1.0)))
 
 
@@ -121,10 +121,10 @@ def test_an_error_inside_restores_everything(bare):
 
 def test_bare_ends_with_an_error_and_the_patch_is_on_again():
     with sampler_of(TinyModel()) as sampler, sampler.applying([(patch_of(), 1.0)]):
-        worn = latents(sampler)
+        applied = latents(sampler)
         with pytest.raises(RuntimeError), sampler.unpatched():
             raise RuntimeError
-        assert torch.equal(latents(sampler), worn)
+        assert torch.equal(latents(sampler), applied)
 
 
 def test_the_model_comes_back_bit_by_bit():
@@ -136,7 +136,7 @@ def test_the_model_comes_back_bit_by_bit():
     assert same_tensors(weights_of(model.unet), before)
 
 
-def test_a_foreign_patch_is_refused_and_nothing_is_put_on():
+def test_a_foreign_patch_is_refused_and_nothing_is_applied():
     with sampler_of(TinyModel()) as sampler:
         with pytest.raises(ForgetError), sampler.applying([(patch_of(), 1.0), (make_patch(), 1.0)]):
             pass

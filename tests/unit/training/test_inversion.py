@@ -6,7 +6,7 @@ import torch
 from fmn.errors import ForgetError, NonFiniteLoss
 from fmn.models.token_positions import EOS_ID, tokenize_with_placeholders
 from fmn.training import textual_inversion
-from fmn.training.textual_inversion import PLACEHOLDER, Settings, first_vectors, invert
+from fmn.training.textual_inversion import PLACEHOLDER, Settings, initial_vectors, invert
 
 from ..tiny import BOS, TinyModel, same_tensors, sections, weights_of, word_id
 
@@ -151,14 +151,14 @@ def test_the_start():
     model = TinyModel()
     with model.borrow_text_encoder() as text:
         words = text.vectors("big dog")
-        assert torch.equal(first_vectors(text, Settings(start="big dog", tokens=1)), words[:1])
-        longer = first_vectors(text, Settings(start="big dog", tokens=3))
+        assert torch.equal(initial_vectors(text, Settings(start="big dog", tokens=1)), words[:1])
+        longer = initial_vectors(text, Settings(start="big dog", tokens=3))
         assert torch.equal(longer, words[[0, 1, 0]])
-        random = first_vectors(text, Settings(tokens=5, seed=3))
+        random = initial_vectors(text, Settings(tokens=5, seed=3))
         length = text.vectors("a photo of").norm(dim=1).mean()
         torch.testing.assert_close(random.norm(dim=1), length.expand(5))
-        assert torch.equal(random, first_vectors(text, Settings(tokens=5, seed=3)))
-        assert not torch.equal(random, first_vectors(text, Settings(tokens=5, seed=4)))
+        assert torch.equal(random, initial_vectors(text, Settings(tokens=5, seed=3)))
+        assert not torch.equal(random, initial_vectors(text, Settings(tokens=5, seed=4)))
 
 
 def test_each_step_is_reported_and_may_end_it():
@@ -199,8 +199,8 @@ BAD = {
     "large lr": (dict(lr=10.0), "lr is 10"),
     "seed": (dict(seed=-1), "seed is -1"),
     "no template": (dict(templates=()), "no template"),
-    "no place": (dict(templates=("a dog",)), "0 places"),
-    "two places": (dict(templates=("{} and {}",)), "2 places"),
+    "no place": (dict(templates=("a dog",)), "0 placeholders"),
+    "two places": (dict(templates=("{} and {}",)), "2 placeholders"),
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from fmn.concepts.concept import Concept
 from fmn.concepts.prompt_templates import sentences
 from fmn.errors import ForgetError
-from fmn.jobs.joint_merge import fuse
+from fmn.jobs.joint_merge import joint_merge
 from fmn.methods import forget, settings_of
 from fmn.methods.reread import method
 from fmn.models.families import DEMO
@@ -16,7 +16,14 @@ from ..tiny import TINY, Cancelled, TinyModel, make_patch, same_tensors, traces,
 CONCEPTS = [Concept("dog", aliases=("hound",)), Concept("van gogh", "style")]
 UCE = settings_of("uce", {"keep_list": "none"})
 REREAD = settings_of(
-    "reread", {"prompts": 3, "kept": 8, "drawn": 2, "sampling_steps": 2, "places": 3}
+    "reread",
+    {
+        "prompts": 3,
+        "keep_prompts": 8,
+        "images_per_concept": 2,
+        "sampling_steps": 2,
+        "query_positions": 3,
+    },
 )
 
 
@@ -29,7 +36,7 @@ def test_keys_and_values_against_full_matrices():
     """Contexts of all prompts but BOS, kept ones with it; the normal equations written out."""
     model, patches = TinyModel(), alone(UCE)
     strengths = (1.0, 0.5)
-    merged = fuse(model, list(zip(patches, strengths)), preserve=2.0, keep=("a blue house",))
+    merged = joint_merge(model, list(zip(patches, strengths)), preserve=2.0, keep=("a blue house",))
     texts = [
         [*concept.subjects, *(text for text, _ in sentences(concept, 10))] for concept in CONCEPTS
     ]
@@ -55,7 +62,7 @@ def test_keys_and_values_against_full_matrices():
 def test_the_model_comes_back_and_the_loss_falls(settings):
     model = TinyModel()
     patches, before, steps = alone(settings), weights_of(model.unet), []
-    merged = fuse(model, [(patch, 1.0) for patch in patches], on_step=steps.append)
+    merged = joint_merge(model, [(patch, 1.0) for patch in patches], on_step=steps.append)
     assert same_tensors(weights_of(model.unet), before)
     assert traces(model.unet) == []
     assert merged.patch.info["loss"]["last"] < merged.patch.info["loss"]["first"]
@@ -67,7 +74,7 @@ def test_what_one_patch_does_on_its_own_prompts_stays():
     """One patch, nothing kept: the solution acts on its prompts as the patch does."""
     model = TinyModel()
     patch = alone(UCE)[0]
-    merged = fuse(model, [(patch, 1.0)], preserve=0.0).patch
+    merged = joint_merge(model, [(patch, 1.0)], preserve=0.0).patch
     rows = model.encode_all(["a photo of dog", "a painting of dog at the beach"])[:, 1:]
     for name in patch.changes:
         expected = rows @ patch.change_of(name).mT
@@ -78,7 +85,7 @@ def test_what_one_patch_does_on_its_own_prompts_stays():
 def test_uce_and_reread_together():
     """Patches of different layers: each acts where it did."""
     patches = [alone(UCE)[0], alone(REREAD)[1]]
-    merged = fuse(TinyModel(), [(patch, 1.0) for patch in patches])
+    merged = joint_merge(TinyModel(), [(patch, 1.0) for patch in patches])
     assert set(merged.patch.changes) == {*patches[0].changes, *patches[1].changes}
 
 
@@ -89,7 +96,7 @@ def test_cancel_leaves_nothing_behind():
     model = TinyModel()
     before = weights_of(model.unet)
     with pytest.raises(Cancelled):
-        fuse(model, [(patch, 1.0) for patch in alone(REREAD)], on_step=on_step)
+        joint_merge(model, [(patch, 1.0) for patch in alone(REREAD)], on_step=on_step)
     assert same_tensors(weights_of(model.unet), before)
     assert traces(model.unet) == []
 
@@ -97,20 +104,20 @@ def test_cancel_leaves_nothing_behind():
 def test_what_is_refused():
     model, patch = TinyModel(), alone(UCE)[0]
     whole = make_patch(TINY, scope=lambda layer: True, concepts=CONCEPTS[:1])
-    with pytest.raises(ForgetError, match="for dog changes '.*', and joint merging only knows"):
-        fuse(model, [(patch, 1.0), (whole, 1.0)])
+    with pytest.raises(ForgetError, match="for dog.*joint merging supports only keys"):
+        joint_merge(model, [(patch, 1.0), (whole, 1.0)])
     with pytest.raises(ForgetError, match="demo model, the model is Tiny"):
-        fuse(model, [(make_patch(DEMO), 1.0)])
+        joint_merge(model, [(make_patch(DEMO), 1.0)])
     silent = make_patch(TINY)
     silent.info = {"concepts": []}
     with pytest.raises(ForgetError, match="does not say what it forgets"):
-        fuse(model, [(silent, 1.0)])
+        joint_merge(model, [(silent, 1.0)])
     strange = make_patch(TINY)
     strange.info["concepts"] = [{"name": "dog", "kind": "object", "aliases": "x"}]
     with pytest.raises(ForgetError, match="aliases is a text"):
-        fuse(model, [(strange, 1.0)])
+        joint_merge(model, [(strange, 1.0)])
     strange.info["concepts"] = [{"name": "d" * 2000, "kind": "object", "more": 3}]
     with pytest.raises(ForgetError, match="name has 2000 letters"):
-        fuse(model, [(strange, 1.0)])
+        joint_merge(model, [(strange, 1.0)])
     with pytest.raises(ForgetError, match="preserve is -1"):
-        fuse(model, [(patch, 1.0)], preserve=-1.0)
+        joint_merge(model, [(patch, 1.0)], preserve=-1.0)

@@ -7,11 +7,10 @@ import uuid
 import pytest
 from playwright.sync_api import expect
 
-from .frontend import ROOT, dress, idle, open_prompt
+from .frontend import ROOT, at_rest, dress, idle, open_prompt
 from .workflows import demo_loader, node, numbered
 
-MODULES = "attack", "batch", "bench", "guidance", "measure", "merge", "patch"
-TOLD = ".fmn-told:not([hidden]) .fmn-content"
+SHOWN = ".fmn-node-text:not([hidden]) .fmn-content"
 STOCK = """() => app.graph.nodes.flatMap(n => n.widgets ?? [])
   .filter(widget => widget.name === '$$node-text-preview').length"""
 SAY = """said => app.api.dispatchCustomEvent('forget-me-not.text', {
@@ -39,40 +38,40 @@ def batch(folder, names, method=node("FMN_MethodUce", keep_list="none")):
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
-def test_what_a_node_tells_takes_the_place_of_its_progress(page, nodes_2):
+def test_a_result_replaces_the_progress(page, nodes_2):
     """A text is nothing but text, and a long one does not make a node endless."""
     dress(page, nodes_2)
-    open_prompt(page, numbered(batch(f"told {nodes_2}", ["dog"])), nodes_2)
-    told = page.locator(TOLD)
-    expect(told).to_have_count(0)
+    open_prompt(page, numbered(batch(f"shown {nodes_2}", ["dog"])), nodes_2)
+    text = page.locator(SHOWN)
+    expect(text).to_have_count(0)
     long = "\n".join([ATTACK] * 60)
     page.evaluate(SAY, {"text": long})
-    told.wait_for()
-    assert told.evaluate("e => e.textContent") == long
-    assert told.evaluate("e => e.clientHeight <= 400 && e.scrollHeight > e.clientHeight")
-    assert told.locator("img, b, strong").count() == 0
+    text.wait_for()
+    assert text.evaluate("e => e.textContent") == long
+    assert text.evaluate("e => e.clientHeight <= 400 && e.scrollHeight > e.clientHeight")
+    assert text.locator("img, b, strong").count() == 0
     scale = page.evaluate("app.canvas.ds.scale")
-    told.click()  # newer pages give the wheel to what has the focus
+    text.click()  # newer pages give the wheel to what has the focus
     page.mouse.wheel(0, 120)
-    page.wait_for_function("e => e.scrollTop > 0", arg=told.element_handle())
+    page.wait_for_function("e => e.scrollTop > 0", arg=text.element_handle())
     assert page.evaluate("app.canvas.ds.scale") == scale
     start(page)
-    expect(told).to_contain_text("1 of 1 concepts have a patch")
-    expect(told).to_have_count(1)
+    expect(text).to_contain_text("1 of 1 concepts have a patch")
+    expect(text).to_have_count(1)
     assert page.evaluate(STOCK) == 0 and not page.evaluate("window.fmnAttacked")
     assert "1 of 1" not in page.evaluate("() => JSON.stringify(app.graph.serialize())")
 
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
-def test_outputs_of_an_earlier_run_are_told_again(page, nodes_2):
+def test_outputs_of_an_earlier_run_are_shown_again(page, nodes_2):
     """As when the page opens a run of its queue."""
     dress(page, nodes_2)
     open_prompt(page, numbered(batch("again", ["dog"])), nodes_2)
-    page.evaluate("() => { app.nodeOutputs = { 4: { told: ['1 of 1', 'as before'] } }; }")
-    told = page.locator(TOLD)
-    expect(told).to_have_text("1 of 1\nas before")
-    page.evaluate("() => { app.nodeOutputs = { 9: { told: ['of no node'] }, 1: {} }; }")
-    expect(told).to_have_count(1)
+    page.evaluate("() => { app.nodeOutputs = { 4: { node_text: ['1 of 1', 'as before'] } }; }")
+    text = page.locator(SHOWN)
+    expect(text).to_have_text("1 of 1\nas before")
+    page.evaluate("() => { app.nodeOutputs = { 9: { node_text: ['of no node'] }, 1: {} }; }")
+    expect(text).to_have_count(1)
     assert page.fmn_errors == []
 
 
@@ -82,14 +81,14 @@ def test_a_text_goes_to_the_workflow_that_was_run(page):
     slow = node("FMN_MethodResteer", steps=60)
     open_prompt(page, numbered(batch("slow", ["dog"], slow)))
     page.evaluate("id => { app.graph.id = id; }", str(uuid.uuid4()))
-    told = page.locator(TOLD)
+    text = page.locator(SHOWN)
     start(page)
-    expect(told).to_contain_text("dog")  # it has begun
+    expect(text).to_contain_text("dog")  # it has begun
     open_prompt(page, numbered(batch("slow", ["dog"], slow)))
     page.evaluate(SAY, {"workflow": str(uuid.uuid4()), "text": "1 of 9"})
     idle(page)
-    page.evaluate("() => new Promise(done => setTimeout(done, 300))")
-    expect(told).to_have_count(0)
+    at_rest(page)
+    expect(text).to_have_count(0)
     assert page.fmn_errors == []
 
 
@@ -98,15 +97,15 @@ def test_what_ends_before_its_result_says_so(page):
     page.fmn_errors.clear()
     long = node("FMN_MethodResteer", steps=3000)
     open_prompt(page, numbered(batch("cancelled", ["dog"], long)))
-    told = page.locator(TOLD)
+    text = page.locator(SHOWN)
     page.evaluate(SAY, {"text": "1 of 9"})
-    expect(told).to_have_text("1 of 9")
+    expect(text).to_have_text("1 of 9")
     page.evaluate(NOTHING_RUNS)  # after a restart of the server
-    expect(told).to_have_text("stopped")
+    expect(text).to_have_text("stopped")
     start(page)
-    expect(told).to_contain_text("dog")
+    expect(text).to_contain_text("dog")
     page.get_by_label("Cancel current run").first.click()
-    expect(told).to_have_text("cancelled")
+    expect(text).to_have_text("cancelled")
     idle(page)
     assert page.fmn_errors == []
 
@@ -117,13 +116,18 @@ def test_a_text_can_be_copied(page):
     dress(page, nodes_2=False)
     open_prompt(page, numbered(batch("copied", ["dog"])))
     page.evaluate(SAY, {"text": "1 of 9"})
-    page.locator(TOLD).evaluate("e => getSelection().selectAllChildren(e)")
+    page.locator(SHOWN).evaluate("e => getSelection().selectAllChildren(e)")
     page.keyboard.press("Control+c")
     assert page.evaluate("navigator.clipboard.readText()") == "1 of 9"
 
 
-def test_all_nodes_that_tell_have_a_place_for_it(pack):
-    nodes = [node for name in MODULES for node in pack(f"nodes.{name}").NODES]
-    telling = {n.define_schema().node_id for n in nodes if "told(" in inspect.getsource(n.execute)}
-    text = (ROOT / "web" / "told.js").read_text(encoding="utf-8")
-    assert telling == set(re.findall(r'"(FMN_\w+)"', text)) - {"FMN_TOLD"} and len(telling) > 10
+def test_all_nodes_with_a_text_have_an_element_for_it(pack):
+    nodes = [node for module in pack("nodes").MODULES for node in module.NODES]
+    names = {
+        node.define_schema().node_id
+        for node in nodes
+        if "text_output(" in inspect.getsource(node.execute)
+    }
+    script = (ROOT / "web" / "node_text.js").read_text(encoding="utf-8")
+    assert names == set(re.findall(r'"(FMN_\w+)"', script)) - {"FMN_NODE_TEXT"}
+    assert len(names) > 10
