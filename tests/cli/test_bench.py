@@ -250,7 +250,8 @@ def started(folder):
     told = folder / "told.txt"
     with open(told, "wb") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=file,
+            command, cwd=ROOT, stderr=file,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "0"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     store, deadline = folder / "cells.sqlite", time.monotonic() + 100

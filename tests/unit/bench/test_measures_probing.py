@@ -76,7 +76,7 @@ def test_completion_is_plain_at_one_end_and_untouched_at_the_other(worn):
 
 def test_completion_hands_over_after_the_first_steps(worn):
     trial, seen = make_trial(worn, count=1), worn.model.seen
-    patched = [switch for switch, _ in worn._worn]
+    patched = [switch for switch, _ in worn._applied]
     on = []
     denoise = worn.denoiser.predict_noise
     worn.denoiser.predict_noise = lambda *args: on.append(patched[0].on) or denoise(*args)
