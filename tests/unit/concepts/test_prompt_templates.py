@@ -18,8 +18,8 @@ from fmn.concepts.prompt_templates import (
     kept_sentences,
     sentences,
     together,
-    with_article,
 )
+from fmn.text import with_article
 
 
 def test_sentences_differ_only_in_the_name():
