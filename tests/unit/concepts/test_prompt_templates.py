@@ -19,7 +19,6 @@ from fmn.concepts.prompt_templates import (
     sentences,
     together,
 )
-from fmn.text import with_article
 
 
 def test_sentences_differ_only_in_the_name():
