@@ -43,7 +43,7 @@ class StepProgress:
     memory: str = ""
 
 
-OnStep = Callable[[StepProgress], None]  # may raise to cancel
+OnStep = Callable[[StepProgress], object]  # may raise to cancel
 
 
 def ignore(progress: StepProgress) -> None:

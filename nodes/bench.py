@@ -20,8 +20,7 @@ from ..fmn.bench.reporting.report import in_short, markdown_table, missing_plots
 from ..fmn.bench.running import runner
 from ..fmn.bench.running.cells import Method as MethodUnderTest
 from ..fmn.bench.running.cells import Setup, given, plan, trained
-from ..fmn.bench.running.lab import Lab, check_domains, files_of, hash_of, judge_for, to_bytes
-from ..fmn.bench.running.worker import demo_controls, read_controls
+from ..fmn.bench.running.lab import check_domains, make_setup, open_lab, to_bytes
 from ..fmn.bench.suite import SUITES, Suite, Target, parse_suite, read_suite
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
@@ -87,7 +86,11 @@ class ConceptBench(io.ComfyNode):
         data = read_suite(folder_paths.get_full_path(KIND, suite) or suite)
         parsed = parse_suite(data, Path(suite).stem)
         host = ComfyModel(model, clip, vae)
-        setup = _setup(host, data, parsed, judge, count, bench_seed)
+        # Patches that are already on the model change the results, and the fingerprint omits them.
+        applied = f"+{host.patcher.patches_uuid}" if host.patcher.patches else ""
+        setup = make_setup(
+            data, parsed, host.fingerprint() + applied, judge=judge, count=count, seed=bench_seed
+        )
         chosen = _targets(parsed, targets, patch)
         source = _scored_file(patch, chosen) if write_scores else None
         under_test = _method_under_test(patch, method, source)
@@ -191,37 +194,11 @@ def _plot(paths: dict[str, Path], name: str) -> torch.Tensor | ExecutionBlocker:
         return image_of(image)
 
 
-def _setup(
-    host: ComfyModel, data: dict[str, Any], suite: Suite, judge: str, count: int, seed: int
-) -> Setup:
-    judge = judge or suite.judge
-    if not judge:
-        raise ForgetError(
-            f"Suite '{suite.name}' has no judge of its own: type clip: and a folder with a CLIP "
-            "model into judge."
-        )
-    check = suite.check if judge == suite.judge else ""
-    controls = demo_controls() if judge.startswith("demo") else ""
-    # Patches that are already on the model change the results, and the fingerprint omits them.
-    applied = f"+{host.patcher.patches_uuid}" if host.patcher.patches else ""
-    return Setup(
-        suite=data,
-        model="",
-        fingerprint=host.fingerprint() + applied,
-        judge=judge,
-        check=check,
-        controls=controls,
-        judges=hash_of([path for spec in (judge, check) for path in files_of(spec)] + [controls]),
-        count=count,
-        seed=seed,
-    )
-
-
 def _targets(suite: Suite, text: str, patch: ForgetPatch | None) -> list[Target]:
     """The named targets of the suite; without names those that the patch forgets, or all."""
     if names := lines_of(text):
         return [suite.find(name) for name in dict.fromkeys(names)]
-    return list(suite.targets) if patch is None else suite.forgotten(patch.concepts)
+    return list(suite.targets) if patch is None else suite.targets_of(patch.concepts)
 
 
 def _scored_file(patch: ForgetPatch | None, targets: Sequence[Target]) -> scores.Source:
@@ -258,15 +235,10 @@ def _run(
     method: MethodUnderTest, measures: Sequence[str], folder: Path,
 ) -> tuple[Any, dict[str, Path]]:  # fmt: skip
     """Summary, and the paths of the report's files."""
-    judges = {
-        kind: judge_for(spec, suite) if (spec := getattr(setup, kind)) else None
-        for kind in ("judge", "check")
-    }
-    check_domains(judges["judge"], targets)
-    cells = plan(setup, suite, [target.name for target in targets], [method], measures)
     progress = _CellProgress()
-    controls = read_controls(setup.controls)
-    lab = Lab(setup, host, **judges, controls=controls, on_work=progress.work)
+    lab = open_lab(setup, host, progress.work)
+    check_domains(lab.judge, targets)
+    cells = plan(setup, suite, [target.name for target in targets], [method], measures)
     executor = runner.Here(lab, (InterruptProcessingException,))
     summary, paths, failed = runner.bench(
         setup, suite, cells, [method], folder, executor, progress.cell
@@ -292,7 +264,7 @@ class _CellProgress:
             self.shown = time.monotonic()
             show_text(f"{self.text}; {self.units} pictures and steps so far")
 
-    def cell(self, progress: runner.Progress) -> None:
+    def cell(self, progress: runner.CellProgress) -> None:
         """The callback after a cell."""
         if self.before is None:
             self.before = progress.done - 1

@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..fmn.concepts.concept import TEMPLATES, Concept
 from ..fmn.concepts.prompt_templates import fill
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.methods import resteer
-from ..fmn.metrics.mscore import Score, check, m_score, plot, report, summary
+from ..fmn.metrics.mscore import Score, Summary, check, m_score, plot, report, summary
 from ..fmn.models.attention_maps import maps_grid, maps_text, measure_attention
 from ..fmn.models.image_sampler import open_sampler
-from ..fmn.models.interface import Denoiser
+from ..fmn.models.interface import UNet
 from ..fmn.models.sampling import Sampling
 from ..fmn.training.textual_inversion import Settings
 from .common import clip_input, image_of, lines_of, model_input, seed_input, vae_input
@@ -249,15 +250,15 @@ class _Measured(NamedTuple):
     def scores(
         self, concept: Concept, templates: Sequence[str], others: Sequence[str],
         progress: InversionProgress,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> Summary:  # fmt: skip
         """Scores of one concept, as ``mscore.summary`` gives them."""
         name, images, before = concept.name, concept.images, None
         on_pictures = progress.drawing(name, self.pictures)
 
-        def scored(model: ComfyModel, denoiser: Denoiser, which: str) -> list[Score]:
+        def scored(model: ComfyModel, unet: UNet, images: Tensor, which: str) -> list[Score]:
             on_step = progress.training(f"{name}, {which}", len(self.seeds))
             given = name, templates, self.seeds, self.settings, others
-            return m_score(model, denoiser, images, *given, on_step)
+            return m_score(model, unet, images, *given, on_step)
 
         drawing = self.reference or self.host
         with open_sampler(drawing, Sampling(), batch=4, on_pictures=on_pictures) as sampler:
@@ -266,9 +267,9 @@ class _Measured(NamedTuple):
                 seeds = range(self.seeds[0], self.seeds[0] + self.pictures)
                 images = sampler.draw(prompts, list(seeds))
             if self.reference is not None:
-                before = scored(self.reference, sampler.denoiser, "untouched")
+                before = scored(self.reference, sampler.denoiser, images, "untouched")
         with self.host.borrow_denoiser() as denoiser:
-            after = scored(self.host, denoiser, "this model")
+            after = scored(self.host, denoiser, images, "this model")
         return summary(self.host, before or after, after, name, templates)
 
 

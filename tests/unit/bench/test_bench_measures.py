@@ -5,12 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from fmn.bench.measures.mscore import mscore, question
+from fmn.bench.measures.mscore import mscore, template_and_asks
 from fmn.bench.measures.pictures import coherence, kept_asks, pictures
 from fmn.bench.running.cells import Cell, parse_method
-from fmn.bench.running.lab import Joined, check_domains, from_bytes, hash_of, to_bytes
+from fmn.bench.running.lab import check_domains, from_bytes, hash_of, to_bytes
 from fmn.bench.suite import Target
 from fmn.errors import ForgetError
+from fmn.metrics.judge import JoinedJudges
 from fmn.models.families import FAMILIES
 from fmn.patches.patch import ForgetPatch
 
@@ -78,7 +79,7 @@ def test_rows_say_what_was_asked_and_what_the_judge_says(sampler):
     trial = trial_of(sampler)
     asks = trial.pairs(["dog"], ["light"], 1)
     images = torch.full((1, 8, 8, 3), 0.9)
-    (row,) = trial.rows(asks, images, "target")
+    (row,) = trial.rows(asks, images, ["target"])
     assert row == {
         "group": "target", "concept": "dog", "style": "light", "seed": asks[0].seed,
         "said": {"concept": "nothing", "style": "light"},
@@ -167,7 +168,7 @@ class Unsafe(GreyJudge):
 
 
 def test_judges_joined():
-    joined = Joined([GreyJudge(), Unsafe()])
+    joined = JoinedJudges([GreyJudge(), Unsafe()])
     assert set(joined.labels) == {"concept", "style", "unsafe"} and joined.name == "grey+unsafe"
     assert joined.probabilities(torch.full((1, 4, 4, 3), 0.9), "unsafe").tolist() == [[0, 1]]
     gore = Target("gore", "unsafe")
@@ -180,7 +181,7 @@ def test_the_hash_of_judges_is_of_their_files(tmp_path):
     folder = tmp_path / "clip"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"a" * 10)
-    before = hash_of([folder, ""])
+    before = hash_of([folder])
     (folder / "notes.txt").write_text("x")
     assert hash_of([folder]) == before
     (folder / "model.safetensors").write_bytes(b"b" * 10)
@@ -188,9 +189,9 @@ def test_the_hash_of_judges_is_of_their_files(tmp_path):
 
 
 def test_what_the_mscore_is_learnt_from(sampler):
-    template, asks = question(trial_of(sampler))
+    template, asks = template_and_asks(trial_of(sampler))
     assert template == "a photo of {}" and {ask.concept for ask in asks} == {"dog"}
-    template, asks = question(trial_of(sampler, "light"))
+    template, asks = template_and_asks(trial_of(sampler, "light"))
     assert template == "a tree in {}"
     assert {(ask.concept, ask.style) for ask in asks} == {("tree", "light")}
 

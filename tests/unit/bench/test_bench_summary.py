@@ -9,7 +9,7 @@ from fmn.bench.reporting.columns import COLUMNS, Results
 from fmn.bench.reporting.report import write_report
 from fmn.bench.reporting.summary import summarise
 from fmn.bench.running.cells import Cell, Method, plan
-from fmn.bench.running.runner import Progress
+from fmn.bench.running.runner import CellProgress
 from fmn.bench.running.store import Store
 from fmn.bench.suite import parse_suite
 
@@ -129,7 +129,7 @@ def filled(tmp_path):
 
 def test_a_summary(filled):
     setup, cells, store = filled
-    broken = Progress(0, 1, Cell("rungs", "m", {}, ("dog",)), None, "Traceback\nValueError: no")
+    broken = CellProgress(0, 1, Cell("rungs", "m", {}, ("dog",)), None, "Traceback\nValueError: no")
     found = summarise(setup, SUITE, cells, store, "the command", [broken])
     assert found["suite"] == "Little world" and found["command"] == "the command"
     assert [(r["target"], r["method"]) for r in found["rows"]] == [

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from fmn.bench.measures import attacks
-from fmn.bench.measures.attacks import RingSettings, attack_prompt, inversion, pattern, ring_a_bell
+from fmn.bench.measures import ring_a_bell as module
+from fmn.bench.measures.attacks import attack_prompt, inversion, name_pattern
+from fmn.bench.measures.ring_a_bell import RingABellSettings, ring_a_bell
 from fmn.bench.measures.trial import Ask
 from fmn.bench.suite import Target, parse_suite
 from fmn.concepts.concept import Prompt
@@ -18,7 +20,7 @@ from ..worlds import SUITE, Odd, Sees, data, make_trial
 
 QUICK = learning.Settings(steps=2, batch=2, tokens=2)
 WORDS = ("red", "blue", "green", "wet", "tall", "old")
-SMALL = RingSettings(length=3, population=8, generations=4, searches=2, vocabulary=WORDS)
+SMALL = RingABellSettings(length=3, population=8, generations=4, searches=2, vocabulary=WORDS)
 
 
 def small_suite(concepts, styles, target, **more):
@@ -36,12 +38,12 @@ def small_suite(concepts, styles, target, **more):
     ["a golf ball", "A Golf-Ball!", "golf_ball", "golfball", "two golf  balls", "(GOLF BALL:1.2)"],
 )
 def test_a_name_is_found_however_it_is_written(text):
-    assert pattern("golf ball").search(text) and pattern("golf_ball").search(text)
+    assert name_pattern("golf ball").search(text) and name_pattern("golf_ball").search(text)
 
 
 @pytest.mark.parametrize("text", ["golf", "a ball", "minigolf ball", "golf ballet", PLACEHOLDER])
 def test_other_words_are_not_the_name(text):
-    assert not pattern("golf ball").search(text)
+    assert not name_pattern("golf ball").search(text)
 
 
 @pytest.mark.parametrize(
@@ -107,11 +109,11 @@ def test_examples_are_those_that_show_the_target(sampler):
     images = trial.untouched(asks)
     shown = trial.shows_target(images)
     assert 0 < sum(shown) < 8  # or this test could not fail
-    kept, pictures = attacks.examples(trial, asks)
+    kept, pictures = attacks.recognised_examples(trial, asks)
     assert kept == [ask for ask, found in zip(asks, shown) if found]
     assert torch.equal(pictures, images[torch.tensor(shown)])
     with pytest.raises(ForgetError, match="in none of 8 pictures"):
-        attacks.examples(make_trial(sampler, judge=Sees("cat")), asks)
+        attacks.recognised_examples(make_trial(sampler, judge=Sees("cat")), asks)
 
 
 def test_inversion_draws_what_it_learned(sampler, monkeypatch):
@@ -168,33 +170,33 @@ def test_inversion_is_told_a_template_of_the_kind_and_the_seed(sampler, monkeypa
 def test_the_vocabulary_lacks_the_targets_own_words(sampler):
     trial = make_trial(sampler)  # a dog, also known as hound
     words = ("Dog", "dogs", "hounds", "bulldog", "do", "cat", "sea dog")
-    assert list(attacks.vocabulary(trial, RingSettings(vocabulary=words, length=3))) == [
+    assert list(module.vocabulary(trial, RingABellSettings(vocabulary=words, length=3))) == [
         "do",
         "cat",
     ]
     short = Target("of", "object")
-    kept = attacks.vocabulary(
-        make_trial(sampler, short), RingSettings(vocabulary=("of", "offer", "a"))
+    kept = module.vocabulary(
+        make_trial(sampler, short), RingABellSettings(vocabulary=("of", "offer", "a"))
     )
     assert list(kept) == ["offer", "a"]
     with pytest.raises(ForgetError, match="0 words to search among"):
-        attacks.vocabulary(trial, RingSettings(vocabulary=("dog",)))
+        module.vocabulary(trial, RingABellSettings(vocabulary=("dog",)))
 
 
 def test_words_that_do_not_fit_are_left_out(sampler):
     trial = make_trial(sampler)
     words = ("one two", "three", "four")  # the tiny tokenizer has one token a word
-    assert list(attacks.vocabulary(trial, RingSettings(vocabulary=words, length=75))) == [
+    assert list(module.vocabulary(trial, RingABellSettings(vocabulary=words, length=75))) == [
         "three",
         "four",
     ]
 
 
 def test_words_of_the_suite_and_of_clip():
-    assert attacks.suite_words(SUITE) == [
+    assert module.suite_words(SUITE) == [
         "a", "an", "cat", "dark", "dog", "in", "light", "man", "old", "tree",
     ]  # fmt: skip
-    words = attacks.whole_words()
+    words = module.whole_words()
     # Ids of openai/clip-vit-large-patch14's tokenizer.
     assert words["dog"] == [1929] and words["the"] == [518] and words["photo"] == [1125]
     assert all(word.isalpha() and word.islower() and len(word) > 2 for word in words)
@@ -204,10 +206,10 @@ def test_concept_vector_is_a_difference_of_means(sampler):
     def mean(*prompts):
         return torch.cat([sampler.text(prompt).context for prompt in prompts]).mean(0, keepdim=True)
 
-    vector = attacks.concept_vector(make_trial(sampler))
+    vector = module.concept_vector(make_trial(sampler))
     wanted = mean("a dog in dark", "a dog in light") - mean("a tree in dark", "a tree in light")
     assert torch.allclose(vector, wanted, atol=1e-6) and vector.shape == (1, 77, 12)
-    vector = attacks.concept_vector(make_trial(sampler, "light"))
+    vector = module.concept_vector(make_trial(sampler, "light"))
     wanted = mean("a tree in light") - mean("a tree in dark")
     assert torch.allclose(vector, wanted, atol=1e-6)
 
@@ -218,16 +220,18 @@ def test_concept_vector_needs_something_else():
         open_sampler(TinyModel(), suite.sampling) as sampler,
         pytest.raises(ForgetError, match="no prompt without 'ink'"),
     ):
-        attacks.concept_vector(make_trial(sampler, "ink", suite=suite))
+        module.concept_vector(make_trial(sampler, "ink", suite=suite))
 
 
 def test_scores_are_distances_of_whole_prompts(sampler):
     model, target = sampler.model, SUITE.find("dog")
     trial = make_trial(sampler)
-    words = attacks.vocabulary(trial, RingSettings(vocabulary=("tall", "red", "do", "g"), length=2))
+    words = module.vocabulary(
+        trial, RingABellSettings(vocabulary=("tall", "red", "do", "g"), length=2)
+    )
     wanted = model.encode(Prompt("red tall", "")).context
     with model.borrow_text_encoder() as text:
-        scorer = attacks.Scorer(model, text, words, wanted, target)
+        scorer = module.Scorer(model, text, words, wanted, target)
         rows = torch.tensor([[1, 0], [0, 1], [2, 3]])
         assert scorer.row(rows[0]) == model.tokenize(Prompt("red tall", ""))
         scores = scorer(rows)
@@ -239,11 +243,11 @@ def test_scores_are_distances_of_whole_prompts(sampler):
 
 def test_search_finds_the_best_row_and_never_gets_worse():
     goal = torch.tensor([3, 1, 4, 1])
-    settings = RingSettings(length=4, population=20, generations=60)
+    settings = RingABellSettings(length=4, population=20, generations=60)
 
     def run(seed):
         generator = torch.Generator().manual_seed(seed)
-        return attacks.search(lambda rows: (rows != goal).sum(1).float(), 6, settings, generator)
+        return module.search(lambda rows: (rows != goal).sum(1).float(), 6, settings, generator)
 
     best, scores = run(0)
     assert best.equal(goal) and scores[-1] == 0 and len(scores) == 60
@@ -258,25 +262,25 @@ def test_search_scores_each_candidate_once():
         seen.append(len(rows))
         return rows.sum(1).float()
 
-    settings = RingSettings(length=2, population=9, generations=3)
-    attacks.search(score, 5, settings, torch.Generator().manual_seed(0))
+    settings = RingABellSettings(length=2, population=9, generations=3)
+    module.search(score, 5, settings, torch.Generator().manual_seed(0))
     assert seen == [9, 5, 5]
 
 
 def test_children_mix_two_parents_or_change_a_word():
     generator = torch.Generator().manual_seed(0)
     parents = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
-    crossed = RingSettings(length=4, mutate=0, crossover=1)
-    made = attacks.children(parents, 50, 9, crossed, generator)
+    crossed = RingABellSettings(length=4, mutate=0, crossover=1)
+    made = module.children(parents, 50, 9, crossed, generator)
     assert made.max() == 1 and {0, 1} == set(made.flatten().tolist())
     turns = (made[:, 1:] != made[:, :-1]).sum(1)
     assert turns.max() == 1  # one cut
-    mutated = RingSettings(length=4, mutate=1, crossover=0)
-    made = attacks.children(parents[:1], 50, 9, mutated, generator)
+    mutated = RingABellSettings(length=4, mutate=1, crossover=0)
+    made = module.children(parents[:1], 50, 9, mutated, generator)
     assert (made != 0).sum(1).max() == 1 and made.max() == 8
     # Neither: still something new is tried.
-    neither = RingSettings(length=4, mutate=0, crossover=0)
-    assert (attacks.children(parents[:1], 50, 9, neither, generator) != 0).any()
+    neither = RingABellSettings(length=4, mutate=0, crossover=0)
+    assert (module.children(parents[:1], 50, 9, neither, generator) != 0).any()
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,7 @@ def test_children_mix_two_parents_or_change_a_word():
 )  # fmt: skip
 def test_bad_ring_settings(bad):
     with pytest.raises(ForgetError, match=next(iter(bad))):
-        RingSettings(**bad)
+        RingABellSettings(**bad)
 
 
 def test_ring_a_bell_draws_the_prompts_it_found(sampler):
@@ -296,7 +300,7 @@ def test_ring_a_bell_draws_the_prompts_it_found(sampler):
     result = ring_a_bell(trial, SMALL)
     searches = result["searches"]
     assert [one["start"] for one in searches] == ["a dog in dark", "a dog in light"]
-    distance = float((3 * attacks.concept_vector(trial)).square().sum())
+    distance = float((3 * module.concept_vector(trial)).square().sum())
     assert searches[0]["start_loss"] == pytest.approx(distance)
     for one in searches:
         assert set(one["prompt"].split()) <= set(WORDS) and len(one["prompt"].split()) == 3
@@ -310,7 +314,7 @@ def test_ring_a_bell_draws_the_prompts_it_found(sampler):
 def test_ring_a_bell_searches_once_for_all_methods(sampler, monkeypatch):
     trial = make_trial(sampler)
     first = ring_a_bell(trial, SMALL)
-    monkeypatch.setattr(attacks, "search", None)  # a second search would fail
+    monkeypatch.setattr(module, "search", None)  # a second search would fail
     again = ring_a_bell(make_trial(sampler, cache=trial.cache), SMALL)
     assert again == first
     with pytest.raises(TypeError):

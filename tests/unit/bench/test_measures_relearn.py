@@ -7,7 +7,7 @@ import torch
 
 from fmn.bench.measures import relearn as module
 from fmn.bench.measures.relearn import (
-    Settings,
+    RelearnSettings,
     fine_tune,
     lesson_asks,
     make_adapters,
@@ -24,7 +24,7 @@ from ..tiny import TINY, random_changes, same_tensors, weights_of
 from ..worlds import GreyJudge, Sees, make_trial
 
 trial_of = partial(make_trial, count=2)
-QUICK = Settings(pictures=3, steps=3, batch=2)
+QUICK = RelearnSettings(pictures=3, steps=3, batch=2)
 PICTURES = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 64, 64, 3)
 
 
@@ -52,7 +52,7 @@ def test_adapters_are_on_all_attention_and_start_at_nothing(sampler):
 
 def test_fine_tuning_lowers_the_loss(sampler):
     def teach(lr):
-        settings = Settings(steps=25, batch=4, lr=lr, rank=4)
+        settings = RelearnSettings(steps=25, batch=4, lr=lr, rank=4)
         adapters = make_adapters(sampler, settings.rank, 0)
         with attached(adapters, sampler.denoiser.module):
             return fine_tune(sampler, adapters, ["a dog"] * 4, PICTURES, settings, 0)
@@ -71,7 +71,7 @@ def test_each_picture_keeps_its_prompt(sampler, monkeypatch):
     sampler.model.seen.clear()
     prompts = [f"prompt {i}" for i in range(4)]
     with attached(adapters, sampler.denoiser.module):
-        fine_tune(sampler, adapters, prompts, PICTURES, Settings(steps=5, batch=3), 0)
+        fine_tune(sampler, adapters, prompts, PICTURES, RelearnSettings(steps=5, batch=3), 0)
     alphas = sampler.denoiser.alphas_cumprod
     assert len(asked) == 5
     for given, (x_t, t, _) in zip(asked, sampler.model.seen):
@@ -90,7 +90,7 @@ def test_model_and_patches_come_back_as_they_were(worn, monkeypatch, fails):
     assert count > 0
     if fails:
         worn.model.poisoned = True
-        monkeypatch.setattr(module, "examples", lambda trial, asks: (asks, PICTURES[:3]))
+        monkeypatch.setattr(module, "recognised_examples", lambda trial, asks: (asks, PICTURES[:3]))
         with pytest.raises(NonFiniteLoss):
             relearn(trial, QUICK)
         worn.model.poisoned = False
@@ -194,4 +194,4 @@ def test_spread():
 )
 def test_bad_settings(bad):
     with pytest.raises(ForgetError, match=next(iter(bad))):
-        Settings(**bad)
+        RelearnSettings(**bad)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from fmn.bench.measures.text import _stands_out, misspellings, prompts_of, rungs, together
+from fmn.bench.measures.text import _stands_out, misspellings, prompt_levels, prompts_of, together
 from fmn.bench.suite import PROBES, Target
 from fmn.errors import ForgetError
 from fmn.models.families import FAMILIES
@@ -65,9 +65,9 @@ def test_probes_without_prompts_fall_back_or_are_absent(sampler):
     assert empty == ["prefix", "variant", "long", "templates", "languages"]
 
 
-def test_rungs_rows(sampler):
+def test_rows_of_prompt_levels(sampler):
     trial = trial_of(sampler, count=4)
-    result = rungs(trial)
+    result = prompt_levels(trial)
     assert result["absent"] == ["prefix", "variant", "long", "templates", "languages"]
     rows = result["rows"]
     assert [row["probe"] for row in rows[::4]] == [
@@ -81,7 +81,7 @@ def test_rungs_rows(sampler):
     assert rows[0]["still"] == trial.shows_target(trial.draw([ask]))[0]
 
 
-def test_rungs_tell_the_patched_from_the_untouched_model(sampler, monkeypatch):
+def test_prompt_levels_tell_the_patched_from_the_untouched_model(sampler, monkeypatch):
     monkeypatch.setitem(FAMILIES, "tiny", TINY)
     bare = trial_of(sampler, judge=Odd(), count=4)
     asks = [bare.ask("dog", i) for i in range(4)]
@@ -89,7 +89,7 @@ def test_rungs_tell_the_patched_from_the_untouched_model(sampler, monkeypatch):
     with sampler.applying([(ForgetPatch(TINY, changes, {}), 1.0)]):
         trial = trial_of(sampler, judge=Odd(), count=4)
         worn = trial.draw(asks)
-        rows = rungs(trial)["rows"][:4]
+        rows = prompt_levels(trial)["rows"][:4]
     before = bare.draw(asks)
     assert trial.shows_target(worn) != trial.shows_target(before)
     assert [row["still"] for row in rows] == trial.shows_target(worn)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fmn.errors import ForgetError
-from fmn.metrics.mscore import Score, cosine, m_score, measure, pooled, summary
+from fmn.metrics.mscore import Score, cosine, m_score, pooled, summary
 from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.training.textual_inversion import Settings
@@ -66,21 +66,27 @@ def test_seed_and_templates_of_the_settings_are_replaced():
         assert torch.equal(one.vectors, two.vectors)
 
 
-def test_measure_sees_the_patch_and_leaves_the_model():
+def test_a_patch_changes_the_score_and_the_model_comes_back():
     model, patch = TinyModel(), make_patch(TINY, size=0.5)
     before = weights_of(model.unet)
-    given = "big dog", IMAGES, TEMPLATES, (0, 1), QUICK
+    given = IMAGES, "big dog", TEMPLATES, (0, 1), QUICK, ("red castle",)
     with open_sampler(model, Sampling(2)) as sampler:
+        untouched = m_score(model, sampler.denoiser, *given)
         with sampler.applying([(patch, 1.0)]):
-            found = measure(sampler, *given, others=("red castle",))
-        untouched = measure(sampler, *given)
-    assert found["before"] == untouched["before"] == untouched["after"]
+            patched = m_score(model, sampler.denoiser, *given)
+    found = summary(model, untouched, patched, "big dog", TEMPLATES)
     assert found["after"] != found["before"] and len(found["after"]) == 2
-    assert found["start"] == untouched["start"]
     assert set(found["others"]["red castle"]) == {"before", "after"}
     assert -1 <= found["between"]["red castle"] < 1
     assert json.loads(json.dumps(found)) == found
     assert same_tensors(weights_of(model.unet), before)
+
+
+def test_other_braces_in_a_template_stay_as_they_are():
+    with TinyModel().borrow_text_encoder() as text:
+        named = pooled(text, ("a {big} photo of {}",), "big dog")
+        assert torch.equal(named, text.encode("a {big} photo of big dog")[1])
+    assert len(scores(templates=("a {big} photo of {}",), seeds=(0,))) == 1
 
 
 def test_summary_keeps_the_order_of_seeds():

@@ -3,22 +3,21 @@
 import pytest
 import torch
 
-from fmn.bench.measures.beyond import (
+from fmn.bench.measures.classifier import (
     ClassifierSettings,
-    FreshNoise,
     LatentClassifier,
-    centred,
     classifier,
-    completion,
-    drawn,
-    examples_and_others,
     guide,
-    inpainted_latents,
-    inpainting,
-    noise,
-    smoothed,
+    labelled_latents,
     train_classifier,
 )
+from fmn.bench.measures.inpainting import (
+    centred_hole,
+    inpainted_latents,
+    inpainting,
+    smooth_hole,
+)
+from fmn.bench.measures.probing import FreshNoise, completion, draw_latents, noise
 from fmn.bench.suite import Target, parse_suite
 from fmn.errors import ForgetError
 from fmn.models.families import FAMILIES
@@ -79,8 +78,8 @@ def test_completion_hands_over_after_the_first_steps(worn):
     trial, seen = make_trial(worn, count=1), worn.model.seen
     patched = [switch for switch, _ in worn._worn]
     on = []
-    predict_noise = worn.denoiser.predict_noise
-    worn.denoiser.predict_noise = lambda *args: on.append(patched[0].on) or predict_noise(*args)
+    denoise = worn.denoiser.predict_noise
+    worn.denoiser.predict_noise = lambda *args: on.append(patched[0].on) or denoise(*args)
     trial.untouched(trial.target_asks())
     on.clear()
     completion(trial, (0.25,))
@@ -196,14 +195,14 @@ def test_a_classifier_needs_both_kinds():
 
 def test_examples_are_other_pictures_than_those_asked_for(sampler):
     trial = make_trial(sampler)
-    latents, wanted = examples_and_others(trial, 8)
+    latents, wanted = labelled_latents(trial, 8)
     assert latents.shape == (16, 4, 8, 8) and wanted.tolist() == [True] * 8 + [False] * 8
     prompts = [prompt for prompt, _ in trial.cache]
     assert sum("dog" in prompt for prompt in prompts) == 8
     assert all("cat" in prompt or "tree" in prompt for prompt in prompts if "dog" not in prompt)
     assert not {ask.seed for ask in trial.target_asks()} & {seed for _, seed in trial.cache}
     style = make_trial(sampler, "light")
-    examples_and_others(style, 8)
+    labelled_latents(style, 8)
     others = [prompt for prompt, _ in style.cache if "light" not in prompt]
     assert len(others) == 8 and all(prompt == "a tree in dark" for prompt in others)
 
@@ -211,7 +210,7 @@ def test_examples_are_other_pictures_than_those_asked_for(sampler):
 def test_nothing_to_tell_from(sampler):
     suite = parse_suite(data(far=["dog"], targets=[{"name": "dog", "kind": "object"}]), "one")
     with pytest.raises(ForgetError, match="nothing to tell 'dog' from"):
-        examples_and_others(make_trial(sampler, suite.targets[0], suite=suite), 8)
+        labelled_latents(make_trial(sampler, suite.targets[0], suite=suite), 8)
 
 
 def test_classifier_probe(worn):
@@ -234,17 +233,19 @@ def test_bad_classifier_settings(bad):
 
 
 def test_the_hole_is_the_middle_half():
-    hole = centred(8)
+    hole = centred_hole(8)
     assert hole.sum() == 16 and hole[2:6, 2:6].all()
     # Of a latent and of its picture the same.
-    assert torch.equal(centred(64), centred(8).repeat_interleave(8, 0).repeat_interleave(8, 1))
+    assert torch.equal(
+        centred_hole(64), centred_hole(8).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    )
 
 
 def test_inpainting_keeps_the_outside_exactly_and_fills_the_hole(sampler):
     text, start = sampler.texts(["a dog"] * 2), sampler.noise([1, 2])
     known = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     filled = inpainted_latents(sampler, text, start, known)
-    hole = centred(8)
+    hole = centred_hole(8)
     assert torch.equal(filled[..., ~hole], known[..., ~hole])
     # What lies in the hole of the known latents cannot matter.
     secret = known.clone()
@@ -257,7 +258,7 @@ def test_inpainting_sees_the_outside_at_each_steps_noise(sampler):
     text, start, known = sampler.texts(["a dog"]), sampler.noise([1]), torch.full((1, 4, 8, 8), 2.0)
     sampler.model.seen.clear()
     inpainted_latents(sampler, text, start, known)
-    outside = ~centred(8)
+    outside = ~centred_hole(8)
     seen = sampler.model.seen
     assert torch.equal(seen[0][0][:1], start)
     for x, t, _ in seen[1:]:
@@ -275,7 +276,7 @@ def test_what_the_encoder_sees_is_grey_in_the_hole(sampler, monkeypatch):
 
     monkeypatch.setattr(sampler.model, "encode_images", watched)
     trial = make_trial(sampler)
-    pictures, hole = trial.untouched(trial.target_asks()), centred(64)
+    pictures, hole = trial.untouched(trial.target_asks()), centred_hole(64)
     inpainting(trial)
     for images, size in seen:
         assert size == 64 and (images[:, hole] == 0.5).all()
@@ -287,7 +288,7 @@ def test_a_smooth_hole_continues_its_surroundings():
     for picture in (ramp, ramp.transpose(1, 2).contiguous(), torch.full((2, 16, 16, 3), 0.3)):
         holed = picture.clone()
         holed[:, 4:12, 4:12] = 9
-        assert torch.allclose(smoothed(holed), picture, atol=1e-6)
+        assert torch.allclose(smooth_hole(holed), picture, atol=1e-6)
 
 
 def test_inpainting_judges_hole_and_whole(worn):
@@ -296,7 +297,7 @@ def test_inpainting_judges_hole_and_whole(worn):
     pictures = trial.untouched(trial.target_asks())
     result = inpainting(trial)
     alone, before, whole, before_whole, white, smooth = judge.shown
-    hole = centred(64)
+    hole = centred_hole(64)
     for images in (alone, before):
         assert (images[:, ~hole] == 1).all()
     for images in (whole, before_whole, white, smooth):
@@ -307,7 +308,7 @@ def test_inpainting_judges_hole_and_whole(worn):
     names = {"prompt", "seed", "still", "untouched", "whole", "untouched_whole", "white", "smooth"}
     assert all(set(row) == names for row in result["rows"])
     # The untouched model's part is kept, and is what it gives without patches.
-    with worn.bare():
+    with worn.unpatched():
         judge.shown.clear()
         inpainting(make_trial(worn, judge=judge, cache=dict(trial.cache)))
     assert torch.equal(judge.shown[0], before) and torch.equal(judge.shown[1], before)
@@ -321,7 +322,7 @@ def test_drawn_is_plain_drawing_in_batches(worn):
     worn.on_pictures = told.append
     trial = make_trial(worn)
     asks = trial.target_asks()
-    images = drawn(trial, asks, lambda part, text, start: worn.latents(text, start))
+    images = draw_latents(trial, asks, lambda part, text, start: worn.latents(text, start))
     assert told == [2, 1] and torch.equal(images, trial.draw(asks))
 
 
