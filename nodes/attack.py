@@ -1,5 +1,6 @@
 """Nodes that try to bring a forgotten concept back."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.models.image_sampler import ImageSampler, open_sampler
 from ..fmn.models.interface import Text
 from ..fmn.models.sampling import Sampling
-from ..fmn.patches.embedding_file import recorded, save_embedding
+from ..fmn.patches.embedding_file import embedding_of, save_embedding
 from ..fmn.patches.patch import ForgetPatch
 from ..fmn.training.textual_inversion import Settings, invert
 from .common import advanced, clip_input, model_input, strength_input, vae_input
@@ -79,7 +80,8 @@ class ConceptInversionProbe(io.ComfyNode):
             on_step = progress.training(words)
             learned = invert(host, sampler.denoiser, images, settings, on_step)
             drawn = _draw_both(host, sampler, learned.vectors, words, pictures, settings)
-        embedding = recorded(learned, host, fingerprint, "concept inversion", settings, words)
+        record = host.family, fingerprint, "concept inversion", asdict(settings), words
+        embedding = embedding_of(learned.vectors, learned.losses, *record)
         if path is not None:
             save_embedding(embedding, path, host.family)
         text = f"{words}: does it show? Compare the pictures by learned tokens and by name"

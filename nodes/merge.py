@@ -15,7 +15,7 @@ from ..fmn.errors import ForgetError
 from ..fmn.files import chosen_files
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.jobs.joint_merge import joint_merge
-from ..fmn.patches.merge import merge
+from ..fmn.patches.merge import merge_patches
 from ..fmn.patches.patch import ForgetPatch
 from ..fmn.settings import HOW, PRESERVE
 from .common import file_stamp, lines_of, strength_input
@@ -110,7 +110,7 @@ class MergeForgetPatches(io.ComfyNode):
             host, on_step = ComfyModel(model, clip), Progress().step
             merged = joint_merge(host, sources, preserve, budget_kb * 1000, on_step, keep)
         elif how == "concatenate":
-            merged = merge(sources, budget_kb * 1000)
+            merged = merge_patches(sources, budget_kb * 1000)
         else:
             raise ForgetError(f"how is '{how}': choose one of {', '.join(HOW)}.")
         report = merged.report()

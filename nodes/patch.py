@@ -16,10 +16,9 @@ from ..fmn.errors import ForgetError
 from ..fmn.files import STATE_ENDING
 from ..fmn.hosts.comfyui.host import ComfyHost
 from ..fmn.hosts.comfyui.unknown_model import host_of
-from ..fmn.images import data_uri
+from ..fmn.images import thumbnail_uri
 from ..fmn.methods.describe import describe
 from ..fmn.patches.patch import ForgetPatch, load_patch, save_patch
-from ..fmn.patches.scores import source_of
 from ..fmn.text import printable
 from .common import file_stamp, model_input, strength_input
 from .page import text_output
@@ -119,11 +118,11 @@ class SaveForgetPatch(io.ComfyNode):
     def execute(
         cls, patch: ForgetPatch, filename_prefix: str, thumbnail: torch.Tensor | None = None
     ) -> io.NodeOutput:
-        picture = None if thumbnail is None else data_uri(thumbnail)
+        picture = None if thumbnail is None else thumbnail_uri(thumbnail)
         path = save_patch(patch, output_path(filename_prefix), picture)
         name = path.relative_to(Path(output_folder()).resolve()).as_posix()
         text = f"saved {name}, {path.stat().st_size / 1e6:.2f} MB, in output/{KIND}"
-        saved = replace(patch, source=source_of(path))
+        saved = replace(patch, source=load_patch(path).source)
         return io.NodeOutput(saved, name, ui=text_output(text, name))
 
 
@@ -168,7 +167,7 @@ class LoadForgetPatch(io.ComfyNode):
         path = _path_of(file)
         if path is None:
             raise ForgetError(_missing(file))
-        return io.NodeOutput(replace(load_patch(path), source=source_of(path)))
+        return io.NodeOutput(load_patch(path))
 
 
 def _missing(name: str) -> str:

@@ -13,7 +13,7 @@ from server import PromptServer
 
 from ..fmn.errors import ForgetError
 from ..fmn.patches.checkpoint import base_of
-from ..fmn.patches.library import Shelf
+from ..fmn.patches.library import Library
 from .demo import FILE as DEMO_FILE
 from .patch import KIND
 
@@ -92,7 +92,7 @@ class Bases:
 
 def start(server: PromptServer) -> None:
     """Add the shelf's routes to the server."""
-    shelf = Shelf(folder_paths.get_folder_paths(KIND))
+    shelf = Library(folder_paths.get_folder_paths(KIND))
     _add_reading(server.routes, shelf, Bases())
     _add_changing(server.routes, shelf)
 
@@ -100,7 +100,7 @@ def start(server: PromptServer) -> None:
 # Work on files is done in threads, off the event loop.
 
 
-def _add_reading(routes: web.RouteTableDef, shelf: Shelf, bases: Bases) -> None:
+def _add_reading(routes: web.RouteTableDef, shelf: Library, bases: Bases) -> None:
     @routes.get(f"{ROUTE}/shelf")
     @_errors_as_json
     async def patches(request: web.Request) -> web.Response:
@@ -125,7 +125,7 @@ def _add_reading(routes: web.RouteTableDef, shelf: Shelf, bases: Bases) -> None:
         return _json({"family": family, "base": fingerprint})
 
 
-def _add_changing(routes: web.RouteTableDef, shelf: Shelf) -> None:
+def _add_changing(routes: web.RouteTableDef, shelf: Library) -> None:
     def delete(folder: Any, name: Any, body: dict[str, Any]) -> Any:
         return shelf.delete(folder, name)
 

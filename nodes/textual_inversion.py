@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
-from ..fmn.patches.embedding_file import recorded, save_embedding
+from ..fmn.patches.embedding_file import embedding_of, save_embedding
 from ..fmn.training.textual_inversion import Settings, invert
 from .common import clip_input, lines_of, model_input, seed_input, vae_input
 from .page import text_output
@@ -63,7 +64,8 @@ class TextualInversion(io.ComfyNode):
         on_step = InversionProgress(settings.steps).training(name)
         with host.borrow_denoiser() as denoiser:
             learned = invert(host, denoiser, images, settings, on_step)
-        embedding = recorded(learned, host, fingerprint, "textual inversion", settings, name)
+        record = host.family, fingerprint, "textual inversion", asdict(settings), name
+        embedding = embedding_of(learned.vectors, learned.losses, *record)
         save_embedding(embedding, path, host.family)
         token = f"embedding:{name}"
         text = f"saved {name}.safetensors in models/{FOLDER}: write {token} in a prompt"

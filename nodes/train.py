@@ -15,6 +15,7 @@ from ..fmn.concepts.concept import Concept
 from ..fmn.errors import ForgetError, NonFiniteLoss
 from ..fmn.files import STATE_ENDING
 from ..fmn.hosts.comfyui.host import ComfyHost
+from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import maps_picture
 from ..fmn.methods import DEFAULT, DEFAULT_MANY, MANY, default_settings, forget
@@ -145,12 +146,11 @@ class _Previews:
         self.every, self.live, self.steps = options.preview_every, live, 0
         if not self.every:
             return
-        if host.vae is None:
-            live.note("No previews: the vae input is empty.")
+        if host.vae is None or not isinstance(host, ComfyModel):
+            missing = "the vae input is empty" if host.vae is None else "unsupported model"
+            live.note(f"No previews: {missing}.")
             self.every = 0
-        elif not host.family.known:
-            live.note(f"No previews: {host.family.title} is not supported there yet.")
-            self.every = 0
+            return
         first = concepts[0].training_prompts()[0].text if concepts else ""
         prompts = options.forgotten_prompt.strip() or first, options.kept_prompt.strip()
         steps, seed = options.preview_steps, options.preview_seed

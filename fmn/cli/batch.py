@@ -95,7 +95,7 @@ def run_batch(options: Namespace) -> tuple[dict[str, Any], str, bool]:
 def run_merge(options: Namespace) -> tuple[dict[str, Any], str]:
     """Returns the result and its text."""
     from ..files import check_file, chosen_files, free_name
-    from ..patches.merge import merge
+    from ..patches.merge import merge_patches
     from ..patches.patch import save_patch
 
     preserve = _check_merge(options)
@@ -112,7 +112,7 @@ def run_merge(options: Namespace) -> tuple[dict[str, Any], str]:
         with StepBar() as bar:
             merged = joint_merge(model, sources, preserve, budget, bar, options.keep or ())
     else:
-        merged = merge(sources, budget)
+        merged = merge_patches(sources, budget)
     save_patch(merged.patch, out)
     result = {
         "patch": str(out),

@@ -5,29 +5,35 @@ with D the width of a text token. So a patch is up = W A, down = B, and one D x 
 float64, serves every layer. Published codes store full matrices instead.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..concepts.concept import Concept
 from ..linalg import gram, relative_error, to_float64, truncate_product
-from ..models.families import Layer, UNetFamily, layers
-from ..models.interface import Denoiser, UNetModel
-from ..patches.patch import MAX_RANK, ForgetPatch, new_info
+from ..models.families import layers
+from ..patches.metadata import new_info
+from ..patches.patch import MAX_RANK, ForgetPatch
 from ..progress import OnStep, StepProgress, ignore
 from ..settings import Settings, advanced, setting
 from .text_embeddings import Pairs
+
+if TYPE_CHECKING:
+    from ..concepts.concept import Concept
+    from ..models.families import Layer, UNetFamily
+    from ..models.interface import Denoiser, UNetModel
 
 NO_DIRECTION = 1e-12  # of the largest singular value
 NONE_LEFT = 1e-9  # of a norm: float64's noise in what is left of a vector
 
 Changes = dict[str, tuple[Tensor, Tensor]]  # layer name -> up [out, r], down [r, in]
-RightOf = Callable[[Layer, Tensor], Tensor]  # a layer and its weight [out, D] -> right [n, D]
+RightOf = Callable[["Layer", Tensor], Tensor]  # a layer and its weight [out, D] -> right [n, D]
 
 
 class InputEdit(NamedTuple):
@@ -36,7 +42,7 @@ class InputEdit(NamedTuple):
     left: Tensor
     right: Tensor
 
-    def then(self, other: "InputEdit") -> "InputEdit":
+    def then(self, other: InputEdit) -> InputEdit:
         """W (I + self) (I + other): an edit made on the edited matrix."""
         left = torch.cat([self.left, other.left + self.left @ (self.right @ other.left)], 1)
         return InputEdit(left, torch.cat([self.right, other.right]))

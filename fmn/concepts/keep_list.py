@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from ..errors import ForgetError
+from ..text import ARTICLES
 from .concept import Concept
 from .wordlists import entries
 
@@ -113,7 +114,7 @@ def _words(text: str) -> Words:
     letters = unicodedata.normalize("NFKD", text)
     plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     words = tuple(re.findall(r"\w+", plain.casefold()))
-    return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
+    return words[1:] if len(words) > 1 and words[0] in ARTICLES else words
 
 
 @lru_cache(maxsize=4096)

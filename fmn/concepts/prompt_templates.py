@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from ..sequences import evenly
+from ..text import with_article
 from .concept import TEMPLATES, Concept, Prompt
 
 PLACEHOLDER = "<*>"  # stands in a prompt for input embeddings that belong to no word
@@ -111,13 +112,6 @@ def together(words: Sequence[str], count: int) -> list[str]:
     if groups == len(words):
         return list(words)
     return [", ".join(map(with_article, words[i::groups])) for i in range(groups)]
-
-
-def with_article(word: str) -> str:
-    """The word with a or an, unless it has an article or is a name."""
-    if word[0].isupper() or word.split()[0] in ("a", "an", "the"):
-        return word
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def _without_name(prompt: Prompt) -> str:

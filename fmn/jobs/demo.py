@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..concepts.concept import Concept
 from ..files import write_whole
 from ..hosts.diffusers.model import DiffusersModel
-from ..images import beside, labelled_grid, to_image
+from ..images import labelled_grid, side_by_side, to_image
 from ..methods import DEFAULT, forget, settings_of
 from ..metrics.judge import Judge
 from ..metrics.load import load_judge
@@ -112,7 +112,7 @@ def _grid(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor]) -> Imag
     rows = [(prompt, [to_image(image) for image in pairs[prompt]]) for prompt in shown]
     third = -(-len(rows) // 3)
     blocks = [rows[i : i + third] for i in range(0, len(rows), third)]
-    return beside([labelled_grid(block, ["before", "after"], side=96) for block in blocks])
+    return side_by_side([labelled_grid(block, ["before", "after"], side=96) for block in blocks])
 
 
 def _table(result: dict[str, Any]) -> str:

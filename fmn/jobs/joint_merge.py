@@ -1,4 +1,4 @@
-"""One patch that does what several do, each on its own prompts; ``patches.merge.joint`` solves it.
+"""One patch that does what several do, each on its own prompts; ``patches.joint`` solves it.
 
 The model encodes the patches' prompts, which is what keys and values of cross-attention read. What
 its outputs read is computed from them and the queries of a few sampled images.
@@ -22,7 +22,8 @@ from ..methods.reread.method import Settings, kept_texts
 from ..methods.reread.regression_data import AT_ONCE, KeptSentences
 from ..models.interface import Text
 from ..models.module_patching import autograd
-from ..patches.merge import Merged, System, finished, joint, opened, system_of
+from ..patches.joint import LayerInputs, joint_change, layer_inputs
+from ..patches.merge import Merged, build_merged, open_patches
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..sequences import evenly
@@ -61,7 +62,7 @@ def joint_merge(
         ForgetError: a patch is of another family, does not say what it forgets, or changes layers
             other than keys, values and outputs of cross-attention.
     """
-    entries = opened(sources)
+    entries = open_patches(sources)
     for patch, _ in entries:
         patch.check_family(model.family)
         _check_layers(patch)
@@ -77,18 +78,18 @@ def joint_merge(
         on_step, sum(-(-len(texts) // AT_ONCE) for texts in sampled) + len(names)
     )
     with model.borrow_denoiser() as denoiser:
-        inputs = _LayerInputs(model, denoiser, settings, prompts, kept)
+        reader = _InputReader(model, denoiser, settings, prompts, kept)
         if sampled:
-            inputs.record_queries(sampled, lambda: progress(1.0))
+            reader.record_queries(sampled, lambda: progress(1.0))
         changes, sums = {}, torch.zeros(3, dtype=torch.float64)
         for name in names:
             parts = [_scaled(patch, name, strength) for patch, strength in entries]
-            changes[name], squares = joint(parts, inputs.system(name))
+            changes[name], squares = joint_change(parts, reader.of(name))
             sums += torch.tensor(squares, dtype=torch.float64)
             progress(float(sums[1] / sums[2]))
     record = {"how": "joint", "budget": budget, "preserve": preserve, "damping": settings.damping}
     losses = (sums[:2] / sums[2]).tolist()
-    return finished(entries, changes, record, budget, losses)
+    return build_merged(entries, changes, record, budget, losses)
 
 
 def _scaled(
@@ -141,7 +142,7 @@ def _subsample(texts: list[str], count: int) -> list[str]:
     return evenly(texts, min(count, len(texts)))
 
 
-class _LayerInputs:
+class _InputReader:
     """What layers read for each patch's prompts, and for kept ones.
 
     Args:
@@ -162,7 +163,7 @@ class _LayerInputs:
         self.layers = {
             layer.name: layer for layer in cross_attention_layers(denoiser, model.family)
         }
-        self._text_system: System | None = None
+        self._text_inputs: LayerInputs | None = None
 
     def record_queries(self, prompts: list[list[str]], on_batch: Callable[[], None]) -> None:
         """Sample images of each patch's prompts and, last, of kept ones."""
@@ -176,21 +177,21 @@ class _LayerInputs:
         ]  # fmt: skip
         self.kept_outputs = KeptSentences(self.kept, [kept, *self.queries], self.settings)
 
-    def system(self, name: str) -> System:
+    def of(self, name: str) -> LayerInputs:
         """What the layer of that name reads."""
         weights = self.settings.preserve, self.settings.damping
         if not name.endswith(OUTPUT):
-            if self._text_system is None:  # the same for all keys and values
+            if self._text_inputs is None:  # the same for all keys and values
                 # BOS is the same in every prompt: it belongs to what is kept.
                 rows = [context[:, 1:].flatten(0, 1).float().cpu() for context in self.contexts]
-                self._text_system = system_of(rows, self.kept.flatten(0, 1).cpu(), *weights)
-            return self._text_system
+                self._text_inputs = layer_inputs(rows, self.kept.flatten(0, 1).cpu(), *weights)
+            return self._text_inputs
         layer, rows = self.layers[name.removesuffix(".to_out.0")], []
         for context, queries in zip(self.contexts, self.queries):
             recorded = queries[layer.name]
             recorded = recorded[torch.arange(len(context)) % len(recorded)]
             rows.append(read_out(layer, recorded, context).flatten(0, 1).cpu())
-        return system_of(rows, self.kept_outputs.rows(layer).cpu(), *weights)
+        return layer_inputs(rows, self.kept_outputs.rows(layer).cpu(), *weights)
 
     def _encode(self, text: str) -> Text:
         return self.model.encode(Prompt(text, text))

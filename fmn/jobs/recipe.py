@@ -19,7 +19,7 @@ from ..concepts.concept import Concept, Prompt
 from ..methods import preset_of, revision
 from ..models.families import layers
 from ..models.interface import Model
-from ..patches.patch import FORMAT
+from ..patches.metadata import FORMAT
 from ..settings import Settings
 
 PROBE = Prompt("a photo", "a photo")

@@ -18,7 +18,6 @@ from ..closed_form.output_edit import PartProgress, proper_span, reflection
 from ..closed_form.text_embeddings import encode_chunk
 from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
-from ..concepts.prompt_templates import with_article
 from ..errors import ForgetError
 from ..models.families import layers
 from ..models.interface import Text, UNet, UNetModel
@@ -27,6 +26,7 @@ from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import advanced, seed, setting, size
+from ..text import with_article
 
 TITLE = "CASteer"
 REVISION = 1

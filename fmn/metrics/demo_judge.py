@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import LayerNorm, Linear
 from torch.nn.functional import conv2d, gelu, scaled_dot_product_attention
 
 from ..errors import ForgetError
-from ..files import DEMO_FOLDER
+from ..files import DEMO_FOLDER, open_safetensors
 from ..images import square
 from .judge import check_images, find_labels
 
@@ -171,14 +170,14 @@ def _read(path, name):
     if not path.is_file():
         raise ForgetError(f"The demo's judges are missing at '{path}': get the repository again.")
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path, "get the repository again") as file:
             record = json.loads((file.metadata() or {})["judges"])
             prefix = f"{name}/"
             names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
             state = {key.removeprefix(prefix): file.get_tensor(key).float() for key in names}
         labels = {domain: tuple(found) for domain, found in record["labels"].items()}
         return labels, record["facts"][name], state
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise _broken(path) from error
 
 

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ForgetError
-from ..files import STATE_ENDING, write_whole
-from ..patches.metadata import check_header_size
+from ..files import MAX_HEADER, STATE_ENDING, open_safetensors, write_whole
 from .loop import MAX_LOSS_SCALE, LoopState, Moments
 
 FORMAT = "1"
@@ -97,7 +95,9 @@ class TrainingState:
         return cls(record, list(loop.losses), tensors)
 
     def check(
-        self, record: dict[str, Any], current: Callable[[dict[str, Any]], dict[str, Any]] = dict
+        self,
+        record: dict[str, Any],
+        current: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         """Raise a ``ForgetError`` unless this is a state of what would be trained now.
 
@@ -221,20 +221,14 @@ def load_state(path: str | Path) -> TrainingState:
         ForgetError: it is not a whole, well-formed training state.
     """
     path = Path(path)
-    check_header_size(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = _record(path.name, file.metadata() or {})
-            dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-            wrong = [key for key in dtypes if dtypes[key] != ("F64" if key == "losses" else "F32")]
-            if wrong or "losses" not in dtypes or len(dtypes) == 1:
-                what = f"tensor '{wrong[0]:.60}'" if wrong else "list of tensors"
-                raise _damaged(path.name, what)
-            tensors = {key: file.get_tensor(key) for key in dtypes}
-    except SafetensorError as error:
-        raise ForgetError(
-            f"'{path.name}' is damaged or not a safetensors file ({error}): start anew."
-        ) from error
+    with open_safetensors(path, "start anew", MAX_HEADER) as file:
+        record = _record(path.name, file.metadata() or {})
+        dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        wrong = [key for key in dtypes if dtypes[key] != ("F64" if key == "losses" else "F32")]
+        if wrong or "losses" not in dtypes or len(dtypes) == 1:
+            what = f"tensor '{wrong[0]:.60}'" if wrong else "list of tensors"
+            raise _damaged(path.name, what)
+        tensors = {key: file.get_tensor(key) for key in dtypes}
     losses = tensors.pop("losses")
     _check_tensors(path.name, record, losses, tensors)
     return TrainingState(record, losses.tolist(), tensors, path.name)

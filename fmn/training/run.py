@@ -13,7 +13,8 @@ from ..concepts.concept import Concept
 from ..errors import ForgetError, NonFiniteLoss
 from ..models.adapters import FullAdapter, LowRankAdapter, Switch
 from ..models.interface import Model, UNet
-from ..patches.patch import ForgetPatch, new_info, save_patch
+from ..patches.metadata import new_info
+from ..patches.patch import ForgetPatch, save_patch
 from ..progress import OnStep, StepProgress
 from ..settings import Settings
 from .loop import AdamWConfig, LossAt, Moments, Trainer

@@ -1,11 +1,13 @@
 """Words learned from pictures, as ComfyUI and diffusers use them; attacks on a patched model."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from .parts import concept, leftovers, same_bits, settings, state
 from .server import LATE, Interrupted, PromptError, texts
@@ -67,10 +69,12 @@ def test_comfyui_and_diffusers_read_the_file(pack, attack, comfy_model, images):
         theirs = pipeline.encode_prompt(prompt.format("<both>"), "cpu", 1, False)[0]
     torch.testing.assert_close(theirs, wanted, rtol=0, atol=1e-5)
 
-    found = pack("fmn.patches.embedding_file").load_embedding(path, 128)
-    assert torch.equal(found.vectors, learned.vectors)
-    assert found.info["base.fingerprint"] == comfy_model.fingerprint()
-    assert found.info["what"] == "dogs/both" and found.info["settings"]["steps"] == 3
+    with safe_open(path, framework="pt") as file:
+        assert torch.equal(file.get_tensor("emb_params"), learned.vectors)
+        metadata = {key: value for key, value in file.metadata().items() if "fmn." in key}
+    info = {key.removeprefix("fmn."): json.loads(value) for key, value in metadata.items()}
+    assert info["base.fingerprint"] == comfy_model.fingerprint()
+    assert info["what"] == "dogs/both" and info["settings"]["steps"] == 3
 
 
 def test_everything_is_left_as_it_was(pack, attack, comfy_model, images, monkeypatch):

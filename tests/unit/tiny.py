@@ -14,7 +14,8 @@ from fmn.models.families import DEMO, UNetFamily, cross_attention_names, layers
 from fmn.models.interface import Text, fingerprint
 from fmn.models.sampling import DDPMSchedule
 from fmn.models.token_positions import CHUNK, EOS_ID, tokenize_with_placeholders, word_positions
-from fmn.patches.patch import ForgetPatch, new_info
+from fmn.patches.metadata import new_info
+from fmn.patches.patch import ForgetPatch
 
 BOS = 49406
 TINY = UNetFamily(

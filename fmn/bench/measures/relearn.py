@@ -14,6 +14,7 @@ from ...models.adapters import LowRankAdapter, attached
 from ...models.families import layers
 from ...models.sampling import q_sample
 from ...settings import check_limits
+from ...text import with_article
 from ...training.loop import AdamWConfig, initial_loss_scale, train
 from ...training.run import adapter_parameters
 from .attacks import examples
@@ -106,13 +107,6 @@ def _control(trial, name, pictures, settings):
         for ask, still, was in zip(asks, *shown)
     ]
     return rows, losses
-
-
-def with_article(name):
-    """ "kangaroo" -> "a kangaroo", as phrases in a suite are; a capital letter takes none."""
-    if name[0].isupper():
-        return name
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def spread(pictures, count):

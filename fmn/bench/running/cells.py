@@ -5,7 +5,6 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import load
 
 from ... import __version__
@@ -13,7 +12,7 @@ from ...errors import ForgetError
 from ...files import file_and_strength
 from ...methods import PRESETS, check_preset, settings_of
 from ...patches.patch import load_patch
-from ...patches.scores import Source, source_of
+from ...patches.scores import Source, tensor_hash
 from ..names import UNTOUCHED
 
 FORMAT = 1  # raise it when a cell's meaning changes: stored results are then made anew
@@ -130,11 +129,7 @@ def given(name, patch, strength=1.0):
 
     Known by its tensors alone: the same patch made on another day is measured once.
     """
-    digest = hashlib.sha256()
-    for key, tensor in sorted(load(patch).items()):
-        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return Method(name, {"sha256": digest.hexdigest()[:32], "strength": strength}, patch)
+    return Method(name, {"sha256": tensor_hash(load(patch))[:32], "strength": strength}, patch)
 
 
 def _value(text):
@@ -151,9 +146,9 @@ def _file_method(text):
         if path.suffix != ".safetensors" and len(path.parts) < 2:
             check_preset(text.partition(":")[0])
         raise ForgetError(f"There is no patch file '{file}': check the name and its folder.")
-    load_patch(path)  # refused now rather than in the middle of the run
+    source = load_patch(path).source  # refused now rather than in the middle of the run
     name = path.name if strength == 1 else f"{path.name}:{strength:g}"
-    return replace(given(name, path.read_bytes(), strength), source=source_of(path))
+    return replace(given(name, path.read_bytes(), strength), source=source)
 
 
 def plan(setup, suite, targets, methods, measures, scale=()):

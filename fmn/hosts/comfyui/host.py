@@ -141,15 +141,11 @@ def _add_patch(
     text: bool,
 ) -> None:
     """Add the patch's U-Net or text part to a clone of a patcher or a CLIP."""
-    count = sum(layer.is_text == text for layer in patch.layers)
-    tensors = {
-        key: tensor
-        for key, tensor in patch.lora(torch.float32).items()
-        if key.startswith("lora_te") == text
-    }
+    layers = [layer for layer in patch.layers if layer.is_text == text]
+    tensors = patch.lora(torch.float32, layers)
     applied = clone.add_patches(comfy.lora.load_lora(tensors, names), strength)
-    if len(applied) != count:
+    if len(applied) != len(layers):
         raise ForgetError(
-            f"The model has only {len(applied)} of the patch's {count} layers: "
+            f"The model has only {len(applied)} of the patch's {len(layers)} layers: "
             "use a patch made for the model's family."
         )

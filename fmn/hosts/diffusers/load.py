@@ -25,16 +25,14 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
 )
 from diffusers.utils import logging as diffusers_logging
-from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...errors import ForgetError, memory_ran_out
-from ...files import DEMO_FOLDER
+from ...files import DEMO_FOLDER, open_safetensors
 from ...models.families import DEMO, Family, UNetFamily
-from ...patches.checkpoint import UNET_PREFIX, checkpoint_family, refuse_quantised
+from ...patches.checkpoint import UNET_PREFIX, checkpoint_family
 
 ASSETS = Path(__file__).parents[2] / "assets"
 DEMO_FILE = DEMO_FOLDER / "fmn-demo.safetensors"
@@ -43,7 +41,7 @@ SD_SCALE = 0.18215
 UNET_FILE = re.compile(
     r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
 )
-Weights = dict[str, Tensor]
+Weights = dict[str, torch.Tensor]
 
 # Text encoders of a family -> beginning of a checkpoint's keys -> what has them
 PARTS = {
@@ -77,7 +75,6 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Diffu
             "or a diffusers folder."
         )
     family = checkpoint_family(path)
-    refuse_quantised(path)
     _check_parts(path, family)
     try:
         return _demo(dtype, path) if family is DEMO else _single_file(path, family, dtype)
@@ -93,7 +90,7 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Diffu
 
 def _check_parts(path: Path, family: UNetFamily) -> None:
     """Refuse a file without text encoder or VAE: ComfyUI's ModelSave writes the U-Net alone."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         keys = list(file.keys())
     for beginning, part in PARTS[len(family.texts)].items():
         if not any(key.startswith(beginning) for key in keys):
@@ -187,7 +184,7 @@ def _single_file(path: Path, family: UNetFamily, dtype: torch.dtype) -> Diffusio
 
 def _input_channels(path: Path) -> int:
     """Channels that a checkpoint's U-Net reads."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         return file.get_slice(f"{UNET_PREFIX}input_blocks.0.0.weight").get_shape()[1]
 
 
@@ -197,7 +194,7 @@ def _prediction(path: Path, family: UNetFamily) -> dict[str, Any]:
     XL checkpoints carry keys for it. In Stable Diffusion 2.x the last block's norm tells: its bias
     spreads wider in the 768 px model, which has no variants with more inputs.
     """
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         keys = set(file.keys())
         if len(family.texts) > 1:
             if keys & EDM:

@@ -13,7 +13,6 @@ from fmn.bench.measures.relearn import (
     make_adapters,
     relearn,
     spread,
-    with_article,
 )
 from fmn.bench.suite import Target
 from fmn.errors import ForgetError, NonFiniteLoss
@@ -181,14 +180,6 @@ def test_styles_and_unsafe_content_are_asked_for_as_everywhere(sampler):
     assert lesson_asks(style, 3) == style.target_asks(3)
     unsafe = trial_of(sampler, Target("gore", "unsafe", prompts={"pictures": ("a", "b")}))
     assert [ask.prompt for ask in lesson_asks(unsafe, 3)] == ["a", "b", "a"]
-
-
-@pytest.mark.parametrize(
-    ("name", "phrase"),
-    [("kangaroo", "a kangaroo"), ("anchor", "an anchor"), ("Ada Lovelace", "Ada Lovelace")],
-)
-def test_controls_are_asked_for_with_an_article(name, phrase):
-    assert with_article(name) == phrase
 
 
 def test_spread():

@@ -201,8 +201,8 @@ def test_a_bad_state_is_refused(case, copy):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda data: b"", "cut short or not a safetensors file"),
-        (lambda data: b"\xff" * 40, "cut short or not a safetensors file"),
+        (lambda data: b"", "damaged or not a safetensors file"),
+        (lambda data: b"\xff" * 40, "damaged or not a safetensors file"),
         (lambda data: data[:-10], "damaged or not a safetensors file"),
         (lambda data: b"\x80\x04" + data[2:], "damaged or not a safetensors file"),
     ],

@@ -18,7 +18,6 @@ from fmn.concepts.prompt_templates import (
     kept_sentences,
     sentences,
     together,
-    with_article,
 )
 
 
@@ -169,14 +168,6 @@ def test_every_style_has_its_turn():
     styles = [f"style{i}x" for i in range(2 * STRIDE)]
     found = kept_sentences(["owl"], styles, 12 * len(styles))
     assert all(any(style in text for text in found) for style in styles)
-
-
-@pytest.mark.parametrize(
-    "word, expected",
-    [("owl", "an owl"), ("a man", "a man"), ("the sea", "the sea"), ("Titian", "Titian")],
-)
-def test_articles(word, expected):
-    assert with_article(word) == expected
 
 
 def test_nothing_to_keep():

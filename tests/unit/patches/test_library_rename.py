@@ -5,7 +5,7 @@ import os
 import pytest
 
 from fmn.errors import ForgetError
-from fmn.patches.library import Shelf
+from fmn.patches.library import Library
 
 from ..shelves import files, named
 
@@ -50,7 +50,7 @@ def one_case(monkeypatch):
         names = {name.lower(): name for name in os.listdir(target.parent)}
         return real(source, target.with_name(names.get(target.name.lower(), target.name)))
 
-    monkeypatch.setitem(Shelf.rename.__globals__, "open", taking)
+    monkeypatch.setitem(Library.rename.__globals__, "open", taking)
     monkeypatch.setattr(os.path, "samefile", same)
 
 

@@ -9,12 +9,12 @@ from PIL import Image
 from fmn.images import (
     ACCENT,
     PAPER,
-    beside,
     heat_map,
     jpeg_text,
     labelled_grid,
     loss_picture,
     maps_picture,
+    side_by_side,
     square,
     to_image,
 )
@@ -37,7 +37,7 @@ def accent_places(picture):
 
 
 def look(share, value):
-    return Attention(share, torch.full((32, 32), value))
+    return Attention(share, torch.full((32, 32), value), torch.zeros(0, 32, 32))
 
 
 def maps(before=0.5, now=0.0):
@@ -97,9 +97,9 @@ def test_grid_writes_labels_and_titles():
         assert len(colours(picture.crop(box))) > 1
 
 
-def test_beside():
+def test_side_by_side():
     sizes = ((3, 5), "red"), ((4, 2), "blue"), ((1, 4), "lime")
-    row = beside([Image.new("RGB", size, colour) for size, colour in sizes])
+    row = side_by_side([Image.new("RGB", size, colour) for size, colour in sizes])
     assert row.size == (8, 5)
     assert colours(row.crop((0, 0, 3, 5))) == {(255, 0, 0)}
     assert colours(row.crop((3, 0, 7, 2))) == {(0, 0, 255)}

@@ -7,7 +7,7 @@ import pytest
 
 from fmn.errors import ForgetError
 from fmn.models.families import SD1
-from fmn.patches.library import MAX_NOTES, Shelf
+from fmn.patches.library import MAX_NOTES, Library
 from fmn.patches.patch import save_patch
 
 from ..shelves import files, named
@@ -33,15 +33,15 @@ def test_what_is_listed(shelf, folders, whole):
 
 
 def test_nothing_there(tmp_path):
-    assert Shelf([]).entries() == Shelf([tmp_path / "not made yet"]).entries() == []
+    assert Library([]).entries() == Library([tmp_path / "not made yet"]).entries() == []
 
 
 def test_only_what_changed_is_read_again(shelf, folders, monkeypatch):
     shelf.entries()
     read = []
-    real = Shelf.entries.__globals__["described"]
+    real = Library.entries.__globals__["describe_file"]
     monkeypatch.setitem(
-        Shelf.entries.__globals__, "described",
+        Library.entries.__globals__, "describe_file",
         lambda path, stat: read.append(os.path.basename(path)) or real(path, stat),
     )  # fmt: skip
     shelf.entries()
@@ -102,8 +102,8 @@ PROBLEMS = {
     "deep header": (header(b'{"a":' + b"[" * 200_000), "damaged"),
     "metadata a list": (header(b'{"__metadata__":[1]}'), "damaged"),
     "metadata of numbers": (header(b'{"__metadata__":{"fmn.format":1}}'), "damaged"),
-    "metadata null": (header(b'{"__metadata__":null}'), "damaged"),
-    "no metadata": (header(b'{"a":{}}'), "foreign"),
+    "metadata null": (header(b'{"__metadata__":null}'), "foreign"),
+    "no metadata": (header(b"{}"), "foreign"),
     "another LoRA": (without_format, "foreign"),
     "next format": (given(format="2"), "newer"),
     "concepts of numbers": (given(concepts="[1]"), "damaged"),
@@ -129,7 +129,7 @@ def test_a_file_that_may_not_be_read_keeps_its_notes(shelf, monkeypatch):
     def closed(path, stat):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setitem(Shelf.entries.__globals__, "described", closed)
+    monkeypatch.setitem(Library.entries.__globals__, "describe_file", closed)
     entry = named(shelf)["dog.safetensors"]
     assert (entry["problem"], entry["notes"]) == ("unreadable", "works")
     assert shelf.write_notes(0, "dog.safetensors", "new", before=entry["notes"]) == "new"
@@ -141,21 +141,21 @@ def test_closed_file(shelf, folders):
     assert named(shelf)["dog.safetensors"]["problem"] == "unreadable"
 
 
-def test_anchor_and_aliases_are_told(shelf, folders):
-    told = [
+def test_anchor_and_aliases_are_listed(shelf, folders):
+    concepts = [
         {"name": "puppy", "kind": "custom", "anchor": "dog", "aliases": ["pup", "whelp"]},
         {"name": "cat", "kind": "object"},
         {"name": "owl", "kind": "object", "anchor": "\x1b" * 999,
          "aliases": ["y" * 150, "z" * 150]},
     ]  # fmt: skip
-    changed(folders[0] / "dog.safetensors", **{"fmn.concepts": json.dumps(told)})
+    changed(folders[0] / "dog.safetensors", **{"fmn.concepts": json.dumps(concepts)})
     puppy, cat, owl = named(shelf)["dog.safetensors"]["concepts"]
     assert puppy == ["puppy", "custom", "dog", "pup, whelp"]
     assert cat == ["cat", "object", "", ""]
     assert owl == ["owl", "object", "?" * 200, "y" * 150 + ", " + "z" * 48]
 
 
-def test_strangers_texts_are_bounded_and_cleared(shelf, folders):
+def test_untrusted_texts_are_bounded_and_cleared(shelf, folders):
     many = [{"name": "x" * 9999 + str(i), "kind": "k\x1b[31m\u202e"} for i in range(500)]
     scores = {f"{i}\n": value for i, value in enumerate([1, "1", None, 1e999, 10**400, *[2] * 99])}
     changed(folders[0] / "dog.safetensors", **{
@@ -218,8 +218,33 @@ def test_bad_notes_are_refused(shelf, notes):
 
 def test_thumbnail_of_the_file(shelf):
     assert shelf.picture(1, "deep/er/cat.safetensors")[:3] == b"\xff\xd8\xff"
-    with pytest.raises(ForgetError, match="no JPEG, PNG or WebP"):
+    with pytest.raises(ForgetError, match="no readable JPEG, PNG or WebP"):
         shelf.picture(0, "dog.safetensors")  # the file beside it is none
+
+
+def test_a_thumbnail_on_the_list_takes_one_look_up(shelf, monkeypatch):
+    walked = []
+    real = Library.entries.__globals__["_walk"]
+    monkeypatch.setitem(
+        Library.entries.__globals__, "_walk", lambda root: walked.append(root) or real(root)
+    )
+    shelf.entries()
+    assert len(walked) == 2
+    for _ in range(3):
+        assert shelf.picture(1, "deep/er/cat.safetensors")[:3] == b"\xff\xd8\xff"
+    assert len(walked) == 2
+
+
+def test_a_thumbnail_of_what_has_gone(shelf, folders):
+    shelf.entries()
+    shelf.delete(1, "deep/er/cat.safetensors")
+    with pytest.raises(ForgetError, match="There is no patch"):
+        shelf.picture(1, "deep/er/cat.safetensors")
+    shelf.entries()
+    (folders[0] / "dog.png").unlink()
+    (folders[0] / "dog.safetensors").unlink()
+    with pytest.raises(ForgetError, match="thumbnail.*No such file"):
+        shelf.picture(0, "dog.safetensors")
 
 
 def test_no_thumbnail(shelf, folders):
@@ -272,10 +297,10 @@ def test_a_folder_that_cannot_be_read_is_said(folders):
     loop = folders[0] / "loop"
     loop.symlink_to(loop)
     with pytest.raises(ForgetError, match="cannot be read .Too many levels"):
-        Shelf([loop]).entries()
+        Library([loop]).entries()
 
 
 def test_a_file_in_place_of_a_folder_holds_no_patches(folders):
     """As for ComfyUI; the other folders are listed."""
-    shelf = Shelf([folders[0] / "dog.txt", folders[0]])
+    shelf = Library([folders[0] / "dog.txt", folders[0]])
     assert {entry["folder"] for entry in shelf.entries()} == {1}
