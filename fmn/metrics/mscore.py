@@ -63,7 +63,7 @@ def m_score(
         seeds: one inversion each.
         settings: how to invert; its seed and templates are replaced.
         others: phrases of other concepts, to compare with.
-        on_step: gets a ``train.Step`` after each step of each inversion; may raise to cancel.
+        on_step: gets a ``StepProgress`` after each step of each inversion; may raise to cancel.
     """
     check(phrase, templates, seeds)
     found = []
