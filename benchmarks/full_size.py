@@ -56,7 +56,7 @@ def too_large(name, row):
 
 def status_bytes(process, name):
     """A value of /proc/PID/status, in bytes."""
-    lines = (process / "status").read_text().splitlines()
+    lines = (process / "status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
@@ -67,7 +67,7 @@ def measure(comfyui, base, checkpoint, size, steps, row):
         server.run(load | drawing(steps=1, size=64))
         process = Path(f"/proc/{server.process.pid}")
         before = status_bytes(process, "VmRSS")
-        (process / "clear_refs").write_text("5")  # forget the peak so far
+        (process / "clear_refs").write_text("5", "utf-8")  # forget the peak so far
         prompt_id = server.queue(load | training(steps=steps, size=size, **row) | saving("bench"))
         moments = [time.monotonic() for kind, _ in server.events(prompt_id) if kind == "progress"]
         peak = status_bytes(process, "VmHWM")

@@ -4,13 +4,11 @@ What the concept adds to the output of each cross-attention is measured over pai
 projected out of its last layer. ``docs/methods/casteer.md`` says what a patch cannot hold.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,21 +16,17 @@ from torch import Tensor
 from ..closed_form.input_edit import Changes, solved_patch, weight_of
 from ..closed_form.output_edit import PartProgress, proper_span, reflection
 from ..closed_form.text_embeddings import encode_chunk
-from ..concepts.concept import Prompt
+from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
 from ..models.families import layers
-from ..models.interface import Text
+from ..models.interface import Text, UNet, UNetModel
 from ..models.sampling import ddim, guided, seeded_noise
+from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import advanced, seed, setting, size
 from ..text import with_article
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.interface import UNet, UNetModel
-    from ..patches.patch import ForgetPatch
 
 TITLE = "CASteer"
 REVISION = 1

@@ -89,8 +89,8 @@ def run(
     pairs, kept, given = _texts(concepts, keep, settings)
     options.check_steps(settings.steps)  # before any work
     task = Task.of(model, concepts, settings)
-    with model.borrow_denoiser() as borrowed:
-        metric = read_metric(borrowed, model.family)
+    with model.borrow_denoiser() as denoiser:
+        metric = read_metric(denoiser, model.family)
     names = read_layers(model.family)
     with model.borrow_text_encoder(words=False) as encoder:
         lessons = Lessons(encoder, pairs, kept, given, metric, settings)

@@ -87,7 +87,7 @@ def invert(
     """Learn tokens that stand for what pictures show.
 
     Args:
-        model: one that can ``encode_images`` and ``borrow_text``.
+        model: one that can ``encode_images`` and ``borrow_text_encoder``.
         denoiser: its U-Net; patches may be attached to it.
         images: float [N, H, W, 3] in 0..1.
 

@@ -111,7 +111,10 @@ def test_tables_have_the_same_rows(name):
     expect_same(name, "number of tables", len(ours), len(theirs))
     for (heading, rows), (_, twins) in zip(ours, theirs):
         known = labels(name, PARTS[heading]) if heading in PARTS else {}
-        expect_same(name, heading, [len(row) for row in rows], [len(row) for row in twins])
+        shapes = [[len(row) for row in table] for table in (rows, twins)]
+        expect_same(name, f"{heading}: cells per row", *shapes)
+        if shapes[0] != shapes[1]:
+            continue
         for row, twin in zip(rows, twins):
             if known and set(row[0].split(", ")) <= known.keys():
                 expect_same(name, heading, with_labels(row[0], known), twin[0])

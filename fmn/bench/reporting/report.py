@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,8 +66,12 @@ def write_report(summary: Summary, folder: str | Path) -> dict[str, Path]:
     }
     files |= {plot.name: (f"{plot.name}.png", png) for plot, png in figures}
     for name, data in files.values():
-        write_whole(folder / name, lambda file, data=data: Path(file).write_bytes(data))
+        write_whole(folder / name, partial(_write, data=data))
     return {key: folder / name for key, (name, _) in files.items()}
+
+
+def _write(file: Path, data: bytes) -> None:
+    file.write_bytes(data)
 
 
 def missing_plots() -> str:

@@ -22,7 +22,7 @@ from fmn.patches.patch import save_patch
 
 from ..literal import near
 from ..tiny import TINY, TinyModel, same_tensors, traces, weights_of
-from .test_readout import read_by_loops
+from .test_attention_output import read_by_loops
 from .test_reread import best
 
 DOG = Concept("dog", anchor="cat", aliases=("red hound",), prompts=("my dog on grass",))
