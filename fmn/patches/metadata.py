@@ -11,7 +11,7 @@ INFO_TYPES = {
     "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
     "base.prediction": str, "loss": dict, "truncation_error": (int, float),
     "rounding_error": (int, float), "date": str, "version": str, "recipe": str,
-    "merged": list, "scores": dict, "measured": dict,
+    "merged": list, "scores": dict, "measured": dict, "imported": dict,
 }  # fmt: skip
 
 
