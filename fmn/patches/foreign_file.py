@@ -84,8 +84,11 @@ def refuse_no_weights(path: Path, start: bytes) -> None:
 
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, 64 hex digits."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class _Lazy(Mapping):

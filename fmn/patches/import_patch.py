@@ -28,12 +28,14 @@ NOISE = re.compile(
     r"(?i)\b(esd|uce|rece|mace|speed|spm|leco|lora|unet|erased?|forget|concept|slider|alpha|rank|"
     r"x|u|strict|noxattn|xattn|last|final|delta|diffusers|model|weights?|[vr]?\d[\d.]*)\b"
 )
+VAE, CONTROLNET, EMBEDDING = "a VAE", "a ControlNet", "a textual inversion embedding"
+TRANSFORMER = "a diffusion transformer"
 OTHER_PARTS = {
-    "first_stage_model.": "a VAE", "decoder.conv_in.": "a VAE", "encoder.conv_in.": "a VAE",
-    "control_model.": "a ControlNet", "controlnet_": "a ControlNet",
-    "emb_params": "a textual inversion embedding", "string_to_param": "a textual inversion embedding",
-    "double_blocks.": "a diffusion transformer", "transformer_blocks.0.attn.add": "a diffusion transformer",
-    "joint_blocks.": "a diffusion transformer", "layers.0.attention.": "a diffusion transformer",
+    "first_stage_model.": VAE, "decoder.conv_in.": VAE, "encoder.conv_in.": VAE,
+    "control_model.": CONTROLNET, "controlnet_": CONTROLNET,
+    "emb_params": EMBEDDING, "string_to_param": EMBEDDING,
+    "double_blocks.": TRANSFORMER, "transformer_blocks.0.attn.add": TRANSFORMER,
+    "joint_blocks.": TRANSFORMER, "layers.0.attention.": TRANSFORMER,
 }  # fmt: skip
 
 
@@ -129,7 +131,8 @@ def _identified(file: ForeignFile, weights: WeightFile, wanted: Family | None) -
         return fits[0]
     if fits:
         raise ForgetError(
-            f"'{file.name}' fits {' and '.join(one.title for one in fits)}: say which with --family."
+            f"'{file.name}' fits {' and '.join(one.title for one in fits)}: say which with "
+            "--family."
         )
     what = next(
         (what for part, what in OTHER_PARTS.items() if any(part in key for key in file.tensors)),
@@ -152,9 +155,7 @@ def _fingerprint(base: WeightFile, family: Family) -> str | None:
 def _unused(keys: list[str]) -> list[str]:
     if not keys:
         return []
-    return [
-        f"{len(keys)} tensors are no layers of this family and were left out, such as {keys[0]:.80}"
-    ]
+    return [f"{len(keys)} tensors are no layers of this family and were left out: {keys[0]:.80}"]
 
 
 def _patch(
