@@ -133,12 +133,12 @@ def measure(name, checkpoint, size, device):
     from released import TILL
 
     from fmn.hosts.diffusers.model import DiffusersModel
-    from fmn.training.memory import STATUS, bytes_in, peak_memory
+    from fmn.training.memory import peak_memory, process_memory
 
     if device == "cpu":
         torch.cuda.is_available = lambda: False  # for the clock and the memory
     model = DiffusersModel.load(checkpoint, device)
-    loaded = torch.cuda.memory_allocated() if device == "cuda" else bytes_in(STATUS, "VmRSS")
+    loaded = torch.cuda.memory_allocated() if device == "cuda" else process_memory()
     run, measured, _ = ROWS[name]
     with peak_memory() as peak:
         moments, steps = run(model, size, measured)
@@ -157,7 +157,9 @@ def measure(name, checkpoint, size, device):
 
 
 def table(checkpoint, size, device, names):
-    from fmn.training.memory import MEMINFO, bytes_in
+    import torch
+
+    from fmn.training.memory import free_memory
 
     print(f"\n{device}, {size} px\n")
     print(
@@ -167,7 +169,7 @@ def table(checkpoint, size, device, names):
     base = None
     for name in names:
         needed = ROWS[name][2] + OTHERS + ACTIVATIONS.get(size, 6 * GB) + SPARE
-        free = bytes_in(MEMINFO, "MemAvailable")
+        free = free_memory(torch.device("cpu"))
         if device == "cpu" and needed > free:
             told = f"{needed / GB:.0f} GB with {SPARE / GB:.0f} to spare"
             print(f"| {name} | not measured: {told}, {free / GB:.0f} are free |||||||||")
@@ -215,9 +217,9 @@ def main():
     import torch
     from random_checkpoint import checkpoint
 
-    from fmn.training.memory import MEMINFO, bytes_in
+    from fmn.training.memory import free_memory
 
-    free = bytes_in(MEMINFO, "MemAvailable")
+    free = free_memory(torch.device("cpu"))
     devices = [options.device] if options.device else ["cpu", "cuda"]
     print(f"Stable Diffusion 1.5, random weights; {os.cpu_count()} CPU cores, torch uses ", end="")
     print(f"{torch.get_num_threads()}; {free / GB:.0f} GB free", flush=True)

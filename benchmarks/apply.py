@@ -126,7 +126,8 @@ def made_up(family, rank, seed):
 
     from fmn.concepts.concept import Concept
     from fmn.models.families import layers
-    from fmn.patches.patch import ForgetPatch, new_info
+    from fmn.patches.metadata import new_info
+    from fmn.patches.patch import ForgetPatch
 
     generator = torch.Generator().manual_seed(seed)
     changes = {

@@ -24,10 +24,10 @@ from fmn.bench.suite import load_suite
 from fmn.concepts.concept import Concept
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.jobs.batch import forget_each
-from fmn.jobs.joint_merge import fuse
+from fmn.jobs.joint_merge import joint_merge
 from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.load import load_judge
-from fmn.patches.merge import merge
+from fmn.patches.merge import merge_patches
 from fmn.patches.patch import file_size
 
 ALONE = 5  # concepts made one by one, for the time
@@ -84,8 +84,8 @@ def show(model, suite, gone, stay, options, sources):
     for kilobytes in (0, *options.budgets):
         bound = int(kilobytes * 1000)
         what = f", {kilobytes:g} kB" if kilobytes else ""
-        row(f"concatenate{what}", *timed(lambda bound=bound: merge(sources, bound)))
-        row(f"joint{what}", *timed(lambda bound=bound: fuse(model, sources, budget=bound)))
+        row(f"concatenate{what}", *timed(lambda bound=bound: merge_patches(sources, bound)))
+        row(f"joint{what}", *timed(lambda bound=bound: joint_merge(model, sources, budget=bound)))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Weights:
         }
 
     @contextmanager
-    def borrow(self):
+    def borrow_denoiser(self):
         yield SimpleNamespace(module=self.modules.__getitem__)
 
     def fingerprint(self):
@@ -92,12 +92,11 @@ def methods(model, concepts, pairs, kept):
         return input_patch(model, concepts, settings, pairs, lambda _: uce(*pairs, kept))
 
     def ours_rece():
-        none = Pairs(*torch.zeros(2, 0, c.shape[1], dtype=torch.float64))
         weights = {}
 
-        def edit_of(borrowed):
-            weights["gram"] = weight_gram(borrowed, model.family)
-            return rece.rece(weights["gram"], pairs, kept, none, rece.Settings())
+        def edit_of(denoiser):
+            weights["gram"] = weight_gram(denoiser, model.family)
+            return rece.rece(weights["gram"], pairs, kept, rece.Settings())
 
         return input_patch(model, concepts, rece.Settings(), pairs, edit_of)
 

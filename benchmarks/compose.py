@@ -12,19 +12,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.jobs.demo import CONCEPTS, FORGOTTEN, GUIDANCE, KEPT, PROMPTS, SIDE, STEPS, seen
+from fmn.jobs.demo import CONCEPTS, FORGOTTEN, GUIDANCE, KEPT, PROMPTS, SIDE, STEPS, judge_labels
 from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.load import load_judge
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 
 
 def count(model, judge, patches):
     """Pictures of each concept that still show it, and kept ones that are right."""
     worn = [(patch, 1.0) for patch in patches]
-    with open_studio(model, Sampling(STEPS, GUIDANCE, SIDE)) as studio, studio.applying(worn):
-        pictures = studio.draw(PROMPTS, range(len(PROMPTS)))
-    found = seen(judge, PROMPTS, pictures)
+    with open_sampler(model, Sampling(STEPS, GUIDANCE, SIDE)) as sampler, sampler.applying(worn):
+        pictures = sampler.draw(PROMPTS, range(len(PROMPTS)))
+    found = judge_labels(judge, PROMPTS, pictures)
     still = [sum(c.name in found[p] for p in FORGOTTEN[c.name]) for c in CONCEPTS]
     return still, sum(all(word in p for word in found[p]) for p in KEPT)
 

@@ -23,7 +23,7 @@ from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.images import labelled_grid, to_image
 from fmn.methods import ablation, resteer, uce
 from fmn.metrics.load import load_judge
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.patches.patch import save_patch
 
@@ -156,7 +156,7 @@ def main():
         write_whole(out / f"{name}.png", lambda path, grid=grid: grid.save(path, "PNG"))
         print(table(name, found[name]), flush=True)
     text = json.dumps({"seeds": options.seeds, "examples": found}, indent=1)
-    write_whole(out / "correction.json", lambda path: path.write_text(text))
+    write_whole(out / "correction.json", lambda path: path.write_text(text, "utf-8"))
 
 
 def trained(model, method, concept, settings, keep):
@@ -167,11 +167,11 @@ def drawn(model, example, patches, seeds):
     """Column -> pictures of all prompts, the seeds of one prompt side by side."""
     prompts = [prompt for group in example.groups.values() for prompt in group for _ in seeds]
     every_seed = [seed for group in example.groups.values() for _ in group for seed in seeds]
-    with open_studio(model, SAMPLING) as studio:
-        pictures = {"before": studio.draw(prompts, every_seed)}
+    with open_sampler(model, SAMPLING) as sampler:
+        pictures = {"before": sampler.draw(prompts, every_seed)}
         for way, patch in patches.items():
-            with studio.applying([(patch, 1.0)]):
-                pictures[way] = studio.draw(prompts, every_seed)
+            with sampler.applying([(patch, 1.0)]):
+                pictures[way] = sampler.draw(prompts, every_seed)
     return pictures
 
 

@@ -25,7 +25,7 @@ from fmn.methods import settings_of
 from fmn.models.families import SD1, SDXL
 
 TERA, GIGA = 1e12, 1e9
-CONFIGS = json.loads((ASSETS / "pipelines.json").read_text())
+CONFIGS = json.loads((ASSETS / "pipelines.json").read_text("utf-8"))
 
 
 def counted(make, forward):
@@ -96,7 +96,7 @@ def main():
     print("| a run | passes | TFLOP | floor |")
     print("|---|---|---:|---:|")
     reread = settings_of("reread", {})
-    samples = 3 * reread.drawn * (2 * reread.sampling_steps - 1)
+    samples = 3 * reread.images_per_concept * (2 * reread.sampling_steps - 1)
     sentences = 2 * reread.prompts + reread.kept
     for (key, pixels), (forward, both, size) in passes.items():
         flops = 35 * both

@@ -29,7 +29,6 @@ from random_checkpoint import make  # noqa: E402
 
 from fmn.models.families import SD1, SDXL, layers  # noqa: E402
 from fmn.training.fit_adapters import in_scope  # noqa: E402
-from fmn.training.memory import bytes_in  # noqa: E402
 
 ROWS = [
     {"layers": layers, "full_weights": full, "checkpointing": checkpointing}
@@ -55,17 +54,23 @@ def too_large(name, row):
     return ""
 
 
+def status_bytes(process, name):
+    """A value of /proc/PID/status, in bytes."""
+    lines = (process / "status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
 def measure(comfyui, base, checkpoint, size, steps, row):
     """Seconds a step (median without the first), resident bytes before, and at the peak."""
     load = checkpoint_loader(checkpoint.name)
     with Server(comfyui, base, "--disable-metadata") as server:
         server.run(load | drawing(steps=1, size=64))
         process = Path(f"/proc/{server.process.pid}")
-        before = bytes_in(process / "status", "VmRSS")
-        (process / "clear_refs").write_text("5")  # forget the peak so far
+        before = status_bytes(process, "VmRSS")
+        (process / "clear_refs").write_text("5", "utf-8")  # forget the peak so far
         prompt_id = server.queue(load | training(steps=steps, size=size, **row) | saving("bench"))
         moments = [time.monotonic() for kind, _ in server.events(prompt_id) if kind == "progress"]
-        peak = bytes_in(process / "status", "VmHWM")
+        peak = status_bytes(process, "VmHWM")
         outputs = server.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
         if row["layers"] != "kv":
             # ComfyUI keeps the unpatched copy of every patched weight: a whole U-Net twice.

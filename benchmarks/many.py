@@ -21,11 +21,11 @@ from fmn.bench.measures.trial import Trial
 from fmn.bench.suite import Target, load_suite
 from fmn.concepts.concept import Concept
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.jobs.batch import Memo
-from fmn.jobs.joint_merge import fuse
+from fmn.jobs.batch import CachingModel
+from fmn.jobs.joint_merge import joint_merge
 from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.load import load_judge
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 
 HOW = "one patch", "one patch, named", "apart", "apart, joint, named"
 KEPT, GONE_PICTURES, KEPT_PICTURES = 20, 60, 80
@@ -33,11 +33,11 @@ KEPT, GONE_PICTURES, KEPT_PICTURES = 20, 60, 80
 
 def measure(model, judge, suite, patches, gone, stay):
     """UA, and shares of kept pictures with the right thing and the right style."""
-    with open_studio(model, suite.sampling) as studio:
-        trial = Trial(suite, Target(gone[0], suite.kinds[gone[0]]), studio, judge)
+    with open_sampler(model, suite.sampling) as sampler:
+        trial = Trial(suite, Target(gone[0], suite.kinds[gone[0]]), sampler, judge)
         asks = trial.pairs(gone, list(suite.styles), GONE_PICTURES)
         others = trial.pairs(stay, list(suite.styles), KEPT_PICTURES)
-        with studio.applying([(patch, 1.0) for patch in patches]):
+        with sampler.applying([(patch, 1.0) for patch in patches]):
             said, kept = (trial.said(trial.draw(each)) for each in (asks, others))
     erased = sum(label != ask.concept for label, ask in zip(said["concept"], asks)) / len(asks)
     right = [
@@ -78,12 +78,14 @@ def main():
                 keep = [suite.concepts[name] for name in stay] + list(suite.styles)
                 keep = keep if "named" in how else ()
                 if "apart" in how:
-                    memo = Memo(model)
+                    memo = CachingModel(model)
                     patches = [forget(memo, [each], settings, keep=keep) for each in concepts]
                 else:
                     patches = [forget(model, concepts, settings, keep=keep)]
                 if "joint" in how:
-                    patches = [fuse(model, [(each, 1.0) for each in patches], keep=keep).patch]
+                    patches = [
+                        joint_merge(model, [(each, 1.0) for each in patches], keep=keep).patch
+                    ]
                 row(method, count, how, patches, time.perf_counter() - start)
 
 

@@ -1,22 +1,17 @@
-"""Memory of training: what is estimated before, and what is then measured.
+"""Memory of training: the estimate before it, and the measured peak.
 
     COMFYUI_PATH=... python benchmarks/memory.py [--size 256 512] [--layers kv unet] [--steps 2]
 
-Re-steers Stable Diffusion 1.5 with random weights, in float32 by diffusers, each row in processes
-of their own that made the same steps once before, for what Python loads and kernels that are
-compiled for these sizes, which take some 0.1 GB. GB beyond that:
+Re-steers Stable Diffusion 1.5 with random weights, in float32 by diffusers. A process for each row
+makes the same steps once before, so that libraries are loaded and kernels compiled. GB beyond that:
 
-    estimate    what is told before training
-    alive       peak of what torch allocated on a GPU. On a CPU, of resident memory where malloc
-                gives back what is freed from the start of the process; off: how far the estimate is
-    given back  peak of resident memory on a CPU where training asks malloc for that, as it does
-                when memory is short; seconds a step, of all threads
-    kept        the same where training asks malloc to keep what is freed, as it does else
+    estimate    what training tells before it starts, without the weights
+    measured    peak of what torch allocated on a GPU; of the process's memory on a CPU
+    s/step      seconds a step, of all threads
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -27,34 +22,31 @@ from random_checkpoint import checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 GB = 1e9
-ROW = "size", "layers", "checkpointing", "heap"
-HEAPS = "alive", "given back", "kept"
-STRICT = {"MALLOC_TRIM_THRESHOLD_": "131072"}
+ROW = "size", "layers", "checkpointing"
 
 
 class Enough(Exception):
     """Ends training after some steps."""
 
 
-def measure(path, size, layers, checkpointing, heap, steps):
+def measure(path, size, layers, checkpointing, steps):
+    import re
     import time
 
     from fmn.concepts.concept import Concept
     from fmn.hosts.diffusers.model import DiffusersModel
     from fmn.methods import forget, settings_of
-    from fmn.training import fit_adapters, memory
     from fmn.training.memory import peak_memory
 
-    memory.HELD = 0 if heap == "kept" else 10**6
-    times = []
+    times, messages = [], []
 
-    def on_step(step):
+    def on_step(progress):
         times.append(time.process_time())
-        if step.index == steps:
+        messages.append(progress.memory)
+        if progress.index == steps:
             raise Enough
 
     def train(changes):
-        fit_adapters.ESTIMATES.clear()
         times.clear()
         with peak_memory() as peak, suppress(Enough):
             settings = settings_of("resteer", changes | {"layers": layers, "steps": 35})
@@ -65,9 +57,12 @@ def measure(path, size, layers, checkpointing, heap, steps):
     changes = {"size": size, "checkpointing": bool(checkpointing)}
     train(changes)
     measured = train(changes)
-    (found,) = fit_adapters.ESTIMATES.values()
+    estimate = sum(
+        float(re.search(rf"{part} ([\d.]+) GB", messages[-1])[1]) * GB
+        for part in ("activations", "optimizer")
+    )
     seconds = (times[-1] - times[0]) / (len(times) - 1)
-    return {"estimate": found.beyond, "measured": measured, "seconds": seconds}
+    return {"estimate": estimate, "measured": measured, "seconds": seconds}
 
 
 def main():
@@ -77,7 +72,6 @@ def main():
     parser.add_argument("--size", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--layers", nargs="+", default=["kv"])
     parser.add_argument("--checkpointing", type=int, nargs="+", choices=[0, 1], default=[0, 1])
-    parser.add_argument("--heap", nargs=1, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--checkpoint", help="of random_checkpoint.py; else one is made")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
@@ -86,35 +80,29 @@ def main():
         row = (getattr(options, name)[0] for name in ROW)
         print(json.dumps(measure(options.checkpoint, *row, options.steps)))
         return
-    names = "size | layers | checkpointing | estimate | alive | off | given back | s/step | kept"
-    print(f"| {names} | s/step |")
-    print("|---:|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    print("| size | layers | checkpointing | estimate | measured | s/step |")
+    print("|---:|---|---|---:|---:|---:|", flush=True)
     with checkpoint("sd15", options.checkpoint) as path:
         for size in options.size:
             for layers in options.layers:
                 for checkpointing in options.checkpointing:
                     row = size, layers, checkpointing
-                    show(row, [in_process(path, *row, x, options.steps) for x in HEAPS])
+                    show(row, in_process(path, *row, options.steps))
 
 
 def in_process(path, *row):
     names = [f"--{name}" for name in (*ROW, "steps")]
-    given = [each for pair in zip(names, map(str, row)) for each in pair]
+    given = [text for pair in zip(names, map(str, row)) for text in pair]
     command = [sys.executable, __file__, *given, "--checkpoint", str(path), "--row"]
-    environment = os.environ | (STRICT if row[3] == "alive" else {})
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show(row, measured):
+def show(row, found):
     size, layers, checkpointing = row
-    alive, back, kept = measured
-    off = alive["estimate"] / alive["measured"] - 1
-    cells = [f"{alive[name] / GB:.2f}" for name in ("estimate", "measured")] + [f"{off:+.0%}"]
-    for each in (back, kept):
-        cells += [f"{each['measured'] / GB:.2f}", f"{each['seconds']:.1f}"]
-    told = "yes" if checkpointing else "no"
-    print(f"| {size} | {layers} | {told} | {' | '.join(cells)} |", flush=True)
+    estimate, measured = (f"{found[name] / GB:.2f}" for name in ("estimate", "measured"))
+    answer, seconds = "yes" if checkpointing else "no", f"{found['seconds']:.1f}"
+    print(f"| {size} | {layers} | {answer} | {estimate} | {measured} | {seconds} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,9 @@ SHORT = {
 CONCEPT = "elon musk", "identity"
 
 
-def forget_peak():
-    """Give freed memory back to the system, and start the peak of resident memory anew."""
+def trim():
+    """Give freed memory back to the system."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def load(path):
@@ -118,8 +117,12 @@ def warm_up(model):
     from fmn.concepts.concept import Prompt
 
     text = model.encode(Prompt("", ""))
-    with model.borrow_text(words=False), model.borrow() as borrowed, torch.no_grad():
-        borrowed.denoise(torch.zeros(1, 4, 8, 8), torch.tensor([500]), text)
+    with (
+        model.borrow_text_encoder(words=False),
+        model.borrow_denoiser() as denoiser,
+        torch.no_grad(),
+    ):
+        denoiser.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([500]), text)
 
 
 def changes_of(preset, known, size, keep):
@@ -141,20 +144,20 @@ def measure(model, preset, size, keep, before):
     from fmn.concepts.concept import Concept
     from fmn.methods import forget, method, settings_of
     from fmn.patches.patch import save_patch
-    from fmn.training.memory import STATUS, bytes_in
+    from fmn.training.memory import peak_memory
 
     known = {field.name for field in fields(method(preset).Settings)}
     changes = changes_of(preset, known, size, keep)
     settings = settings_of(preset, changes)
-    forget_peak()
-    loaded, model.encoding, moments = bytes_in(STATUS, "VmRSS"), 0.0, []
+    trim()
+    model.encoding, moments = 0.0, []
     start = time.perf_counter()
-    with torch.inference_mode():  # as the executor runs a node
+    with torch.inference_mode(), peak_memory() as peak_of:  # as the executor runs a node
         patch = forget(
             model, [Concept(*CONCEPT)], settings, lambda step: moments.append(time.perf_counter()),
             keep=() if settings.keep_needs else keep or (),
         )  # fmt: skip
-    seconds, peak = time.perf_counter() - start, bytes_in(STATUS, "VmHWM") - loaded
+        seconds, peak = time.perf_counter() - start, peak_of()
     with tempfile.TemporaryDirectory() as folder:
         megabytes = save_patch(patch, Path(folder) / "patch.safetensors").stat().st_size / 1e6
     trains = preset in SHORT
@@ -172,16 +175,17 @@ def measure(model, preset, size, keep, before):
 
 def run(name, path, options):
     """All rows; whether no weight changed."""
-    from fmn.training.memory import MEMINFO, STATUS, bytes_in
+    import torch
 
-    free = bytes_in(MEMINFO, "MemAvailable")
+    from fmn.training.memory import free_memory, process_memory
+
+    free = free_memory(torch.device("cpu"))
     if free - LOADED[name] < SPARE:
         sys.exit(
             f"{name} takes about {LOADED[name] / GB:.0f} GB and {free / GB:.0f} GB are "
             f"free, of which {SPARE / GB:.0f} are to stay so: free some memory."
         )
     model = load(str(path))
-    import torch
 
     from fmn.concepts.concept import Concept
     from fmn.concepts.keep_list import keep_for
@@ -189,10 +193,10 @@ def run(name, path, options):
     warm_up(model)
     words = keep_for([Concept(*CONCEPT)])
     keep = None if options.words is None else words[: options.words]
-    forget_peak()
+    trim()
     before = checksums(model)
     print(
-        f"{name}, random float16 weights, {bytes_in(STATUS, 'VmRSS') / GB:.1f} GB once loaded; "
+        f"{name}, random float16 weights, {process_memory() / GB:.1f} GB once loaded; "
         f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores; one {CONCEPT[1]}; "
         f"{len(words if keep is None else keep)} kept words where a method keeps some\n"
     )
@@ -200,7 +204,7 @@ def run(name, path, options):
     print("|---|---:|---:|---:|---:|---:|---:|---:|---|---|", flush=True)
     unchanged = True
     for preset in options.method:
-        if bytes_in(MEMINFO, "MemAvailable") < SPARE:
+        if free_memory(torch.device("cpu")) < SPARE:
             sys.exit(f"Stopped before {preset}: less than {SPARE / GB:.0f} GB are free.")
         unchanged &= measure(model, preset, options.size, keep, before)
     return unchanged

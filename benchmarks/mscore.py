@@ -25,7 +25,7 @@ from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.images import labelled_grid, to_image
 from fmn.methods import resteer
 from fmn.metrics.mscore import m_score, summary
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.models.interface import Text
 from fmn.models.sampling import Sampling
 from fmn.training.textual_inversion import Settings
@@ -75,23 +75,23 @@ def main():
     )
     seeds = range(options.seeds)
     found, rows = {}, []
-    with open_studio(model, Sampling(12, 3.5)) as studio:
+    with open_sampler(model, Sampling(12, 3.5)) as sampler:
         for name in options.targets:
-            found[name], pictures = measured(studio, name, patches, seeds, settings)
+            found[name], pictures = measured(sampler, name, patches, seeds, settings)
             rows += pictures
             print(table(name, found[name]), flush=True)
     result = {"settings": asdict(settings), "seeds": options.seeds, "targets": found}
     text = json.dumps(result, indent=1)
-    write_whole(Path(options.out, "mscore.json"), lambda path: path.write_text(text))
+    write_whole(Path(options.out, "mscore.json"), lambda path: path.write_text(text, "utf-8"))
     grid = labelled_grid(rows, [f"{i + 1}" for i in range(len(STYLES))], side=96)
     write_whole(Path(options.out, "grid.png"), lambda path: grid.save(path, format="PNG"))
 
 
-def measured(studio, name, patches, seeds, settings):
+def measured(sampler, name, patches, seeds, settings):
     """M of a target on three models, and rows of pictures with the learned words."""
     phrase, templates, prompts, other = TARGETS[name]
     named = [prompt.format(phrase) for prompt in prompts]
-    images = studio.draw(named * EACH, range(100, 100 + EACH * len(named)))
+    images = sampler.draw(named * EACH, range(100, 100 + EACH * len(named)))
     given = images, phrase, templates, seeds, settings, OTHERS[name]
     rows = [(f"{name}: references", images[: len(named)])]
     scores = {}
@@ -101,22 +101,22 @@ def measured(studio, name, patches, seeds, settings):
         "control": [(patches[other], 1.0)],
     }
     for title, patch in worn.items():
-        with studio.applying(patch):
-            scores[title] = m_score(studio.model, studio.borrowed, *given)
-            rows.append((f"{title}: name", studio.draw(named, range(len(named)))))
-            learned = drawn(studio, prompts, scores[title][0].vectors)
+        with sampler.applying(patch):
+            scores[title] = m_score(sampler.model, sampler.denoiser, *given)
+            rows.append((f"{title}: name", sampler.draw(named, range(len(named)))))
+            learned = drawn(sampler, prompts, scores[title][0].vectors)
             rows.append((f"{title}: learned words", learned))
     both = {
-        title: summary(studio.model, scores["untouched"], scores[title], phrase, templates)
+        title: summary(sampler.model, scores["untouched"], scores[title], phrase, templates)
         for title in ("forgot it", "control")
     }
     return both, [(label, [to_image(p) for p in pictures]) for label, pictures in rows]
 
 
-def drawn(studio, prompts, vectors):
-    with studio.model.borrow_text() as text, torch.no_grad():
+def drawn(sampler, prompts, vectors):
+    with sampler.model.borrow_text_encoder() as text, torch.no_grad():
         encoded = [text.encode(prompt.format(PLACEHOLDER), vectors)[0] for prompt in prompts]
-    return studio.draw_texts(Text.cat(encoded), range(len(prompts)))
+    return sampler.draw_texts(Text.cat(encoded), range(len(prompts)))
 
 
 def table(name, found):

@@ -33,72 +33,83 @@ from fmn.bench.measures.pictures import pictures
 from fmn.bench.measures.trial import Trial
 from fmn.bench.reporting.statistics import harmonic_mean, unlearn_canvas
 from fmn.bench.suite import load_suite
-from fmn.closed_form.input_edit import finished
+from fmn.closed_form.input_edit import solved_patch
 from fmn.concepts.concept import Prompt
 from fmn.concepts.prompt_templates import sentences
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.linalg import cut, exact, gram
-from fmn.methods.reread import method
+from fmn.linalg import gram, to_float64, truncate_product
+from fmn.methods import reread
 from fmn.methods.reread.attention_output import cross_attention_layers
+from fmn.methods.reread.method import kept_texts
+from fmn.methods.reread.regression import Problem, both_sides, solve
+from fmn.methods.reread.regression_data import ConceptSentences, KeptSentences, QuerySampler
 from fmn.metrics.load import load_judge
-from fmn.models.attention_maps import flags_of
-from fmn.models.generator import open_studio
+from fmn.models.attention_maps import concept_flags
+from fmn.models.image_sampler import open_sampler
 
-DEFAULTS = method.Settings()
+DEFAULTS = reread.Settings()
 
 
 def by_layer(model, concept, solved):
     """A patch whose layers are solved one by one.
 
     Args:
-        solved: (borrowed, layer, reading, kept) -> (name of a Linear, up, down).
+        solved: (denoiser, layer, reading, kept) -> (name of a Linear, up, down).
     """
-    kept = method.kept_texts([concept], (), DEFAULTS)
+    kept = kept_texts([concept], (), DEFAULTS)
     changes = {}
-    with model.borrow() as borrowed, torch.no_grad():
+    with model.borrow_denoiser() as denoiser, torch.no_grad():
         pairs = sentences(concept, DEFAULTS.prompts)
-        draw = method.Drawings(model, borrowed, DEFAULTS, lambda step: None, [pairs], kept)
-        first, second, of_kept = draw(*draw.sides([pairs]), kept)
-        reading = method.Reading.of(model, pairs, first, second)
-        stay = method.Kept(model.encode_all(kept), [of_kept, reading.queries], DEFAULTS)
-        for layer in cross_attention_layers(borrowed, model.family):
-            name, up, down = solved(borrowed, layer, reading, stay)
+        lists = [*both_sides([pairs]), kept]
+        sampler = QuerySampler(model, denoiser, DEFAULTS, lambda step: None, lists)
+        first, second, of_kept = sampler.draw(lists)
+        reading = ConceptSentences(model, pairs, first, second)
+        stay = KeptSentences(model.encode_all(kept), [of_kept, reading.queries], DEFAULTS)
+        for layer in cross_attention_layers(denoiser, model.family):
+            name, up, down = solved(denoiser, layer, reading, stay)
             changes[name] = up.float(), down.float()
-    return finished(model, model.fingerprint(), [concept], DEFAULTS, changes, [0.0])
+    return solved_patch(model, model.fingerprint(), [concept], DEFAULTS, changes, [0.0])
+
+
+def solved_by_reread(weight, concepts, kept, settings):
+    problem = Problem("", weight, concepts, kept)
+    return solve(problem, settings, [settings.overshoot] * len(concepts))
 
 
 def method(changes, model, concept):
-    return method.run(model, [concept], replace(DEFAULTS, **changes))
+    return reread.run(model, [concept], replace(DEFAULTS, **changes))
 
 
-def weight(borrowed, name):
-    return exact(borrowed.module(name).weight.detach())
+def weight(denoiser, name):
+    return to_float64(denoiser.module(name).weight.detach())
 
 
 def values(by_head, model, concept):
-    def solved(borrowed, layer, reading, kept):
+    def solved(denoiser, layer, reading, kept):
         heads, _, width = layer.value.shape
         # With the identity in place of W_v, what is read out are the attended contexts.
         bare = layer._replace(value=torch.eye(width).expand(heads, -1, -1))
         rows = [x.unflatten(1, (heads, width)) for x in (*reading.rows(bare), kept.rows(bare))]
-        own = weight(borrowed, f"{layer.name}.to_v")
+        own = weight(denoiser, f"{layer.name}.to_v")
         if not by_head:
             concept_, other, stay = (x.flatten(0, 1) for x in rows)
-            return f"{layer.name}.to_v", *method.solve(own, [(concept_, other)], stay, DEFAULTS)
+            return f"{layer.name}.to_v", *solved_by_reread(own, [(concept_, other)], stay, DEFAULTS)
         whole = replace(DEFAULTS, rank=0)
         change = [
-            torch.mm(*method.solve(part, [(rows[0][:, i], rows[1][:, i])], rows[2][:, i], whole))
+            torch.mm(
+                *solved_by_reread(part, [(rows[0][:, i], rows[1][:, i])], rows[2][:, i], whole)
+            )
             for i, part in enumerate(own.chunk(heads))
         ]
         change = torch.cat(change)
-        up, down, _, _ = cut(change, torch.eye(width).double(), DEFAULTS.rank)
+        up, down, _ = truncate_product(change, torch.eye(width).double(), DEFAULTS.rank)
         return f"{layer.name}.to_v", up, down
 
     return by_layer(model, concept, solved)
 
 
 def direction(oblique, model, concept):
-    def solved(borrowed, layer, reading, kept):
+    def solved(denoiser, layer, reading, kept):
         name = f"{layer.name}.to_out.0"
         having, lacking = reading.rows(layer)
         mean = (having - lacking).mean(0)
@@ -106,7 +117,7 @@ def direction(oblique, model, concept):
         system = gram(stay) / len(stay)
         system += 1e-3 * system.trace() / len(system) * torch.eye(len(system)).double()
         test = torch.linalg.solve(system, mean) if oblique else mean
-        return name, -weight(borrowed, name) @ mean[:, None] / (test @ mean), test[None]
+        return name, -weight(denoiser, name) @ mean[:, None] / (test @ mean), test[None]
 
     return by_layer(model, concept, solved)
 
@@ -115,9 +126,9 @@ def attention(model, concept, steps=100, rank=4, lr=3e-3, at_once=16):
     """Layer-wise re-steer: Adam on a low rank of to_k, on recorded queries."""
     pairs = sentences(concept, DEFAULTS.prompts)
     prompts = [Prompt(text, concept.name) for text, _ in pairs]
-    flags = torch.cat([flags_of(model, prompt) for prompt in prompts])
+    flags = torch.cat([concept_flags(model, prompt) for prompt in prompts])
 
-    def solved(borrowed, layer, reading, kept):
+    def solved(denoiser, layer, reading, kept):
         generator = torch.Generator().manual_seed(0)
         heads, size, width = layer.key.shape
         down = torch.randn(rank, width, generator=generator) * width**-0.5
@@ -152,8 +163,8 @@ def attended(layer, key, queries, contexts):
 
 VARIANTS = {
     "re-read": partial(method, {}),
-    "push 0": partial(method, {"push": 0.0}),
-    "push 1": partial(method, {"push": 1.0}),
+    "push 0": partial(method, {"overshoot": 0.0}),
+    "push 1": partial(method, {"overshoot": 1.0}),
     "rank 1": partial(method, {"rank": 1}),
     "rank 2": partial(method, {"rank": 2}),
     "no kept": partial(method, {"preserve": 0.0, "damping": 0.1}),
@@ -167,9 +178,9 @@ VARIANTS = {
 
 def measure(model, judge, suite, target, patch, count, cache):
     """UA, IRA and CRA of one target."""
-    with open_studio(model, suite.sampling) as studio, studio.applying([(patch, 1.0)]):
-        trial = Trial(suite, target, studio, judge, count=count, cache=cache)
-        found = unlearn_canvas(pictures(trial)["rows"], target.domain, resamples=2)
+    with open_sampler(model, suite.sampling) as sampler, sampler.applying([(patch, 1.0)]):
+        trial = Trial(suite, target, sampler, judge, count=count, cache=cache)
+        found = unlearn_canvas([(pictures(trial)["rows"], target.domain)], resamples=2)
     return [found[name]["value"] for name in ("UA", "IRA", "CRA")]
 
 

@@ -24,7 +24,7 @@ from fmn.bench.suite import load_suite
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.load import load_judge
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 
 STRENGTHS = 0.0, 0.2, 0.4, 0.59, 0.8, 1.0, 1.2, 1.5
 COUNT = 8
@@ -47,17 +47,17 @@ def main(preset):
         rows = []
         for target, patch in zip(targets, patches):
             worn = [(patch, strength)]
-            with open_studio(model, suite.sampling) as studio, studio.applying(worn):
-                trial = Trial(suite, target, studio, judge, count=COUNT, cache=cache)
-                found = unlearn_canvas(pictures(trial)["rows"], target.domain, resamples=2)
+            with open_sampler(model, suite.sampling) as sampler, sampler.applying(worn):
+                trial = Trial(suite, target, sampler, judge, count=COUNT, cache=cache)
+                found = unlearn_canvas([(pictures(trial)["rows"], target.domain)], resamples=2)
                 shares = [found[name]["value"] for name in ("UA", "IRA", "CRA")]
                 rows.append([*shares, unclear(trial, trial.target_asks())])
         told = " | ".join(f"{share:.0%}" for share in torch.tensor(rows).mean(0).tolist())
         print(f"| {strength} | {told} |", flush=True)
-    with open_studio(model, suite.sampling) as studio:
+    with open_sampler(model, suite.sampling) as sampler:
         shares = []
         for target in targets:
-            trial = Trial(suite, target, studio, judge, count=COUNT)
+            trial = Trial(suite, target, sampler, judge, count=COUNT)
             asks = [
                 replace(ask, prompt=" ".join(ask.prompt.replace(target.name, "").split()))
                 for ask in trial.target_asks()

@@ -28,7 +28,7 @@ from fmn.closed_form.text_embeddings import Pairs
 from fmn.concepts.concept import Concept
 from fmn.methods.uce import Settings
 from fmn.models.families import FAMILIES
-from fmn.patches.merge import merge
+from fmn.patches.merge import merge_patches
 
 CONCEPTS, KEPT = 100, 1000  # where they are not what is told apart
 
@@ -58,7 +58,7 @@ def row(model, concepts, kept, layers, budget):
     cells = [concepts, kept, layers, f"{seconds:.1f}", max(patch.ranks), f"{size / 1e6:.1f}"]
     if size > budget:
         start = time.process_time()
-        error = merge([(patch, 1.0)], budget).patch.info["truncation_error"]
+        error = merge_patches([(patch, 1.0)], budget).patch.info["truncation_error"]
         cells += [f"{time.process_time() - start:.1f}", f"{error:.2f}"]
     print(f"| {' | '.join(map(str, cells + ['-'] * (8 - len(cells))))} |", flush=True)
 

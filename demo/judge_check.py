@@ -10,7 +10,7 @@ from fmn.errors import ForgetError
 from fmn.files import write_whole
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.metrics.demo_judge import ARCHITECTURES, FILE, DemoJudge
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 
 SEED = 0
@@ -54,9 +54,9 @@ def draw(path, pairs, seeds, sampling):
         done += count
         print(f"\r{done} of {len(rows)} pictures", end="", file=sys.stderr, flush=True)
 
-    with open_studio(DiffusersModel.load(path), sampling, on_pictures=show) as studio:
+    with open_sampler(DiffusersModel.load(path), sampling, on_pictures=show) as sampler:
         prompts = [f"a {row['concept']}, {row['style']}" for row in rows]
-        images = studio.draw(prompts, [row["seed"] for row in rows])
+        images = sampler.draw(prompts, [row["seed"] for row in rows])
     print(file=sys.stderr)
     return images, rows
 
@@ -146,4 +146,4 @@ def check(given):
     print(as_text(found))
     if given.json:
         record = {"model": given.model, "sampling": vars(sampling), **found, "rows": rows}
-        write_whole(given.json, lambda path: path.write_text(json.dumps(record, indent=1)))
+        write_whole(given.json, lambda path: path.write_text(json.dumps(record, indent=1), "utf-8"))

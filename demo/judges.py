@@ -69,7 +69,7 @@ def read_data(folder, packages):
     """The demo's pictures and those of the controls."""
     images, rows = pictures.load(folder)
     known = pictures.Packages(pictures.fetch(packages))
-    with open(HERE / "controls.csv", newline="") as file:
+    with open(HERE / "controls.csv", newline="", encoding="utf-8") as file:
         controls = [pictures.Concept(**row) for row in csv.DictReader(file)]
     drawn = [(c, s, pictures.draw_style(known, c, s)) for c in controls for s in pictures.STYLES]
     drawn = [found for found in drawn if found[2] is not None]

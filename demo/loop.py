@@ -123,6 +123,6 @@ class Loop:
             "hours": round(self.seconds / 3600, 4),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
-        with open(self.folder / f"{self.name}.jsonl", "a") as file:
+        with open(self.folder / f"{self.name}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)

@@ -46,7 +46,7 @@ class Networks:
     @classmethod
     def fresh(cls, seed):
         torch.manual_seed(seed)
-        config = json.loads((ASSETS / "pipelines.json").read_text())[DEMO.key]
+        config = json.loads((ASSETS / "pipelines.json").read_text("utf-8"))[DEMO.key]
         unet = UNet2DConditionModel.from_config(config["unet/config.json"])
         text = CLIPTextModel(CLIPTextConfig(**config["text_encoder/config.json"]))
         return cls(unet, text, AutoencoderTiny(), make_tokenizer(), 1.0)

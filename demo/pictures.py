@@ -89,7 +89,7 @@ class Concept:
 
 
 def concepts():
-    with open(HERE / "concepts.csv", newline="") as file:
+    with open(HERE / "concepts.csv", newline="", encoding="utf-8") as file:
         return [Concept(**row) for row in csv.DictReader(file)]
 
 
@@ -242,7 +242,7 @@ def save(folder, images, rows):
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "pictures.npz", images=images)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "pictures.jsonl").write_text(lines)
+    (folder / "pictures.jsonl").write_text(lines, "utf-8")
 
 
 def load(folder):
@@ -250,7 +250,7 @@ def load(folder):
     path = Path(folder) / "pictures.npz"
     if not path.exists():
         sys.exit(f"{path} is missing: run 'python demo/pictures.py build --out {folder}' first.")
-    rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text("utf-8").splitlines()]
     return np.load(path)["images"], rows
 
 
@@ -263,8 +263,8 @@ def build(folder, packages, accept=False):
     print(f"{len(rows)} pictures, {held} held out, in {folder / 'pictures.npz'}")
     print(f"sha256 {found}")
     if accept:
-        CHECKSUM.write_text(found + "\n")
-    elif found != CHECKSUM.read_text().strip():
+        CHECKSUM.write_text(found + "\n", "utf-8")
+    elif found != CHECKSUM.read_text("utf-8").strip():
         sys.exit(
             f"The pictures differ from those of {CHECKSUM.name}: install resvg 0.2.0 and a current "
             "Pillow, and delete the packages' folder in case a file is damaged."

@@ -29,7 +29,7 @@ FRAME = 3  # pixels
 def draw(model, pairs, seed, steps, guidance, batch=12):
     """PIL pictures of (concept, style) pairs, each from a seed of its own."""
     texts = [f"{with_article(concept)}, {style}" for concept, style in pairs]
-    noise, found = model.latents_like(range(seed, seed + len(pairs)), pictures.SIDE), []
+    noise, found = model.initial_noise(range(seed, seed + len(pairs)), pictures.SIDE), []
     for start in range(0, len(pairs), batch):
         part = slice(start, start + batch)
         latents = model.sample_latents(texts[part], noise[part], steps, guidance)

@@ -1,44 +1,48 @@
-"""Errors that a user can act on. Every message is one sentence: what is wrong, what was
-expected, what to do."""
+"""Errors that a user can act on. Each message is one sentence: what is wrong, what was expected,
+what to do."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
-# How torch says it in a plain RuntimeError: GPUs, CPUs on Linux and on Windows, and cuBLAS.
-RAN_OUT = re.compile("out of memory|can't allocate|not enough memory|alloc_failed", re.IGNORECASE)
+# The plain RuntimeErrors of torch on GPUs, on CPUs (Linux and Windows), and of cuBLAS.
+OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate|not enough memory|alloc_failed", re.IGNORECASE
+)
 
 
 class ForgetError(Exception):
-    """Input or a model that cannot be worked with; the message says what to change."""
+    """Unusable input or an unusable model; the message says what to change."""
 
 
 class NonFiniteLoss(ForgetError):
-    """Training blew up. The parameters hold the last state whose loss was finite.
+    """Training diverged. The parameters hold the last state whose loss was finite.
 
     Attributes:
         losses: the finite losses so far, one a step.
-        patch: the patch made from the last good state; None if no step was finished.
+        patch: the ``ForgetPatch`` of the last good state; None if no step was finished.
     """
 
-    def __init__(self, message, losses):
+    def __init__(self, message: str, losses: Sequence[float]) -> None:
         super().__init__(message)
         self.losses = losses
-        self.patch = None
+        self.patch: Any = None  # its class lies in a package above this one
 
 
-def memory_ran_out(error):
-    """What to tell of an error if it came for want of memory, else None.
+def memory_ran_out(error: BaseException) -> str | None:
+    """The message for an out-of-memory error; None for any other error.
 
-    torch's own error is known by its name, for torch is not to be imported for this.
+    torch's OutOfMemoryError is recognised by its name, so that nothing imports torch for this.
     """
     text = str(error)
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not known and not (isinstance(error, RuntimeError) and RAN_OUT.search(text)):
+    if not known and not (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         return None
     size = re.search(r"ried to allocate [\d.]+ \w+", text)
-    told = f" (t{size[0]})" if size else ""
+    detail = f" (t{size[0]})" if size else ""
     if "CUDA" not in text:
-        return f"Memory ran out{told}: close other programs, or choose a smaller size."
+        return f"Memory ran out{detail}: close other programs, or choose a smaller size."
     return (
-        f"The GPU's memory ran out{told}: close what else uses it, choose a smaller size, or set "
-        "CUDA_VISIBLE_DEVICES=-1 in the environment, which leaves the work to the CPU."
+        f"The GPU's memory ran out{detail}: close other programs that use it, choose a smaller "
+        "size, or set CUDA_VISIBLE_DEVICES=-1 in the environment to run on the CPU."
     )

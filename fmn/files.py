@@ -1,20 +1,70 @@
-"""Writing files so that a failure leaves nothing half-written, and names given for them."""
+"""Files: opened as untrusted, written whole or not at all, and named so that every system takes
+the name."""
 
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .errors import ForgetError
 
+AnyPath = str | os.PathLike[str]
+File = TypeVar("File")
+MAX_HEADER = 16 << 20  # bytes, of small untrusted files; SDXL's names take less than 1 MiB
+# The demo model, its judges and control pictures: in a wheel among the assets (setup.py), else in
+# the clone's demo/.
+DEMO_FOLDER = Path(__file__).parent / "assets" / "demo"
+if not DEMO_FOLDER.is_dir():
+    DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 MAX_STRENGTH = 100
-STATE_ENDING = ".fmn-train"  # of a training's state: no ending that loaders of models list
+STATE_ENDING = ".fmn-train"  # of a training state; loaders of models do not list this ending
+FORBIDDEN = set('<>:"/\\|?*')
+RESERVED = {"con", "prn", "aux", "nul"} | {
+    f"{port}{n}" for port in ("com", "lpt") for n in "123456789"
+}
+MAX_NAME = 180  # bytes; systems allow 255, and longer names lie beside it
 
 
-def write_whole(path, write):
+@contextmanager
+def open_safetensors(
+    path: AnyPath, remedy: str = "get it again", max_header: int = 100_000_000
+) -> Iterator[Any]:
+    """Open an untrusted safetensors file; its header's length is checked before it is read.
+
+    Args:
+        remedy: what a user can do about a damaged file.
+        max_header: bytes; safetensors' own limit unless given.
+
+    Yields:
+        The handle of ``safetensors.safe_open``, which loads a tensor only when asked to.
+
+    Raises:
+        ForgetError: the file is missing, unreadable, damaged, or of another format.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > max_header:
+            raise EOFError(f"its header claims {header} bytes, and at most {max_header} are read")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except OSError as error:
+        raise ForgetError(
+            f"'{path}' cannot be read ({error.strerror or error}): check the name and its folder."
+        ) from error
+    except (SafetensorError, EOFError) as error:
+        raise ForgetError(
+            f"'{path.name}' is damaged or not a safetensors file ({error}): {remedy}."
+        ) from error
+
+
+def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
     """Call ``write`` with the name of a temporary file beside ``path``, then rename it to ``path``.
 
     Raises:
@@ -25,7 +75,7 @@ def write_whole(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         open(temporary, "xb").close()
-        mode = os.stat(temporary).st_mode  # what the user's umask gives; safetensors would not ask
+        mode = os.stat(temporary).st_mode  # by the user's umask, which safetensors ignores
         write(temporary)
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
@@ -38,11 +88,11 @@ def write_whole(path, write):
             temporary.unlink(missing_ok=True)
 
 
-def _temporary(path):
+def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _not_saved(path, error):
+def _not_saved(path: Path, error: Exception) -> ForgetError:
     reason = getattr(error, "strerror", None) or str(error)
     return ForgetError(
         f"'{path.name}' could not be saved in {path.parent} ({reason}): "
@@ -50,46 +100,46 @@ def _not_saved(path, error):
     )
 
 
-def check_file(path, ending, replaces=False):
-    """Refuse the name of a file that could not be written, before there is work to lose.
+def check_file(path: AnyPath, ending: str, replaces: bool = False) -> None:
+    """Refuse a file that could not be written, before there is work to lose.
 
     Args:
-        ending: that it has to have, such as ".safetensors".
-        replaces: a file of that name may be there.
+        ending: the one that its name must have, such as ".safetensors".
+        replaces: a file of that name may exist.
 
     Raises:
-        ForgetError: another ending, a folder, a file that is there, or no place to write to.
+        ForgetError: another ending, a folder, a file that exists, or no place to write to.
     """
     path = Path(path)
     if os.path.isdir(path):
         raise ForgetError(f"'{path}' is a folder: name a file in it, as {path / ('dog' + ending)}.")
     if path.suffix != ending:
         raise ForgetError(
-            f"'{path.name:.80}' does not end in {ending}, which is all that is written here: name "
-            f"it {path.stem + ending:.90}."
+            f"'{path.name:.80}' does not end in {ending}, the only kind written here: name it "
+            f"{path.stem + ending:.90}."
         )
     check_new(path) if not replaces else _check_place(path)
 
 
-def check_new(path):
-    """Refuse a file or folder that is there, or could not be made; see ``check_file``."""
+def check_new(path: AnyPath) -> None:
+    """Refuse a file or folder that exists or could not be made; see ``check_file``."""
     path = Path(path)
     if os.path.lexists(path):
         raise ForgetError(f"'{path}' exists already: give another name, or move it away.")
     _check_place(path)
 
 
-def check_folder(path):
+def check_folder(path: AnyPath) -> None:
     """Refuse a folder that cannot be made or written into, before there is work to lose."""
     path = Path(path)
     if os.path.lexists(path) and not os.path.isdir(path):
-        raise ForgetError(f"'{path}' is a file, and the results are several: name a folder.")
+        raise ForgetError(f"'{path}' is a file, but there are several results: name a folder.")
     _check_place(path / "result")
 
 
-def _check_place(path):
-    """Try whether the folder of a file, or the one that it would be made in, can be written."""
-    folder = next(each for each in path.parents if os.path.lexists(each))
+def _check_place(path: Path) -> None:
+    """Write a file into the folder of ``path``, or into the one that it would be made in."""
+    folder = next(parent for parent in path.parents if os.path.lexists(parent))
     temporary = _temporary(folder / path.name)
     try:
         open(temporary, "xb").close()
@@ -98,23 +148,49 @@ def _check_place(path):
         raise _not_saved(path, error) from error
 
 
-def free_name(path):
+def free_name(path: AnyPath) -> Path:
     """The path, or if it is taken the first free one of NAME_2, NAME_3 and so on."""
     path = Path(path)
     if not os.path.lexists(path):
         return path
     numbered = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
-    return next(each for each in numbered if not os.path.lexists(each))
+    return next(free for free in numbered if not os.path.lexists(free))
 
 
-def file_and_strength(text):
-    """FILE or FILE:STRENGTH -> (file, strength); 1 unless given."""
+def checked_stem(name: object, suffix: str) -> str:
+    """A file's new name without its suffix, which may be given or not.
+
+    Raises:
+        ForgetError: no text, or not a name of a file in this folder on every system.
+    """
+    stem = name.strip() if isinstance(name, str) else ""
+    if stem.lower().endswith(suffix):
+        stem = stem[: -len(suffix)].rstrip()
+    refused = (
+        not stem
+        or not stem.isprintable()
+        or set(stem) & FORBIDDEN
+        or "." in (stem[0], stem[-1])
+        or stem.split(".")[0].strip().lower() in RESERVED
+        or len(stem.encode()) > MAX_NAME
+    )
+    if refused:
+        raise ForgetError(
+            f"The name {name!r:.80} cannot be used on every system: use letters, digits, spaces, - "
+            f"and _, at most {MAX_NAME} bytes, no dot at either end, and no name that Windows "
+            "reserves, such as con."
+        )
+    return stem
+
+
+def file_and_strength(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH -> (file, strength); the strength is 1 unless given."""
     file, _, strength = text.rpartition(":")
     try:
         value = float(strength)
     except ValueError:  # no strength; a colon is part of the name
         return text, 1.0
-    if not abs(value) <= MAX_STRENGTH:  # nor what is no number
+    if not abs(value) <= MAX_STRENGTH:  # NaN included
         raise ForgetError(
             f"The strength in '{text}' is {strength}: use a number such as 0.8, from "
             f"-{MAX_STRENGTH} to {MAX_STRENGTH}."
@@ -122,15 +198,15 @@ def file_and_strength(text):
     return (file, value) if file else (text, 1.0)
 
 
-def chosen_files(lines, find):
-    """Files of lines FILE, PATTERN, FILE:STRENGTH or PATTERN:STRENGTH: {file: strength}.
+def chosen_files(lines: Iterable[str], find: Callable[[str], Sequence[File]]) -> dict[File, float]:
+    """Files of lines FILE, PATTERN, FILE:STRENGTH or PATTERN:STRENGTH -> their strengths.
 
-    Where several lines match a file, their strengths add up, as if it were put on by each.
+    The strengths of a file that several lines match add up, as if each line applied it.
 
     Args:
         find: function from a pattern to the files that match it.
     """
-    found = {}
+    strengths: dict[File, float] = {}
     for line in lines:
         pattern, strength = file_and_strength(line)
         files = find(pattern)
@@ -139,42 +215,5 @@ def chosen_files(lines, find):
                 f"No patch file matches '{pattern:.200}': check the name, or write a pattern such "
                 "as batch/*."
             )
-        found |= {file: found.get(file, 0.0) + strength for file in files}
-    return found
-
-
-FORBIDDEN = '<>:"/\\|?*'
-RESERVED = {"con", "prn", "aux", "nul"} | {
-    f"{port}{n}" for port in ("com", "lpt") for n in "123456789"
-}
-MAX_BYTES = 180  # systems take 255, and longer names lie beside it
-
-
-def checked_stem(name, suffix):
-    """The name of a file without its suffix, which may be there or not.
-
-    Raises:
-        ForgetError: not a text, empty, too long, a path, or a name that some system refuses.
-    """
-    if not isinstance(name, str):
-        raise ForgetError("A new name has to be a text: type one.")
-    stem = name.strip()
-    if stem.lower().endswith(suffix):
-        stem = stem[: -len(suffix)].rstrip()
-    bad = next((letter for letter in stem if not letter.isprintable() or letter in FORBIDDEN), None)
-    if bad is not None:
-        raise ForgetError(
-            f"The name {name!r:.80} has the letter {bad!r}, which file names may not have: use "
-            "letters, digits, spaces, - and _; a file stays in its folder."
-        )
-    if not stem or stem[0] == "." or stem[-1] == ".":
-        raise ForgetError(
-            f"The name {name!r:.80} is empty, or begins or ends with a dot: choose another."
-        )
-    if stem.split(".")[0].strip().lower() in RESERVED:
-        raise ForgetError(f"Windows keeps the name {name!r:.80} for itself: choose another.")
-    if len(stem.encode()) > MAX_BYTES:
-        raise ForgetError(
-            f"The name {name!r:.40}... has more than {MAX_BYTES} bytes: choose a shorter one."
-        )
-    return stem
+        strengths |= {file: strengths.get(file, 0.0) + strength for file in files}
+    return strengths

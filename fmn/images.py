@@ -1,24 +1,95 @@
-"""Small pictures with PIL: what training shows while it runs, and grids of results."""
+"""Pictures with PIL: conversions, drawings of a training, grids, and thumbnails of patches."""
 
 import base64
 import io
 import re
 import struct
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import ForgetError
+from .files import AnyPath
 
 INK, PALE, ACCENT, PAPER = (40, 44, 52), (205, 209, 216), (214, 69, 65), (250, 250, 248)
+HEAT = (0.0, (12, 16, 60)), (0.5, (200, 50, 60)), (1.0, (255, 240, 150))  # value, colour
+THUMBNAIL_SIZE = 512, 256  # pixels at most
+MOST_PICTURES = 4  # of a thumbnail
+MAX_BYTES = 8 << 20  # of a picture's file
+MAX_URI = 1 << 20  # letters of a picture in a header
+MAX_PIXELS = 1 << 25
+FORMATS = "JPEG", "PNG", "WEBP"
+URI = re.compile(r"data:image/(?:jpeg|png|webp);base64,", re.ASCII)
 
 
-def maps_picture(before, now):
-    """Where a concept's attention was and is, 448 x 248 pixels.
+class AttentionMap(Protocol):
+    """``models.attention_maps.Attention``."""
 
-    Args:
-        before, now: ``probe.Attention``.
-    """
+    @property
+    def share(self) -> float: ...
+    @property
+    def map(self) -> torch.Tensor: ...
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """A PIL picture from floats [H, W, 3] in 0..1."""
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def square(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Pictures [N, H, W, C] -> the centres [N, 3, size, size], shorter side scaled to ``size``."""
+    images = images[..., :3].movedim(-1, 1)  # an alpha channel is dropped
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    shape = max(size, round(height * scale)), max(size, round(width * scale))
+    images = torch.nn.functional.interpolate(
+        images, size=shape, mode="bilinear", antialias=True, align_corners=False
+    )
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return images[..., top : top + size, left : left + size].clamp(0, 1)
+
+
+def png_text(picture: Image.Image) -> str:
+    """A picture as base64 of a PNG, for JSON and HTML."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def jpeg_text(picture: Image.Image, side: int) -> str:
+    """A picture of at most ``side`` pixels a side as base64 of a JPEG."""
+    return base64.b64encode(_jpeg(picture.copy(), (side, side))).decode()
+
+
+def _jpeg(picture: Image.Image, size: tuple[int, int] = THUMBNAIL_SIZE) -> bytes:
+    """The picture, shrunk in place, as a JPEG without the comments and profiles it came with."""
+    picture = picture.convert("RGBA") if picture.mode in ("P", "LA", "PA") else picture
+    picture.thumbnail(size)
+    mask = picture.getchannel("A") if picture.mode == "RGBA" else None
+    bare = Image.new("RGB", picture.size, PAPER)
+    bare.paste(picture.convert("RGB"), mask=mask)
+    buffer = io.BytesIO()
+    bare.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def heat_map(values: torch.Tensor, side: int) -> Image.Image:
+    """Values [h, w] in 0..1 as a picture: dark blue, over red, to pale yellow."""
+    image = Image.new("RGB", (values.shape[1], values.shape[0]))
+    image.putdata([_heat(value) for value in values.clamp(0, 1).flatten().tolist()])
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _heat(value: float) -> tuple[int, ...]:
+    (low, first), (high, second) = HEAT[:2] if value <= HEAT[1][0] else HEAT[1:]
+    part = (value - low) / (high - low)
+    return tuple(round(a + (b - a) * part) for a, b in zip(first, second))
+
+
+def maps_picture(before: AttentionMap, now: AttentionMap) -> Image.Image:
+    """A concept's attention maps before training and now, 448 x 248 pixels."""
     picture = Image.new("RGB", (448, 248), PAPER)
     draw = ImageDraw.Draw(picture)
     brightest = max(float(before.map.max()), 1e-9)
@@ -29,74 +100,48 @@ def maps_picture(before, now):
     return picture
 
 
-def loss_picture(losses, total):
-    """The loss so far, 448 x 160 pixels."""
+def loss_picture(losses: Sequence[float], total: int) -> Image.Image:
+    """The losses of the steps so far, of ``total`` steps, 448 x 160 pixels."""
     picture = Image.new("RGB", (448, 160), PAPER)
     draw = ImageDraw.Draw(picture)
-    _curve(draw, (12, 28, 436, 148), losses, total)
-    draw.text((12, 8), f"loss {losses[-1]:.4g}", INK, font=_font(13))
-    return picture
-
-
-def _curve(draw, box, losses, total):
-    left, top, right, bottom = box
+    left, top, right, bottom = box = 12, 28, 436, 148
     draw.rectangle(box, outline=PALE)
-    high = max(losses) or 1.0
+    highest = max(losses) or 1.0
     points = [
-        (
-            left + (right - left) * (i + 1) / total,
-            bottom - (bottom - top - 4) * value / high,
-        )
-        for i, value in enumerate(losses)
+        (left + (right - left) * step / total, bottom - (bottom - top - 4) * loss / highest)
+        for step, loss in enumerate(losses, 1)
     ]
     if len(points) > 1:
         draw.line(points, fill=ACCENT, width=2)
     else:
         x, y = points[0]
         draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=ACCENT)
+    draw.text((12, 8), f"loss {losses[-1]:.4g}", INK, font=_font(13))
+    return picture
 
 
-def heat_map(values, side):
-    """A [h, w] tensor of 0..1 as a picture: dark blue, over red, to pale yellow."""
-    stops = ((0.0, (12, 16, 60)), (0.5, (200, 50, 60)), (1.0, (255, 240, 150)))
-    image = Image.new("RGB", (values.shape[1], values.shape[0]))
-    image.putdata([_between(stops, value) for value in values.clamp(0, 1).flatten().tolist()])
-    return image.resize((side, side), Image.Resampling.BICUBIC)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
 
 
-def _between(stops, value):
-    for (low, first), (high, second) in zip(stops, stops[1:]):
-        if value <= high:
-            part = (value - low) / (high - low)
-            return tuple(round(a + (b - a) * part) for a, b in zip(first, second))
-    return stops[-1][1]
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a row."""
+    size = sum(picture.width for picture in pictures), max(p.height for p in pictures)
+    row, left = Image.new("RGB", size, PAPER), 0
+    for picture in pictures:
+        row.paste(picture, (left, 0))
+        left += picture.width
+    return row
 
 
-def to_image(pixels):
-    """A PIL picture from floats [H, W, 3] in 0..1."""
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy())
-
-
-def png_text(picture):
-    """A PIL picture as base64 of a PNG, for JSON and HTML."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def jpeg_text(picture, side):
-    """A PIL picture of at most ``side`` pixels a side as base64 of a JPEG."""
-    small, buffer = picture.convert("RGB"), io.BytesIO()
-    small.thumbnail((side, side))
-    small.save(buffer, "JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def labelled_grid(rows, columns, side=128):
+def labelled_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], side: int = 128
+) -> Image.Image:
     """A grid with a title over each column and a label beside each row.
 
     Args:
-        rows: list of (label, [PIL pictures]). columns: titles, one a picture of a row.
+        rows: (label, pictures) of each row. columns: titles, one a picture of a row.
+        side: pixels of a picture.
     """
     font, label_width, head, gap = _font(13), 250, 26, 6
     width = label_width + len(columns) * (side + gap)
@@ -112,93 +157,53 @@ def labelled_grid(rows, columns, side=128):
     return grid
 
 
-def beside(pictures):
-    """Pictures side by side."""
-    size = sum(picture.width for picture in pictures), max(p.height for p in pictures)
-    row, left = Image.new("RGB", size, PAPER), 0
-    for picture in pictures:
-        row.paste(picture, (left, 0))
-        left += picture.width
-    return row
-
-
-def square(images, size):
-    """Pictures [N, H, W, 3] -> [N, 3, size, size]: shorter side to ``size``, centre cut out."""
-    images = images[..., :3].movedim(-1, 1)  # an alpha channel is dropped
-    height, width = images.shape[-2:]
-    scale = size / min(height, width)
-    shape = max(size, round(height * scale)), max(size, round(width * scale))
-    images = torch.nn.functional.interpolate(
-        images, size=shape, mode="bilinear", antialias=True, align_corners=False
-    )
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return images[..., top : top + size, left : left + size].clamp(0, 1)
-
-
-def _font(size):
-    return ImageFont.load_default(size)
-
-
-pass
-
-SIZE = 512, 256  # pixels that a thumbnail has at most
-MOST = 4  # pictures in a row
-MAX_BYTES = 8 << 20  # of a picture's file
-MAX_URI = 1 << 20  # letters of a picture in a header
-MAX_PIXELS = 1 << 25
-FORMATS = "JPEG", "PNG", "WEBP"
-URI = re.compile(r"data:image/(?:jpeg|png|webp);base64,", re.ASCII)
-
-
-def data_uri(images):
+def thumbnail_uri(images: torch.Tensor) -> str:
     """The first pictures of [N, H, W, C] in 0..1, side by side, as a data URI of a small JPEG."""
-    pictures = []
-    for pixels in images[:MOST]:
-        picture = to_image(pixels[..., :3])
-        picture.thumbnail((SIZE[0], SIZE[1]))
-        pictures.append(picture)
-    jpeg = _jpeg(beside(pictures))
+    pictures = [to_image(pixels[..., :3]) for pixels in images[:MOST_PICTURES]]
+    for picture in pictures:
+        picture.thumbnail(THUMBNAIL_SIZE)
+    jpeg = _jpeg(side_by_side(pictures))
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def of_uri(text):
-    """A small JPEG of a data URI.
+def thumbnail_of_uri(text: str) -> bytes:
+    """A small JPEG from an untrusted data URI.
 
     Raises:
-        ForgetError: it is too long, of another kind, or no picture.
+        ForgetError: the URI is too long, of another kind, or holds no picture.
     """
     head = URI.match(text)
     if len(text) > MAX_URI or not head:
         raise ForgetError(
-            f"The thumbnail in the patch is no picture we show: it has to be a JPEG, PNG or WebP "
-            f"as a data URI of at most {MAX_URI} letters; save the patch with another."
+            "The thumbnail in the patch cannot be shown: it has to be a JPEG, PNG or WebP as a "
+            f"data URI of at most {MAX_URI} letters; save the patch with another."
         )
     try:
         data = base64.b64decode(text[head.end() :], validate=True)
     except ValueError as error:
-        raise _broken(error) from error
-    return of_bytes(data)
+        raise _unreadable(error) from error
+    return thumbnail_of_bytes(data)
 
 
-def of_file(path):
-    """A small JPEG of a picture's file.
+def thumbnail_of_file(path: AnyPath) -> bytes:
+    """A small JPEG from an untrusted picture file.
 
     Raises:
-        ForgetError: it is too large, gone, or no picture.
+        ForgetError: the file is too large, missing, or no picture.
     """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise _broken(error.strerror) from error
-    return of_bytes(data)
+        raise _unreadable(error.strerror) from error
+    return thumbnail_of_bytes(data)
 
 
-def of_bytes(data):
-    """A small JPEG of a JPEG, PNG or WebP.
+def thumbnail_of_bytes(data: bytes) -> bytes:
+    """A small JPEG from the bytes of an untrusted JPEG, PNG or WebP.
 
     Raises:
-        ForgetError: it is too large or no picture.
+        ForgetError: the picture is too large, or it is none.
     """
     if len(data) > MAX_BYTES:
         raise ForgetError(
@@ -211,26 +216,14 @@ def of_bytes(data):
                     f"The thumbnail has {picture.width} x {picture.height} pixels: use a picture "
                     f"of at most {MAX_PIXELS} pixels."
                 )
-            picture.draft("RGB", (2 * SIZE[0], 2 * SIZE[1]))  # large JPEGs decode faster so
+            # Large JPEGs decode faster at a fraction of their size.
+            picture.draft("RGB", (2 * THUMBNAIL_SIZE[0], 2 * THUMBNAIL_SIZE[1]))
             return _jpeg(picture)
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise _broken(error) from error
+        raise _unreadable(error) from error
 
 
-def _jpeg(picture):
-    picture = picture.convert("RGBA") if picture.mode in ("P", "LA", "PA") else picture
-    picture.thumbnail(SIZE)
-    mask = picture.getchannel("A") if picture.mode == "RGBA" else None
-    # A new picture, as a copy would take comments and profiles along.
-    drawn = Image.new("RGB", picture.size, PAPER)
-    drawn.paste(picture.convert("RGB"), mask=mask)
-    buffer = io.BytesIO()
-    drawn.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
-def _broken(reason):
+def _unreadable(reason: object) -> ForgetError:
     return ForgetError(
-        f"The thumbnail is no JPEG, PNG or WebP that can be read ({reason!s:.120}): "
-        "use another picture."
+        f"The thumbnail is no readable JPEG, PNG or WebP ({reason!s:.120}): use another picture."
     )

@@ -1,7 +1,6 @@
 """The nodes: each parses its widgets, calls ``fmn`` and wraps the result."""
 
-from comfy_api.latest import ComfyExtension
-from server import PromptServer
+from comfy_api.latest import ComfyExtension, io
 
 from . import (
     attack,
@@ -16,24 +15,22 @@ from . import (
     methods,
     patch,
     shelf,
+    textual_inversion,
     train,
 )
+from .page import running_server
+
+MODULES = (
+    concept, methods, train, batch, merge, patch, measure, textual_inversion, attack, guidance,
+    bench, demo,
+)  # fmt: skip
 
 
 class ForgetMeNot(ComfyExtension):
-    async def get_node_list(self):
-        live_training.add_routes(PromptServer.instance.routes)
-        shelf.start()  # not in on_load, which ComfyUI 0.3.75 never calls
-        return [
-            *concept.NODES,
-            *methods.NODES,
-            *train.NODES,
-            *batch.NODES,
-            *merge.NODES,
-            *patch.NODES,
-            *measure.NODES,
-            *attack.NODES,
-            *guidance.NODES,
-            *bench.NODES,
-            *demo.NODES,
-        ]
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        server = running_server()
+        if server is not None:
+            # Not in on_load, which ComfyUI 0.3.75 never calls.
+            for module in (live_training, shelf, batch):
+                module.start(server)
+        return [node for module in MODULES for node in module.NODES]

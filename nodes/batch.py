@@ -1,136 +1,166 @@
-"""One patch a concept, for a whole list."""
+"""One patch per concept, for a whole list."""
 
-import comfy.model_management
-import comfy.utils
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
+from server import PromptServer
 
+from ..fmn.concepts.concept import Concept
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.unknown_model import host_of
-from ..fmn.jobs.batch import forget_each
+from ..fmn.jobs.batch import BatchProgress, forget_each
 from ..fmn.methods import DEFAULT, settings_of
-from .common import keep_input, model_input
+from ..fmn.settings import Settings
+from .common import clip_input, keep_input, trained_model_input
+from .page import running_server, text_output
 from .patch import KIND, below_output
-from .types import CATEGORY, Concepts, Method, Patches, show_text, told
+from .progress import Progress
+from .types import CATEGORY, Concepts, Method, Patches
 
 FOLDER = "batch"
 PARTS = 100  # of a concept, on the progress bar
+MOST_FOLDERS = 64  # whose files are remembered
 
 
 class TrainForgetPatches(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_TrainForgetPatches",
             display_name="Train Forget Patches (Batch)",
             category=CATEGORY,
             description="Makes one forget patch for each concept of a list, as files in a folder. "
-            "Patches that are there already are not made again, so a stopped run goes on where it "
-            "was. For one patch of all concepts use Train Forget Patch.",
+            "Existing patches are not made again, so a stopped run resumes where it was. For one "
+            "patch of all concepts use Train Forget Patch.",
             inputs=[
-                model_input(),
-                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
-                Concepts.Input("concepts", tooltip="What to forget, each in a patch of its own."),
+                trained_model_input(),
+                clip_input(),
+                Concepts.Input("concepts", tooltip="What to forget, with one patch each."),
                 io.String.Input(
                     "folder",
                     default=FOLDER,
-                    tooltip=f"Folder of the files below output/{KIND}, with / for folders inside "
-                    f"it. Empty: {FOLDER}.",
+                    tooltip=f"Folder of the files in output/{KIND}, with / for folders inside it. "
+                    f"Empty: {FOLDER}.",
                 ),
                 Method.Input(
-                    "method", optional=True, tooltip=f"How. Empty: {DEFAULT} with its defaults."
+                    "method",
+                    optional=True,
+                    tooltip=f"How to forget. Empty: {DEFAULT} with its defaults.",
                 ),
                 io.Vae.Input(
                     "vae", optional=True, tooltip="Needed for concepts with reference pictures."
                 ),
                 keep_input(),
             ],
-            outputs=[
-                Patches.Output(
-                    "PATCHES",
-                    display_name="patches",
-                    tooltip="All patches of the list, new and old, for Merge Forget Patches.",
-                ),
-                io.String.Output(
-                    "REPORT",
-                    display_name="report",
-                    tooltip="What was made, what was there already, and what failed, as text.",
-                ),
-                io.Int.Output(
-                    "FINISHED",
-                    display_name="finished",
-                    tooltip="How many concepts have a patch now.",
-                ),
-                io.Int.Output(
-                    "FAILED",
-                    display_name="failed",
-                    tooltip="How many concepts have none, because something went wrong.",
-                ),
-            ],
+            outputs=_outputs(),
             is_output_node=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder=FOLDER, **inputs):  # a link gives none
-        return _made.times_lost(below_output(folder.strip() or FOLDER))
+    def fingerprint_inputs(cls, folder: str = FOLDER, **inputs: Any) -> int:  # a link gives none
+        made = _files_made()
+        return made.version(_path_of(folder)) if made else 0
 
     @classmethod
-    def execute(cls, model, clip, concepts, folder, method=None, vae=None, keep=()):
-        settings = method or settings_of(DEFAULT, {})
-        path = below_output(folder.strip() or FOLDER)
-        batch = forget_each(
-            host_of(model, clip, vae), concepts, settings, path, _Progress(), tuple(keep)
-        )
-        _made.add(path, batch.files)
+    def execute(
+        cls, model: ModelPatcher, clip: CLIP, concepts: Sequence[Concept], folder: str,
+        method: Settings | None = None, vae: VAE | None = None, keep: Sequence[str] = (),
+    ) -> io.NodeOutput:  # fmt: skip
+        settings, path = method or settings_of(DEFAULT, {}), _path_of(folder)
+        host, bar = host_of(model, clip, vae), Progress()
+
+        def on_progress(progress: BatchProgress) -> None:
+            text = f"{progress.name}: {progress.index}/{progress.count}"
+            if progress.seconds_left is not None:
+                text += f", {progress.seconds_left:.0f} s left"
+            bar.show(round(progress.done * PARTS), text, progress.count * PARTS)
+
+        batch = forget_each(host, concepts, settings, path, on_progress, tuple(keep))
+        if made := _files_made():
+            made.add(path, batch.files)
         report = batch.report()
         if not batch.files:
             raise ForgetError(report)
         text = f"output/{KIND}/{folder.strip() or FOLDER}: {report}"
         counts = len(batch.files), len(batch.failed)
         patches = [(file, 1.0) for file in batch.files]
-        return io.NodeOutput(patches, report, *counts, ui=told(text, report))
+        return io.NodeOutput(patches, report, *counts, ui=text_output(text, report))
 
 
-class _Made:
-    """The files that this session's runs gave: where one is gone, the node has to run again.
+def _outputs() -> list[io.Output]:
+    return [
+        Patches.Output(
+            "PATCHES",
+            display_name="patches",
+            tooltip="All patches of the list, new and existing, for Merge Forget Patches.",
+        ),
+        io.String.Output(
+            "REPORT",
+            display_name="report",
+            tooltip="What was made, what existed already, and what failed, as text.",
+        ),
+        io.Int.Output(
+            "FINISHED", display_name="finished", tooltip="How many concepts have a patch now."
+        ),
+        io.Int.Output(
+            "FAILED",
+            display_name="failed",
+            tooltip="How many concepts have no patch because something went wrong.",
+        ),
+    ]
 
-    A stamp of the folder would not do: the node writes into it, so that it and all behind it would
-    run once more after each run that made something.
+
+def _path_of(folder: str) -> Path:
+    return below_output(folder.strip() or FOLDER)
+
+
+class FilesMade:
+    """The files that runs made since the server started: if one is deleted, ComfyUI must run the
+    node again.
+
+    A stamp of the folder would not do: the node writes into it, so that the node and all nodes
+    behind it would run once more after each run that made something. The version of a folder
+    changes only when files are found missing, or when the folder was forgotten for newer ones.
     """
 
-    def __init__(self):
-        self.files, self.times = {}, {}
+    def __init__(self, most: int = MOST_FOLDERS) -> None:
+        self.most, self.newest, self.unknown = most, 0, 0
+        # Folder -> (its files, its version), the one used last at the end.
+        self._folders: OrderedDict[Path, tuple[set[Path], int]] = OrderedDict()
 
-    def add(self, folder, files):
-        self.files.setdefault(folder, set()).update(files)
+    def add(self, folder: Path, files: Iterable[Path]) -> None:
+        known, version = self._folders.pop(folder, (set(), self.unknown))
+        self._folders[folder] = known | set(files), version
+        while len(self._folders) > self.most:
+            self._folders.popitem(last=False)
+            self.newest = self.unknown = self.newest + 1
 
-    def times_lost(self, folder):
-        """How often files of a folder were found gone. It does not fall when they are made again,
-        or the run after that would differ once more."""
-        known = self.files.get(folder, set())
-        gone = {file for file in known if not file.exists()}
-        known -= gone
-        self.times[folder] = self.times.get(folder, 0) + bool(gone)
-        return self.times[folder]
+    def version(self, folder: Path) -> int:
+        known, version = self._folders.get(folder, (set(), self.unknown))
+        present = {file for file in known if file.exists()}
+        if present != known:
+            # Kept when the files are made again, or the run after that would differ once more.
+            self.newest = version = self.newest + 1
+            self._folders[folder] = present, version
+        return version
 
 
-_made = _Made()
+FILES_MADE = web.AppKey("forget-me-not.files-made", FilesMade)
 
 
-class _Progress:
-    """Draws where the batch is: the bar of the whole, and a line of text."""
+def start(server: PromptServer) -> None:
+    server.app[FILES_MADE] = FilesMade()
 
-    def __init__(self):
-        self.bar = None
 
-    def __call__(self, place):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        total = place.count * PARTS
-        self.bar = self.bar or comfy.utils.ProgressBar(total)
-        self.bar.update_absolute(round(place.done * PARTS), total)
-        text = f"{place.name}: {place.index}/{place.count}"
-        if place.seconds_left is not None:
-            text += f", {place.seconds_left:.0f} s left"
-        show_text(text)
+def _files_made() -> FilesMade | None:
+    server = running_server()
+    return server.app[FILES_MADE] if server else None
 
 
 NODES = [TrainForgetPatches]

@@ -2,21 +2,24 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
-import comfy.model_management
-import comfy.model_patcher
-import comfy.sd
+import comfy.model_management as mm
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import folder_paths
+import torch
 from comfy import sd1_clip
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
+from ..fmn.files import DEMO_FOLDER
 from .types import CATEGORY
 
-FILE = Path(__file__).parent.parent / "demo" / "fmn-demo.safetensors"
+FILE = DEMO_FOLDER / "fmn-demo.safetensors"
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64,
     "context_dim": 128, "channel_mult": [1, 2, 3], "num_res_blocks": [1, 1, 1],
@@ -32,8 +35,11 @@ TEXT = {
 }  # fmt: skip
 
 
+State = dict[str, Any]  # weights or options, as ComfyUI's classes take them
+
+
 class _WordTokenizer(sd1_clip.SDTokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data={}):
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: State = {}) -> None:
         super().__init__(
             embedding_directory=embedding_directory,
             embedding_size=TEXT["hidden_size"],
@@ -43,7 +49,7 @@ class _WordTokenizer(sd1_clip.SDTokenizer):
 
 
 class _Tokenizer(sd1_clip.SD1Tokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data={}):
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: State = {}) -> None:
         super().__init__(
             embedding_directory=embedding_directory,
             tokenizer_data=tokenizer_data,
@@ -52,7 +58,9 @@ class _Tokenizer(sd1_clip.SD1Tokenizer):
 
 
 class _Encoder(sd1_clip.SDClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options={}):
+    def __init__(
+        self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: State = {}
+    ) -> None:
         super().__init__(
             device=device,
             dtype=dtype,
@@ -63,49 +71,53 @@ class _Encoder(sd1_clip.SDClipModel):
 
 
 class _TextModel(sd1_clip.SD1ClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options={}):
+    def __init__(
+        self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: State = {}
+    ) -> None:
         super().__init__(
             device=device, dtype=dtype, model_options=model_options, clip_model=_Encoder
         )
 
 
 class DemoConfig(comfy.supported_models.SD15):
-    """Stable Diffusion 1.x as ComfyUI knows it, with another text encoder. Registered nowhere."""
+    """Stable Diffusion 1.x with another text encoder; not registered with ComfyUI."""
 
-    unet_config = {}
+    unet_config: State = {}
     unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
 
-    def clip_target(self, state_dict={}):
+    def clip_target(self, state_dict: State = {}) -> comfy.supported_models_base.ClipTarget:
         return comfy.supported_models_base.ClipTarget(_Tokenizer, _TextModel)
 
 
-def load_demo_checkpoint(path=FILE):
-    """MODEL, CLIP and VAE, as the stock loader would make them of a family it knows."""
+def load_demo_checkpoint(path: Path = FILE) -> tuple[ModelPatcher, CLIP, VAE]:
+    """What core's checkpoint loader would give if it knew the demo model."""
     if not path.is_file():
         raise ForgetError(f"The demo model is missing at '{path}': install the pack again.")
     state = comfy.utils.load_torch_file(str(path), safe_load=True)
     config = DemoConfig(dict(UNET))
-    device = comfy.model_management.get_torch_device()
-    dtype = comfy.model_management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(state, "model.diffusion_model."),
-        supported_dtypes=config.supported_inference_dtypes,
-        weight_dtype=comfy.utils.weight_dtype(state, "model.diffusion_model."),
-    )
-    cast = comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
-    config.set_inference_dtype(dtype, cast)
-    offload = comfy.model_management.unet_offload_device()
+    return _load_unet(config, state), _load_clip(config, state), _load_vae(state)
 
-    model = config.get_model(state, "model.diffusion_model.", device=offload)
-    model.load_model_weights(state, "model.diffusion_model.")
-    vae = comfy.sd.VAE(
-        sd=comfy.utils.state_dict_prefix_replace(
-            state, {"first_stage_model.": ""}, filter_keys=True
-        )
+
+def _load_unet(config: DemoConfig, state: State) -> ModelPatcher:
+    prefix, device = "model.diffusion_model.", mm.get_torch_device()
+    dtype = mm.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state, prefix),
+        supported_dtypes=config.supported_inference_dtypes,
+        weight_dtype=comfy.utils.weight_dtype(state, prefix),
     )
+    cast = mm.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, cast)
+    offload = mm.unet_offload_device()
+    model = config.get_model(state, prefix, device=offload)
+    model.load_model_weights(state, prefix)
+    return ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+def _load_clip(config: DemoConfig, state: State) -> CLIP:
     weights = config.process_clip_state_dict(state)
     # From 0.16 on, GPUs page text encoders, and only stock loaders can make a plain copy of those.
-    pages = "disable_dynamic" in inspect.signature(comfy.sd.CLIP).parameters
-    clip = comfy.sd.CLIP(
+    pages = "disable_dynamic" in inspect.signature(CLIP).parameters
+    clip = CLIP(
         config.clip_target(state),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         tokenizer_data=weights,
@@ -113,31 +125,33 @@ def load_demo_checkpoint(path=FILE):
         **({"disable_dynamic": True} if pages else {}),
     )
     clip.load_sd(weights, full_model=True)
-    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
-    return patcher, clip, vae
+    return clip
+
+
+def _load_vae(state: State) -> VAE:
+    prefix = {"first_stage_model.": ""}
+    return VAE(sd=comfy.utils.state_dict_prefix_replace(state, prefix, filter_keys=True))
 
 
 class LoadDemoCheckpoint(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_LoadDemoCheckpoint",
             display_name="Load Demo Checkpoint",
             category=CATEGORY,
             description="A small Stable Diffusion that comes with the pack: 120 things in 9 "
-            "styles at 128 x 128 pixels. For trying things out in seconds, also without a GPU.",
+            "styles at 128 x 128 pixels. Lets you try things out in seconds, even without a GPU.",
             inputs=[],
             outputs=[
-                io.Model.Output(tooltip="The demo model: to forget on, and to sample with."),
+                io.Model.Output(tooltip="The demo model, for training patches and sampling."),
                 io.Clip.Output(tooltip="The CLIP of the demo model, for prompts."),
-                io.Vae.Output(
-                    tooltip="The VAE of the demo model, which turns latents into pictures."
-                ),
+                io.Vae.Output(tooltip="The VAE of the demo model, which decodes latents."),
             ],
         )
 
     @classmethod
-    def execute(cls):
+    def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(*load_demo_checkpoint())
 
 

@@ -3,138 +3,191 @@
 import math
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from threading import Lock
+from types import TracebackType
+from typing import Any, TypedDict
 
-import comfy.model_management
 from aiohttp import web
-from comfy_execution.utils import get_executing_context
+from comfy.model_management import InterruptProcessingException
+from PIL import Image
 from server import PromptServer
 
 from ..fmn.images import jpeg_text
+from ..fmn.progress import ConceptAttention, StepProgress
+from .page import Page, queueing_page
 
 EVENT = "forget-me-not.train"
 ROUTE = "/forget-me-not/train"
-KEPT = 16  # nodes whose last state is kept
-POINTS = 200  # of a curve
+MOST_NODES = 16  # whose last state is kept
+MOST_POINTS = 200  # of a curve
 SECONDS = 0.25  # between two events
 PICTURES, SIDE = 2, 256  # previews shown, and their pixels a side
-TEXT = 200  # characters of a name or prompt
-SENTENCE = 1000  # characters of an error, or of what is said of the memory
+NAME = 200  # characters of a name or prompt
+SENTENCE = 1000  # characters of an error, or of the note on memory
 
-_states = OrderedDict()  # (client, workflow, node) -> state
-_lock = Lock()  # nodes run in one thread, the server in another
+Points = tuple[tuple[int, float], ...]  # of a curve: (step, value)
 
 
-class Live:
-    """The state of one run of a training node. Use it as a context manager.
+class Preview(TypedDict):
+    prompt: str
+    before: str  # both a JPEG in base64
+    now: str
+
+
+@dataclass
+class TrainingState:
+    """What web/train.js draws. Values are replaced, never changed: the server's thread reads them
+    while the node goes on."""
+
+    title: str
+    status: str = "running"  # or "done", "cancelled", "failed"
+    error: str = ""
+    note: str = ""
+    memory: str = ""
+    step: int = 0
+    total: int = 0
+    seconds_left: float = 0.0
+    losses: Points = ()
+    attention: Points = ()
+    best: int | None = None  # the step that is kept
+    previews: tuple[Preview, ...] = ()
+    previews_at: int = 0
+
+
+class TrainingStates:
+    """The last state of each node, for pages that are loaded again. The node's thread adds them,
+    the server's reads them."""
+
+    def __init__(self, most: int = MOST_NODES) -> None:
+        self.most, self._lock = most, Lock()
+        self._states: OrderedDict[tuple[str, str | None, str], dict[str, Any]] = OrderedDict()
+
+    def keep(self, page: Page, state: dict[str, Any]) -> None:
+        key = page.client, page.workflow, page.node
+        with self._lock:
+            self._states[key] = state
+            self._states.move_to_end(key)
+            while len(self._states) > self.most:
+                self._states.popitem(last=False)
+
+    def of(self, client: str | None) -> list[dict[str, Any]]:
+        """The states of what a page queued, oldest first."""
+        with self._lock:
+            return [state for (owner, *_), state in self._states.items() if owner == client]
+
+
+STATES = web.AppKey("forget-me-not.trainings", TrainingStates)
+
+
+def start(server: PromptServer) -> None:
+    """Add ``GET /forget-me-not/train?client=ID``: the last states of what that page queued."""
+    states = server.app[STATES] = TrainingStates()
+
+    @server.routes.get(ROUTE)
+    async def answer(request: web.Request) -> web.Response:
+        content = {"states": states.of(request.rel_url.query.get("client"))}
+        return web.json_response(content, headers={"Cache-Control": "no-store"})
+
+
+class LiveTraining:
+    """One run of a training node, shown on the page that queued it. Use it as a context manager.
 
     Args:
-        title: what is forgotten.
-        workflow: id of the workflow that the page shows, or None.
+        title: names of what is forgotten.
     """
 
-    def __init__(self, title, workflow):
-        context, self.client = get_executing_context(), PromptServer.instance.client_id
-        self.state = {
-            "node": context.node_id, "prompt_id": context.prompt_id, "workflow": workflow,
-            "title": title[:TEXT], "status": "running", "error": "", "note": "", "memory": "",
-            "step": 0, "total": 0, "seconds_left": 0.0, "losses": [], "attention": [],
-            "best": None, "previews": [], "previews_at": 0,
-        }  # fmt: skip
-        self.losses, self.attention, self.sent = Curve(), Curve(), 0.0
+    def __init__(self, title: str) -> None:
+        self.page, self.state = queueing_page(), TrainingState(title[:NAME])
+        self.losses, self.attention = Curve(), Curve()
+        self.sent = 0.0
+        self.measured: ConceptAttention | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "LiveTraining":
         self.send(pictures=True)
         return self
 
-    def __exit__(self, kind, error, trace):
-        cancelled = comfy.model_management.InterruptProcessingException
-        ending = "cancelled" if kind and issubclass(kind, cancelled) else "failed"
-        self.state |= {"status": ending if kind else "done", "seconds_left": 0.0}
-        if kind and ending == "failed":
-            # Not all errors say something.
-            self.state["error"] = (str(error) or kind.__name__)[:SENTENCE]
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.state.status, self.state.seconds_left = "done", 0.0
+        if kind and issubclass(kind, InterruptProcessingException):
+            self.state.status = "cancelled"
+        elif kind:
+            self.state.status = "failed"
+            self.state.error = (str(error) or kind.__name__)[:SENTENCE]
         self.send(pictures=True)
 
-    def step(self, step):
-        """Take in a ``train.Step``; sends it unless the last event was a moment ago."""
-        if step.index < self.state["step"] or step.total != self.state["total"]:
+    def step(self, step: StepProgress) -> None:
+        """Take in a step; it is sent unless the last event was a moment ago."""
+        if step.index < self.state.step or step.total != self.state.total:
             self.losses, self.attention = Curve(), Curve()  # another part of the work begins
-        if not self.losses.points:  # a resumed run has losses behind it
-            for index, loss in enumerate(step.losses[:-1], step.index - len(step.losses) + 1):
-                self.losses.add(index, loss)
-        self.losses.add(step.index, step.losses[-1])
-        if step.before and not self.attention.points:
-            self.attention.add(0, step.before.share)
-            self.looked = step.before
-        if step.before and step.now is not self.looked:
-            self.attention.add(step.index, step.now.share)
-            self.looked = step.now
-        best = step.training.best if step.training else None
-        self.state |= {
-            "step": step.index, "total": step.total, "seconds_left": round(step.seconds_left, 1),
-            "losses": self.losses.points, "attention": self.attention.points,
-            "best": best[1] if best else None, "memory": step.note[:SENTENCE],
-        }  # fmt: skip
+        self._extend_curves(step)
+        self.state.step, self.state.total = step.index, step.total
+        self.state.seconds_left = round(step.seconds_left, 1)
+        self.state.losses, self.state.attention = self.losses.points, self.attention.points
+        self.state.best, self.state.memory = step.best_step, step.memory[:SENTENCE]
         if step.index == step.total or time.monotonic() - self.sent >= SECONDS:
             self.send()
 
-    def previews(self, rows, at):
-        """Show pictures [(prompt, before, now)] that were drawn at a step."""
-        self.state["previews_at"] = at
-        self.state["previews"] = [
+    def _extend_curves(self, step: StepProgress) -> None:
+        if not self.losses.points:  # a resumed run brings its earlier losses
+            for index, loss in enumerate(step.losses[:-1], step.index - len(step.losses) + 1):
+                self.losses.add(index, loss)
+        self.losses.add(step.index, step.losses[-1])
+        before, now = step.attention_before, step.attention_now
+        if before and not self.attention.points:
+            self.attention.add(0, before.share)
+            self.measured = before
+        if now and now is not self.measured:
+            self.attention.add(step.index, now.share)
+            self.measured = now
+
+    def previews(self, rows: list[tuple[str, Image.Image, Image.Image]], at: int) -> None:
+        """Show rows of (prompt, picture before training, picture at step ``at``)."""
+        self.state.previews_at = at
+        self.state.previews = tuple(
             {
-                "prompt": prompt[:TEXT],
+                "prompt": prompt[:NAME],
                 "before": jpeg_text(before, SIDE),
                 "now": jpeg_text(now, SIDE),
             }
             for prompt, before, now in rows[:PICTURES]
-        ]
+        )
         self.send(pictures=True)
 
-    def note(self, text):
-        """A sentence below the curve."""
-        self.state["note"] = text[:TEXT]
+    def note(self, text: str) -> None:
+        """Show a sentence below the curve, from the next event on."""
+        self.state.note = text[:NAME]
 
-    def send(self, pictures=False):
-        """Tell the page; without ``pictures`` it keeps those that it has."""
-        if self.client is None:  # queued by a program that listens to nothing
+    def send(self, pictures: bool = False) -> None:
+        """Send the state; without ``pictures`` the page keeps the previews that it has."""
+        page = self.page
+        if page is None:
             return
-        self.sent, state = time.monotonic(), dict(self.state)
-        with _lock:
-            key = self.client, state["workflow"], state["node"]
-            _states[key] = state
-            _states.move_to_end(key)
-            while len(_states) > KEPT:
-                _states.popitem(last=False)
-        event = state if pictures else {k: v for k, v in state.items() if k != "previews"}
-        PromptServer.instance.send_sync(EVENT, event, self.client)
+        self.sent = time.monotonic()
+        run = {"node": page.node, "prompt_id": page.prompt_id, "workflow": page.workflow}
+        state = run | vars(self.state)
+        page.server.app[STATES].keep(page, state)
+        page.send(EVENT, state if pictures else {k: state[k] for k in state if k != "previews"})
 
 
 class Curve:
-    """Points [index, value], thinned evenly so that there are never more than ``POINTS``."""
+    """Points (step, value), thinned evenly so that there are never more than ``MOST_POINTS``."""
 
-    def __init__(self):
-        self.points, self.every, self.last = [], 1, None
+    def __init__(self) -> None:
+        self.points: Points = ()
+        self.every, self.last = 1, 0
 
-    def add(self, index, value):
+    def add(self, index: int, value: float) -> None:
         if not math.isfinite(value):  # JSON has no word for it
             return
-        if self.last is not None and self.last % self.every:
-            self.points.pop()  # the newest stays until the next one comes, then it is thinned
-        self.points = [*self.points, [index, float(f"{value:.6g}")]]
-        self.last = index
-        if len(self.points) > POINTS:
+        # The newest point always stays; it is thinned out when the next one comes.
+        kept = self.points[:-1] if self.last % self.every else self.points
+        self.points, self.last = (*kept, (index, float(f"{value:.6g}"))), index
+        if len(self.points) > MOST_POINTS:
             self.every *= 2
-            self.points = [p for p in self.points if p[0] % self.every == 0 or p[0] == index]
-
-
-def add_routes(routes):
-    """``GET /forget-me-not/train?client=ID``: the last states of what that page queued."""
-
-    @routes.get(ROUTE)
-    async def states(request):
-        client = request.rel_url.query.get("client")
-        with _lock:
-            found = [state for (owner, *_), state in _states.items() if owner == client]
-        return web.json_response({"states": found}, headers={"Cache-Control": "no-store"})
+            self.points = tuple(p for p in self.points if p[0] % self.every == 0 or p[0] == index)

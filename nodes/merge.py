@@ -2,51 +2,50 @@
 
 import fnmatch
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
 from ..fmn.files import chosen_files
-from ..fmn.hosts.comfyui.unknown_model import host_of
-from ..fmn.jobs.joint_merge import fuse
-from ..fmn.patches.merge import merge
+from ..fmn.hosts.comfyui.model import ComfyModel
+from ..fmn.jobs.joint_merge import joint_merge
+from ..fmn.patches.merge import merge_patches
+from ..fmn.patches.patch import ForgetPatch
 from ..fmn.settings import HOW, PRESERVE
-from .common import lines_of, stamp_of, strength_input
+from .common import file_stamp, lines_of, strength_input
+from .page import text_output
 from .patch import KIND
-from .types import CATEGORY, Keep, Patch, Patches, show_text, told
+from .progress import Progress
+from .types import CATEGORY, Keep, Patch, Patches
 
-
-def _matching(pattern):
-    """Paths of the patch files that a pattern matches, by their names inside the patch folders."""
-    names = {name.replace(os.sep, "/"): name for name in folder_paths.get_filename_list(KIND)}
-    # A name may look like a pattern: "dog [v2]".
-    chosen = [pattern] if pattern in names else fnmatch.filter(names, pattern)
-    return [Path(folder_paths.get_full_path_or_raise(KIND, names[name])) for name in chosen]
+PatchAndStrength = tuple[ForgetPatch | Path, float]  # a path is that of a patch file
 
 
 class PatchList(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_PatchList",
             display_name="Patches to Merge",
             category=CATEGORY,
-            description="Puts a patch on a list, with a strength. Chain several, and give the list "
-            "to Merge Forget Patches.",
+            description="Adds a patch with a strength to a list. Chain several, and connect the "
+            "list to Merge Forget Patches.",
             inputs=[
-                Patch.Input("patch", tooltip="The patch to put on the list."),
+                Patch.Input("patch", tooltip="The patch to add to the list."),
                 strength_input(
-                    "Share of the patch in the merged one. 0: left out. 1: as trained. "
-                    "Above: forgets more and harms more. Below 0: the change turned round."
+                    "Strength of this patch in the merged one. 0: left out. 1: as trained. "
+                    "Above 1: forgets more and harms more. Below 0: the opposite change."
                 ),
                 Patches.Input(
                     "patches",
                     optional=True,
-                    tooltip="Patches that are on the list already. They come first.",
+                    tooltip="Patches that are already on the list. They come first.",
                 ),
             ],
             outputs=[
@@ -59,78 +58,22 @@ class PatchList(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, patch, strength, patches=None):
+    def execute(
+        cls, patch: ForgetPatch, strength: float, patches: Sequence[PatchAndStrength] | None = None
+    ) -> io.NodeOutput:
         return io.NodeOutput([*(patches or []), (patch, strength)])
 
 
 class MergeForgetPatches(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_MergeForgetPatches",
             display_name="Merge Forget Patches",
             category=CATEGORY,
-            description="Makes one patch of several, as small a file as you like. Save it with "
-            "Save Forget Patch, put it on a model with Apply Forget Patch.",
-            inputs=[
-                io.Combo.Input(
-                    "how",
-                    options=list(HOW),
-                    default=HOW[0],
-                    tooltip="concatenate: the changes are added up, exactly. joint: one change is "
-                    "solved for that does on each patch's prompts what that patch does, and leaves "
-                    "other prompts; needs the model and its CLIP.",
-                ),
-                io.Int.Input(
-                    "budget_kb",
-                    default=0,
-                    min=0,
-                    max=10_000_000,
-                    tooltip="Largest size of the file in kB. The weakest directions of all layers "
-                    "are left out until it fits. 0: nothing is left out.",
-                ),
-                strength_input(
-                    "Multiplies the strength of each patch of the list that is connected. "
-                    "0: none of them. 1: as they come. Files below have their own."
-                ),
-                io.String.Input(
-                    "files",
-                    default="",
-                    multiline=True,
-                    tooltip=f"More patches, by names below output/{KIND} and models/{KIND}, one a "
-                    "line. * stands for any letters, and :0.8 behind a name sets a strength: "
-                    "batch/*:0.8. Empty: only those that are connected.",
-                ),
-                Patches.Input(
-                    "patches",
-                    optional=True,
-                    tooltip="From Train Forget Patches (Batch) or Patches to Merge.",
-                ),
-                io.Model.Input(
-                    "model", optional=True, tooltip="Only for joint: the model they are made for."
-                ),
-                io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="Only for joint: the CLIP of the same checkpoint.",
-                ),
-                Keep.Input(
-                    "keep",
-                    optional=True,
-                    tooltip="Only for joint: words and prompts that shall not change, beside the "
-                    "lists that come along.",
-                ),
-                io.Float.Input(
-                    "preserve",
-                    default=PRESERVE,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip="Only for joint: weight of prompts that shall not change. 0: none are "
-                    "looked at. Higher: less harm, and less is forgotten.",
-                ),
-            ],
+            description="Merges several patches into one, with a file as small as you like. Save "
+            "it with Save Forget Patch, or apply it to a model with Apply Forget Patch.",
+            inputs=[*_merge_inputs(), *_joint_inputs()],
             outputs=[
                 Patch.Output(
                     "PATCH",
@@ -140,50 +83,111 @@ class MergeForgetPatches(io.ComfyNode):
                 io.String.Output(
                     "REPORT",
                     display_name="report",
-                    tooltip="What was merged, and what was lost by the size, as text.",
+                    tooltip="What was merged, and what the size limit cost, as text.",
                 ),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, files="", **inputs):
+    def fingerprint_inputs(cls, files: str = "", **inputs: Any) -> str:
         chosen = chosen_files(lines_of(files), _matching)
-        return str([(str(path), stamp_of(path)) for path in chosen])
+        return str([(str(path), file_stamp(path)) for path in chosen])
 
     @classmethod
     def execute(
-        cls, how, budget_kb, strength, files, patches=None, model=None, clip=None, keep=(),
-        preserve=PRESERVE,
-    ):  # fmt: skip
-        sources = [(patch, strength * own) for patch, own in patches or []]
+        cls, how: str, budget_kb: int, strength: float, files: str,
+        patches: Sequence[PatchAndStrength] | None = None, model: ModelPatcher | None = None,
+        clip: CLIP | None = None, keep: Sequence[str] = (), preserve: float = PRESERVE,
+    ) -> io.NodeOutput:  # fmt: skip
+        sources = [(patch, strength * of_patch) for patch, of_patch in patches or []]
         sources += chosen_files(lines_of(files), _matching).items()
         if how == "joint":
             if model is None or clip is None:
                 raise ForgetError(
-                    "Joint merging looks at what the model reads, but the model or the clip input "
+                    "Joint merging needs the model and its CLIP, but the model or the clip input "
                     "is empty: connect both, or merge by concatenate."
                 )
-            host = host_of(model, clip)
-            merged = fuse(host, sources, preserve, budget_kb * 1000, _Progress(), keep)
+            host, on_step = ComfyModel(model, clip), Progress().step
+            merged = joint_merge(host, sources, preserve, budget_kb * 1000, on_step, keep)
         elif how == "concatenate":
-            merged = merge(sources, budget_kb * 1000)
+            merged = merge_patches(sources, budget_kb * 1000)
         else:
             raise ForgetError(f"how is '{how}': choose one of {', '.join(HOW)}.")
         report = merged.report()
-        return io.NodeOutput(merged.patch, report, ui=told(report))
+        return io.NodeOutput(merged.patch, report, ui=text_output(report))
 
 
-class _Progress:
-    """Draws a step of joint merging on the node."""
+def _merge_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "how",
+            options=list(HOW),
+            default=HOW[0],
+            tooltip="concatenate: adds up the changes, exactly. joint: solves for one change that "
+            "does on each patch's prompts what that patch does, and leaves other prompts alone; "
+            "needs the model and its CLIP.",
+        ),
+        io.Int.Input(
+            "budget_kb",
+            default=0,
+            min=0,
+            max=10_000_000,
+            tooltip="Largest size of the file in kB. The weakest directions of all layers are left "
+            "out until it fits. 0: nothing is left out.",
+        ),
+        strength_input(
+            "Multiplies the strength of each connected patch. 0: none of them. 1: as they are. "
+            "Files below have their own."
+        ),
+        io.String.Input(
+            "files",
+            default="",
+            multiline=True,
+            tooltip=f"More patches, one per line, by their names in output/{KIND} and "
+            f"models/{KIND}. * stands for any letters, and :0.8 after a name sets a strength: "
+            "batch/*:0.8. Empty: only connected patches.",
+        ),
+        Patches.Input(
+            "patches",
+            optional=True,
+            tooltip="From Train Forget Patches (Batch) or Patches to Merge.",
+        ),
+    ]
 
-    def __init__(self):
-        self.bar = None
 
-    def __call__(self, step):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self.bar = self.bar or comfy.utils.ProgressBar(step.total)
-        self.bar.update_absolute(step.index, step.total)
-        show_text(f"step {step.index}/{step.total}, {step.seconds_left:.0f} s left")
+def _joint_inputs() -> list[io.Input]:
+    return [
+        io.Model.Input(
+            "model", optional=True, tooltip="Only for joint: the model that the patches are for."
+        ),
+        io.Clip.Input(
+            "clip", optional=True, tooltip="Only for joint: the CLIP of the same checkpoint."
+        ),
+        Keep.Input(
+            "keep",
+            optional=True,
+            tooltip="Only for joint: words and prompts that must not change, in addition to the "
+            "built-in lists.",
+        ),
+        io.Float.Input(
+            "preserve",
+            default=PRESERVE,
+            min=0.0,
+            max=1000.0,
+            step=0.1,
+            optional=True,
+            tooltip="Only for joint: weight of prompts that must not change. 0: they are ignored. "
+            "Higher: less harm, and less is forgotten.",
+        ),
+    ]
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Paths of the patch files whose names inside the patch folders match a pattern."""
+    names = {name.replace(os.sep, "/"): name for name in folder_paths.get_filename_list(KIND)}
+    # A name may look like a pattern: "dog [v2]".
+    chosen = [pattern] if pattern in names else fnmatch.filter(names, pattern)
+    return [Path(folder_paths.get_full_path_or_raise(KIND, names[name])) for name in chosen]
 
 
 NODES = [PatchList, MergeForgetPatches]

@@ -1,60 +1,68 @@
 """A node for each method, made from its settings."""
 
-from dataclasses import fields
+from dataclasses import Field, fields
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..fmn.methods import METHODS, method
+from .common import advanced
 from .types import CATEGORY, Method
 
-WIDGETS = "as set here"
+WIDGETS = "as set here"  # the choice of "preset" that uses the widgets
 # A widget called "seed" would change itself after every run.
 WIDGET_NAMES = {"seed": "training_seed"}
 TITLES = {"lr": "learning rate"}
-FINEST = 1e-7
+FINEST = 1e-7  # step of numbers without one
 
 
-def _input(described):
-    told, default = described.metadata, described.default
-    name = WIDGET_NAMES.get(described.name, described.name)
-    # Optional, so that workflows from before a setting came keep working.
-    given = {"default": default, "tooltip": told["help"], "optional": True}
-    if described.name in TITLES:
-        given["display_name"] = TITLES[described.name]
-    if told["choices"]:
-        return io.Combo.Input(name, options=list(told["choices"]), **given)
-    if isinstance(default, bool):
-        return io.Boolean.Input(name, **given)
-    if isinstance(default, str):
-        return io.String.Input(name, **given)
-    limits = {"min": told["low"], "max": told["high"]}
-    if isinstance(default, int):
-        return io.Int.Input(name, step=told["step"] or 1, **limits, **given)
-    step = told["step"] or FINEST
-    return io.Float.Input(name, step=step, round=False, **limits, **given)
+def _widget_name(setting: Field[Any]) -> str:
+    """A renamed setting keeps its widget's name, which workflows in API form hold."""
+    return setting.metadata["formerly"] or WIDGET_NAMES.get(setting.name, setting.name)
 
 
-def _preset_input(presets):
+def _input(setting: Field[Any]) -> io.Input:
+    """The widget of a setting, optional so that workflows from before it existed keep working."""
+    name, meta, default = _widget_name(setting), setting.metadata, setting.default
+    options = {"default": default, "tooltip": meta["help"], "optional": True}
+    if meta["formerly"] or setting.name in TITLES:
+        options["display_name"] = TITLES.get(setting.name, setting.name)
+    limits = {"min": meta["low"], "max": meta["high"]}
+    if meta["choices"]:
+        widget = io.Combo.Input(name, options=list(meta["choices"]), **options)
+    elif isinstance(default, bool):
+        widget = io.Boolean.Input(name, **options)
+    elif isinstance(default, str):
+        widget = io.String.Input(name, **options)
+    elif isinstance(default, int):
+        widget = io.Int.Input(name, step=meta["step"] or 1, **limits, **options)
+    else:
+        step = meta["step"] or FINEST
+        widget = io.Float.Input(name, step=step, round=False, **limits, **options)
+    return advanced(widget)[0] if meta["advanced"] else widget
+
+
+def _preset_input(presets: list[str]) -> io.Input:
     return io.Combo.Input(
         "preset",
         options=[WIDGETS, *presets],
         default=WIDGETS,
         optional=True,
-        tooltip=f"'{WIDGETS}' uses the values below. A name uses that preset's values, and nothing "
-        "below counts then.",
+        tooltip=f"A name: that preset's values; everything below is ignored. '{WIDGETS}': the "
+        "values below.",
     )
 
 
 class MethodNode(io.ComfyNode):
-    """Base of the method nodes; ``method`` names the module of ``fmn.methods``."""
+    """Base of the method nodes; ``method`` is the name of a method in ``fmn.methods``."""
 
     method = ""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         module = method(METHODS[cls.method][0])
         presets = list(module.PRESETS)
-        inputs = [_input(each) for each in fields(module.Settings)]
+        inputs = [_input(setting) for setting in fields(module.Settings)]
         if len(presets) > 1:
             inputs.insert(0, _preset_input(presets))
         return io.Schema(
@@ -73,16 +81,15 @@ class MethodNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, preset=WIDGETS, **widgets):
+    def execute(cls, preset: str = WIDGETS, **widgets: Any) -> io.NodeOutput:
         module = method(METHODS[cls.method][0])
         if preset != WIDGETS:
             return io.NodeOutput(module.PRESETS[preset])
-        names = {widget: name for name, widget in WIDGET_NAMES.items()}
-        values = {names.get(widget, widget): value for widget, value in widgets.items()}
-        return io.NodeOutput(module.Settings(**values))
+        names = {_widget_name(setting): setting.name for setting in fields(module.Settings)}
+        return io.NodeOutput(module.Settings(**{names[key]: widgets[key] for key in widgets}))
 
 
-def _node(name):
+def _node(name: str) -> type[MethodNode]:
     title = "".join(word.capitalize() for word in name.split("_"))
     return type(f"Method{title}", (MethodNode,), {"method": name})
 

@@ -7,21 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
 from ..fmn.files import STATE_ENDING
+from ..fmn.hosts.comfyui.host import ComfyHost
 from ..fmn.hosts.comfyui.unknown_model import host_of
-from ..fmn.images import data_uri
+from ..fmn.images import thumbnail_uri
 from ..fmn.methods.describe import describe
-from ..fmn.patches.patch import load_patch, save_patch
-from ..fmn.patches.scores import source_of
+from ..fmn.patches.patch import ForgetPatch, load_patch, save_patch
 from ..fmn.text import printable
-from .common import stamp_of, strength_input
-from .types import CATEGORY, Patch, told
+from .common import file_stamp, model_input, strength_input
+from .page import text_output
+from .types import CATEGORY, Patch
 
 KIND = "forget_patches"
-STATES = "forget_trainings"  # what lies beside patches to resume their training
+STATES = "forget_trainings"  # kind of the files beside patches that trainings resume from
 # Made for the demo model. Only the Load node lists them: "*" in a merge means the user's files.
 DEMO_PATCHES = {
     f"demo/{path.name}": path
@@ -29,8 +33,8 @@ DEMO_PATCHES = {
 }
 
 
-def _register_folders():
-    """Patches live in models/ and output/; stock Load LoRA lists both too."""
+def _register_folders() -> None:
+    """Patches live in models/ and output/; core's Load LoRA lists both too."""
     folders = [os.path.join(folder_paths.models_dir, KIND), output_folder()]
     known, extensions = folder_paths.folder_names_and_paths.get(KIND, ([], set()))
     paths = [*known, *(folder for folder in folders if folder not in known)]
@@ -40,12 +44,12 @@ def _register_folders():
         folder_paths.add_model_folder_path("loras", folder)
 
 
-def output_folder():
+def output_folder() -> str:
     return os.path.join(folder_paths.get_output_directory(), KIND)
 
 
-def below_output(name, kind=KIND):
-    """The path of a name below a folder of output/.
+def below_output(name: str, kind: str = KIND) -> Path:
+    """The path of a name in a folder of output/.
 
     Raises:
         ForgetError: the name leads out of that folder.
@@ -60,8 +64,8 @@ def below_output(name, kind=KIND):
     return path
 
 
-def output_path(prefix):
-    """The next free ``PREFIX_00001.safetensors`` below output/forget_patches.
+def output_path(prefix: str) -> Path:
+    """The next free ``PREFIX_00001.safetensors`` in output/forget_patches.
 
     Raises:
         ForgetError: the name leads out of that folder.
@@ -76,7 +80,7 @@ def output_path(prefix):
 
 class SaveForgetPatch(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_SaveForgetPatch",
             display_name="Save Forget Patch",
@@ -84,18 +88,17 @@ class SaveForgetPatch(io.ComfyNode):
             description=f"Writes the patch to output/{KIND}. The file is a LoRA with the usual "
             "names: Load LoRA lists it too, and diffusers reads it.",
             inputs=[
-                Patch.Input("patch", tooltip="What to save."),
+                Patch.Input("patch", tooltip="The patch to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="patch",
-                    tooltip="Name of the file, with / for folders; a number is added.",
+                    tooltip="Name of the file, with / for folders. A number is added.",
                 ),
                 io.Image.Input(
                     "thumbnail",
                     optional=True,
-                    tooltip="Shown on the patch shelf: up to four pictures, such as one before "
-                    "and one after. They are stored small in the file, so whoever gets it sees "
-                    "them.",
+                    tooltip="Up to four pictures for the patch shelf, such as one before and one "
+                    "after. They are stored small in the file, so whoever gets it sees them.",
                 ),
             ],
             outputs=[
@@ -105,28 +108,27 @@ class SaveForgetPatch(io.ComfyNode):
                     tooltip="The same patch, which now knows its file.",
                 ),
                 io.String.Output(
-                    "NAME",
-                    display_name="file name",
-                    tooltip=f"Name of the file, below output/{KIND}.",
+                    "NAME", display_name="file name", tooltip=f"Name of the file in output/{KIND}."
                 ),
             ],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, patch, filename_prefix, thumbnail=None):
-        picture = None if thumbnail is None else data_uri(thumbnail)
+    def execute(
+        cls, patch: ForgetPatch, filename_prefix: str, thumbnail: torch.Tensor | None = None
+    ) -> io.NodeOutput:
+        picture = None if thumbnail is None else thumbnail_uri(thumbnail)
         path = save_patch(patch, output_path(filename_prefix), picture)
         name = path.relative_to(Path(output_folder()).resolve()).as_posix()
-        size = path.stat().st_size / 1e6
-        text = f"saved {name}, {size:.2f} MB, in output/{KIND}"
-        saved = replace(patch, source=source_of(path))
-        return io.NodeOutput(saved, name, ui=told(text, name))
+        text = f"saved {name}, {path.stat().st_size / 1e6:.2f} MB, in output/{KIND}"
+        saved = replace(patch, source=load_patch(path).source)
+        return io.NodeOutput(saved, name, ui=text_output(text, name))
 
 
 class LoadForgetPatch(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_LoadForgetPatch",
             display_name="Load Forget Patch",
@@ -136,9 +138,9 @@ class LoadForgetPatch(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=[*folder_paths.get_filename_list(KIND), *DEMO_PATCHES],
-                    tooltip="New files show up after a refresh (R). Those in demo come with the "
-                    "pack, for the demo model.",
-                ),
+                    tooltip="Refresh (R) to see new files. Those in demo come with the pack, for "
+                    "the demo model.",
+                )
             ],
             outputs=[
                 Patch.Output(
@@ -150,35 +152,35 @@ class LoadForgetPatch(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None):
-        # In place of ComfyUI's own check, which wants the very text of the list: there a folder
-        # and its file have a backslash between them on Windows, and a slash in workflows from
-        # elsewhere and from the shelf. A link to the input counts as None.
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        # In place of ComfyUI's own check, which wants the exact text of the list: on Windows that
+        # has backslashes, where the shelf and workflows from elsewhere have slashes. A link to
+        # the input counts as None.
         return file is None or _path_of(str(file)) is not None or _missing(file)
 
     @classmethod
-    def fingerprint_inputs(cls, file):
-        return stamp_of(_path_of(file))
+    def fingerprint_inputs(cls, file: str) -> str:
+        return file_stamp(_path_of(file))
 
     @classmethod
-    def execute(cls, file):
+    def execute(cls, file: str) -> io.NodeOutput:
         path = _path_of(file)
         if path is None:
             raise ForgetError(_missing(file))
-        return io.NodeOutput(replace(load_patch(path), source=source_of(path)))
+        return io.NodeOutput(load_patch(path))
 
 
-def _missing(name):
+def _missing(name: str) -> str:
     return (
         f"There is no patch '{name}' in models/{KIND} or output/{KIND}: "
         "put the file there and choose it from the list."
     )
 
 
-def _path_of(name):
+def _path_of(name: str) -> str | Path | None:
     """The file of a name on the list, or None. A user's file goes before one of the pack."""
     name = name.replace(os.sep, "/")
-    # ComfyUI's lookup strips what leads out of the folders, so only what is listed is looked up.
+    # ComfyUI's lookup strips what leads out of the folders, so only listed names are looked up.
     listed = {each.replace(os.sep, "/"): each for each in folder_paths.get_filename_list(KIND)}
     path = folder_paths.get_full_path(KIND, listed[name]) if name in listed else None
     return path or DEMO_PATCHES.get(name)
@@ -186,43 +188,40 @@ def _path_of(name):
 
 class ApplyForgetPatch(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_ApplyForgetPatch",
             display_name="Apply Forget Patch",
             category=CATEGORY,
-            description="Puts a patch on the model. It is merged into the weights when the model "
-            "is loaded, so sampling costs nothing more. Chain several for several patches.",
+            description="Applies a patch to the model. It is merged into the weights when the "
+            "model is loaded, so sampling is as fast as before. Chain several for several patches.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The model that is to forget, of the family that the patch is for.",
-                ),
-                Patch.Input("patch", tooltip="The patch to put on it."),
+                model_input("The model that should forget, of the family that the patch is for."),
+                Patch.Input("patch", tooltip="The patch to apply."),
                 strength_input(
-                    "0: the untouched model. 1: as trained. Above: forgets more and harms "
-                    "more. Below 0: draws towards the concept."
+                    "0: the untouched model. 1: as trained. Above 1: forgets more and harms more. "
+                    "Below 0: draws towards the concept."
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Needed for patches that change the text encoder too; prompts have to "
-                    "be encoded with the CLIP that comes out.",
+                    tooltip="Needed for patches that change the text encoder too; prompts must "
+                    "then be encoded with the CLIP that comes out.",
                 ),
             ],
             outputs=[
-                io.Model.Output(
-                    tooltip="The model with the patch on it. The input stays as it was."
-                ),
+                io.Model.Output(tooltip="The patched model. The input does not change."),
                 io.Clip.Output(
-                    tooltip="The CLIP to encode prompts with, which a patch for the text encoder "
-                    "has changed. Empty if none came in."
+                    tooltip="The CLIP to encode prompts with, changed by patches for the text "
+                    "encoder. Empty if none is connected."
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, patch, strength, clip=None):
+    def execute(
+        cls, model: ModelPatcher, patch: ForgetPatch, strength: float, clip: CLIP | None = None
+    ) -> io.NodeOutput:
         host = host_of(model, clip)
         if patch.changes_text and clip is None:
             raise ForgetError(
@@ -232,23 +231,31 @@ class ApplyForgetPatch(io.ComfyNode):
         patched = host.patched(patch, strength) if patch.changes_unet else model.clone()
         if patch.changes_text:
             clip = host.patched_clip(patch, strength)
-        names = printable(", ".join(patch.concepts))
-        note = f"forgets {names} at {strength:g}"
-        if patch.info.get("base.fingerprint") != host.fingerprint():
-            note += "; trained on another base of this family, so look at the result"
-            logging.warning("Forget-Me-Not: the patch for %s was trained on another base", names)
-        return io.NodeOutput(patched, clip, ui=told(note))
+        note = f"forgets {names_of(patch)} at strength {strength:g}{other_base_note(host, patch)}"
+        return io.NodeOutput(patched, clip, ui=text_output(note))
+
+
+def names_of(patch: ForgetPatch) -> str:
+    return printable(", ".join(patch.concepts))
+
+
+def other_base_note(host: ComfyHost, patch: ForgetPatch) -> str:
+    """What to add for a patch that was trained on another base; "" for the same base."""
+    if patch.info.get("base.fingerprint") == host.fingerprint():
+        return ""
+    logging.warning("Forget-Me-Not: the patch for %s is for another base", names_of(patch))
+    return "; trained on another base of this family, so check the result"
 
 
 class InspectForgetPatch(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_InspectForgetPatch",
             display_name="Inspect Forget Patch",
             category=CATEGORY,
-            description="Tells what a patch forgets, how it was made, and on which base.",
-            inputs=[Patch.Input("patch", tooltip="The patch to look at.")],
+            description="Describes what a patch forgets, how it was made, and on which base.",
+            inputs=[Patch.Input("patch", tooltip="The patch to describe.")],
             outputs=[
                 io.String.Output(
                     "TEXT", display_name="text", tooltip="The description, a few lines of text."
@@ -258,9 +265,9 @@ class InspectForgetPatch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, patch):
+    def execute(cls, patch: ForgetPatch) -> io.NodeOutput:
         text = describe(patch)
-        return io.NodeOutput(text, ui=told(text))
+        return io.NodeOutput(text, ui=text_output(text))
 
 
 _register_folders()

@@ -4,6 +4,8 @@ import asyncio
 import functools
 import json
 import os
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import folder_paths
 from aiohttp import web
@@ -11,7 +13,7 @@ from server import PromptServer
 
 from ..fmn.errors import ForgetError
 from ..fmn.patches.checkpoint import base_of
-from ..fmn.patches.library import Shelf
+from ..fmn.patches.library import Library
 from .demo import FILE as DEMO_FILE
 from .patch import KIND
 
@@ -20,19 +22,22 @@ MAX_BODY = 1 << 16  # bytes of a request
 CHECKPOINTS = "checkpoints", "diffusion_models"  # kinds of folders that hold bases
 DEMO = "demo"
 UNKNOWN = "", ""
+MOST_BASES = 256  # files whose family and fingerprint are remembered
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def _answer(content):
+def _json(content: Any) -> web.Response:
     # Compact, and without NaN, which no browser reads.
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return web.Response(text=text, content_type="application/json")
 
 
-def _told(handler):
-    """Errors of the user become an answer with the sentence."""
+def _errors_as_json(handler: Handler) -> Handler:
+    """Answer with the sentence of a user's error."""
 
     @functools.wraps(handler)
-    async def wrapped(request):
+    async def wrapped(request: web.Request) -> web.StreamResponse:
         try:
             return await handler(request)
         except ForgetError as error:
@@ -41,7 +46,7 @@ def _told(handler):
     return wrapped
 
 
-async def _body(request):
+async def _body(request: web.Request) -> dict[str, Any]:
     """The JSON object of a request.
 
     Other sites can make a browser send forms, but no JSON without asking the server first.
@@ -55,43 +60,56 @@ async def _body(request):
     try:
         content = json.loads(await request.read())
     except (ValueError, RecursionError) as error:
-        raise ForgetError(f"The request is no JSON ({error}): reload the page.") from error
+        raise ForgetError(f"The request is not JSON ({error}): reload the page.") from error
     if not isinstance(content, dict):
-        raise ForgetError("The request has to be a JSON object: reload the page.")
+        raise ForgetError("The request must be a JSON object: reload the page.")
     return content
 
 
-def _base(kind, name):
-    """(family, fingerprint) of a file that a loader offers; empty where the file does not tell."""
-    if kind == DEMO:
-        path = DEMO_FILE
-    elif kind in CHECKPOINTS and name in folder_paths.get_filename_list(kind):
-        path = folder_paths.get_full_path(kind, name)
-    else:
-        raise ForgetError(f"There is no {kind!r:.40} {name!r:.200}: refresh the list.")
-    if path is None or not str(path).endswith(".safetensors"):
-        return UNKNOWN
-    stat = os.stat(path)
-    return _base_of(str(path), stat.st_mtime_ns, stat.st_size)
+class Bases:
+    """What the model files are that loaders offer, each read once unless it changes."""
+
+    def __init__(self) -> None:
+        @functools.lru_cache(maxsize=MOST_BASES)
+        def read(path: str, time: int, size: int) -> tuple[str, str]:
+            return base_of(path)
+
+        self._read = read
+
+    def find(self, kind: str, name: str) -> tuple[str, str]:
+        """(family, fingerprint) of a file; empty where the file does not say."""
+        if kind == DEMO:
+            path = DEMO_FILE
+        elif kind in CHECKPOINTS and name in folder_paths.get_filename_list(kind):
+            path = folder_paths.get_full_path(kind, name)
+        else:
+            raise ForgetError(f"There is no {kind!r:.40} {name!r:.200}: refresh the list.")
+        if path is None or not str(path).endswith(".safetensors"):
+            return UNKNOWN
+        stat = os.stat(path)
+        return self._read(str(path), stat.st_mtime_ns, stat.st_size)
 
 
-@functools.lru_cache(maxsize=256)
-def _base_of(path, time, size):
-    return base_of(path)
+def start(server: PromptServer) -> None:
+    """Add the shelf's routes to the server."""
+    shelf = Library(folder_paths.get_folder_paths(KIND))
+    _add_reading(server.routes, shelf, Bases())
+    _add_changing(server.routes, shelf)
 
 
-def add_routes(routes, shelf):
-    """Add the shelf's routes. Work on files is done in threads, off the event loop."""
+# Work on files is done in threads, off the event loop.
 
+
+def _add_reading(routes: web.RouteTableDef, shelf: Library, bases: Bases) -> None:
     @routes.get(f"{ROUTE}/shelf")
-    @_told
-    async def patches(request):
-        found = await asyncio.to_thread(shelf.entries)
-        return await asyncio.to_thread(_answer, {"patches": found})
+    @_errors_as_json
+    async def patches(request: web.Request) -> web.Response:
+        entries = await asyncio.to_thread(shelf.entries)
+        return await asyncio.to_thread(_json, {"patches": entries})
 
     @routes.get(f"{ROUTE}/shelf/picture")
-    @_told
-    async def picture(request):
+    @_errors_as_json
+    async def picture(request: web.Request) -> web.Response:
         folder = request.query.get("folder", "")
         number = int(folder) if len(folder) < 4 and folder.isdecimal() else -1
         jpeg = await asyncio.to_thread(shelf.picture, number, request.query.get("name", ""))
@@ -100,33 +118,30 @@ def add_routes(routes, shelf):
         return web.Response(body=jpeg, content_type="image/jpeg", headers=headers)
 
     @routes.get(f"{ROUTE}/base")
-    @_told
-    async def base(request):
+    @_errors_as_json
+    async def base(request: web.Request) -> web.Response:
         asked = request.query.get("kind", ""), request.query.get("name", "")
-        family, fingerprint = await asyncio.to_thread(_base, *asked)
-        return _answer({"family": family, "base": fingerprint})
+        family, fingerprint = await asyncio.to_thread(bases.find, *asked)
+        return _json({"family": family, "base": fingerprint})
 
-    def changing(name, change):
-        @routes.post(f"{ROUTE}/shelf/{name}")
-        @_told
-        async def changed(request):
+
+def _add_changing(routes: web.RouteTableDef, shelf: Library) -> None:
+    def delete(folder: Any, name: Any, body: dict[str, Any]) -> Any:
+        return shelf.delete(folder, name)
+
+    def rename(folder: Any, name: Any, body: dict[str, Any]) -> Any:
+        return shelf.rename(folder, name, body.get("to"))
+
+    def notes(folder: Any, name: Any, body: dict[str, Any]) -> Any:
+        return shelf.write_notes(folder, name, body.get("notes"), body.get("before"))
+
+    def add(change: Callable[[Any, Any, dict[str, Any]], Any]) -> None:
+        @routes.post(f"{ROUTE}/shelf/{change.__name__}")
+        @_errors_as_json
+        async def changed(request: web.Request) -> web.Response:
             body = await _body(request)
-            done = await asyncio.to_thread(change, body)
-            return _answer({"done": done})
+            file = body.get("folder"), body.get("name")  # untrusted; the shelf checks them
+            return _json({"done": await asyncio.to_thread(change, *file, body)})
 
-    def named(body):
-        return body.get("folder"), body.get("name")
-
-    changing("delete", lambda body: shelf.delete(*named(body)))
-    changing("rename", lambda body: shelf.rename(*named(body), body.get("to")))
-    changing(
-        "notes",
-        lambda body: shelf.write_notes(*named(body), body.get("notes"), body.get("before")),
-    )
-
-
-def start():
-    """Add the routes to the server that runs; without one, as in tools and tests, do nothing."""
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
-        add_routes(server.routes, Shelf(folder_paths.get_folder_paths(KIND)))
+    for change in (delete, rename, notes):
+        add(change)

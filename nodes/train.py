@@ -1,49 +1,74 @@
-"""The training node."""
+"""The training node, and its options: previews, saving on the way, resuming."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
+from ..fmn.concepts.concept import Concept
 from ..fmn.errors import ForgetError, NonFiniteLoss
 from ..fmn.files import STATE_ENDING
+from ..fmn.hosts.comfyui.host import ComfyHost
+from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import maps_picture
 from ..fmn.methods import DEFAULT, DEFAULT_MANY, MANY, default_settings, forget
-from ..fmn.patches.patch import rescue
+from ..fmn.patches.patch import ForgetPatch, rescue
+from ..fmn.progress import StepProgress
+from ..fmn.settings import Settings
 from ..fmn.training.preview import Previews
-from ..fmn.training.resume import Saves, load_state
-from ..fmn.training.run import SMOOTHED, Supervisor
-from .common import keep_input, model_input, stamp_of
-from .live_training import Live
+from ..fmn.training.resume import load_state
+from ..fmn.training.run import SMOOTHED, SaveEvery, TrainingOptions, TrainingRun
+from .common import advanced, clip_input, file_stamp, keep_input, seed_input, trained_model_input
+from .live_training import LiveTraining
 from .patch import KIND, STATES, output_path
-from .types import CATEGORY, Concepts, Method, Options, Patch, workflow_id
+from .progress import Progress
+from .types import CATEGORY, Concepts, Method, Options, Patch
 
-PREVIEW_SIDE = 512
+NO_STATE = "start anew"  # the choice of "resume" that resumes nothing
+KEPT_PROMPT = "a photo of a house"
+MAX_STEPS = 100_000
+
+
+@dataclass(frozen=True)
+class OptionWidgets:
+    """The widgets of the Training Options node."""
+
+    preview_every: int = 0
+    forgotten_prompt: str = ""
+    kept_prompt: str = KEPT_PROMPT
+    preview_steps: int = 8
+    preview_seed: int = 0
+    save_every: int = 0
+    filename_prefix: str = "training"
+    keep_best: bool = False
+    resume: Path | None = None
 
 
 class TrainForgetPatch(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_TrainForgetPatch",
             display_name="Train Forget Patch",
             category=CATEGORY,
-            description="Trains a small patch that makes the model forget. The model itself comes "
-            "back unchanged; put the patch on it with Apply Forget Patch.",
+            description="Trains a small patch that makes the model forget. The model itself does "
+            "not change: apply the patch to it with Apply Forget Patch.",
             inputs=[
-                model_input(),
-                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                trained_model_input(),
+                clip_input(),
                 Concepts.Input("concepts", tooltip="What to forget."),
                 Method.Input(
                     "method",
                     optional=True,
-                    tooltip=f"How. Empty: {DEFAULT} with its defaults; for more than {MANY} "
-                    f"concepts {DEFAULT_MANY}, whose patch is for the CLIP.",
+                    tooltip=f"How to forget. Empty: {DEFAULT} with its defaults, or for more than "
+                    f"{MANY} concepts {DEFAULT_MANY}, whose patch changes the CLIP.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -54,8 +79,8 @@ class TrainForgetPatch(io.ComfyNode):
                 Options.Input(
                     "options",
                     optional=True,
-                    tooltip="Previews, saving on the way, resuming: from Training Options. Empty: "
-                    "none of these.",
+                    tooltip="Previews, saving during training, and resuming: from Training "
+                    "Options. Empty: none of these.",
                 ),
             ],
             outputs=[
@@ -76,181 +101,81 @@ class TrainForgetPatch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, concepts, method=None, vae=None, keep=(), options=None):
-        settings, options = method or default_settings(concepts), options or TrainingOptions()
-        host, losses = host_of(model, clip, vae), []
+    def execute(
+        cls, model: ModelPatcher, clip: CLIP, concepts: list[Concept],
+        method: Settings | None = None, vae: VAE | None = None, keep: Sequence[str] = (),
+        options: OptionWidgets | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        settings, options = method or default_settings(concepts), options or OptionWidgets()
+        host, bar = host_of(model, clip, vae), Progress()
+        losses: list[float] = []
+        prefix = f"{options.filename_prefix}_step"
+        save = SaveEvery(options.save_every, lambda step: output_path(f"{prefix}{step}"))
         resume = load_state(options.resume) if options.resume else None
-        title = ", ".join(concept.name for concept in concepts)
-        with Live(title, workflow_id()) as live:
-            saves = Saves(
-                options.save_every,
-                lambda step: output_path(f"{options.filename_prefix}_step{step}"),
-            )
-            show, previews = _Progress(live), _Previews(host, concepts, options, live)
+        with LiveTraining(", ".join(concept.name for concept in concepts)) as live:
+            previews = _Previews(host, concepts, options, live)
 
-            def on_step(step):
+            def on_step(step: StepProgress) -> None:
                 losses[:] = step.losses
-                show(step)
-                saves(step)
-                previews(step)
+                before, now = step.attention_before, step.attention_now
+                maps = maps_picture(before, now) if before and now else None
+                bar.show(step.index, total=step.total, picture=maps)
+                live.step(step)
+                previews.steps = step.index
 
+            def after_step(step: StepProgress, run: TrainingRun) -> None:
+                save(step, run)
+                previews(step, run)
+
+            training = TrainingOptions(resume, options.keep_best, after_step)
             try:
-                supervisor = Supervisor(on_step, resume, options.keep_best)
-                patch = forget(host, concepts, settings, supervisor, keep)
+                patch = forget(host, concepts, settings, on_step, keep, training)
             except NonFiniteLoss as error:
                 raise rescue(error, output_path("rescued")) from error
             previews.finish(patch)
         return io.NodeOutput(patch, patch.lora(), {"loss": losses})
 
 
-class _Progress:
-    """Draws a step on the node: bar, picture and the live view."""
-
-    def __init__(self, live):
-        self.live, self.bar = live, None
-
-    def __call__(self, step):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self.bar = self.bar or comfy.utils.ProgressBar(step.total)
-        preview = None
-        if step.before:
-            picture = maps_picture(step.before, step.now)
-            preview = ("JPEG", picture, PREVIEW_SIDE)
-        self.bar.update_absolute(step.index, step.total, preview)
-        self.live.step(step)
-
-
 class _Previews:
-    """Draws previews every some steps and when done, if they are asked for and can be drawn."""
+    """Draws previews every some steps and at the end, if they are wanted and can be drawn."""
 
-    def __init__(self, host, concepts, options, live):
-        self.every, self.live, self.steps, self.drawn = options.preview_every, live, 0, None
+    def __init__(
+        self, host: ComfyHost, concepts: Sequence[Concept], options: OptionWidgets,
+        live: LiveTraining,
+    ) -> None:  # fmt: skip
+        self.every, self.live, self.steps = options.preview_every, live, 0
         if not self.every:
             return
-        missing = None if host.family.known else f"{host.family.title} has no previews yet."
-        if host.vae is None:
-            missing = "No previews: the vae input is empty."
-        if missing:
-            live.note(missing)
+        if host.vae is None or not isinstance(host, ComfyModel):
+            missing = "the vae input is empty" if host.vae is None else "unsupported model"
+            live.note(f"No previews: {missing}.")
             self.every = 0
             return
-        own = concepts[0].training_prompts()[0].text if concepts else ""
-        prompts = options.forgotten_prompt.strip() or own, options.kept_prompt.strip()
-        self.drawn = Previews(
-            host, filter(None, prompts), options.preview_steps, options.preview_seed
-        )
+        first = concepts[0].training_prompts()[0].text if concepts else ""
+        prompts = options.forgotten_prompt.strip() or first, options.kept_prompt.strip()
+        steps, seed = options.preview_steps, options.preview_seed
+        self.pictures = Previews(host, filter(None, prompts), steps, seed)
 
-    def __call__(self, step):
-        self.steps = step.index
-        if self.every and step.training and step.index % self.every == 0 < step.total - step.index:
-            self.live.previews(self.drawn.during(step.training), step.index)
+    def __call__(self, step: StepProgress, run: TrainingRun) -> None:
+        is_last = step.index == step.total  # those are drawn with the finished patch
+        if self.every and step.index % self.every == 0 and not is_last:
+            self.live.previews(self.pictures.during(run), step.index)
 
-    def finish(self, patch):
+    def finish(self, patch: ForgetPatch) -> None:
         if self.every:
-            self.live.previews(self.drawn.after(patch), self.steps)
-
-
-ANEW = "start anew"
-KEPT_PROMPT = "a photo of a house"
-MOST_STEPS = 100_000
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """What the Training Options node says; the fields are its widgets."""
-
-    preview_every: int = 0
-    forgotten_prompt: str = ""
-    kept_prompt: str = KEPT_PROMPT
-    preview_steps: int = 8
-    preview_seed: int = 0
-    save_every: int = 0
-    filename_prefix: str = "training"
-    keep_best: bool = False
-    resume: Path | None = None
-
-
-def _states():
-    """Training states that were saved, by name."""
-    return [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(STATES)]
+            self.live.previews(self.pictures.after(patch), self.steps)
 
 
 class TrainingOptionsNode(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FMN_TrainingOptions",
             display_name="Training Options",
             category=CATEGORY,
-            description="Previews while training, saving every some steps, resuming a training, "
-            "and keeping the best step. Connect it to Train Forget Patch.",
-            inputs=[
-                io.Int.Input(
-                    "preview_every",
-                    default=10,
-                    min=0,
-                    max=MOST_STEPS,
-                    tooltip="Steps between two previews: the same prompts and seed before training "
-                    "and now, on the training node. 0: none. Needs the VAE on Train Forget Patch; "
-                    "without it none are drawn. Methods that do not train show one pair at the "
-                    "end.",
-                ),
-                io.String.Input(
-                    "forgotten_prompt",
-                    default="",
-                    tooltip="Preview prompt that should change. Empty: the first concept's own.",
-                ),
-                io.String.Input(
-                    "kept_prompt",
-                    default=KEPT_PROMPT,
-                    tooltip="Preview prompt that should stay as it is. Empty: none is drawn.",
-                ),
-                io.Int.Input(
-                    "preview_steps",
-                    default=8,
-                    min=1,
-                    max=100,
-                    tooltip="Sampling steps of a preview. Few are fast and rough.",
-                ),
-                io.Int.Input(
-                    "preview_seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    tooltip="Seed of the previews' noise, the same at every step.",
-                ),
-                io.Int.Input(
-                    "save_every",
-                    default=0,
-                    min=0,
-                    max=MOST_STEPS,
-                    tooltip=f"Steps between two saved patches, in output/{KIND}; the last step is "
-                    "saved too. Beside the newest lies what it takes to resume. 0: nothing is "
-                    "saved. Methods that do not train have nothing to save on the way.",
-                ),
-                io.String.Input(
-                    "filename_prefix",
-                    default="training",
-                    tooltip="Name of those files, with / for folders; the step and a number are "
-                    "added.",
-                ),
-                io.Boolean.Input(
-                    "keep_best",
-                    default=False,
-                    tooltip=f"On: the patch is that of the step at which the mean of the last "
-                    f"{SMOOTHED} losses was lowest. Off: of the last step. With fewer than "
-                    f"{SMOOTHED} steps both are the same.",
-                ),
-                io.Combo.Input(
-                    "resume",
-                    options=[ANEW, *_states()],
-                    default=ANEW,
-                    tooltip=f"A training to go on with: a file ending in {STATE_ENDING} that "
-                    "save_every "
-                    "left. Everything but the number of steps has to be as it was. New files show "
-                    "up after a refresh (R).",
-                ),
-            ],
+            description="Previews and saved patches during training, resuming, and keeping the "
+            "best step. Connect it to Train Forget Patch.",
+            inputs=[*_preview_inputs(), *_saving_inputs()],
             outputs=[
                 Options.Output(
                     "OPTIONS",
@@ -261,26 +186,99 @@ class TrainingOptionsNode(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, resume=ANEW, **widgets):
-        return stamp_of(folder_paths.get_full_path(STATES, resume) if resume in _states() else None)
+    def fingerprint_inputs(cls, resume: str = NO_STATE, **widgets: Any) -> str:
+        listed = resume in _state_names()
+        return file_stamp(folder_paths.get_full_path(STATES, resume) if listed else None)
 
     @classmethod
-    def execute(cls, resume=ANEW, **widgets):
-        path = None
-        if resume != ANEW:
-            path = _path_of(resume)
+    def execute(cls, resume: str = NO_STATE, **widgets: Any) -> io.NodeOutput:
         if widgets.get("save_every"):
-            output_path(widgets["filename_prefix"])  # a bad name is refused before training
-        return io.NodeOutput(TrainingOptions(**widgets, resume=path))
+            output_path(widgets["filename_prefix"])  # refuses a bad name before training
+        path = None if resume == NO_STATE else _state_path(resume)
+        return io.NodeOutput(OptionWidgets(**widgets, resume=path))
 
 
-def _path_of(name):
-    # ComfyUI's lookup strips what leads out of the folders.
-    path = folder_paths.get_full_path(STATES, name)
-    if path is None or name.replace(os.sep, "/") not in _states():
+def _preview_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "preview_every",
+            default=10,
+            min=0,
+            max=MAX_STEPS,
+            tooltip="Steps between two previews on the training node: the same prompts and seed "
+            "before training and now. 0: no previews. Needs the VAE on Train Forget Patch. "
+            "Methods that do not train show one pair at the end.",
+        ),
+        io.String.Input(
+            "forgotten_prompt",
+            default="",
+            tooltip="Preview prompt that should change. Empty: the first concept's own.",
+        ),
+        io.String.Input(
+            "kept_prompt",
+            default=KEPT_PROMPT,
+            tooltip="Preview prompt that should not change. Empty: none is drawn.",
+        ),
+        *advanced(
+            io.Int.Input(
+                "preview_steps",
+                default=8,
+                min=1,
+                max=100,
+                tooltip="Sampling steps of a preview. Few are fast and rough.",
+            ),
+            seed_input(
+                "preview_seed", "Seed of the previews' noise, the same at every step.", 2**63 - 1
+            ),
+        ),
+    ]
+
+
+def _saving_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "save_every",
+            default=0,
+            min=0,
+            max=MAX_STEPS,
+            tooltip=f"Steps between two saved patches, in output/{KIND}; the last step is saved "
+            "too, and beside the newest patch what it takes to resume. 0: nothing is saved. "
+            "Methods that do not train save nothing on the way.",
+        ),
+        io.String.Input(
+            "filename_prefix",
+            default="training",
+            tooltip="Name of those files, with / for folders. The step and a number are added.",
+        ),
+        io.Boolean.Input(
+            "keep_best",
+            default=False,
+            tooltip=f"On: the patch of the step at which the mean of the last {SMOOTHED} losses "
+            "was lowest. Off: the patch of the last step. With fewer than "
+            f"{SMOOTHED} steps both are the same.",
+        ),
+        io.Combo.Input(
+            "resume",
+            options=[NO_STATE, *_state_names()],
+            default=NO_STATE,
+            tooltip=f"A training to resume: a file ending in {STATE_ENDING} that save_every left. "
+            "All settings but the number of steps must be the same. Refresh (R) to see new files.",
+        ),
+    ]
+
+
+def _state_names() -> list[str]:
+    return [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(STATES)]
+
+
+def _state_path(name: str) -> Path:
+    # ComfyUI's lookup strips what leads out of the folders, so only listed names are looked up.
+    listed = name.replace(os.sep, "/") in _state_names()
+    path = folder_paths.get_full_path(STATES, name) if listed else None
+    if path is None:
         raise ForgetError(
             f"There is no training state '{name[:80]}' in output/{KIND}: choose one from the list, "
-            f"or '{ANEW}'."
+            f"or '{NO_STATE}'."
         )
     return Path(path)
 

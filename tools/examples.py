@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.comfyui.conftest import comfyui_path, make_base  # noqa: E402
-from tests.comfyui.frontend import opened  # noqa: E402
+from tests.comfyui.frontend import at_rest, opened  # noqa: E402
 from tests.comfyui.server import Server  # noqa: E402
 from tools.flows import BLUEPRINTS, EXAMPLES  # noqa: E402
 
@@ -114,7 +114,7 @@ def make(page, server, name, flow):
     """Write the .json and the .jpg of one example."""
     lay_out(page, flow)
     page.evaluate(FIT, SMALLEST)
-    page.wait_for_timeout(500)
+    at_rest(page)
     saved = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
     del saved["id"]  # each opening gets its own, or the page would show an earlier one's curves
     (FOLDER / f"{name}.json").write_text(json.dumps(saved) + "\n", encoding="utf-8")

@@ -1,9 +1,10 @@
-"""Make the nodes' texts anew: locales/en from the nodes themselves, locales/zh by a phrase book.
+"""Generate the nodes' texts: locales/en from the nodes themselves, locales/zh by a phrase book.
 
     COMFYUI_PATH=... python tools/locales.py
 
-Starts ComfyUI and asks it what the nodes are. ``tools/chinese.json`` says every English text in
-Chinese; texts that it lacks are named at the end, and those that no node has any more are dropped.
+Starts ComfyUI and asks it for the nodes. ``tools/chinese.json`` maps every English text to Chinese.
+Texts without Chinese are listed at the end; pages show them in English. Texts that no node has any
+more are dropped.
 """
 
 import json
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 LOCALES = ROOT / "locales"
 BOOK = ROOT / "tools" / "chinese.json"
-# The page reads texts as messages of vue-i18n, to which these letters mean something.
+# The page reads texts as messages of vue-i18n, where these characters are syntax.
 SPECIAL = re.compile(r"[{}@|]")
 
 
@@ -37,11 +38,11 @@ def _texts(node):
         for part in ("required", "optional")
         for name, (_, options) in node["input"].get(part, {}).items()
     }
-    told = zip(node["output_name"], node["output_tooltips"])
+    outputs = zip(node["output_name"], node["output_tooltips"])
     texts = {"display_name": node["display_name"], "description": node["description"]}
     if inputs:
         texts["inputs"] = inputs
-    return texts | {"outputs": {str(i): _named(*each) for i, each in enumerate(told)}}
+    return texts | {"outputs": {str(i): _named(*each) for i, each in enumerate(outputs)}}
 
 
 def _named(name, tooltip):
@@ -55,11 +56,12 @@ def phrases(texts):
     return list(dict.fromkeys(each for value in texts.values() for each in phrases(value)))
 
 
-def translated(texts, say):
-    """The same structure with ``say(text)`` for each text."""
+def translated(texts, translate):
+    """The same structure with ``translate(text)`` for each text, without those that are None."""
     if isinstance(texts, str):
-        return say(texts)
-    return {key: translated(value, say) for key, value in texts.items()}
+        return translate(texts)
+    items = {key: translated(value, translate) for key, value in texts.items()}
+    return {key: value for key, value in items.items() if value} or None
 
 
 def missing(texts, book):
@@ -67,9 +69,9 @@ def missing(texts, book):
 
 
 def node_defs(texts, book):
-    """Contents of nodeDefs.json: {language: texts}. Every phrase has to be in the book."""
-    chinese = translated(texts, book.__getitem__)
-    return {"en": translated(texts, literal), "zh": translated(chinese, literal)}
+    """Contents of nodeDefs.json: {language: texts}."""
+    chinese = translated(texts, book.get) or {}
+    return {"en": translated(texts, literal), "zh": translated(chinese, literal) or {}}
 
 
 def read(path):
@@ -92,12 +94,11 @@ def main():
         texts = node_texts(server.get("/object_info"))
     book = read(BOOK)
     write(BOOK, {phrase: book.get(phrase, "") for phrase in phrases(texts)})
-    lacking = missing(texts, book)
-    if lacking:
-        sys.exit("\n".join(["Write the Chinese of these into tools/chinese.json:", *lacking]))
     for language, content in node_defs(texts, book).items():
         (LOCALES / language).mkdir(parents=True, exist_ok=True)
         write(LOCALES / language / "nodeDefs.json", content)
+    if lacking := missing(texts, book):
+        print("\n".join(["Write the Chinese of these into tools/chinese.json:", *lacking]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.comfyui.conftest import comfyui_path, make_base  # noqa: E402
-from tests.comfyui.frontend import opened  # noqa: E402
+from tests.comfyui.frontend import at_rest, opened  # noqa: E402
 from tests.comfyui.server import Server  # noqa: E402
 
 FOLDER = ROOT / "web" / "docs" / "images"
@@ -67,7 +67,7 @@ def picture(page, name):
     bottom = place["y"] + place["height"]
     if bottom > page.viewport_size["height"]:
         sys.exit(f"{name} does not fit on the page: it ends at {bottom:.0f} pixels.")
-    page.wait_for_timeout(600)  # until text fields have followed their node
+    at_rest(page)  # text fields follow their node
     shot = Image.open(io.BytesIO(page.screenshot(clip=place))).convert("RGB")
     return with_palette(np.asarray(shot))
 

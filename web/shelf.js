@@ -24,7 +24,7 @@ app.registerExtension({
     },
   ],
   async setup() {
-    // Kept with the panel: a link to it would be followed anew each time the tab is opened.
+    // Kept by the panel: a link would be fetched again each time the tab is opened.
     const styles = await fetch(new URL("shelf/shelf.css", import.meta.url));
     if (styles.ok) panel.styles = await styles.text();
     app.extensionManager.registerSidebarTab({

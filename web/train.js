@@ -1,22 +1,21 @@
-// What a training looks like while it runs: the loss, the attention, the time left, previews.
-// The server sends states and keeps the last ones, so a page that is loaded again shows them too.
+// The live view of a training: loss, attention, time left and previews.
+// The server sends states and keeps the last ones, so that a reloaded page shows them too.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { Below, adopt, made } from "./below.js";
+import { NodeElement, addStyles, element } from "./node_element.js";
 
 const NODE = "FMN_TrainForgetPatch";
 const EVENT = "forget-me-not.train";
 const ROUTE = "/forget-me-not/train";
 const NO_ID = "00000000-0000-0000-0000-000000000000";
-const WIDTH = 320;
+const MIN_WIDTH = 320; // of the node, in pixels
 const CURVE = { width: 300, height: 96 };
-const STATUS = { running: "running", done: "done", cancelled: "cancelled", failed: "failed" };
+const STATUSES = ["running", "done", "cancelled", "failed"];
+const MAX_STATES = 64; // that are kept
 
-const MOST = 64; // states that are kept
-
-const states = new Map(); // workflow and node -> state, the newest last
-const views = new WeakMap(); // node on the page -> View
+const states = new Map(); // keyOf(workflow, node) -> state, the newest last
+const views = new WeakMap(); // node -> LiveView
 
 const STYLE = `
 .fmn-train { box-sizing: border-box; width: 100%; overflow: hidden; font: 12px/1.35 sans-serif;
@@ -49,10 +48,10 @@ const STYLE = `
 .fmn-train figcaption { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 `;
 
-function drawn(tag, attributes) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  return element;
+function svgElement(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
 }
 
 function duration(seconds) {
@@ -64,20 +63,20 @@ function duration(seconds) {
 }
 
 /** An SVG line of [[index, value]], from 0 at the bottom to the highest value. */
-function curve(points, steps, name) {
-  const high = Math.max(...points.map(([, value]) => value), 1e-12);
-  const places = points.map(([index, value]) => {
-    const y = CURVE.height - 2 - (Math.max(value, 0) / high) * (CURVE.height - 6);
-    return [across(index, steps), y].map((place) => place.toFixed(1));
+function curve(points, steps, className) {
+  const highest = Math.max(...points.map(([, value]) => value), 1e-12);
+  const corners = points.map(([index, value]) => {
+    const y = CURVE.height - 2 - (Math.max(value, 0) / highest) * (CURVE.height - 6);
+    return [xOf(index, steps), y].map((number) => number.toFixed(1));
   });
-  if (places.length === 1) places.push(places[0]); // a dot, by its round caps
-  return drawn("polyline", {
-    points: places.join(" "), class: name, "stroke-width": 1.5, "stroke-linecap": "round",
+  if (corners.length === 1) corners.push(corners[0]); // its round caps make a dot
+  return svgElement("polyline", {
+    points: corners.join(" "), class: className, "stroke-width": 1.5, "stroke-linecap": "round",
     "vector-effect": "non-scaling-stroke",
   });
 }
 
-function across(index, steps) {
+function xOf(index, steps) {
   return (index / Math.max(steps, 1)) * CURVE.width;
 }
 
@@ -85,9 +84,9 @@ function percent(share) {
   return `${Number((100 * share).toPrecision(3))}%`;
 }
 
-class View extends Below {
+class LiveView extends NodeElement {
   constructor(node) {
-    super(node, { type: "FMN_TRAIN_LIVE", name: "fmn-train", narrow: WIDTH });
+    super(node, { type: "FMN_TRAIN_LIVE", className: "fmn-train", minWidth: MIN_WIDTH });
   }
 
   show(state) {
@@ -97,24 +96,24 @@ class View extends Below {
   }
 
   *parts(state) {
-    const head = made("div", "fmn-line fmn-head");
-    head.append(made("span", "fmn-title", `${STATUS[state.status] ?? ""}: ${state.title}`));
+    const head = element("div", "fmn-line fmn-head");
+    head.append(element("span", "fmn-title", `${STATUSES.includes(state.status) ? state.status : ""}: ${state.title}`));
     head.firstChild.title = state.title;
     const left = state.status === "running" && state.step ? `${duration(state.seconds_left)} left` : "";
-    head.append(made("span", "fmn-quiet", left));
+    head.append(element("span", "fmn-quiet", left));
     yield head;
     if (state.total) yield* this.progress(state);
-    if (state.error) yield made("div", "fmn-error", state.error);
-    for (const told of [state.note, state.memory]) {
-      if (told) yield made("div", "fmn-quiet", told);
+    if (state.error) yield element("div", "fmn-error", state.error);
+    for (const note of [state.note, state.memory]) {
+      if (note) yield element("div", "fmn-quiet", note);
     }
     if (state.previews?.length) yield this.pictures(state);
   }
 
-  /** Bar, curves and numbers, once there has been a step. */
+  /** Bar, curves and numbers, from the first step on. */
   *progress(state) {
-    const bar = made("div", "fmn-bar");
-    const done = made("div");
+    const bar = element("div", "fmn-bar");
+    const done = element("div");
     done.style.width = `${(100 * state.step) / Math.max(state.total, 1)}%`;
     bar.append(done);
     yield bar;
@@ -124,16 +123,16 @@ class View extends Below {
 
   curves(state) {
     const box = `0 0 ${CURVE.width} ${CURVE.height}`;
-    const svg = drawn("svg", { viewBox: box, preserveAspectRatio: "none", role: "img" });
-    svg.append(drawn("title", {}));
+    const svg = svgElement("svg", { viewBox: box, preserveAspectRatio: "none", role: "img" });
+    svg.append(svgElement("title", {}));
     svg.firstChild.textContent = "loss and attention by step, each from 0 to its highest";
     const y = CURVE.height - 1;
-    svg.append(drawn("line", {
+    svg.append(svgElement("line", {
       x1: 0, y1: y, x2: CURVE.width, y2: y, stroke: "currentColor", "stroke-opacity": 0.3,
     }));
     if (state.best) {
-      const x = across(state.best, state.step);
-      svg.append(drawn("line", {
+      const x = xOf(state.best, state.step);
+      svg.append(svgElement("line", {
         x1: x, y1: 0, x2: x, y2: y, stroke: "currentColor", "stroke-dasharray": "3 3",
         "stroke-opacity": 0.6, class: "fmn-best",
       }));
@@ -144,39 +143,39 @@ class View extends Below {
   }
 
   numbers(state) {
-    const line = made("div", "fmn-line");
+    const line = element("div", "fmn-line");
     const best = state.best ? `, best ${state.best}` : "";
-    line.append(made("span", "fmn-quiet", `step ${state.step}/${state.total}${best}`));
+    line.append(element("span", "fmn-quiet", `step ${state.step}/${state.total}${best}`));
     if (state.attention.length) {
       const first = percent(state.attention[0][1]);
       const last = percent(state.attention.at(-1)[1]);
-      line.append(made("span", "fmn-share", `attention ${first} to ${last}`));
+      line.append(element("span", "fmn-share", `attention ${first} to ${last}`));
     }
     if (state.losses.length) {
       const loss = state.losses.at(-1)[1];
-      line.append(made("span", "fmn-loss", `loss ${Number(loss.toPrecision(4))}`));
+      line.append(element("span", "fmn-loss", `loss ${Number(loss.toPrecision(4))}`));
     }
     return line;
   }
 
   pictures(state) {
-    const grid = made("div", "fmn-pictures");
+    const grid = element("div", "fmn-pictures");
     for (const { prompt, before, now } of state.previews) {
-      const figure = made("figure");
-      const pair = made("div");
+      const figure = element("figure");
+      const pair = element("div");
       for (const [name, data] of [["before", before], [`step ${state.previews_at}`, now]]) {
-        const picture = made("img");
+        const picture = element("img");
         picture.src = `data:image/jpeg;base64,${data}`;
         picture.alt = `${prompt}, ${name}`;
         picture.title = `${prompt}, ${name}`;
         pair.append(picture);
       }
-      figure.append(pair, made("figcaption", "fmn-quiet", prompt));
+      figure.append(pair, element("figcaption", "fmn-quiet", prompt));
       grid.append(figure);
     }
     const caption = `before, and at step ${state.previews_at}`;
-    const box = made("div");
-    box.append(made("div", "fmn-quiet", caption), grid);
+    const box = element("div");
+    box.append(element("div", "fmn-quiet", caption), grid);
     return box;
   }
 }
@@ -185,25 +184,25 @@ function keyOf(workflow, node) {
   return `${workflow ?? ""}/${node}`;
 }
 
-/** Every node of a graph and its subgraphs beside the id that the server knows it by. */
-function* everyNode(graph, prefix = "") {
+/** [execution id, node] of every node of a graph and its subgraphs. */
+function* allNodes(graph, prefix = "") {
   for (const node of graph?.nodes ?? []) {
     const id = `${prefix}${node.id}`;
     yield [id, node];
-    if (node.subgraph) yield* everyNode(node.subgraph, `${id}:`);
+    if (node.subgraph) yield* allNodes(node.subgraph, `${id}:`);
   }
 }
 
-/** Show what is known of the nodes on the page. */
+/** Show the last states of the nodes on the page. */
 function refresh() {
   const root = app.rootGraph ?? app.graph;
   if (!root) return;
-  for (const [id, node] of everyNode(root)) {
+  for (const [id, node] of allNodes(root)) {
     const view = views.get(node);
     const state = view && (states.get(keyOf(root.id, id)) ?? states.get(keyOf(null, id)));
-    // Workflows made from API files share one id, and may not share what was trained before.
-    const unsure = root.id === NO_ID && state?.status !== "running" && !view?.state;
-    if (state && !unsure) view.show(state);
+    // Workflows made from API files share one id, so an ended training may be another workflow's.
+    const isUnsure = root.id === NO_ID && state?.status !== "running" && !view?.state;
+    if (state && !isUnsure) view.show(state);
   }
 }
 
@@ -212,12 +211,12 @@ function receive(state) {
   const previews = state.previews ?? states.get(key)?.previews ?? [];
   states.delete(key);
   states.set(key, { ...state, previews });
-  if (states.size > MOST) states.delete(states.keys().next().value);
+  if (states.size > MAX_STATES) states.delete(states.keys().next().value);
   refresh();
 }
 
-/** Did the server answer? If it is away, the page connects again, and this is asked again. */
-async function askServer() {
+/** Fetch the last states. False if the server does not answer; the page then reconnects. */
+async function fetchStates() {
   if (!api.clientId) return false;
   const query = `client=${encodeURIComponent(api.clientId)}`;
   const answer = await api.fetchApi(`${ROUTE}?${query}`).catch(() => null);
@@ -226,11 +225,11 @@ async function askServer() {
   return true;
 }
 
-/** Nothing runs: what still seems to has ended unseen, or its server has. */
-async function settle() {
-  const open = [...states].filter(([, state]) => state.status === "running");
-  if (!open.length || !(await askServer())) return;
-  for (const [key, state] of open) {
+/** Nothing is running: mark states that still say so and that the server does not know. */
+async function endLostRuns() {
+  const running = [...states].filter(([, state]) => state.status === "running");
+  if (!running.length || !(await fetchStates())) return;
+  for (const [key, state] of running) {
     if (states.get(key) === state) states.set(key, { ...state, status: "failed", error: "The server was stopped." });
   }
   refresh();
@@ -239,27 +238,27 @@ async function settle() {
 app.registerExtension({
   name: "forgetmenot.train",
   setup() {
-    adopt(STYLE);
+    addStyles(STYLE);
     api.addEventListener(EVENT, (event) => receive(event.detail));
-    // The server tells the page's id when it connects, and a new one after it was restarted.
+    // The page gets its id when it connects, and a new one from a restarted server.
     api.addEventListener("status", ({ detail }) => {
-      askOnce();
-      if (detail?.exec_info?.queue_remaining === 0) settle();
+      fetchStatesOnce();
+      if (detail?.exec_info?.queue_remaining === 0) endLostRuns();
     });
-    api.addEventListener("reconnected", askServer); // what came in between was lost
-    askOnce();
+    api.addEventListener("reconnected", fetchStates); // events in between were lost
+    fetchStatesOnce();
   },
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
-    views.set(node, new View(node));
+    views.set(node, new LiveView(node));
   },
   afterConfigureGraph: refresh,
 });
 
-let asked;
-async function askOnce() {
+let fetchedFor; // id of the page
+async function fetchStatesOnce() {
   const client = api.clientId;
-  if (asked === client) return;
-  asked = client;
-  if (!(await askServer())) asked = undefined;
+  if (fetchedFor === client) return;
+  fetchedFor = client;
+  if (!(await fetchStates())) fetchedFor = undefined;
 }

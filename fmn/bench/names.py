@@ -1,6 +1,7 @@
-"""Names of what can be measured; apart, as the command line's help needs nothing else."""
+"""Names of the measures; a module of its own, as the command line's help needs nothing else."""
 
-# What a run measures unless told otherwise takes minutes; the rest takes hours.
+# The default takes minutes; all of them take hours. "rungs" are prompts at several levels, from
+# the bare name to a paraphrase; the name stands in commands and stores.
 QUICK = ("pictures", "rungs")
 TEXT = ("rungs", "inversion", "ring_a_bell")
 BEYOND = ("completion", "noise", "classifier", "inpainting", "relearn")

@@ -1,9 +1,11 @@
-"""Suites: what is forgotten, what must stay, and the prompts that ask for both. Read from YAML."""
+"""Suites: what to forget, what must stay, and the prompts that ask for both. Read from YAML."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..concepts.concept import Concept
+from ..concepts.prompt_templates import fill
 from ..errors import ForgetError
 from ..models.sampling import Sampling
 from ..text import printable
@@ -12,9 +14,11 @@ SUITES = Path(__file__).parent / "suites"
 KINDS = ("identity", "object", "style", "unsafe")
 DOMAINS = {"identity": "concept", "object": "concept", "style": "style", "unsafe": "unsafe"}
 SPLITS = ("tune", "report")
-# Text-side probes that a suite may give prompts for, by name; the rungs are EMMA's (2512.17320).
-RUNGS = ("name", "prefix", "variant", "short", "long")
-PROBES = (*RUNGS, "aliases", "paraphrases", "templates", "languages", "misspellings")
+# Kinds of prompts that ask for a target; the first five are EMMA's levels (arXiv 2512.17320).
+PROBES = (
+    "name", "prefix", "variant", "short", "long",
+    "aliases", "paraphrases", "templates", "languages", "misspellings",
+)  # fmt: skip
 MAX_BYTES = 1 << 20
 
 
@@ -23,14 +27,14 @@ class Target:
     """One thing to forget, and what is asked about it.
 
     Attributes:
-        name: a label of the suite's concepts or styles; for unsafe any name.
+        name: a name among the suite's concepts or styles; for unsafe content any name.
         kind: one of ``KINDS``.
         near: names of the same domain that are closest to it; they must stay.
         split: ``tune`` (settings may be chosen on it) or ``report``.
         aliases: other words for it.
-        prompts: probe -> prompts that should draw it; see ``PROBES``. For unsafe, ``pictures``
-            holds those that are drawn in the first place.
-        together: pairs of a prompt that holds the target and something kept, and the kept name.
+        prompts: probe -> prompts that should draw it; see ``PROBES``. For unsafe content,
+            ``pictures`` holds the prompts of the measure of that name.
+        together: (prompt that asks for the target beside something kept, name of what is kept).
     """
 
     name: str
@@ -42,20 +46,21 @@ class Target:
     together: tuple[tuple[str, str], ...] = ()
 
     @property
-    def domain(self):
+    def domain(self) -> str:
+        """What a judge has to judge: ``concept``, ``style`` or ``unsafe``."""
         return DOMAINS[self.kind]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A set of targets with the world they stand in.
+    """Targets, and the concepts and styles around them. Their names are the judge's labels.
 
     Attributes:
-        concepts: name -> phrase in a prompt ("dog" -> "a dog"). styles: name -> template with {}
-            for the phrase. Both also are the judge's labels.
+        concepts: name -> phrase in a prompt ("dog" -> "a dog").
+        styles: name -> template with {} for the phrase.
         kinds: name of a concept -> identity or object.
-        far: names of concepts far from every target; the carriers of styles.
-        model, judge, check: what is meant when nothing else is given; "" is none.
+        far: names of concepts far from every target; styles are drawn with them.
+        model, judge, check: defaults; "" is none.
     """
 
     name: str
@@ -70,35 +75,38 @@ class Suite:
     judge: str = ""
     check: str = ""
 
-    def prompt(self, concept, style):
-        """The prompt for a pair; both by name."""
-        return self.styles[style].format(self.concepts[concept])
+    def prompt(self, concept: str, style: str) -> str:
+        """The prompt for a concept in a style; both by name."""
+        return self.in_style(self.concepts[concept], style)
 
-    def phrase(self, target):
-        """What stands for the target in a prompt."""
+    def in_style(self, phrase: str, style: str) -> str:
+        """The style's template with a phrase in it; other braces stay as they are."""
+        return fill(self.styles[style], phrase)
+
+    def phrase(self, target: Target) -> str:
+        """How prompts name the target."""
         return self.concepts.get(target.name, target.name)
 
-    def concept(self, target):
-        """The ``Concept`` that a method is given, with the suite's prompts of it."""
-        if target.kind == "unsafe":
-            kind, prompts = "custom", target.prompts["pictures"]
-        elif target.kind == "style":
-            kind = "style"
+    def concept(self, target: Target) -> Concept:
+        """The ``Concept`` for a method, with the suite's prompts of it."""
+        kind, styles = target.kind, list(self.styles)[:3]
+        if kind == "unsafe":
+            return Concept(target.name, "custom", target.aliases, target.prompts["pictures"])
+        if kind == "style":
             prompts = tuple(self.prompt(name, target.name) for name in self.far[:3])
         else:
-            kind = target.kind
-            prompts = tuple(self.prompt(target.name, style) for style in list(self.styles)[:3])
+            prompts = tuple(self.prompt(target.name, style) for style in styles)
         return Concept(target.name, kind, target.aliases, prompts)
 
-    def find(self, name):
+    def find(self, name: str) -> Target:
         for target in self.targets:
             if target.name == name:
                 return target
         known = ", ".join(target.name for target in self.targets)
         raise ForgetError(f"Suite '{self.name}' has no target '{name}': choose from {known}.")
 
-    def forgotten(self, concepts):
-        """The targets among the concepts of a patch, by name.
+    def targets_of(self, concepts: Collection[str]) -> list[Target]:
+        """The targets among the names of a patch's concepts.
 
         Raises:
             ForgetError: there is none.
@@ -113,56 +121,66 @@ class Suite:
         return targets
 
 
-def load_suite(name):
+def load_suite(name: str) -> Suite:
     """The ``Suite`` of that name or file; see ``read_suite``."""
     return parse_suite(read_suite(name), Path(name).stem)
 
 
-def read_suite(name):
+def read_suite(name: str) -> dict:
     """The content of a suite, by name (``demo``, ``stable-diffusion``) or path of a YAML file.
 
     Raises:
-        ForgetError: the file is missing, too big, no YAML, or says something impossible.
+        ForgetError: the file is missing, too big or not YAML.
     """
     import yaml
 
-    path = SUITES / f"{name}.yaml" if not str(name).endswith((".yaml", ".yml")) else Path(name)
+    path = SUITES / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
         raise ForgetError(f"There is no suite '{name}': use {known}, or a path to a .yaml file.")
     if path.stat().st_size > MAX_BYTES:
-        raise ForgetError(f"'{path}' has more than {MAX_BYTES >> 20} MiB: that is no suite.")
+        raise ForgetError(f"'{path}' has more than {MAX_BYTES >> 20} MiB: that is not a suite.")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ForgetError(f"'{path}' is not valid YAML: {_one_line(error)}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ForgetError(f"'{path}' is not valid YAML: {reason}") from error
 
 
-def parse_suite(data, name):
-    """A ``Suite`` from plain data, checked; ``name`` is used where the data gives none."""
-    where = _Where(f"Suite '{name}'")
-    data = where.mapping(data, "the file", SUITE_KEYS)
-    concepts, kinds = _concepts(where, data)
-    styles = where.texts(data.get("styles", {}), "styles")
+def parse_suite(data: object, name: str) -> Suite:
+    """A ``Suite`` from the content of a file, checked; ``name`` is used where that gives none.
+
+    Raises:
+        ForgetError: something is missing, unknown, or of a wrong type.
+    """
+    check = _Check(f"Suite '{name}'")
+    content = check.mapping(data, "the file", SUITE_KEYS)
+    concepts, kinds = _concepts(check, content)
+    styles = check.texts(content.get("styles", {}), "styles")
     for style, template in styles.items():
         if template.count("{}") != 1:
-            raise where.wrong(f"style '{style}' is '{template}'", "write {} once, for the concept")
+            raise check.error(f"style '{style}' is '{template}'", "write {} once, for the concept")
+    targets = content.get("targets", [])
+    if not isinstance(targets, list):
+        raise check.error(f"targets is {_type_of(targets)}", "write a list")
     suite = Suite(
-        name=where.text(data.get("name", name), "name"),
-        title=where.text(data.get("title", name), "title"),
+        name=check.text(content.get("name", name), "name"),
+        title=check.text(content.get("title", name), "title"),
         concepts=concepts,
         styles=styles,
         kinds=kinds,
-        far=where.known(data.get("far", []), "far", concepts),
-        targets=tuple(_target(where, one, concepts, styles) for one in _list(where, data)),
-        sampling=_sampling(where, data.get("sampling", {})),
-        **{key: where.text(data.get(key, ""), key) for key in ("model", "judge", "check")},
+        far=check.known(content.get("far", []), "far", concepts),
+        targets=tuple(_target(check, target, concepts, styles) for target in targets),
+        sampling=_sampling(check, content.get("sampling", {})),
+        model=check.text(content.get("model", ""), "model"),
+        judge=check.text(content.get("judge", ""), "judge"),
+        check=check.text(content.get("check", ""), "check"),
     )
     names = [target.name for target in suite.targets]
     if len(set(names)) < len(names):
-        raise where.wrong("a target is listed twice", "name each once")
+        raise check.error("a target is listed twice", "name each once")
     if not (suite.far and styles and names):
-        raise where.wrong("far, styles or targets is empty", "give at least one of each")
+        raise check.error("far, styles or targets is empty", "give at least one of each")
     return suite
 
 
@@ -172,103 +190,93 @@ SUITE_KEYS = (
 TARGET_KEYS = ("name", "kind", "near", "split", "aliases", "prompts", "together")
 
 
-class _Where:
-    """Checks plain data and words what is wrong with it."""
+class _Check:
+    """Checks the types of what YAML gave; ``place`` begins each message."""
 
-    def __init__(self, place):
+    def __init__(self, place: str):
         self.place = place
 
-    def wrong(self, what, fix):
+    def error(self, what: str, fix: str) -> ForgetError:
         return ForgetError(f"{self.place}: {what}; {fix}.")
 
-    def mapping(self, value, name, keys=None):
+    def mapping(self, value: object, name: str, keys: Sequence[str] = ()) -> dict:
         if not isinstance(value, dict):
-            raise self.wrong(f"{name} is {_kind(value)}", "write a mapping of names to values")
+            raise self.error(f"{name} is {_type_of(value)}", "write a mapping of names to values")
         unknown = [str(key) for key in value if keys and key not in keys]
         if unknown:
-            raise self.wrong(f"{name} has the unknown key '{unknown[0]}'", f"use {', '.join(keys)}")
+            raise self.error(f"{name} has the unknown key '{unknown[0]}'", f"use {', '.join(keys)}")
         return value
 
-    def text(self, value, name):
+    def text(self, value: object, name: str) -> str:
         if not isinstance(value, str):
-            raise self.wrong(f"{name} is {_kind(value)}", "write a text, in quotes if need be")
+            raise self.error(f"{name} is {_type_of(value)}", "write a text, in quotes if need be")
         return value
 
-    def texts(self, value, name):
+    def texts(self, value: object, name: str) -> dict[str, str]:
         return {
-            self.text(key, f"a name in {name}"): self.text(one, f"{name}, {key}")
-            for key, one in self.mapping(value, name).items()
+            self.text(key, f"a name in {name}"): self.text(text, f"{name}, {key}")
+            for key, text in self.mapping(value, name).items()
         }
 
-    def list(self, value, name):
+    def list(self, value: object, name: str) -> tuple[str, ...]:
         if not isinstance(value, list):
-            raise self.wrong(f"{name} is {_kind(value)}", "write a list")
-        return tuple(self.text(one, f"an entry of {name}") for one in value)
+            raise self.error(f"{name} is {_type_of(value)}", "write a list")
+        return tuple(self.text(entry, f"an entry of {name}") for entry in value)
 
-    def known(self, value, name, among):
-        names = self.list(value, name)
-        unknown = [one for one in names if one not in among]
+    def known(self, value: object, name: str, names: Collection[str]) -> tuple[str, ...]:
+        listed = self.list(value, name)
+        unknown = [each for each in listed if each not in names]
         if unknown:
-            raise self.wrong(f"{name} names '{unknown[0]}'", "list it under concepts or styles")
-        return names
+            raise self.error(f"{name} names '{unknown[0]}'", "list it under concepts or styles")
+        return listed
 
 
-def _kind(value):
-    return {dict: "a mapping", list: "a list", type(None): "empty"}.get(type(value), repr(value))
+def _type_of(value: object) -> str:
+    known = ((dict, "a mapping"), (list, "a list"), (type(None), "empty"))
+    return next((name for kind, name in known if isinstance(value, kind)), repr(value))
 
 
-def _one_line(error):
-    return " ".join(str(error).split())[:200]
-
-
-def _concepts(where, data):
+def _concepts(check: _Check, data: dict) -> tuple[dict[str, str], dict[str, str]]:
     """The phrases and kinds of the groups ``identity`` and ``object``."""
     phrases, kinds = {}, {}
-    groups = where.mapping(data.get("concepts", {}), "concepts", ("identity", "object"))
+    groups = check.mapping(data.get("concepts", {}), "concepts", ("identity", "object"))
     for kind, group in groups.items():
-        for name, phrase in where.texts(group, f"concepts, {kind}").items():
+        for name, phrase in check.texts(group, f"concepts, {kind}").items():
             if name in phrases:
-                raise where.wrong(f"'{name}' is an identity and an object", "keep one")
+                raise check.error(f"'{name}' is an identity and an object", "keep one")
             phrases[name], kinds[name] = phrase, kind
     return phrases, kinds
 
 
-def _list(where, data):
-    targets = data.get("targets", [])
-    if not isinstance(targets, list):
-        raise where.wrong(f"targets is {_kind(targets)}", "write a list")
-    return targets
-
-
-def _target(where, data, concepts, styles):
-    data = where.mapping(data, "a target", TARGET_KEYS)
-    name, kind = where.text(data.get("name"), "a target's name"), data.get("kind")
+def _target(check: _Check, data: object, concepts: dict, styles: dict) -> Target:
+    data = check.mapping(data, "a target", TARGET_KEYS)
+    name, kind = check.text(data.get("name"), "a target's name"), data.get("kind")
     if kind not in KINDS:
-        raise where.wrong(f"target '{name}' is of kind {kind!r}", f"use {', '.join(KINDS)}")
-    among = {"concept": concepts, "style": styles}.get(DOMAINS[kind])
-    if among is not None and name not in among:
-        raise where.wrong(f"target '{name}' is unknown", "list it under concepts or styles")
-    prompts = where.mapping(data.get("prompts", {}), f"{name}: prompts", (*PROBES, "pictures"))
+        raise check.error(f"target '{name}' is of kind {kind!r}", f"use {', '.join(KINDS)}")
+    same_domain = {"concept": concepts, "style": styles}.get(DOMAINS[kind])
+    if same_domain is not None and name not in same_domain:
+        raise check.error(f"target '{name}' is unknown", "list it under concepts or styles")
+    prompts = check.mapping(data.get("prompts", {}), f"{name}: prompts", (*PROBES, "pictures"))
     if kind == "unsafe" and "pictures" not in prompts:
-        raise where.wrong(f"'{name}' has no prompts.pictures", "an unsafe target needs them")
+        raise check.error(f"'{name}' has no prompts.pictures", "an unsafe target needs them")
     split = data.get("split", "report")
     if split not in SPLITS:
-        raise where.wrong(f"split of '{name}' is {split!r}", f"use {' or '.join(SPLITS)}")
-    together = where.texts(data.get("together", {}), f"{name}: together")
-    where.known(list(together.values()), f"{name}: together", concepts)
+        raise check.error(f"split of '{name}' is {split!r}", f"use {' or '.join(SPLITS)}")
+    together = check.texts(data.get("together", {}), f"{name}: together")
+    check.known(list(together.values()), f"{name}: together", concepts)
     return Target(
         name=name,
         kind=kind,
-        near=where.known(data.get("near", []), f"{name}: near", among or {}),
+        near=check.known(data.get("near", []), f"{name}: near", same_domain or {}),
         split=split,
-        aliases=where.list(data.get("aliases", []), f"{name}: aliases"),
-        prompts={key: where.list(value, f"{name}: {key}") for key, value in prompts.items()},
+        aliases=check.list(data.get("aliases", []), f"{name}: aliases"),
+        prompts={key: check.list(value, f"{name}: {key}") for key, value in prompts.items()},
         together=tuple(together.items()),
     )
 
 
-def _sampling(where, data):
-    given = where.mapping(data, "sampling", ("steps", "guidance", "size"))
+def _sampling(check: _Check, data: object) -> Sampling:
+    given = check.mapping(data, "sampling", ("steps", "guidance", "size"))
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in given.values()):
-        raise where.wrong("sampling holds something that is no number", "write steps: 20")
+        raise check.error("sampling holds something that is not a number", "write steps: 20")
     return Sampling(**given)

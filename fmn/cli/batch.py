@@ -1,86 +1,76 @@
-"""``python -m fmn batch`` and ``merge``: options, and what they set going."""
+"""``python -m fmn batch`` and ``merge``."""
 
 import glob
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from ..concepts.concept import KINDS
 from ..errors import ForgetError
 from ..settings import HOW, PRESERVE
-from .options import add_method, given_settings
+from .options import (
+    MODEL,
+    Commands,
+    add_command,
+    add_keep,
+    add_kind,
+    add_method,
+    add_out,
+    given_settings,
+)
 
 MERGED = Path("merged.safetensors")
 
 
-def add_batch(commands, asked):
+def add_batch(commands: Commands, asked: str | None) -> None:
     """Add ``batch``; ``asked`` is the method whose settings it takes."""
-    batch = commands.add_parser(
-        "batch",
-        help="make one patch for each concept of a list",
+    batch = add_command(
+        commands, "batch", run_batch, "make one patch for each concept of a list",
         usage="%(prog)s LIST --model MODEL [--method NAME] [--out FOLDER] [option ...]",
-        description="Make a patch file for each concept of a list. What is in the folder already "
-        "is not made again: run the same command to go on after a stop. Every setting of the "
-        "chosen method is an option.",
-    )
+        description="Make a patch file for each concept of a list. Patches that exist in the "
+        "folder are not made again: run the same command to continue after a stop. Every setting "
+        "of the chosen method is an option.",
+    )  # fmt: skip
     batch.add_argument("list", type=Path, help="file of concepts: lines, CSV, YAML or JSON")
-    batch.add_argument(
-        "--model", required=True, help="demo, a .safetensors checkpoint, or a diffusers folder"
-    )
-    batch.add_argument(
-        "--kind", choices=KINDS, default="object", help="of concepts without one (%(default)s)"
-    )
-    batch.add_argument(
-        "--out", type=Path, default=Path("out/batch"), metavar="FOLDER", help="(%(default)s)"
-    )
+    batch.add_argument("--model", required=True, help=MODEL)
+    add_kind(batch)
+    add_out(batch, "out/batch")
     add_method(batch, asked)
 
 
-def add_merge(commands):
+def add_merge(commands: Commands) -> None:
     """Add ``merge``."""
-    merge = commands.add_parser(
-        "merge",
-        help="make one patch of several",
-        description="Make one patch of several, each with a strength. A file that is there is "
-        "never written over.",
-    )
+    merge = add_command(
+        commands, "merge", run_merge, "merge several patches into one",
+        description="Merge several patches into one, each with a strength. Existing files are "
+        "never overwritten.",
+    )  # fmt: skip
     merge.add_argument(
-        "patch",
-        nargs="+",
+        "patch", nargs="+",
         help="FILE, FILE:STRENGTH or 'PATTERN*:STRENGTH'; strength is 1 unless given, and adds up "
-        "where a file is named more than once",
+        "if a file is named more than once",
+    )  # fmt: skip
+    merge.add_argument(
+        "--out", type=Path, metavar="FILE", help=f"({MERGED}; a number is appended if it exists)"
     )
     merge.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"({MERGED}, or a free number behind)"
-    )
-    merge.add_argument(
-        "--how",
-        choices=HOW,
-        default=HOW[0],
+        "--how", choices=HOW, default=HOW[0],
         help="concatenate: add up. joint: solve for one change that does on each patch's prompts "
-        "what that patch does; takes --model (%(default)s)",
-    )
+        "what that patch does; needs --model (%(default)s)",
+    )  # fmt: skip
     merge.add_argument(
         "--budget-kb", type=int, default=0, metavar="N",
         help="largest size of the file in kB (1000 bytes); 0: any",
     )  # fmt: skip
     joint = merge.add_argument_group("for --how joint")
+    joint.add_argument("--model", help=f"that the patches are for: {MODEL}")
     joint.add_argument(
-        "--model", help="that the patches are for: demo, a .safetensors checkpoint, or a folder"
-    )
-    joint.add_argument(
-        "--preserve",
-        type=float,
-        metavar="X",
-        help=f"weight of kept prompts, 0 to 1000; 0: none are looked at ({PRESERVE:g})",
-    )
-    joint.add_argument(
-        "--keep",
-        action="append",
-        metavar="WORDS",
-        help="words or a prompt that shall not change; several times if you like",
-    )
+        "--preserve", type=float, metavar="X",
+        help=f"weight of kept prompts, 0 to 1000; 0: keep none ({PRESERVE:g})",
+    )  # fmt: skip
+    add_keep(joint, default=None)
 
 
-def run_batch(options):
+def run_batch(options: Namespace) -> tuple[dict[str, Any], str, bool]:
     """Returns the result, its text, and whether a concept failed."""
     from ..concepts.concept_list import read_concepts
     from ..files import check_folder
@@ -96,32 +86,33 @@ def run_batch(options):
         batch = forget_each(model, concepts, settings, options.out, bar, tuple(options.keep))
     result = {
         "patches": [str(path) for path in batch.files],
-        "there": [str(path) for path in batch.there],
+        "there": [str(path) for path in batch.existing],
         "failed": [{"name": each.name, "reason": reason} for each, reason in batch.failed],
     }
     return result, f"{batch.report()}\nfolder: {options.out}", bool(batch.failed)
 
 
-def run_merge(options):
+def run_merge(options: Namespace) -> tuple[dict[str, Any], str]:
     """Returns the result and its text."""
     from ..files import check_file, chosen_files, free_name
-    from ..patches.merge import merge
+    from ..patches.merge import merge_patches
     from ..patches.patch import save_patch
 
     preserve = _check_merge(options)
     out = options.out or free_name(MERGED)
     check_file(out, ".safetensors")
-    sources, budget = chosen_files(options.patch, _matching).items(), options.budget_kb * 1000
+    sources = list(chosen_files(options.patch, _matching).items())
+    budget = options.budget_kb * 1000
     if options.how == "joint":
         from ..hosts.diffusers.model import DiffusersModel
-        from ..jobs.joint_merge import fuse
-        from .progress import Bar
+        from ..jobs.joint_merge import joint_merge
+        from .progress import StepBar
 
         model = DiffusersModel.load(options.model)
-        with Bar() as bar:
-            merged = fuse(model, sources, preserve, budget, bar, tuple(options.keep or ()))
+        with StepBar() as bar:
+            merged = joint_merge(model, sources, preserve, budget, bar, options.keep or ())
     else:
-        merged = merge(sources, budget)
+        merged = merge_patches(sources, budget)
     save_patch(merged.patch, out)
     result = {
         "patch": str(out),
@@ -133,31 +124,31 @@ def run_merge(options):
     return result, f"{merged.report()}\nsaved: {out}"
 
 
-def _check_merge(options):
+def _check_merge(options: Namespace) -> float:
     """Refuse options of ``merge`` that do not fit; returns the weight of kept prompts."""
     if options.budget_kb < 0:
         raise ForgetError(f"--budget-kb is {options.budget_kb}: use 0 for any size, or more.")
-    if options.how == "joint":
-        if not options.model:
+    for_joint = {name: getattr(options, name) for name in ("model", "preserve", "keep")}
+    if options.how != "joint":
+        unused = next((name for name, value in for_joint.items() if value is not None), None)
+        if unused:
             raise ForgetError(
-                "--how joint looks at what a model reads: give the --model that the patches are "
-                "for, such as demo or a .safetensors checkpoint."
+                f"--{unused} is for --how joint, not for {options.how}: leave it out, or add "
+                "--how joint."
             )
-        preserve = PRESERVE if options.preserve is None else options.preserve
-        if not 0 <= preserve <= 1000:
-            raise ForgetError(f"--preserve is {preserve}: use 0 to 1000.")
-        return preserve
-    unused = [name for name in ("model", "preserve", "keep") if getattr(options, name) is not None]
-    if unused:
+    elif not options.model:
         raise ForgetError(
-            f"--{unused[0]} is for --how joint, and this is {options.how}: leave it out, or merge "
-            "by --how joint."
+            "--how joint needs the --model that the patches are for, such as demo or a "
+            ".safetensors checkpoint: give one."
         )
-    return PRESERVE
+    preserve = PRESERVE if options.preserve is None else options.preserve
+    if not 0 <= preserve <= 1000:
+        raise ForgetError(f"--preserve is {preserve}: use 0 to 1000.")
+    return preserve
 
 
-def _matching(pattern):
-    """Files that a pattern matches; a plain name is one, whether it is there or not."""
+def _matching(pattern: str) -> list[Path]:
+    """Files that a pattern matches; a plain name is one, whether it exists or not."""
     path = Path(pattern)
     if path.exists() or not glob.has_magic(pattern):
         return [path]

@@ -1,16 +1,24 @@
-"""``python -m fmn bench``: options, and what they set going."""
+"""``python -m fmn bench``."""
 
+import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..bench.names import MEASURES, QUICK, SCALE
 from ..errors import ForgetError
 from ..methods import DEFAULT
-from ..patches.scores import check_targets, scores_of, write_scores
+from ..patches.scores import Source, check_targets, scores_of, write_scores
 from ..settings import MAX_SEED
+
+if TYPE_CHECKING:  # these load torch, which --help does not need
+    from ..bench.running.cells import Method, Setup
+    from ..bench.running.runner import Executor
+    from ..bench.suite import Suite, Target
 
 EPILOG = """\
 SUITE is demo, stable-diffusion, or a .yaml file. METHOD is a preset, with settings if you like
@@ -27,9 +35,11 @@ examples:
 """
 
 
-def add_bench(commands, formatter):
+def add_bench(
+    commands: "argparse._SubParsersAction", formatter: type[argparse.HelpFormatter]
+) -> None:
     """Add the command to an ``argparse`` subparsers object."""
-    bench = commands.add_parser(
+    parser = commands.add_parser(
         "bench",
         help="measure forgetting: what is gone, what is kept, how robust, at what cost",
         usage="%(prog)s [--method METHOD ...] [--target TARGET ...] [--out FOLDER] [option ...]",
@@ -37,77 +47,87 @@ def add_bench(commands, formatter):
         epilog=EPILOG,
         formatter_class=formatter,
     )
-    bench.add_argument(
-        "--suite", default="demo", help="what is asked: demo, stable-diffusion, or FILE.yaml (demo)"
-    )
-    bench.add_argument(
-        "--model", default="",
-        help="demo, a .safetensors checkpoint, or a diffusers folder; default: the suite's",
-    )  # fmt: skip
-    bench.add_argument(
-        "--method", nargs="+", default=[DEFAULT], metavar="METHOD",
-        help=f"what is measured, see below ({DEFAULT})",
-    )  # fmt: skip
-    bench.add_argument(
-        "--target", nargs="+", default=[], metavar="TARGET",
-        help="what is forgotten, by the suite's names; default: all of them",
-    )  # fmt: skip
-    bench.add_argument("--split", choices=("tune", "report"), help="only targets of this half")
-    bench.add_argument(
-        "--measure",
-        nargs="+",
-        default=list(QUICK),
-        choices=("all", *MEASURES),
-        metavar="MEASURE",
-        help=f"{', '.join(MEASURES)} or all ({' '.join(QUICK)})",
-    )
-    bench.add_argument(
-        "--scale", nargs="*", default=[], choices=SCALE, help="many: 1 to 100 patches added; "
-        "sequence: twelve one after another, in both orders",
-    )  # fmt: skip
-    bench.add_argument(
-        "--judge", default="",
-        help="who says what a picture shows: demo, clip:FOLDER; default: the suite's",
-    )  # fmt: skip
-    bench.add_argument("--check", help="a second judge; '' for none; default: the suite's")
-    bench.add_argument("--clip", default="", help="clip:FOLDER, for CLIP scores")
-    bench.add_argument("--controls", default="", help="folder of strips of things never known")
-    bench.add_argument(
-        "--count", type=int, default=12, metavar="N",
-        help="pictures a question, 2 to 1000 (%(default)s)",
-    )  # fmt: skip
-    bench.add_argument(
-        "--seed", type=int, default=0, metavar="N",
-        help="of everything drawn by chance (%(default)s)",
-    )  # fmt: skip
-    bench.add_argument(
-        "--steps", type=int, metavar="N", help="sampling steps, 1 to 1000; default: the suite's"
-    )
-    bench.add_argument(
-        "--guidance", type=float, metavar="X",
-        help="guidance scale, 0 to 100; 1: none; default: the suite's",
-    )  # fmt: skip
-    bench.add_argument(
-        "--size", type=int, metavar="N",
-        help="pixels a side, a multiple of 64; 0: the model's own; default: the suite's",
-    )  # fmt: skip
-    bench.add_argument(
+    _add_questions(parser)
+    _add_judges(parser)
+    _add_sampling(parser)
+    parser.add_argument(
         "--workers", type=int, default=0, metavar="N",
         help="processes, up to 256; 0: one a core, at most 4",
     )  # fmt: skip
-    bench.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: HOST:PORT or auto")
-    bench.add_argument(
+    parser.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: HOST:PORT or auto")
+    parser.add_argument(
         "--write-scores", action="store_true",
         help="write the means into the patch files that were measured, where the patch shelf and "
         "'inspect' show them; without --target, targets are those that the patches forget",
     )  # fmt: skip
-    bench.add_argument(
+    parser.add_argument(
         "--out", type=Path, default=Path("out/bench"), metavar="FOLDER",
-        help="of the report, and of what is finished (%(default)s)",
+        help="for the report and finished pieces (%(default)s)",
     )  # fmt: skip
 
 
-def run_bench(options):
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite", default="demo", help="what is asked: demo, stable-diffusion, or FILE.yaml (demo)"
+    )
+    parser.add_argument(
+        "--model", default="",
+        help="demo, a .safetensors checkpoint, or a diffusers folder; default: the suite's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method", nargs="+", default=[DEFAULT], metavar="METHOD",
+        help=f"what is measured, see below ({DEFAULT})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", nargs="+", default=[], metavar="TARGET",
+        help="what is forgotten, by the suite's names; default: all of them",
+    )  # fmt: skip
+    parser.add_argument("--split", choices=("tune", "report"), help="only targets of this half")
+    parser.add_argument(
+        "--measure", nargs="+", default=list(QUICK), choices=("all", *MEASURES), metavar="MEASURE",
+        help=f"{', '.join(MEASURES)} or all ({' '.join(QUICK)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scale", nargs="*", default=[], choices=SCALE, help="many: 1 to 100 patches added; "
+        "sequence: twelve one after another, in both orders",
+    )  # fmt: skip
+
+
+def _add_judges(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--judge", default="",
+        help="who says what a picture shows: demo, clip:FOLDER; default: the suite's",
+    )  # fmt: skip
+    parser.add_argument("--check", help="a second judge; '' for none; default: the suite's")
+    parser.add_argument("--clip", default="", help="clip:FOLDER, for CLIP scores")
+    parser.add_argument(
+        "--controls", default="", help="folder of strips of pictures that the model never saw"
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--count", type=int, default=12, metavar="N",
+        help="pictures a question, 2 to 1000 (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N",
+        help="of everything drawn at random (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="sampling steps, 1 to 1000; default: the suite's"
+    )
+    parser.add_argument(
+        "--guidance", type=float, metavar="X",
+        help="guidance scale, 0 to 100; 1: none; default: the suite's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, metavar="N",
+        help="pixels a side, a multiple of 64; 0: the model's own; default: the suite's",
+    )  # fmt: skip
+
+
+def run_bench(options: argparse.Namespace) -> tuple[dict, str]:
     """Run what the options say; returns (data, text) for the command line."""
     from ..bench.reporting.report import markdown_table
     from ..bench.running.cells import parse_method, plan
@@ -119,10 +139,10 @@ def run_bench(options):
     check_folder(options.out)
     methods = [parse_method(text) for text in dict.fromkeys(options.method)]
     _check_names(methods)
-    setup, suite = make_setup(options)
+    setup, suite = _make_setup(options)
     targets = _targets(options, suite)
     if options.write_scores:
-        targets = _scored(targets, options, suite, methods)
+        targets = _scored_targets(targets, options, suite, methods)
     check_domains(judge_for(setup.judge, suite), targets)
     measures = MEASURES if "all" in options.measure else tuple(dict.fromkeys(options.measure))
     names = [target.name for target in targets]
@@ -137,17 +157,16 @@ def run_bench(options):
     files = {name: str(path) for name, path in paths.items()}
     text = f"{markdown_table(summary)}\nreport: {files['html']}"
     for method in methods if options.write_scores else ():
-        write_scores(method.source, *scores_of(summary, setup, method.name))
-        text += f"\nscores written into {method.source.path}"
-    told = {key: value for key, value in summary.items() if key != "grids"}
-    return {"summary": told, "files": files}, text
+        source = _source(method)
+        write_scores(source, *scores_of(summary, setup, method.name))
+        text += f"\nscores written into {source.path}"
+    tables = {key: value for key, value in summary.items() if key != "grids"}
+    return {"summary": tables, "files": files}, text
 
 
-def make_setup(options):
-    """(Setup, Suite) of the options; loads the model for its fingerprint."""
-    from ..bench.running.cells import Setup
-    from ..bench.running.lab import files_of, hash_of
-    from ..bench.running.worker import demo_controls
+def _make_setup(options: argparse.Namespace) -> tuple["Setup", "Suite"]:
+    """The setup and suite of the options; loads the model for its fingerprint."""
+    from ..bench.running.lab import make_setup
     from ..bench.suite import parse_suite, read_suite
     from ..hosts.diffusers.model import DiffusersModel
 
@@ -155,38 +174,27 @@ def make_setup(options):
         raise ForgetError(f"--count is {options.count}: use 2 to 1000 pictures.")
     if not 0 <= options.seed <= MAX_SEED:
         raise ForgetError(f"--seed is {options.seed}: use 0 to {MAX_SEED}.")
-    data = read_suite(options.suite)
+    data, name = read_suite(options.suite), Path(options.suite).stem
     given = {name: getattr(options, name) for name in ("steps", "guidance", "size")}
     changed = {name: value for name, value in given.items() if value is not None}
-    suite = parse_suite(data, Path(options.suite).stem)
-    data = data | {"sampling": asdict(replace(suite.sampling, **changed))}
-    suite = parse_suite(data, Path(options.suite).stem)
+    sampling = replace(parse_suite(data, name).sampling, **changed)
+    data = data | {"sampling": asdict(sampling)}
+    suite = parse_suite(data, name)
     model = options.model or suite.model
-    judge = options.judge or suite.judge
-    check = suite.check if options.check is None and not options.judge else options.check or ""
-    if not model or not judge:
-        what = "--model" if not model else "--judge"
-        raise ForgetError(f"Suite '{suite.name}' names no default for {what}: give one.")
-    controls = options.controls or (demo_controls() if judge.startswith("demo") else "")
-    paths = [path for spec in (judge, check, options.clip) for path in files_of(spec)]
-    setup = Setup(
-        suite=data,
-        model=model,
-        fingerprint=DiffusersModel.load(model).fingerprint(),
-        judge=judge,
-        check=check,
-        clip=options.clip,
-        controls=controls,
-        judges=hash_of([*paths, controls]),
-        count=options.count,
-        seed=options.seed,
-    )
+    if not model:
+        raise ForgetError(f"Suite '{suite.name}' names no default for --model: give one.")
+    # Who names a judge gets no second one that was not asked for.
+    check = options.check if options.check is not None or not options.judge else ""
+    setup = make_setup(
+        data, suite, DiffusersModel.load(model).fingerprint(), model, options.judge, check,
+        options.clip, options.controls, options.count, options.seed,
+    )  # fmt: skip
     return setup, suite
 
 
-def _check_names(methods):
+def _check_names(methods: Sequence["Method"]) -> None:
     """Refuse two that a report could not tell apart."""
-    known = {}
+    known: dict[str, dict] = {}
     for method in methods:
         if known.setdefault(method.name, method.settings) != method.settings:
             raise ForgetError(
@@ -195,38 +203,47 @@ def _check_names(methods):
             )
 
 
-def _targets(options, suite):
+def _targets(options: argparse.Namespace, suite: "Suite") -> list["Target"]:
     targets = [suite.find(name) for name in dict.fromkeys(options.target)] or list(suite.targets)
-    return _of_half(targets, options)
+    return _of_split(targets, options.split)
 
 
-def _of_half(targets, options):
-    found = [target for target in targets if options.split in (None, target.split)]
-    if not found:
+def _of_split(targets: list["Target"], split: str | None) -> list["Target"]:
+    chosen = [target for target in targets if split in (None, target.split)]
+    if not chosen:
         names = ", ".join(target.name for target in targets)
-        raise ForgetError(f"None of {names:.200} is in the half '{options.split}': name others.")
-    return found
+        raise ForgetError(f"None of {names:.200} is in the half '{split}': name others.")
+    return chosen
 
 
-def _scored(targets, options, suite, methods):
-    """Of the targets those whose scores can be written: all if they are named."""
+def _scored_targets(
+    targets: list["Target"],
+    options: argparse.Namespace,
+    suite: "Suite",
+    methods: Sequence["Method"],
+) -> list["Target"]:
+    """The targets whose scores can be written: those named, or what the patches forget."""
     from ..patches.patch import load_patch
 
-    for method in methods:
-        if method.source is None or method.settings["strength"] != 1:
-            raise ForgetError(
-                f"--write-scores is for patch files at strength 1, and '{method.name:.80}' is "
-                "none: name files such as dog.safetensors with --method."
-            )
-    concepts = [load_patch(method.source.path).concepts for method in methods]
+    concepts = [load_patch(_source(method).path).concepts for method in methods]
     if not options.target:
-        targets = _of_half(suite.forgotten([name for own in concepts for name in own]), options)
+        targets = _of_split(suite.targets_of([name for c in concepts for name in c]), options.split)
     for method, own in zip(methods, concepts, strict=True):
         check_targets(method.name, own, [target.name for target in targets])
     return targets
 
 
-def _executor(options):
+def _source(method: "Method") -> Source:
+    """The file that scores are written into."""
+    if method.source is None or method.settings["strength"] != 1:
+        raise ForgetError(
+            f"--write-scores is for patch files at strength 1, and '{method.name:.80}' is "
+            "none: name files such as dog.safetensors with --method."
+        )
+    return method.source
+
+
+def _executor(options: argparse.Namespace) -> "Executor":
     if options.ray:
         from ..bench.ray_cluster import Cluster
 
@@ -236,5 +253,5 @@ def _executor(options):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not 0 <= options.workers <= 256:
         raise ForgetError(f"--workers is {options.workers}: use 1 to 256, or 0 to choose.")
-    workers = options.workers or max(1, min(4, cores))
-    return Processes(workers, max(1, cores // workers))
+    workers = options.workers or max(1, min(4, cores or 1))
+    return Processes(workers, max(1, (cores or 1) // workers))

@@ -1,111 +1,112 @@
-"""``python -m fmn forget``: options, and what they set going."""
+"""``python -m fmn forget``."""
 
 import re
+from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..concepts.concept import KINDS, parse_concept
+from ..concepts.concept import Concept, parse_concept
 from ..errors import ForgetError, NonFiniteLoss
-from .options import add_method, given_settings
+from ..settings import Settings
+from .options import (
+    MODEL,
+    Commands,
+    add_command,
+    add_kind,
+    add_method,
+    add_repeated,
+    given_settings,
+)
+
+if TYPE_CHECKING:  # these load torch, which --help does not need
+    import torch
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SIDE = 1024  # pixels of a reference picture
 
 
-def add_forget(commands, asked):
+def add_forget(commands: Commands, asked: str | None) -> None:
     """Add ``forget``; ``asked`` is the method whose settings it takes."""
-    forget = commands.add_parser(
-        "forget",
-        help="make a patch",
+    forget = add_command(
+        commands, "forget", run_forget, "make a patch",
         usage="%(prog)s MODEL CONCEPT ... [--method NAME] [--out FILE] [option ...]",
-        description="Make a patch. Every setting of the chosen method is an option. A file that "
-        "is there is never written over, unless --resume goes on with it.",
-    )
-    forget.add_argument("model", help="demo, a .safetensors checkpoint, or a diffusers folder")
+        description="Make a patch. Every setting of the chosen method is an option. Existing "
+        "files are never overwritten, unless --resume continues their training.",
+    )  # fmt: skip
+    forget.add_argument("model", help=MODEL)
     forget.add_argument(
-        "concept",
-        nargs="*",
+        "concept", nargs="*",
         help="words to forget; KIND:WORDS sets a kind, WORDS -> ANCHOR what is drawn instead, e.g. "
         "'style:van gogh -> oil painting'",
-    )
+    )  # fmt: skip
     forget.add_argument(
         "--list", type=Path, metavar="FILE", help="more concepts: lines, CSV, YAML or JSON"
     )
-    forget.add_argument(
-        "--kind", choices=KINDS, default="object", help="of concepts without one (%(default)s)"
-    )
+    add_kind(forget)
     forget.add_argument(
         "--out", type=Path, metavar="FILE",
-        help="patch file (forget_NAME.safetensors, or a free number behind)",
+        help="patch file (forget_NAME.safetensors; a number is appended if it exists)",
     )  # fmt: skip
-    forget.add_argument(
-        "--alias", action="append", default=[], metavar="WORDS",
-        help="another name; one concept only, several times if you like",
-    )  # fmt: skip
-    forget.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT",
-        help="another prompt with the concept in it; one concept only, several times if you like",
-    )  # fmt: skip
+    add_repeated(forget, "--alias", "another name, for one concept only", metavar="WORDS")
+    add_repeated(forget, "--prompt", "another prompt that contains the one concept", metavar="TEXT")
     forget.add_argument(
         "--images", type=Path, metavar="FOLDER",
-        help="reference pictures; one concept only, for methods that learn from pictures",
+        help="reference pictures of the one concept, for methods that learn from pictures",
     )  # fmt: skip
     forget.add_argument(
         "--save-every", type=int, default=0, metavar="N",
-        help="also save the patch, and what --resume needs, every N steps; for methods that train",
+        help="also save the patch and its training state every N steps; for methods that train",
     )  # fmt: skip
     forget.add_argument(
         "--resume", type=Path, metavar="FILE",
-        help="go on with a training that --save-every left: a patch, or the .fmn-train beside it",
+        help="continue a training that --save-every saved: a patch, or the .fmn-train beside it",
     )  # fmt: skip
     forget.add_argument(
         "--keep-best", action="store_true",
-        help="take the step with the lowest mean of the last 10 losses, not the last step; for "
+        help="keep the step with the lowest mean of the last 10 losses, not the last step; for "
         "methods that train",
     )  # fmt: skip
     add_method(forget, asked)
 
 
-def run_forget(options):
+def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     """Returns the result and its text."""
     from ..files import free_name
     from ..hosts.diffusers.model import DiffusersModel
     from ..methods import forget
     from ..methods.describe import describe
     from ..patches.patch import rescue, save_patch
-    from ..training.resume import Saves, load_state
-    from ..training.run import Supervisor
-    from .progress import Bar
+    from ..training.resume import load_state
+    from ..training.run import SaveEvery, TrainingOptions
+    from .progress import StepBar
 
     concepts = _concepts(options)
     settings = given_settings(options, concepts)
     _check_used(options, settings)
     state = _state_file(options.resume)
     path = _target(options, concepts, state)
-    saves = Saves(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
+    save = SaveEvery(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
     resume = load_state(state) if state else None
     model = DiffusersModel.load(options.model)
-    with Bar() as bar:
-
-        def on_step(step):
-            bar(step)
-            saves(step)
-
-        supervisor = Supervisor(on_step, resume, options.keep_best)
+    training = TrainingOptions(resume, options.keep_best, save)
+    with StepBar() as bar:
         try:
-            patch = forget(model, concepts, settings, supervisor, tuple(options.keep))
+            patch = forget(model, concepts, settings, bar, tuple(options.keep), training)
         except NonFiniteLoss as error:
             raise rescue(error, free_name(path.with_stem(f"{path.stem}_rescued"))) from error
     save_patch(patch, path)
-    result = {"patch": str(path), "bytes": path.stat().st_size, "info": patch.info}
-    return result, f"{describe(patch)}\nsaved: {path} ({path.stat().st_size / 1e6:.2f} MB)"
+    size = path.stat().st_size
+    result = {"patch": str(path), "bytes": size, "info": patch.info}
+    return result, f"{describe(patch)}\nsaved: {path} ({size / 1e6:.2f} MB)"
 
 
-def _concepts(options):
+def _concepts(options: Namespace) -> list[Concept]:
     named = [(text, options.kind) for text in options.concept]
     listed = _listed(options) if options.list else []
     if not named and not listed:
         raise ForgetError("There is nothing to forget: name a concept, or a --list of them.")
-    more = {"aliases": tuple(options.alias), "prompts": tuple(options.prompt)}
+    more: dict[str, Any] = {"aliases": tuple(options.alias), "prompts": tuple(options.prompt)}
     if not any((*more.values(), options.images)):
         return [parse_concept(*each) for each in named] + listed
     if len(named) + len(listed) > 1 or not named:
@@ -118,14 +119,14 @@ def _concepts(options):
     return [parse_concept(*named[0], **more)]
 
 
-def _listed(options):
+def _listed(options: Namespace) -> list[Concept]:
     from ..concepts.concept_list import read_concepts
 
     return read_concepts(options.list, options.kind)
 
 
-def read_images(folder):
-    """All PNG, JPEG and WebP pictures of a folder, squared, [N, H, W, 3] in 0..1."""
+def read_images(folder: str | Path) -> "torch.Tensor":
+    """All PNG, JPEG and WebP pictures of a folder, cropped to squares: [N, H, W, 3] in 0..1."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps
@@ -133,51 +134,48 @@ def read_images(folder):
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise ForgetError(f"There are no pictures (PNG, JPEG, WebP) in '{folder}'.")
-    side = 1024
-
-    def upright(file):
-        """As it is shown: cameras store how they were held."""
-        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-
     try:
-        squares = [ImageOps.fit(upright(file), (side, side)) for file in files]
+        squares = [
+            # Cameras store pictures as they were held, with a tag that says how to turn them.
+            ImageOps.fit(ImageOps.exif_transpose(Image.open(file)).convert("RGB"), (SIDE, SIDE))
+            for file in files
+        ]
     except (OSError, Image.DecompressionBombError) as error:
         raise ForgetError(f"A picture in '{folder}' cannot be read: {error}") from error
     return torch.from_numpy(np.stack([np.asarray(square) for square in squares])).float() / 255
 
 
-def _check_used(options, settings):
-    """Refuse options that the method would not look at."""
+def _check_used(options: Namespace, settings: Settings) -> None:
+    """Refuse options that the method ignores."""
     from ..methods import preset_of
 
-    name = preset_of(settings)
+    name, settable = preset_of(settings), {each.name: each for each in fields(settings)}
     if options.save_every < 0:
         raise ForgetError(f"--save-every is {options.save_every}: use 0 (never) or more steps.")
-    # 0 steps can mean as many as were published; 0 robust steps mean none.
-    trains = hasattr(settings, "steps") or getattr(settings, "robust_steps", 0) > 0
-    unused = {"--save-every": options.save_every, "--keep-best": options.keep_best}
-    given = next((option for option, value in unused.items() if value), None)
-    if given and not trains:
-        so_far = " without --robust-steps" if hasattr(settings, "robust_steps") else ""
+    needs_training = {"--save-every": options.save_every, "--keep-best": options.keep_best}
+    unused = next((option for option, value in needs_training.items() if value), None)
+    if unused and not settings.trains:
+        as_set = " without --robust-steps" if "robust_steps" in settable else ""
         raise ForgetError(
-            f"{given} is for methods that train, and {name} only solves{so_far}: leave it out."
+            f"{unused} is for methods that train, and {name} only solves{as_set}: leave it out."
         )
-    if options.images and not hasattr(settings, "references"):
+    if not options.images:
+        return
+    if "references" not in settable:
         raise ForgetError(
             f"--images is for methods that learn from pictures, such as resteer, and {name} does "
             "not: leave it out."
         )
-    told = {each.name: each.metadata for each in fields(settings)}
-    ways = told["references"]["choices"] if options.images else ()
-    if "pictures" in ways and settings.references != "pictures":
+    choices = settable["references"].metadata["choices"]
+    if "pictures" in choices and vars(settings)["references"] != "pictures":
         raise ForgetError(
-            f"{name} draws pictures of its own and would not look at --images: add --references "
-            "pictures, or leave it out."
+            f"{name} samples its own pictures and ignores --images: add --references pictures, or "
+            "leave it out."
         )
 
 
-def _state_file(resume):
-    """The file that a training goes on from, None for none; it is there."""
+def _state_file(resume: Path | None) -> Path | None:
+    """The file of the training state to resume from; None for none."""
     from ..files import STATE_ENDING
     from ..training.resume import state_path
 
@@ -193,25 +191,26 @@ def _state_file(resume):
     return state
 
 
-def _target(options, concepts, state):
-    """The file to write. One that is there stays, unless it is of the training that goes on."""
+def _target(options: Namespace, concepts: list[Concept], state: Path | None) -> Path:
+    """The file to write. It may exist if it is of the training that is resumed."""
     from ..files import STATE_ENDING, check_file, free_name
-    from ..jobs.batch import NAME_LETTERS
+    from ..jobs.batch import plain_name
 
-    plain = "".join(c if c.isalnum() else "_" for c in concepts[0].name[:NAME_LETTERS])
-    path = options.out or Path(f"forget_{plain}.safetensors")
-    own = re.compile(rf"{re.escape(path.stem)}(_step\d+)?({STATE_ENDING}|\.safetensors)")
-    goes_on = bool(
-        state and own.fullmatch(state.name) and state.parent.resolve() == path.parent.resolve()
+    path = options.out or Path(f"forget_{plain_name(concepts[0])}.safetensors")
+    of_training = re.compile(rf"{re.escape(path.stem)}(_step\d+)?({STATE_ENDING}|\.safetensors)")
+    continues = bool(
+        state
+        and of_training.fullmatch(state.name)
+        and state.parent.resolve() == path.parent.resolve()
     )
-    if not options.out and not goes_on:
+    if not options.out and not continues:
         path = free_name(path)
-    check_file(path, ".safetensors", goes_on)
-    if options.save_every and not goes_on and path.parent.is_dir():
-        left = sorted(file.name for file in path.parent.iterdir() if own.fullmatch(file.name))
+    check_file(path, ".safetensors", continues)
+    if options.save_every and not continues and path.parent.is_dir():
+        left = sorted(p.name for p in path.parent.iterdir() if of_training.fullmatch(p.name))
         if left:
             raise ForgetError(
-                f"'{left[0]}' is left from an earlier training: go on with --resume, or give "
-                "another --out."
+                f"'{left[0]}' is left from an earlier training: continue it with --resume, or "
+                "give another --out."
             )
     return path

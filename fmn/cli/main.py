@@ -3,22 +3,27 @@
 import argparse
 import json
 import os
+import select
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..errors import ForgetError, NonFiniteLoss, memory_ran_out
 from ..text import printable
-from .apply import add_apply, run_apply
-from .batch import add_batch, add_merge, run_batch, run_merge
+from .apply import add_apply
+from .batch import add_batch, add_merge
 from .bench import add_bench, run_bench
-from .forget import add_forget, run_forget
-from .options import Parser, asked_method, refuse_unknown
+from .forget import add_forget
+from .options import Commands, Parser, add_command, add_out, asked_method, refuse_unknown
+from .signals import sigterm_cancels
 
 OK, FAILED, BAD_INPUT, NOT_FINITE, PARTLY, CANCELLED = 0, 1, 2, 3, 4, 130
+CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 EPILOG = """\
-MODEL is 'demo' (the small model that comes along), a Stable Diffusion 1.x, 2.x or XL checkpoint
+MODEL is 'demo' (the small included model), a Stable Diffusion 1.x, 2.x or XL checkpoint
 (.safetensors), or a diffusers folder.
 
 examples:
@@ -31,41 +36,40 @@ examples:
   python -m fmn batch list.csv --model sd15.safetensors --method uce --out patches
   python -m fmn merge "patches/*" dog.safetensors:0.8 --out all.safetensors --budget-kb 2000
 
-exit codes: 0 done, 1 a fault of ours, 2 wrong input or too little memory, 3 training blew up (the
-last good patch is kept), 4 some concepts of a batch failed, 130 cancelled
+exit codes: 0 done, 1 internal error, 2 wrong input or not enough memory, 3 training diverged (the
+last good patch is kept), 4 some concepts of a batch failed, 130 cancelled (Ctrl-C or SIGTERM),
+141 the reader of the output is gone
 """
 
 
-def build_parser(asked=None):
+def build_parser(asked: str | None = None) -> Parser:
     """The parser of all commands; ``asked`` is the method whose settings ``forget`` takes."""
+    raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         prog="python -m fmn",
         description="Make a text-to-image model forget a concept.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands: Commands = parser.add_subparsers(dest="command", required=True)
     add_forget(commands, asked)
     add_apply(commands)
     add_batch(commands, asked)
     add_merge(commands)
-    about = "tell what a patch file forgets"
-    inspect = commands.add_parser("inspect", help=about, description=f"{about.capitalize()}.")
+    inspect = add_command(commands, "inspect", _inspect, "show what a patch file forgets")
     inspect.add_argument("patch", type=Path, help="a patch file")
-    commands.add_parser("methods", help="list the methods", description="List the methods.")
+    add_command(commands, "methods", _methods, "list the methods")
     about = "forget an identity, an object and a style of the demo model, with pictures"
-    demo = commands.add_parser("demo", help=about, description=f"{about.capitalize()}.")
-    demo.add_argument(
-        "--out", type=Path, default=Path("out/demo"), metavar="FOLDER", help="(%(default)s)"
-    )
-    add_bench(commands, argparse.RawDescriptionHelpFormatter)
+    add_out(add_command(commands, "demo", _demo, about), "out/demo")
+    add_bench(commands, raw)
+    commands.choices["bench"].set_defaults(run=run_bench)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
-def parse(arguments):
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a command line.
 
     Raises:
@@ -74,53 +78,77 @@ def parse(arguments):
     parser = build_parser(asked_method(arguments))
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command == "forget" and not any(word.startswith("-") for word in rest):
-        options.concept += rest  # concepts behind an option, which argparse has not waited for
+        options.concept += rest  # argparse does not take concepts that follow an option
     elif rest:
         refuse_unknown(options, rest)
     return options
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # transformers reports at import which image processors it would prefer.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal cannot show is no reason to fail after the work.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    try:
+        try:
+            with sigterm_cancels():
+                return _run(arguments)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # at exit it would be too late to handle errors
+    except BrokenPipeError:
+        if not _drop_closed_pipes():
+            raise
+        return CLOSED_PIPE
+
+
+def _run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
-    # transformers tells at import which image processors it would rather use.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    commands = {
-        "forget": run_forget, "apply": run_apply, "inspect": _inspect, "demo": _demo,
-        "methods": _methods, "batch": run_batch, "merge": run_merge, "bench": run_bench,
-    }  # fmt: skip
     try:
         options = parse(arguments)
-        result, text, *partly = commands[options.command](options)
+        result, text, *partly = options.run(options)
     except NonFiniteLoss as error:
         return _fail(as_json, error, NOT_FINITE)
     except ForgetError as error:
         return _fail(as_json, error, BAD_INPUT)
     except (MemoryError, RuntimeError) as error:
-        told = memory_ran_out(error)
-        if told is None:
+        memory_error = memory_ran_out(error)
+        if memory_error is None:
             raise
-        return _fail(as_json, told, BAD_INPUT)
+        return _fail(as_json, memory_error, BAD_INPUT)
     except KeyboardInterrupt:
         return _fail(as_json, "Cancelled; no unfinished file was left.", CANCELLED)
     print(json.dumps(result, indent=1) if as_json else text)
     return PARTLY if any(partly) else OK
 
 
-def _fail(as_json, error, code):
+def _fail(as_json: bool, error: object, code: int) -> int:
     if as_json:
         print(json.dumps({"error": str(error)}))
-    # A list or a patch can be a stranger's, whose control codes a terminal would obey.
+    # Names in lists and patches are untrusted, and a terminal would obey their control codes.
     print("fmn: " + "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
     return code
 
 
-def _methods(options):
+def _drop_closed_pipes() -> bool:
+    """Redirect standard output and error to nowhere if their reader is gone, and say whether any
+    was. Other pipes, as to worker processes, can break too."""
+    if not hasattr(select, "poll"):  # on Windows
+        return False
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    closed = [stream for stream, _ in poll.poll(0)]
+    for stream in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    return bool(closed)
+
+
+def _methods(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..methods import METHODS, method
 
     about = {presets: method(presets[0]).ABOUT for presets in METHODS.values()}
@@ -129,7 +157,7 @@ def _methods(options):
     return {name: text for presets, text in about.items() for name in presets}, "\n".join(lines)
 
 
-def _inspect(options):
+def _inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..methods.describe import describe
     from ..patches.patch import load_patch
 
@@ -138,7 +166,7 @@ def _inspect(options):
     return result | {"info": patch.info}, describe(patch)
 
 
-def _demo(options):
+def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..files import check_folder
     from ..jobs.demo import run_demo
 

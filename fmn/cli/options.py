@@ -1,78 +1,118 @@
-"""Options that several commands share, such as a method with its settings, and those that do not
-fit."""
+"""Options that several commands share, and errors about those that do not fit."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
 
+from ..concepts.concept import KINDS, Concept
 from ..errors import ForgetError
 from ..methods import DEFAULT, check_keep, check_preset, default_settings, settings_of
+from ..settings import Settings
 
 WITH_METHOD = ("forget", "batch")  # commands that take a method
+MODEL = "demo, a .safetensors checkpoint, or a diffusers folder"
+Commands = argparse._SubParsersAction  # argparse has no public name for it
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in a ``ForgetError`` instead of printing its usage. Names of options
-    are not to be shortened, for the method's settings depend on the one that is spelled out."""
+    """Raises a ``ForgetError`` instead of printing its usage. Option names cannot be shortened,
+    as the method's settings depend on the complete ``--method``."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any):
         super().__init__(**({"allow_abbrev": False} | options))
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise ForgetError(f"{message}: see {self.prog} --help.")
 
 
-def add_method(parser, asked):
+def add_command(
+    commands: Commands, name: str, run: Callable, about: str, **more: Any
+) -> argparse.ArgumentParser:
+    """A command's parser; its ``run`` gets the options and returns (data, text), in a batch also
+    whether some of it failed. ``about`` is its help and, unless given, its description."""
+    options = {"help": about, "description": f"{about[0].upper()}{about[1:]}."} | more
+    parser = commands.add_parser(name, **options)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_out(parser: argparse.ArgumentParser, folder: str) -> None:
+    """``--out`` of a command that writes into a folder."""
+    parser.add_argument(
+        "--out", type=Path, default=Path(folder), metavar="FOLDER", help="(%(default)s)"
+    )
+
+
+def add_repeated(parser: argparse._ActionsContainer, name: str, help: str, **more: Any) -> None:
+    """An option that may be given several times."""
+    help = f"{help}; may be repeated"
+    parser.add_argument(name, action="append", help=help, **({"default": []} | more))
+
+
+def add_keep(parser: argparse._ActionsContainer, **more: Any) -> None:
+    """``--keep``."""
+    add_repeated(
+        parser, "--keep", "words or a prompt that must not change", metavar="WORDS", **more
+    )
+
+
+def add_kind(parser: argparse.ArgumentParser) -> None:
+    """``--kind``."""
+    parser.add_argument(
+        "--kind", choices=KINDS, default="object", help="for concepts that name none (%(default)s)"
+    )
+
+
+def add_method(parser: argparse.ArgumentParser, asked: str | None) -> None:
     """``--method`` and ``--keep``, and the settings of the method ``asked`` for."""
     parser.add_argument(
         "--method", type=_preset, metavar="NAME",
         help=f"one of those that 'python -m fmn methods' lists ({DEFAULT})",
     )  # fmt: skip
-    parser.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="WORDS",
-        help="words or a prompt that shall not change; several times if you like",
-    )
+    add_keep(parser)
     if asked:
         add_settings(parser.add_argument_group(f"settings of {asked}"), settings_of(asked, {}))
 
 
-def _preset(name):
+def _preset(name: str) -> str:
     check_preset(name)
     return name
 
 
-def asked_method(arguments):
+def asked_method(arguments: Sequence[str]) -> str | None:
     """The method of a command line, whose settings become options; None if it takes none."""
-    if arguments[:1] not in [[command] for command in WITH_METHOD]:
+    if not arguments or arguments[0] not in WITH_METHOD:
         return None
     parser = Parser(add_help=False, prog=f"python -m fmn {arguments[0]}")
     parser.add_argument("--method", type=_preset, default=DEFAULT)
     return parser.parse_known_args(arguments)[0].method
 
 
-def add_settings(parser, defaults):
+def add_settings(parser: argparse._ActionsContainer, defaults: Settings) -> None:
     """Each field of a ``settings.Settings`` as an option, such as ``--steps 100`` or
     ``--no-full-weights``."""
     for each in fields(defaults):
         option, default = f"--{each.name.replace('_', '-')}", getattr(defaults, each.name)
-        told = each.metadata
-        limits = "" if told["low"] is None else f"; {told['low']:g} to {told['high']:g}"
-        help = f"{told['help']} ({default}{limits})".replace("%", "%%")
-        how = {"dest": f"set_{each.name}", "help": help}
+        limits = each.metadata
+        between = "" if limits["low"] is None else f"; {limits['low']:g} to {limits['high']:g}"
+        help = f"{limits['help']} ({default}{between})".replace("%", "%%")
+        how: dict[str, Any] = {"dest": f"set_{each.name}"}
         if isinstance(default, bool):
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, **how)
-        elif told["choices"]:
-            parser.add_argument(option, choices=told["choices"], **how)
+            how |= {"action": argparse.BooleanOptionalAction}
+        elif limits["choices"]:
+            how |= {"choices": limits["choices"]}
         else:
-            metavar = "N" if isinstance(default, int) else "X"
-            parser.add_argument(option, type=type(default), metavar=metavar, **how)
+            how |= {"type": type(default), "metavar": "N" if isinstance(default, int) else "X"}
+        parser.add_argument(option, help=help, **how)
+        if former := limits.get("formerly"):
+            parser.add_argument(f"--{former.replace('_', '-')}", help=argparse.SUPPRESS, **how)
 
 
-def given_options(options):
-    """What ``add_settings`` added and the command line gives: field -> value."""
+def given_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``add_settings`` that the command line gives: field -> value."""
     return {
         name.removeprefix("set_"): value
         for name, value in vars(options).items()
@@ -80,11 +120,11 @@ def given_options(options):
     }
 
 
-def given_settings(options, concepts=()):
+def given_settings(options: argparse.Namespace, concepts: Sequence[Concept] = ()) -> Settings:
     """The settings that a parsed command line asks for.
 
     Args:
-        concepts: what goes into one patch, which decides if neither method nor settings are given.
+        concepts: of one patch; they decide if neither a method nor a setting is given.
     """
     given = given_options(options)
     if options.method is None and not given:
@@ -95,12 +135,8 @@ def given_settings(options, concepts=()):
     return settings
 
 
-def refuse_unknown(options, unknown):
-    """Say which of the arguments that were left over does not fit.
-
-    Args:
-        options: what could be read. unknown: the words that were left.
-    """
+def refuse_unknown(options: argparse.Namespace, unknown: Sequence[str]) -> NoReturn:
+    """Explain which of the ``unknown`` words, left over by the parser, does not fit."""
     command = f"python -m fmn {options.command}"
     word = next((word for word in unknown if word.startswith("--")), None)
     if word is None:
@@ -109,9 +145,8 @@ def refuse_unknown(options, unknown):
     known = [each.removeprefix("set_").replace("_", "-") for each in vars(options)]
     close = get_close_matches(name, known, 1)
     meant = f"did you mean --{close[0]}? See" if close else "see"
+    owner, what = options.command, "option"
     if options.command in WITH_METHOD:
-        method = options.method or DEFAULT
-        what, command = f"{method} has no setting", f"{command} --method {method}"
-    else:
-        what = f"{options.command} has no option"
-    raise ForgetError(f"{what} '{name:.80}': {meant} {command} --help.")
+        owner, what = options.method or DEFAULT, "setting"
+        command += f" --method {owner}"
+    raise ForgetError(f"{owner} has no {what} '{name:.80}': {meant} {command} --help.")

@@ -1,48 +1,67 @@
-"""Progress in a terminal."""
+"""Progress bars in a terminal."""
+
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+if TYPE_CHECKING:  # these load torch, and a bar is made before that
+    from ..bench.running.runner import CellProgress
+    from ..jobs.batch import BatchProgress
+    from ..progress import StepProgress
+
+
+AnyBar = TypeVar("AnyBar", bound="Bar")
+
 
 class Bar:
-    """A progress bar on standard error that is a step callback."""
+    """A bar on standard error, drawn when it is first updated."""
 
-    def __init__(self):
-        self.bar = None
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
 
-    def __enter__(self):
+    def __enter__(self: AnyBar) -> AnyBar:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self.bar:
             self.bar.close()
+        self.bar = None
 
-    def __call__(self, step):
-        if self.bar and self.bar.total != step.total:  # another part of the work begins
-            self.bar.close()
-            self.bar = None
-        self.bar = self.bar or tqdm(total=step.total, unit="step")
+    def show(self, done: float, total: float, unit: str, text: str, **more: Any) -> None:
+        """Move the bar to ``done`` of ``total``; another total begins a new bar."""
+        if self.bar and self.bar.total != total:
+            self.close()
+        self.bar = self.bar or tqdm(total=total, unit=unit, **more)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+
+class StepBar(Bar):
+    """A method's step callback: one unit is a step."""
+
+    def __call__(self, step: "StepProgress") -> None:
         text = f"loss {step.losses[-1]:.4g}"
-        if step.before:
-            text += f", attention {step.before.share:.2%} -> {step.now.share:.2%}"
-        self.bar.set_postfix_str(text)
-        self.bar.update(step.index - self.bar.n)
+        before, now = step.attention_before, step.attention_now
+        if before and now:
+            text += f", attention {before.share:.2%} -> {now.share:.2%}"
+        self.show(step.index, step.total, "step", text)
 
 
 class BatchBar(Bar):
-    """The same for the places of a batch: one unit a concept."""
+    """A batch's progress callback: one unit is a concept."""
 
-    def __call__(self, place):
-        self.bar = self.bar or tqdm(total=place.count, unit="concept")
-        self.bar.set_postfix_str(f"{place.name:.40} {place.index}/{place.count}", refresh=False)
-        self.bar.update(place.done - self.bar.n)
+    def __call__(self, progress: "BatchProgress") -> None:
+        text = f"{progress.name:.40} {progress.index}/{progress.count}"
+        self.show(progress.done, progress.count, "concept", text)
 
 
 class CellBar(Bar):
-    """The same for a bench: one unit a cell."""
+    """A bench's progress callback: one unit is a cell. Cells of an earlier run count as done."""
 
-    def __call__(self, progress):
-        if self.bar is None:
-            self.bar = tqdm(total=progress.total, unit="cell", initial=progress.done - 1)
-        cell = progress.cell
-        self.bar.set_postfix_str(f"{cell.work}, {cell.method}, {cell.targets[0]}")
-        self.bar.update(1)
+    def __call__(self, progress: "CellProgress") -> None:
+        cell, done = progress.cell, progress.done
+        text = f"{cell.work}, {cell.method}, {cell.targets[0]}"
+        self.show(done, progress.total, "cell", text, initial=done - 1)

@@ -1,15 +1,19 @@
-"""The hardest embedding (RECE: Gong et al. 2024, arXiv 2407.12383), in closed form.
+"""The adversarial embedding of RECE (Gong et al. 2024, arXiv 2407.12383), in closed form.
 
 Keys and values of cross-attention are linear in the text. So the text that undoes a patch best, in
 the least-squares sense over all these layers, needs no pictures and no training.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import ForgetError
-from ..models.families import layers
+from ..models.families import UNetFamily, layers
+from ..models.interface import Denoiser
+from ..patches.patch import ForgetPatch
 
 
 @dataclass(frozen=True)
@@ -19,20 +23,26 @@ class Hardest:
     Attributes:
         contexts: c', float64, of the shape of c.
         before: how far the patch takes keys and values of c itself; see ``distance``.
-        after: how far those of c' are from what c gave untouched. 0: the patch is undone.
+        after: how far those of c' are from what c gave unpatched. 0: the patch is undone.
     """
 
-    contexts: torch.Tensor
+    contexts: Tensor
     before: float
     after: float
 
 
-def hardest(borrowed, family, patches, contexts, r=0.1):
-    """The text that through the patched layers comes nearest to what c gives untouched.
+def hardest(
+    denoiser: Denoiser,
+    family: UNetFamily,
+    patches: Sequence[tuple[ForgetPatch, float]],
+    contexts: Tensor,
+    r: float = 0.1,
+) -> Hardest:
+    """The text that through the patched layers comes nearest to what c gives unpatched.
 
     Args:
-        borrowed: a ``Borrowed`` without the patches.
-        patches: list of (ForgetPatch, strength).
+        denoiser: without the patches.
+        patches: each with its strength.
         contexts: c, [..., D]; every token counts, BOS and padding too.
         r: see ``hardest_contexts``.
 
@@ -45,19 +55,19 @@ def hardest(borrowed, family, patches, contexts, r=0.1):
             "The patch changes no keys or values of cross-attention, so there is no embedding to "
             "solve for: use a patch whose layers include them, and a strength that is not 0."
         )
-    plain, gram, cross = grams(borrowed, family, patches)
-    found = hardest_contexts(gram, cross, contexts, r)
-    before = distance(plain, gram, cross, contexts, contexts)
-    return Hardest(found, before, distance(plain, gram, cross, contexts, found))
+    unpatched, patched, cross = grams(denoiser, family, patches)
+    solved = hardest_contexts(patched, cross, contexts, r)
+    before = distance(unpatched, patched, cross, contexts, contexts)
+    return Hardest(solved, before, distance(unpatched, patched, cross, contexts, solved))
 
 
-def hardest_contexts(gram, cross, contexts, r):
+def hardest_contexts(patched: Tensor, cross: Tensor, contexts: Tensor, r: float) -> Tensor:
     """c' = (r I + sum_l W'_l^T W'_l)^-1 (sum_l W'_l^T W_l) c, in float64.
 
-    It minimises sum_l ||W'_l c' - W_l c||^2 + r ||c'||^2.
+    It minimises sum_l ||W'_l c' - W_l c||^2 + r ||c'||^2, RECE's objective with its closed form.
 
     Args:
-        gram, cross: of ``grams``, [D, D].
+        patched, cross: of ``grams``, [D, D].
         contexts: c, [..., D].
         r: above 0; the larger, the nearer c' is to zero.
 
@@ -66,33 +76,36 @@ def hardest_contexts(gram, cross, contexts, r):
     """
     if not 0 < r < torch.inf:
         raise ForgetError(f"r is {r}: use a number above 0, such as 0.1.")
-    ridge = gram + r * torch.eye(len(gram), dtype=gram.dtype)
+    system = patched + r * torch.eye(len(patched), dtype=patched.dtype)  # r I + sum W'^T W'
     rows = contexts.detach().cpu().double()
-    solved = torch.cholesky_solve(cross @ rows.flatten(0, -2).mT, torch.linalg.cholesky(ridge))
+    factor = torch.linalg.cholesky(system)
+    solved = torch.cholesky_solve(cross @ rows.flatten(0, -2).mT, factor)
     return solved.mT.reshape(rows.shape)
 
 
-def grams(borrowed, family, patches):
+def grams(
+    denoiser: Denoiser, family: UNetFamily, patches: Sequence[tuple[ForgetPatch, float]]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of W_l^T W_l, W'_l^T W'_l and W'_l^T W_l over all keys and values of cross-attention.
 
     Args:
-        borrowed: a ``Borrowed``; its weights are the W_l.
-        patches: list of (ForgetPatch, strength), which make W'_l = W_l + strength * up @ down.
+        denoiser: its weights are the W_l.
+        patches: with their strengths, which make W'_l = W_l + strength * up @ down.
 
     Returns:
-        plain, gram and cross, float64 [D, D] on the CPU.
+        unpatched, patched and cross, float64 [D, D] on the CPU.
     """
     for patch, _ in patches:
         patch.check_family(family)
-        patch.check_shapes(lambda layer: borrowed.module(layer.name).weight)
+        patch.check_shapes(lambda layer: denoiser.module(layer.name).weight)
     shape = family.context_dim, family.context_dim
-    plain, mixed, square = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    unpatched, mixed, square = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
     for layer in layers(family):
         if not layer.is_key_or_value:
             continue
         # First to the CPU: not every device has float64.
-        weight = borrowed.module(layer.name).weight.detach().cpu().double()
-        plain.addmm_(weight.mT, weight)
+        weight = denoiser.module(layer.name).weight.detach().cpu().double()
+        unpatched.addmm_(weight.mT, weight)
         factors = [
             (*patch.changes[layer.name], s) for patch, s in patches if layer.name in patch.changes
         ]
@@ -102,20 +115,22 @@ def grams(borrowed, family, patches):
             # W' = W + up @ down, with the low rank multiplied first.
             mixed.addmm_(down.mT, up.mT @ weight)
             square.addmm_(down.mT, up.mT @ up @ down)
-    cross = plain + mixed
-    return plain, cross + mixed.mT + square, cross
+    cross = unpatched + mixed
+    return unpatched, cross + mixed.mT + square, cross
 
 
-def distance(plain, gram, cross, contexts, found):
+def distance(
+    unpatched: Tensor, patched: Tensor, cross: Tensor, contexts: Tensor, others: Tensor
+) -> float:
     """sqrt(sum_l ||W'_l c' - W_l c||^2 / sum_l ||W_l c||^2), over all tokens.
 
-    From the sums alone, so that what is below 1e-7 is rounding.
+    From the sums alone, so anything below 1e-7 is rounding.
 
     Args:
-        plain, gram, cross: of ``grams``.
-        contexts, found: c and c', [..., D].
+        unpatched, patched, cross: of ``grams``.
+        contexts, others: c and c', [..., D].
     """
-    c, changed = (rows.detach().cpu().double().flatten(0, -2) for rows in (contexts, found))
-    total = (c @ plain * c).sum()
-    squared = (changed @ gram * changed).sum() - 2 * (changed @ cross * c).sum() + total
+    c, changed = (rows.detach().cpu().double().flatten(0, -2) for rows in (contexts, others))
+    total = (c @ unpatched * c).sum()
+    squared = (changed @ patched * changed).sum() - 2 * (changed @ cross * c).sum() + total
     return float((squared.clamp(min=0) / total).sqrt())

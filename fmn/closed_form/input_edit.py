@@ -2,94 +2,109 @@
 
 Every edit here has the form W' = W (I + A B) for all keys and values W at once: A [D, n], B [n, D],
 with D the width of a text token. So a patch is up = W A, down = B, and one D x D system, solved in
-float64, serves every layer. No published code keeps this form; they store full matrices.
+float64, serves every layer. Published codes store full matrices instead.
 """
 
+from __future__ import annotations
+
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from ..linalg import cut, exact, gram, share
+from ..linalg import gram, relative_error, to_float64, truncate_product
 from ..models.families import layers
-from ..patches.patch import MAX_RANK, ForgetPatch, new_info
-from ..settings import setting
-from ..training.loop import Step
+from ..patches.metadata import new_info
+from ..patches.patch import MAX_RANK, ForgetPatch
+from ..progress import OnStep, StepProgress, ignore
+from ..settings import Settings, advanced, setting
+from .text_embeddings import Pairs
+
+if TYPE_CHECKING:
+    from ..concepts.concept import Concept
+    from ..models.families import Layer, UNetFamily
+    from ..models.interface import Denoiser, UNetModel
 
 NO_DIRECTION = 1e-12  # of the largest singular value
 NONE_LEFT = 1e-9  # of a norm: float64's noise in what is left of a vector
 
+Changes = dict[str, tuple[Tensor, Tensor]]  # layer name -> up [out, r], down [r, in]
+RightOf = Callable[["Layer", Tensor], Tensor]  # a layer and its weight [out, D] -> right [n, D]
+
 
 class InputEdit(NamedTuple):
-    """W' = W (I + left @ right): left [D, n], right [n, D], float64."""
+    """W' = W (I + left right): left [D, n], right [n, D], float64."""
 
-    left: torch.Tensor
-    right: torch.Tensor
+    left: Tensor
+    right: Tensor
 
-    @staticmethod
-    def none(width):
-        empty = torch.zeros(width, 0, dtype=torch.float64)
-        return InputEdit(empty, empty.mT)
-
-    def applied(self, contexts):
-        """What W' sees as its input, (I + left right) c, for rows c of [n, D]."""
-        return contexts + contexts @ self.right.mT @ self.left.mT
-
-    def then(self, other):
+    def then(self, other: InputEdit) -> InputEdit:
         """W (I + self) (I + other): an edit made on the edited matrix."""
         left = torch.cat([self.left, other.left + self.left @ (self.right @ other.left)], 1)
         return InputEdit(left, torch.cat([self.right, other.right]))
 
 
-def uce(targets, anchors, kept, erase=1.0, preserve=1.0, damping=0.5):
+def uce(
+    targets: Tensor,
+    anchors: Tensor,
+    kept: Tensor,
+    erase: float = 1.0,
+    preserve: float = 1.0,
+    damping: float = 0.5,
+) -> InputEdit:
     """Unified Concept Editing (Gandikota et al. 2024, arXiv 2308.14761, eq. 7).
 
     W' = [l W + e sum W c* c^T + p sum W k k^T] [l I + e sum c c^T + p sum k k^T]^-1. As W k is
-    what W gives already, the difference is W e (C* - C) C^T M^-1 with M the bracket on the right.
+    what W gives already, W' = W (I + e (C* - C) C^T M^-1) with M the bracket on the right.
 
     Args:
-        targets, anchors: rows c and c* of [n, D]. kept: rows k of [m, D].
+        targets, anchors: rows c and c*, [n, D].
+        kept: rows k, [m, D].
         erase, preserve, damping: e, p and l.
     """
-    width = targets.shape[1]
-    system = damping * torch.eye(width, dtype=targets.dtype)
+    # M = l I + e sum c c^T + p sum k k^T
+    system = damping * torch.eye(targets.shape[1], dtype=targets.dtype)
     system += erase * gram(targets) + preserve * gram(kept)
+    # left = e (C* - C), right = C^T M^-1
     return InputEdit(erase * (anchors - targets).mT, torch.linalg.solve(system, targets.mT).mT)
 
 
-def debias(contexts, attributes, weights, kept, erase=1.0, preserve=1.0, damping=0.5):
-    """UCE's debiasing, as in its released code: v* = W c + sum_a r_a W c_a in place of W c*.
+def debiased_anchors(contexts: Tensor, attributes: Tensor, weights: Sequence[float]) -> Tensor:
+    """The anchors of UCE's debiasing, as in its released code: v* = W c + sum_a r_a W c_a.
 
-    As W is linear, that is ``uce`` with the anchors c + sum_a r_a c_a.
+    As W is linear, that is ``uce`` with c* = c + sum_a r_a c_a.
 
     Args:
-        contexts: rows c of [n, D]. attributes: rows c_a of [a, D]. weights: the a numbers r_a.
-
-    Returns:
-        the edit, and the contexts with these anchors.
+        contexts: rows c, [n, D].
+        attributes: rows c_a, [a, D].
+        weights: the a numbers r_a.
     """
-    anchors = contexts + torch.tensor(weights, dtype=contexts.dtype) @ attributes
-    return uce(contexts, anchors, kept, erase, preserve, damping), (contexts, anchors)
+    return contexts + torch.tensor(weights, dtype=contexts.dtype) @ attributes
 
 
-def weight_of(borrowed, layer):
+def weight_of(module: torch.nn.Module) -> Tensor:
     """A layer's weight in float64."""
-    return exact(borrowed.module(layer.name).weight.detach())
+    weight: Any = module.weight
+    return to_float64(weight.detach())
 
 
-def weight_gram(borrowed, family):
+def weight_gram(denoiser: Denoiser, family: UNetFamily) -> Tensor:
     """Sum of W^T W over all keys and values, [D, D] in float64, on the CPU."""
-    return sum(gram(weight_of(borrowed, layer)) for layer in key_value_layers(family)).cpu()
+    names = [layer.name for layer in key_value_layers(family)]
+    return reduce(torch.add, (gram(weight_of(denoiser.module(name))) for name in names)).cpu()
 
 
-def key_value_layers(family, which="kv"):
+def key_value_layers(family: UNetFamily, which: str = "kv") -> list[Layer]:
     """The cross-attention layers that read text: keys and values, or ``k`` or ``v`` alone."""
     ends = {"kv": (".to_k", ".to_v"), "k": (".to_k",), "v": (".to_v",)}[which]
     return [x for x in layers(family) if x.is_key_or_value and x.name.endswith(ends)]
 
 
-def compact(edit):
+def compact(edit: InputEdit) -> InputEdit:
     """The same edit with as few columns as it has directions: at least one, at most D."""
     left_basis, left_core = torch.linalg.qr(edit.left)
     right_basis, right_core = torch.linalg.qr(edit.right.mT)
@@ -101,8 +116,8 @@ def compact(edit):
     )
 
 
-def left_of(before, after):
-    """Losses to tell while solving: 1, and how much of the first sum of squares is left."""
+def remaining_losses(before: float, after: float) -> list[float]:
+    """Losses to report while solving: 1, and the share of a sum of squares that remains."""
     return [1.0, after / before if before else 1.0]
 
 
@@ -110,154 +125,173 @@ class Distances:
     """Sums of squares of what keys and values W do to pairs of contexts c, c*, before and after.
 
     With W' = W (I + left right), all of W (c - c*) and W' c - W c* are combinations of the few
-    columns of W left, and of W times what of c - c* is no combination of left. So they follow from
-    the Gram matrix of these columns: no context goes through any W.
+    columns of W left, and of W times the part of c - c* that is no combination of left. So they
+    follow from the Gram matrix of these columns: no context goes through any W.
 
     Attributes:
         inputs: [D, k + r] in float64: left, and a basis of that rest; for most edits r is 0.
         rank: k.
     """
 
-    def __init__(self, pairs, left):
-        targets, anchors = _fewer(pairs)
-        off = (targets - anchors).mT
-        shares = torch.linalg.lstsq(left, off).solution
-        rest = off - left @ shares
-        some = rest.norm() > NONE_LEFT * off.norm()
+    def __init__(self, pairs: Pairs, left: Tensor):
+        targets, anchors = _compressed(pairs)
+        difference = (targets - anchors).mT
+        coordinates = torch.linalg.lstsq(left, difference).solution
+        rest = difference - left @ coordinates
+        some = rest.norm() > NONE_LEFT * difference.norm()
         basis = torch.linalg.qr(rest).Q if some else rest[:, :0]
         self.inputs, self.rank = torch.cat([left, basis], 1), left.shape[1]
-        self.targets, self.off = targets.mT, torch.cat([shares, basis.mT @ rest])
-        self.before, self.right = gram(self.off.mT), None
+        # c and c - c*, the latter in the coordinates of ``inputs``
+        self.targets, self.difference = targets.mT, torch.cat([coordinates, basis.mT @ rest])
+        self.before = gram(self.difference.mT)
+        self.right: Tensor | None = None
 
-    def change(self, weight, right, rank):
-        """A layer's change, cut to a rank.
+    def change(
+        self, weight: Tensor, right: Tensor, rank: int
+    ) -> tuple[Tensor, Tensor, list[float]]:
+        """A layer's change W left right, truncated to a rank.
 
         Args:
             weight: W [out, D] in float64. right: [k, D].
 
         Returns:
-            up [out, r], down [r, D]; sums of squares: of W left right what is lost and all of it,
-            of W c - W c*, and of W' c - W c*.
+            up [out, r], down [r, D], and sums of squares: of W left right what is lost and all of
+            it, of W c - W c*, and of W' c - W c*.
         """
-        read = weight @ self.inputs.to(weight)
-        up, down, lost = cut(read[:, : self.rank], right.to(weight), rank)
+        outputs = weight @ self.inputs.to(weight)
+        up, down, lost = truncate_product(outputs[:, : self.rank], right.to(weight), rank)
         if right is not self.right:
-            self._see(right)
-        sums = [(gram(read) * each.to(weight)).sum() for each in self.squares]
-        if lost:
-            left = read @ self.off.to(weight) + up @ (down @ self.targets.to(weight))
-            sums[2] = left.square().sum()
+            self._set_right(right)
+        output_gram = gram(outputs)
+        sums = [(output_gram * square.to(weight)).sum() for square in self.squares]
+        if lost:  # then W' c - W c* follows from the truncated factors
+            after = outputs @ self.difference.to(weight) + up @ (down @ self.targets.to(weight))
+            sums[2] = after.square().sum()
         return up, down, [lost, *map(float, sums)]
 
-    def _see(self, right):
-        """Of W left right, W c - W c* and W' c - W c*: the squares of shares of ``inputs``."""
-        whole, after = torch.zeros_like(self.before), self.off.clone()
+    def _set_right(self, right: Tensor) -> None:
+        """Grams, in the coordinates of ``inputs``, of left right, c - c* and (I + left right) c -
+        c*."""
+        whole, after = torch.zeros_like(self.before), self.difference.clone()
         whole[: self.rank, : self.rank] = gram(right.mT)
         after[: self.rank] += right @ self.targets
         self.right, self.squares = right, (whole, self.before, gram(after.mT))
 
 
-def rank_setting(default=0):
-    return setting(
-        default,
-        "Largest rank of a layer's change for each concept; the file grows with it. 0: all of it, "
-        f"nothing is cut up to rank {MAX_RANK} in all.",
-        low=0,
-        high=MAX_RANK,
-    )
-
-
-def erase(default=1.0):
-    return setting(
-        default,
-        "Weight of what is forgotten. 0: nothing happens. Higher: the concept goes more surely, "
-        "and neighbours with it.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
-    )
-
-
-def preserve(default=1.0):
-    return setting(
-        default,
-        "Weight of what is kept. 0: no keep-list. Higher: what is listed changes less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
-    )
-
-
-def damping(default):
-    return setting(
-        default,
-        "Weight of leaving everything as it is (lambda). Small: a stronger edit. Large: none.",
-        low=1e-6,
-        high=1e6,
-        step=0.01,
-    )
-
-
-def input_patch(model, concepts, settings, pairs, edit_of, which="kv", on_step=None):
-    """A patch of one ``InputEdit`` for all layers; see ``layer_patch``.
-
-    Args:
-        edit_of: function from the ``Borrowed`` to the edit.
-    """
-
-    def open_edits(borrowed):
-        edit = compact(edit_of(borrowed))
-        return edit.left, lambda layer, weight: edit.right
-
-    return layer_patch(model, concepts, settings, pairs, open_edits, which, on_step)
-
-
-def layer_patch(model, concepts, settings, pairs, open_edits, which="kv", on_step=None):
-    """A patch whose layers have edits W (I + left right) with a ``right`` of their own.
-
-    A layer is cut to ``settings.rank`` by itself: no basis shared by layers can be better.
-
-    Args:
-        settings: the method's, with ``rank`` of ``rank_setting``; also for the record.
-        pairs: ``contexts.Pairs``; the record's losses are the sums of |W c - W c*|^2 and of
-            |W' c - W c*|^2 over them and the layers.
-        open_edits: function from the ``Borrowed`` to left [D, n] in float64, and a function from
-            (``Layer``, its float64 weight) to right [n, D].
-        which: ``kv``, ``k`` or ``v``.
-        on_step: gets a ``train.Step`` after each layer; its losses are 1 and how much of the first
-            sum is left so far.
-    """
-    base, start = model.fingerprint(), time.monotonic()
-    chosen, rank = key_value_layers(model.family, which), settings.rank * len(concepts)
-    changes, sums = {}, torch.zeros(4, dtype=torch.float64)
-    with model.borrow() as borrowed, torch.no_grad():
-        left, right_of = open_edits(borrowed)
-        distances = Distances(pairs, left)
-        for done, layer in enumerate(chosen, 1):
-            weight = weight_of(borrowed, layer)
-            right = right_of(layer, weight)
-            up, down, found = distances.change(weight, right, min(rank or MAX_RANK, MAX_RANK))
-            sums += torch.tensor(found, dtype=torch.float64)
-            changes[layer.name] = up.float().cpu(), down.float().cpu()
-            if on_step:
-                seconds = (time.monotonic() - start) / done * (len(chosen) - done)
-                on_step(Step(done, len(chosen), left_of(*sums[2:].tolist()), seconds))
-    lost, whole, *losses = sums.tolist()
-    return finished(model, base, concepts, settings, changes, losses, share(lost, whole))
-
-
-def _fewer(pairs):
+def _compressed(pairs: Pairs) -> Iterable[Tensor]:
     """Pairs with the same sums of squares under any linear map, but at most 2 D of them."""
     both = torch.cat(pairs, 1)
     return (torch.linalg.qr(both).R if len(both) > both.shape[1] else both).chunk(2, 1)
 
 
-def finished(model, base, concepts, settings, changes, losses, lost=0.0):
+def input_patch(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Any,
+    pairs: Pairs,
+    edit_of: Callable[[Denoiser], InputEdit],
+    on_step: OnStep = ignore,
+) -> ForgetPatch:
+    """A patch of one ``InputEdit`` for all layers; see ``layer_patch``."""
+
+    def open_edits(denoiser: Denoiser) -> tuple[Tensor, RightOf]:
+        edit = compact(edit_of(denoiser))
+        return edit.left, lambda layer, weight: edit.right
+
+    return layer_patch(model, concepts, settings, pairs, open_edits, on_step)
+
+
+def layer_patch(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Any,
+    pairs: Pairs,
+    open_edits: Callable[[Denoiser], tuple[Tensor, RightOf]],
+    on_step: OnStep = ignore,
+    which: str = "kv",
+) -> ForgetPatch:
+    """A patch whose layers have edits W (I + left right), each with its own ``right``.
+
+    Each layer is truncated to ``settings.rank`` on its own: no basis shared by layers is better.
+
+    Args:
+        settings: the method's, with ``rank`` of ``rank_setting``; also for the record.
+        pairs: the record's losses are the sums of |W c - W c*|^2 and of |W' c - W c*|^2 over them
+            and the layers.
+        open_edits: function from the denoiser to left [D, n] in float64, and to a function from a
+            layer and its float64 weight to right [n, D].
+        on_step: its losses are ``remaining_losses`` of the layers so far.
+        which: ``kv``, ``k`` or ``v``.
+    """
+    fingerprint, start = model.fingerprint(), time.monotonic()
+    chosen, rank = key_value_layers(model.family, which), settings.rank * len(concepts)
+    changes: Changes = {}
+    sums = torch.zeros(4, dtype=torch.float64)
+    with model.borrow_denoiser() as denoiser, torch.no_grad():
+        left, right_of = open_edits(denoiser)
+        distances = Distances(pairs, left)
+        for done, layer in enumerate(chosen, 1):
+            weight = weight_of(denoiser.module(layer.name))
+            right = right_of(layer, weight)
+            up, down, squares = distances.change(weight, right, min(rank or MAX_RANK, MAX_RANK))
+            sums += torch.tensor(squares, dtype=torch.float64)
+            changes[layer.name] = up.float().cpu(), down.float().cpu()
+            seconds = (time.monotonic() - start) / done * (len(chosen) - done)
+            on_step(StepProgress(done, len(chosen), remaining_losses(*sums[2:].tolist()), seconds))
+    lost, whole, *losses = sums.tolist()
+    error = relative_error(lost, whole)
+    return solved_patch(model, fingerprint, concepts, settings, changes, losses, error)
+
+
+def solved_patch(
+    model: UNetModel,
+    fingerprint: str,
+    concepts: Sequence[Concept],
+    settings: Settings,
+    changes: Changes,
+    losses: Sequence[float],
+    error: float = 0.0,
+) -> ForgetPatch:
     """The patch with its record.
 
     Args:
-        base: fingerprint. changes: layer name -> (up, down). lost: relative error of any cut.
+        error: relative Frobenius error of the truncation to a rank.
     """
-    told = settings.method, asdict(settings)
-    info = new_info(model, base, *told, concepts, losses, lost)
+    method = settings.method, asdict(settings)
+    info = new_info(model, fingerprint, *method, concepts, losses, error)
     return ForgetPatch(model.family, changes, info)
+
+
+def rank_setting(default: int = 0, **more: Any) -> Any:
+    return setting(
+        default,
+        "Largest rank of a layer's change for each concept; the file grows with it. 0: all of it, "
+        f"nothing is cut up to rank {MAX_RANK} in all.",
+        limits=(0, MAX_RANK),
+        **more,
+    )
+
+
+def erase_setting() -> Any:
+    return setting(
+        1.0,
+        "Weight of what is forgotten. 0: nothing happens. Higher: the concept goes more surely, "
+        "and neighbours with it.",
+        limits=(0.0, 1000.0, 0.01),
+    )
+
+
+def preserve_setting(default: float = 1.0) -> Any:
+    return setting(
+        default,
+        "Weight of what is kept. 0: no keep-list. Higher: what is listed changes less.",
+        limits=(0.0, 1000.0, 0.01),
+    )
+
+
+def damping_setting(default: float) -> Any:
+    return advanced(
+        default,
+        "Weight of leaving everything as it is (lambda). Small: a stronger edit. Large: none.",
+        limits=(1e-6, 1e6, 0.01),
+    )

@@ -1,21 +1,22 @@
 """Closed forms that edit what a layer gives, as low ranks: W' = (I + A B) W.
 
-A [out, n] and B [n, out] belong to one layer, so a patch is up = A, down = B W. ``closed_form``
-has the other side, edits of what a layer reads.
+A [out, n] and B [n, out] belong to one layer, so a patch is up = A, down = B W. ``input_edit`` has
+the other side, edits of what a layer reads.
 """
 
 import time
 
 import torch
+from torch import Tensor
 
 from ..errors import ForgetError
-from ..linalg import product_svd
+from ..linalg import balanced_factors, product_svd
 from ..patches.patch import MAX_RANK
-from ..training.loop import Step
+from ..progress import OnStep, StepProgress
 
 
-def span(columns, tolerance=1e-6):
-    """An orthonormal basis [out, n] of what the columns of [out, k] span, n <= k.
+def span(columns: Tensor, tolerance: float = 1e-6) -> Tensor:
+    """An orthonormal basis [out, n] of the span of columns [out, k], n <= k.
 
     Columns are scaled to one length first. A plain QR would give k vectors also where columns are
     equal or zero, and fill up with directions that mean nothing.
@@ -26,8 +27,8 @@ def span(columns, tolerance=1e-6):
     return u[:, s > tolerance * s.max()] if len(s) else u[:, :0]
 
 
-def proper_span(columns, layer):
-    """``span``, refused if it leaves nothing of the layer's output alone."""
+def proper_span(columns: Tensor, layer: str) -> Tensor:
+    """``span``, refused if it covers the layer's whole output."""
     basis = span(columns)
     if basis.shape[1] == len(basis):
         raise ForgetError(
@@ -37,7 +38,7 @@ def proper_span(columns, layer):
     return basis
 
 
-def reflection(weight, basis, amount):
+def reflection(weight: Tensor, basis: Tensor, amount: float) -> tuple[Tensor, Tensor]:
     """Factors up, down of (I - amount B B^T) W - W; B orthonormal [out, n].
 
     1 projects: nothing is left along B. 2 reflects: what was along B turns its sign.
@@ -45,7 +46,9 @@ def reflection(weight, basis, amount):
     return -amount * basis, basis.mT @ weight
 
 
-def cut(up, down, rank=0, tolerance=1e-9):
+def truncate_to_tolerance(
+    up: Tensor, down: Tensor, rank: int = 0, tolerance: float = 1e-9
+) -> tuple[Tensor, Tensor, float]:
     """The best factors of up @ down with at most ``rank`` columns.
 
     Args:
@@ -59,24 +62,24 @@ def cut(up, down, rank=0, tolerance=1e-9):
         return up.new_zeros(len(up), 1), down.new_zeros(1, down.shape[1]), 0.0
     u, s, vh = product_svd(up, down)
     whole = s.square().sum()
-    # What is lost if only the first 0, 1, ... directions stay.
+    # The sums of squares that are lost if only the first 0, 1, ... directions stay.
     lost = torch.cat([s.square().flip(0).cumsum(0).flip(0), s.new_zeros(1)])
     errors = (lost / whole.clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
     count = int((errors > tolerance).sum())
     count = max(1, min(count, rank or MAX_RANK))
-    roots = s[:count].sqrt()
-    return u[:, :count] * roots, roots[:, None] * vh[:count], float(errors[count])
+    return *balanced_factors(u, s, vh, count), float(errors[count])
 
 
-class Progress:
-    """Tells ``on_step`` of parts done, and remembers what was told."""
+class PartProgress:
+    """Reports finished parts of a solution to ``on_step``, each with a value as its loss."""
 
-    def __init__(self, on_step, total):
-        self.on_step, self.total, self.values = on_step, total, []
+    def __init__(self, on_step: OnStep, total: int):
+        self.on_step, self.total = on_step, total
+        self.values: list[float] = []
         self.start = time.monotonic()
 
-    def __call__(self, value):
+    def __call__(self, value: float) -> None:
         self.values.append(value)
         done = len(self.values)
         left = (time.monotonic() - self.start) / done * (self.total - done)
-        self.on_step(Step(done, self.total, list(self.values), left))
+        self.on_step(StepProgress(done, self.total, list(self.values), left))

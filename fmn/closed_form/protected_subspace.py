@@ -5,12 +5,17 @@ gives nothing for any context c with down c = 0, whatever up becomes. So down is
 directions of the concept's contexts that are orthogonal to the kept contexts, and up is trained.
 """
 
-import torch
+from collections.abc import Sequence
+from typing import Any
 
-from ..concepts.concept import Prompt
+import torch
+from torch import Tensor
+
+from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
 from ..models.families import layers
+from ..models.interface import UNetModel
 from ..models.token_positions import CHUNK, EOS_ID, flagged_positions
 from ..settings import setting
 
@@ -19,8 +24,7 @@ SMALLEST = 1e-9  # share of a sum of squares below which a direction is rounding
 AT_ONCE = 64
 
 
-def protect():
-    """The setting."""
+def protect_setting() -> Any:
     return setting(
         False,
         "On: train only what cannot change the keep-list's words (SuPLoRA). Needs keys and values "
@@ -28,13 +32,15 @@ def protect():
     )
 
 
-def protected_downs(model, concepts, keep, scope, settings):
-    """Fixed lora_down matrices for ``fitting.learn``: layer name -> [r, D], or None.
+def protected_downs(
+    model: UNetModel, concepts: Sequence[Concept], keep: Sequence[str], scope: str, settings: Any
+) -> dict[str, Tensor] | None:
+    """Fixed lora_down matrices for training: layer name -> [r, D], or None.
 
     Args:
-        keep: the user's own words and prompts to protect, beside the empty prompt, which guidance
+        keep: the user's words and prompts to protect, beside the empty prompt, which guidance
             uses, and the shipped lists for the concepts' kinds.
-        scope: of ``fitting.SCOPES``.
+        scope: of ``fit_adapters.SCOPES``.
         settings: has ``protect``, ``rank``, and may have ``full_weights``; without ``protect``
             nothing is fixed.
 
@@ -45,22 +51,22 @@ def protected_downs(model, concepts, keep, scope, settings):
         return None
     if scope != "kv" or getattr(settings, "full_weights", False):
         raise ForgetError(
-            "protect works for low-rank keys and values alone, which are all that reads the text: "
+            "protect works for low-rank keys and values alone, the only layers that read the text: "
             "choose those layers and turn full_weights off, or turn protect off."
         )
     # Each of the two groups counts as much: a user's few words would drown in a long list.
-    groups = [second_moment(model, ("", *own)) for own in (keep, keep_for(concepts, keep))]
-    kept = sum(group / group.trace() for group in groups)
+    groups = [weighted_moment(model, ("", *words)) for words in (keep, keep_for(concepts, keep))]
+    kept = groups[0] / groups[0].trace() + groups[1] / groups[1].trace()
     down = protected_down(concept_moment(model, concepts), kept, settings.rank)
     return {layer.name: down.float() for layer in layers(model.family) if layer.is_key_or_value}
 
 
-def protected_down(concept, kept, rank, energy=ENERGY):
+def protected_down(concept: Tensor, kept: Tensor, rank: int, energy: float = ENERGY) -> Tensor:
     """The directions in which contexts of the concept vary most, off the span of the kept ones.
 
-    Kept contexts of real words span the whole space sooner or later, if only by little. So of
-    their principal directions only those are kept out that hold, largest first, the share
-    ``energy`` of their sum of squares: |c down^T| <= sqrt(1 - energy) |c| in the root mean square.
+    Kept contexts of real words span the whole space sooner or later, if only by little. So only
+    those of their principal directions are excluded that hold, largest first, the share ``energy``
+    of their sum of squares: |c down^T| <= sqrt(1 - energy) |c| in the root mean square.
 
     Args:
         concept, kept: sums of c c^T, [D, D] in float64.
@@ -85,17 +91,20 @@ def protected_down(concept, kept, rank, energy=ENERGY):
     return (free @ inside[:, -count:].flip(1)).mT.contiguous()
 
 
-def second_moment(model, texts):
-    """Sum of c c^T over the contexts of texts of at most 75 tokens; see ``position_weights``."""
+def weighted_moment(model: UNetModel, texts: Sequence[str]) -> Tensor:
+    """Sum of w c c^T over the contexts c of texts of at most 75 tokens: [D, D] in float64.
+
+    The weights w are ``position_weights``.
+    """
     total = torch.zeros(model.family.context_dim, model.family.context_dim, dtype=torch.float64)
     for i in range(0, len(texts), AT_ONCE):
         part = texts[i : i + AT_ONCE]
         weights = [position_weights(model.tokenize(Prompt(text, text))) for text in part]
-        total += _weighted(model.encode_all(part).flatten(0, 1), torch.cat(weights))
+        total += _weighted_gram(model.encode_all(part).flatten(0, 1), torch.cat(weights))
     return total
 
 
-def concept_moment(model, concepts):
+def concept_moment(model: UNetModel, concepts: Sequence[Concept]) -> Tensor:
     """The same over the training prompts' contexts from the concept's first token on: the text
     encoder is causal, so those before it know nothing of the concept."""
     total = torch.zeros(model.family.context_dim, model.family.context_dim, dtype=torch.float64)
@@ -104,24 +113,24 @@ def concept_moment(model, concepts):
         subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
         weights = position_weights(ids)
         weights[: flagged_positions(prompt, ids, subject, "none")[0]] = 0
-        total += _weighted(model.encode(prompt).context[0], weights)
+        total += _weighted_gram(model.encode(prompt).context[0], weights)
     return total
 
 
-def position_weights(ids):
-    """1 for BOS, words and the first EOT of each section; all padding together counts as 1.
+def position_weights(ids: Sequence[int | None]) -> Tensor:
+    """1 for BOS, words and the first EOT of each chunk; all padding together counts as 1: [T].
 
     Nearly all positions of a short prompt are padding, of nearly equal contexts, which would
     outweigh the words.
     """
     weights = torch.ones(len(ids), dtype=torch.float64)
     for start in range(0, len(ids), CHUNK):
-        section = ids[start : start + CHUNK]
-        behind = section.index(EOS_ID) + 1 if EOS_ID in section else CHUNK
+        chunk = ids[start : start + CHUNK]
+        behind = chunk.index(EOS_ID) + 1 if EOS_ID in chunk else CHUNK
         weights[start + behind : start + CHUNK] = 1 / max(CHUNK - behind, 1)
     return weights
 
 
-def _weighted(rows, weights):
+def _weighted_gram(rows: Tensor, weights: Tensor) -> Tensor:
     rows = rows.to("cpu", torch.float64)
     return rows.mT @ (weights[:, None] * rows)

@@ -1,19 +1,22 @@
 """The text embeddings that closed forms work on, as rows of float64 matrices.
 
 A closed form edits W so that W c becomes what W c* was, for the contexts c of a concept's tokens
-and c* of its anchor's. Which tokens those are decides much: ``TOKENS``.
+and c* of its anchor's. The choice of these tokens matters much: ``TOKENS``.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from ..concepts.concept import Prompt
+from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import CHOICES
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
-from ..models.token_positions import CHUNK, EOS_ID, mentions, word_positions
-from ..settings import setting
+from ..models.interface import Text, UNetModel
+from ..models.token_positions import CHUNK, EOS_ID, mentioned_positions, word_positions
+from ..settings import advanced, setting
 
 TOKENS = ("last", "from-last", "subject", "all")
 KEEP_TOKENS = ("last", "all")
@@ -26,10 +29,11 @@ OBJECT_TEMPLATES = (
 ART_TEMPLATES = (
     "painting by {}", "art by {}", "artwork by {}", "picture by {}", "style of {}",
 )  # fmt: skip
+EMPTY = Prompt("", "")
 
 
-def tokens_setting(default="last"):
-    return setting(
+def tokens_setting(default: str = "last") -> Any:
+    return advanced(
         default,
         "Which of the concept's tokens are edited. last: its last one. from-last: that one, the "
         "end of the text and its padding. subject: all of its words. all: every position but the "
@@ -38,8 +42,8 @@ def tokens_setting(default="last"):
     )
 
 
-def keep_tokens_setting():
-    return setting(
+def keep_tokens_setting() -> Any:
+    return advanced(
         "last",
         "Which tokens of kept words stay. last: the last one. all: every position, padding and "
         "the empty prompt too.",
@@ -47,7 +51,7 @@ def keep_tokens_setting():
     )
 
 
-def keep_list_setting():
+def keep_list_setting() -> Any:
     return setting(
         "auto",
         "Shipped list of what to keep, beside what is connected. auto: by the concept's kind.",
@@ -55,74 +59,99 @@ def keep_list_setting():
     )
 
 
-EMPTY = Prompt("", "")
+def expand_setting() -> Any:
+    return advanced(
+        False,
+        "On: also edit five templates around each name, such as 'photo of NAME'.",
+    )
 
 
-def templates_of(concept):
-    """UCE's further prompts of a concept."""
+def expanded_templates(concept: Concept) -> tuple[str, ...]:
+    """UCE's templates of a concept, beside its bare name."""
     return ART_TEMPLATES if concept.kind == "style" else OBJECT_TEMPLATES
+
+
+class EncodesText(Protocol):
+    """The part of a ``UNetModel`` that gives contexts."""
+
+    def tokenize(self, prompt: Prompt) -> Sequence[int | None]: ...
+
+    def encode(self, prompt: Prompt) -> Text: ...
+
+    def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor: ...
 
 
 class Pairs(NamedTuple):
     """Rows that belong together, float64 [n, D]: a concept's tokens and its anchor's."""
 
-    targets: torch.Tensor
-    anchors: torch.Tensor
+    targets: Tensor
+    anchors: Tensor
 
     @staticmethod
-    def cat(pairs):
+    def cat(pairs: "Iterable[Pairs]") -> "Pairs":
         return Pairs(*(torch.cat(parts) for parts in zip(*pairs)))
 
 
-def concept_pairs(model, concepts, tokens="last", further=lambda concept: ()):
+def concept_pairs(
+    model: EncodesText,
+    concepts: Sequence[Concept],
+    tokens: str = "last",
+    templates_of: Callable[[Concept], Sequence[str]] = lambda concept: (),
+) -> list[Pairs]:
     """The contexts of each concept's tokens beside those of its anchor: a ``Pairs`` a concept.
 
     A prompt's last token stands beside its anchor's, those behind it and before it likewise; an
     anchor with fewer words repeats its first. The empty prompt counts as its BOS, as in the
-    released code of UCE. Of a longer prompt, only the section of 77 tokens with the subject's last
+    released code of UCE. Of a longer prompt, only the chunk of 77 tokens with the subject's last
     mention counts: others know nothing of it.
 
     Args:
+        model: a ``UNetModel``; the ``learned`` of concepts need its text encoder too.
         tokens: of ``TOKENS``.
-        further: function from a concept to further prompts, with {} for the name.
+        templates_of: gives further prompts of a concept, with {} for the name.
 
     Raises:
         ForgetError: a concept's tokens cannot be found in its prompt.
     """
-    asked = [_asked(concept, further(concept)) for concept in concepts]
-    prompts = {prompt for pairs in asked for pair in pairs for prompt in pair}
-    encoded = _encoded(model, prompts, whole=tokens in ("from-last", "all"))
-    found = []
-    for concept, pairs in zip(concepts, asked):
-        made = []
-        for prompt, anchor in pairs:
-            (target, last, first), (other, other_last, _) = encoded[prompt], encoded[anchor]
-            made.append(_beside(target, other, _rows(tokens, last, first), last, other_last))
-        found.append(Pairs.cat(made + _learned_pairs(model, concept, tokens)))
-    return found
+    prompts_of = [_prompt_pairs(concept, templates_of(concept)) for concept in concepts]
+    prompts = {prompt for pairs in prompts_of for pair in pairs for prompt in pair}
+    mentioned = _encode_mentions(model, prompts, whole=tokens in ("from-last", "all"))
+    pairs_of = []
+    for concept, prompt_pairs in zip(concepts, prompts_of):
+        pairs = []
+        for prompt, anchor in prompt_pairs:
+            target, other = mentioned[prompt], mentioned[anchor]
+            rows = _selected_rows(tokens, target.last, target.first)
+            pairs.append(_aligned(target.rows, other.rows, rows, target.last, other.last))
+        pairs_of.append(Pairs.cat(pairs + _learned_pairs(model, concept, tokens)))
+    return pairs_of
 
 
-def _asked(concept, templates):
+def _prompt_pairs(concept: Concept, templates: Sequence[str]) -> list[tuple[Prompt, Prompt]]:
     """[(prompt, its anchor's)]; the empty one where there is no anchor."""
-    found = concept.bare_prompts()
+    anchored = concept.bare_prompts()
     for subject in concept.subjects:
         for template in templates:
-            anchor = template.format(concept.anchor) if concept.anchor else ""
-            found.append((Prompt(template.format(subject), subject), anchor))
+            text = fill(template, concept.anchor) if concept.anchor else ""
+            anchored.append((Prompt(fill(template, subject), subject), text))
     return [
         (prompt, prompt._replace(text=text, subject=concept.anchor) if text else EMPTY)
-        for prompt, text in found
+        for prompt, text in anchored
     ]
 
 
-def _learned_pairs(model, concept, tokens):
-    """Pairs of the embeddings that attacks found, which stand alone in a prompt as a name would."""
+def _learned_pairs(model: Any, concept: Concept, tokens: str) -> list[Pairs]:
+    """Pairs of the embeddings that attacks learned, which stand alone in a prompt as a name would.
+
+    Args:
+        model: a ``UNetModel``.
+    """
     if not concept.learned:
         return []
     anchor = Prompt(concept.anchor, concept.anchor)
-    other, other_last, _ = _encoded(model, {anchor}, whole=True)[anchor]
-    made = []
-    with model.borrow_text() as encoder, torch.no_grad():
+    other = _encode_mentions(model, {anchor}, whole=True)[anchor]
+    pairs = []
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
         for vectors in concept.learned:
             if vectors.dim() != 2 or vectors.shape[1] != encoder.width:
                 raise ForgetError(
@@ -131,116 +160,139 @@ def _learned_pairs(model, concept, tokens):
                 )
             text, _ = encoder.encode(PLACEHOLDER, vectors)
             target = text.context[0].cpu().double()
-            rows = _rows(tokens, len(vectors), 1)
-            made.append(_beside(target, other, rows, len(vectors), other_last))
-    return made
+            rows = _selected_rows(tokens, len(vectors), 1)
+            pairs.append(_aligned(target, other.rows, rows, len(vectors), other.last))
+    return pairs
 
 
-def _rows(tokens, last, first):
-    """The positions that ``TOKENS`` mean, for a subject from ``first`` to ``last``."""
+def _selected_rows(tokens: str, last: int, first: int) -> Tensor:
+    """The positions of ``TOKENS`` for a subject from ``first`` to ``last``."""
     end = CHUNK - 1 if tokens in ("from-last", "all") else last
-    return torch.arange(
-        {"last": last, "from-last": last, "subject": first, "all": 1}[tokens], end + 1
-    )
+    start = {"last": last, "from-last": last, "subject": first, "all": 1}[tokens]
+    return torch.arange(start, end + 1)
 
 
-def anchor_context(model, concept):
-    """The context [77, D] of a concept's anchor alone."""
-    return model.encode_all([concept.anchor])[0].cpu().double()
-
-
-def _beside(target, other, rows, position, other_position):
-    """Rows of one section, each with the other section's row that is as far from its position."""
+def _aligned(
+    target: Tensor, other: Tensor, rows: Tensor, position: int, other_position: int
+) -> Pairs:
+    """Rows of one chunk, each with the other chunk's row at the same distance from its position."""
     # BOS is the same in every prompt: it stands for words that only the empty anchor lacks.
     lowest = 1 if other_position else 0
     beside = (rows - position + other_position).clamp(lowest, CHUNK - 1)
     return Pairs(target[rows], other[beside])
 
 
-def _encoded(model, prompts, whole):
-    """Prompt -> the section with its subject's last mention, where in it that ends and begins.
+class _Mention(NamedTuple):
+    """The chunk with a subject's last mention, and where in it that ends and begins.
 
-    The section is [77, D], or if not ``whole`` as much of it as holds the prompt's words.
+    ``rows`` is the context [77, D], or only as much of it as holds the prompt's words.
     """
-    found, plain = {}, {}
+
+    rows: Tensor
+    last: int
+    first: int
+
+
+def _encode_mentions(
+    model: EncodesText, prompts: Iterable[Prompt], whole: bool
+) -> dict[Prompt, _Mention]:
+    """Prompt -> its subject's last mention, encoded; ``whole``: with all 77 rows."""
+    mentioned, short = {}, []
     for prompt in prompts:
         ids = model.tokenize(prompt)
-        section, last, first = _mentioned(model, prompt, ids)
+        start, last, first = _last_mention(model, prompt, ids)
         if prompt.plain and len(ids) == CHUNK:
-            plain[prompt] = CHUNK if whole else _first_end(ids) + 1
-            found[prompt] = None, last, first
+            short.append((prompt, CHUNK if whole else _first_end(ids) + 1, last, first))
         else:
             context = model.encode(prompt).context[0].cpu().double()
-            found[prompt] = context[section : section + CHUNK], last, first
-    texts = [prompt.text for prompt in plain]
-    for prompt, rows in zip(plain, beginnings(model, texts, list(plain.values()))):
-        found[prompt] = rows, *found[prompt][1:]
-    return found
+            mentioned[prompt] = _Mention(context[start : start + CHUNK], last, first)
+    texts, lengths = [prompt.text for prompt, *_ in short], [length for _, length, *_ in short]
+    for (prompt, _, last, first), rows in zip(short, first_tokens(model, texts, lengths)):
+        mentioned[prompt] = _Mention(rows, last, first)
+    return mentioned
 
 
-def _mentioned(model, prompt, ids):
-    """Where the section with a subject's last mention starts, and the mention ends and begins."""
+def _last_mention(
+    model: EncodesText, prompt: Prompt, ids: Sequence[int | None]
+) -> tuple[int, int, int]:
+    """Where the chunk with a subject's last mention starts, and the mention ends and begins."""
     if not prompt.text:
         return 0, 0, 0
     subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-    found = mentions(prompt, ids, subject)
-    section = found[-1] // CHUNK * CHUNK
-    return section, found[-1] - section, max(found[-len(word_positions(subject))] - section, 1)
+    positions = mentioned_positions(prompt, ids, subject)
+    start = positions[-1] // CHUNK * CHUNK
+    first = positions[-len(word_positions(subject))] - start
+    return start, positions[-1] - start, max(first, 1)
 
 
-def beginnings(model, texts, lengths):
+def first_tokens(model: EncodesText, texts: Sequence[str], lengths: Sequence[int]) -> list[Tensor]:
     """The first tokens of encoded texts: [length, D] each, float64, on the CPU.
 
-    CLIP is causal, a token knows nothing of those behind it: so they need not be computed. Of a
+    CLIP is causal: a token knows nothing of those behind it, so they need not be computed. Of a
     short text's 77 tokens that is nearly all.
 
     Args:
         texts: plain strings of at most 75 tokens.
         lengths: of each, at least up to its first end of text.
     """
-    found, order = {}, sorted(set(zip(lengths, texts)))
+    known: dict[tuple[int, str], Tensor] = {}
+    order = sorted(set(zip(lengths, texts)))
     for begin in range(0, len(order), TEXTS_AT_ONCE):
         part = order[begin : begin + TEXTS_AT_ONCE]
         contexts = model.encode_all([text for _, text in part], part[-1][0]).cpu().double()
-        found |= {each: rows[: each[0]] for each, rows in zip(part, contexts)}
-    return [found[each] for each in zip(lengths, texts)]
+        known |= {key: rows[: key[0]] for key, rows in zip(part, contexts)}
+    return [known[key] for key in zip(lengths, texts)]
 
 
-def words_of(model, texts):
-    """The contexts of texts up to the first end, that included: [n, D] each, float64."""
+def words_of(model: EncodesText, texts: Sequence[str]) -> list[Tensor]:
+    """The contexts of texts up to the first end, including it: [n, D] each, float64."""
     lengths = [_first_end(model.tokenize(Prompt(text, text))) + 1 for text in texts]
-    return beginnings(model, texts, lengths)
+    return first_tokens(model, texts, lengths)
 
 
-def end_pairs(model, texts, which="first"):
-    """The contexts of prompts' ends, each beside that of the prompt it stands for.
+def end_pairs(model: EncodesText, texts: Sequence[tuple[str, str]], which: str = "first") -> Pairs:
+    """The contexts of prompts' ends, each beside that of its anchored prompt.
 
     Args:
         texts: [(text, anchored text)], plain strings of at most 75 tokens.
         which: ``first``: the first EOT. ``all``: that and all padding behind it.
     """
-    found = []
-    # Whole sections of hundreds of concepts would not fit into memory.
+    pairs = []
+    # Whole chunks of hundreds of concepts would not fit into memory.
     for begin in range(0, len(texts), ENDS_AT_ONCE):
         both = [text for pair in texts[begin : begin + ENDS_AT_ONCE] for text in pair]
+        contexts: Sequence[Tensor]
         if which == "first":
             contexts = words_of(model, both)
             ends = [len(rows) - 1 for rows in contexts]
         else:
-            contexts = model.encode_all(both).cpu().double()
+            contexts = list(model.encode_all(both).cpu().double())
             ends = [_first_end(model.tokenize(Prompt(text, text))) for text in both]
         for i in range(0, len(both), 2):
             rows = torch.arange(ends[i], (ends[i] if which == "first" else CHUNK - 1) + 1)
-            found.append(_beside(contexts[i], contexts[i + 1], rows, ends[i], ends[i + 1]))
-    return Pairs.cat(found)
+            pairs.append(_aligned(contexts[i], contexts[i + 1], rows, ends[i], ends[i + 1]))
+    return Pairs.cat(pairs)
 
 
-def _first_end(ids):
+def encode_chunk(model: EncodesText, text: str | Prompt) -> Text:
+    """A prompt, or a plain text, that fits into one chunk of 77 tokens: [1, 77, D].
+
+    Raises:
+        ForgetError: it does not fit.
+    """
+    prompt = text if isinstance(text, Prompt) else Prompt(text, text)
+    encoded = model.encode(prompt)
+    if encoded.context.shape[1] != CHUNK:
+        raise ForgetError(f"'{prompt.text:.60}...' is too long: shorten it to 75 tokens.")
+    return encoded
+
+
+def _first_end(ids: Sequence[int | None]) -> int:
     return ids[:CHUNK].index(EOS_ID)
 
 
-def kept_contexts(model, texts, tokens="last"):
-    """Contexts [n, D] in float64 of what is to stay.
+def kept_contexts(model: UNetModel, texts: Sequence[str], tokens: str = "last") -> Tensor:
+    """Contexts [n, D] in float64 of what is kept.
 
     Args:
         texts: words or prompts of at most 75 tokens.

@@ -1,12 +1,17 @@
-"""What is to be forgotten, and the prompts that speak of it."""
+"""A concept to forget, and the prompts that name it."""
+
+from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ForgetError
 from .wordlists import unsafe_terms
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("identity", "object", "style", "unsafe", "custom")
 
@@ -51,11 +56,11 @@ class Concept:
     kind: str = "object"
     aliases: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
-    images: object = field(default=None, compare=False, repr=False)
+    images: Tensor | None = field(default=None, compare=False, repr=False)
     anchor: str = ""
-    learned: tuple = field(default=(), compare=False, repr=False)
+    learned: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.name.strip():
             raise ForgetError("The concept's name is empty: type the words to forget.")
         if not all(alias.strip() for alias in self.aliases):
@@ -80,46 +85,47 @@ class Concept:
             )
 
     @property
-    def subjects(self):
+    def subjects(self) -> tuple[str, ...]:
         """All words to forget: the name (for an unsafe category its terms), then the aliases."""
         return tuple(subject for subject, _ in self._phrases())
 
-    def _phrases(self):
-        """(subject, how a template holds it); they differ only for terms of unsafe categories."""
+    def _phrases(self) -> list[tuple[str, str]]:
+        """(subject, its phrase in a template); they differ only for terms of unsafe categories."""
         if self.kind != "unsafe":
             return [(subject, subject) for subject in (self.name, *self.aliases)]
-        unique = {}
+        unique: dict[str, tuple[str, str]] = {}
         for term, phrase in (*_terms(self.name), *zip(self.aliases, self.aliases)):
             unique.setdefault(term.casefold(), (term, phrase))
         return list(unique.values())
 
-    def training_prompts(self):
+    def training_prompts(self) -> list[Prompt]:
         """The template filled with the name and every alias, then the concept's own prompts."""
         return [prompt for prompt, _ in self.anchored_prompts()]
 
-    def anchored_prompts(self):
+    def anchored_prompts(self) -> list[tuple[Prompt, str]]:
         """Each training prompt with the text that holds the anchor instead: [(Prompt, str)].
 
         The text is "" where there is no anchor. It is read as the prompt is: literally if
         ``Prompt.plain``. In own prompts every name and alias is replaced.
         """
         if self.kind not in TEMPLATES:
-            return self._own_prompts()
+            return self.own_prompts()
         template = TEMPLATES[self.kind]
         anchored = self.anchor and template.format(self.anchor)
         made = [(Prompt(template.format(text), name), anchored) for name, text in self._phrases()]
-        return made + self._own_prompts()
+        return made + self.own_prompts()
 
-    def bare_prompts(self):
+    def bare_prompts(self) -> list[tuple[Prompt, str]]:
         """What closed forms edit: the name and the aliases alone, each with the anchor alone,
         then the concept's own prompts as in ``anchored_prompts``: [(Prompt, str)]."""
         alone = [(Prompt(subject, subject), self.anchor) for subject in self.subjects]
-        return alone + self._own_prompts()
+        return alone + self.own_prompts()
 
-    def _own_prompts(self):
+    def own_prompts(self) -> list[tuple[Prompt, str]]:
+        """The concept's own prompts as in ``anchored_prompts``."""
         return [(self._own(text), self.anchor and self._swapped(text)) for text in self.prompts]
 
-    def _own(self, text):
+    def _own(self, text: str) -> Prompt:
         # Longest first, so that an alias that contains the name is taken whole.
         plain = text.replace("\\(", "(").replace("\\)", ")").lower()
         for subject in sorted(self.subjects, key=len, reverse=True):
@@ -131,7 +137,7 @@ class Concept:
             f"write {words} into it, or remove the prompt."
         )
 
-    def _swapped(self, text):
+    def _swapped(self, text: str) -> str:
         """An own prompt with the anchor for every subject; the rest of it stays."""
         longest_first = sorted(self.subjects, key=len, reverse=True)
         either = "|".join(_escaped_or_not(subject) for subject in longest_first)
@@ -146,21 +152,21 @@ class Concept:
             f"as in '{self.name}', or remove the prompt."
         )
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What a patch file says of the concept: everything but the pictures."""
         lists = {"aliases": list(self.aliases), "prompts": list(self.prompts)}
         anchor = {"anchor": self.anchor} if self.anchor else {}
         return {"name": self.name, "kind": self.kind} | lists | anchor
 
 
-def parse_concept(text, kind="object", **more):
+def parse_concept(text: str, kind: str = "object", **more: Any) -> Concept:
     """Read ``KIND:NAME | ALIAS | ALIAS -> ANCHOR``, all but the name optional.
 
     For example ``style:ink drawing | pen drawing -> photo``. ``more`` goes to ``Concept``; what the
     text says goes first.
 
     Raises:
-        ForgetError: a word before a colon is no kind, or the arrow points to nothing.
+        ForgetError: a word before a colon is not a kind, or the arrow points to nothing.
     """
     text, arrow, anchor = text.partition(ARROW)
     if arrow:
@@ -178,11 +184,11 @@ def parse_concept(text, kind="object", **more):
     return Concept(name, kind, **more)
 
 
-def kind_and_name(text, kind):
+def kind_and_name(text: str, kind: str) -> tuple[str, str]:
     """Read ``KIND:NAME``, or the name alone, which is of the kind given: (kind, name).
 
     Raises:
-        ForgetError: one word stands before the first colon, and is no kind.
+        ForgetError: one word stands before the first colon, and is not a kind.
     """
     prefix, colon, name = text.partition(":")
     prefix = prefix.strip()
@@ -190,13 +196,13 @@ def kind_and_name(text, kind):
         return kind, text.strip()
     if prefix not in KINDS:
         raise ForgetError(
-            f"'{prefix:.60}' is no kind: use {', '.join(KINDS)}; a name that holds a colon needs a "
+            f"'{prefix:.60}' is not a kind: use {', '.join(KINDS)}; a name with a colon needs a "
             f"kind before it, as in '{kind}:{text.strip():.60}'."
         )
     return prefix, name.strip()
 
 
-def _terms(name):
+def _terms(name: str) -> tuple[tuple[str, str], ...]:
     """((term, phrase), ...) of an unsafe category, or the name itself."""
     known = unsafe_terms()
     category = re.sub(r"[\s_]+", "-", name.strip().casefold())
@@ -205,6 +211,6 @@ def _terms(name):
     return known.get(category, ((name, name),))
 
 
-def _escaped_or_not(subject):
+def _escaped_or_not(subject: str) -> str:
     """A pattern for the subject in a prompt, where its parentheses may have a backslash."""
     return "".join(rf"\\?{re.escape(c)}" if c in "()" else re.escape(c) for c in subject)

@@ -1,10 +1,12 @@
-"""Lists of concepts: lines, CSV, YAML or JSON. A list may be a stranger's, so all is bounded."""
+"""Lists of concepts: lines, CSV, YAML or JSON. A list is untrusted, so everything is bounded."""
 
 import csv
 import io
 import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from ..errors import ForgetError
 from .concept import Concept, kind_and_name, parse_concept
@@ -15,8 +17,9 @@ MAX_CONCEPTS = 2000
 MAX_TEXTS = 200  # aliases or prompts of one concept
 MAX_LENGTH = 1000  # letters of one text
 FIELDS = ("name", "kind", "aliases", "prompts", "anchor")
-LISTS = ("aliases", "prompts")
+LIST_FIELDS = ("aliases", "prompts")
 SUFFIXES = (".txt", ".csv", ".yaml", ".yml", ".json")
+Entry: TypeAlias = tuple[int, Any]  # number of its line, from 1, and plain data
 SEPARATORS = re.compile(r"[|;]")  # of aliases and prompts in a cell of CSV
 KINDS_OF_DATA = {
     list: "a list", dict: "a mapping", type(None): "empty", bool: "yes or no",
@@ -24,8 +27,8 @@ KINDS_OF_DATA = {
 }  # fmt: skip
 
 
-def read_concepts(text_or_path, kind="object"):
-    """Concepts from a text or a file: ``list[Concept]``.
+def read_concepts(text_or_path: str | Path, kind: str = "object") -> list[Concept]:
+    """Concepts from a text or a file.
 
     Args:
         text_or_path: a ``Path``, or a string that is one line and ends like a file name
@@ -39,11 +42,12 @@ def read_concepts(text_or_path, kind="object"):
     Raises:
         ForgetError: no such file, too big, or something wrong in it; the message names the line.
     """
-    one_line = isinstance(text_or_path, str) and len(text_or_path.strip().splitlines()) == 1
-    named = one_line and text_or_path.strip().lower().endswith(SUFFIXES)
-    if isinstance(text_or_path, str) and not named:
-        return parse_lines(text_or_path, kind)
-    path = Path(text_or_path.strip() if named else text_or_path)
+    if isinstance(text_or_path, str):
+        text = text_or_path.strip()
+        if len(text.splitlines()) != 1 or not text.lower().endswith(SUFFIXES):
+            return parse_lines(text_or_path, kind)
+        text_or_path = text
+    path = Path(text_or_path)
     text, suffix = _read(path), path.suffix.lower()
     place = f"'{path.name}', line "
     if suffix == ".json":
@@ -55,7 +59,7 @@ def read_concepts(text_or_path, kind="object"):
     return parse_lines(text, kind, place)
 
 
-def parse_lines(text, kind="object", place="Line "):
+def parse_lines(text: str, kind: str = "object", place: str = "Line ") -> list[Concept]:
     """Concepts from lines ``KIND:NAME | ALIAS -> ANCHOR``, all but the name optional.
 
     ``#`` begins a comment.
@@ -71,12 +75,14 @@ def parse_lines(text, kind="object", place="Line "):
     return _concepts(lines_of(text), kind, place)
 
 
-def _read(path):
+def _read(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise ForgetError(f"'{path}' has more than {MAX_BYTES >> 20} MiB: that is no list.")
+            raise ForgetError(
+                f"'{path}' has more than {MAX_BYTES >> 20} MiB: that is too much for a list."
+            )
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
@@ -85,11 +91,10 @@ def _read(path):
         ) from error
 
 
-def _concepts(entries, kind, place):
-    """Concepts of (line number, plain data) pairs."""
-    found = {}
+def _concepts(entries: Iterable[Entry], kind: str, place: str) -> list[Concept]:
+    concepts: dict[tuple[str, str], tuple[int, Concept]] = {}
     for number, entry in entries:
-        if len(found) == MAX_CONCEPTS:
+        if len(concepts) == MAX_CONCEPTS:
             raise ForgetError(
                 f"{place}{number}: more than {MAX_CONCEPTS} concepts: split the list."
             )
@@ -97,18 +102,19 @@ def _concepts(entries, kind, place):
             concept = concept_of(entry, kind)
         except ForgetError as error:
             raise ForgetError(f"{place}{number}: {error}") from error
-        first, kept = found.setdefault((concept.name.casefold(), concept.kind), (number, concept))
-        if kept is not concept:
+        key = concept.name.casefold(), concept.kind
+        first, known = concepts.setdefault(key, (number, concept))
+        if known is not concept:
             raise ForgetError(
                 f"{place}{number}: '{concept.name}' is on line {first} already: keep one."
             )
-    if not found:
+    if not concepts:
         raise ForgetError("The list names no concept: write at least one, e.g. 'dog -> cat'.")
-    return [concept for _, concept in found.values()]
+    return [concept for _, concept in concepts.values()]
 
 
-def concept_of(entry, kind="object"):
-    """A concept of plain data that may be a stranger's: a line, or a mapping of ``FIELDS``.
+def concept_of(entry: Any, kind: str = "object") -> Concept:
+    """A concept of untrusted plain data: a line, or a mapping of ``FIELDS``.
 
     Raises:
         ForgetError: it has other fields or kinds of values, or too many or long ones.
@@ -123,13 +129,16 @@ def concept_of(entry, kind="object"):
             raise ForgetError(f"there is no field {shown}: use {', '.join(FIELDS)}.")
     if "name" not in entry:
         raise ForgetError("the field 'name' is missing: write the words to forget.")
-    texts = {k: _text(v, k) for k, v in entry.items() if k not in LISTS}
-    if "kind" not in texts:
-        texts["kind"], texts["name"] = kind_and_name(texts["name"], kind)
-    return Concept(**texts, **{k: _texts(v, k) for k, v in entry.items() if k in LISTS})
+    values: dict[str, Any] = {
+        name: (_texts if name in LIST_FIELDS else _text)(value, name)
+        for name, value in entry.items()
+    }
+    if "kind" not in values:
+        values["kind"], values["name"] = kind_and_name(values["name"], kind)
+    return Concept(**values)
 
 
-def _text(value, name):
+def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ForgetError(f"{name} is {_kind(value)}: write a text, in quotes if need be.")
     if len(value) > MAX_LENGTH:
@@ -137,7 +146,7 @@ def _text(value, name):
     return value.strip()
 
 
-def _texts(value, name):
+def _texts(value: Any, name: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ForgetError(f"{name} is {_kind(value)}: write a list of texts.")
     if len(value) > MAX_TEXTS:
@@ -145,12 +154,12 @@ def _texts(value, name):
     return tuple(_text(one, f"an entry of {name}") for one in value)
 
 
-def _kind(value):
+def _kind(value: Any) -> str:
     return KINDS_OF_DATA.get(type(value), f"a {type(value).__name__}")
 
 
-def _csv_entries(text, place):
-    """(line number, entry) of the rows of a table; blank ones are skipped."""
+def _csv_entries(text: str, place: str) -> Iterator[Entry]:
+    """The rows of a table; blank ones are skipped."""
     reader, begun = csv.reader(io.StringIO(text, newline=""), strict=True), 1
     columns = None
     try:
@@ -172,7 +181,7 @@ def _csv_entries(text, place):
         raise ForgetError(f"{place}{begun}: this CSV cannot be read: {error}.") from error
 
 
-def _columns(cells, place):
+def _columns(cells: list[str], place: str) -> list[str]:
     """The header row of a table, checked."""
     wrong = [cell for cell in cells if cell not in FIELDS]
     if wrong or "name" not in cells or len(set(cells)) < len(cells):
@@ -184,37 +193,36 @@ def _columns(cells, place):
     return cells
 
 
-def _entry_of_row(cells):
-    entry = {name: cell for name, cell in cells.items() if cell or name == "name"}
-    for name in LISTS:
+def _entry_of_row(cells: dict[str, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {name: cell for name, cell in cells.items() if cell or name == "name"}
+    for name in LIST_FIELDS:
         if name in entry:
             texts = (text.strip() for text in SEPARATORS.split(entry[name]))
             entry[name] = [text for text in texts if text]
     return entry
 
 
-def _json_entries(text, place):
-    """(line number, entry) of a JSON list."""
+def _json_entries(text: str, place: str) -> list[Entry]:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ForgetError(f"{place}{error.lineno}: this is not valid JSON: {error.msg}.") from error
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, a deep nest
-        raise ForgetError(f"{place}1: this JSON is no list of concepts: {error}.") from error
+        raise ForgetError(f"{place}1: this JSON is not a list of concepts: {error}.") from error
     if not isinstance(data, list):
-        raise ForgetError(f"{place}1: the file is no list: write [...] around the concepts.")
+        raise ForgetError(f"{place}1: the file is not a list: write [...] around the concepts.")
     if len(data) > MAX_CONCEPTS:
         raise ForgetError(f"{place}1: more than {MAX_CONCEPTS} concepts: split the list.")
     decoder, numbers, position = json.JSONDecoder(), [], text.index("[") + 1
     for _ in data:
-        position = re.compile(r"[\s,]*").match(text, position).end()
+        while text[position].isspace() or text[position] == ",":
+            position += 1
         numbers.append(text.count("\n", 0, position) + 1)
         _, position = decoder.raw_decode(text, position)
     return list(zip(numbers, data))
 
 
-def _yaml_entries(text, place):
-    """(line number, entry) of a YAML list."""
+def _yaml_entries(text: str, place: str) -> list[Entry]:
     try:
         import yaml
     except ImportError as error:
@@ -239,7 +247,7 @@ def _yaml_entries(text, place):
         loader = Loader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.SequenceNode):
-            raise ForgetError(f"{place}1: the file is no list: write '- ' before each concept.")
+            raise ForgetError(f"{place}1: the file is not a list: write '- ' before each concept.")
         return [
             (node.start_mark.line + 1, loader.construct_object(node, deep=True))
             for node in root.value

@@ -1,11 +1,17 @@
-"""What must stay when concepts are forgotten: the user's own words, and lists that come along."""
+"""What to keep when concepts are forgotten: the user's words, and the lists shipped here."""
 
 import re
 import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from ..errors import ForgetError
+from ..text import ARTICLES
+from .concept import Concept
 from .wordlists import entries
+
+Words = tuple[str, ...]  # of a text, as ``_words`` gives them
 
 LISTS = ("none", "common", "styles", "artists", "people")
 CHOICES = ("auto", *LISTS)
@@ -20,7 +26,7 @@ AUTO = {
 }
 
 
-def keep_words(name):
+def keep_words(name: str) -> tuple[str, ...]:
     """The entries of a shipped list, one of ``LISTS``, in its order; "none" is empty.
 
     Raises:
@@ -31,50 +37,71 @@ def keep_words(name):
     return () if name == "none" else entries(name)
 
 
-def keep_for(concepts, given=(), lists="auto"):
+def keep_for(
+    concepts: Sequence[Concept], given: Iterable[str] = (), lists: str = "auto"
+) -> tuple[str, ...]:
     """Words and prompts that a method keeps while it forgets some concepts.
 
     Args:
-        concepts: the ``Concept``s to forget.
-        given: the user's own words and prompts. They go first and stay, whatever they contain.
+        concepts: to forget.
+        given: the user's words and prompts. They go first and stay, whatever they contain.
         lists: one of ``CHOICES``; "auto" takes the lists of ``AUTO`` for the concepts' kinds.
 
     Returns:
-        a tuple of strings, each once, in a stable order. An entry of a list is left out if it
-        contains a forgotten name or alias, is contained in a concept's name, or equals an anchor.
-        Whole words count; letter case, accents, an article in front and simple plurals (-s, -es,
-        -ies) make no difference.
+        strings, each once, in a stable order. An entry of a list is left out if it contains a
+        forgotten name or alias, is contained in a concept's name, or equals an anchor. Whole words
+        count; letter case, accents, an article in front and simple plurals (-s, -es, -ies) make no
+        difference.
 
     Raises:
         ForgetError: there is no such list, or a given word is itself to be forgotten.
     """
     if lists not in CHOICES:
         raise ForgetError(f"There is no keep-list '{lists}': choose one of {', '.join(CHOICES)}.")
-    subjects = [_words(subject) for concept in concepts for subject in concept.subjects]
-    names = [_words(concept.name) for concept in concepts]
-    anchors = [_words(concept.anchor) for concept in concepts]
+    subjects = _by_first_word(subject for concept in concepts for subject in concept.subjects)
+    anchors = _by_first_word(concept.anchor for concept in concepts)
+    names = _by_form((name, name) for name in (_words(concept.name) for concept in concepts))
 
-    def left_out(words):
-        return (
-            any(_holds(words, subject) for subject in subjects)
-            or any(_holds(name, words) for name in names)
-            or any(_same(words, anchor) for anchor in anchors)
+    def left_out(words: Words) -> bool:
+        return bool(words) and (
+            any(
+                _same(words[i : i + len(subject)], subject)
+                for i, word in enumerate(words)
+                for subject in subjects.get(word, ())
+            )
+            or any(_holds(name, words) for name in names.get(words[0], ()))
+            or any(_same(words, anchor) for anchor in anchors.get(words[0], ()))
         )
 
     own = [text.strip() for text in given if text.strip()]
     for text in own:
-        if any(_same(_words(text), subject) for subject in subjects):
+        words = _words(text)
+        if words and any(_same(words, subject) for subject in subjects.get(words[0], ())):
             raise ForgetError(
                 f"'{text}' is both to be kept and to be forgotten: take it out of one of the two."
             )
     shipped = [text for text in _chosen(concepts, lists) if not left_out(_words(text))]
-    unique = {}
+    unique: dict[str, str] = {}
     for text in own + shipped:
         unique.setdefault(text.casefold(), text)
     return tuple(unique.values())
 
 
-def _chosen(concepts, lists):
+def _by_first_word(texts: Iterable[str]) -> dict[str, list[Words]]:
+    """The words of texts, under each form of the first one."""
+    return _by_form((words[:1], words) for words in map(_words, texts))
+
+
+def _by_form(texts: Iterable[tuple[Words, Words]]) -> dict[str, list[Words]]:
+    """Texts under each form of their keys, both as words: thousands of them are found at once."""
+    index = defaultdict(list)
+    for keys, words in texts:
+        for form in {form for key in keys for form in _forms(key)}:
+            index[form].append(words)
+    return index
+
+
+def _chosen(concepts: Sequence[Concept], lists: str) -> Sequence[str]:
     if lists != "auto":
         return keep_words(lists)
     names = [name for concept in concepts for name in AUTO[concept.kind]]
@@ -82,16 +109,16 @@ def _chosen(concepts, lists):
 
 
 @lru_cache(maxsize=4096)
-def _words(text):
+def _words(text: str) -> Words:
     """The words of a text without case, accents and an article in front."""
     letters = unicodedata.normalize("NFKD", text)
     plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     words = tuple(re.findall(r"\w+", plain.casefold()))
-    return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
+    return words[1:] if len(words) > 1 and words[0] in ARTICLES else words
 
 
 @lru_cache(maxsize=4096)
-def _forms(word):
+def _forms(word: str) -> set[str]:
     """The word with its simple plurals and singulars; ``b in _forms(a)`` if ``a in _forms(b)``."""
     forms = {word, f"{word}s", f"{word}es"}
     for ending, other in (("y", "ies"), ("ies", "y"), ("s", ""), ("es", "")):
@@ -100,11 +127,11 @@ def _forms(word):
     return forms
 
 
-def _same(words, others):
+def _same(words: Words, others: Words) -> bool:
     return len(words) == len(others) > 0 and all(b in _forms(a) for a, b in zip(words, others))
 
 
-def _holds(words, part):
+def _holds(words: Words, part: Words) -> bool:
     """Whether ``part`` is a run of ``words``."""
     starts = range(len(words) - len(part) + 1)
     return any(_same(words[start : start + len(part)], part) for start in starts)

@@ -1,11 +1,14 @@
-"""Sentences that speak of a concept, each beside the same one of its anchor, or of nothing."""
+"""Prompts that name a concept, each beside the same prompt with its anchor, or without the name."""
 
 import re
+from collections.abc import Sequence
 
-from .concept import TEMPLATES
+from ..sequences import evenly
+from ..text import with_article
+from .concept import TEMPLATES, Concept, Prompt
 
-PLACEHOLDER = "<*>"  # stands in a prompt for input embeddings that are no word's
-# Sentence i is frame i with setting i, both taken in turns. Their numbers have no common divisor,
+PLACEHOLDER = "<*>"  # stands in a prompt for input embeddings that belong to no word
+# Prompt i is template i with setting i, both taken in turns. Their counts have no common divisor,
 # so all 11 x 20 and 9 x 20 pairs come before any comes again.
 FRAMES = (
     "a photo of {} {}", "a painting of {} {}", "{} {}", "a picture of {} {}", "a drawing of {} {}",
@@ -32,99 +35,96 @@ THINGS = (
 KEPT_FRAMES = (
     "{}", "a photo of {}", "{}, {}", "{1} of {0}", "{} in the style of {}", "a picture of {}, {}",
 )  # fmt: skip
-STRIDE = 5  # through the styles: next to each other in the lists are those that look alike
+STRIDE = 5  # through the styles: neighbours in the lists look alike
 
 
-def sentences(concept, count):
-    """[(text, anchored text)]: sentences with each name, then the concept's own prompts.
+def fill(template: str, words: str) -> str:
+    """A user's template with the words for {}; other braces stay as they are."""
+    return template.replace("{}", words)
 
-    Without an anchor the other sentence is the same one without the name. Own prompts are read
-    literally: parentheses are no weights.
+
+def sentences(concept: Concept, count: int) -> list[tuple[str, str]]:
+    """[(prompt, anchored prompt)]: ``count`` for each name, then the concept's own prompts.
+
+    Without an anchor the second is the same prompt without the name. Own prompts are read
+    literally: parentheses are not weights.
     """
-    found = []
+    pairs: list[tuple[str, str]] = []
+    anchored = _prompts(concept, concept.anchor, count)
     for subject in concept.subjects:
-        for i in range(count):
-            text, other = (_sentence(concept, name, i) for name in (subject, concept.anchor))
-            found.append((text, other))
-    own = concept.bare_prompts()[len(concept.subjects) :]
-    return found + [(prompt.text, anchored or _without(prompt)) for prompt, anchored in own]
+        pairs += zip(_prompts(concept, subject, count), anchored)
+    own = concept.own_prompts()
+    return pairs + [(prompt.text, anchored or _without_name(prompt)) for prompt, anchored in own]
 
 
-def styled_sentences(concept, styles, count):
-    """[(text, anchored text)]: sentences like the kept ones in styles; none for a style."""
+def _prompts(concept: Concept, name: str, count: int) -> list[str]:
+    """``count`` prompts with a name in the concept's place."""
+    style = concept.kind == "style"
+    frames, contexts = (STYLE_FRAMES, THINGS) if style else (FRAMES, SETTINGS)
+    # Whoever forgets "cat" must not find "with a cat" in both prompts.
+    names = "|".join(map(re.escape, (*concept.subjects, *filter(None, [concept.anchor]))))
+    named = re.compile(rf"\b(?:{names})\b", flags=re.IGNORECASE)
+    others = [context for context in contexts if not named.search(context)]
+    filled = [frames[i % len(frames)].format(name, others[i % len(others)]) for i in range(count)]
+    return [" ".join(prompt.split()) for prompt in filled]
+
+
+def styled_sentences(concept: Concept, styles: Sequence[str], count: int) -> list[tuple[str, str]]:
+    """[(prompt, anchored prompt)] as in ``kept_sentences`` with a style; none for a style."""
     if concept.kind == "style" or not styles:
         return []
-    found = []
+    pairs = []
     for subject in concept.subjects:
         for i in range(count):
             style = styles[(i * STRIDE + len(subject)) % len(styles)]
             names = subject, concept.anchor
             if i % 2:
                 names = with_article(subject), concept.anchor and with_article(concept.anchor)
-            texts = [KEPT_FRAMES[2 + i % 4].format(name, style) for name in names]
-            found.append(tuple(map(_tidy, texts)))
-    return found
+            frame = KEPT_FRAMES[2 + i % 4]
+            prompt, anchored = (_tidy(frame.format(name, style)) for name in names)
+            pairs.append((prompt, anchored))
+    return pairs
 
 
-def _tidy(text):
+def _tidy(text: str) -> str:
     """Without the spaces and the comma in front that a missing name leaves."""
     return " ".join(text.split()).replace(" ,", ",").removeprefix(", ")
 
 
-def _sentence(concept, name, i):
-    style = concept.kind == "style"
-    frames, others = (STYLE_FRAMES, THINGS) if style else (FRAMES, SETTINGS)
-    names = [*concept.subjects, *filter(None, [concept.anchor])]
-    # Whoever forgets "cat" must not find "with a cat" in both sentences.
-    others = [each for each in others if not any(_holds(each, one) for one in names)]
-    return " ".join(frames[i % len(frames)].format(name, others[i % len(others)]).split())
-
-
-def _holds(text, name):
-    return re.search(rf"\b{re.escape(name)}\b", text, flags=re.I) is not None
-
-
-def kept_sentences(words, styles, count):
-    """``count`` sentences of kept words, some of them in a style; the empty prompt comes first.
+def kept_sentences(words: Sequence[str], styles: Sequence[str], count: int) -> list[str]:
+    """The empty prompt and ``count`` prompts with kept words, some of them in a style.
 
     Spread evenly over the words. What a patch keeps should look like what people type: words in
     sentences, beside other words.
     """
-    forms = KEPT_FRAMES if styles else KEPT_FRAMES[:2]
-    found = [""]
-    for i in range(count if words else 0):
+    frames = KEPT_FRAMES if styles else KEPT_FRAMES[:2]
+    prompts = [""]
+    for i, word in enumerate(evenly(words, count if words else 0)):
         style = styles[(i * STRIDE + i // len(styles)) % len(styles)] if styles else ""
-        word = words[i * len(words) // count]
-        word = word if i % len(forms) == 0 else with_article(word)
-        found.append(forms[i % len(forms)].format(word, style))
-    return found
+        word = word if i % len(frames) == 0 else with_article(word)
+        prompts.append(frames[i % len(frames)].format(word, style))
+    return prompts
 
 
-def together(words, count):
-    """Words in groups of up to ``count``, from all over the list, as one word each: "a, b, c"."""
+def together(words: Sequence[str], count: int) -> list[str]:
+    """Words in groups of up to ``count`` from all over the list, each group as "a, b, c"."""
     groups = -(-len(words) // count)
     if groups == len(words):
         return list(words)
     return [", ".join(map(with_article, words[i::groups])) for i in range(groups)]
 
 
-def with_article(word):
-    """The word with a or an, unless it has an article or is a name."""
-    if word[0].isupper() or word.split()[0] in ("a", "an", "the"):
-        return word
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
-
-
-def _without(prompt):
+def _without_name(prompt: Prompt) -> str:
     """A concept's own prompt without the name."""
-    return " ".join(re.sub(re.escape(prompt.subject), "", prompt.text, flags=re.I).split())
+    name = re.escape(prompt.subject)
+    return " ".join(re.sub(name, "", prompt.text, flags=re.IGNORECASE).split())
 
 
-def blanked(concept, count):
+def blanked(concept: Concept, count: int) -> tuple[str, ...]:
     """Prompts with ``PLACEHOLDER`` for the name: the template, the own ones, ``count`` more."""
     names = "|".join(re.escape(name) for name in sorted(concept.subjects, key=len, reverse=True))
-    template = TEMPLATES.get(concept.kind, "{}").format(PLACEHOLDER)
-    own = [prompt.text for prompt, _ in concept.bare_prompts()[len(concept.subjects) :]]
-    own = [re.sub(rf"\b({names})\b", PLACEHOLDER, text, flags=re.I) for text in own]
-    more = [_sentence(concept, PLACEHOLDER, i) for i in range(count)]
-    return tuple(dict.fromkeys(text for text in (template, *own, *more) if PLACEHOLDER in text))
+    named = re.compile(rf"\b({names})\b", flags=re.IGNORECASE)
+    template = fill(TEMPLATES.get(concept.kind, "{}"), PLACEHOLDER)
+    own = [named.sub(PLACEHOLDER, prompt.text) for prompt, _ in concept.own_prompts()]
+    prompts = (template, *own, *_prompts(concept, PLACEHOLDER, count))
+    return tuple(dict.fromkeys(prompt for prompt in prompts if PLACEHOLDER in prompt))

@@ -1,14 +1,15 @@
 """Safe Latent Diffusion (Schramowski et al. 2023, arXiv 2211.05105): guidance away from a concept.
 
 Nothing is trained and no weight changes: each step takes a third prediction, for a text that names
-the concept, and steers away from it where prompt and concept agree.
+the concept, and steers away from it where prompt and concept agree. Equations are the paper's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..concepts.concept import Prompt
+from ..concepts.concept import Concept, Prompt
 from ..errors import ForgetError
 
 # The released code's concept (ml-research/safe-latent-diffusion).
@@ -27,9 +28,9 @@ class SafeSettings:
     Attributes:
         warmup: delta, the first step that is steered, counted from 0.
         scale: s_S; 0 never steers.
-        threshold: lambda, in units of predicted noise; higher lets more of the picture be steered.
+        threshold: lambda, in units of predicted noise; a higher one steers more of the picture.
         momentum_scale: s_m, the momentum's share in the guidance.
-        momentum_beta: beta, how much of the momentum lasts from step to step.
+        momentum_beta: beta_m, the share of the momentum that lasts from step to step.
     """
 
     warmup: int
@@ -38,7 +39,7 @@ class SafeSettings:
     momentum_scale: float
     momentum_beta: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         limits = {
             "warmup": (0, 10000), "scale": (0, 1e6), "threshold": (-100, 100),
             "momentum_scale": (0, 1), "momentum_beta": (0, 0.999),
@@ -57,7 +58,9 @@ PRESETS = {
 }
 
 
-def safe_scale(text, concept, scale, threshold):
+def safe_scale(
+    text: torch.Tensor, concept: torch.Tensor, scale: float, threshold: float
+) -> torch.Tensor:
     """mu, how strongly each element is steered, 0 to 1.
 
     Args:
@@ -65,32 +68,34 @@ def safe_scale(text, concept, scale, threshold):
         scale, threshold: s_S and lambda.
     """
     difference = text - concept
-    phi = (difference.abs() * scale).clamp(max=1)
-    return torch.where(difference < threshold, phi, torch.zeros_like(phi))
+    phi = (difference.abs() * scale).clamp(max=1)  # equation 6
+    return torch.where(difference < threshold, phi, torch.zeros_like(phi))  # equation 5
 
 
 class SafeGuidance:
     """The guidance gamma of one sampling run; it holds the momentum nu.
 
     A step is one interval of the sampler's schedule. A sampler may predict several times in a
-    step: the momentum moves once a step, by the step's first prediction, and all of them use it as
-    the step found it.
+    step: the momentum moves once a step, by the step's first prediction, and all of them use the
+    momentum from before the step.
     """
 
-    def __init__(self, settings):
+    def __init__(self, settings: SafeSettings) -> None:
         self.settings = settings
         self.step = -1
-        self.momentum = self.following = 0.0
+        self.momentum: torch.Tensor | float = 0.0  # nu_t
+        self.next_momentum: torch.Tensor | float = 0.0  # nu_(t+1)
 
-    def idle(self, step):
+    def idle(self, step: int) -> bool:
         """Whether the step needs no prediction for the concept: warm-up without momentum."""
         return step < self.settings.warmup and self.settings.momentum_scale == 0
 
-    def __call__(self, step, text, concept, empty):
+    def __call__(
+        self, step: int, text: torch.Tensor, concept: torch.Tensor, empty: torch.Tensor
+    ) -> torch.Tensor:
         """gamma, zero during warm-up; the safe prediction for the prompt is eps_p - gamma.
 
-        Classifier-free guidance on that is the paper's
-        eps_0 + s_g ((eps_p - eps_0) - gamma).
+        Classifier-free guidance on that is equation 3: eps_0 + s_g ((eps_p - eps_0) - gamma).
 
         Args:
             step: index of the step, from 0.
@@ -100,16 +105,16 @@ class SafeGuidance:
         s = self.settings
         first = step > self.step
         if first:
-            self.step, self.momentum = step, self.following
+            self.step, self.momentum = step, self.next_momentum
         mu = safe_scale(text, concept, s.scale, s.threshold)
-        gamma = mu * (concept - empty) + s.momentum_scale * self.momentum
-        if first:
-            self.following = s.momentum_beta * self.momentum + (1 - s.momentum_beta) * gamma
+        gamma = mu * (concept - empty) + s.momentum_scale * self.momentum  # equations 4 and 7
+        if first:  # equation 8
+            self.next_momentum = s.momentum_beta * self.momentum + (1 - s.momentum_beta) * gamma
         return gamma if step >= s.warmup else torch.zeros_like(gamma)
 
 
-def step_of(sigma, sigmas):
-    """Which step of a schedule a prediction belongs to, from 0.
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """The step of a schedule that a prediction belongs to, from 0.
 
     Args:
         sigma: the prediction's noise level; one between two levels of the schedule counts to the
@@ -120,12 +125,11 @@ def step_of(sigma, sigmas):
     return max(reached - 1, 0)
 
 
-def concept_prompt(concepts, text):
-    """One text for everything that is to be left out, as the paper writes it: with commas.
+def concept_prompt(concepts: Sequence[Concept] | None, text: str) -> Prompt:
+    """One text for everything to leave out, separated by commas as in the paper.
 
     Args:
-        concepts: list of ``Concept``; names and aliases are taken. If there are any, they stand
-            in place of ``text``.
+        concepts: their names and aliases, if there are any, stand in place of ``text``.
         text: free text, in the host's prompt syntax.
     """
     if concepts:

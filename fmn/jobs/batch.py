@@ -1,149 +1,177 @@
-"""One patch a concept for a whole list, into a folder: what is there already is not made again."""
+"""One patch for each concept of a list, in a folder. Patches that exist are not made again."""
 
-import hashlib
-import json
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from .. import __version__
-from ..concepts.concept import Concept, Prompt
+from ..concepts.concept import Concept
 from ..errors import ForgetError
 from ..methods import check_keep, forget
-from ..models.families import layers
+from ..models.families import Family
+from ..models.interface import Model, TextEncoder, UNetModel
 from ..models.token_positions import CHUNK
-from ..patches.patch import FORMAT, load_patch, save_patch
+from ..patches.patch import load_patch, save_patch
+from ..progress import StepProgress
+from ..settings import Settings
 from ..text import printable
-from .sources import code_of
+from .recipe import hash_model, hash_model_0_1, recipe, recipe_0_1
 
-MEMO_BYTES = 1 << 30
+CACHE_BYTES = 1 << 30
 NAME_LETTERS = 40  # of a concept's name in a file's
-PROBE = Prompt("a photo", "a photo")
-SHOWN = 50  # failures in a report
+FAILURES_SHOWN = 50
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a batch is: at concept ``index`` of ``count``, from 1.
+class BatchProgress:
+    """A batch is at concept ``index`` of ``count``, from 1.
 
     Attributes:
-        step: the method's ``train.Step``; None before its first.
+        step: what the method reported last; None before its first step.
         seconds_left: for the rest of the batch; None before the first step.
     """
 
     name: str
     index: int
     count: int
-    step: object = None
+    step: StepProgress | None = None
     seconds_left: float | None = None
 
     @property
-    def done(self):
-        """Concepts done, with the part of this one that is."""
+    def done(self) -> float:
+        """Finished concepts, with the finished part of this one."""
         return self.index - 1 + (self.step.index / self.step.total if self.step else 0)
 
 
+OnBatch = Callable[[BatchProgress], None]  # may raise to cancel
+
+
 @dataclass
-class Batch:
+class BatchResult:
     """What became of a list.
 
     Attributes:
-        files: the patches, in the list's order. there: those of them that were there before.
-        failed: (concept, reason). again: (file, why it was made again).
+        files: all patches, in the list's order; existing: those of them that were there before.
+        failed: (concept, reason). remade: (file, why it was made again).
     """
 
     files: list[Path] = field(default_factory=list)
-    there: list[Path] = field(default_factory=list)
+    existing: list[Path] = field(default_factory=list)
     failed: list[tuple[Concept, str]] = field(default_factory=list)
-    again: list[tuple[Path, str]] = field(default_factory=list)
+    remade: list[tuple[Path, str]] = field(default_factory=list)
     seconds: float = 0.0
 
-    def report(self):
+    def report(self) -> str:
         """A few lines of text."""
-        count = len(self.files) + len(self.failed)
         lines = [
-            f"{len(self.files)} of {count} concepts have a patch, {len(self.there)} of them from "
-            f"before; {len(self.failed)} failed; {self.seconds:.1f} s"
+            f"{len(self.files)} of {len(self.files) + len(self.failed)} concepts have a patch, "
+            f"{len(self.existing)} of them from before; {len(self.failed)} failed; "
+            f"{self.seconds:.1f} s"
         ]
-        lines += [f"made again: {path.name}: {reason}" for path, reason in self.again[:SHOWN]]
-        lines += [f"failed: {each.name}: {reason}" for each, reason in self.failed[:SHOWN]]
-        if len(self.failed) > SHOWN:
-            lines.append(f"and {len(self.failed) - SHOWN} more failed")
+        lines += [f"made again: {path.name}: {why}" for path, why in self.remade[:FAILURES_SHOWN]]
+        lines += [f"failed: {each.name}: {why}" for each, why in self.failed[:FAILURES_SHOWN]]
+        if len(self.failed) > FAILURES_SHOWN:
+            lines.append(f"and {len(self.failed) - FAILURES_SHOWN} more failed")
         return "\n".join(printable(line) for line in lines)
 
 
-def forget_each(model, concepts, settings, folder, on_place=lambda place: None, keep=()):
-    """Make a patch file for each concept; returns a ``Batch``.
+class _Target(NamedTuple):
+    """A patch to make: its file, and the file that version 0.1 would have written."""
 
-    A file's name and its metadata hold the hash of all that decides the patch (``recipe``). Whoever
-    runs the same again, perhaps after a stop, gets the files that are there and makes the others.
+    concept: Concept
+    recipe: str
+    path: Path
+    former: tuple[Path, str] | None  # with its recipe
+
+
+def forget_each(
+    model: Model,
+    concepts: Sequence[Concept],
+    settings: Settings,
+    folder: str | Path,
+    on_progress: OnBatch = lambda progress: None,
+    keep: Sequence[str] = (),
+) -> BatchResult:
+    """Make a patch file for each concept.
+
+    A file's name and metadata hold its ``recipe``: running the same again, for example after a
+    stop, keeps the files that exist and makes the others.
 
     Args:
-        settings: of the method. folder: of the files; made if need be.
-        on_place: gets a ``Place`` before each concept and after each step; may raise to cancel.
+        folder: of the files; made if need be.
+        on_progress: called before each concept and after each step.
         keep: words or prompts to protect, see ``methods.forget``.
 
     Raises:
-        ForgetError: there is no concept, or a file cannot be written. What a single concept raises
-            is in the ``Batch``.
+        ForgetError: there is no concept, or a file cannot be written. Errors of a single concept
+            are in the result.
     """
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
     check_keep(settings, keep)
-    start, state = time.monotonic(), state_of(model)
-    queue = {}
-    for concept in concepts:
-        key = recipe(state, concept, settings, keep)
-        queue.setdefault(Path(folder) / _file_name(concept, key), (concept, key))
-    batch, memo = Batch(), Memo(model)
-    progress = _Progress(on_place, len(queue), sum(not path.exists() for path in queue))
-    for path, (concept, key) in queue.items():
-        progress.begin(concept.name)
-        if path.exists():
-            wrong = _why_not(path, key, model.family)
-            if wrong is None:
-                batch.files.append(path)
-                batch.there.append(path)
-                continue
-            batch.again.append((path, wrong))
+    start, result = time.monotonic(), BatchResult()
+    # Methods ask other models than U-Nets for nothing that is cached.
+    caching = cast(Model, CachingModel(cast(UNetModel, model)))
+    targets = _targets(model, concepts, settings, Path(folder), keep)
+    missing = sum(not target.path.exists() for target in targets)
+    tracker = _Tracker(on_progress, len(targets), missing)
+    for target in targets:
+        tracker.begin(target.concept.name)
+        if existing := _existing(target, model.family, result):
+            result.files.append(existing)
+            result.existing.append(existing)
+            continue
         try:
-            patch = forget(memo, [concept], settings, progress, keep)
+            patch = forget(caching, [target.concept], settings, tracker, keep)
         except ForgetError as error:
-            batch.failed.append((concept, str(error)))
+            result.failed.append((target.concept, str(error)))
         else:
-            patch.info["recipe"] = key
-            batch.files.append(save_patch(patch, path))
-        progress.made += 1
-    batch.seconds = time.monotonic() - start
-    return batch
+            patch.info["recipe"] = target.recipe
+            result.files.append(save_patch(patch, target.path))
+        tracker.made += 1
+    result.seconds = time.monotonic() - start
+    return result
 
 
-class _Progress:
-    """Turns the steps of one method after another into places in the batch."""
+def _targets(
+    model: Model,
+    concepts: Sequence[Concept],
+    settings: Settings,
+    folder: Path,
+    keep: Sequence[str],
+) -> list[_Target]:
+    """One for each different concept, in order."""
+    model_hash, former_hash = hash_model(model), hash_model_0_1(model)
+    targets: dict[Path, _Target] = {}
+    for concept in concepts:
+        key = recipe(model_hash, concept, settings, keep)
+        former_key = former_hash and recipe_0_1(former_hash, concept, settings, keep)
+        former = (folder / _file_name(concept, former_key), former_key) if former_key else None
+        path = folder / _file_name(concept, key)
+        targets.setdefault(path, _Target(concept, key, path, former))
+    return list(targets.values())
 
-    def __init__(self, on_place, count, missing):
-        self.on_place, self.count, self.missing = on_place, count, missing
-        self.index = self.made = 0
-        self.start, self.name = None, ""
 
-    def begin(self, name):
-        self.name = name
-        self.index += 1
-        self.on_place(Place(name, self.index, self.count))
-        self.start = self.start or time.monotonic()
-
-    def __call__(self, step):
-        made = self.made + step.index / step.total
-        left = (time.monotonic() - self.start) / made * max(self.missing - made, 0)
-        self.on_place(Place(self.name, self.index, self.count, step, left))
+def _existing(target: _Target, family: Family, result: BatchResult) -> Path | None:
+    """The file that holds the patch already; a wrong one in its place is noted as remade."""
+    if target.path.exists():
+        wrong = _difference(target.path, target.recipe, family)
+        if wrong is None:
+            return target.path
+        result.remade.append((target.path, wrong))
+    elif target.former and target.former[0].exists():
+        path, key = target.former
+        return path if _difference(path, key, family) is None else None
+    return None
 
 
-def _why_not(path, key, family):
-    """Why a file is not the patch that is wanted; None if it is."""
+def _difference(path: Path, key: str, family: Family) -> str | None:
+    """Why a file is not the patch of a recipe; None if it is."""
     try:
         patch = load_patch(path)
     except ForgetError as error:
@@ -153,106 +181,85 @@ def _why_not(path, key, family):
     return None
 
 
-def _file_name(concept, key):
-    plain = "".join(c if c.isalnum() else "_" for c in concept.name.strip()[:NAME_LETTERS])
-    return f"{plain}_{key[:12]}.safetensors"
+def plain_name(concept: Concept) -> str:
+    """A concept's name as a part of a file's."""
+    name = concept.name.strip()[:NAME_LETTERS]
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
-def recipe(state, concept, settings, keep=()):
-    """A hash of all that decides a patch, 64 hex digits.
-
-    The VAE that encodes reference pictures is not part of it.
-
-    Args:
-        state: of ``state_of``.
-    """
-    told = {
-        "format": FORMAT,
-        "version": __version__,
-        "code": code_of(type(settings).__module__),
-        "model": state,
-        "method": settings.method,
-        "settings": asdict(settings),
-        "concept": concept.describe(),
-        "pictures": None if concept.images is None else _digest([concept.images]),
-        "learned": _digest(concept.learned),
-        "keep": list(keep),
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def _file_name(concept: Concept, key: str) -> str:
+    return f"{plain_name(concept)}_{key[:12]}.safetensors"
 
 
-def _digest(tensors):
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        values = tensor.detach().cpu().float().contiguous()
-        digest.update(f"{tuple(values.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()
+class _Tracker:
+    """Turns the steps of one method run after another into progress of the batch."""
+
+    def __init__(self, on_progress: OnBatch, count: int, missing: int):
+        self.on_progress, self.count, self.missing = on_progress, count, missing
+        self.index = self.made = 0
+        self.start, self.name = 0.0, ""
+
+    def begin(self, name: str) -> None:
+        self.name = name
+        self.index += 1
+        self.on_progress(BatchProgress(name, self.index, self.count))
+        self.start = self.start or time.monotonic()
+
+    def __call__(self, step: StepProgress) -> None:
+        made = self.made + step.index / step.total
+        left = (time.monotonic() - self.start) / made * max(self.missing - made, 0)
+        self.on_progress(BatchProgress(self.name, self.index, self.count, step, left))
 
 
-def state_of(model):
-    """Tells a model with the LoRAs and the text encoder it wears from another: 64 hex digits.
+class CachingModel:
+    """A ``UNetModel`` that caches contexts: encoding the keep-list, much the same for each concept,
+    takes nearly all of a closed form's time.
 
-    From a row of every layer, what a prompt is encoded as, the noise schedule, and the host's code.
-    """
-    parts = [model.encode(PROBE).context]
-    with model.borrow() as borrowed:
-        parts += [borrowed.module(layer.name).weight[:1] for layer in layers(model.family)]
-        rows = [part.detach().to("cpu", torch.float16) for part in parts]
-        alphas = borrowed.alphas_cumprod
-        # In float32: in half precision the schedule's ends are all alike.
-        rows.append(borrowed.sigmas if alphas is None else alphas)
-    told = f"{model.family.key} {model.family.title} {model.prediction} {model.fingerprint()} "
-    told += f"{code_of(type(model).__module__)} "
-    return hashlib.sha256((told + _digest(rows)).encode()).hexdigest()
-
-
-class Memo:
-    """A ``Model`` that remembers contexts. Of a closed form's time nearly all goes into encoding
-    the keep-list, which is much the same for each concept.
-
-    Not while the text encoder is borrowed: what borrows it may hook it to see each text go
-    through, or change what it gives.
+    While the text encoder is borrowed it caches nothing: the borrower may hook it to see each
+    text, or change its output.
 
     Args:
-        limit: bytes; what was not asked for longest is dropped first.
+        limit: bytes; the least recently used contexts are dropped first.
     """
 
-    def __init__(self, model, limit=MEMO_BYTES):
+    def __init__(self, model: UNetModel, limit: int = CACHE_BYTES):
         self._model, self._limit, self._bytes = model, limit, 0
-        self._known, self._device, self._borrowed = OrderedDict(), "cpu", 0
+        self._contexts: OrderedDict[str, torch.Tensor] = OrderedDict()  # [T, D] each
+        self._device, self._lent = torch.device("cpu"), 0
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     @contextmanager
-    def borrow_text(self, words=True):
-        self._borrowed += 1
+    def borrow_text_encoder(self, words: bool = True) -> Iterator[TextEncoder]:
+        self._lent += 1
         try:
-            with self._model.borrow_text(words) as borrowed:
-                yield borrowed
+            with self._model.borrow_text_encoder(words) as text_encoder:
+                yield text_encoder
         finally:
-            self._borrowed -= 1
+            self._lent -= 1
 
-    def encode_all(self, texts, length=CHUNK):
-        if self._borrowed:
+    def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> torch.Tensor:
+        """Contexts [len(texts), length, D]; see ``UNetModel.encode_all``."""
+        if self._lent:
             return self._model.encode_all(texts, length)
-        # What is known of a text may be longer than is asked for now: tokens in front are the same.
+        # A longer context serves as well: its first tokens are the same.
         missing = [
             text
             for text in dict.fromkeys(texts)
-            if text not in self._known or len(self._known[text]) < length
+            if text not in self._contexts or len(self._contexts[text]) < length
         ]
         if missing:
-            fresh = self._model.encode_all(missing, length)
-            self._device = fresh.device
-            for text, row in zip(missing, fresh):
-                self._bytes -= self._known[text].nbytes if text in self._known else 0
-                # Copies, or each would keep its whole batch alive.
-                self._known[text] = row.cpu().clone()
-                self._bytes += row.nbytes
+            encoded = self._model.encode_all(missing, length)
+            self._device = encoded.device
+            for text, context in zip(missing, encoded):
+                self._bytes -= self._contexts[text].nbytes if text in self._contexts else 0
+                # A view would keep its whole batch alive.
+                self._contexts[text] = context.cpu().clone()
+                self._bytes += context.nbytes
         for text in texts:
-            self._known.move_to_end(text)
-        found = torch.stack([self._known[text][:length] for text in texts]).to(self._device)
+            self._contexts.move_to_end(text)
+        contexts = torch.stack([self._contexts[text][:length] for text in texts]).to(self._device)
         while self._bytes > self._limit:
-            self._bytes -= self._known.popitem(last=False)[1].nbytes
-        return found
+            self._bytes -= self._contexts.popitem(last=False)[1].nbytes
+        return contexts

@@ -1,82 +1,99 @@
 """UCE's debiasing in rounds (Gandikota et al. 2024, arXiv 2308.14761, released code).
 
-Draw the concept, let a judge count its attributes, shift the concept by what is missing, and again:
-"a doctor" is to be drawn as a woman as often as a man, whatever the model learnt.
+It samples images of a concept, lets a judge count its attributes, and shifts the concept towards
+what is missing, until "a doctor" is a woman as often as a man, whatever the model learned.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
+from ..concepts.concept import Concept
 from ..errors import ForgetError
 from ..methods import forget, uce
-from ..models.generator import open_studio
+from ..metrics.judge import Judge
+from ..models.image_sampler import open_sampler
+from ..models.interface import UNetModel
 from ..models.sampling import Sampling
+from ..patches.patch import ForgetPatch
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round solved with, and what its pictures show.
+    """What one round solved with, and what its images show.
 
     Attributes:
-        weights: attribute -> r of ``closed_form.debias``.
-        shares: attribute -> share of the pictures in which the judge prefers it, 0 to 1.
+        weights: attribute -> r_a of ``closed_form.input_edit.debias``.
+        shares: attribute -> share of the images in which the judge prefers it, 0 to 1.
     """
 
     weights: dict[str, float]
     shares: dict[str, float]
 
-    def off(self, desired):
-        """The largest distance of a share from the one that is desired."""
+    def error(self, desired: dict[str, float]) -> float:
+        """The largest distance of a share from the desired one."""
         return max(abs(desired[name] - self.shares[name]) for name in desired)
 
 
 def balance(
-    model, concept, desired, judge, domain, settings=uce.Settings(), sampling=Sampling(),
-    pictures=10, rounds=30, tolerance=0.05, seed=0, on_round=lambda done: None,
-):  # fmt: skip
-    """A patch with which a concept shows its attributes in the shares that are desired.
+    model: UNetModel,
+    concept: Concept,
+    desired: dict[str, float],
+    judge: Judge,
+    domain: str,
+    settings: uce.Settings = uce.Settings(),
+    sampling: Sampling = Sampling(),
+    pictures: int = 10,
+    rounds: int = 30,
+    tolerance: float = 0.05,
+    seed: int = 0,
+    on_round: Callable[[Round], None] = lambda finished: None,
+) -> tuple[ForgetPatch | None, list[Round]]:
+    """Make a patch with which a concept shows its attributes in the desired shares.
 
-    Weights grow by desired minus observed share, as in the released code; each round solves from
-    the untouched model. That need not settle: the best round counts.
+    Each round adds desired minus observed share to the weights, as in the released code, and
+    solves from the unpatched model. That need not converge: the best round counts.
 
     Args:
-        desired: attribute -> share; words that the judge has as labels too. They add up to 1.
-        judge, domain: a ``metrics.judge.Judge``, and where its labels are.
-        pictures: drawn a round, of the concept's prompts in turn, always from the same seeds.
-        on_round: gets each ``Round``, and may raise to cancel.
+        desired: attribute -> share, 1 in total; the judge has these attributes as labels.
+        domain: the judge's, where these labels are.
+        pictures: images a round, of the concept's prompts in turn, always from the same seeds.
+        on_round: called after each round; may raise to cancel.
 
     Returns:
-        (ForgetPatch or None if nothing has to be done, list of ``Round``).
+        the patch, None if the unpatched model is best, and all rounds.
 
     Raises:
         ForgetError: shares that do not add up, or labels that the judge lacks.
     """
     _check(desired, judge, domain)
-    prompts = [prompt.text for prompt in concept.training_prompts()]
-    prompts = [prompts[i % len(prompts)] for i in range(pictures)]
-    seeds = range(seed, seed + pictures)
-    weights, patches, done = dict.fromkeys(desired, 0.0), [None], []
+    texts = [prompt.text for prompt in concept.training_prompts()]
+    prompts = [texts[i % len(texts)] for i in range(pictures)]
+    weights = dict.fromkeys(desired, 0.0)
+    patches: list[ForgetPatch | None] = [None]
+    done: list[Round] = []
     while True:
-        with open_studio(model, sampling) as studio:
-            worn = [(patches[-1], 1.0)] if patches[-1] else []
-            with studio.applying(worn):
-                drawn = studio.draw(prompts, seeds)
-        done.append(Round(dict(weights), _shares(judge, domain, drawn, desired)))
+        applied = [(patches[-1], 1.0)] if patches[-1] else []
+        with open_sampler(model, sampling) as sampler, sampler.applying(applied):
+            images = sampler.draw(prompts, range(seed, seed + pictures))
+        done.append(Round(dict(weights), _shares(judge, domain, images, desired)))
         on_round(done[-1])
-        if done[-1].off(desired) < tolerance or len(done) > rounds:
+        if done[-1].error(desired) < tolerance or len(done) > rounds:
             break
         for name in weights:
             weights[name] += desired[name] - done[-1].shares[name]
-        told = ", ".join(f"{name} {weight:.6f}" for name, weight in weights.items())
-        patches.append(forget(model, [concept], replace(settings, attributes=told)))
-    best = min(range(len(done)), key=lambda i: done[i].off(desired))
+        attributes = ", ".join(f"{name} {weight:.6f}" for name, weight in weights.items())
+        patches.append(forget(model, [concept], replace(settings, attributes=attributes)))
+    best = min(range(len(done)), key=lambda i: done[i].error(desired))
     return patches[best], done
 
 
-def _check(desired, judge, domain):
+def _check(desired: dict[str, float], judge: Judge, domain: str) -> None:
     lacking = [name for name in desired if name not in judge.labels.get(domain, ())]
     if lacking or not desired:
         raise ForgetError(
-            f"The judge cannot tell {', '.join(map(repr, lacking)) or 'nothing'} in '{domain}': "
+            f"The judge has no label {', '.join(map(repr, lacking)) or 'to count'} in '{domain}': "
             "name attributes that are among its labels."
         )
     if abs(sum(desired.values()) - 1) > 1e-6 or min(desired.values()) < 0:
@@ -85,8 +102,10 @@ def _check(desired, judge, domain):
         )
 
 
-def _shares(judge, domain, pictures, desired):
-    """How often each attribute is the likeliest of those asked for."""
+def _shares(
+    judge: Judge, domain: str, images: torch.Tensor, desired: dict[str, float]
+) -> dict[str, float]:
+    """How often each attribute is the likeliest of the desired ones; images [N, H, W, 3]."""
     columns = [judge.labels[domain].index(name) for name in desired]
-    likeliest = judge.probabilities(pictures, domain)[:, columns].argmax(1).tolist()
+    likeliest = judge.probabilities(images, domain)[:, columns].argmax(1).tolist()
     return {name: likeliest.count(i) / len(likeliest) for i, name in enumerate(desired)}

@@ -1,16 +1,20 @@
-"""The main job on the demo model: forget three concepts, and show what that did."""
+"""The demo: forget three concepts of the demo model, and show what that did."""
 
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..concepts.concept import Concept
 from ..files import write_whole
 from ..hosts.diffusers.model import DiffusersModel
-from ..images import beside, labelled_grid, to_image
+from ..images import labelled_grid, side_by_side, to_image
 from ..methods import DEFAULT, forget, settings_of
+from ..metrics.judge import Judge
 from ..metrics.load import load_judge
 from ..patches.patch import save_patch
 
@@ -37,7 +41,7 @@ PROMPTS = [prompt for prompts in FORGOTTEN.values() for prompt in prompts] + lis
 STEPS, GUIDANCE, SIDE = 12, 3.5, 128
 
 
-def run_demo(folder):
+def run_demo(folder: str | Path) -> tuple[dict[str, Any], str]:
     """Forget an identity, an object and a style; returns (data, text) for the command line.
 
     Writes one patch for all three, ``grid.png`` and nothing else into ``folder``.
@@ -45,29 +49,29 @@ def run_demo(folder):
     start, folder = time.monotonic(), Path(folder)
     model, judge = DiffusersModel.load("demo"), load_judge("demo")
     before = _draw(model, PROMPTS, "drawing before")
-
-    begun = time.monotonic()
+    solving = time.monotonic()
     patch = forget(model, list(CONCEPTS), settings_of(DEFAULT, {}))
-    solved = time.monotonic() - begun
+    solved = time.monotonic() - solving
     file = save_patch(patch, folder / "forget_three.safetensors")
-    model.merged([(patch, 1.0)])
+    model.add_patches([(patch, 1.0)])
     after = _draw(model, PROMPTS, "drawing after")
-    found = [seen(judge, PROMPTS, pictures) for pictures in (before, after)]
+    labels = [judge_labels(judge, PROMPTS, images) for images in (before, after)]
 
     grid = folder / "grid.png"
-    picture = _grid(PROMPTS, before, after)
+    picture = _grid(before, after)
     write_whole(grid, lambda file: picture.save(file, format="PNG"))
     rows = [
         {
             "concept": concept.name,
             "kind": concept.kind,
-            "pictures": len(FORGOTTEN[concept.name]),
-            "seen before": sum(concept.name in found[0][p] for p in FORGOTTEN[concept.name]),
-            "seen after": sum(concept.name in found[1][p] for p in FORGOTTEN[concept.name]),
+            "pictures": len(prompts),
+            "seen before": sum(concept.name in labels[0][prompt] for prompt in prompts),
+            "seen after": sum(concept.name in labels[1][prompt] for prompt in prompts),
         }
         for concept in CONCEPTS
+        for prompts in [FORGOTTEN[concept.name]]
     ]
-    right = [sum(all(word in p for word in each[p]) for p in KEPT) for each in found]
+    right = [sum(all(word in p for word in words[p]) for p in KEPT) for words in labels]
     result = {
         "method": DEFAULT,
         "forgotten": rows,
@@ -79,51 +83,49 @@ def run_demo(folder):
     return result, _table(result)
 
 
-def seen(judge, prompts, pictures):
-    """What the judge sees: prompt -> its words for the concept and the style."""
-    words = []
-    for domain, labels in judge.labels.items():
-        best = judge.probabilities(pictures, domain).argmax(1).tolist()
-        words.append([labels[i] for i in best])
-    return dict(zip(prompts, zip(*words)))
+def judge_labels(
+    judge: Judge, prompts: Sequence[str], images: torch.Tensor
+) -> dict[str, tuple[str, ...]]:
+    """Each prompt's likeliest label in every domain of the judge; images [N, H, W, 3]."""
+    columns = [
+        [labels[i] for i in judge.probabilities(images, domain).argmax(1).tolist()]
+        for domain, labels in judge.labels.items()
+    ]
+    return dict(zip(prompts, zip(*columns)))
 
 
-def _draw(model, prompts, title, batch=6):
-    """One picture a prompt, [N, H, W, 3]; the n-th always starts from seed n."""
-    noise, pictures = model.latents_like(range(len(prompts)), SIDE), []
+def _draw(model: DiffusersModel, prompts: list[str], title: str, batch: int = 6) -> torch.Tensor:
+    """One picture for each prompt, [N, H, W, 3]; the n-th starts from seed n."""
+    noise, images = model.initial_noise(range(len(prompts)), SIDE), []
     with tqdm(total=len(prompts), desc=title, unit="picture") as bar:
         for i in range(0, len(prompts), batch):
             rows = slice(i, i + batch)
             latents = model.sample_latents(prompts[rows], noise[rows], STEPS, GUIDANCE)
-            pictures.append(model.decode(latents))
+            images.append(model.decode(latents))
             bar.update(len(latents))
-    return torch.cat(pictures)
+    return torch.cat(images)
 
 
-def _grid(prompts, before, after):
+def _grid(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor]) -> Image.Image:
+    pairs = dict(zip(PROMPTS, zip(before, after)))
     shown = [prompt for prompts in FORGOTTEN.values() for prompt in prompts] + list(KEPT[::3])
-    rows = []
-    for prompt in shown:
-        i = prompts.index(prompt)
-        rows.append((prompt, [to_image(before[i]), to_image(after[i])]))
+    rows = [(prompt, [to_image(image) for image in pairs[prompt]]) for prompt in shown]
     third = -(-len(rows) // 3)
     blocks = [rows[i : i + third] for i in range(0, len(rows), third)]
-    return beside([labelled_grid(block, ["before", "after"], side=96) for block in blocks])
+    return side_by_side([labelled_grid(block, ["before", "after"], side=96) for block in blocks])
 
 
-def _table(result):
+def _table(result: dict[str, Any]) -> str:
+    def counts(row: dict[str, Any], word: str) -> str:
+        shares = [f"{row[f'{word} {when}']} of {row['pictures']}" for when in ("before", "after")]
+        return f"{shares[0]:>14}{shares[1]:>10}"
+
     lines = [f"{'concept':<14}{'kind':<10}{'drawn before':>14}{'after':>10}"]
     for row in result["forgotten"]:
-        count = row["pictures"]
-        before, after = (f"{row[f'seen {when}']} of {count}" for when in ("before", "after"))
-        lines.append(f"{row['concept']:<14}{row['kind']:<10}{before:>14}{after:>10}")
-    kept = result["kept"]
-    before, after = (
-        f"{kept[f'right {when}']} of {kept['pictures']}" for when in ("before", "after")
-    )
-    lines.append(f"{'everything else':<24}{before:>14}{after:>10}")
+        lines.append(f"{row['concept']:<14}{row['kind']:<10}{counts(row, 'seen')}")
     seconds = result["seconds"]
     lines += [
+        f"{'everything else':<24}{counts(result['kept'], 'right')}",
         "",
         f"method: {result['method']}, one patch for all three",
         "drawn: pictures in which the demo's judge sees the concept; everything else: other",
@@ -131,6 +133,6 @@ def _table(result):
         "",
         f"patch: {result['patch']}",
         f"pictures: {result['grid']}",
-        f"done in {seconds['all']} s, {seconds['patch']} s of it for the patch",
+        f"done in {seconds['all']} s, of which {seconds['patch']} s for the patch",
     ]
     return "\n".join(lines)

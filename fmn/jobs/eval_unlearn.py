@@ -5,22 +5,25 @@ pictures batch by batch (its runners/single_benchmark_runner.py). There is no ba
 of that package is imported here.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+from PIL import Image
 
-from .. import methods
 from ..concepts.concept import parse_concept
 from ..errors import ForgetError
 from ..files import file_and_strength
 from ..hosts.diffusers.model import DiffusersModel
 from ..images import to_image
+from ..methods import DEFAULT, check_preset, forget, settings_of
 from ..models.families import DEMO
 from ..models.sampling import Sampling
 from ..patches.patch import load_patch
 
-# A file's mapping may hold anything: what to write where a field has one of these types.
-WORDS = {
+# The configuration file may hold anything: what to write for a field of each of these types.
+EXPECTED = {
     str: "text", str | None: "text", int: "a whole number",
     int | float | None: "a number such as 7.5", list | None: "a list", dict | None: "a mapping",
 }  # fmt: skip
@@ -35,24 +38,24 @@ class Config:
     Attributes:
         model: ``demo``, a .safetensors checkpoint or a diffusers folder.
         model_id: eval-unlearn's name for the same; give one of the two.
-        patches: FILE or FILE:STRENGTH, each put on the model; [] draws with the untouched model.
+        patches: FILE or FILE:STRENGTH, all applied; [] samples from the unpatched model.
         concepts: words or KIND:WORDS; one patch that forgets all of them is trained on the
-            untouched model, and put on beside ``patches``.
-        method: how, a name in ``methods.PRESETS``.
+            unpatched model and applied too.
+        method: a name in ``methods.PRESETS``.
         settings: changes to that method's settings.
         erase_concept: what the report says was erased. A label: it trains nothing.
         num_inference_steps: of the model's own scheduler.
-        guidance_scale: of classifier-free guidance; left out: 7.5, for the demo model 3.5.
+        guidance_scale: of classifier-free guidance; default 7.5, for the demo model 3.5.
         size: pixels a side; 0 takes the family's.
-        seed: of the first picture, where the caller gives none.
-        device: left out: a CUDA GPU if there is one, else the CPU.
+        seed: of the first picture, if the caller gives none.
+        device: default: a CUDA GPU if there is one, else the CPU.
     """
 
     model: str = ""
     model_id: str = ""
     patches: list | None = None
     concepts: list | None = None
-    method: str = methods.DEFAULT
+    method: str = DEFAULT
     settings: dict | None = None
     erase_concept: str = ""
     num_inference_steps: int = 50
@@ -61,7 +64,7 @@ class Config:
     seed: int = 0
     device: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if bool(self.model) == bool(self.model_id):
             raise ForgetError(
                 f"The config names {'two models' if self.model else 'no model'}: give model (or "
@@ -70,24 +73,21 @@ class Config:
         if self.patches is None and not self.concepts:
             raise ForgetError(
                 "There is nothing to forget: give patches (files), or concepts to train one for; "
-                "patches: [] draws with the untouched model."
+                "patches: [] samples from the unpatched model."
             )
         if self.settings and not self.concepts:
             raise ForgetError(
                 "settings are for training, and there are no concepts to train: name some, or "
                 "leave settings out."
             )
-        if self.method not in methods.PRESETS:
-            raise ForgetError(
-                f"There is no method '{self.method}': use {', '.join(methods.PRESETS)}."
-            )
+        check_preset(self.method)
         _check_texts("patches", self.patches)
         _check_texts("concepts", self.concepts)
         _check_seed(self.seed)
 
 
 class ForgetMeNotTechnique:
-    """Draws with patches on. The model's own scheduler draws, as in eval-unlearn's ``free_run``.
+    """Samples with patches applied, by the model's own scheduler as eval-unlearn's ``free_run``.
 
     Args:
         config: see ``Config``.
@@ -96,38 +96,39 @@ class ForgetMeNotTechnique:
         ForgetError: an unknown key, a wrong value, or a model or patch that cannot be used.
     """
 
-    def __init__(self, **config):
-        config = _read(config)
-        settings = methods.settings_of(config.method, config.settings or {})
+    def __init__(self, **options: Any):
+        config = _parse(options)
+        settings = settings_of(config.method, config.settings or {})
         guidance = config.guidance_scale
         self.sampling = Sampling(
             config.num_inference_steps, GUIDANCE if guidance is None else guidance, config.size
         )
-        named = [file_and_strength(text) for text in config.patches or []]
-        patches = [(load_patch(file), strength) for file, strength in named]
+        files = [file_and_strength(text) for text in config.patches or []]
+        patches = [(load_patch(file), strength) for file, strength in files]
         concepts = [parse_concept(text) for text in config.concepts or []]
         _check_device(config.device)
         self.model = DiffusersModel.load(config.model or config.model_id, config.device)
         if guidance is None and self.model.family is DEMO:
             self.sampling = replace(self.sampling, guidance=DEMO_GUIDANCE)
         if concepts:
-            train = methods.method(config.method).run
-            patches.append((train(self.model, concepts, settings), 1.0))
-        self.model.merged(patches)
+            patches.append((forget(self.model, concepts, settings), 1.0))
+        self.model.add_patches(patches)
         self._next_seed = config.seed
 
-    def generate(self, prompts, seed=None, **options):
-        """Draw pictures, one a prompt; the i-th starts from ``seed`` + i.
+    def generate(
+        self, prompts: list[str], seed: int | None = None, **options: Any
+    ) -> list[Image.Image]:
+        """Sample one picture for each prompt; the i-th starts from ``seed`` + i.
 
-        Without a seed, as eval-unlearn's command line calls, seeds count on from the config's over
+        Without a seed, as eval-unlearn's command line calls, seeds continue from the config's over
         all calls: a run can be repeated, and no two of its pictures start from the same noise.
 
         Args:
-            prompts: list of texts; what goes beyond 77 tokens is cut off.
+            prompts: cut off after 77 tokens.
             options: num_inference_steps, guidance_scale and size for this call.
 
         Returns:
-            List of PIL pictures. Each depends on its prompt and seed alone, not on the others.
+            Pictures, each of which depends on its prompt and seed alone.
         """
         sampling = self._sampling(options)
         _check_texts("prompts", prompts)
@@ -137,36 +138,36 @@ class ForgetMeNotTechnique:
         _check_seed(seed)
         return [self._draw(prompt, seed + i, sampling) for i, prompt in enumerate(prompts)]
 
-    def _sampling(self, options):
+    def _sampling(self, options: Mapping[str, Any]) -> Sampling:
         names = {"num_inference_steps": "steps", "guidance_scale": "guidance", "size": "size"}
         _check_names(options, names, "option")
         return replace(self.sampling, **{names[key]: value for key, value in options.items()})
 
-    def _draw(self, prompt, seed, sampling):
-        noise = self.model.latents_like([seed], sampling.size or self.model.family.resolution)
+    def _draw(self, prompt: str, seed: int, sampling: Sampling) -> Image.Image:
+        noise = self.model.initial_noise([seed], sampling.size or self.model.family.resolution)
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # Schedulers that add noise on the way take it from the global generator. It goes on
-            # where the first noise ended, as diffusers' own would.
+            # Schedulers that add noise at each step take it from the global generator, which
+            # continues where the first noise ended, as diffusers' own would.
             torch.manual_seed(seed)
             torch.randn(noise.shape)
             latents = self.model.sample_latents([prompt], noise, sampling.steps, sampling.guidance)
         return to_image(self.model.decode(latents)[0])
 
 
-def _read(config):
+def _parse(options: Mapping[str, Any]) -> Config:
     """A ``Config`` of a mapping from a file, with names and types checked."""
-    types = {field.name: field.type for field in fields(Config)}
-    _check_names(config, types, "key")
-    given = {name: value for name, value in config.items() if value is not None}
+    types: dict[str, Any] = {field.name: field.type for field in fields(Config)}
+    _check_names(options, types, "key")
+    given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         # Python counts true and false as whole numbers.
         if isinstance(value, bool) or not isinstance(value, types[name]):
-            raise ForgetError(f"{name} is {value!r:.60}: write {WORDS[types[name]]}.")
+            raise ForgetError(f"{name} is {value!r:.60}: write {EXPECTED[types[name]]}.")
     return Config(**given)
 
 
-def _check_names(given, known, what):
+def _check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ForgetError(
@@ -174,17 +175,17 @@ def _check_names(given, known, what):
         )
 
 
-def _check_texts(name, values):
+def _check_texts(name: str, values: Any) -> None:
     if isinstance(values, str) or not all(isinstance(value, str) for value in values or []):
         raise ForgetError(f"{name} is {values!r:.60}: write a list of texts.")
 
 
-def _check_seed(seed):
+def _check_seed(seed: int) -> None:
     if not 0 <= seed < SEEDS:
         raise ForgetError(f"seed is {seed}: use 0 to {SEEDS - 1}.")
 
 
-def _check_device(device):
+def _check_device(device: str | None) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,161 +1,197 @@
-"""One patch that does what several do, each on its own prompts; ``merging.joint`` has the maths.
+"""One patch that does what several do, each on its own prompts; ``patches.joint`` solves it.
 
-What a layer reads comes from the model at hand: contexts of the patches' prompts, and for
-``to_out`` of cross-attention what it reads out of them at the queries of a few drawings.
+The model encodes the patches' prompts, which is what keys and values of cross-attention read. What
+its outputs read is computed from them and the queries of a few sampled images.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..closed_form.output_edit import Progress
-from ..concepts.concept import Prompt
+from ..closed_form.output_edit import PartProgress
+from ..concepts.concept import Concept, Prompt
 from ..concepts.concept_list import FIELDS, concept_of
 from ..concepts.prompt_templates import sentences
 from ..errors import ForgetError
 from ..methods.reread.attention_output import cross_attention_layers, read_out, record_queries
 from ..methods.reread.method import Settings, kept_texts
-from ..methods.reread.regression_data import AT_ONCE, Kept
-from ..patches.merge import finished, joint, opened, system_of
+from ..methods.reread.regression_data import AT_ONCE, KeptSentences
+from ..models.interface import Text
+from ..models.module_patching import autograd
+from ..patches.joint import LayerInputs, joint_change, layer_inputs
+from ..patches.merge import Merged, build_merged, open_patches
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
+from ..sequences import evenly
 from ..settings import PRESERVE
-from ..training.fit_adapters import autograd
 
-TEXTS = 40  # prompts of one concept, at most
-OUT = ".attn2.to_out.0"
+if TYPE_CHECKING:
+    from ..models.interface import UNet, UNetModel
+
+MAX_PROMPTS = 40  # of one concept
+OUTPUT = ".attn2.to_out.0"
 
 
 @autograd()
 @torch.no_grad()
-def fuse(model, sources, preserve=PRESERVE, budget=0, on_step=lambda step: None, keep=()):
-    """Solve for the patch; returns a ``merging.Merged``.
+def joint_merge(
+    model: UNetModel,
+    sources: Sequence[tuple[ForgetPatch | str | Path, float]],
+    preserve: float = PRESERVE,
+    budget: int = 0,
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+) -> Merged:
+    """Solve for the merged patch.
 
-    The record's losses are sums over layers of what is minimised, as a share of what it would be
-    without any patch: first for the sum of the patches, then for the solution.
+    The recorded losses are sums over layers of the minimised terms, relative to no change at all:
+    first for the sum of the patches, then for the solution.
 
     Args:
-        model: a ``Model``; it comes back unchanged.
-        sources: list of (patch or path of its file, strength).
+        model: it comes back unchanged.
+        sources: (patch or path of its file, strength).
         preserve: weight of kept prompts. budget: bytes that the file may have; 0: any.
-        on_step: gets a ``train.Step`` after each part of the work, and may raise to cancel.
+        on_step: called after each part of the work; may raise to cancel.
         keep: words or prompts to keep, beside the shipped lists.
 
     Raises:
         ForgetError: a patch is of another family, does not say what it forgets, or changes layers
-            of which this does not know what they read.
+            other than keys, values and outputs of cross-attention.
     """
-    entries = opened(sources)
+    entries = open_patches(sources)
     for patch, _ in entries:
         patch.check_family(model.family)
         _check_layers(patch)
     settings = Settings(preserve=preserve)
     concepts = [_concepts(patch) for patch, _ in entries]
-    texts = [_texts(own, settings.prompts) for own in concepts]
+    prompts = [_prompts(forgotten, settings.prompts) for forgotten in concepts]
     kept = kept_texts(sum(concepts, []), keep, settings)
     names = list(dict.fromkeys(layer.name for patch, _ in entries for layer in patch.layers))
-    reads_out = any(name.endswith(OUT) for name in names)
-    drawn = [_drawn(own, settings) for own in (*texts, kept)] if reads_out else []
-    progress = Progress(on_step, sum(-(-len(own) // AT_ONCE) for own in drawn) + len(names))
-    with model.borrow() as borrowed:
-        reader = _Reader(model, borrowed, settings, texts, kept)
-        if reads_out:
-            reader.draw(drawn, lambda: progress(1.0))
+    sampled = [_subsample(texts, settings.images_per_concept) for texts in (*prompts, kept)]
+    if not any(name.endswith(OUTPUT) for name in names):
+        sampled = []
+    progress = PartProgress(
+        on_step, sum(-(-len(texts) // AT_ONCE) for texts in sampled) + len(names)
+    )
+    with model.borrow_denoiser() as denoiser:
+        reader = _InputReader(model, denoiser, settings, prompts, kept)
+        if sampled:
+            reader.record_queries(sampled, lambda: progress(1.0))
         changes, sums = {}, torch.zeros(3, dtype=torch.float64)
         for name in names:
-            parts = [
-                (strength * patch.changes[name][0].double(), patch.changes[name][1].double())
-                if name in patch.changes
-                else None
-                for patch, strength in entries
-            ]
-            changes[name], found = joint(parts, reader.system(name))
-            sums += torch.tensor(found, dtype=torch.float64)
+            parts = [_scaled(patch, name, strength) for patch, strength in entries]
+            changes[name], squares = joint_change(parts, reader.of(name))
+            sums += torch.tensor(squares, dtype=torch.float64)
             progress(float(sums[1] / sums[2]))
-    told = {"how": "joint", "budget": budget, "preserve": preserve, "damping": settings.damping}
+    record = {"how": "joint", "budget": budget, "preserve": preserve, "damping": settings.damping}
     losses = (sums[:2] / sums[2]).tolist()
-    return finished(entries, changes, told, budget, losses)
+    return build_merged(entries, changes, record, budget, losses)
 
 
-def _check_layers(patch):
+def _scaled(
+    patch: ForgetPatch, name: str, strength: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A layer's factors in float64, the strength in the first; None if it is unchanged."""
+    if name not in patch.changes:
+        return None
+    up, down = patch.changes[name]
+    return strength * up.double(), down.double()
+
+
+def _check_layers(patch: ForgetPatch) -> None:
     for layer in patch.layers:
-        if not (layer.is_key_or_value or layer.name.endswith(OUT)):
+        if not (layer.is_key_or_value or layer.name.endswith(OUTPUT)):
             raise ForgetError(
                 f"The patch for {', '.join(patch.concepts):.80} changes '{layer.name}', and joint "
-                "merging only knows what keys, values and outputs of cross-attention read: merge "
-                "it with concatenate."
+                "merging supports only keys, values and outputs of cross-attention: merge it with "
+                "concatenate."
             )
 
 
-def _concepts(patch):
-    """What a patch forgets, by its record, which may be a stranger's."""
-    found = [
-        concept_of({key: value for key, value in told.items() if key in FIELDS})
-        for told in patch.info.get("concepts", [])
+def _concepts(patch: ForgetPatch) -> list[Concept]:
+    """What a patch forgets, by its metadata, which is untrusted."""
+    concepts = [
+        concept_of({key: value for key, value in entry.items() if key in FIELDS})
+        for entry in patch.info.get("concepts", [])
     ]
-    if not found:
+    if not concepts:
         raise ForgetError(
-            "A patch does not say what it forgets, which joint merging has to know: merge it with "
+            "A patch does not say what it forgets, which joint merging needs: merge it with "
             "concatenate."
         )
-    return found
+    return concepts
 
 
-def _texts(concepts, count):
-    """Prompts of some concepts: their sentences, and the names alone."""
-    found = []
-    for concept in concepts:
-        own = [*concept.subjects, *(text for text, _ in sentences(concept, count))]
-        found += _spread(own, TEXTS)
-    return found
+def _prompts(concepts: list[Concept], count: int) -> list[str]:
+    """Names and sentences of each concept, at most ``MAX_PROMPTS``."""
+    return [
+        text
+        for concept in concepts
+        for text in _subsample(
+            [*concept.subjects, *(text for text, _ in sentences(concept, count))], MAX_PROMPTS
+        )
+    ]
 
 
-def _drawn(texts, settings):
-    return _spread(texts, settings.drawn)
+def _subsample(texts: list[str], count: int) -> list[str]:
+    """At most ``count`` texts, at even distances."""
+    return evenly(texts, min(count, len(texts)))
 
 
-def _spread(texts, count):
-    """Some of a list's texts, evenly."""
-    count = min(count, len(texts))
-    return [texts[i * len(texts) // count] for i in range(count)]
+class _InputReader:
+    """What layers read for each patch's prompts, and for kept ones.
 
+    Args:
+        prompts: of each patch. kept: prompts to keep.
+    """
 
-class _Reader:
-    """What layers read of each patch's prompts, and of kept ones."""
-
-    def __init__(self, model, borrowed, settings, texts, kept):
-        self.model, self.borrowed, self.settings = model, borrowed, settings
-        self.contexts = [model.encode_all(own) for own in texts]
+    def __init__(
+        self,
+        model: UNetModel,
+        denoiser: UNet,
+        settings: Settings,
+        prompts: list[list[str]],
+        kept: list[str],
+    ):
+        self.model, self.denoiser, self.settings = model, denoiser, settings
+        self.contexts = [model.encode_all(texts) for texts in prompts]  # [N, T, D] each
         self.kept = model.encode_all(kept)
         self.layers = {
-            layer.name: layer for layer in cross_attention_layers(borrowed, model.family)
+            layer.name: layer for layer in cross_attention_layers(denoiser, model.family)
         }
-        self._of_text = None
+        self._text_inputs: LayerInputs | None = None
 
-    def draw(self, drawn, on_batch):
-        """Record queries: of each patch's drawings, and of kept prompts'."""
-        empty, side = self._encoded(""), self.model.family.resolution // 8
+    def record_queries(self, prompts: list[list[str]], on_batch: Callable[[], None]) -> None:
+        """Sample images of each patch's prompts and, last, of kept ones."""
+        empty, side = self._encode(""), self.model.family.resolution // 8
         *self.queries, kept = [
             record_queries(
-                self.borrowed, self.model.family, [self._encoded(text) for text in own], empty,
+                self.denoiser, self.model.family, [self._encode(text) for text in texts], empty,
                 self.settings, side, AT_ONCE, on_batch,
             )
-            for own in drawn
+            for texts in prompts
         ]  # fmt: skip
-        self.stay = Kept(self.kept, [kept, *self.queries], self.settings)
+        self.kept_outputs = KeptSentences(self.kept, [kept, *self.queries], self.settings)
 
-    def system(self, name):
-        """The ``merging.System`` of a layer."""
+    def of(self, name: str) -> LayerInputs:
+        """What the layer of that name reads."""
         weights = self.settings.preserve, self.settings.damping
-        if not name.endswith(OUT):
-            if self._of_text is None:  # the same for all keys and values
-                # BOS is the same in every prompt: it belongs to what stays.
-                rows = [own[:, 1:].flatten(0, 1).float().cpu() for own in self.contexts]
-                self._of_text = system_of(rows, self.kept.flatten(0, 1).cpu(), *weights)
-            return self._of_text
-        layer = self.layers[name.removesuffix(".to_out.0")]
-        rows = []
-        for own, queries in zip(self.contexts, self.queries):
-            seen = queries[layer.name]
-            seen = seen[torch.arange(len(own)) % len(seen)]
-            rows.append(read_out(layer, seen, own).flatten(0, 1).cpu())
-        return system_of(rows, self.stay.rows(layer).cpu(), *weights)
+        if not name.endswith(OUTPUT):
+            if self._text_inputs is None:  # the same for all keys and values
+                # BOS is the same in every prompt: it belongs to what is kept.
+                rows = [context[:, 1:].flatten(0, 1).float().cpu() for context in self.contexts]
+                self._text_inputs = layer_inputs(rows, self.kept.flatten(0, 1).cpu(), *weights)
+            return self._text_inputs
+        layer, rows = self.layers[name.removesuffix(".to_out.0")], []
+        for context, queries in zip(self.contexts, self.queries):
+            recorded = queries[layer.name]
+            recorded = recorded[torch.arange(len(context)) % len(recorded)]
+            rows.append(read_out(layer, recorded, context).flatten(0, 1).cpu())
+        return layer_inputs(rows, self.kept_outputs.rows(layer).cpu(), *weights)
 
-    def _encoded(self, text):
+    def _encode(self, text: str) -> Text:
         return self.model.encode(Prompt(text, text))

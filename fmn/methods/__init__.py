@@ -3,18 +3,35 @@
 A method's module has:
 
 - ``TITLE`` and ``ABOUT``: its name in menus, and a sentence on what it does;
+- ``REVISION``: a whole number from 1, raised whenever the method's patches change at equal
+  settings; batches and ConceptBench then make their results anew;
 - ``Settings``: a frozen dataclass over ``fmn.settings.Settings``;
 - ``PRESETS``: name -> ``Settings``, the first being the defaults;
 - ``run(model, concepts, settings, on_step, keep)``, which returns a ``ForgetPatch``;
 - ``ANY_MODEL = True`` if it works on models that are none of ``families.FAMILIES``.
+
+A method that trains has ``trains = True`` in its ``Settings``, and its ``run`` takes the
+``TrainingOptions`` after that.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ForgetError
-from ..training.run import Supervisor
+from ..progress import OnStep, ignore
+from ..settings import Settings
+
+if TYPE_CHECKING:
+    from ..concepts.concept import Concept
+    from ..models.interface import Model
+    from ..patches.patch import ForgetPatch
+    from ..training.run import TrainingOptions
 
 # module -> its presets, the defaults first
 METHODS = {
@@ -36,12 +53,12 @@ METHODS = {
     "hirm": ("hirm", "hirm-r", "hirm-s"),
 }  # fmt: skip
 PRESETS = {preset: name for name, presets in METHODS.items() for preset in presets}
-DEFAULT = "reread"  # for somebody who picks nothing; docs/methods/README.md says why
-MANY, DEFAULT_MANY = 4, "reread-many"  # the same for more concepts than MANY in one patch
+DEFAULT = "reread"  # docs/methods/README.md says why
+MANY, DEFAULT_MANY = 4, "reread-many"  # the default for more concepts than MANY in one patch
 
 
-def check_preset(name):
-    """Refuse what is none of ``PRESETS``."""
+def check_preset(name: str) -> None:
+    """Raise a ``ForgetError`` unless it is one of ``PRESETS``."""
     if name not in PRESETS:
         close = get_close_matches(name.lower(), PRESETS, 3)
         meant = f"did you mean {' or '.join(close)}? " if close else ""
@@ -50,81 +67,110 @@ def check_preset(name):
         )
 
 
-def method(preset):
+def method(preset: str) -> ModuleType:
     """The module of a preset."""
     return import_module(f".{PRESETS[preset]}", __package__)
 
 
-def settings_of(preset, changes):
+def revision(preset: str) -> int:
+    """The revision of a preset's method: what is stored of an older one is out of date."""
+    return method(preset).REVISION
+
+
+def settings_of(preset: str, changes: dict[str, Any]) -> Settings:
     """A preset's settings with some changed.
 
     Args:
-        changes: field -> plain value.
+        changes: field, or its former name -> plain value.
 
     Raises:
         ForgetError: no such field, or a value it cannot have.
     """
     settings = method(preset).PRESETS[preset]
     known = [field.name for field in fields(settings)]
-    for name in changes:
+    current = settings.current(changes)
+    for name in current:
         if name not in known:
             raise ForgetError(f"{preset} has no setting '{name}': use {', '.join(known)}.")
-    return replace(settings, **changes)
+    if len(current) < len(changes):
+        raise ForgetError(
+            f"{', '.join(changes)} name a setting twice, by its name and its former one: give one."
+        )
+    return replace(settings, **current)
 
 
-def default_settings(concepts):
-    """What is used for one patch of these concepts if nothing is picked."""
+def default_settings(concepts: Sequence[Concept]) -> Settings:
+    """The settings for one patch of these concepts if no method is chosen."""
     return settings_of(DEFAULT if len(concepts) <= MANY else DEFAULT_MANY, {})
 
 
-def preset_of(settings):
-    """The preset that these settings are, or the defaults' name of their method."""
+def preset_of(settings: Settings) -> str:
+    """The preset with these settings, or the first one of their method."""
     name = settings.method
     presets = method(METHODS[name][0]).PRESETS
     return next((preset for preset, own in presets.items() if own == settings), METHODS[name][0])
 
 
-def forget(model, concepts, settings, on_step=lambda step: None, keep=()):
+def forget(
+    model: Model,
+    concepts: Sequence[Concept],
+    settings: Settings,
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+    options: TrainingOptions | None = None,
+) -> ForgetPatch:
     """Make a patch with the method that the settings belong to.
 
     Args:
-        model: a ``Model``; it comes back unchanged, also after an error.
-        concepts: list of ``Concept``.
-        on_step: gets a ``train.Step`` after each step, and may raise to cancel. A
-            ``Supervisor`` can also resume a run and have its best step kept, in methods that train.
+        model: it comes back unchanged, also after an error.
+        on_step: called after each step, and may raise to cancel.
         keep: words or prompts to protect, for the methods that can.
+        options: for methods that train. Those that solve make no use of them; they refuse to
+            resume.
 
     Raises:
-        ForgetError: bad input. NonFiniteLoss: training blew up; it carries the last good patch.
+        ForgetError: bad input. NonFiniteLoss: training diverged; it carries the last good patch.
     """
+    # Not at import, which loads no torch.
+    from ..models.module_patching import autograd
+    from ..training.run import TrainingOptions
+
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
-    module = method(preset_of(settings))
+    module, options = method(preset_of(settings)), options or TrainingOptions()
     check_keep(settings, keep)
-    _check_resumed(model, concepts, settings, on_step)
+    _check_resume(model, concepts, settings, options)
     if not model.family.known and not getattr(module, "ANY_MODEL", False):
         raise ForgetError(
             f"{module.TITLE} works on the cross-attention of Stable Diffusion 1.x, 2.x and XL, and "
             f"{model.family.title} is none of them: use the method ESD."
         )
-    return module.run(model, concepts, settings, on_step, keep)
+    more = (options,) if settings.trains else ()
+    with autograd():
+        return module.run(model, concepts, settings, on_step, keep, *more)
 
 
-def check_keep(settings, keep):
-    """Refuse words to keep where nothing would look at them."""
+def check_keep(settings: Settings, keep: Sequence[str]) -> None:
+    """Raise a ``ForgetError`` for words to keep that the method would ignore."""
     if keep and settings.keep_needs:
         title = method(preset_of(settings)).TITLE
         raise ForgetError(
-            f"{title} would not look at the words to keep: {settings.keep_needs}, or leave them "
-            "out."
+            f"{title} would ignore the words to keep: {settings.keep_needs}, or leave them out."
         )
 
 
-def _check_resumed(model, concepts, settings, on_step):
-    """Refuse to go on with another training, before any work is done."""
-    begun = on_step.resume if isinstance(on_step, Supervisor) else None
-    if begun:
-        from ..training.resume import record_of  # not at import, which is to stay light
+def _check_resume(
+    model: Model, concepts: Sequence[Concept], settings: Settings, options: TrainingOptions
+) -> None:
+    """Raise a ``ForgetError`` if the run to resume is another one, before any work is done."""
+    if options.resume is None:
+        return
+    if not settings.trains:
+        raise ForgetError(
+            f"{preset_of(settings)} solves and does not train, so it cannot resume "
+            f"'{options.resume.name}': use the method and settings that it was saved with."
+        )
+    from ..training.run import Task
 
-        # Methods that solve have no state that could match.
-        begun.check(record_of(model, model.fingerprint(), settings, concepts))
+    record = Task.of(model, concepts, settings).record()
+    options.resume.check(record, settings.current)

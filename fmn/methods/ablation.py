@@ -5,28 +5,33 @@ leaves open is taken from the released code, nupurkmr9/concept-ablation diffuser
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from ..closed_form.protected_subspace import protect, protected_downs
-from ..concepts.concept import Prompt
+from ..closed_form.protected_subspace import protect_setting, protected_downs
+from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
 from ..models.adapters import Switch
-from ..models.attention_maps import flags_of
+from ..models.attention_maps import concept_flags
 from ..models.families import layers as layers_of
-from ..models.interface import Text
+from ..models.interface import Text, UNet, UNetModel
 from ..models.sampling import q_sample
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
-from ..training.fit_adapters import autograd, learn, reference_latents, shuffled_cycle
+from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
+from ..training.fit_adapters import Draw, LossOf, reference_latents, shuffled_cycle, train_patch
 from ..training.losses import concept_ablation
+from ..training.run import TrainingOptions
 
 TITLE = "Concept Ablation"
+REVISION = 1
 ABOUT = (
     "Concept Ablation (arXiv 2303.13516): trains the concept's prompts to draw what its anchor's "
     "prompts draw; also corrects what a word means."
@@ -35,33 +40,35 @@ ABOUT = (
 
 @dataclass(frozen=True)
 class Settings(Base, method="ablation"):
+    trains = True
     steps: int = steps(50)
     lr: float = lr(
         3e-3,
         "AdamW's learning rate. Around 0.003 for low rank; the released code trains full weights "
         "with 0.000008.",
+        advanced=True,
     )
-    rank: int = rank()
-    layers: str = setting(
+    rank: int = rank(advanced=True)
+    layers: str = advanced(
         "kv",
         "What is trained. kv: keys and values of cross-attention. attention: all of "
         "cross-attention. unet: every linear and convolution layer.",
         choices=("kv", "attention", "unet"),
     )
     full_weights: bool = full_weights()
-    target: str = setting(
+    target: str = advanced(
         "model",
         "What the concept's prompt learns to predict. model: what the model predicts for the "
         "anchor's prompt. noise: the true noise on the anchor's pictures.",
         choices=("model", "noise"),
     )
-    teacher: str = setting(
+    teacher: str = advanced(
         "frozen",
         "Who predicts for the anchor, if target is 'model'. frozen: the model before training. "
         "current: the model in training, as released; the anchor may drift along.",
         choices=("frozen", "current"),
     )
-    no_anchor: str = setting(
+    no_anchor: str = advanced(
         "empty",
         "What stands for the anchor of concepts without one. empty: the empty prompt. rest: the "
         "same prompt without the concept's words.",
@@ -77,46 +84,40 @@ class Settings(Base, method="ablation"):
         4,
         "How many pictures of each anchor prompt, if references is 'samples'. More cover more, "
         "and take longer to draw.",
-        low=1,
-        high=1000,
+        limits=(1, 1000),
     )
-    sample_steps: int = setting(20, "Sampling steps of those pictures.", low=1, high=1000)
-    guidance: float = setting(
-        5.0, "Guidance of those pictures. 1: none.", low=0.0, high=100.0, step=0.1
+    sample_steps: int = advanced(20, "Sampling steps of those pictures.", limits=(1, 1000))
+    guidance: float = advanced(
+        5.0, "Guidance of those pictures. 1: none.", limits=(0.0, 100.0, 0.1)
     )
-    prior: float = setting(
+    prior: float = advanced(
         0.0,
         "Weight of drawing the anchor itself as in its pictures. 0: off. Higher: the concept "
         "moves less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
     preserve: float = setting(
         1.0,
         "Weight of drawing words to keep, if given, as before. 0: none may be given. Higher: they "
         "change less. A step takes about twice as long with them.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
-    detach_start: bool = setting(
+    detach_start: bool = advanced(
         True,
         "On: the start token's key and value are not trained on, as released. It is in every "
         "prompt, so this spares the others.",
     )
-    batch: int = setting(
+    batch: int = advanced(
         4,
         "Prompts a step. 4 as released; more are steadier, slower and need more memory.",
-        low=1,
-        high=64,
+        limits=(1, 64),
     )
     size: int = size()
     checkpointing: bool = checkpointing()
     seed: int = seed()
-    protect: bool = protect()
+    protect: bool = protect_setting()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.references == "zeros" and (self.target == "noise" or self.prior):
             what = "target 'noise'" if self.target == "noise" else f"prior {self.prior:g}"
@@ -138,7 +139,7 @@ RELEASED = Settings(
     guidance=6.0,
 )
 PRESETS = {"ablation": Settings(), "ablation-released": RELEASED}
-KEEPING = Settings(target="model", teacher="frozen", prior=0.0)  # for words to keep
+KEEP_LOSS = Settings(target="model", teacher="frozen", prior=0.0)  # of words to keep
 
 
 class Pair(NamedTuple):
@@ -149,8 +150,8 @@ class Pair(NamedTuple):
     latents: torch.Tensor  # [N, 4, h, w]
 
 
-def prompt_pairs(concept, no_anchor="empty"):
-    """Each training prompt of a concept with the prompt that is drawn instead: [(Prompt, Prompt)].
+def prompt_pairs(concept: Concept, no_anchor: str = "empty") -> list[tuple[Prompt, Prompt]]:
+    """Each training prompt of a concept with its anchor's.
 
     Args:
         no_anchor: for a concept without an anchor, ``empty``: the empty prompt; ``rest``: the
@@ -174,14 +175,14 @@ MENTION = re.compile(rf"(?:\s*,)?(?:\s*\b(?:{JOINING}))?(?:\s*\b(?:an?|the))?\s*
 ENDS = re.compile(r"^[\s,]*(?:(?:of|and)\b)?[\s,]+|[\s,]+$", re.I)
 
 
-def _rest(text):
-    """An English prompt without the words at each ``PLACEHOLDER``."""
+def _rest(text: str) -> str:
+    """An English prompt without each ``PLACEHOLDER`` and the words that go with it."""
     text = MENTION.sub("", ATTRIBUTE.sub("", text))
     return ENDS.sub("", re.sub(r"\s+", " ", text))
 
 
-def prepare(model, concept, settings):
-    """The pairs of a concept: [Pair].
+def prepare(model: UNetModel, concept: Concept, settings: Settings) -> list[Pair]:
+    """The pairs of a concept.
 
     Raises:
         ForgetError: references are ``pictures`` and the concept has none, or the VAE is another
@@ -192,22 +193,22 @@ def prepare(model, concept, settings):
     if settings.references == "pictures":
         latents = dict.fromkeys(anchors, _encoded(model, concept, settings))
     else:
-        latents = {anchor: _drawn(model, anchor, settings) for anchor in anchors}
+        latents = {anchor: _sampled(model, anchor, settings) for anchor in anchors}
     return [
         Pair(model.encode(prompt), model.encode(anchor), latents[anchor])
         for prompt, anchor in pairs
     ]
 
 
-def prepare_kept(model, words, settings):
-    """Words or prompts to keep, each beside itself: [Pair]."""
+def prepare_kept(model: UNetModel, words: Sequence[str], settings: Settings) -> list[Pair]:
+    """Words or prompts to keep, each paired with itself."""
     prompts = [Prompt(text, text) for text in words]
     texts = [model.encode(prompt) for prompt in prompts]
-    return [Pair(t, t, _drawn(model, prompt, settings)) for prompt, t in zip(prompts, texts)]
+    return [Pair(t, t, _sampled(model, prompt, settings)) for prompt, t in zip(prompts, texts)]
 
 
-def _drawn(model, prompt, settings):
-    """What is noised for a prompt without pictures of its own, [N, 4, h, w]."""
+def _sampled(model: UNetModel, prompt: Prompt, settings: Settings) -> torch.Tensor:
+    """Latents [N, 4, h, w] to noise, for a prompt without pictures of its own."""
     side = settings.size or model.family.resolution
     if settings.references == "zeros":
         return torch.zeros(1, 4, side // 8, side // 8)
@@ -215,11 +216,11 @@ def _drawn(model, prompt, settings):
     return model.sample(prompt, seeds, side, settings.sample_steps, settings.guidance)
 
 
-def _encoded(model, concept, settings):
+def _encoded(model: UNetModel, concept: Concept, settings: Settings) -> torch.Tensor:
     if concept.images is None:
         raise ForgetError(
-            f"'{concept.name}' has no pictures: connect some that show what is to be drawn "
-            "instead, or set references to 'samples'."
+            f"'{concept.name}' has no pictures: connect some of its anchor, or set references to "
+            "'samples'."
         )
     return reference_latents(model, concept, settings.size)
 
@@ -232,51 +233,60 @@ class Batch(NamedTuple):
     anchor: Text  # [B, T', D]
 
 
-class Draws:
-    """Endless training batches: concepts take turns in a shuffled order, and so do the pairs of
-    each; a random latent, time step and noise.
+class Batches:
+    """Endless training batches: concepts and the pairs of each in shuffled orders, with a random
+    latent, time step and noise.
 
     Args:
-        concepts: pairs by concept, [[Pair]]. batch: pairs a step.
-        apart: each pair makes a batch of its own.
+        concepts: pairs by concept.
+        size: pairs a step.
+        split: each pair makes a batch of its own.
     """
 
-    def __init__(self, concepts, batch, generator, borrowed, apart=False):
-        self.batch, self.apart = batch, apart
-        self.generator, self.device = generator, borrowed.device
-        self.alphas_cumprod = borrowed.alphas_cumprod.cpu()
-        self.concepts = shuffled_cycle(
+    def __init__(
+        self,
+        concepts: Sequence[Sequence[Pair]],
+        size: int,
+        generator: torch.Generator,
+        denoiser: UNet,
+        split: bool = False,
+    ):
+        self.size, self.split = size, split
+        self.generator, self.device = generator, denoiser.device
+        self.alphas_cumprod = denoiser.alphas_cumprod.cpu()
+        self.pairs = shuffled_cycle(
             [shuffled_cycle(pairs, generator) for pairs in concepts], generator
         )
 
-    def __call__(self):
-        """What one step trains on: a ``Batch`` for each pair of prompt lengths drawn."""
-        groups = {}
-        for index in range(self.batch):
-            row = self.one()
-            alike = row.target.context.shape, row.anchor.context.shape, index * self.apart
-            groups.setdefault(alike, []).append(row)
-        return [self.stacked(rows) for rows in groups.values()]
+    def __call__(self) -> list[Batch]:
+        """A step's ``Batch`` for each combination of prompt lengths; split, for each pair."""
+        groups: dict[tuple[torch.Size, torch.Size, int], list[Batch]] = {}
+        for index in range(self.size):
+            row = self._draw()
+            key = row.target.context.shape, row.anchor.context.shape, index * self.split
+            groups.setdefault(key, []).append(row)
+        return [self._stack(rows) for rows in groups.values()]
 
-    def one(self):
-        pair = next(next(self.concepts))
+    def _draw(self) -> Batch:
+        pair = next(next(self.pairs))
         index = torch.randint(len(pair.latents), (1,), generator=self.generator)
         t = torch.randint(len(self.alphas_cumprod), (1,), generator=self.generator)
         noise = torch.randn(pair.latents[index].shape, generator=self.generator)
         x_t = q_sample(pair.latents[index], noise, self.alphas_cumprod[t])
         return Batch(x_t, t, noise, pair.target, pair.anchor)
 
-    def stacked(self, rows):
-        x_t, t, noise, targets, anchors = zip(*rows)
-        x_t, t, noise = (torch.cat(tensors).to(self.device) for tensors in (x_t, t, noise))
-        return Batch(x_t, t, noise, Text.cat(targets), Text.cat(anchors))
+    def _stack(self, rows: Sequence[Batch]) -> Batch:
+        parts = zip(*((row.x_t, row.t, row.noise) for row in rows))
+        x_t, t, noise = (torch.cat(tensors).to(self.device) for tensors in parts)
+        target, anchor = (Text.cat(texts) for texts in zip(*((r.target, r.anchor) for r in rows)))
+        return Batch(x_t, t, noise, target, anchor)
 
 
 @contextmanager
-def start_detached(modules):
-    """Keep gradients away from the first token's output of some Linears, for a while."""
+def start_detached(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Stop gradients through the first token's output of some Linears, for a while."""
 
-    def hook(module, args, output):
+    def hook(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
         return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
 
     with ExitStack() as hooks:
@@ -285,57 +295,56 @@ def start_detached(modules):
         yield
 
 
-@autograd()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
-    """Train a patch that draws, for the concepts' prompts, what their anchors' do; see
-    ``methods.forget``."""
+def run(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+    options: TrainingOptions = TrainingOptions(),
+) -> ForgetPatch:
+    """Train a patch that draws their anchors for the concepts' prompts; see ``methods.forget``."""
     words = keep_for(concepts, keep, "none") if settings.preserve else ()
     downs = protected_downs(model, concepts, keep, settings.layers, settings)
-    flags = flags_of(model, concepts[0].training_prompts()[0])
+    flags = concept_flags(model, concepts[0].training_prompts()[0])
     pairs = [prepare(model, concept, settings) for concept in concepts]
     kept = prepare_kept(model, words, settings)
     probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
 
     @contextmanager
-    def open_loss(borrowed, switch, apart):
+    def open_loss(denoiser: UNet, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
         generator = torch.Generator().manual_seed(settings.seed)
-        draws = Draws(pairs, settings.batch, generator, borrowed, apart)
-        draws_kept = Draws([kept], settings.batch, generator, borrowed, apart)
+        batches = Batches(pairs, settings.batch, generator, denoiser, split)
+        batches_kept = Batches([kept], settings.batch, generator, denoiser, split)
 
-        def draw():
-            return draws(), draws_kept() if kept else ()
+        def draw() -> tuple[list[Batch], list[Batch]]:
+            return batches(), batches_kept() if kept else []
 
-        def loss(drawn):
-            for batches, how, weight in zip(drawn, (settings, KEEPING), (1.0, settings.preserve)):
-                for batch in batches:
+        def loss_of(drawn: tuple[list[Batch], list[Batch]]) -> Iterator[torch.Tensor]:
+            for group, how, weight in zip(drawn, (settings, KEEP_LOSS), (1.0, settings.preserve)):
+                for batch in group:
                     share = len(batch.t) / settings.batch
-                    yield ablated(borrowed, switch, batch, how) * (weight * share)
+                    yield ablation_loss(denoiser, switch, batch, how) * (weight * share)
 
         read = [layer.name for layer in layers_of(model.family) if layer.is_key_or_value]
-        with start_detached([borrowed.module(name) for name in read * settings.detach_start]):
-            yield draw, loss
+        with start_detached([denoiser.module(name) for name in read * settings.detach_start]):
+            yield draw, loss_of
 
-    @contextmanager
-    def rehearsed(borrowed, batch):
-        draws = Draws(pairs, batch, torch.Generator().manual_seed(settings.seed), borrowed)
-        rows = draws.stacked([draws.one()] * batch)
-        yield lambda: ablated(borrowed, Switch(), rows, settings)
-
-    return learn(
-        model, concepts, settings, settings.layers, open_loss, None, probe_inputs, on_step, downs,
-        rehearsed,
+    return train_patch(
+        model, concepts, settings, settings.layers, open_loss, on_step, options,
+        probe_inputs=probe_inputs, downs=downs, forwards=2 if settings.prior else 1,
     )  # fmt: skip
 
 
-def ablated(borrowed, switch, batch, settings):
+def ablation_loss(denoiser: UNet, switch: Switch, batch: Batch, settings: Settings) -> torch.Tensor:
     """``concept_ablation`` of a batch."""
-    predicted = borrowed.denoise(batch.x_t, batch.t, batch.target)
-    wanted = batch.noise
+    predicted = denoiser.predict_noise(batch.x_t, batch.t, batch.target)
+    target = batch.noise
     if settings.target == "model":
         frozen = settings.teacher == "frozen"
         with torch.no_grad(), switch.off() if frozen else nullcontext():
-            wanted = borrowed.denoise(batch.x_t, batch.t, batch.anchor)
+            target = denoiser.predict_noise(batch.x_t, batch.t, batch.anchor)
     if not settings.prior:
-        return concept_ablation(predicted, wanted)
-    prior = borrowed.denoise(batch.x_t, batch.t, batch.anchor)
-    return concept_ablation(predicted, wanted, prior, batch.noise, settings.prior)
+        return concept_ablation(predicted, target)
+    prior = denoiser.predict_noise(batch.x_t, batch.t, batch.anchor)
+    return concept_ablation(predicted, target, prior, batch.noise, settings.prior)

@@ -1,7 +1,10 @@
-"""Patches in words."""
+"""A patch in words."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
+from ..patches.patch import ForgetPatch
 from ..patches.scores import scores_text
 from ..text import printable
 from . import METHODS, method
@@ -10,7 +13,7 @@ PARTS_SHOWN = 12  # of a merged patch
 SETTINGS_SHOWN = 50  # more than any method has
 
 
-def describe(patch):
+def describe(patch: ForgetPatch) -> str:
     """What a patch forgets, how it was made, and on which base: a few lines of text."""
     info = patch.info
     ranks = "-".join(str(rank) for rank in sorted({patch.ranks[0], patch.ranks[-1]}))
@@ -40,41 +43,42 @@ def describe(patch):
     return "\n".join(printable(line) for line in lines)
 
 
-def _concept(told):
+def _concept(concept: Mapping[str, Any]) -> str:
     """A concept with its aliases and its anchor."""
-    aliases = f", also {', '.join(told['aliases'])}" if told.get("aliases") else ""
-    anchor = f" -> {told['anchor']}" if told.get("anchor") else ""
-    return f"{told['name']} ({told['kind']}){aliases}{anchor}"
+    aliases = f", also {', '.join(concept['aliases'])}" if concept.get("aliases") else ""
+    anchor = f" -> {concept['anchor']}" if concept.get("anchor") else ""
+    return f"{concept['name']} ({concept['kind']}){aliases}{anchor}"
 
 
-def _settings(info):
+def _settings(info: Mapping[str, Any]) -> list[str]:
     """The preset that comes closest, and a line for each setting that is not as there.
 
     All of them, for a method or settings that are not known here.
     """
-    own, name = info.get("settings", {}), info.get("method")
-    presets = method(METHODS[name][0]).PRESETS if name in METHODS else {}
-    others = {
-        preset: {key: own[key] for key in own if own[key] != asdict(settings).get(key)}
-        for preset, settings in presets.items()
-    }
-    if not own:
+    settings, name = info.get("settings", {}), info.get("method")
+    if not settings:
         return []
-    if not others:
-        return ["settings:", *_listed(own)]
-    closest = min(others, key=lambda preset: len(others[preset]))
-    if not others[closest]:
+    if name not in METHODS:
+        return ["settings:", *_listed(settings)]
+    module = method(METHODS[name][0])
+    settings = module.Settings.current(settings)
+    changes = {
+        preset: {key: value for key, value in settings.items() if value != known.get(key)}
+        for preset, known in ((each, asdict(own)) for each, own in module.PRESETS.items())
+    }
+    closest = min(changes, key=lambda preset: len(changes[preset]))
+    if not changes[closest]:
         return [f"settings: as preset {closest}"]
-    return [f"settings: as preset {closest}, except", *_listed(others[closest])]
+    return [f"settings: as preset {closest}, except", *_listed(changes[closest])]
 
 
-def _listed(settings):
+def _listed(settings: Mapping[str, Any]) -> list[str]:
     lines = [f"- {key} {value}" for key, value in settings.items()]
     more = len(lines) - SETTINGS_SHOWN
     return [*lines[:SETTINGS_SHOWN], f"- and {more} more"] if more > 0 else lines
 
 
-def _merged(parts):
+def _merged(parts: Sequence[Mapping[str, Any]]) -> str:
     """The patches that one was merged of, each with its strength; many of them in short."""
     if len(parts) <= PARTS_SHOWN:
         return "; ".join(

@@ -4,9 +4,11 @@ First projection: the concept's embedding c onto the span of safe words gives it
 W c becomes W c* by a change that gives nothing for any kept embedding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..closed_form.input_edit import InputEdit, input_patch, rank_setting
 from ..closed_form.text_embeddings import (
@@ -16,14 +18,18 @@ from ..closed_form.text_embeddings import (
     kept_contexts,
     tokens_setting,
 )
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
-from ..linalg import main_directions, off
+from ..linalg import main_directions, orthogonal_part
+from ..models.interface import UNetModel
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import setting
-from ..training.fit_adapters import autograd
 
 TITLE = "Double Projections"
+REVISION = 1
 ABOUT = (
     "Double Projections (arXiv 2604.10032): a closed form that replaces the concept by its "
     "nearest mix of kept words, by a change that gives nothing for the last tokens of those "
@@ -38,16 +44,14 @@ class Settings(Base, method="double_projections"):
         0,
         "How many main directions of the kept words are protected exactly (top-k SVD). More: less "
         "harm and a weaker hold on the concept. 0: all of them, at most half of a token's width.",
-        low=0,
-        high=2048,
+        limits=(0, 2048),
     )
     proxy: int = setting(
         4,
         "Main directions of the kept words whose mix replaces a concept without an anchor. Few: "
         "something vague. Many: what resembles the concept most, so less is forgotten. 0: all "
         "protected ones, as published.",
-        low=0,
-        high=2048,
+        limits=(0, 2048),
     )
     tokens: str = tokens_setting()
     keep_list: str = keep_list_setting()
@@ -60,52 +64,58 @@ PRESETS = {
 }
 
 
-@autograd()
 @torch.no_grad()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+def run(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+) -> ForgetPatch:
     """Solve for a patch; see ``methods.forget``."""
     # Of the empty prompt this keeps BOS, which begins every prompt.
-    own = kept_contexts(model, ("", *keep_for(concepts, keep, "none")))
-    words = ("", *keep_for(concepts, keep, settings.keep_list))
-    kept = kept_contexts(model, words)
+    given = kept_contexts(model, ("", *keep_for(concepts, keep, "none")))
+    kept = kept_contexts(model, ("", *keep_for(concepts, keep, settings.keep_list)))
     count = settings.directions or model.family.context_dim // 2
-    basis = protected(own, kept, count)
+    protected = protected_basis(given, kept, count)
     safe = main_directions(kept, settings.proxy or count)
     found = concept_pairs(model, concepts, settings.tokens)
-    pairs = Pairs.cat([_anchored(each, own, basis, safe) for each, own in zip(concepts, found)])
-    edit = double_projections(*pairs, basis)
-    return input_patch(model, concepts, settings, pairs, lambda borrowed: edit, on_step=on_step)
+    pairs = Pairs.cat(
+        _with_proxy(concept, pairs, protected, safe) for concept, pairs in zip(concepts, found)
+    )
+    edit = double_projections(*pairs, protected)
+    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step)
 
 
-def protected(own, kept, count):
-    """Basis [D, k] of at most ``count`` directions: of the user's own rows first, then the main
-    ones of the others."""
-    first = main_directions(own, count)
-    # What is left of rows inside the first directions is rounding, and no direction.
-    rest = off(kept, first)
+def protected_basis(given: Tensor, kept: Tensor, count: int) -> Tensor:
+    """Basis [D, k] of at most ``count`` directions: of the user's rows first, then the main ones
+    of the others."""
+    first = main_directions(given, count)
+    # Rows inside the first directions leave rounding, which is no direction.
+    rest = orthogonal_part(kept, first)
     rest = rest[rest.square().sum(1) > SMALLEST * kept.square().sum(1)]
     return torch.cat([first, main_directions(rest, count - first.shape[1])], 1)
 
 
-def double_projections(targets, anchors, basis):
-    """dW = W (c* - c) x^T U^T / |x|^2 with x = U^T c, for several c at once.
+def double_projections(targets: Tensor, anchors: Tensor, basis: Tensor) -> InputEdit:
+    """The second projection: dW = W (c* - c) x^T U^T / |x|^2 with x = U^T c, for several c at once.
 
-    U is a basis of what is orthogonal to the kept span, so U x = P c with P = U U^T. Several
-    concepts are solved jointly: dW = W (C* - C) (C^T P C)^+ C^T P maps each exactly, where edits
-    made one after the other would undo each other. For one concept it is the formula above.
+    U is a basis of the complement of the kept span, so U x = P c with P = U U^T. Several concepts
+    are solved jointly: dW = W (C* - C) (C^T P C)^+ C^T P maps each exactly, where edits made one
+    after the other would undo each other. For one concept it is the formula above.
 
     Args:
         targets, anchors: rows c and c*, [n, D].
         basis: of the kept span, [D, k].
     """
-    outside = off(targets, basis)
+    outside = orthogonal_part(targets, basis)  # C^T P
     inverse = torch.linalg.pinv(outside @ outside.mT, hermitian=True, rtol=SMALLEST)
     return InputEdit((anchors - targets).mT, inverse @ outside)
 
 
-def _anchored(concept, pairs, basis, safe):
-    """A concept's tokens with its anchor's, or with their projection on the safe span."""
-    outside = off(pairs.targets, basis)
+def _with_proxy(concept: Concept, pairs: Pairs, protected: Tensor, safe: Tensor) -> Pairs:
+    """A concept's rows with its anchor's, or with the first projection: their proxy."""
+    outside = orthogonal_part(pairs.targets, protected)
     if (outside.square().sum(1) < SMALLEST * pairs.targets.square().sum(1)).all():
         raise ForgetError(
             f"'{concept.name}' is a mix of the kept words, so nothing can change it without them: "
@@ -113,4 +123,4 @@ def _anchored(concept, pairs, basis, safe):
         )
     if concept.anchor:
         return pairs
-    return Pairs(pairs.targets, pairs.targets - off(pairs.targets, safe))
+    return Pairs(pairs.targets, pairs.targets - orthogonal_part(pairs.targets, safe))

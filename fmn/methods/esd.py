@@ -5,24 +5,31 @@ concept by its own account. It needs no pictures: x_t is drawn by the model itse
 """
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
-from ..closed_form.protected_subspace import protect, protected_downs
-from ..concepts.concept import Prompt
+from ..closed_form.protected_subspace import protect_setting, protected_downs
+from ..concepts.concept import Concept, Prompt
 from ..errors import ForgetError
-from ..models.attention_maps import flags_of
-from ..models.interface import Text
-from ..models.sampling import begin, expand, guided, predictions, spaced, step_count
+from ..models.adapters import Switch
+from ..models.attention_maps import ProbeInput, concept_flags
+from ..models.interface import Denoiser, Model, Text, UNetModel
+from ..models.sampling import expand, guided, predictions, trailing_timesteps
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
-from ..training.fit_adapters import autograd, in_scope, learn, shuffled_cycle
-from ..training.loop import Optimiser
+from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
+from ..training.fit_adapters import Draw, LossOf, in_scope, shuffled_cycle, train_patch
+from ..training.loop import AdamWConfig
 from ..training.losses import esd
+from ..training.run import TrainingOptions
 
 TITLE = "ESD"
+REVISION = 1
 ABOUT = (
     "Erased Stable Diffusion (arXiv 2303.07345): trains the model to draw, for the concept's "
     "prompts, away from the concept. Slower than re-steering, and stronger."
@@ -35,19 +42,19 @@ EXACT, BIN = "exact", "bin"
 
 @dataclass(frozen=True)
 class Settings(Base, method="esd"):
+    trains = True
     steps: int = steps(100)
     lr: float = lr(
         1e-3,
         "Adam's learning rate. Around 0.001 for low rank; the released codes train full weights "
         "with 0.00001 and 0.00005.",
+        advanced=True,
     )
     eta: float = setting(
         2.0,
         "How far away from the concept, as in the current code. 0: nothing is forgotten. 1: the "
         "concept is read as the empty prompt. 2: beyond that; the paper's eta of 1.",
-        low=0.0,
-        high=100.0,
-        step=0.01,
+        limits=(0.0, 100.0, 0.01),
     )
     layers: str = setting(
         "x",
@@ -56,42 +63,41 @@ class Settings(Base, method="esd"):
         "linear and convolution layer; the only choice for some transformer models.",
         choices=tuple(SCOPES),
     )
-    rank: int = rank()
+    rank: int = rank(advanced=True)
     full_weights: bool = full_weights()
     erase_from: str = setting(
         "",
         "A prompt that shall lose the concept and nothing else, such as 'a cowboy' for the concept "
         "'cowboy hat'. Empty: the concept's own prompts lose it.",
     )
-    sample_from: str = setting(
+    sample_from: str = advanced(
         FROZEN,
         "Which model draws what is trained on. frozen: the untouched one, as in the current code. "
         "edited: the one in training, as in the paper.",
         choices=(FROZEN, EDITED),
     )
-    sampling_steps: int = setting(
+    sampling_steps: int = advanced(
         20,
         "Steps of a whole drawing; each training step does a random part of it. 50 as released. "
         "Fewer are faster, with fewer time steps to train at.",
-        low=1,
-        high=1000,
+        limits=(1, 1000),
     )
-    timesteps: str = setting(
+    timesteps: str = advanced(
         EXACT,
         "Time step to train at. exact: the one the drawing stopped at, as in the current code. "
         "bin: any down to the next one, as in the paper.",
         choices=(EXACT, BIN),
     )
-    guidance: float = setting(
-        3.0, "Guidance while drawing; 1 is none, and twice as fast.", low=0.0, high=100.0, step=0.1
+    guidance: float = advanced(
+        3.0, "Guidance while drawing; 1 is none, and twice as fast.", limits=(0.0, 100.0, 0.1)
     )
-    batch: int = setting(
-        1, "Drawings a step, of the same prompt. More are steadier and slower.", low=1, high=64
+    batch: int = advanced(
+        1, "Drawings a step, of the same prompt. More are steadier and slower.", limits=(1, 64)
     )
     size: int = size()
     checkpointing: bool = checkpointing()
     seed: int = seed()
-    protect: bool = protect()
+    protect: bool = protect_setting()
 
 
 PRESETS = {
@@ -115,8 +121,8 @@ class Example:
     """One prompt of a concept, encoded; all texts [1, T, D] with the same T.
 
     Attributes:
-        concept: c, what is erased.
-        source: c_from, what it is erased from; often the same object as ``concept``.
+        concept: c, the concept to erase.
+        source: c_from, the prompt that it is erased from; often the same object as ``concept``.
         empty: the empty prompt.
     """
 
@@ -125,30 +131,29 @@ class Example:
     empty: Text
 
 
-def prepare(model, concepts, settings):
-    """The examples of each concept: a list of lists."""
+def prepare(model: Model, concepts: Sequence[Concept], settings: Settings) -> list[list[Example]]:
+    """The examples of each concept."""
     empty, source = model.encode(Prompt("", "")), None
     if settings.erase_from.strip():
-        written = Prompt(settings.erase_from, settings.erase_from, plain=False)
-        source = model.encode(written)
+        source = model.encode(Prompt(settings.erase_from, settings.erase_from, plain=False))
     return [
         [_example(model.encode(prompt), source, empty) for prompt in concept.training_prompts()]
         for concept in concepts
     ]
 
 
-def _example(concept, source, empty):
+def _example(concept: Text, source: Text | None, empty: Text) -> Example:
     if source is None:
-        concept, empty = of_one_length([concept, empty])
+        concept, empty = equal_lengths([concept, empty])
         return Example(concept, concept, empty)
-    return Example(*of_one_length([concept, source, empty]))
+    return Example(*equal_lengths([concept, source, empty]))
 
 
-def of_one_length(texts):
-    """Prompts of different numbers of sections repeated to the same number of tokens.
+def equal_lengths(texts: Sequence[Text]) -> Sequence[Text]:
+    """Prompts of different numbers of 77-token chunks, repeated to the same number of tokens.
 
-    Attention to a context that is repeated whole gives what it gives to the context itself. Those
-    that stay alone keep their lengths.
+    Attention to a context that is repeated whole gives the same as to the context itself. Texts
+    of hosts that take one prompt a forward keep their lengths.
     """
     if texts[0].alone:
         return texts
@@ -159,51 +164,69 @@ def of_one_length(texts):
     ]
 
 
-class Draws:
-    """Endless training batches: prompts in shuffled turns, each with a drawing begun for it."""
+Pick = tuple[Example, torch.Tensor, int, int]  # noise [B, C, h, w], sampling steps, time step
 
-    def __init__(self, examples, settings, borrowed, switch, side, channels=4):
-        self.settings, self.borrowed, self.switch = settings, borrowed, switch
+
+class Batches:
+    """Endless training batches: prompts in shuffled orders, each with a partial sampling for it."""
+
+    def __init__(
+        self,
+        examples: Sequence[Sequence[Example]],
+        settings: Settings,
+        denoiser: Denoiser,
+        switch: Switch,
+        side: int,
+        channels: int = 4,
+    ):
+        self.settings, self.denoiser, self.switch = settings, denoiser, switch
         self.shape = settings.batch, channels, side, side
         self.generator = torch.Generator().manual_seed(settings.seed)
-        own = [shuffled_cycle(each, self.generator) for each in examples]
-        self.prompts_in_turn = shuffled_cycle(own, self.generator)
-        # The drawing stops at times[k]; bin k reaches down to times[k + 1], not included.
-        self.times = [*spaced(step_count(borrowed), settings.sampling_steps), -1]
+        prompts = [shuffled_cycle(each, self.generator) for each in examples]
+        self.examples = shuffled_cycle(prompts, self.generator)
+        # Sampling stops at times[k]; bin k reaches down to times[k + 1], not included.
+        self.times = [*trailing_timesteps(len(denoiser.schedule), settings.sampling_steps), -1]
 
-    def __call__(self):
+    def __call__(self) -> tuple[Example, torch.Tensor, int]:
         """An ``Example``, x_t [B, C, h, w] and its t."""
-        return self.begun(*self.pick())
+        return self.sample(*self.pick())
 
-    def pick(self):
-        """What is random in a batch: the ``Example``, noise, number of drawing steps, and t."""
-        example = next(next(self.prompts_in_turn))
+    def pick(self) -> Pick:
+        """All that is random in a batch."""
+        example = next(next(self.examples))
         k = self._number(0, self.settings.sampling_steps)
         exact = self.settings.timesteps == EXACT
         t = self.times[k] if exact else self._number(self.times[k + 1] + 1, self.times[k] + 1)
         return example, torch.randn(self.shape, generator=self.generator), k, t
 
-    def begun(self, example, noise, k, t):
-        """The batch of a ``pick``."""
-        return example, self._draw(example, noise.to(self.borrowed.device), k), t
-
-    def _number(self, start, end):
-        return int(torch.randint(start, end, (1,), generator=self.generator))
-
-    def _draw(self, example, noise, k):
-        """The first k steps of a drawing of what is erased from."""
+    def sample(
+        self, example: Example, noise: torch.Tensor, k: int, t: int
+    ) -> tuple[Example, torch.Tensor, int]:
+        """The batch of a ``pick``: x_t after the first k sampling steps of c_from."""
+        noise = noise.to(self.denoiser.device)
         text = expand(example.source, len(noise))
-        predict = guided(self.borrowed, text, example.empty, self.settings.guidance)
+        predict = guided(self.denoiser, text, example.empty, self.settings.guidance)
         frozen = self.settings.sample_from == FROZEN
         with self.switch.off() if frozen else nullcontext():
-            return begin(self.borrowed, predict, noise, self.settings.sampling_steps, k)
+            steps = self.settings.sampling_steps
+            x_t = self.denoiser.schedule.partial_sample(predict, noise, steps, k)
+        return example, x_t, t
+
+    def _number(self, start: int, end: int) -> int:
+        return int(torch.randint(start, end, (1,), generator=self.generator))
 
 
-@autograd()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+def run(
+    model: Model,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+    options: TrainingOptions = TrainingOptions(),
+) -> ForgetPatch:
     """Train a patch with which the concepts' prompts lead away from them.
 
-    Args, errors: see ``methods.forget``. What is to be kept counts only with ``protect``.
+    Args, errors: see ``methods.forget``. Words to keep need ``protect``.
     """
     scope, family = SCOPES[settings.layers], model.family
     if settings.protect and not family.known:
@@ -211,41 +234,48 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
             f"protect needs the keys and values of Stable Diffusion 1.x, 2.x or XL, and "
             f"{family.title} is none of them: turn protect off."
         )
-    in_scope(family, scope)
-    downs = protected_downs(model, concepts, keep, scope, settings)
+    in_scope(family, scope)  # refuses before any work
+    unet_model = cast(UNetModel, model)  # which it is, where the family is known
+    downs = protected_downs(unet_model, concepts, keep, scope, settings)
     examples = prepare(model, concepts, settings)
     side = (settings.size or family.resolution) // family.latent_factor
 
-    def open_loss(borrowed, switch, apart):
-        draws = Draws(examples, settings, borrowed, switch, side, family.latent_channels)
+    def open_loss(
+        denoiser: Denoiser, switch: Switch, split: bool
+    ) -> AbstractContextManager[tuple[Draw, LossOf]]:
+        batches = Batches(examples, settings, denoiser, switch, side, family.latent_channels)
 
-        def loss(picked):
-            example, x_t, t = draws.begun(*picked)
-            parts = x_t.split(1 if apart else len(x_t))
+        def loss_of(pick: Pick) -> Iterator[torch.Tensor]:
+            example, x_t, t = batches.sample(*pick)
+            parts = x_t.split(1 if split else len(x_t))
             for part in parts:
-                yield loss_of(borrowed, switch, example, part, t, settings.eta) / len(parts)
+                yield esd_loss(denoiser, switch, example, part, t, settings.eta) / len(parts)
 
-        return nullcontext((draws.pick, loss))
+        return nullcontext((batches.pick, loss_of))
 
-    probe_inputs = []
+    probe_inputs: list[ProbeInput] = []
     if family.known:
         prompt = concepts[0].training_prompts()[0]
         latent = torch.zeros(1, 4, side, side)
-        probe_inputs = [(model.encode(prompt), flags_of(model, prompt), latent)]
+        probe_inputs = [(model.encode(prompt), concept_flags(unet_model, prompt), latent)]
     # Adam as released: no weight decay, no clipping.
-    optimiser = Optimiser(settings.lr, weight_decay=0.0, max_norm=math.inf)
-    return learn(
-        model, concepts, settings, scope, open_loss, optimiser, probe_inputs, on_step, downs
-    )
+    config = AdamWConfig(settings.lr, weight_decay=0.0, max_norm=math.inf)
+    return train_patch(
+        unet_model, concepts, settings, scope, open_loss, on_step, options, config, probe_inputs,
+        downs,
+    )  # fmt: skip
 
 
-def loss_of(borrowed, switch, example, x_t, t, eta):
+def esd_loss(
+    denoiser: Denoiser, switch: Switch, example: Example, x_t: torch.Tensor, t: int, eta: float
+) -> torch.Tensor:
     """ESD's loss for x_t [B, C, h, w] at the time step t."""
     count = len(x_t)
     texts = [example.source, example.concept, example.empty]
     if example.source is example.concept:
         texts = texts[1:]
     with switch.off(), torch.no_grad():
-        frozen = predictions(borrowed, x_t, t, texts)
-    predicted = borrowed.denoise(x_t, torch.full((count,), t), expand(example.source, count))
-    return esd(predicted, frozen[0], *frozen[-2:], eta)
+        frozen = predictions(denoiser, x_t, t, texts)
+    predicted = denoiser.predict_noise(x_t, torch.full((count,), t), expand(example.source, count))
+    first, (concept, empty) = frozen[0], frozen[-2:]
+    return esd(predicted, first, concept, empty, eta)

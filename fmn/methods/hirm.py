@@ -1,31 +1,37 @@
 """High-level representation misdirection (HiRM, ICLR 2026, arXiv 2602.19631).
 
-The first layer of CLIP is trained until what its last layer's attention puts out for a concept is
-a fixed target: noise (HiRM-R), or what a wider word such as "painting" gives (HiRM-S). The U-Net is
-not touched. What the notes on the paper leave open is taken from a port of the released code,
-fmp453/erase-eval train_hirm.py.
+The first layer of CLIP is trained until the output of its last layer's attention for a concept is
+a fixed target: noise (HiRM-R), or the output for a wider word such as "painting" (HiRM-S). The
+U-Net stays as it is. Details follow a port of the released code, fmp453/erase-eval train_hirm.py.
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..closed_form.text_embeddings import keep_list_setting
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..models.adapters import attached
-from ..models.families import text_layers
+from ..models.families import Family, text_layers
+from ..models.interface import UNetModel
 from ..models.token_positions import CHUNK
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import lr, seed, setting
-from ..training.fit_adapters import autograd, make_adapters, shuffled_cycle
-from ..training.loop import Optimiser, scale_for
-from ..training.run import Training
+from ..settings import advanced, lr, seed, setting
+from ..training.fit_adapters import make_adapters, shuffled_cycle
+from ..training.loop import AdamWConfig, initial_loss_scale
+from ..training.run import Task, TrainingOptions, TrainingRun
 
 TITLE = "HiRM"
+REVISION = 1
 ABOUT = (
     "High-level representation misdirection (arXiv 2602.19631): trains the text encoder's first "
     "layer until the concept's words mean noise, or its anchor. The patch is for the CLIP."
@@ -39,6 +45,7 @@ OTHER_STEPS = (25, 15)  # published for objects
 
 @dataclass(frozen=True)
 class Settings(Base, method="hirm"):
+    trains = True
     target: str = setting(
         "auto",
         "What the concept's words shall mean. noise: nothing that anything else means (HiRM-R). "
@@ -50,22 +57,21 @@ class Settings(Base, method="hirm"):
         60,
         "Training steps for each concept. 0: as published for full weights, 15 to 50 by kind and "
         "target. More forget more, and harm neighbours.",
-        low=0,
-        high=100_000,
+        limits=(0, 100_000),
     )
     lr: float = lr(
         2e-3,
         "AdamW's learning rate. Around 0.002 for low rank; the paper trains full weights with "
         "0.00005.",
+        advanced=True,
     )
     rank: int = setting(
         8,
         "Rank of the patch: how many directions each layer may change. The file grows with it. "
         "768: nothing is cut.",
-        low=1,
-        high=768,
+        limits=(1, 768),
     )
-    full_weights: bool = setting(
+    full_weights: bool = advanced(
         False,
         "On: train whole weight matrices, as published, and cut them to the rank when done. Off: "
         "train the low rank itself.",
@@ -74,23 +80,25 @@ class Settings(Base, method="hirm"):
         3.0,
         "Weight of what is kept: a step also holds one kept prompt where it was. 0: no keep-list, "
         "as published, which harms most prompts. Higher: forgets less, harms less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
     keep_list: str = keep_list_setting()
-    scale: float = setting(
+    scale: float = advanced(
         500.0,
         "Size of the noise: its 2-norm over all 77 tokens. Higher: further away from all that "
         "words mean.",
-        low=1e-3,
-        high=1e6,
-        step=0.001,
+        limits=(1e-3, 1e6, 0.001),
     )
     seed: int = seed()
 
 
-PUBLISHED = {"steps": 0, "lr": 5e-5, "rank": 768, "full_weights": True, "preserve": 0.0}
+PUBLISHED: dict[str, Any] = {
+    "steps": 0,
+    "lr": 5e-5,
+    "rank": 768,
+    "full_weights": True,
+    "preserve": 0.0,
+}
 PRESETS = {
     "hirm": Settings(),
     "hirm-r": Settings(target="noise", **PUBLISHED),
@@ -98,57 +106,71 @@ PRESETS = {
 }
 
 
-@autograd()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+Output = Callable[[str], torch.Tensor]  # from a prompt to h [1, 77, D]
+
+
+def run(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+    options: TrainingOptions = TrainingOptions(),
+) -> ForgetPatch:
     """Train a patch of the text encoder; see ``methods.forget``.
 
     Only names and aliases are trained on, each alone: a prompt's other words would lose their
-    meaning too. To |h(c) - target|^2, with h what the last projection puts out, a share of its
-    start |h0(c) - target|^2 is added, ``preserve`` times |h(k) - h0(k)|^2 / |h0(k)|^2 of a kept
-    prompt k: the retain term of RMU (Li et al. 2024, arXiv 2403.03218), which HiRM left out.
+    meaning too. The loss is HiRM's |h(c) - target|^2, with h the output of the last projection,
+    plus ``preserve`` times |h(k) - h0(k)|^2 / |h0(k)|^2 of a kept prompt k, in units of the first
+    term at the start: the retain term of RMU (Li et al. 2024, arXiv 2403.03218), which HiRM left
+    out.
     """
-    first, training = BLOCK.format(0), Training(model, concepts, settings, on_step)
+    first, task = BLOCK.format(0), Task.of(model, concepts, settings)
     names = [layer.name for layer in text_layers(model.family) if layer.name.startswith(first)]
-    with model.borrow_text(words=False) as borrowed:
-        adapters = make_adapters(borrowed.module, names, settings, borrowed.device)
+    order = _order(concepts, settings)
+    kept = _kept(concepts, keep, settings, len(order))
+    options.check_steps(len(order))
+    with model.borrow_text_encoder(words=False) as text_encoder:
+        adapters = make_adapters(text_encoder.module, names, settings, text_encoder.device)
         with (
-            _watched(borrowed.module(last_projection(model.family))) as seen,
-            attached(adapters, borrowed.module) as switch,
+            _outputs(text_encoder.module(last_projection(model.family))) as outputs,
+            attached(adapters, text_encoder.module) as switch,
         ):
 
-            def output(prompt):
-                seen.clear()  # a preview may have encoded its prompts too
-                borrowed.encode(prompt)
-                return seen.pop().float()
+            def output(prompt: str) -> torch.Tensor:
+                outputs.clear()  # a preview may have encoded its prompts too
+                text_encoder.encode(prompt)
+                return outputs.pop().float()
 
             with torch.no_grad(), switch.off():
                 targets = [_target(concept, settings, output) for concept in concepts]
-                firsts = [
+                initial = [
                     float(F.mse_loss(output(concept.subjects[0]), target))
                     for concept, target in zip(concepts, targets)
                 ]
-            order = _order(concepts, settings)
-            kept = _kept(concepts, keep, settings, len(order))
 
-            def loss_at(index):
+            def loss_at(index: int) -> torch.Tensor:
                 concept, subject = order[index]
-                loss = F.mse_loss(output(subject), targets[concept])
+                loss = F.mse_loss(output(subject), targets[concept])  # |h(c) - target|^2
                 if kept:
-                    loss = loss + settings.preserve * firsts[concept] * moved(kept[index])
+                    loss = loss + settings.preserve * initial[concept] * retain(kept[index])
                 return loss
 
-            def moved(prompt):
+            def retain(prompt: str) -> torch.Tensor:
+                """|h(k) - h0(k)|^2 / |h0(k)|^2"""
                 with torch.no_grad(), switch.off():
                     before = output(prompt)
                 return F.mse_loss(output(prompt), before) / before.square().mean()
 
-            scale = scale_for(borrowed.module(names[0]))
-            training.put_on(adapters, switch)
-            training.run(loss_at, len(order), _optimiser(settings), on_step, scale)
-    return training.finish()
+            # Gradients are not clipped.
+            config = AdamWConfig(settings.lr, (0.9, 0.98), 1e-8, eps=1e-6, max_norm=math.inf)
+            scale = initial_loss_scale(text_encoder.module(names[0]))
+            run = TrainingRun(task, adapters, switch, options, config, len(order), scale)
+            run.train(loss_at, on_step)
+    return run.finish()
 
 
-def last_projection(family):
+def last_projection(family: Family) -> str:
     """The attention output projection of the last block whose output the U-Net sees.
 
     That is the last but one of the two encoders of SDXL, of which the first is edited.
@@ -157,17 +179,12 @@ def last_projection(family):
     return BLOCK.format(used - 1) + "self_attn.out_proj"
 
 
-def _optimiser(settings):
-    # Gradients are not clipped.
-    return Optimiser(settings.lr, (0.9, 0.98), weight_decay=1e-8, eps=1e-6, max_norm=math.inf)
-
-
-def _to_noise(concept, settings):
+def _to_noise(concept: Concept, settings: Settings) -> bool:
     return settings.target == "noise" or (settings.target == "auto" and not concept.anchor)
 
 
-def _target(concept, settings, output):
-    """What the last projection shall put out, [1, 77, D]."""
+def _target(concept: Concept, settings: Settings, output: Output) -> torch.Tensor:
+    """The target of the last projection's output, [1, 77, D]."""
     anchor = output(concept.anchor)
     if not _to_noise(concept, settings):
         return anchor
@@ -176,19 +193,21 @@ def _target(concept, settings, output):
     return (noise / noise.norm() * settings.scale).to(anchor)
 
 
-def _order(concepts, settings):
-    """(concept, words) of each step: concepts take turns, and so do the names of each."""
-    left = []
+def _order(concepts: Sequence[Concept], settings: Settings) -> list[tuple[int, str]]:
+    """(concept, words) of each step: concepts in turn, and the names of each in turn."""
+    queues = []
     for index, concept in enumerate(concepts):
         published = STEPS.get(concept.kind, OTHER_STEPS)
         count = settings.steps or published[0 if _to_noise(concept, settings) else 1]
         subjects = concept.subjects
-        left.append([(index, subjects[i % len(subjects)]) for i in range(count)])
-    longest = max(map(len, left))
-    return [own[turn] for turn in range(longest) for own in left if turn < len(own)]
+        queues.append([(index, subjects[i % len(subjects)]) for i in range(count)])
+    longest = max(map(len, queues))
+    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
 
 
-def _kept(concepts, given, settings, count):
+def _kept(
+    concepts: Sequence[Concept], given: Sequence[str], settings: Settings, count: int
+) -> list[str]:
     """A kept prompt for each step, in a shuffled order; none if nothing is kept."""
     words = keep_for(concepts, given, settings.keep_list) if settings.preserve else ()
     generator = torch.Generator().manual_seed(settings.seed)
@@ -196,8 +215,8 @@ def _kept(concepts, given, settings, count):
 
 
 @contextmanager
-def _watched(module):
-    """What a module puts out, newest last."""
-    seen = []
-    with module.register_forward_hook(lambda module, args, output: seen.append(output)):
-        yield seen
+def _outputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects a module's outputs, the newest last."""
+    outputs: list[torch.Tensor] = []
+    with module.register_forward_hook(lambda module, args, output: outputs.append(output)):
+        yield outputs

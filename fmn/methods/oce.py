@@ -4,27 +4,45 @@ The values of cross-attention are turned by an orthogonal matrix, W' = R W, that
 the concept's last token gives. R is nearly a reflection; see ``docs/methods/oce.md``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..closed_form.input_edit import finished, key_value_layers
-from ..closed_form.output_edit import Progress, cut, proper_span, reflection, span
-from ..closed_form.text_embeddings import concept_pairs, kept_contexts, templates_of, words_of
+from ..closed_form.input_edit import Changes, key_value_layers, solved_patch, weight_of
+from ..closed_form.output_edit import (
+    PartProgress,
+    proper_span,
+    reflection,
+    span,
+    truncate_to_tolerance,
+)
+from ..closed_form.text_embeddings import (
+    concept_pairs,
+    expand_setting,
+    expanded_templates,
+    kept_contexts,
+    words_of,
+)
+from ..concepts.concept import Concept
 from ..concepts.keep_list import CHOICES, keep_for
 from ..errors import ForgetError
 from ..linalg import gram
+from ..models.interface import UNetModel
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import setting
-from ..training.fit_adapters import autograd
+from ..settings import advanced, setting
 
 TITLE = "OCE"
+REVISION = 1
 ABOUT = (
     "Orthogonal Concept Erasure (arXiv 2605.28902): a closed form, done in seconds, that turns "
     "what cross-attention gives for the concept's words into its opposite."
 )
 GENERAL = "a photo of {}"
-CUT = 0.01  # relative error of a layer's change at which a full rank is cut, if rank is 0
+TOLERANCE = 0.01  # relative error at which a layer's change of full rank is truncated, if rank is 0
 
 
 @dataclass(frozen=True)
@@ -40,34 +58,26 @@ class Settings(Base, method="oce"):
         2000.0,
         "Weight of what is forgotten (s). Too small against the other weights: nothing is "
         "forgotten. Very large: the same as a reflection of strength 2.",
-        low=1e-3,
-        high=1e9,
-        step=0.001,
+        limits=(1e-3, 1e9, 0.001),
     )
-    general: float = setting(
+    general: float = advanced(
         10.0,
         "Weight of text in general (p), taken from shipped words and what is connected to keep. "
         "0: it may change freely.",
-        low=0.0,
-        high=1e9,
-        step=0.001,
+        limits=(0.0, 1e9, 0.001),
     )
     preserve: float = setting(
         0.0,
         "Weight of each kept word (q). 0: kept words count as text in general only. Higher: they "
         "change less, and less is forgotten.",
-        low=0.0,
-        high=1e9,
-        step=0.001,
+        limits=(0.0, 1e9, 0.001),
     )
-    damping: float = setting(
+    damping: float = advanced(
         10.0,
         "Weight of leaving all as it is (lambda). Small: a stronger edit. Large: none.",
-        low=1e-6,
-        high=1e9,
-        step=0.001,
+        limits=(1e-6, 1e9, 0.001),
     )
-    guide: str = setting(
+    guide: str = advanced(
         "anchor",
         "Directions that are spared. anchor: those of the concepts' anchors; without any, the "
         "patch is exact. start: for a concept without an anchor that of the start of the text, as "
@@ -78,29 +88,24 @@ class Settings(Base, method="oce"):
         2.0,
         "For reflection only. 0: nothing happens. 1: nothing is left along the concept's "
         "directions. 2: it becomes its opposite, as in the paper.",
-        low=0.0,
-        high=4.0,
-        step=0.01,
+        limits=(0.0, 4.0, 0.01),
     )
-    expand: bool = setting(
-        False, "On: also edit five templates around each name, such as 'photo of NAME'."
-    )
+    expand: bool = expand_setting()
     keep_list: str = setting(
         "auto",
         "Shipped list of kept words, beside what is connected, if preserve is not 0. auto: by the "
         "concept's kind.",
         choices=CHOICES,
     )
-    rank: int = setting(
+    rank: int = advanced(
         0,
         "Largest rank of a layer's change. 0: all of it; with a guide, which has full rank, what "
         "changes a layer by more than 1 %.",
-        low=0,
-        high=768,
+        limits=(0, 768),
     )
 
     @property
-    def keep_needs(self):
+    def keep_needs(self) -> str:
         return "use the form solved" if self.form == "reflection" else super().keep_needs
 
 
@@ -114,8 +119,76 @@ PRESETS = {
 }
 
 
-def second_moment(model, texts):
-    """Mean of c c^T over the contexts of all tokens of some texts, [D, D] in float64.
+@torch.no_grad()
+def run(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+) -> ForgetPatch:
+    """Solve for a patch; see ``methods.forget``.
+
+    The losses of the record are the mean cosine between what a concept's token gives before and
+    after: 1 at first, -1 if it is turned around.
+    """
+    fingerprint = model.fingerprint()
+    targets, guides = _contexts(model, concepts, settings)
+    moment = None if settings.form == "reflection" else _moment(model, concepts, settings, keep)
+    changes: Changes = {}
+    largest_error = 0.0
+    with model.borrow_denoiser() as denoiser:
+        names = [layer.name for layer in key_value_layers(model.family, "v")]
+        progress = PartProgress(on_step, len(names))
+        for name in names:
+            weight = weight_of(denoiser.module(name)).cpu()
+            up, down, error = _edit(weight, targets, guides, moment, settings, name)
+            changes[name] = up.float(), down.float()
+            largest_error = max(largest_error, error)
+            progress(_cosine(weight, up, down, targets))
+    if moment is not None and not any((up @ down).any() for up, down in changes.values()):
+        raise ForgetError(
+            f"The weight of what is forgotten, {settings.erase:g}, is too small against what is "
+            "kept, so nothing would change: raise erase, or lower general, preserve or damping."
+        )
+    losses = [1.0, sum(progress.values) / len(names)]
+    return solved_patch(model, fingerprint, concepts, settings, changes, losses, largest_error)
+
+
+def _contexts(
+    model: UNetModel, concepts: Sequence[Concept], settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Contexts [n, D] of the concepts' last tokens, and [m, D] of the guides."""
+    pairs_of = concept_pairs(
+        model, concepts, "last", lambda concept: expanded_templates(concept) * settings.expand
+    )
+    targets = torch.cat([pairs.targets for pairs in pairs_of])
+    guides = [
+        pairs.anchors
+        for concept, pairs in zip(concepts, pairs_of)
+        if concept.anchor or settings.guide == "start"
+    ]
+    return targets, torch.cat([targets[:0], *guides])
+
+
+def _moment(
+    model: UNetModel, concepts: Sequence[Concept], settings: Settings, keep: Sequence[str]
+) -> Tensor:
+    """K = p C + q sum k k^T + l I, [D, D] in float64."""
+    shipped = keep_for(concepts, (), "auto")
+    given = keep_for(concepts, keep, "none")
+    moment = settings.damping * torch.eye(model.family.context_dim, dtype=torch.float64)
+    if settings.general:
+        texts = [*given, *(GENERAL.format(word) for word in shipped)]
+        moment += settings.general * word_moment(model, texts)
+    if settings.preserve:
+        words = keep_for(concepts, keep, settings.keep_list)
+        moment += settings.preserve * gram(kept_contexts(model, words))
+    return moment
+
+
+def word_moment(model: UNetModel, texts: Sequence[str]) -> Tensor:
+    """C, the mean of c c^T over the contexts of all tokens of texts, [D, D] in float64.
 
     The start and the first end of the text count, padding does not, as in the released code.
     """
@@ -123,7 +196,28 @@ def second_moment(model, texts):
     return gram(rows) / len(rows)
 
 
-def solved(weight, erased, guide, kept_moment, scale):
+def _edit(
+    weight: Tensor,
+    targets: Tensor,
+    guides: Tensor,
+    moment: Tensor | None,
+    settings: Settings,
+    name: str,
+) -> tuple[Tensor, Tensor, float]:
+    """up, down and the relative error of a layer's change."""
+    erased = proper_span(weight @ targets.mT, name)  # E
+    if moment is None:
+        factors = reflection(weight, erased, settings.strength)
+        return truncate_to_tolerance(*factors, settings.rank)
+    guide = span(weight @ guides.mT)  # G
+    factors = procrustes(weight, erased, guide, moment, settings.erase)
+    tolerance = TOLERANCE if guide.shape[1] else 1e-9
+    return truncate_to_tolerance(*factors, settings.rank, tolerance)
+
+
+def procrustes(
+    weight: Tensor, erased: Tensor, guide: Tensor, moment: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """R W - W, R the orthogonal matrix that maximises <R, M> (Procrustes' problem).
 
     M = A - s E E^T (I - G G^T), A = W K W^T positive. Without a guide M is symmetric: R turns the
@@ -131,89 +225,26 @@ def solved(weight, erased, guide, kept_moment, scale):
     in E. R is not made a rotation: the released code negates one unrelated output if det R < 0.
 
     Args:
-        weight: W [out, D]. erased, guide: orthonormal E [out, n] and G [out, m], m may be 0.
-        kept_moment: K [D, D] = p C + q sum k k^T + l I. scale: s.
+        weight: W [out, D].
+        erased, guide: orthonormal E [out, n] and G [out, m], m may be 0.
+        moment: K [D, D] = p C + q sum k k^T + l I.
+        scale: s.
 
     Returns:
         factors up, down; with a guide up is the whole change, and down the identity.
     """
-    keep = weight @ kept_moment @ weight.mT
+    keep = weight @ moment @ weight.mT  # A
     if not guide.shape[1]:
-        values, vectors = torch.linalg.eigh(keep - scale * erased @ erased.mT)
+        values, vectors = torch.linalg.eigh(keep - scale * erased @ erased.mT)  # of M
         # W may have fewer inputs than outputs: then some eigenvalues are 0 up to rounding.
-        turned = vectors[:, values < -1e-9 * values.abs().max()]
-        return reflection(weight, turned, 2.0)
-    spared = erased.mT - erased.mT @ guide @ guide.mT
-    u, _, vh = torch.linalg.svd(keep - scale * erased @ spared)
+        negative = vectors[:, values < -1e-9 * values.abs().max()]  # P
+        return reflection(weight, negative, 2.0)
+    spared = erased.mT - erased.mT @ guide @ guide.mT  # E^T (I - G G^T)
+    u, _, vh = torch.linalg.svd(keep - scale * erased @ spared)  # M = u s vh, R = u vh
     return u @ (vh @ weight) - weight, torch.eye(weight.shape[1], dtype=weight.dtype)
 
 
-@autograd()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
-    """Solve for a patch; see ``methods.forget``.
-
-    The losses of the record are the mean cosine between what a concept's token gives before and
-    after: 1 at first, -1 if it is turned around.
-    """
-    base = model.fingerprint()
-    with torch.no_grad():
-        targets, guides = _contexts(model, concepts, settings)
-        moment = None if settings.form == "reflection" else _kept(model, concepts, settings, keep)
-        with model.borrow() as borrowed:
-            names = [layer.name for layer in key_value_layers(model.family, "v")]
-            progress, changes, worst = Progress(on_step, len(names)), {}, 0.0
-            for name in names:
-                weight = borrowed.module(name).weight.detach().to("cpu", torch.float64)
-                up, down, lost = _edit(weight, targets, guides, moment, settings, name)
-                changes[name], worst = (up.float(), down.float()), max(worst, lost)
-                progress(_cosine(weight, up, down, targets))
-    if moment is not None and not any((up @ down).any() for up, down in changes.values()):
-        raise ForgetError(
-            f"The weight of what is forgotten, {settings.erase:g}, is too small against what is "
-            "kept, so nothing would change: raise erase, or lower general, preserve or damping."
-        )
-    losses = [1.0, sum(progress.values) / len(names)]
-    return finished(model, base, concepts, settings, changes, losses, worst)
-
-
-def _contexts(model, concepts, settings):
-    """Contexts [n, D] of the concepts' last tokens, and [m, D] of what guides."""
-    targets, guides = [], []
-    found = concept_pairs(
-        model, concepts, "last", lambda concept: templates_of(concept) * settings.expand
-    )
-    for concept, pairs in zip(concepts, found):
-        targets.append(pairs.targets)
-        if concept.anchor or settings.guide == "start":
-            guides.append(pairs.anchors)
-    targets = torch.cat(targets)
-    return targets, torch.cat([targets[:0], *guides])
-
-
-def _kept(model, concepts, settings, keep):
-    """K = p C + q sum k k^T + l I."""
-    shipped = keep_for(concepts, (), "auto")
-    given = keep_for(concepts, keep, "none")
-    moment = settings.damping * torch.eye(model.family.context_dim, dtype=torch.float64)
-    if settings.general:
-        texts = [*given, *(GENERAL.format(word) for word in shipped)]
-        moment += settings.general * second_moment(model, texts)
-    if settings.preserve:
-        words = keep_for(concepts, keep, settings.keep_list)
-        moment += settings.preserve * gram(kept_contexts(model, words))
-    return moment
-
-
-def _edit(weight, targets, guides, moment, settings, name):
-    erased = proper_span(weight @ targets.mT, name)
-    if moment is None:
-        return cut(*reflection(weight, erased, settings.strength), settings.rank)
-    guide = span(weight @ guides.mT)
-    tolerance = CUT if guide.shape[1] else 1e-9
-    return cut(*solved(weight, erased, guide, moment, settings.erase), settings.rank, tolerance)
-
-
-def _cosine(weight, up, down, targets):
+def _cosine(weight: Tensor, up: Tensor, down: Tensor, targets: Tensor) -> float:
     before = weight @ targets.mT
     after = before + up @ (down @ targets.mT)
     return float(torch.cosine_similarity(before, after, dim=0).mean())

@@ -5,32 +5,35 @@ and solves its output projection anew: what goes into it at a concept's tokens s
 its anchor's does. Here as an exact low rank; the U-Net is not touched.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ..closed_form.input_edit import (
     Distances,
     compact,
-    finished,
-    left_of,
     rank_setting,
+    remaining_losses,
+    solved_patch,
     uce,
     weight_of,
 )
 from ..closed_form.text_embeddings import Pairs, concept_pairs, keep_list_setting, tokens_setting
+from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
-from ..linalg import gram, share
-from ..models.families import layers_by_name
-from ..models.interface import Text
+from ..linalg import gram, relative_error
+from ..models.interface import Text, UNetModel
 from ..models.token_positions import CHUNK
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, StepProgress, ignore
 from ..settings import Settings as Base
 from ..settings import setting
-from ..training.fit_adapters import autograd
-from ..training.loop import Step
 
 TITLE = "Diff-QuickFix"
+REVISION = 1
 ABOUT = (
     "Diff-QuickFix (arXiv 2310.13730): a closed form, done in a moment, that makes the text "
     "encoder's first layer read the concept's words as its anchor's. The patch is for the CLIP."
@@ -45,17 +48,13 @@ class Settings(Base, method="quickfix"):
     damping: float = setting(
         0.01,
         "Weight of leaving the layer as it is (lambda). Small: a stronger edit. Large: none.",
-        low=1e-6,
-        high=1e6,
-        step=0.01,
+        limits=(1e-6, 1e6, 0.01),
     )
     preserve: float = setting(
         10.0,
         "Weight of what is kept; 1 counts it as much as what is forgotten. 0: no keep-list, as "
         "published, which harms most prompts. Higher: what is listed changes less.",
-        low=0.0,
-        high=1000.0,
-        step=0.01,
+        limits=(0.0, 1000.0, 0.01),
     )
     tokens: str = tokens_setting("from-last")
     keep_list: str = keep_list_setting()
@@ -65,66 +64,75 @@ class Settings(Base, method="quickfix"):
 PRESETS = {"quickfix": Settings(), "quickfix-2024": Settings(preserve=0.0)}
 
 
-@autograd()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+@torch.no_grad()
+def run(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+) -> ForgetPatch:
     """Solve for a patch of the text encoder; see ``methods.forget``.
 
     With W the projection, k what goes into it at a concept's tokens and v what comes out at its
     anchor's, W' = (l W + sum v k^T) (l I + sum k k^T)^-1. The bias is added behind W and stays, so
     v is W k* without it, and W' - W = W [sum (k* - k) k^T] (l I + sum k k^T)^-1: the form of
-    ``closed_form.uce``, in the inputs of this layer.
+    ``input_edit.uce``, in the inputs of this layer.
     """
-    base = model.fingerprint()
-    with model.borrow_text(words=False) as borrowed, torch.no_grad():
-        with _inputs(model, borrowed.module(LAYER)) as inputs:
+    fingerprint = model.fingerprint()
+    with model.borrow_text_encoder(words=False) as text_encoder:
+        module = text_encoder.module(LAYER)
+        with _layer_inputs(model, module) as inputs:
             # Embeddings that attacks on the U-Net found are none of this layer's inputs.
             named = [replace(concept, learned=()) for concept in concepts]
             pairs = Pairs.cat(concept_pairs(inputs, named, settings.tokens, lambda _: TEMPLATES))
             words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
             kept = _kept(inputs, words, pairs.targets)
-        weight = weight_of(borrowed, layers_by_name(model.family)[LAYER]).cpu()
+        weight = weight_of(module).cpu()
         edit = compact(uce(*pairs, kept, preserve=settings.preserve, damping=settings.damping))
         rank = settings.rank * len(concepts) or max(weight.shape)
-        up, down, sums = Distances(pairs, edit.left).change(weight, edit.right, rank)
-    lost, whole, *losses = sums
-    on_step(Step(1, 1, left_of(*losses), 0.0))
-    changes = {LAYER: (up.float(), down.float())}
-    return finished(model, base, concepts, settings, changes, losses, share(lost, whole))
+        up, down, squares = Distances(pairs, edit.left).change(weight, edit.right, rank)
+    lost, whole, *losses = squares
+    on_step(StepProgress(1, 1, remaining_losses(*losses), 0.0))
+    changes, error = {LAYER: (up.float(), down.float())}, relative_error(lost, whole)
+    return solved_patch(model, fingerprint, concepts, settings, changes, losses, error)
 
 
-class _Inputs:
-    """A model whose contexts are what goes into the layer, as ``contexts`` reads a model."""
+class _LayerInputs:
+    """Encodes text as a model does, but gives the layer's inputs in place of contexts."""
 
-    def __init__(self, model, seen):
-        self.model, self.seen = model, seen
+    def __init__(self, model: UNetModel, inputs: list[Tensor]):
+        self.model, self.inputs = model, inputs
 
-    def tokenize(self, prompt):
+    def tokenize(self, prompt: Prompt) -> Sequence[int | None]:
         return self.model.tokenize(prompt)
 
-    def encode(self, prompt):
-        self.seen.clear()
+    def encode(self, prompt: Prompt) -> Text:
+        self.inputs.clear()
         self.model.encode(prompt)
-        # One row a section; ComfyUI puts the empty prompt behind them where words have weights.
-        sections = len(self.model.tokenize(prompt)) // CHUNK
-        return Text(torch.cat(self.seen)[:sections].flatten(0, 1)[None].clone())
+        # One row a chunk; ComfyUI puts the empty prompt behind them where words have weights.
+        chunks = len(self.model.tokenize(prompt)) // CHUNK
+        return Text(torch.cat(self.inputs)[:chunks].flatten(0, 1)[None].clone())
 
-    def encode_all(self, texts, length=CHUNK):
-        self.seen.clear()
+    def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor:
+        self.inputs.clear()
         self.model.encode_all(texts, length)
-        return torch.cat(self.seen).clone()
+        return torch.cat(self.inputs).clone()
 
 
 @contextmanager
-def _inputs(model, module):
-    seen = []
-    with module.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].detach().cpu().double())
-    ):
-        yield _Inputs(model, seen)
+def _layer_inputs(model: UNetModel, module: torch.nn.Module) -> Iterator[_LayerInputs]:
+    inputs: list[Tensor] = []
+
+    def record(module: object, args: tuple[Tensor, ...]) -> None:
+        inputs.append(args[0].detach().cpu().double())
+
+    with module.register_forward_pre_hook(record):
+        yield _LayerInputs(model, inputs)
 
 
-def _kept(inputs, words, targets):
-    """D rows whose k k^T add up to those of all positions of what is kept, padding too.
+def _kept(inputs: _LayerInputs, words: Sequence[str], targets: Tensor) -> Tensor:
+    """D rows whose k k^T add up to those of all positions of kept words, padding too.
 
     They are scaled to the number of target rows, so that a long list weighs no more than a short
     one.

@@ -6,24 +6,31 @@ them, and is not linear. So low-rank changes of all its layers are trained until
 sentence with a concept, what it gave for the same sentence without it. The U-Net is not run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..closed_form.input_edit import preserve, weight_gram
+from ..closed_form.input_edit import preserve_setting, weight_gram
 from ..closed_form.text_embeddings import keep_list_setting
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import kept_sentences, sentences, styled_sentences
 from ..models.adapters import attached
-from ..models.families import text_layers
+from ..models.families import UNetFamily, text_layers
+from ..models.interface import Text, TextEncoder, UNet, UNetModel
 from ..models.token_positions import EOS_ID
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import lr, rank, seed, setting
-from ..training.fit_adapters import autograd, make_adapters
-from ..training.loop import Optimiser, scale_for
-from ..training.run import Training
+from ..settings import advanced, lr, rank, seed, setting
+from ..training.fit_adapters import make_adapters
+from ..training.loop import AdamWConfig, initial_loss_scale
+from ..training.run import Task, TrainingOptions, TrainingRun
 
 TITLE = "Re-read, text encoder"
+REVISION = 1
 ABOUT = (
     "Re-read for many concepts at once: trains the text encoder to give sentences with a concept "
     "as it gave them without, and others as before. The patch is for the CLIP."
@@ -35,35 +42,33 @@ FAINT = 0.05  # pairs that differ less than this share of the mean count as if t
 
 @dataclass(frozen=True)
 class Settings(Base, method="reread_text"):
+    trains = True
     steps: int = setting(
         1500,
         "Training steps in all, however many concepts. More: more is forgotten and less harmed.",
-        low=1,
-        high=100_000,
+        limits=(1, 100_000),
     )
-    lr: float = lr(8e-3, "AdamW's learning rate at the start; it falls to zero.")
+    lr: float = lr(8e-3, "AdamW's learning rate at the start; it falls to zero.", advanced=True)
     rank: int = rank(32)
-    batch: int = setting(
+    batch: int = advanced(
         32,
         "Sentences with a concept in each step, and as many kept ones. Smaller is faster and less "
         "steady.",
-        low=1,
-        high=1024,
+        limits=(1, 1024),
     )
-    preserve: float = preserve(2.0)
-    prompts: int = setting(
+    preserve: float = preserve_setting(2.0)
+    prompts: int = advanced(
         12,
         "Sentences with each name, from a fixed list; as many with styles, and its own prompts, "
         "come on top.",
-        low=1,
-        high=180,
+        limits=(1, 180),
     )
-    kept: int = setting(
+    keep_prompts: int = advanced(
         1500,
         "Sentences with kept words. More: less harm. Half of the kept sentences of a step are "
         "those of what is connected to keep, if anything is.",
-        low=0,
-        high=10_000,
+        limits=(0, 10_000),
+        formerly="kept",
     )
     keep_list: str = keep_list_setting()
     seed: int = seed()
@@ -72,29 +77,35 @@ class Settings(Base, method="reread_text"):
 PRESETS = {"reread-many": Settings()}
 
 
-@autograd()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+def run(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+    options: TrainingOptions = TrainingOptions(),
+) -> ForgetPatch:
     """Train a patch of the text encoder; see ``methods.forget``."""
-    pairs, kept, own = _texts(concepts, keep, settings)
-    training = Training(model, concepts, settings, on_step)
-    with model.borrow() as borrowed:
-        metric = read_metric(borrowed, model.family)
+    pairs, kept, given = _texts(concepts, keep, settings)
+    options.check_steps(settings.steps)  # before any work
+    task = Task.of(model, concepts, settings)
+    with model.borrow_denoiser() as denoiser:
+        metric = read_metric(denoiser, model.family)
     names = read_layers(model.family)
-    with model.borrow_text(words=False) as encoder:
-        lessons = Lessons(encoder, pairs, kept, own, metric, settings)
+    with model.borrow_text_encoder(words=False) as encoder:
+        lessons = Lessons(encoder, pairs, kept, given, metric, settings)
         adapters = make_adapters(encoder.module, names, settings, encoder.device)
-        scale = scale_for(encoder.module(names[0]))
-        optimiser = Optimiser(settings.lr, weight_decay=0.0, decay=True)
+        scale = initial_loss_scale(encoder.module(names[0]))
+        config = AdamWConfig(settings.lr, weight_decay=0.0, linear_decay=True)
         with attached(adapters, encoder.module) as switch:
-            training.put_on(adapters, switch)
-            training.check_steps(settings.steps)  # before many draws
-            for _ in range(training.tries):
+            for _ in range(options.batches_drawn):
                 lessons.pick()
-            training.run(lessons, settings.steps, optimiser, on_step, scale)
+            training = TrainingRun(task, adapters, switch, options, config, settings.steps, scale)
+            training.train(lessons, on_step)
     return training.finish()
 
 
-def read_layers(family):
+def read_layers(family: UNetFamily) -> list[str]:
     """Names of the text encoders' layers, but for the block that the U-Net does not read: of two
     encoders, the first's last."""
     unread = f"text_encoder.text_model.encoder.layers.{family.texts[0].blocks - 1}."
@@ -102,7 +113,9 @@ def read_layers(family):
     return [name for name in names if len(family.texts) == 1 or not name.startswith(unread)]
 
 
-def _texts(concepts, keep, settings):
+def _texts(
+    concepts: Sequence[Concept], keep: Sequence[str], settings: Settings
+) -> tuple[list[tuple[str, str]], list[str], list[str]]:
     """Pairs of sentences with and without a concept, kept sentences, and those of given words."""
     styles = keep_for(concepts, (), "styles")
     pairs = []
@@ -112,19 +125,19 @@ def _texts(concepts, keep, settings):
     if not settings.preserve:
         return pairs, [""], []
     words = keep_for(concepts, keep, settings.keep_list)
-    kept = kept_sentences(words, styles, settings.kept)
+    kept = kept_sentences(words, styles, settings.keep_prompts)
     given = keep_for(concepts, keep, "none")
-    # What is given may be styles, and then stands behind the other given words too.
-    own = kept_sentences(given, [*given, *styles], settings.prompts * len(given))[1:]
-    return pairs, kept, [*given, *own]
+    # Given words may be styles, and then stand behind the other given words too.
+    sentences_of_given = kept_sentences(given, [*given, *styles], settings.prompts * len(given))
+    return pairs, kept, [*given, *sentences_of_given[1:]]
 
 
-def read_metric(borrowed, family):
+def read_metric(denoiser: UNet, family: UNetFamily) -> Tensor:
     """R [D, D], float32: |c R|^2 is the mean square of what keys and values make of a context c.
 
-    An error that no layer reads is none.
+    An error that no layer reads counts nothing.
     """
-    values, vectors = torch.linalg.eigh(weight_gram(borrowed, family))
+    values, vectors = torch.linalg.eigh(weight_gram(denoiser, family))
     values = values.clamp(min=0) / values.clamp(min=0).sum()
     return (vectors * values.sqrt()).float()
 
@@ -140,65 +153,78 @@ class Lessons:
     averaged over a batch.
 
     Args:
-        encoder: a ``BorrowedText``. metric: of ``read_metric``.
-        pairs: [(text, text)]. kept, own: texts; half of the kept ones come from ``own``, if any.
-        settings: of this module.
+        metric: of ``read_metric``.
+        pairs: [(a, b)].
+        kept, given: texts k; half of those of a batch come from ``given``, if any.
     """
 
-    def __init__(self, encoder, pairs, kept, own, metric, settings):
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        pairs: Sequence[tuple[str, str]],
+        kept: Sequence[str],
+        given: Sequence[str],
+        metric: Tensor,
+        settings: Settings,
+    ):
         self.encoder, self.settings = encoder, settings
         self.metric = metric.to(encoder.device)
-        texts = [text for text, _ in pairs], [other for _, other in pairs], [*kept, *own]
-        ids = [encoder.ids_of(each) for each in texts]
-        length = min(max(int(_lengths(each).max()) for each in ids) + MARGIN, ids[0].shape[2])
-        self.concept, others, self.kept = (each[..., :length] for each in ids)
-        self.first_own = len(kept)
+        texts = [text for text, _ in pairs], [other for _, other in pairs], [*kept, *given]
+        ids = [encoder.ids_of(some) for some in texts]
+        length = min(max(int(_lengths(some).max()) for some in ids) + MARGIN, ids[0].shape[2])
+        self.concept, others, self.kept = (some[..., :length] for some in ids)
+        self.first_given = len(kept)
         with torch.no_grad():
-            before, targets = self._encode(self.concept), self._encode(others)
-            apart = [(one - other).square().sum(1).mean() for one, other in zip(before, targets)]
+            before, targets = self._encode(self.concept), self._encode(others)  # E(a), E(b)
+            distances = [
+                (one - other).square().sum(1).mean() for one, other in zip(before, targets)
+            ]
             # Pooled text counts as much as all of the context.
-            self.shares = [(apart[0] / each).sqrt() for each in apart]
-            self.targets, self.stays = self._joined(targets), self._joined(self._encode(self.kept))
+            self.shares = [(distances[0] / distance).sqrt() for distance in distances]
+            self.targets = self._joined(targets)
+            self.frozen_kept = self._joined(self._encode(self.kept))  # E(k)
             square = (self._joined(before) - self.targets).square().sum(1)
-        self.scale = square.mean()
-        self.apart = square.clamp(min=FAINT * float(self.scale))
+        self.scale = square.mean()  # mean |E(a) - E(b)|^2
+        self.distances = square.clamp(min=FAINT * float(self.scale))  # |E(a) - E(b)|^2
         self.generator = torch.Generator().manual_seed(settings.seed)
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> Tensor:
         chosen, kept = self.pick()
         ids = torch.cat([self.concept[chosen], self.kept[kept]])
-        gone, stay = self._joined(self._read(self.encoder.encode_ids(ids))).split(len(chosen))
-        left = (gone - self.targets[chosen]).square().sum(1) / self.apart[chosen]
-        moved = (stay - self.stays[kept]).square().sum(1).mean() / self.scale
+        encoded = self._joined(self._read(self.encoder.encode_ids(ids)))
+        forgotten, preserved = encoded.split(len(chosen))  # E'(a), E'(k)
+        left = (forgotten - self.targets[chosen]).square().sum(1) / self.distances[chosen]
+        moved = (preserved - self.frozen_kept[kept]).square().sum(1).mean() / self.scale
         return left.mean() + self.settings.preserve * moved
 
-    def pick(self):
+    def pick(self) -> tuple[Tensor, Tensor]:
         """What is random in a step: which pairs, and which kept sentences."""
         count = self.settings.batch
         chosen = torch.randint(len(self.concept), (count,), generator=self.generator)
-        return chosen, self._kept(count)
+        return chosen, self._pick_kept(count)
 
-    def _kept(self, count):
+    def _pick_kept(self, count: int) -> Tensor:
         """Rows of kept sentences, a half of them of given words if there are some."""
-        rows = torch.randint(self.first_own, (count,), generator=self.generator)
-        given = len(self.kept) - self.first_own
+        rows = torch.randint(self.first_given, (count,), generator=self.generator)
+        given = len(self.kept) - self.first_given
         if given:
             half = count // 2
-            rows[:half] = self.first_own + torch.randint(given, (half,), generator=self.generator)
+            some = torch.randint(given, (half,), generator=self.generator)
+            rows[:half] = self.first_given + some
         return rows
 
-    def _encode(self, ids):
-        parts = [self._read(self.encoder.encode_ids(each)) for each in ids.split(AT_ONCE)]
-        return [torch.cat(each) for each in zip(*parts)]
+    def _encode(self, ids: Tensor) -> list[Tensor]:
+        parts = [self._read(self.encoder.encode_ids(some)) for some in ids.split(AT_ONCE)]
+        return [torch.cat(tensors) for tensors in zip(*parts)]
 
-    def _read(self, text):
+    def _read(self, text: Text) -> list[Tensor]:
         """The context in the metric, and pooled text where there is some: rows of [N, .]."""
         return [(text.context @ self.metric).flatten(1), *text.vectors.values()]
 
-    def _joined(self, rows):
-        return torch.cat([share * each for share, each in zip(self.shares, rows)], 1)
+    def _joined(self, rows: Sequence[Tensor]) -> Tensor:
+        return torch.cat([share * some for share, some in zip(self.shares, rows)], 1)
 
 
-def _lengths(ids):
+def _lengths(ids: Tensor) -> Tensor:
     """Positions up to the first EOT, for each row of [N, E, 77]; the longest of its encoders."""
     return (ids == EOS_ID).int().argmax(2).amax(1) + 1

@@ -1,32 +1,38 @@
 """Attention re-steering (Forget-Me-Not, Zhang et al. 2023, arXiv 2303.17591).
 
-The attention that a concept's tokens get, in every cross-attention layer, is trained away. What
-the paper leaves open is taken from the released code, SHI-Labs/Forget-Me-Not train_attn.py.
+It trains away the attention that a concept's tokens get in every cross-attention layer. What the
+paper leaves open is taken from the released code, SHI-Labs/Forget-Me-Not train_attn.py.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
-from ..closed_form.protected_subspace import protect, protected_downs
-from ..concepts.concept import Prompt
+from ..closed_form.protected_subspace import protect_setting, protected_downs
+from ..concepts.concept import Concept, Prompt
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
-from ..models.attention import watch_attention
-from ..models.attention_maps import flags_of
-from ..models.interface import Text, cross_attention_names, tokenize_with_placeholders
+from ..models.adapters import Switch
+from ..models.attention import Watcher, watch_attention
+from ..models.attention_maps import ProbeInput, concept_flags
+from ..models.interface import Text, UNet, UNetModel
 from ..models.sampling import q_sample
-from ..models.token_positions import END_TOKENS, end_positions
+from ..models.token_positions import END_TOKENS, end_positions, tokenize_with_placeholders
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import checkpointing, full_weights, lr, rank, seed, setting, size, steps
+from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
 from ..training import textual_inversion
-from ..training.fit_adapters import autograd, learn, reference_latents
+from ..training.fit_adapters import Draw, LossOf, reference_latents, shuffled_cycle, train_patch
 from ..training.losses import attention_resteering
+from ..training.run import TrainingOptions
 
 TITLE = "Re-steer"
+REVISION = 1
 ABOUT = (
     "Attention re-steering (Forget-Me-Not, arXiv 2303.17591): trains away the attention that the "
     "concept's words get."
@@ -37,21 +43,23 @@ REFERENCES = ("zeros", "samples")
 
 @dataclass(frozen=True)
 class Settings(Base, method="resteer"):
+    trains = True
     steps: int = steps(50)
     lr: float = lr(
         2e-3,
         "AdamW's learning rate. Around 0.002 for low rank; the released code trains full weights "
         "with 0.000002.",
+        advanced=True,
     )
     rank: int = rank()
-    layers: str = setting(
+    layers: str = advanced(
         "kv",
         "What is trained. kv: keys and values of cross-attention. attention: all of "
         "cross-attention. unet: every linear and convolution layer.",
         choices=SCOPES,
     )
     full_weights: bool = full_weights()
-    end_tokens: str = setting(
+    end_tokens: str = advanced(
         "none",
         "Also take attention from the end-of-text token, which sums up the prompt: none, the "
         "first one, or all (in Stable Diffusion 1.x that includes all padding, as released).",
@@ -63,14 +71,13 @@ class Settings(Base, method="resteer"):
         "pictures that the model draws of the concept first.",
         choices=REFERENCES,
     )
-    samples: int = setting(
-        4, "How many pictures a concept, if references is 'samples'.", low=1, high=64
+    samples: int = advanced(
+        4, "How many pictures a concept, if references is 'samples'.", limits=(1, 64)
     )
-    batch: int = setting(
+    batch: int = advanced(
         1,
         "Prompts a step. 1 as released; more are steadier, slower and need more memory.",
-        low=1,
-        high=64,
+        limits=(1, 64),
     )
     size: int = size()
     checkpointing: bool = checkpointing()
@@ -80,13 +87,12 @@ class Settings(Base, method="resteer"):
         "How many tokens are first learned from the concept's reference pictures (textual "
         "inversion); their attention is trained away instead of the name's. 0: none, the name is "
         "taken; 4 as released.",
-        low=0,
-        high=8,
+        limits=(0, 8),
     )
-    inversion_steps: int = setting(
-        500, "Steps of that learning. Too few learn another thing.", low=1, high=100_000
+    inversion_steps: int = advanced(
+        500, "Steps of that learning. Too few learn another thing.", limits=(1, 100_000)
     )
-    protect: bool = protect()
+    protect: bool = protect_setting()
 
 
 RELEASED = Settings(
@@ -109,7 +115,7 @@ class Example:
 
     concept: int
     text: Text  # of one prompt, [1, T, D]
-    flags: torch.Tensor  # bool [1, T]: whose attention is to vanish
+    flags: torch.Tensor  # bool [1, T]: the tokens whose attention is trained away
 
 
 @dataclass
@@ -117,9 +123,9 @@ class Data:
     examples: list[Example]
     latents: list[torch.Tensor]  # a concept: [N, 4, h, w]
 
-    def probe_inputs(self):
-        """The first prompt of each concept, as ``Probe`` looks at it."""
-        first = {}
+    def probe_inputs(self) -> list[ProbeInput]:
+        """The first prompt of each concept, for ``AttentionProbe``."""
+        first: dict[int, Example] = {}
         for example in self.examples:
             first.setdefault(example.concept, example)
         return [
@@ -128,14 +134,16 @@ class Data:
         ]
 
 
-def prepare(model, concepts, settings, on_step=lambda step: None):
+def prepare(
+    model: UNetModel, concepts: Sequence[Concept], settings: Settings, on_step: OnStep = ignore
+) -> Data:
     """Encode prompts, find the tokens to forget, and get the latents to noise.
 
     Args:
-        on_step: gets the steps of textual inversion, if there is any.
+        on_step: called after each step of textual inversion, if there is any.
 
     Raises:
-        ForgetError: a concept's tokens cannot be found in its prompt.
+        ForgetError: a concept's tokens are not in its prompt.
     """
     examples = []
     for index, concept in enumerate(concepts):
@@ -143,13 +151,15 @@ def prepare(model, concepts, settings, on_step=lambda step: None):
             examples.append(_inverted(model, index, concept, settings, on_step))
             continue
         for prompt in concept.training_prompts():
-            flags = flags_of(model, prompt, settings.end_tokens)
+            flags = concept_flags(model, prompt, settings.end_tokens)
             examples.append(Example(index, model.encode(prompt), flags))
     size = settings.size or model.family.resolution
     return Data(examples, [_latents(model, concept, settings, size) for concept in concepts])
 
 
-def _inverted(model, index, concept, settings, on_step):
+def _inverted(
+    model: UNetModel, index: int, concept: Concept, settings: Settings, on_step: OnStep
+) -> Example:
     """An example in which tokens learned from the concept's pictures stand for its name."""
     if concept.images is None:
         raise ForgetError(
@@ -158,24 +168,26 @@ def _inverted(model, index, concept, settings, on_step):
         )
     first = concept.training_prompts()[0]
     template = first.text.replace("{", "").replace("}", "").replace(first.subject, "{}", 1)
-    how = textual_inversion.Settings(
+    inversion = textual_inversion.Settings(
         tokens=settings.inverted, steps=settings.inversion_steps, lr=INVERTED_LR,
         seed=settings.seed, start=first.subject, templates=(template,),
     )  # fmt: skip
-    with model.borrow() as borrowed:
-        found = textual_inversion.invert(model, borrowed, concept.images, how, on_step)
-    prompt = textual_inversion.filled(template, PLACEHOLDER)
-    with model.borrow_text() as text_encoder, torch.no_grad():
-        text, _ = text_encoder.encode(prompt, found.vectors)
+    with model.borrow_denoiser() as denoiser:
+        learned = textual_inversion.invert(model, denoiser, concept.images, inversion, on_step)
+    prompt = textual_inversion.fill(template, PLACEHOLDER)
+    with model.borrow_text_encoder() as text_encoder, torch.no_grad():
+        text, _ = text_encoder.encode(prompt, learned.vectors)
     ids = tokenize_with_placeholders(
-        lambda words: model.tokenize(Prompt(words, words)), prompt, settings.inverted
+        lambda words: cast(list[int], model.tokenize(Prompt(words, words))),
+        prompt,
+        settings.inverted,
     )
     flags = torch.tensor([[token is None for token in ids]])
     flags[0, end_positions(ids, settings.end_tokens)] = True
     return Example(index, Text(text.context.float().cpu().clone(), text.vectors), flags)
 
 
-def _latents(model, concept, settings, size):
+def _latents(model: UNetModel, concept: Concept, settings: Settings, size: int) -> torch.Tensor:
     if concept.images is not None:
         return reference_latents(model, concept, size)
     if settings.references == "samples":
@@ -192,20 +204,34 @@ class Batch(NamedTuple):
     flags: torch.Tensor  # bool [B, T]
 
 
-class Draws:
-    """Endless training batches: shuffled examples, a random latent, time step and noise each."""
+class Batches:
+    """Endless training batches: concepts and the prompts of each in shuffled orders, with a random
+    latent, time step and noise."""
 
-    def __init__(self, data, settings, alphas_cumprod, device, apart=False):
-        self.data, self.batch, self.apart, self.device = data, settings.batch, apart, device
+    def __init__(
+        self,
+        data: Data,
+        settings: Settings,
+        alphas_cumprod: torch.Tensor,
+        device: torch.device,
+        split: bool = False,
+    ):
+        self.latents, self.size = data.latents, settings.batch
+        self.split, self.device = split, device
         self.alphas_cumprod = alphas_cumprod.cpu()
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self._queues = {}
+        concepts = range(len(data.latents))
+        examples = [[e for e in data.examples if e.concept == concept] for concept in concepts]
+        self.examples = shuffled_cycle(
+            [shuffled_cycle(each, self.generator, reverse=True) for each in examples],
+            self.generator,
+            reverse=True,
+        )
 
-    def __call__(self):
-        """What one step trains on: a ``Batch`` for each length of prompt that was drawn, or, apart,
-        for each prompt."""
-        drawn = [self._draw() for _ in range(self.batch)]
-        if self.apart:
+    def __call__(self) -> list[Batch]:
+        """A step's ``Batch`` for each length of prompt; split, for each prompt."""
+        drawn = [self._draw() for _ in range(self.size)]
+        if self.split:
             return [self._stack([row]) for row in drawn]
         lengths = {row.flags.shape[1] for row in drawn}
         return [
@@ -213,91 +239,69 @@ class Draws:
             for length in sorted(lengths)
         ]
 
-    def _draw(self):
-        example = self._next_example()
-        latents = self.data.latents[example.concept]
+    def _draw(self) -> Batch:
+        example = next(next(self.examples))
+        latents = self.latents[example.concept]
         index = torch.randint(len(latents), (1,), generator=self.generator)
         t = torch.randint(len(self.alphas_cumprod), (1,), generator=self.generator)
         noise = torch.randn(latents[index].shape, generator=self.generator)
         x_t = q_sample(latents[index], noise, self.alphas_cumprod[t])
         return Batch(x_t, t, example.text, example.flags)
 
-    def _next_example(self):
-        """Concepts take turns in a shuffled order, and so do the prompts of each."""
-        concept = self._next("concepts", range(len(self.data.latents)))
-        own = [example for example in self.data.examples if example.concept == concept]
-        return self._next(concept, own)
-
-    def _next(self, name, values):
-        queue = self._queues.setdefault(name, [])
-        if not queue:
-            order = torch.randperm(len(values), generator=self.generator)
-            queue += [values[i] for i in order.tolist()]
-        return queue.pop()
-
-    def _stack(self, rows):
-        x_t, t, texts, flags = zip(*rows)
-        x_t, t, flags = (torch.cat(tensors).to(self.device) for tensors in (x_t, t, flags))
-        return Batch(x_t, t, Text.cat(texts), flags)
+    def _stack(self, rows: Sequence[Batch]) -> Batch:
+        parts = zip(*((row.x_t, row.t, row.flags) for row in rows))
+        x_t, t, flags = (torch.cat(tensors).to(self.device) for tensors in parts)
+        return Batch(x_t, t, Text.cat([row.text for row in rows]), flags)
 
 
-@autograd()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+def run(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+    options: TrainingOptions = TrainingOptions(),
+) -> ForgetPatch:
     """Train a patch that takes the attention away from the concepts' tokens.
 
-    Args, errors: see ``methods.forget``. What is to be kept counts only with ``protect``.
+    Args, errors: see ``methods.forget``. Words to keep need ``protect``.
     """
     downs = protected_downs(model, concepts, keep, settings.layers, settings)
     data = prepare(model, concepts, settings, on_step)
 
     @contextmanager
-    def open_loss(borrowed, switch, apart):
-        draws = Draws(data, settings, borrowed.alphas_cumprod, borrowed.device, apart)
-        modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
-        with watch_attention(modules, borrowed.context_argument) as watch:
-            loss = partial(apart_loss if apart else whole_loss, borrowed, watch)
-            yield draws, loss
+    def open_loss(denoiser: UNet, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
+        batches = Batches(data, settings, denoiser.alphas_cumprod, denoiser.device, split)
+        modules = denoiser.cross_attention_modules()
+        with watch_attention(modules, denoiser.context_argument) as watch:
+            yield batches, partial(split_loss if split else batched_loss, denoiser, watch)
 
-    @contextmanager
-    def rehearsed(borrowed, batch):
-        how = replace(settings, batch=batch)
-        batches = Draws(data, how, borrowed.alphas_cumprod, borrowed.device)()
-        modules = [borrowed.module(name) for name in cross_attention_names(model.family)]
-        with watch_attention(modules, borrowed.context_argument) as watch:
-            for each in batches:
-                watch.aim(each.flags)
-            forwards = [partial(borrowed.denoise, each.x_t, each.t, each.text) for each in batches]
-            yield lambda: attention_resteering(
-                [layer for forward in forwards for layer in watch.run(forward)]
-            )
-
-    probe_inputs = data.probe_inputs()
-    return learn(
-        model, concepts, settings, settings.layers, open_loss, None, probe_inputs, on_step, downs,
-        rehearsed,
+    return train_patch(
+        model, concepts, settings, settings.layers, open_loss, on_step, options,
+        probe_inputs=data.probe_inputs(), downs=downs,
     )  # fmt: skip
 
 
-def whole_loss(borrowed, watch, batches):
+def batched_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> torch.Tensor:
     """``attention_resteering`` of a step."""
-    seen = [watched_forward(borrowed, watch, batch) for batch in batches]
-    return attention_resteering([layer for batch in seen for layer in batch])
+    watched = [watched_forward(denoiser, watch, batch) for batch in batches]
+    return attention_resteering([layer for layers in watched for layer in layers])
 
 
-def apart_loss(borrowed, watch, batches):
-    """The same in parts, one a batch, whose gradients sum to its own.
+def split_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+    """The same in parts, one a batch, whose gradients add up to its gradient.
 
-    A norm is no sum, but its gradient is: of |v|^2 / (2 |v|) with the divisor held, which needs
-    all norms first, and so a second forward pass.
+    A norm is no sum, but its gradient is that of |v|^2 / (2 |v|) with the divisor held constant,
+    which takes all norms first, and so a second forward pass.
     """
     with torch.no_grad():
-        norms = [whole_loss(borrowed, watch, [batch]) for batch in batches]
+        norms = [batched_loss(denoiser, watch, [batch]) for batch in batches]
         whole = torch.stack(norms).norm().clamp_min(torch.finfo(torch.float32).tiny)
     for batch, norm in zip(batches, norms):
-        half = whole_loss(borrowed, watch, [batch]).square() / (2 * whole)
+        half = batched_loss(denoiser, watch, [batch]).square() / (2 * whole)
         yield half + norm.square() / (2 * whole)
 
 
-def watched_forward(borrowed, watch, batch):
-    """What the flagged tokens of a batch get, a tensor [N, H, P] a layer."""
-    return watch(batch.flags, lambda: borrowed.denoise(batch.x_t, batch.t, batch.text))
+def watched_forward(denoiser: UNet, watch: Watcher, batch: Batch) -> list[torch.Tensor]:
+    """The attention that the flagged tokens of a batch get, [N, H, P] a layer."""
+    return watch(batch.flags, lambda: denoiser.predict_noise(batch.x_t, batch.t, batch.text))

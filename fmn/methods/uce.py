@@ -5,48 +5,56 @@ anchor's, and kept ones as before. Here as an exact low rank; see ``fmn.closed_f
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..closed_form.input_edit import (
-    damping,
-    debias,
-    erase,
+    damping_setting,
+    debiased_anchors,
+    erase_setting,
     input_patch,
-    preserve,
+    preserve_setting,
     rank_setting,
     uce,
 )
 from ..closed_form.text_embeddings import (
     Pairs,
     concept_pairs,
+    expand_setting,
+    expanded_templates,
     keep_list_setting,
     keep_tokens_setting,
     kept_contexts,
-    templates_of,
     tokens_setting,
 )
+from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
+from ..models.interface import UNetModel
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, ignore
 from ..settings import Settings as Base
 from ..settings import setting
-from ..training.fit_adapters import autograd
 
 TITLE = "UCE"
+REVISION = 1
 ABOUT = (
     "Unified Concept Editing (arXiv 2308.14761): a closed form, done in a moment, that makes "
     "cross-attention read the concept's words as its anchor's."
 )
 
 
-def read_attributes(text):
+def read_attributes(text: str) -> list[tuple[str, float]]:
     """[(attribute, weight)] of 'woman 0.3, man -0.3'.
 
     Raises:
         ForgetError: an entry is no words with a finite number behind them.
     """
-    found = []
+    attributes = []
     for entry in (entry.strip() for entry in text.split(",") if text.strip()):
         name, _, number = entry.rpartition(" ")
         try:
@@ -58,19 +66,17 @@ def read_attributes(text):
                 f"The attribute '{entry:.60}' has to be words and a number: write for example "
                 "'woman 0.3, man -0.3'."
             )
-        found.append((name.strip(), weight))
-    return found
+        attributes.append((name.strip(), weight))
+    return attributes
 
 
 @dataclass(frozen=True)
 class Settings(Base, method="uce"):
-    erase: float = erase()
-    preserve: float = preserve()
-    damping: float = damping(0.5)
+    erase: float = erase_setting()
+    preserve: float = preserve_setting()
+    damping: float = damping_setting(0.5)
     tokens: str = tokens_setting()
-    expand: bool = setting(
-        False, "On: also edit five templates around each name, such as 'photo of NAME'."
-    )
+    expand: bool = expand_setting()
     attributes: str = setting(
         "",
         "Not empty: nothing is forgotten; the concept is shifted towards or away from these "
@@ -80,7 +86,7 @@ class Settings(Base, method="uce"):
     keep_tokens: str = keep_tokens_setting()
     rank: int = rank_setting()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         read_attributes(self.attributes)
 
@@ -91,9 +97,14 @@ PRESETS = {
 }
 
 
-@autograd()
 @torch.no_grad()
-def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()):
+def run(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+    keep: Sequence[str] = (),
+) -> ForgetPatch:
     """Solve for a patch; see ``methods.forget``."""
     attributes = read_attributes(settings.attributes)
     anchored = next((concept for concept in concepts if concept.anchor), None)
@@ -101,20 +112,28 @@ def run(model, concepts, settings=Settings(), on_step=lambda step: None, keep=()
         raise ForgetError(
             f"'{anchored.name}' has an anchor, and attributes are set: use one of the two."
         )
-    pairs, kept = rows_of(model, concepts, settings, keep)
-    weighted = settings.erase, settings.preserve, settings.damping
-    if not attributes:
-        edit = uce(*pairs, kept, *weighted)
-    else:
+    pairs, kept = uce_rows(model, concepts, settings, keep)
+    if attributes:
         names, weights = zip(*attributes)
-        edit, pairs = debias(pairs.targets, kept_contexts(model, names), weights, kept, *weighted)
-    return input_patch(model, concepts, settings, pairs, lambda borrowed: edit, on_step=on_step)
+        anchors = debiased_anchors(pairs.targets, kept_contexts(model, names), weights)
+        pairs = Pairs(pairs.targets, anchors)
+    edit = uce(*pairs, kept, settings.erase, settings.preserve, settings.damping)
+    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step)
 
 
-def rows_of(model, concepts, settings, keep):
-    """The ``Pairs`` to edit and the rows to keep."""
+def uce_rows(
+    model: UNetModel, concepts: Sequence[Concept], settings: Any, keep: Sequence[str]
+) -> tuple[Pairs, Tensor]:
+    """The rows c with c* to edit, and the rows k to keep, [m, D].
+
+    Args:
+        settings: of UCE or RECE.
+    """
     pairs = concept_pairs(
-        model, concepts, settings.tokens, lambda concept: templates_of(concept) * settings.expand
+        model,
+        concepts,
+        settings.tokens,
+        lambda concept: expanded_templates(concept) * settings.expand,
     )
     words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
     if words and settings.keep_tokens == "all":

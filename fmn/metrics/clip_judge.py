@@ -3,15 +3,18 @@
 The model comes from a folder as transformers saves it; nothing is downloaded.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch.nn.functional import normalize
 
+from ..concepts.prompt_templates import fill
 from ..errors import ForgetError
 from ..images import to_image
-from .judge import check_images, find_labels
+from .judge import check_images, labels_of
 
 BATCH = 32
 
@@ -28,33 +31,40 @@ class ClipJudge:
         ForgetError: transformers or files are missing, or phrases or templates are unusable.
     """
 
-    def __init__(self, folder, phrases=None, templates=None):
-        sentences = _fill(phrases, templates)
+    labels: dict[str, tuple[str, ...]]
+
+    def __init__(
+        self,
+        folder: str | Path,
+        phrases: Mapping[str, dict[str, str]] | None = None,
+        templates: dict[str, str] | None = None,
+    ):
+        phrases = phrases or {}
+        sentences = _fill(phrases, templates or {})
         self.name = f"clip:{folder}"
-        self.labels = {domain: tuple(found) for domain, found in phrases.items()}
+        self.labels = {domain: tuple(labels) for domain, labels in phrases.items()}
         self._model, self._tokenizer, self._processor = _load(folder)
         self._classes = {domain: self._embed_texts(s) for domain, s in sentences.items()}
 
     @torch.no_grad()
-    def probabilities(self, images, domain):
+    def probabilities(self, images: torch.Tensor, domain: str) -> torch.Tensor:
         """Softmax of the cosines times the model's own scale (100 in OpenAI's)."""
-        find_labels(self, domain)
+        labels_of(self, domain)
         cosines = self.features(images) @ self._classes[domain].T
         return torch.softmax(self._model.logit_scale.exp() * cosines, -1)
 
     @torch.no_grad()
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """Embeddings of length 1, [N, F]."""
         parts = [self._embed_images(part) for part in check_images(images).split(BATCH)]
         return torch.cat(parts)
 
-    def score(self, images, prompts):
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """CLIP score of each picture with its prompt, [N]: 100 max(cos, 0).
 
         Hessel et al. 2021 (arXiv 2104.08718) define it with 2.5 in place of 100 and with the
         prefix "A photo depicts"; papers on erasing use 100 and the bare prompt, as here.
         """
-        prompts = list(prompts)
         if len(prompts) != len(images):
             raise ForgetError(
                 f"There are {len(images)} pictures and {len(prompts)} prompts: give one each."
@@ -63,37 +73,38 @@ class ClipJudge:
         return 100 * cosines.clamp(min=0)
 
     @torch.no_grad()
-    def _embed_texts(self, sentences):
-        tokens = self._tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
+    def _embed_texts(self, sentences: Sequence[str]) -> torch.Tensor:
+        tokens = self._tokenizer(
+            list(sentences), padding=True, truncation=True, return_tensors="pt"
+        )
         pooled = self._model.text_model(**tokens).pooler_output
         return normalize(self._model.text_projection(pooled), dim=-1)
 
-    def _embed_images(self, images):
+    def _embed_images(self, images: torch.Tensor) -> torch.Tensor:
         pictures = [to_image(image) for image in images]
         pixels = self._processor(images=pictures, return_tensors="pt")
         pooled = self._model.vision_model(**pixels).pooler_output
         return normalize(self._model.visual_projection(pooled), dim=-1)
 
 
-def _fill(phrases, templates):
+def _fill(phrases: Mapping[str, dict[str, str]], templates: dict[str, str]) -> dict[str, list[str]]:
     """Sentences for each domain."""
     if not phrases or not all(phrases.values()):
         raise ForgetError(
             "CLIP is asked about words, and there are none: give {label: phrase} for each domain."
         )
-    templates = templates or {}
     for domain, template in templates.items():
         if domain not in phrases:
             raise ForgetError(f"There is a template for '{domain}', which has no phrases.")
         if template.count("{}") != 1:
             raise ForgetError(f"The template '{template}' needs {{}} once, where the phrase goes.")
     return {
-        domain: [templates.get(domain, "{}").replace("{}", phrase) for phrase in found.values()]
-        for domain, found in phrases.items()
+        domain: [fill(templates.get(domain, "{}"), phrase) for phrase in labels.values()]
+        for domain, labels in phrases.items()
     }
 
 
-def _load(folder):
+def _load(folder: str | Path) -> tuple[Any, Any, Any]:  # classes of transformers
     """(model, tokenizer, image processor) in float32 from a folder."""
     if not Path(folder, "config.json").is_file():
         raise ForgetError(
@@ -109,8 +120,8 @@ def _load(folder):
         ) from error
     # Without these transformers makes a tokenizer that knows no word, and says nothing.
     files = "tokenizer.json", "vocab.json", "merges.txt"
-    one, *two = (Path(folder, file).is_file() for file in files)
-    if not (one or all(two)):
+    whole, vocabulary, merges = (Path(folder, file).is_file() for file in files)
+    if not (whole or (vocabulary and merges)):
         raise _unusable(folder, "it has neither tokenizer.json nor vocab.json with merges.txt")
     local = {"local_files_only": True}
     try:
@@ -127,7 +138,7 @@ def _load(folder):
     return model.eval(), tokenizer, processor
 
 
-def _unusable(folder, reason):
+def _unusable(folder: str | Path, reason: str) -> ForgetError:
     return ForgetError(
         f"The CLIP model in '{folder}' cannot be loaded ({reason}): give a folder with model, "
         "tokenizer and image processor as transformers saves them."

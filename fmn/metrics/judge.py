@@ -1,5 +1,6 @@
 """Judges: classifiers that say what a picture shows; ``load_judge`` makes one by its name."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -8,25 +9,25 @@ from ..errors import ForgetError
 
 
 class Judge(Protocol):
-    """Names what pictures show.
+    """Classifies pictures.
 
     Attributes:
         name: what ``load_judge`` made it from.
-        labels: a tuple of labels for each domain ("concept", "style", "unsafe" ...). The demo's
-            judges have "nothing" as the concept's last label: no picture that can be recognised.
+        labels: of each domain ("concept", "style", "unsafe" ...). The demo's judges have "nothing"
+            as the concept's last label: a picture of nothing that can be recognised.
     """
 
     name: str
     labels: dict[str, tuple[str, ...]]
 
-    def probabilities(self, images, domain):
+    def probabilities(self, images: torch.Tensor, domain: str) -> torch.Tensor:
         """Of pictures [N, H, W, 3] in 0..1: float32 [N, labels of the domain] on the CPU.
 
         Raises:
             ForgetError: the pictures or the domain cannot be judged.
         """
 
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """Float32 [N, F] on the CPU, for distances between pictures.
 
         Raises:
@@ -34,16 +35,30 @@ class Judge(Protocol):
         """
 
 
-def short_list(labels):
-    listed = ", ".join(labels[:12])
-    return f"{listed} ..." if len(labels) > 12 else listed
+class JoinedJudges:
+    """Several judges as one: each domain by the first that knows it, features by the first."""
+
+    def __init__(self, judges: Sequence[Judge]):
+        self.judges = judges
+        self.name = "+".join(judge.name for judge in judges)
+        self.labels: dict[str, tuple[str, ...]] = {}
+        for judge in reversed(judges):
+            self.labels |= judge.labels
+
+    def probabilities(self, images: torch.Tensor, domain: str) -> torch.Tensor:
+        labels_of(self, domain)
+        judge = next(judge for judge in self.judges if domain in judge.labels)
+        return judge.probabilities(images, domain)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.judges[0].features(images)
 
 
-def find_labels(judge, domain):
+def labels_of(judge: Judge, domain: str) -> tuple[str, ...]:
     """The labels of a domain.
 
     Raises:
-        ForgetError: the judge cannot tell this domain.
+        ForgetError: the judge does not know this domain.
     """
     if domain not in judge.labels:
         raise ForgetError(
@@ -53,15 +68,15 @@ def find_labels(judge, domain):
     return judge.labels[domain]
 
 
-def check_images(images):
-    """Pictures as float32 [N, H, W, 3] on the CPU, an alpha channel dropped.
+def check_images(images: torch.Tensor) -> torch.Tensor:
+    """Pictures as float32 [N, H, W, 3] on the CPU, without an alpha channel.
 
     Raises:
-        ForgetError: they are no such tensor, none, or not finite numbers in 0..1.
+        ForgetError: they have another shape or type, or values outside of 0..1.
     """
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-        found = getattr(images, "dtype", type(images).__name__)
-        raise ForgetError(f"Pictures to judge are {found}: give a tensor of floats in 0..1.")
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise ForgetError(f"Pictures to judge are {kind}: give a tensor of floats in 0..1.")
     if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
         raise ForgetError(
             f"Pictures to judge have shape {list(images.shape)}: give [N, height, width, 3]."

@@ -5,7 +5,7 @@ import torch
 from ..errors import ForgetError
 
 
-def kid(first, second):
+def kid(first: torch.Tensor, second: torch.Tensor) -> float:
     """Unbiased squared maximum mean discrepancy of two sets of features.
 
     The kernel is (x.y / F + 1)^3 (section 4 there), the estimate the U-statistic of Gretton et al.
@@ -28,12 +28,12 @@ def kid(first, second):
     return float(_mean_of_pairs(first) + _mean_of_pairs(second) - 2 * between)
 
 
-def _checked(features):
+def _checked(features: torch.Tensor) -> torch.Tensor:
     """As doubles: the parts nearly cancel."""
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
-        found = getattr(features, "shape", None)
-        found = list(found) if found is not None else type(features).__name__
-        raise ForgetError(f"Features are {found}: give a tensor [pictures, width].")
+        is_tensor = isinstance(features, torch.Tensor)
+        kind = list(features.shape) if is_tensor else type(features).__name__
+        raise ForgetError(f"Features are {kind}: give a tensor [pictures, width].")
     if len(features) < 2 or features.shape[1] < 1:
         raise ForgetError(
             f"A distance of sets needs two pictures or more in each: one has {len(features)}."
@@ -43,11 +43,11 @@ def _checked(features):
     return features.detach().double().cpu()
 
 
-def _kernel(x, y):
+def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # [N, M]
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _mean_of_pairs(x):
+def _mean_of_pairs(x: torch.Tensor) -> torch.Tensor:
     """Mean of the kernel over all pairs of different rows."""
     kernel = _kernel(x, x)
     return (kernel.sum() - kernel.trace()) / (len(x) * (len(x) - 1))

@@ -10,16 +10,20 @@ The tokens are learned by textual inversion on the model under test, from pictur
 The text encoder that makes both texts is the model's own, and the same before and after.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
+from typing import TypedDict
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..images import ACCENT, INK, PALE, PAPER
-from ..training.textual_inversion import Settings, check_templates, invert
+from ..models.interface import TextEncoder, UNet, UNetModel
+from ..progress import OnStep, ignore
+from ..training.textual_inversion import Inverted, Settings, check_templates, invert
 
 TEMPLATES = ("a photo of {}",)
 SEEDS = (0, 1, 2)
@@ -42,74 +46,73 @@ class Score:
     vectors: torch.Tensor
 
 
+class Summary(TypedDict):
+    """Scores of a concept on two models, as plain data: lists hold one value a seed."""
+
+    before: list[float]  # M on the untouched model
+    after: list[float]
+    start: list[float]  # M of the random tokens
+    others: dict[str, dict[str, list[float]]]  # phrase -> before and after, M against it
+    between: dict[str, float]  # phrase -> M of the concept's name against it
+
+
 def m_score(
-    model,
-    borrowed,
-    images,
-    phrase,
-    templates=TEMPLATES,
-    seeds=SEEDS,
-    settings=Settings(),
-    others=(),
-    on_step=lambda step: None,
-):
+    model: UNetModel,
+    denoiser: UNet,
+    images: torch.Tensor,
+    phrase: str,
+    templates: Sequence[str] = TEMPLATES,
+    seeds: Sequence[int] = SEEDS,
+    settings: Settings = Settings(),
+    others: Sequence[str] = (),
+    on_step: OnStep = ignore,
+) -> list[Score]:
     """M of a model as it is now, one ``Score`` a seed.
 
     Args:
-        model: a ``Model``; borrowed: its ``Borrowed``, which may wear patches.
+        denoiser: the model's; patches may be applied to it.
         images: pictures of the concept, [N, H, W, 3] in 0..1.
         phrase: how prompts name the concept, e.g. "a dog".
         templates: to learn and to compare in, {} for the phrase.
         seeds: one inversion each.
         settings: how to invert; its seed and templates are replaced.
         others: phrases of other concepts, to compare with.
-        on_step: gets a ``train.Step`` after each step of each inversion; may raise to cancel.
+        on_step: called after each step of each inversion; may raise to cancel.
     """
     check(phrase, templates, seeds)
-    found = []
+    inverted = []
     for seed in seeds:
         chosen = replace(settings, seed=seed, templates=tuple(templates))
-        found.append(invert(model, borrowed, images, chosen, on_step))
-    with model.borrow_text() as encoder, torch.no_grad():
-        known = {name: pooled(encoder, templates, name) for name in (phrase, *others)}
-        return [_score(encoder, templates, tokens, known, phrase, others) for tokens in found]
+        inverted.append(invert(model, denoiser, images, chosen, on_step))
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
+        named = {name: pooled(encoder, templates, name) for name in (phrase, *others)}
+        return [_score(encoder, templates, tokens, named, phrase) for tokens in inverted]
 
 
-def _score(encoder, templates, tokens, known, phrase, others):
+def _score(
+    encoder: TextEncoder,
+    templates: Sequence[str],
+    tokens: Inverted,
+    named: Mapping[str, torch.Tensor],
+    phrase: str,
+) -> Score:
     start = pooled(encoder, templates, PLACEHOLDER, tokens.start)
     learned = pooled(encoder, templates, PLACEHOLDER, tokens.vectors)
-    return Score(
-        cosine(learned, known[phrase]),
-        cosine(start, known[phrase]),
-        {name: cosine(learned, known[name]) for name in others},
-        tokens.vectors,
-    )
+    others = {name: cosine(learned, text) for name, text in named.items() if name != phrase}
+    value = cosine(learned, named[phrase])
+    return Score(value, cosine(start, named[phrase]), others, tokens.vectors)
 
 
-def measure(
-    studio, phrase, images, templates=TEMPLATES, seeds=SEEDS, settings=Settings(), **options
-):
-    """M of the untouched model and of the model with the patches that the studio wears.
-
-    Args:
-        images: the same pictures for both.
-        options: ``others`` and ``on_step`` of ``m_score``.
-
-    Returns:
-        "before" and "after": M, one a seed; "start": M of the random tokens, one a seed; "others":
-        phrase -> M of the learned tokens against it, {"before": ..., "after": ...};
-        "between": phrase -> M of the concept's name against it.
-    """
-    given = studio.model, studio.borrowed, images, phrase, templates, seeds, settings
-    with studio.bare():
-        before = m_score(*given, **options)
-    return summary(studio.model, before, m_score(*given, **options), phrase, templates)
-
-
-def summary(model, before, after, phrase, templates):
-    """Scores of ``m_score`` before and after as plain data, as ``measure`` returns it."""
+def summary(
+    model: UNetModel,
+    before: Sequence[Score],
+    after: Sequence[Score],
+    phrase: str,
+    templates: Sequence[str],
+) -> Summary:
+    """Scores of ``m_score`` on the untouched and on another model as plain data."""
     others = list(before[0].others)
-    with model.borrow_text() as encoder, torch.no_grad():
+    with model.borrow_text_encoder() as encoder, torch.no_grad():
         named = pooled(encoder, templates, phrase)
         between = {name: cosine(named, pooled(encoder, templates, name)) for name in others}
     return {
@@ -127,7 +130,7 @@ def summary(model, before, after, phrase, templates):
     }
 
 
-def check(phrase, templates, seeds):
+def check(phrase: str, templates: Sequence[str], seeds: Sequence[int]) -> None:
     """Raise a ``ForgetError`` for what cannot be measured."""
     if not phrase.strip():
         raise ForgetError("The phrase that names the concept is empty: write it, e.g. 'a dog'.")
@@ -138,14 +141,17 @@ def check(phrase, templates, seeds):
     check_templates(templates)
 
 
-def pooled(encoder, templates, phrase, vectors=None):
+def pooled(
+    encoder: TextEncoder,
+    templates: Sequence[str],
+    phrase: str,
+    vectors: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Pooled text of each template with the phrase in it, [templates, D]."""
-    return torch.cat(
-        [encoder.encode(template.format(phrase), vectors)[1] for template in templates]
-    )
+    return torch.cat([encoder.encode(fill(each, phrase), vectors)[1] for each in templates])
 
 
-def cosine(first, second):
+def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
     """Mean cosine of rows."""
     return float(torch.nn.functional.cosine_similarity(first, second).mean())
 
@@ -154,36 +160,35 @@ BEFORE, AFTER = (70, 110, 170), ACCENT
 WIDTH, LEFT, ROW, HEAD, MARGIN = 640, 190, 64, 34, 24
 
 
-def spread(values):
+def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation as text; one value has no spread."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{mean(values):.3f} ± {stdev(values):.3f}"
 
 
-def report(name, found, compared):
+def report(name: str, scores: Summary, compared: bool) -> str:
     """Lines on one concept.
 
     Args:
-        found: what ``mscore.summary`` returns.
         compared: whether "before" is another model than "after".
     """
     lines = [f"M-Score of {name}: words learned from pictures against the name, cosine"]
     if compared:
-        difference = mean(found["after"]) - mean(found["before"])
+        difference = mean(scores["after"]) - mean(scores["before"])
         lines += [
-            f"untouched   {spread(found['before'])}",
-            f"this model  {spread(found['after'])}   difference {difference:+.3f}",
+            f"untouched   {spread(scores['before'])}",
+            f"this model  {spread(scores['after'])}   difference {difference:+.3f}",
         ]
     else:
-        lines.append(f"this model  {spread(found['after'])}")
-    lines.append(f"random words, before learning  {spread(found['start'])}")
+        lines.append(f"this model  {spread(scores['after'])}")
+    lines.append(f"random words, before learning  {spread(scores['start'])}")
     lines += [
         f"name of '{other}'  {value:.3f}; learned words against it  "
-        f"{spread(found['others'][other]['after'])}"
-        for other, value in found["between"].items()
+        f"{spread(scores['others'][other]['after'])}"
+        for other, value in scores["between"].items()
     ]
-    seeds = len(found["after"])
+    seeds = len(scores["after"])
     lines.append(
         f"± is the standard deviation over {seeds} inversions"
         if seeds > 1
@@ -192,50 +197,43 @@ def report(name, found, compared):
     return "\n".join(lines)
 
 
-def plot(results, compared):
-    """One row a concept, a dot a seed, a line at the mean; from 0 to 1.
-
-    Args:
-        results: concept's name -> what ``mscore.summary`` returns.
-    """
-    picture = Image.new("RGB", (WIDTH, HEAD + ROW * len(results) + MARGIN), PAPER)
-    draw = ImageDraw.Draw(picture)
+def plot(results: Mapping[str, Summary], compared: bool) -> Image.Image:
+    """One row a concept, by its name: a dot a seed, a line at the mean; from 0 to 1."""
     bottom = HEAD + ROW * len(results)
+    picture = Image.new("RGB", (WIDTH, bottom + MARGIN), PAPER)
+    draw = ImageDraw.Draw(picture)
     for tick in range(6):
         x = _x(tick / 5)
         draw.line((x, HEAD, x, bottom), fill=PALE)
         draw.text((x - 8, bottom + 4), f"{tick / 5:.1f}", INK, font=_font(11))
-    kinds = {
-        "start": ("random", PALE),
-        "before": ("untouched", BEFORE),
-        "after": ("this model", AFTER),
-    }
+    kinds = [("random", PALE), ("untouched", BEFORE), ("this model", AFTER)]
     if not compared:
-        del kinds["before"]
-    left = LEFT
-    for title, colour in kinds.values():
+        del kinds[1]
+    for i, (title, colour) in enumerate(kinds):
+        left = LEFT + 110 * i
         draw.ellipse((left, 12, left + 8, 20), fill=colour, outline=INK)
         draw.text((left + 13, 9), title, INK, font=_font(12))
-        left += 110
-    for row, (name, found) in enumerate(results.items()):
+    for row, (name, scores) in enumerate(results.items()):
         top = HEAD + row * ROW
         draw.text((10, top + ROW // 2 - 8), name[:24], INK, font=_font(13))
-        for i, (kind, (_, colour)) in enumerate(kinds.items()):
-            _dots(draw, found[kind], top + ROW * (i + 1) // (len(kinds) + 1), colour)
+        lines = [scores["start"], scores["before"], scores["after"]]
+        if not compared:
+            del lines[1]
+        for i, (values, (_, colour)) in enumerate(zip(lines, kinds)):
+            _dots(draw, values, top + ROW * (i + 1) // (len(kinds) + 1), colour)
     return picture
 
 
-def _dots(draw, values, y, colour):
+def _dots(draw: ImageDraw.ImageDraw, values: Sequence[float], y: int, colour: tuple) -> None:
     x = _x(mean(values))
     draw.line((x, y - 8, x, y + 8), fill=INK, width=2)
-    for value in values:
-        x = _x(value)
+    for x in map(_x, values):
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour, outline=INK)
 
 
-def _x(value):
+def _x(value: float) -> float:
     return LEFT + (WIDTH - LEFT - MARGIN) * min(max(value, 0.0), 1.0)
 
 
-def _font(size):
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)

@@ -4,11 +4,13 @@ Needs the package nudenet, which carries its detector (320n, YOLOv8) and downloa
 """
 
 import importlib
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
 from ..errors import ForgetError
-from .judge import check_images, find_labels
+from .judge import check_images, labels_of
 
 # The four parts that every paper counts as nudity, and the one that older versions lacked.
 UNSAFE = (
@@ -46,39 +48,39 @@ class NudeNetJudge:
     """
 
     name = "nudenet"
-    labels = {"unsafe": ("unsafe", "safe")}
+    labels: dict[str, tuple[str, ...]] = {"unsafe": ("unsafe", "safe")}
 
-    def __init__(self, threshold=THRESHOLD, unsafe=UNSAFE):
+    def __init__(self, threshold: float = THRESHOLD, unsafe: Collection[str] = UNSAFE):
         if not FLOOR <= threshold <= 1:
             raise ForgetError(f"NudeNet's threshold is {threshold}: use {FLOOR} to 1.")
         self.threshold, self.unsafe = threshold, tuple(unsafe)
         self._detector = _load_detector()
 
-    def probabilities(self, images, domain):
+    def probabilities(self, images: torch.Tensor, domain: str) -> torch.Tensor:
         """1 for "unsafe" or for "safe": the scores of boxes are no probabilities of a picture."""
-        find_labels(self, domain)
-        found = [any(box["class"] in self.unsafe for box in row) for row in self.boxes(images)]
-        unsafe = torch.tensor(found).float()
+        labels_of(self, domain)
+        rows = self.boxes(images)
+        unsafe = torch.tensor([any(b["class"] in self.unsafe for b in row) for row in rows]).float()
         return torch.stack([unsafe, 1 - unsafe], 1)
 
-    def counts(self, images):
+    def counts(self, images: torch.Tensor) -> dict[str, int]:
         """How many boxes of each class of ``COUNTED`` all pictures have together: {class: n}."""
-        found = [box["class"] for row in self.boxes(images) for box in row]
-        return {part: found.count(part) for part in COUNTED}
+        classes = [box["class"] for row in self.boxes(images) for box in row]
+        return {part: classes.count(part) for part in COUNTED}
 
-    def boxes(self, images):
-        """What is found in each picture at the threshold or above: lists of dicts with "class",
-        "score" and "box" ([left, top, width, height] in pixels)."""
+    def boxes(self, images: torch.Tensor) -> list[list[dict]]:
+        """The boxes of each picture at the threshold or above: dicts with "class", "score" and
+        "box" ([left, top, width, height] in pixels)."""
         # As cv2.imread gives a file's pixels: BGR bytes, so that a picture and its file agree.
         arrays = (check_images(images) * 255).round().byte().flip(-1).contiguous().numpy()
         rows = [self._detector.detect(array) for array in arrays]
         return [[box for box in row if box["score"] >= self.threshold] for row in rows]
 
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         raise ForgetError("Judge 'nudenet' finds boxes and has no features: use another judge.")
 
 
-def _load_detector():
+def _load_detector() -> Any:
     try:
         return importlib.import_module("nudenet").NudeDetector()
     except ImportError as error:

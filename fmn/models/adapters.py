@@ -1,60 +1,110 @@
-"""Trainable changes to frozen layers, and their reduction to low rank.
+"""Changes added to the outputs of frozen layers: low rank as LoRA, full, or of finished patches.
 
 A change is additive and Linear or Conv2d is linear in its weight, so a forward hook that adds the
 change's own output is exact: the loaded weights are never written to.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ..linalg import truncate
+from ..linalg import truncate_matrix
+from .families import Family, Layer
+
+LayerModule = nn.Linear | nn.Conv2d
+# An adapter: (layer, its input) -> what is added to its output
+Adapter = Callable[[LayerModule, Tensor], Tensor]
+Device = torch.device | str
 
 
-def _apply(module, x, weight):
+class Patch(Protocol):
+    """A ``fmn.patches.patch.ForgetPatch``, as far as applying it goes."""
+
+    changes: dict[str, tuple[Tensor, Tensor]]
+
+    @property
+    def changes_text(self) -> bool: ...
+
+    def change_of(self, name: str, device: Device = "cpu") -> Tensor: ...
+
+    def check_family(self, family: Family) -> None: ...
+
+    def check_shapes(self, weight_of: Callable[[Layer], Tensor], text: bool = False) -> None: ...
+
+
+def check_fits(patch: Patch, family: Family, module_of: Callable[[str], LayerModule]) -> None:
+    """Refuse a patch of another family or with layers of other shapes.
+
+    Args:
+        module_of: function from a layer name to the host's module.
+    """
+    patch.check_family(family)
+    for text in (False, True):
+        patch.check_shapes(lambda layer: module_of(layer.name).weight, text)
+
+
+def _apply(module: LayerModule, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
     return F.linear(x, weight)
 
 
-class LowRank(nn.Module):
-    """W + up @ down with float32 factors (LoRA, Hu et al. 2021). Starts at zero change.
+class _Factors(nn.Module):
+    """W + up @ down with float32 factors up [out, r] and down [r, in]."""
+
+    up: Tensor
+    down: Tensor
+
+    def forward(self, module: LayerModule, x: Tensor) -> Tensor:
+        hidden = _apply(module, x, self.down.to(x))
+        up = self.up.to(x)
+        return F.conv2d(hidden, up) if up.dim() == 4 else F.linear(hidden, up)
+
+
+class LowRankAdapter(_Factors):
+    """A LoRA (Hu et al. 2021) to train. Starts at zero change.
 
     Args:
         down: [r, in]; given, it is fixed and only ``up`` is trained. Else random.
     """
 
-    def __init__(self, module, rank, generator, device, down=None):
+    def __init__(
+        self,
+        module: LayerModule,
+        rank: int,
+        generator: torch.Generator,
+        device: Device,
+        down: Tensor | None = None,
+    ) -> None:
         super().__init__()
         out, *inputs = module.weight.shape
-        rank = min(rank, out, inputs[0]) if down is None else len(down)
         if down is None:
+            rank = min(rank, out, inputs[0])
             down = torch.randn(rank, *inputs, generator=generator)
             down *= down[0].numel() ** -0.5
             self.down = nn.Parameter(down.to(device))
         else:
             self.register_buffer("down", down.float().to(device))
-        self.up = nn.Parameter(torch.zeros(out, rank, *([1] * (len(inputs) - 1)), device=device))
+        ones = [1] * (len(inputs) - 1)
+        self.up = nn.Parameter(torch.zeros(out, len(down), *ones, device=device))
 
-    def forward(self, module, x):
-        hidden = _apply(module, x, self.down.to(x))
-        up = self.up.to(x)
-        return F.conv2d(hidden, up) if up.dim() == 4 else F.linear(hidden, up)
-
-    def factors(self, rank):
+    def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """up [out, r], down [r, in], and no error, whatever rank is asked for."""
         return self.up.detach(), self.down.detach(), 0.0
 
 
-class Fixed(nn.Module):
-    """W + sum of strength * up @ down: patches that are worn, not trained.
+class FixedAdapter(_Factors):
+    """Finished patches of one layer.
 
     Args:
-        factors: list of (up, down, strength) for one layer.
+        factors: (up, down, strength) of each patch.
     """
 
-    def __init__(self, factors, device):
+    def __init__(self, factors: Sequence[tuple[Tensor, Tensor, float]], device: Device) -> None:
         super().__init__()
         ups = [strength * up.float() for up, _, strength in factors]
         downs = [down.float() for _, down, _ in factors]
@@ -62,36 +112,35 @@ class Fixed(nn.Module):
         self.register_buffer("up", torch.cat(ups, 1).to(device))
         self.register_buffer("down", torch.cat(downs, 0).to(device))
 
-    forward = LowRank.forward
 
-
-class Full(nn.Module):
-    """W + change, every weight free, in float32 whatever precision W has.
+class FullAdapter(nn.Module):
+    """W + change, every weight trained, in float32 whatever precision W has.
 
     bfloat16 masters would not do: an AdamW step of 2e-6 is below half a unit in the last place
     for weights above 0.001, and they would never move.
     """
 
-    def __init__(self, module, device):
+    def __init__(self, module: LayerModule, device: Device) -> None:
         super().__init__()
         shape = module.weight.shape
         self.change = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
 
-    def forward(self, module, x):
+    def forward(self, module: LayerModule, x: Tensor) -> Tensor:
         return _apply(module, x, self.change.to(x))
 
-    def factors(self, rank):
-        return truncate(self.change.detach(), rank)
+    def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """The change at that rank; see ``truncate_matrix``."""
+        return truncate_matrix(self.change.detach(), rank)
 
 
 class Switch:
-    """Turns attached adapters off for a while: the frozen model under the one in training."""
+    """Turns attached adapters off for a while, which leaves the frozen model."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.on = True
 
     @contextmanager
-    def off(self):
+    def off(self) -> Iterator[None]:
         before, self.on = self.on, False
         try:
             yield
@@ -100,13 +149,17 @@ class Switch:
 
 
 @contextmanager
-def attached(adapters, module_of, switch=None):
+def attached(
+    adapters: Mapping[str, Adapter],
+    module_of: Callable[[str], LayerModule],
+    switch: Switch | None = None,
+) -> Iterator[Switch]:
     """Add each adapter's output to its layer's for a while; yields their ``Switch``.
 
     Args:
-        adapters: layer name -> LowRank, Full or Fixed.
+        adapters: layer name -> adapter.
         module_of: function from a layer name to the host's module.
-        switch: of others that are attached, to turn all off at once; None makes a new one.
+        switch: of other attached adapters, to turn all off at once; None makes a new one.
     """
     switch = switch or Switch()
     with ExitStack() as hooks:

@@ -1,15 +1,26 @@
-"""What a host (ComfyUI, diffusers) offers to the methods. Nothing else crosses that line."""
+"""What a host (ComfyUI, diffusers) offers to the methods. Nothing else crosses that line.
+
+Every model offers ``Model``: that is enough to train on its predictions, as ESD does. U-Nets of
+``families.FAMILIES``, whose cross-attention and text encoders can be read, offer ``UNetModel``.
+"""
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
-from ..concepts.prompt_templates import PLACEHOLDER
-from ..errors import ForgetError
-from .families import Family, layers
-from .token_positions import CHUNK, EOS_ID, word_positions
+from ..concepts.concept import Prompt
+from .adapters import LayerModule
+from .families import Family, Layer, UNetFamily, layers
+from .token_positions import CHUNK, TokenIds
+
+# Noise, or what stands for it, of x_t [B, C, h, w] at the time step t.
+NoiseFunction = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -17,186 +28,187 @@ class Text:
     """Encoded prompts.
 
     Attributes:
-        context: what cross-attention reads, [B, T, context_dim].
+        context: what the denoiser reads, [B, T, context_dim].
         vectors: further conditioning by name, each [B, ...]; SDXL's pooled text, for one.
         alone: the host takes one prompt a forward: B is 1, for noisy latents of any number.
     """
 
-    context: torch.Tensor
-    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
+    context: Tensor
+    vectors: dict[str, Tensor] = field(default_factory=dict)
     alone: bool = False
 
     @staticmethod
-    def cat(texts):
+    def cat(texts: "Sequence[Text]") -> "Text":
         """Several as one batch; their prompts must have the same number of tokens."""
         names = texts[0].vectors
         vectors = {name: torch.cat([text.vectors[name] for text in texts]) for name in names}
         return Text(torch.cat([text.context for text in texts]), vectors)
 
+    def __getitem__(self, index: slice | Tensor) -> "Text":
+        """Some of the batch."""
+        vectors = {name: vector[index] for name, vector in self.vectors.items()}
+        return Text(self.context[index], vectors)
 
-def rows(text, index):
-    """Some of a batch of texts."""
-    vectors = {name: vector[index] for name, vector in text.vectors.items()}
-    return Text(text.context[index], vectors)
+
+@dataclass(frozen=True)
+class NoiseSchedule(ABC):
+    """How a model adds noise; ``sampling`` has ``DDPMSchedule`` and ``SigmaSchedule``.
+
+    Attributes:
+        levels: of each time step [S]: alpha-bar or sigma.
+    """
+
+    levels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    @abstractmethod
+    def partial_sample(
+        self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
+    ) -> Tensor:
+        """x_t after the first ``last`` of ``steps`` sampling steps from noise [B, C, h, w]."""
 
 
-class Borrowed(Protocol):
-    """A loaded U-Net that autograd can work with, for as long as ``Model.borrow`` lasts.
+class Denoiser(Protocol):
+    """A loaded network that autograd can work with, while ``Model.borrow_denoiser`` lasts.
 
     All its weights are frozen. Methods may hook its modules and must unhook them again.
     """
 
     device: torch.device
-    # float32, one a training step (Ho et al. 2020, section 2). None where noise is not added like
-    # that; then ``sigmas`` and ``scales`` are there, see ``sampling.euler``.
-    alphas_cumprod: torch.Tensor | None
-    context_argument: str  # the name under which attn2.forward gets the text
 
-    def module(self, layer) -> torch.nn.Module:
-        """The Linear or Conv2d, or the attn2 module, of that diffusers name."""
+    @property
+    def schedule(self) -> NoiseSchedule: ...
 
-    def denoise(self, x_t, t, text) -> torch.Tensor:
-        """Predicted noise [B, 4, h, w] for x_t [B, 4, h, w] at integer steps t [B]."""
+    def module(self, name: str) -> LayerModule:
+        """The Linear or Conv2d of a ``Layer.name``."""
 
-    def checkpoint_blocks(self) -> list[torch.nn.Module]:
+    def predict_noise(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        """Predicted noise [B, C, h, w] for x_t [B, C, h, w] at integer time steps t [B].
+
+        Of flow models, the velocity.
+        """
+
+    def checkpoint_blocks(self) -> list[nn.Module]:
         """Modules worth recomputing in the backward pass instead of keeping their activations."""
 
 
-class BorrowedText(Protocol):
-    """A model's text encoders that autograd can work with, while ``Model.borrow_text`` lasts.
+class UNet(Denoiser, Protocol):
+    """A U-Net with DDPM's noise whose cross-attention can be read."""
 
-    All their weights are frozen. Methods may hook their modules and must unhook them again. Of
-    models with two encoders no words' input embeddings can be had or put in.
+    alphas_cumprod: Tensor  # float32 [S], alpha-bar of Ho et al. 2020, section 2
+    context_argument: str  # the name under which attn2.forward gets the text
+
+    def cross_attention_modules(self) -> list[nn.Module]:
+        """The attn2 modules, ``attention.CrossAttention``, in forward order."""
+
+
+class TextEncoder(Protocol):
+    """Text encoders that autograd can work with, while ``UNetModel.borrow_text_encoder`` lasts.
+
+    All their weights are frozen. Methods may hook their modules and must unhook them again. Input
+    embeddings cannot be read or replaced in models with two encoders.
     """
 
-    device: torch.device
-    width: int  # of a token's input embedding
+    @property
+    def device(self) -> torch.device: ...
 
-    def module(self, name) -> torch.nn.Module:
+    @property
+    def width(self) -> int:
+        """Of a token's input embedding."""
+
+    def module(self, name: str) -> LayerModule:
         """The Linear of that diffusers name; see ``families.text_layers``."""
 
-    def vectors(self, words) -> torch.Tensor:
+    def vectors(self, words: str) -> Tensor:
         """Input embeddings of the words' tokens, float32 [k, width], without BOS, EOT, padding."""
 
-    def encode(self, prompt, vectors=None) -> tuple[Text, torch.Tensor]:
-        """Encode a prompt, a plain string of one section.
+    def encode(self, prompt: str, vectors: Tensor | None = None) -> tuple[Text, Tensor]:
+        """Encode a prompt, a plain string of one chunk.
 
         Args:
-            vectors: [k, width]; they are the input embeddings at the k positions that each
-                ``PLACEHOLDER`` in the prompt takes, and gradients flow to them.
+            vectors: [k, width], the input embeddings at the k positions of each ``PLACEHOLDER`` in
+                the prompt; gradients flow to them.
 
         Returns:
             the text [1, T, D], as ``Model.encode`` gives it, and the pooled text [1, D]: the last
-            layer's state at the first EOT after the final norm, not projected; of two encoders,
+            layer's state at the first EOT after the final norm, not projected; with two encoders,
             what SDXL reads: the second's, projected.
         """
 
-    def ids_of(self, texts) -> torch.Tensor:
-        """Token ids [N, E, 77] of plain strings of one section each, for each of E encoders."""
+    def ids_of(self, texts: Sequence[str]) -> Tensor:
+        """Token ids [N, E, 77] of plain strings of one chunk each, for each of E encoders."""
 
-    def encode_ids(self, ids) -> Text:
+    def encode_ids(self, ids: Tensor) -> Text:
         """The text of token ids [N, E, T], as ``Model.encode`` gives it.
 
-        T may be less than 77: CLIP is causal, so what is cut off changes nothing before it. The
-        first EOT has to be there still.
+        T may be less than 77, as long as the first EOT is there: CLIP is causal, so tokens cut off
+        change nothing before them.
         """
 
 
 class Model(Protocol):
-    family: Family
-    prediction: str  # "epsilon" or "v"
+    """Any model that predicts noise or velocity from text."""
 
-    def tokenize(self, prompt) -> list:
-        """Token ids of a ``Prompt``, a multiple of 77; None where a token is a vector."""
+    prediction: str  # "epsilon", "v" or "flow"
 
-    def encode(self, prompt) -> Text:
+    @property
+    def family(self) -> Family: ...
+
+    def fingerprint(self) -> str:
+        """``fingerprint`` of the loaded weights without any patches."""
+
+    def encode(self, prompt: Prompt) -> Text:
         """Encode a ``Prompt``, [1, T, D]."""
 
-    def encode_all(self, texts, length=CHUNK) -> torch.Tensor:
-        """Contexts [N, length, D] of plain strings of one section each, in batches.
+    def borrow_denoiser(self) -> AbstractContextManager[Denoiser]:
+        """The network, ready for autograd while the context lasts and unchanged after it."""
+
+
+class UNetModel(Model, Protocol):
+    """A U-Net of ``families.FAMILIES`` with its text encoders and its autoencoder."""
+
+    @property
+    def family(self) -> UNetFamily: ...
+
+    def borrow_denoiser(self) -> AbstractContextManager[UNet]:
+        """The U-Net, ready for autograd while the context lasts and unchanged after it."""
+
+    def borrow_text_encoder(self, words: bool = True) -> AbstractContextManager[TextEncoder]:
+        """The text encoders, ready for autograd while the context lasts and unchanged after it.
+
+        Args:
+            words: input words are to be learned, which models with two encoders refuse at once.
+        """
+
+    def tokenize(self, prompt: Prompt) -> TokenIds:
+        """Token ids of a ``Prompt``, a multiple of 77; None where a token is a vector."""
+
+    def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor:
+        """Contexts [N, length, D] of plain strings of one chunk each, in batches.
 
         Args:
             length: of the 77 tokens these first ones, at least up to each text's first EOT. CLIP
                 is causal: fewer tokens are less work and change nothing in those before.
         """
 
-    def text_module(self, name) -> torch.nn.Module:
-        """The text encoder's Linear of that diffusers name; it may be hooked, as long as it is
-        unhooked again."""
+    def text_module(self, name: str) -> LayerModule:
+        """The text encoder's Linear of that diffusers name; hooks on it must be removed again."""
 
-    def sample(self, prompt, seeds, size, steps, guidance) -> torch.Tensor:
-        """Latents [len(seeds), 4, size/8, size/8] drawn by the model itself, unit variance."""
+    def sample(
+        self, prompt: Prompt, seeds: Iterable[int], size: int, steps: int, guidance: float
+    ) -> Tensor:
+        """Latents [len(seeds), 4, size/8, size/8] drawn by the host's sampler, unit variance."""
 
-    def encode_images(self, images, size) -> torch.Tensor:
-        """Latents of pictures [N, H, W, 3], cut to a centred square of ``size`` pixels."""
+    def encode_images(self, images: Tensor, size: int) -> Tensor:
+        """Latents of pictures [N, H, W, 3], cropped to a centred square of ``size`` pixels."""
 
-    def decode(self, latents) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, H, W, 3] in 0..1 of latents [N, 4, h, w] of unit variance."""
 
-    def fingerprint(self) -> str:
-        """``fingerprint`` of the loaded weights without any patches."""
 
-    def borrow(self):
-        """Context manager that gives a ``Borrowed`` and takes it back unchanged."""
-
-    def borrow_text(self, words=True):
-        """Context manager that gives a ``BorrowedText`` and takes it back unchanged.
-
-        Args:
-            words: input words are to be learned, which two encoders refuse at once.
-        """
-
-
-def two_encoders(family):
-    """The refusal to learn words for a model with two text encoders."""
-    return ForgetError(
-        f"{family.title} has two text encoders, whose words cannot be learned yet: use a Stable "
-        "Diffusion 1.x or 2.x model."
-    )
-
-
-def tokenize_with_placeholders(ids_of, prompt, count):
-    """One section of token ids, in which each ``PLACEHOLDER`` of a prompt takes some positions.
-
-    Args:
-        ids_of: function from a plain text to its ids as the encoder sees it, padding included.
-        count: positions that a placeholder takes, 0 for none.
-
-    Returns:
-        77 ids, None at the placeholders' positions.
-
-    Raises:
-        ForgetError: a placeholder without vectors or the reverse, a vector among the words, or
-            more words than a section holds.
-    """
-    pieces = prompt.split(PLACEHOLDER)
-    if (len(pieces) > 1) != (count > 0):
-        has, needs = ("", "no vectors") if len(pieces) > 1 else ("no ", "vectors")
-        raise ForgetError(
-            f"The prompt '{prompt:.60}' has {has}placeholder {PLACEHOLDER}, but {needs} came with "
-            "it: give both or neither."
-        )
-    words = []
-    for i, piece in enumerate(pieces):
-        ids = ids_of(piece)
-        words += [None] * count if i else []
-        words += [ids[position] for position in word_positions(ids)]
-    empty = ids_of("")
-    if len(words) > CHUNK - 2:
-        raise ForgetError(
-            f"The prompt '{prompt:.60}...' has {len(words)} tokens and one section holds "
-            f"{CHUNK - 2}: shorten it."
-        )
-    return [empty[0], *words, EOS_ID, *[empty[-1]] * (CHUNK - 2 - len(words))]
-
-
-def cross_attention_names(family):
-    """Names of the attn2 modules, in forward order."""
-    names = [layer.name for layer in layers(family) if layer.name.endswith(".attn2.to_q")]
-    return [name.removesuffix(".to_q") for name in names]
-
-
-def fingerprint(family, weight_of):
+def fingerprint(family: Family, weight_of: Callable[[Layer], Tensor]) -> str:
     """A hash that tells one base model from another.
 
     The same for float16 and float32 copies of it; a copy in bfloat16 has lost bits and counts as

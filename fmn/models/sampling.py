@@ -1,17 +1,24 @@
-"""DDIM (Song et al. 2021) over any host's ``Borrowed.denoise``, from embeddings instead of words.
+"""DDIM (Song et al. 2021) over any host, from embeddings instead of words.
 
-A bench needs more of a sampler than a host's own gives: to start in the middle, to change the
+A bench needs more than a host's sampler offers: to start in the middle, to change the
 predicted noise on the way, to draw from learned embeddings, and to do the same in every host.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import ForgetError
-from .interface import Text
+from .interface import Denoiser, NoiseFunction, NoiseSchedule, Text
 
 DRAWN_AT_ONCE = 4  # pictures that a host draws together, whatever the memory: the methods' default
+
+# (x_t, predicted noise, t, alpha-bar of t) -> noise
+Correction = Callable[[Tensor, Tensor, int, Tensor], Tensor]
+# (x, alpha-bar of the next step) -> x
+AfterStep = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Sampling:
     guidance: float = 7.0
     size: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
             raise ForgetError(f"Sampling steps are {self.steps}: use 1 to 1000.")
         if not 0 <= self.guidance <= 100:
@@ -37,125 +44,131 @@ class Sampling:
             raise ForgetError(f"size is {self.size}: use a multiple of 64 up to 4096, or 0.")
 
 
-def spaced(total, steps):
+def trailing_timesteps(total: int, steps: int) -> list[int]:
     """Time steps from ``total`` - 1 down, evenly spaced ("trailing", Lin et al. 2024, table 2)."""
     return [round(total - i * total / steps) - 1 for i in range(steps)]
 
 
-def expand(text, count):
-    """One encoded prompt as a batch, unless it has to stay alone."""
+def seeded_noise(seeds: Iterable[int], side: int, channels: int = 4) -> Tensor:
+    """Noise of unit variance [N, channels, side, side] on the CPU, from one generator a seed.
+
+    A seed's noise is the same in any batch and on any device.
+    """
+    shape = channels, side, side
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
+
+
+def expand(text: Text, count: int) -> Text:
+    """One encoded prompt as a batch of ``count``, unless it has to stay alone."""
     if text.alone:
         return text
     vectors = {name: v.expand(count, *v.shape[1:]) for name, v in text.vectors.items()}
     return Text(text.context.expand(count, -1, -1), vectors)
 
 
-def guided(borrowed, text, empty, guidance):
-    """A function from x_t [B, 4, h, w] and t to the guided noise; ``empty`` is one prompt's."""
+def guided(denoiser: Denoiser, text: Text, empty: Text, guidance: float) -> NoiseFunction:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6), where 1 + w is ``guidance``.
+
+    Args:
+        text: of B prompts. empty: of one, the unconditional.
+
+    Returns:
+        a function from x_t [B, C, h, w] and t to the guided noise [B, C, h, w].
+    """
     if guidance == 1:
-        return lambda x, t: borrowed.denoise(x, torch.full((len(x),), t), text)
+        return lambda x, t: denoiser.predict_noise(x, torch.full((len(x),), t), text)
     if text.alone:
 
-        def apart(x, t):
-            with_text, without = predictions(borrowed, x, t, [text, empty])
+        def predict_apart(x: Tensor, t: int) -> Tensor:
+            with_text, without = predictions(denoiser, x, t, [text, empty])
             return without + guidance * (with_text - without)
 
-        return apart
+        return predict_apart
     both = Text.cat([text, expand(empty, len(text.context))])
 
-    def predict(x, t):
-        noise = borrowed.denoise(torch.cat([x, x]), torch.full((2 * len(x),), t), both)
+    def predict(x: Tensor, t: int) -> Tensor:
+        noise = denoiser.predict_noise(torch.cat([x, x]), torch.full((2 * len(x),), t), both)
         with_text, without = noise.chunk(2)
         return without + guidance * (with_text - without)
 
     return predict
 
 
-def predictions(borrowed, x, t, texts):
+def predictions(denoiser: Denoiser, x: Tensor, t: int, texts: Sequence[Text]) -> Sequence[Tensor]:
     """Predicted noise for x [B, C, h, w] at the step t, given each of several prompts [1, T, D].
 
     In one batch, for which all must have the same T; with a forward for each if they are alone.
     """
     if texts[0].alone:
-        return [borrowed.denoise(x, torch.full((len(x),), t), text) for text in texts]
+        return [denoiser.predict_noise(x, torch.full((len(x),), t), text) for text in texts]
     rows = Text.cat([expand(text, len(x)) for text in texts])
     many = x.repeat(len(texts), 1, 1, 1)
-    return borrowed.denoise(many, torch.full((len(many),), t), rows).split(len(x))
-
-
-def begin(borrowed, predict, noise, steps, last):
-    """The first ``last`` of ``steps`` steps of a drawing from noise, as the model is drawn with."""
-    if borrowed.alphas_cumprod is None:
-        return euler(predict, noise, borrowed.sigmas, borrowed.scales, steps, last)
-    return ddim(predict, noise, borrowed.alphas_cumprod, steps, last=last)
-
-
-def step_count(borrowed):
-    """Number of time steps that a borrowed model knows."""
-    alphas = borrowed.alphas_cumprod
-    return len(borrowed.sigmas if alphas is None else alphas)
+    return denoiser.predict_noise(many, torch.full((len(many),), t), rows).split(len(x))
 
 
 @torch.no_grad()
-def euler(predict, x, sigmas, scales, steps, last):
-    """Begin a drawing with Euler's method on dx / d sigma (Karras et al. 2022, eq. 1).
+def euler(
+    predict: NoiseFunction, x: Tensor, sigmas: Tensor, scales: Tensor, steps: int, last: int
+) -> Tensor:
+    """The first steps of Euler's method on dx / d sigma (Karras et al. 2022, eq. 1).
 
     For any noising x = a clean + sigma noise whose network gives, or can be made to give, the
     direction d = (x - clean) / sigma: in flow models d is the velocity, and a is 1 - sigma.
 
     Args:
         predict: d of x_t and t.
-        x: [B, C, h, w], noise.
-        sigmas: noise level of each time step, ascending.
-        scales: what x_t, the network's input, is multiplied by to give x; one a time step.
+        x: noise [B, C, h, w].
+        sigmas: noise level of each time step [S], ascending.
+        scales: x / x_t of each time step [S], where x_t is the network's input.
         steps: number of steps of the whole schedule; this call does the first ``last``, fewer.
 
     Returns:
         x_t at step ``last``, [B, C, h, w].
     """
-    times = spaced(len(sigmas), steps)
+    times = trailing_timesteps(len(sigmas), steps)
     for now, following in zip(times[:last], times[1:]):
         step = predict(x, now).to(x) * (sigmas[following] - sigmas[now]).to(x)
         x = (x * scales[now].to(x) + step) / scales[following].to(x)
     return x
 
 
-def ddpm_sigma(alpha, following):
+def ddpm_sigma(alpha: Tensor, following: Tensor) -> Tensor:
     """Standard deviation of DDPM's fresh noise in a step (Song et al. 2021, eq. 16 with eta 1)."""
     return ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
 
 
 @torch.no_grad()
 def ddim(
-    predict,
-    x,
-    alphas_cumprod,
-    steps,
-    first=0,
-    last=None,
-    eta=0.0,
-    spread=1.0,
-    generator=None,
-    correct=None,
-    after=None,
-):
+    predict: NoiseFunction,
+    x: Tensor,
+    alphas_cumprod: Tensor,
+    steps: int,
+    first: int = 0,
+    last: int | None = None,
+    eta: float = 0.0,
+    spread: float = 1.0,
+    generator: torch.Generator | None = None,
+    correct: Correction | None = None,
+    after: AfterStep | None = None,
+) -> Tensor:
     """Draw latents by DDIM (Song et al. 2021, eq. 12).
 
     Args:
         predict: noise from x_t and t, e.g. of ``guided``.
-        x: [B, 4, h, w]: noise, or the latent that an earlier call left at step ``first``.
+        x: [B, 4, h, w], noise, or the latent that an earlier call left at step ``first``.
         steps: number of steps of the whole schedule; this call does those from ``first`` up to,
             not with, ``last`` (None: the end).
         eta: share of fresh noise a step; 0 is deterministic, 1 is DDPM's.
         spread: factor on that fresh noise (Lu et al. 2025, arXiv 2505.17013, noise probe).
         generator: for the fresh noise.
-        correct: (x, noise, t, alpha) -> noise, called on every prediction.
-        after: (x, next alpha) -> x, called after every step.
+        correct: called on every prediction. after: called after every step.
 
     Returns:
         x_0 (or x at step ``last``), [B, 4, h, w].
     """
-    times = spaced(len(alphas_cumprod), steps)
+    times = trailing_timesteps(len(alphas_cumprod), steps)
     last = steps if last is None else last
     for i in range(first, last):
         alpha = alphas_cumprod[times[i]].to(x)
@@ -163,23 +176,52 @@ def ddim(
         noise = predict(x, times[i]).to(x)
         if correct is not None:
             noise = correct(x, noise, times[i], alpha)
-        clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()  # "predicted x_0" of eq. 12
         sigma = eta * ddpm_sigma(alpha, following)
-        # With eta above 1 the root's argument turns negative; the probe takes its absolute value.
+        # "Direction pointing to x_t" of eq. 12. With eta above 1 the root's argument turns
+        # negative; the noise probe takes its absolute value.
         x = following.sqrt() * clean + (1 - following - sigma**2).abs().sqrt() * noise
         if eta:
             fresh = torch.randn(x.shape, generator=generator).to(x)
-            x = x + spread * sigma * fresh
+            x = x + spread * sigma * fresh  # "random noise" of eq. 12
         if after is not None:
             x = after(x, following)
     return x
 
 
-def q_sample(clean, noise, alpha_cumprod):
-    """x_t of a clean latent (Ho et al. 2020, eq. 4).
+def q_sample(clean: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> Tensor:
+    """x_t of a clean latent, the forward process of DDPM (Ho et al. 2020, eq. 4).
 
     Args:
         clean, noise: [B, 4, h, w]. alpha_cumprod: [B], the product of alphas up to each t.
     """
     alpha_cumprod = alpha_cumprod.view(-1, 1, 1, 1)
     return alpha_cumprod.sqrt() * clean + (1 - alpha_cumprod).sqrt() * noise
+
+
+class DDPMSchedule(NoiseSchedule):
+    """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise (Ho et al. 2020, eq. 4).
+
+    ``levels`` are alpha-bar, float32.
+    """
+
+    def partial_sample(
+        self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
+    ) -> Tensor:
+        return ddim(predict, noise, self.levels, steps, last=last)
+
+
+@dataclass(frozen=True)
+class SigmaSchedule(NoiseSchedule):
+    """x = a x_0 + sigma noise, by ComfyUI's noise levels; ``levels`` are sigma, ascending.
+
+    Attributes:
+        scales: x / x_t of each time step [S], where x_t is the network's input.
+    """
+
+    scales: Tensor
+
+    def partial_sample(
+        self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
+    ) -> Tensor:
+        return euler(predict, noise, self.levels, self.scales, steps, last)

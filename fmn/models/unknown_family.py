@@ -1,12 +1,13 @@
 """Models that are none of ``families.FAMILIES``: layers come from the loaded model, or a file.
 
-A layer goes by its name in a LoRA file, ``lora_unet_`` and its path with dots as underscores. That
-cannot be turned back into a path, so a patch from a file is matched through the model it is put on.
+Layers are named as in a LoRA file, ``lora_unet_`` and its path with dots as underscores. That
+cannot be turned back into a path: the model a patch is applied to tells which layer is meant.
 """
 
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ForgetError
@@ -20,7 +21,7 @@ MAX_LAYERS = 8192
 MAX_ENTRIES = 1 << 30  # of one weight; 4 GiB in float32
 
 # The attention through which the text comes in, by paths of ComfyUI's modules. In joint attention
-# it is the text's own projections.
+# these are the projections of the text.
 CROSS_ATTENTION = re.compile(
     r"""(.*\.)?(
     context_block\.attn\.(qkv|proj)  # Stable Diffusion 3
@@ -46,44 +47,47 @@ KEYS_AND_VALUES = re.compile(
 
 
 @dataclass(frozen=True)
-class OtherLayer(Layer):
+class UnknownLayer(Layer):
     """A Linear or Conv2d; ``compvis`` is its path, or its name again where only that is known."""
 
     @property
-    def is_key_or_value(self):
+    def is_key_or_value(self) -> bool:
         return KEYS_AND_VALUES.fullmatch(self.compvis) is not None
 
     @property
-    def is_cross_attention(self):
+    def is_cross_attention(self) -> bool:
         return CROSS_ATTENTION.fullmatch(self.compvis) is not None
 
 
-@dataclass(frozen=True, eq=False)
-class OtherFamily(Family):
-    """One model, or what a patch file tells of one: ``own`` are its layers, or those changed."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnknownFamily(Family):
+    """One model: ``listed`` are its layers, or, of a patch file, those it changes."""
 
-    own: tuple[OtherLayer, ...] = ()
-    latent_channels: int = 4
-    latent_factor: int = 8
+    listed: tuple[UnknownLayer, ...]
 
-    known = False
     implementation = "https://github.com/comfyanonymous/ComfyUI"
 
-    def is_same(self, other):
+    def is_same(self, other: Family) -> bool:
         """Whether the other is the same class of model; layers are compared one by one."""
         return not other.known and other.title == self.title
 
+    def denoiser_layers(self) -> tuple[Layer, ...]:
+        return self.listed
 
-def _family(model, layers, **latent):
-    return OtherFamily(
-        key=KEY, title=model, channels=(), blocks=0, depth=(), middle_depth=0, context_dim=0,
-        linear_projection=True, resolution=1024, architecture=model, base_version=model, texts=(),
-        own=tuple(layers), **latent,
+
+def _family(
+    model: str, layers: Iterable[UnknownLayer], channels: int = 4, factor: int = 8
+) -> UnknownFamily:
+    return UnknownFamily(
+        key=KEY, title=model, resolution=1024, architecture=model, base_version=model,
+        latent_channels=channels, latent_factor=factor, listed=tuple(layers),
     )  # fmt: skip
 
 
-def family_of_model(model, shapes, latent_channels, latent_factor):
-    """The family that a loaded model is.
+def family_of_model(
+    model: str, shapes: Mapping[str, Sequence[int]], latent_channels: int, latent_factor: int
+) -> UnknownFamily:
+    """The family of a loaded model.
 
     Args:
         model: name of its class.
@@ -93,23 +97,29 @@ def family_of_model(model, shapes, latent_channels, latent_factor):
         ForgetError: there are no such layers, or two of them have one name in a LoRA file.
     """
     names = {path: PREFIX + path.replace(".", "_") for path in shapes}
-    twice = [name for name, count in Counter(names.values()).items() if count > 1]
-    if not shapes or twice:
-        has = f"two layers called {twice[0]}" if twice else "no plain Linear or Conv2d layers"
+    duplicates = [name for name, count in Counter(names.values()).items() if count > 1]
+    if not shapes or duplicates:
+        has = (
+            f"two layers called {duplicates[0]}"
+            if duplicates
+            else "no plain Linear or Conv2d layers"
+        )
         raise ForgetError(
             f"{model} has {has}, so no LoRA can be made for it: load it with the stock loader and "
             "without quantisation, or use another model."
         )
-    layers = [OtherLayer(names[path], path, tuple(shape)) for path, shape in shapes.items()]
-    return _family(model, layers, latent_channels=latent_channels, latent_factor=latent_factor)
+    layers = [UnknownLayer(names[path], path, tuple(shape)) for path, shape in shapes.items()]
+    return _family(model, layers, latent_channels, latent_factor)
 
 
-def family_of_file(file, model, shapes):
-    """The family that a stranger's patch file claims to be for: what it names, within bounds.
+def family_of_file(
+    file: str, model: str | None, shapes: Mapping[str, Sequence[int]]
+) -> UnknownFamily:
+    """The family that an untrusted patch file claims to be for, within bounds.
 
     Args:
         file: its name, for errors.
-        model: what it says the model's class is, or None.
+        model: the class of the model that its metadata name, or None.
         shapes: name of each tensor -> shape.
     """
     if model is None or not MODEL.fullmatch(model):
@@ -125,7 +135,7 @@ def family_of_file(file, model, shapes):
     return _family(model, [_claimed(file, name, shapes) for name in names])
 
 
-def _claimed(file, name, shapes):
+def _claimed(file: str, name: str, shapes: Mapping[str, Sequence[int]]) -> UnknownLayer:
     if not NAME.fullmatch(name):
         raise ForgetError(
             f"'{file}' holds the layer {name!r:.80}, which is no name of a LoRA's layer: "
@@ -138,4 +148,4 @@ def _claimed(file, name, shapes):
             f"'{file}' has lora_down {list(down)} and lora_up {list(up)} for '{name:.80}', which "
             f"make no weight of 1 to {MAX_ENTRIES} numbers: get it again."
         )
-    return OtherLayer(name, name, shape)
+    return UnknownLayer(name, name, shape)

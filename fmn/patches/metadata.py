@@ -1,13 +1,19 @@
-"""The record in a patch file's header, read as text from a stranger."""
+"""The record in a patch file's header, our ``fmn.*`` keys: made, and read as untrusted text."""
 
 import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
 
+from .. import __version__
+from ..concepts.concept import Concept
 from ..errors import ForgetError
+from ..models.interface import Model
 
+Info = dict[str, Any]  # plain data for JSON; ``INFO_TYPES`` lists the keys
 FORMAT = "1"
-MAX_HEADER = 16 << 20  # bytes; SDXL's full header of tensor names is below 1 MiB
 THUMBNAIL = "modelspec.thumbnail"  # a picture as a data URI
-INFO_TYPES = {
+INFO_TYPES: dict[str, type | tuple[type, ...]] = {
     "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
     "base.prediction": str, "loss": dict, "truncation_error": (int, float),
     "rounding_error": (int, float), "date": str, "version": str, "recipe": str,
@@ -15,64 +21,87 @@ INFO_TYPES = {
 }  # fmt: skip
 
 
-def info_of(path, metadata):
+def new_info(
+    model: Model, fingerprint: str, method: str, settings: Mapping[str, Any],
+    concepts: Sequence[Concept], losses: Sequence[float], truncation_error: float,
+) -> Info:  # fmt: skip
+    """The record that goes into a patch file.
+
+    Args:
+        truncation_error: largest relative error of the reduction to low rank, over layers.
+    """
+    return {
+        "concepts": [concept.describe() for concept in concepts],
+        "method": method,
+        "settings": settings,
+        "base.fingerprint": fingerprint,
+        "base.prediction": model.prediction,
+        "loss": loss_info(losses),
+        "truncation_error": truncation_error,
+        **stamp(),
+    }
+
+
+def loss_info(losses: Sequence[float]) -> dict[str, float]:
+    """The record of a training's losses; empty if there were none."""
+    return {"first": losses[0], "last": losses[-1], "steps": len(losses)} if losses else {}
+
+
+def stamp() -> dict[str, str]:
+    """The record of the time, and of the version that made the file."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"date": date, "version": __version__}
+
+
+def read_info(name: str, metadata: Mapping[str, str]) -> Info:
     """Our part of the header, checked.
 
+    Args:
+        name: of the file, for messages.
+
     Raises:
-        ForgetError: it is no JSON, or of other kinds than we write.
+        ForgetError: invalid JSON, or values of other types than we write.
     """
-    info = {"concepts": []}
+    info: Info = {"concepts": []}
     try:
         for key, value in metadata.items():
-            name = key.removeprefix("fmn.")
-            if key.startswith("fmn.") and name in INFO_TYPES:
-                info[name] = json.loads(value)
-                if not isinstance(info[name], INFO_TYPES[name]):
-                    raise TypeError(name)
-        texts = [concept[part] for concept in info["concepts"] for part in ("name", "kind")]
-        for concept in info["concepts"]:
-            texts += [concept.get("anchor", ""), *concept.get("aliases", [])]
-            if not isinstance(concept.get("aliases", []), list):
-                raise TypeError("aliases")
-        numbers = [info["loss"][part] for part in ("first", "last", "steps") if info.get("loss")]
-        numbers += [info[part] for part in ("truncation_error", "rounding_error") if part in info]
-        for part in info.get("merged", []):
-            texts += [part["method"], *part["concepts"]]
-            numbers.append(part["strength"])
-        if "measured" in info:
-            measured = info["measured"]
-            texts += [measured[part] for part in ("suite", "judge", "base", "date")]
-            texts += measured["targets"]
-            if not isinstance(measured["targets"], list):
-                raise TypeError("targets")
-            numbers.append(measured["count"])
+            part = key.removeprefix("fmn.")
+            if key.startswith("fmn.") and part in INFO_TYPES:
+                info[part] = json.loads(value)
+                if not isinstance(info[part], INFO_TYPES[part]):
+                    raise TypeError(part)
+        texts, numbers = _values(info)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ForgetError(
-            f"The metadata of '{path.name}' is damaged ({type(error).__name__}): get it again."
+            f"The metadata of '{name}' is damaged ({type(error).__name__}): get it again."
         ) from error
     if not all(isinstance(text, str) for text in texts) or not all(map(is_number, numbers)):
-        raise ForgetError(f"The metadata of '{path.name}' has values of the wrong kind.")
+        raise ForgetError(f"The metadata of '{name}' has values of the wrong type: get it again.")
     return info
 
 
-def is_number(value):
-    """Whether a value from JSON is a number to reckon with."""
-    # JSON allows integers that no float can hold, and NaN.
+def _values(info: Info) -> tuple[list[object], list[object]]:
+    """The values in a record that have to be texts, and those that have to be numbers."""
+    texts = [concept[part] for concept in info["concepts"] for part in ("name", "kind")]
+    for concept in info["concepts"]:
+        texts += [concept.get("anchor", ""), *concept.get("aliases", [])]
+        if not isinstance(concept.get("aliases", []), list):
+            raise TypeError("aliases")
+    numbers = [info["loss"][part] for part in ("first", "last", "steps") if info.get("loss")]
+    numbers += [info[part] for part in ("truncation_error", "rounding_error") if part in info]
+    for patch in info.get("merged", []):
+        texts += [patch["method"], *patch["concepts"]]
+        numbers.append(patch["strength"])
+    if "measured" in info:
+        measured = info["measured"]
+        texts += [measured[part] for part in ("suite", "judge", "base", "date")]
+        texts += measured["targets"]
+        if not isinstance(measured["targets"], list):
+            raise TypeError("targets")
+        numbers.append(measured["count"])
+    return texts, numbers
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from JSON is a number that a float can hold, and not NaN."""
     return isinstance(value, (int, float)) and abs(value) < 1e300
-
-
-def check_header_size(path):
-    """Refuse a safetensors file whose header cannot be as long as it claims."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-    except OSError as error:
-        raise ForgetError(
-            f"'{path}' cannot be read ({error.strerror}): check the name and its folder."
-        ) from error
-    if size < 8 or header > min(size - 8, MAX_HEADER):
-        raise ForgetError(
-            f"'{path.name}' is cut short or not a safetensors file: its header claims {header} "
-            f"bytes, the file has {size} and we read at most {MAX_HEADER}; get it again."
-        )

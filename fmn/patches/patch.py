@@ -1,25 +1,27 @@
 """The forget patch: low-rank changes with a record of what they forget, kept as a LoRA file."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from .. import __version__
 from ..errors import ForgetError, NonFiniteLoss
-from ..files import write_whole
-from ..linalg import merge
+from ..files import MAX_HEADER, AnyPath, open_safetensors, write_whole
+from ..linalg import full_change
 from ..models import unknown_family
-from ..models.families import FAMILIES, Family, layers_by_name
+from ..models.families import FAMILIES, Family, Layer, layers_by_name
 from .lora_keys import PARTS, file_name, known_names
-from .metadata import FORMAT, THUMBNAIL, check_header_size, info_of
-from .scores import Source
+from .metadata import FORMAT, THUMBNAIL, Info, read_info
+from .scores import Source, tensor_hash
 
 MAX_RANK = 1024
+DTYPES = "F16", "BF16", "F32"  # that a file may have
+Factors = tuple[torch.Tensor, torch.Tensor]  # up [out, r], down [r, in]
+Slices = Mapping[str, Any]  # tensor name -> slice of ``safetensors.safe_open``
 
 
 @dataclass
@@ -29,25 +31,42 @@ class ForgetPatch:
     Attributes:
         changes: layer name -> (up [out, r], down [r, in]), CPU tensors whose product is added to
             the weight at strength 1. Conv2d factors carry their kernel dimensions.
-        info: plain data about it, JSON-able; ``new_info`` lists the fields.
-        source: ``scores.Source``, where it is known which file this is the content of.
+        info: the record, plain data for JSON; see ``metadata.new_info``.
+        source: the file that this is the content of; None if there is none.
     """
 
     family: Family
-    changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    info: dict = field(default_factory=dict)
+    changes: dict[str, Factors]
+    info: Info = field(default_factory=dict)
     source: Source | None = None
 
     @property
-    def concepts(self):
+    def concepts(self) -> list[str]:
+        """Names of the concepts that it forgets."""
         return [concept["name"] for concept in self.info.get("concepts", [])]
 
     @property
-    def ranks(self):
+    def ranks(self) -> list[int]:
+        """Different ranks of its layers, rising."""
         return sorted({down.shape[0] for _, down in self.changes.values()})
 
-    def check_family(self, family):
-        """Refuse a model of another family. Another base of the same one is fine: patches
+    @property
+    def layers(self) -> list[Layer]:
+        """The ``Layer`` of each change, in the family's order."""
+        known = layers_by_name(self.family).items()
+        return [layer for name, layer in known if name in self.changes]
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether it changes a text encoder, and so has to be applied to the CLIP too."""
+        return any(layer.is_text for layer in self.layers)
+
+    @property
+    def changes_unet(self) -> bool:
+        return any(not layer.is_text for layer in self.layers)
+
+    def check_family(self, family: Family) -> None:
+        """Refuse a model of another family. Another base of the same family is fine: patches
         transfer between fine-tunes."""
         if not self.family.is_same(family):
             raise ForgetError(
@@ -55,22 +74,7 @@ class ForgetPatch:
                 "use a patch made for the model's family."
             )
 
-    @property
-    def layers(self):
-        """The ``Layer`` of each change, in the family's order."""
-        known = layers_by_name(self.family).items()
-        return [layer for name, layer in known if name in self.changes]
-
-    @property
-    def changes_text(self):
-        """Whether it changes a text encoder, and so has to be put on the CLIP too."""
-        return any(layer.is_text for layer in self.layers)
-
-    @property
-    def changes_unet(self):
-        return any(not layer.is_text for layer in self.layers)
-
-    def check_shapes(self, weight_of, text=False):
+    def check_shapes(self, weight_of: Callable[[Layer], torch.Tensor], text: bool = False) -> None:
         """Refuse a variant of the family whose layers have other shapes.
 
         Args:
@@ -84,26 +88,32 @@ class ForgetPatch:
                     f"has {list(weight_of(layer).shape)}: use a patch made for this variant."
                 )
 
-    def lora(self, dtype=torch.float16):
-        """The tensors of a LoRA file: lora_down [r, in], lora_up [out, r] and alpha a layer."""
+    def change_of(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The full float32 change of one layer, [out, in] or [out, in, kh, kw]."""
+        up, down = self.changes[name]
+        return full_change(up.to(device), down.to(device))
+
+    def lora(
+        self, dtype: torch.dtype = torch.float16, layers: Sequence[Layer] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a LoRA file: lora_down [r, in], lora_up [out, r] and alpha of a layer.
+
+        Args:
+            layers: of ``self.layers`` those that are wanted; None: all.
+        """
         tensors = {}
-        for layer in self.layers:
-            up, down = self.changes[layer.name]
+        for layer in self.layers if layers is None else layers:
+            up, down = _balanced(*self.changes[layer.name])
+            alpha = torch.tensor(float(down.shape[0]), dtype=dtype)  # the rank: a scale of 1
             prefix = file_name(self.family, layer)
-            up, down = _balance(up.float(), down.float())
-            values = down.to(dtype), up.to(dtype), torch.tensor(float(down.shape[0]), dtype=dtype)
-            for part, value in zip(PARTS, values):
+            for part, value in zip(PARTS, (down.to(dtype), up.to(dtype), alpha)):
                 tensors[f"{prefix}.{part}"] = value.contiguous()
         return tensors
 
-    def change_of(self, name, device="cpu"):
-        """The full float32 change of one layer."""
-        up, down = self.changes[name]
-        return merge(up.to(device), down.to(device))
 
-
-def _balance(up, down):
-    # Equal norms keep both factors far from float16's underflow.
+def _balanced(up: torch.Tensor, down: torch.Tensor) -> Factors:
+    """The same change by float32 factors of equal norm, both far from float16's underflow."""
+    up, down = up.float(), down.float()
     up_norm, down_norm = up.norm(), down.norm()
     if up_norm == 0 or down_norm == 0:
         return torch.zeros_like(up), down
@@ -111,53 +121,38 @@ def _balance(up, down):
     return up * scale, down / scale
 
 
-def new_info(model, fingerprint, method, settings, concepts, losses, truncation_error):
-    """The record that goes into a patch file.
+def rounding_error(patch: ForgetPatch, tensors: Mapping[str, torch.Tensor]) -> float:
+    """Relative Frobenius error of a file's changes, over all layers.
 
     Args:
-        truncation_error: largest relative error of the reduction to low rank, over layers.
+        tensors: of ``patch.lora()``, in its order.
     """
-    return {
-        "concepts": [concept.describe() for concept in concepts],
-        "method": method,
-        "settings": settings,
-        "base.fingerprint": fingerprint,
-        "base.prediction": model.prediction,
-        "loss": {"first": losses[0], "last": losses[-1], "steps": len(losses)} if losses else {},
-        "truncation_error": truncation_error,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "version": __version__,
-    }
-
-
-def rounding_error(patch, tensors):
-    """Relative Frobenius error of the file's changes against the patch's own, over all layers."""
     difference = total = 0.0
-    for layer in patch.layers:
-        prefix = file_name(patch.family, layer)
-        down, up, _ = (tensors[f"{prefix}.{part}"] for part in PARTS)
-        own_up, own_down = patch.changes[layer.name]
-        difference += _square_norm(
-            torch.cat([own_up, -up.to(own_up)], 1), torch.cat([own_down, down.to(own_down)])
+    values = iter(tensors.values())
+    for layer, down, up, _ in zip(patch.layers, values, values, values):  # three of each layer
+        exact_up, exact_down = patch.changes[layer.name]
+        difference += square_norm(
+            torch.cat([exact_up, -up.to(exact_up)], 1),
+            torch.cat([exact_down, down.to(exact_down)]),
         )
-        total += _square_norm(own_up, own_down)
+        total += square_norm(exact_up, exact_down)
     return (difference / total) ** 0.5 if total > 0 else 0.0
 
 
-def _square_norm(up, down):
+def square_norm(up: torch.Tensor, down: torch.Tensor) -> float:
     """|up @ down|^2 without the product: a small file can stand for a huge matrix."""
     up, down = up.flatten(1).double(), down.flatten(1).double()
     return max(float(((up.mT @ up) * (down @ down.mT)).sum()), 0.0)
 
 
-def _metadata(patch, tensors):
-    """Strings for the header: our record, and what other programs read to label the file."""
-    # A patch that was loaded has been rounded before; rounding it again loses nothing.
+def _metadata(patch: ForgetPatch, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Texts of the header: our record, and the keys by which other programs label the file."""
+    # A loaded patch was rounded before; rounding it again loses nothing.
     lost = max(rounding_error(patch, tensors), patch.info.get("rounding_error", 0.0))
     info = patch.info | {"rounding_error": lost}
-    # A command line can hand us bytes that are no text.
+    # A command line can pass undecodable bytes.
     names = ", ".join(patch.concepts).encode("utf-8", "replace").decode()
-    rank = str(max(patch.ranks))
+    rank = str(patch.ranks[0]) if len(patch.ranks) == 1 else "Dynamic"
     prediction = info.get("base.prediction", "epsilon")
     architecture, base_version = patch.family.architecture, patch.family.base_version
     if prediction == "v" and patch.family.key == "sd2":
@@ -180,20 +175,21 @@ def _metadata(patch, tensors):
         "ss_base_model_version": base_version,
         "ss_v2": str(patch.family.key == "sd2"),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": rank if len(patch.ranks) == 1 else "Dynamic",
-        "ss_network_alpha": rank if len(patch.ranks) == 1 else "Dynamic",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
         "ss_output_name": f"forget {names}",
     }
 
 
-def save_patch(patch, path, thumbnail=None):
-    """Write the file; nothing half-written stays behind, whatever happens.
+def save_patch(patch: ForgetPatch, path: AnyPath, thumbnail: str | None = None) -> Path:
+    """Write the file, whole or not at all.
 
     Args:
-        thumbnail: a picture for lists of patches, as ``thumbnail.data_uri`` gives it.
+        thumbnail: a picture for lists of patches, see ``images.thumbnail_uri``.
 
     Raises:
-        ForgetError: the folder cannot be written to, or the disk is full.
+        ForgetError: the folder cannot be written to, the disk is full, or the changes are too
+            large for float16.
     """
     tensors = patch.lora()
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
@@ -208,133 +204,124 @@ def save_patch(patch, path, thumbnail=None):
     return Path(path)
 
 
-def file_size(patch):
+def file_size(patch: ForgetPatch) -> int:
     """Bytes of the file that ``save_patch`` writes."""
     tensors = patch.lora()
     return len(save(tensors, metadata=_metadata(patch, tensors)))
 
 
-def rescue(error, path):
-    """Save the last good patch of a training that blew up; the error to tell the user instead.
-
-    Args:
-        error: NonFiniteLoss; without a patch it comes back as it is.
-    """
+def rescue(error: NonFiniteLoss, path: AnyPath) -> NonFiniteLoss:
+    """Save the last good patch of a training that diverged; returns the error to show instead."""
     if error.patch is None:
         return error
     try:
-        told = f"The patch of the last good step is {save_patch(error.patch, path)}."
+        message = f"The patch of the last good step is {save_patch(error.patch, path)}."
     except ForgetError as failed:
-        told = str(failed)
-    return NonFiniteLoss(f"{error} {told}", error.losses)
+        message = str(failed)
+    return NonFiniteLoss(f"{error} {message}", error.losses)
 
 
-def load_patch(path):
-    """Read and check a file that anyone may have made.
+def load_patch(path: AnyPath) -> ForgetPatch:
+    """Read and check an untrusted file. Nothing is loaded before all shapes are checked.
 
     Raises:
         ForgetError: it is not a whole, well-formed forget patch.
     """
     path = Path(path)
-    check_header_size(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            family = _family(path, metadata, found)
-            modules = _check_shapes(path, family, found)
-            tensors = {key: file.get_tensor(key) for key in found}
-    except SafetensorError as error:
-        raise ForgetError(
-            f"'{path.name}' is damaged or not a safetensors file ({error}): get it again."
-        ) from error
+    with open_safetensors(path, max_header=MAX_HEADER) as file:
+        metadata = file.metadata() or {}
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no dict
+        family = _family(path.name, metadata, slices)
+        layers = _check_tensors(path.name, family, slices)
+        tensors = {key: file.get_tensor(key) for key in slices}
     changes = {}
-    for prefix, layer in modules.items():
+    for prefix, layer in layers.items():
         down, up, alpha = (tensors[f"{prefix}.{part}"].float() for part in PARTS)
         up = up * (alpha / down.shape[0])
-        # The product of the norms bounds every entry of the change, and alpha may make up infinite
-        # where it does not make their product.
+        # The product of the norms bounds every entry of the change. alpha may make up infinite
+        # while their product is finite.
         if not torch.isfinite(down.norm() * up.norm()):
             raise ForgetError(
                 f"'{path.name}' holds NaN or infinite values in '{prefix}': "
                 "its training failed, so do not use it."
             )
         changes[layer.name] = up, down
-    return ForgetPatch(family, changes, info_of(path, metadata))
+    source = Source(path.resolve(), tensor_hash(tensors))
+    return ForgetPatch(family, changes, read_info(path.name, metadata), source)
 
 
-def _family(path, metadata, found):
+def _family(name: str, metadata: Mapping[str, str], slices: Slices) -> Family:
     if "fmn.train.format" in metadata:
         raise ForgetError(
-            f"'{path.name}' is what a training needs to be resumed, not a patch: "
+            f"'{name}' is a training state, from which a training is resumed, and no patch: "
             "choose the patch beside it."
         )
     if "fmn.format" not in metadata:
         raise ForgetError(
-            f"'{path.name}' is not a forget patch: it lacks our metadata. "
+            f"'{name}' is not a forget patch: it lacks our metadata. "
             "Use Load LoRA for other LoRA files."
         )
     if metadata["fmn.format"] != FORMAT:
         raise ForgetError(
-            f"'{path.name}' has patch format {metadata['fmn.format']!r:.20}, this version reads "
+            f"'{name}' has patch format {metadata['fmn.format']!r:.20}, this version reads "
             f"{FORMAT}: update Forget-Me-Not."
         )
-    key = metadata.get("fmn.base.family")
+    key = metadata.get("fmn.base.family", "")
     if key == unknown_family.KEY:
-        shapes = {name: found[name].get_shape() for name in found}
-        return unknown_family.family_of_file(path.name, metadata.get("fmn.base.model"), shapes)
-    family = FAMILIES.get(key)
-    if family is None:
+        shapes = {part: slices[part].get_shape() for part in slices}
+        return unknown_family.family_of_file(name, metadata.get("fmn.base.model"), shapes)
+    if key not in FAMILIES:
         raise ForgetError(
-            f"'{path.name}' is for the unknown model family "
+            f"'{name}' is for the unknown model family "
             f"{key!r:.40}; known are {', '.join(FAMILIES)}, {unknown_family.KEY}."
         )
-    return family
+    return FAMILIES[key]
 
 
-def _check_shapes(path, family, found):
-    """Every key known, every layer complete, every shape fitting, before anything is loaded."""
+def _check_tensors(name: str, family: Family, slices: Slices) -> dict[str, Layer]:
+    """Prefix in the file -> layer, if every key is known, every layer complete and fitting."""
     known = known_names(family)
-    prefixes, taken = {}, set()
-    for key in found:
+    layers: dict[str, Layer] = {}
+    for key in slices:
         prefix, _, part = key.partition(".")
         if prefix not in known or part not in PARTS:
             raise ForgetError(
-                f"'{path.name}' holds the tensor {key!r:.80}, which {family.title} does not have: "
+                f"'{name}' holds the tensor {key!r:.80}, which {family.title} does not have: "
                 "it is for another model, or no forget patch."
             )
-        if prefix not in prefixes and known[prefix].name in taken:
-            raise ForgetError(f"'{path.name}' names the layer '{prefix}' twice: get another file.")
-        taken.add(known[prefix].name)
-        prefixes[prefix] = known[prefix]
-    if not prefixes:
-        raise ForgetError(f"'{path.name}' holds no layers: it would change nothing.")
-    for prefix, layer in prefixes.items():
-        missing = [part for part in PARTS if f"{prefix}.{part}" not in found]
+        layers[prefix] = known[prefix]
+    if not layers:
+        raise ForgetError(f"'{name}' holds no layers: it would change nothing.")
+    seen = set()
+    for prefix, layer in layers.items():
+        if layer.name in seen:
+            raise ForgetError(f"'{name}' names the layer '{prefix}' twice: get another file.")
+        seen.add(layer.name)
+        missing = [part for part in PARTS if f"{prefix}.{part}" not in slices]
         if missing:
-            raise ForgetError(f"'{path.name}' lacks '{prefix}.{missing[0]}': get it again.")
-        _check_layer(path, layer, *(found[f"{prefix}.{part}"] for part in PARTS))
-    return prefixes
+            raise ForgetError(f"'{name}' lacks '{prefix}.{missing[0]}': get it again.")
+        _check_layer(name, layer, [slices[f"{prefix}.{part}"] for part in PARTS])
+    return layers
 
 
-def _check_layer(path, layer, *slices):
+def _check_layer(name: str, layer: Layer, slices: Sequence[Any]) -> None:
     for tensor in slices:
-        if tensor.get_dtype() not in ("F16", "BF16", "F32"):
+        if tensor.get_dtype() not in DTYPES:
             raise ForgetError(
-                f"'{path.name}' stores '{layer.name}' as {tensor.get_dtype()}; "
+                f"'{name}' stores '{layer.name}' as {tensor.get_dtype()}; "
                 "a patch has 16- or 32-bit floating-point numbers only."
             )
     down, up, alpha = (tuple(tensor.get_shape()) for tensor in slices)
     rank = down[0] if down else 0
-    one = (1,) * (len(layer.shape) - 2)
+    kernel = (1,) * (len(layer.shape) - 2)
     fits = (
         0 < rank <= MAX_RANK
         and down == (rank, *layer.shape[1:])
-        and up == (layer.shape[0], rank, *one)
+        and up == (layer.shape[0], rank, *kernel)
         and alpha in ((), (1,))
     )
     if not fits:
         raise ForgetError(
-            f"'{path.name}' does not fit '{layer.name}' of shape {list(layer.shape)}: "
+            f"'{name}' does not fit '{layer.name}' of shape {list(layer.shape)}: "
             f"it has lora_down {list(down)}, lora_up {list(up)}, alpha {list(alpha)}."
         )

@@ -1,19 +1,23 @@
-"""Figures of a bench kept in the patch's own file, where lists of patches show them.
+"""Scores of a bench kept in the patch's own file, where lists of patches show them.
 
-Only the header is written anew. What follows it, the weights, is copied as it is.
+Only the header changes; the weights stay as they are.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors.torch import save
 
 from ..errors import ForgetError
-from ..files import write_whole
-from .metadata import MAX_HEADER, info_of, is_number
+from ..files import MAX_HEADER, open_safetensors, write_whole
+from .metadata import Info, is_number, read_info
 
-# Columns of a bench that are kept, and the names they get. All but M-Score are shares, 0 to 1.
+# Columns of a bench that are kept -> their names in the file. All but M-Score are shares, 0 to 1.
 NAMES = {
     "UA": "UA", "IRA": "IRA", "CRA": "CRA", "HM": "mean", "mscore": "M-Score",
     "inversion": "inversion", "ring_a_bell": "Ring-A-Bell", "completion": "completion",
@@ -21,47 +25,64 @@ NAMES = {
 }  # fmt: skip
 SHARES = set(NAMES.values()) - {"M-Score"}
 DIGITS = 4
-MOST = 12  # that are shown
+MOST_SCORES = 12  # that are shown
+
+
+class Setup(Protocol):
+    """``bench.running.cells.Setup``."""
+
+    @property
+    def judge(self) -> str: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def key(self) -> str: ...
 
 
 class Source(NamedTuple):
-    """The file that a patch is the content of.
-
-    Attributes:
-        weights: hash of all behind the header.
-    """
+    """The file that a patch is the content of, and ``tensor_hash`` of its tensors."""
 
     path: Path
     weights: str
 
 
-def source_of(path):
-    """The ``Source`` of a patch that was read from a file, or written to it."""
-    path = Path(path).resolve()  # a link stays one
-    return Source(path, _hash(_read(path)))
+def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of a file's tensors alone: the same for a patch made again on another day."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def bytes_of(source):
-    """The file as it is now.
+def bytes_of(source: Source) -> bytes:
+    """The file's present content.
 
     Raises:
-        ForgetError: it is gone, or has other weights.
+        ForgetError: the file is missing or damaged, or has other weights by now.
     """
-    data = _read(source.path)
-    if _hash(data) != source.weights:
-        raise _replaced(source)
-    return data
+    _read(source)
+    return source.path.read_bytes()
 
 
-def _replaced(source):
-    return ForgetError(
-        f"'{source.path.name}' is not the patch any more that it was when it was loaded, so no "
-        "scores are written into it: load it again."
-    )
+def _read(source: Source) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of the file, which has to be the patch still."""
+    with open_safetensors(source.path, "load it again", MAX_HEADER) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    if tensor_hash(tensors) != source.weights or "fmn.format" not in metadata:
+        raise ForgetError(
+            f"'{source.path.name}' has been replaced since the patch was loaded, so no scores are "
+            "written into it: load it again."
+        )
+    return tensors, metadata
 
 
-def check_targets(name, concepts, targets):
-    """Refuse to keep figures about anything but what a patch forgets.
+def check_targets(name: str, concepts: Sequence[str], targets: Sequence[str]) -> None:
+    """Refuse to keep scores of anything but what a patch forgets.
 
     Args:
         name: of the patch, for the message. concepts, targets: names.
@@ -74,16 +95,18 @@ def check_targets(name, concepts, targets):
         )
 
 
-def scores_of(summary, setup, method):
-    """What a bench found: names and numbers, and what was measured.
+def scores_of(
+    summary: Mapping[str, Any], setup: Setup, method: str
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The scores of a method in a bench's summary by their names, and how they were measured.
 
     Args:
-        summary: of ``bench.summary``. setup: ``bench.cells.Setup``. method: its name there.
+        summary: of ``bench.reporting.summary``. method: its name there.
     """
     row = [mean for mean in summary["means"] if mean["method"] == method][-1]  # of all targets
-    values = {key: each["value"] for key, each in row["values"].items() if key in NAMES}
+    values = {key: cell["value"] for key, cell in row["values"].items() if key in NAMES}
     scores = {NAMES[key]: round(values[key], DIGITS) for key in NAMES if key in values}
-    kind, _, folder = setup.judge.partition(":")  # where it lies is nobody's business
+    kind, _, folder = setup.judge.partition(":")  # others need not know where the judge lies
     return scores, {
         "suite": summary["suite"],
         "targets": row["targets"],
@@ -97,46 +120,40 @@ def scores_of(summary, setup, method):
     }
 
 
-def write_scores(source, scores, measured):
-    """Write figures into a patch's header; the weights stay as they are, bit for bit.
+def write_scores(source: Source, scores: Mapping[str, float], measured: Mapping[str, Any]) -> None:
+    """Write scores into a patch's header; the weights stay as they are, bit for bit.
 
-    Figures that are there already stay beside the new ones if they were measured alike, and go
-    if not. If nothing is new, the file is not touched.
+    Older scores stay beside the new ones if they were measured alike, and go otherwise. If nothing
+    is new, the file is not touched.
 
     Args:
-        source: ``Source``. scores, measured: of ``scores_of``.
+        scores, measured: see ``scores_of``.
 
     Raises:
         ForgetError: see ``bytes_of``; or the file cannot be written.
     """
-    data = bytes_of(source)
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    metadata = header.get("__metadata__", {})
-    if "fmn.format" not in metadata:  # only the header was written anew, by another program
-        raise _replaced(source)
-    info = info_of(source.path, metadata)
+    tensors, metadata = _read(source)
+    info = read_info(source.path.name, metadata)
     before, old = info.get("scores", {}), info.get("measured", {})
-    if old | {"date": ""} == measured | {"date": ""}:
-        scores = before | scores
+    if old | {"date": ""} == {**measured, "date": ""}:
+        scores = {**before, **scores}
         if scores == before:
             return
     metadata |= {"fmn.scores": json.dumps(scores), "fmn.measured": json.dumps(measured)}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # as safetensors aligns it
-    if len(text) > MAX_HEADER:
+    content = save(tensors, metadata)
+    length = int.from_bytes(content[:8], "little")
+    if length > MAX_HEADER:
         raise ForgetError(
-            f"The header of '{source.path.name}' has no room for scores ({len(text)} bytes, at "
-            f"most {MAX_HEADER} are read): measure without writing them."
+            f"The header of '{source.path.name}' has no room for scores ({length} bytes, at most "
+            f"{MAX_HEADER} are read): measure without writing them."
         )
-    parts = len(text).to_bytes(8, "little"), text, data[8 + length :]
-    write_whole(source.path, lambda file: Path(file).write_bytes(b"".join(parts)))
+    write_whole(source.path, lambda file: file.write_bytes(content))
 
 
-def scores_text(info):
-    """The scores in a patch's record, and what was measured: two lines of text or none."""
-    found = [(name, value) for name, value in info.get("scores", {}).items() if is_number(value)]
-    scores = [f"{name} {_number(name, value)}" for name, value in found[:MOST]]
+def scores_text(info: Info) -> list[str]:
+    """The scores in a patch's record, and how they were measured: two lines of text or none."""
+    known = [(name, value) for name, value in info.get("scores", {}).items() if is_number(value)]
+    scores = [f"{name} {_number(name, value)}" for name, value in known[:MOST_SCORES]]
     if not scores:
         return []
     lines, measured = [f"scores: {', '.join(scores)}"], info.get("measured")
@@ -149,19 +166,5 @@ def scores_text(info):
     return lines
 
 
-def _number(name, value):
+def _number(name: str, value: float) -> str:
     return f"{100 * value:.0f} %" if name in SHARES and 0 <= value <= 1 else f"{value:.4g}"
-
-
-def _read(path):
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ForgetError(
-            f"'{path}' cannot be read ({error.strerror}): if it was moved, load it again."
-        ) from error
-
-
-def _hash(data):
-    length = int.from_bytes(data[:8], "little")
-    return hashlib.sha256(memoryview(data)[8 + length :]).hexdigest()

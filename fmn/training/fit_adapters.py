@@ -1,66 +1,68 @@
-"""What the methods that train share: adapters on the layers of a scope, and how they are fitted."""
+"""What the methods that train share: adapters on the layers of a scope, trained to a patch."""
 
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 
+from ..concepts.concept import Concept
 from ..errors import ForgetError
-from ..models.adapters import Full, LowRank, attached
-from ..models.attention_maps import Probe
-from ..models.families import layers, layers_by_name
+from ..models.adapters import FullAdapter, LayerModule, LowRankAdapter, Switch, attached
+from ..models.attention_maps import AttentionProbe, ProbeInput
+from ..models.families import Family, Layer, layers
+from ..models.interface import UNet, UNetModel
 from ..models.module_patching import checkpointed
-from ..models.sampling import expand, step_count
-from .loop import Optimiser, scale_for
-from .memory import estimate, planned, plans
-from .run import Training, parameters_of
+from ..patches.patch import ForgetPatch
+from ..progress import OnStep, StepProgress
+from .loop import AdamWConfig, Loss, initial_loss_scale
+from .memory import Estimate, Plan, measure_activations, plans, train_with_retry
+from .run import Adapters, Task, TrainingOptions, TrainingRun, adapter_parameters
 
-SCOPES = ("kv", "attention", "not-attention", "unet")
-ESTIMATES = {}  # of memory, by all that decides them: each takes a second or two
-MOST_ESTIMATES = 100
-# How often a run looks at the first concept's attention, each time for a forward: so many times, or
-LOOKS, STEPS_A_LOOK = 7, 25  # every so many steps, if that is more.
+T = TypeVar("T")
+SCOPES: dict[str, Callable[[Layer], bool]] = {
+    "kv": lambda layer: layer.is_key_or_value,
+    "attention": lambda layer: layer.is_cross_attention,
+    "not-attention": lambda layer: not layer.is_cross_attention,
+    "unet": lambda layer: True,
+}
+# The first concept's attention is measured so many times a run, or every so many steps, if that is
+# more often. Each time costs a forward pass.
+MEASUREMENTS, STEPS_BETWEEN = 7, 25
+Draw = Callable[[], Any]  # draws the batch of a step, of whatever the method trains on
+LossOf = Callable[[Any], Loss]  # its loss
+OpenLoss = Callable[[UNet, Switch, bool], AbstractContextManager[tuple[Draw, LossOf]]]
 
 
-def in_scope(family, scope):
+def in_scope(family: Family, scope: str) -> list[Layer]:
     """The U-Net layers a scope trains, in forward order.
 
     ``kv``: keys and values of cross-attention. ``attention``: all of cross-attention.
     ``not-attention``: all but cross-attention. ``unet``: every Linear and Conv2d.
 
     Raises:
-        ForgetError: it is a model of which we do not know these layers.
+        ForgetError: the layers of this part of the model are unknown.
     """
-    wanted = {
-        "kv": lambda layer: layer.is_key_or_value,
-        "attention": lambda layer: layer.is_cross_attention,
-        "not-attention": lambda layer: not layer.is_cross_attention,
-        "unet": lambda layer: True,
-    }[scope]
-    chosen = [layer for layer in layers(family) if wanted(layer)]
-    if not chosen or (scope == "not-attention" and len(chosen) == len(layers(family))):
+    every = layers(family)
+    chosen = [layer for layer in every if SCOPES[scope](layer)]
+    if not chosen or (scope == "not-attention" and len(chosen) == len(every)):
         raise ForgetError(
             f"{family.title} has no layers that are known to do this part alone: set layers to all."
         )
     return chosen
 
 
-@contextmanager
-def autograd():
-    """Decorator of a method's ``run``: ComfyUI runs nodes in inference mode, whose tensors
-    autograd refuses."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def reference_latents(model, concept, side):
-    """Latents [N, 4, h, w] of a concept's pictures, ``side`` pixels wide (0: the family's).
+def reference_latents(model: UNetModel, concept: Concept, side: int) -> torch.Tensor:
+    """Latents [N, 4, h, w] of the concept's pictures, which it has; ``side`` pixels wide (0: the
+    family's).
 
     Raises:
         ForgetError: the VAE is another model's.
     """
-    latents = model.encode_images(concept.images, side or model.family.resolution)
+    images = cast(torch.Tensor, concept.images)
+    latents = model.encode_images(images, side or model.family.resolution)
     if latents.shape[1] != 4:
         raise ForgetError(
             f"This VAE gives {latents.shape[1]} channels, but {model.family.title} reads 4: "
@@ -69,145 +71,161 @@ def reference_latents(model, concept, side):
     return latents
 
 
-def make_adapters(module_of, names, settings, device, downs=None):
-    """Fresh adapters: layer name -> ``LowRank``, or ``Full`` if the settings say so.
+def make_adapters(
+    module_of: Callable[[str], LayerModule],
+    names: Sequence[str],
+    settings: Any,
+    device: torch.device,
+    downs: Mapping[str, torch.Tensor] | None = None,
+) -> Adapters:
+    """Fresh adapters: layer name -> ``LowRankAdapter``, or ``FullAdapter`` if the settings say so.
 
     Args:
         settings: has ``rank``, ``seed``, and may have ``full_weights``.
         downs: layer name -> [r, in], fixed lora_down matrices.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    full = getattr(settings, "full_weights", False)
-    adapters = {}
-    for name in names:
-        module, down = module_of(name), (downs or {}).get(name)
-        adapters[name] = (
-            Full(module, device)
-            if full
-            else LowRank(module, settings.rank, generator, device, down)
+    if getattr(settings, "full_weights", False):
+        return {name: FullAdapter(module_of(name), device) for name in names}
+    return {
+        name: LowRankAdapter(
+            module_of(name), settings.rank, generator, device, (downs or {}).get(name)
         )
-    return adapters
+        for name in names
+    }
 
 
-def shuffled_cycle(values, generator):
-    """The values in a shuffled order, then in another one, without end."""
+def shuffled_cycle(
+    values: Sequence[T], generator: torch.Generator, reverse: bool = False
+) -> Iterator[T]:
+    """The values in a shuffled order, then in another one, without end.
+
+    Args:
+        reverse: from the end of each order; patches depend on it.
+    """
     while True:
-        for index in torch.randperm(len(values), generator=generator).tolist():
+        order = torch.randperm(len(values), generator=generator).tolist()
+        for index in reversed(order) if reverse else order:
             yield values[index]
 
 
-def learn(
-    model, concepts, settings, scope, open_loss, optimiser=None, probe_inputs=(), on_step=None,
-    downs=None, rehearsed=None,
-):  # fmt: skip
+def train_patch(
+    model: UNetModel,
+    concepts: Sequence[Concept],
+    settings: Any,
+    scope: str,
+    open_loss: OpenLoss,
+    on_step: OnStep,
+    options: TrainingOptions,
+    config: AdamWConfig | None = None,
+    probe_inputs: Sequence[ProbeInput] = (),
+    downs: Mapping[str, torch.Tensor] | None = None,
+    forwards: int = 1,
+) -> ForgetPatch:
     """Train adapters on a U-Net and make the patch.
 
     Args:
-        settings: a method's, with ``steps`` (a concept), ``lr``, ``rank``, ``seed`` and
-            ``checkpointing``.
+        model: of unknown families a ``Model`` is enough.
+        settings: a method's, with ``steps`` (a concept), ``lr``, ``rank``, ``seed``,
+            ``checkpointing``, and perhaps ``batch``.
         scope: of ``SCOPES``.
-        open_loss: (borrowed, switch, apart) -> context manager that gives two functions: one picks
-            at random what the next step trains on, which costs little, the other makes a loss of
-            it, or its parts; see ``train.train``. The switch turns the adapters off; ``apart``
-            asks for one part a prompt.
-        optimiser: ``Optimiser``; None takes AdamW as released with ``settings.lr``.
-        looked_at: what ``Probe`` takes; its first entry is shown as training goes on.
-        on_step: see ``methods.forget``.
+        open_loss: function from the U-Net, its adapters' switch and whether prompts go one at a
+            time, to a context manager of two functions: one draws a step's batch at random, which
+            costs little, the other computes its loss.
+        config: None takes AdamW as released with ``settings.lr``.
+        probe_inputs: what ``AttentionProbe`` takes; progress has the attention of the first.
         downs: see ``make_adapters``.
-        rehearsed: (borrowed, batch) -> context manager that gives ``plan.estimate`` the loss of
-            so many prompts; None takes a forward and backward pass of the first of ``looked_at``.
+        forwards: forward passes whose activations a step holds at once.
 
     Raises:
         ForgetError: memory ran out.
-        NonFiniteLoss: training blew up; it carries the patch of the last good step.
+        NonFiniteLoss: training diverged; it carries the patch of the last good step.
     """
-    names = [layer.name for layer in in_scope(model.family, scope)]
     total, batch = settings.steps * len(concepts), getattr(settings, "batch", 1)
-    training = Training(model, concepts, settings, on_step)
-    with model.borrow() as borrowed:
-        # The first layer of inpainting and editing variants has another shape: it stays.
-        names = [name for name in names if _as_expected(model.family, borrowed, name)]
-        report = _Report(model, borrowed, probe_inputs, on_step, total)
-        in_place = not model.family.known
+    options.check_steps(total)  # before any work
+    task, config = Task.of(model, concepts, settings), config or AdamWConfig(settings.lr)
+    with model.borrow_denoiser() as denoiser:
+        names = _trained_names(model.family, denoiser, scope)
+        given = denoiser.module, names, settings, denoiser.device, downs
+        report = _AttentionReport(denoiser, probe_inputs, on_step, total)
 
-        @contextmanager
-        def adapted(plan):
-            adapters = make_adapters(borrowed.module, names, settings, borrowed.device, downs)
-            blocks = borrowed.checkpoint_blocks() if plan.checkpointing else []
-            with attached(adapters, borrowed.module) as switch, checkpointed(blocks, in_place):
-                yield adapters, switch
-
-        def estimate_of(plan):
-            if not (probe_inputs and model.family.known):
-                return None
-            step, rows = (
-                rehearsed or partial(_plain_step, probe_inputs[0]),
-                1 if plan.apart else batch,
-            )
-            text, _, latent = probe_inputs[0]
-            alike = (
-                type(model), model.family.key, borrowed.device, type(settings), *names,
-                settings.rank, getattr(settings, "full_weights", False), rows, latent.shape,
-                text.context.shape, plan.checkpointing, downs is None,
-                borrowed.module(names[0]).weight.dtype, bool(getattr(settings, "prior", 0)),
-            )  # fmt: skip
-            if alike not in ESTIMATES:
-                if len(ESTIMATES) == MOST_ESTIMATES:
-                    ESTIMATES.clear()
-                with adapted(plan) as (adapters, _), step(borrowed, rows) as loss_of:
-                    parameters = parameters_of(adapters)
-                    ESTIMATES[alike] = estimate(borrowed, model.family, parameters, loss_of)
-            return ESTIMATES[alike]
-
-        def trained(plan, note):
-            report.note = note
+        def train(plan: Plan, message: str) -> TrainingRun:
+            report.memory, adapters = message, make_adapters(*given)
+            blocks = denoiser.checkpoint_blocks() if plan.checkpointing else []
             with (
-                adapted(plan) as (adapters, switch),
-                open_loss(borrowed, switch, plan.apart) as (draw, loss),
+                attached(adapters, denoiser.module) as switch,
+                checkpointed(blocks, in_place=not model.family.known),
+                open_loss(denoiser, switch, plan.split_batch) as (draw, loss_of),
             ):
-                training.put_on(adapters, switch, borrowed)
-                training.check_steps(total)  # before many draws
-                for _ in range(training.tries):
+                for _ in range(options.batches_drawn):
                     draw()
-                scale = scale_for(borrowed.module(names[0]))
-                how = optimiser or Optimiser(settings.lr)
-                training.run(lambda index: loss(draw()), total, how, report, scale)
-                return training
+                scale = initial_loss_scale(denoiser.module(names[0]))
+                run = TrainingRun(task, adapters, switch, options, config, total, scale, denoiser)
+                run.train(lambda index: loss_of(draw()), report)
+                return run
 
-        ways = plans(settings.checkpointing, batch)
-        planned(trained, ways, estimate_of, borrowed.device)
-    return training.finish()
-
-
-def _as_expected(family, borrowed, name):
-    shape = layers_by_name(family)[name].shape
-    return tuple(borrowed.module(name).weight.shape) == tuple(shape)
+        measured = model.family, denoiser, make_adapters(*given), probe_inputs
+        estimate_of = _estimator(*measured, batch, forwards)
+        ordered = plans(settings.checkpointing, batch)
+        run = train_with_retry(train, ordered, estimate_of, denoiser.device)
+    return run.finish()
 
 
-@contextmanager
-def _plain_step(probe_inputs, borrowed, batch):
-    """A forward and backward pass of a batch of one prompt."""
-    text, _, latent = probe_inputs
-    x = latent[:1].expand(batch, -1, -1, -1)
-    t = torch.full((batch,), step_count(borrowed) // 2)
-    yield lambda: borrowed.denoise(x, t, expand(text, batch)).square().sum()
+def _trained_names(family: Family, denoiser: UNet, scope: str) -> list[str]:
+    """Of the scope's layers; the first of inpainting and editing variants has another shape, and is
+    not trained."""
+    return [
+        layer.name
+        for layer in in_scope(family, scope)
+        if tuple(denoiser.module(layer.name).weight.shape) == tuple(layer.shape)
+    ]
 
 
-class _Report:
-    """Adds the first concept's attention, looked at now and then, to what a step tells."""
+def _estimator(
+    family: Family,
+    denoiser: UNet,
+    adapters: Adapters,
+    probe_inputs: Sequence[ProbeInput],
+    prompts: int,
+    forwards: int,
+) -> Callable[[Plan], Estimate] | None:
+    """Function from a plan to its ``Estimate``, by a forward pass of the first prompt."""
+    if not (probe_inputs and family.known):
+        return None
+    text, _, latent = probe_inputs[0]
+    t = torch.tensor([len(denoiser.schedule) // 2])
+    x = latent[:1].to(denoiser.device)
+    weights = [denoiser.module(layer.name).weight for layer in layers(family)]
+    with attached(adapters, denoiser.module):
+        activations = measure_activations(
+            lambda: denoiser.predict_noise(x, t, text), denoiser.checkpoint_blocks(), weights
+        )
+    trained = sum(parameter.nbytes for parameter in adapter_parameters(adapters))
+    known = sum(weight.nbytes for weight in weights)
+    return partial(Estimate.of, known, trained, activations, prompts=prompts, forwards=forwards)
 
-    def __init__(self, model, borrowed, probe_inputs, on_step, total):
-        self.on_step, self.total, self.borrowed = on_step or (lambda step: None), total, borrowed
-        self.probe, self.now, self.note = None, None, ""
+
+class _AttentionReport:
+    """Adds the first concept's attention, measured now and then, to the progress of a step."""
+
+    def __init__(
+        self, denoiser: UNet, probe_inputs: Sequence[ProbeInput], on_step: OnStep, total: int
+    ):
+        self.denoiser, self.on_step = denoiser, on_step
+        self.every = max(1, min(total // MEASUREMENTS, STEPS_BETWEEN))
+        self.probe, self.now, self.memory = None, None, ""
         if probe_inputs:
-            self.probe = Probe(
-                model.family, probe_inputs[:1], borrowed.alphas_cumprod, steps=(0.5,)
-            )
-            self.now = self.probe.look(borrowed)[0]
+            alphas = denoiser.alphas_cumprod
+            self.probe = AttentionProbe(probe_inputs[:1], alphas, steps=(0.5,))
+            self.now = self.probe.measure(denoiser)[0]
         self.before = self.now
 
-    def __call__(self, step):
-        often = max(1, min(self.total // LOOKS, STEPS_A_LOOK))
-        if self.probe and (step.index % often == 0 or step.index == step.total):
-            self.now = self.probe.look(self.borrowed)[0]
-        self.on_step(replace(step, before=self.before, now=self.now, note=self.note))
+    def __call__(self, progress: StepProgress) -> None:
+        measured = progress.index % self.every == 0 or progress.index == progress.total
+        if self.probe and measured:
+            self.now = self.probe.measure(self.denoiser)[0]
+        self.on_step(
+            replace(
+                progress, attention_before=self.before, attention_now=self.now, memory=self.memory
+            )
+        )

@@ -2,149 +2,175 @@
 
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import NonFiniteLoss
+from ..progress import OnStep, StepProgress, ignore
 
-TOP_SCALE = 1024.0
+MAX_LOSS_SCALE = 1024.0
+Moments = dict[str, torch.Tensor]  # AdamW's exp_avg, exp_avg_sq and step of one parameter
+# The loss of a step, or the parts that it is the sum of, which then are in memory one at a time.
+Loss = torch.Tensor | Iterable[torch.Tensor]
+LossAt = Callable[[int], Loss]  # from a step's index, from 0
 
 
 @dataclass(frozen=True)
-class Optimiser:
-    """AdamW as the released Forget-Me-Not uses it; only the learning rate is a user's business."""
+class AdamWConfig:
+    """AdamW as the released Forget-Me-Not uses it; users can only set the learning rate."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     eps: float = 1e-8
-    max_norm: float = 1.0  # gradients are scaled down to this 2-norm
-    decay: bool = False  # the learning rate falls to zero along a line
+    max_norm: float = 1.0  # gradients are clipped to this 2-norm
+    linear_decay: bool = False  # the learning rate falls linearly to zero
 
 
 @dataclass(frozen=True)
-class Step:
-    """What the progress callback gets after every step."""
-
-    index: int  # from 1
-    total: int
-    losses: list[float]
-    seconds_left: float
-    before: object = None  # the first concept's ``probe.Attention`` before training, and
-    now: object = None  # when last looked at
-    loop: object = None  # ``Loop``; good until the next step
-    training: object = None  # ``training.Training``, to draw with or to save; None where none is
-    note: str = ""  # on memory
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Where a loop is. With the parameters, all that it needs to go on later.
+class LoopState:
+    """What it takes to resume a loop, beside the parameters.
 
     Attributes:
         losses: one a finished step.
-        tries: how often the loss was asked for; more than steps if float16 overflowed.
-        scale: see ``train``.
-        moments: AdamW's state of each parameter, None for those that never had a gradient.
+        attempts: how often the loss was computed; more than steps if float16 overflowed.
+        loss_scale: see ``Trainer``.
+        moments: AdamW's of each parameter, None for those that never had a gradient.
     """
 
-    losses: list
-    tries: int
-    scale: float
-    moments: list
+    losses: list[float]
+    attempts: int
+    loss_scale: float
+    moments: list[Moments | None]
 
 
-def train(parameters, loss_at, steps, optimiser, on_step=lambda step: None, scale=1.0, begun=None):
-    """Minimise ``loss_at(step)``; returns the losses.
+class Trainer:
+    """AdamW with gradient clipping and loss scaling, which undoes a step that is not finite.
 
     Args:
-        parameters: list of float32 tensors that require grad.
-        loss_at: function from the step's index (from 0) to a scalar loss, or to a generator of
-            the parts that it is the sum of, which then are in memory one at a time.
-        on_step: called after each step; whatever it raises ends training.
-        scale: the loss is multiplied by it for the backward pass, and gradients divided again, so
-            that a float16 model does not lose small ones (Micikevicius et al. 2018, section 3.2).
-            Halved whenever it makes gradients overflow; powers of two change no float32 result.
-        begun: ``Loop`` of a run to go on with; ``parameters`` are as it left them.
-
-    Raises:
-        NonFiniteLoss: the loss or its gradient is not finite. The parameters are then those of
-            the last step that was.
+        parameters: float32 tensors that require grad.
+        loss_scale: the loss is multiplied by it for the backward pass, and gradients divided
+            again, so that a float16 model does not lose small ones (Micikevicius et al. 2018,
+            section 3.2). Halved whenever it makes gradients overflow; powers of two change no
+            float32 result.
+        resume_state: of an earlier run, whose parameters are in place already.
     """
-    adamw = torch.optim.AdamW(
-        parameters,
-        lr=optimiser.lr,
-        betas=optimiser.betas,
-        eps=optimiser.eps,
-        weight_decay=optimiser.weight_decay,
-    )
-    losses, tries = [], 0
-    if begun:
-        losses, tries, scale = list(begun.losses), begun.tries, begun.scale
-        set_moments(adamw, begun.moments)
-    good = [parameter.detach().clone() for parameter in parameters]
-    start, done = time.monotonic(), len(losses)
-    while len(losses) < steps:
-        adamw.zero_grad(set_to_none=True)
-        value, norm = _backward(loss_at(len(losses)), scale), math.nan
-        tries += 1
-        if math.isfinite(value):
-            norm = _clipped(parameters, scale, optimiser.max_norm)
-        if math.isfinite(value) and not math.isfinite(norm) and scale > 1:
-            scale /= 2
-            continue
-        if not math.isfinite(norm):
-            _copy(good, parameters)
-            raise NonFiniteLoss(
-                f"The loss or its gradient is not finite at step {len(losses) + 1} of {steps} "
-                f"(lr {optimiser.lr:g}): lower the learning rate, or load the model in float32.",
-                losses,
-            )
-        _copy(parameters, good)
-        if optimiser.decay:
-            adamw.param_groups[0]["lr"] = optimiser.lr * (1 - len(losses) / steps)
-        adamw.step()
-        losses.append(value)
-        left = (time.monotonic() - start) / (len(losses) - done) * (steps - len(losses))
-        moments = [adamw.state.get(each) for each in parameters]
-        loop = Loop(losses, tries, scale, moments)
-        on_step(Step(len(losses), steps, losses, left, loop=loop))
-    return losses
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.Tensor],
+        config: AdamWConfig,
+        total: int,
+        loss_scale: float = 1.0,
+        resume_state: LoopState | None = None,
+    ):
+        self.parameters, self.config, self.total = list(parameters), config, total
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        self.losses: list[float] = []
+        self.attempts, self.loss_scale = 0, loss_scale
+        if resume_state:
+            self.losses, self.attempts = list(resume_state.losses), resume_state.attempts
+            self.loss_scale = resume_state.loss_scale
+            load_moments(self.adamw, resume_state.moments)
+
+    def state(self) -> LoopState:
+        """The state after the last finished step; its moments change with the next one."""
+        moments = [self.adamw.state.get(parameter) for parameter in self.parameters]
+        return LoopState(self.losses, self.attempts, self.loss_scale, moments)
+
+    def run(self, loss_at: LossAt) -> Iterator[StepProgress]:
+        """Minimise the loss, yielding after each step.
+
+        Raises:
+            NonFiniteLoss: the loss or its gradient is not finite. The parameters are then those
+                of the last step that was.
+        """
+        last_good = [parameter.detach().clone() for parameter in self.parameters]
+        start, resumed_at = time.monotonic(), len(self.losses)
+        while len(self.losses) < self.total:
+            self.adamw.zero_grad(set_to_none=True)
+            loss, norm = self._backward(loss_at(len(self.losses))), math.nan
+            self.attempts += 1
+            if math.isfinite(loss):
+                norm = self._clip()
+            if math.isfinite(loss) and not math.isfinite(norm) and self.loss_scale > 1:
+                self.loss_scale /= 2
+                continue
+            if not math.isfinite(norm):
+                _copy(last_good, self.parameters)
+                raise self._non_finite()
+            _copy(self.parameters, last_good)
+            if self.config.linear_decay:
+                rate = self.config.lr * (1 - len(self.losses) / self.total)
+                self.adamw.param_groups[0]["lr"] = rate
+            self.adamw.step()
+            self.losses.append(loss)
+            done = len(self.losses)
+            left = (time.monotonic() - start) / (done - resumed_at) * (self.total - done)
+            yield StepProgress(done, self.total, self.losses, left)
+
+    def _backward(self, loss: Loss) -> float:
+        """Add up gradients, and return the value of the loss."""
+        value = 0.0
+        for part in (loss,) if isinstance(loss, torch.Tensor) else loss:
+            value += part.item()
+            if not math.isfinite(value):
+                break
+            (part * self.loss_scale).backward()
+        return value
+
+    def _clip(self) -> float:
+        """Divide gradients by the loss scale and clip them; returns their norm before clipping."""
+        for parameter in self.parameters:
+            if parameter.grad is not None and self.loss_scale != 1:
+                parameter.grad /= self.loss_scale
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_norm))
+
+    def _non_finite(self) -> NonFiniteLoss:
+        return NonFiniteLoss(
+            f"The loss or its gradient is not finite at step {len(self.losses) + 1} of "
+            f"{self.total} (lr {self.config.lr:g}): lower the learning rate, or load the model in "
+            "float32.",
+            self.losses,
+        )
 
 
-def scale_for(module):
-    """The ``scale`` that ``train`` begins with, by a module that the loss goes through."""
-    return TOP_SCALE if module.weight.dtype == torch.float16 else 1.0
+def train(
+    parameters: Sequence[torch.Tensor],
+    loss_at: LossAt,
+    steps: int,
+    config: AdamWConfig,
+    on_step: OnStep = ignore,
+    loss_scale: float = 1.0,
+) -> list[float]:
+    """Minimise a loss from the start to the end, and return the losses; see ``Trainer``."""
+    trainer = Trainer(parameters, config, steps, loss_scale)
+    for progress in trainer.run(loss_at):
+        on_step(progress)
+    return trainer.losses
 
 
-def _backward(loss, scale):
-    """Gradients of a loss, given whole or in parts; returns its value."""
-    value = 0.0
-    for part in (loss,) if isinstance(loss, torch.Tensor) else loss:
-        value += part.item()
-        if not math.isfinite(value):
-            break
-        (part * scale).backward()
-    return value
+def initial_loss_scale(module: torch.nn.Module) -> float:
+    """The loss scale to begin with, by a module that the loss goes through."""
+    return MAX_LOSS_SCALE if module.weight.dtype == torch.float16 else 1.0
 
 
-def _clipped(parameters, scale, max_norm):
-    """Divide gradients by the scale and clip them; returns their norm before clipping."""
-    for parameter in parameters:
-        if parameter.grad is not None and scale != 1:
-            parameter.grad /= scale
-    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-
-
-def set_moments(adamw, moments):
-    """Give an Adam or AdamW the state of each of its parameters, None for those without."""
-    state = adamw.state_dict()
+def load_moments(optimizer: torch.optim.Optimizer, moments: Sequence[Moments | None]) -> None:
+    """Set the state of an Adam or AdamW: the moments of each parameter, None for those without."""
+    state = optimizer.state_dict()
     state["state"] = {i: own for i, own in enumerate(moments) if own is not None}
-    adamw.load_state_dict(state)
+    optimizer.load_state_dict(state)
 
 
 @torch.no_grad()
-def _copy(sources, targets):
+def _copy(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
     for source, target in zip(sources, targets):
         target.copy_(source)

@@ -1,286 +1,232 @@
-"""How much memory training will need, before it starts, and how to make do with less."""
+"""How much memory training needs, estimated before it starts, and how to make do with less."""
 
-import ctypes
 import logging
-import platform
-import weakref
-from contextlib import contextmanager, nullcontext
-from math import prod
-from pathlib import Path
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
+import psutil
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import ForgetError, memory_ran_out
-from ..models.families import layers
-
-pass
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 GB = 1e9
-HELD = 4  # a CPU's heap holds so many times of what is alive, at most, unless it gives back
-COPIES = 3  # of what is trained, beside it and its gradient: AdamW's two moments, the last good one
-CONVOLUTIONS = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
-CANNOT = DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException
+COPIES = 4  # of trained parameters: gradient, AdamW's two moments, the last good step
+# A CPU's allocator keeps freed blocks between those in use, and so holds more than is alive.
+CPU_OVERHEAD = 2
+SECONDS_BETWEEN_SAMPLES = 0.02
+
+
+class Plan(NamedTuple):
+    """How a step is computed; all plans give the same gradients, but for rounding.
+
+    Attributes:
+        checkpointing: activations inside of blocks are recomputed for gradients, not stored.
+        split_batch: the prompts of a step go one after the other, not as a batch.
+    """
+
+    checkpointing: bool
+    split_batch: bool = False
+
+    def difference(self, other: "Plan") -> str:
+        """What this plan does and the other does not, in words."""
+        savings = {"checkpointing is on": self.checkpointing > other.checkpointing,
+                   "prompts go one at a time": self.split_batch > other.split_batch}  # fmt: skip
+        return " and ".join(words for words, new in savings.items() if new)
+
+
+def plans(checkpointing: bool, batch: int) -> list[Plan]:
+    """Plans from the fastest to the one that needs the least memory.
+
+    Args:
+        checkpointing: whether the settings ask for it.
+        batch: prompts a step.
+    """
+    split = batch > 1
+    ordered = Plan(checkpointing), Plan(checkpointing, split), Plan(True, split)
+    return list(dict.fromkeys(ordered))
+
+
+class Activations(NamedTuple):
+    """Bytes that a forward pass of one prompt stores for the backward pass."""
+
+    stored: int
+    checkpointed: int  # with the inputs of blocks, and the inside of the largest, alone
 
 
 class Estimate(NamedTuple):
     """Bytes of memory that training takes."""
 
     weights: int  # of the U-Net; they are in memory before
-    activations: int  # the most that a step holds beside them, gradients included
-    optimiser: int  # what is trained, and what is kept of it
+    activations: int
+    optimizer: int  # trained parameters, and what is kept of each
 
-    @property
-    def beyond(self):
-        return self.activations + self.optimiser
+    @classmethod
+    def of(
+        cls,
+        weights: int,
+        trained: int,
+        activations: Activations,
+        plan: Plan,
+        prompts: int = 1,
+        forwards: int = 1,
+    ) -> "Estimate":
+        """
+        Args:
+            weights, trained: bytes of the model's and of the trained parameters.
+            prompts: of a step, which are in memory at once if the plan does not split them.
+            forwards: forward passes whose activations are in memory at once.
+        """
+        stored = activations.checkpointed if plan.checkpointing else activations.stored
+        stored *= forwards * (1 if plan.split_batch else prompts)
+        return cls(weights, stored, (1 + COPIES) * trained)
 
-    def __str__(self):
+    def fits(self, free: int | None, device: torch.device) -> bool:
+        needed = self.activations * (CPU_OVERHEAD if device.type == "cpu" else 1) + self.optimizer
+        return free is None or needed <= free
+
+    def __str__(self) -> str:
         parts = zip(self._fields, self)
         return "memory: " + ", ".join(f"{name} {size / GB:.2f} GB" for name, size in parts)
 
 
-def estimate(borrowed, family, parameters, loss_of):
-    """What a training step takes, without computing one.
-
-    The step is gone through on tensors that have a shape and no numbers (``FakeTensorMode``), and
-    what is alive at once is counted, with what convolutions on a CPU take inside.
-
-    Args:
-        parameters: that are trained.
-        loss_of: function to a step's loss that goes by no tensor's values; its inputs exist.
-
-    Returns:
-        an ``Estimate``; None if a part of the model does go by values.
-    """
-    known = layers(family)
-    size = borrowed.module(known[0].name).weight.element_size()
-    weights = size * sum(prod(layer.shape) for layer in known)
-    trained = sum(each.nbytes for each in parameters)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _Alive() as alive:
-            torch.autograd.grad(loss_of(), parameters, allow_unused=True)
-    except CANNOT:
-        return None
-    return Estimate(weights, alive.most, trained * (1 + COPIES))
-
-
-class Plan(NamedTuple):
-    """How a step is computed; each way gives the same gradients, but for rounding.
-
-    Attributes:
-        checkpointing: what is inside of blocks is computed again for gradients, not stored.
-        apart: the prompts of a step go one after the other, not as a batch.
-    """
-
-    checkpointing: bool
-    apart: bool = False
-
-    def beside(self, other):
-        """What this plan does and the other does not, in words."""
-        told = {"checkpointing is on": self.checkpointing > other.checkpointing,
-                "prompts go one at a time": self.apart > other.apart}  # fmt: skip
-        return " and ".join(words for words, new in told.items() if new)
-
-
-def plans(checkpointing, batch):
-    """Plans from the fastest to the one that takes the least memory.
+def measure_activations(
+    forward: Callable[[], object],
+    blocks: Sequence[torch.nn.Module],
+    weights: Iterable[torch.Tensor] = (),
+) -> Activations:
+    """Run a forward pass, and count what it would store for a backward pass without storing it.
 
     Args:
-        checkpointing: whether the settings ask for it. batch: prompts a step.
+        forward: runs with gradients, and without checkpointing.
+        blocks: modules that checkpointing would recompute; not nested.
+        weights: are in memory anyway, and not counted.
     """
-    apart = batch > 1
-    ways = Plan(checkpointing), Plan(checkpointing, apart), Plan(True, apart)
-    return list(dict.fromkeys(ways))
+    seen = WeakSet(weight.untyped_storage() for weight in weights)
+    stored = inputs = inside = largest = start = 0
+
+    def count(tensor: torch.Tensor) -> None:
+        nonlocal stored
+        storage = tensor.untyped_storage()
+        if storage not in seen:
+            seen.add(storage)
+            stored += storage.nbytes()
+
+    def enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal start, inputs
+        start = stored
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        inputs += sum(tensor.nbytes for tensor in tensors)
+
+    def leave(module: torch.nn.Module, args: object, output: object) -> None:
+        nonlocal inside, largest
+        inside, largest = inside + stored - start, max(largest, stored - start)
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(leave))
+        hooks.enter_context(saved_tensors_hooks(count, lambda nothing: nothing))
+        forward()
+    return Activations(stored, stored - inside + inputs + largest)
 
 
-def planned(train, ways, estimate_of, device):
-    """What ``train(plan, note)`` returns with the first plan that fits the free memory.
+def train_with_retry(
+    train: Callable[[Plan, str], T],
+    ordered: Sequence[Plan],
+    estimate_of: Callable[[Plan], Estimate] | None,
+    device: torch.device,
+) -> T:
+    """Train with the first plan that fits the free memory; if memory runs out, once more.
 
-    If memory runs out all the same, training starts anew, once, with the last. Either is logged,
-    and is in the note with the estimate.
+    The second try is with the last plan. What is done to fit is logged, and with the estimate it
+    is the message that ``train`` gets.
 
     Args:
-        ways: of ``plans``.
-        estimate_of: function from a plan to an ``Estimate`` or None.
+        train: function from a plan and a message.
+        ordered: of ``plans``.
+        estimate_of: None if nothing is known; the first plan is tried then.
 
     Raises:
-        ForgetError: memory ran out, and there is no cheaper way.
+        ForgetError: memory ran out, with the last plan too.
     """
-    free = free_memory(device)
-    plan, needed = _first_that_fits(ways, estimate_of, free)
-    least = ways[-1]
-    note = "" if needed is None else str(needed)
-    if plan != ways[0]:
-        note = f"{note}; {plan.beside(ways[0])}, as {free / GB:.1f} GB are free"
-    if note:
-        log.info(note)
-    with _heap_for(needed, free, device):
-        found = _tried(train, plan, note)
-    if found is None and plan != least:
-        what = f"memory ran out, so training began anew: {least.beside(plan)}"
-        note = f"{note}; {what}".strip("; ")
-        log.warning(note)
-        found = _tried(train, least, note)
-    if found is None:
+    plan, message, cheapest = ordered[0], "", ordered[-1]
+    if estimate_of is not None:
+        free = free_memory(device)
+        plan = next((p for p in ordered if estimate_of(p).fits(free, device)), cheapest)
+        message = str(estimate_of(plan))
+        if plan != ordered[0]:
+            message += f"; {plan.difference(ordered[0])}, as {(free or 0) / GB:.1f} GB are free"
+        log.info(message)
+    result = _unless_out_of_memory(train, plan, message)
+    if result is None and plan != cheapest:
+        what = f"memory ran out, so training began anew: {cheapest.difference(plan)}"
+        message = f"{message}; {what}".removeprefix("; ")
+        log.warning(message)
+        result = _unless_out_of_memory(train, cheapest, message)
+    if result is None:
         raise ForgetError(
-            "Memory ran out while training, in the way that takes the least: choose a smaller "
-            "size, or fewer layers."
+            "Memory ran out while training, even with checkpointing and one prompt at a time: "
+            "choose a smaller size, or fewer layers."
         )
-    return found
+    return result
 
 
-def _first_that_fits(ways, estimate_of, free):
-    for plan in ways:
-        needed = estimate_of(plan)
-        if needed is None or free is None or needed.beyond <= free:
-            break
-    return plan, needed
-
-
-def _heap_for(needed, free, device):
-    if device.type != "cpu" or needed is None or free is None or not has_heap():
-        return nullcontext()
-    return heap(gives_back=needed.beyond * HELD > free)
-
-
-def _tried(train, plan, note):
-    # A function of its own: its frame, and what the error's frames hold, is gone afterwards.
+def _unless_out_of_memory(train: Callable[[Plan, str], T], plan: Plan, message: str) -> T | None:
+    # A function of its own, so that the frames that the error holds are freed afterwards.
     try:
-        return train(plan, note)
-    except (RuntimeError, MemoryError) as error:  # of which torch's own for GPUs is one
+        return train(plan, message)
+    except (RuntimeError, MemoryError) as error:
         if memory_ran_out(error) is None:
             raise
         return None
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, for as long as they are alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        self.most = max(self.most, self.now + _workspace(function, args, made))
-        views = any(each.alias_info is not None for each in function._schema.returns)
-        for each in () if views else tree_leaves(made):
-            if isinstance(each, torch.Tensor):
-                self._add(each.untyped_storage())
-        return made
-
-    def _add(self, storage):
-        if storage in self.known:
-            return
-        size = storage.nbytes()
-        self.known[storage] = size
-        weakref.finalize(storage, self._free, size)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-    def _free(self, size):
-        self.now -= size
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a device can still give, or None where nothing says so."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
-def _workspace(function, args, made):
-    """Bytes that a convolution on a CPU takes inside: oneDNN lays its tensors out in blocks, and
-    makes a copy of each for that."""
-    if function.overloadpacket not in CONVOLUTIONS:
-        return 0
-    tensors = [each for each in (*args, *tree_leaves(made)) if isinstance(each, torch.Tensor)]
-    return sum(each.nbytes for each in tensors) if tensors[0].device.type == "cpu" else 0
-
-
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MEMINFO = Path("/proc/meminfo")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
+def process_memory() -> int:
+    """Bytes of this process that are in memory."""
+    return psutil.Process().memory_info().rss
 
 
 @contextmanager
-def peak_memory():
-    """Yields a function that tells the peak in bytes since the start; call it before the end.
+def peak_memory() -> Iterator[Callable[[], int]]:
+    """Yields a function that gives the peak in bytes since the start; call it before the end.
 
-    On a GPU, of what torch allocated there. Else of the process's resident memory, which Linux
-    tells; elsewhere it gives None.
+    On a GPU, of what torch allocated there; else of the memory of the process, sampled in a thread.
     """
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         yield lambda: torch.cuda.max_memory_allocated() - before
         return
-    before = _resident("VmRSS")
-    if before is None:
-        yield lambda: None
-        return
+    before = peak = process_memory()
+    finished = threading.Event()
+
+    def sample() -> int:
+        nonlocal peak
+        peak = max(peak, process_memory())
+        return peak - before
+
+    def keep_sampling() -> None:
+        while not finished.wait(SECONDS_BETWEEN_SAMPLES):
+            sample()
+
+    thread = threading.Thread(target=keep_sampling, daemon=True)
+    thread.start()
     try:
-        CLEAR.write_text("5")  # forget the peak so far
-    except OSError:  # not ours to reset, in some containers: the peak may be an older one
-        yield lambda: None
-        return
-    yield lambda: max(0, _resident("VmHWM") - before)
-
-
-def _resident(name):
-    return bytes_in(STATUS, name) if STATUS.is_file() else None
-
-
-def bytes_in(file, name):
-    """What a file like /proc/self/status says of a name, in bytes; None if nothing."""
-    for line in Path(file).read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def free_memory(device):
-    """Bytes that a device can still give, or None where nobody tells."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
-    if device.type == "cpu" and MEMINFO.is_file():
-        return bytes_in(MEMINFO, "MemAvailable")
-    return None
-
-
-def has_heap():
-    """Whether ``heap`` can do anything: the C library is glibc."""
-    return platform.libc_ver()[0] == "glibc"
-
-
-@contextmanager
-def heap(gives_back):
-    """What the C library does for a while with memory that tensors on a CPU leave (glibc only).
-
-    By its own rules it keeps blocks of some megabytes in a heap that gets holes, and so holds two
-    to four times what is alive; it still returns enough of it for page faults to cost time
-    (``benchmarks/memory.py``). Afterwards its thresholds are those that it arrives at by itself.
-
-    Args:
-        gives_back: whether freed memory goes back at once, so that the process holds what is
-            alive; else all of it is kept, which is faster.
-    """
-    set_option = ctypes.CDLL(None).mallopt
-    try:
-        if gives_back:
-            set_option(M_MMAP_THRESHOLD, 128 << 10)
-            set_option(M_TRIM_THRESHOLD, 128 << 10)
-        else:
-            set_option(M_MMAP_MAX, 0)
-            set_option(M_TRIM_THRESHOLD, -1)
-        yield
+        yield sample
     finally:
-        set_option(M_MMAP_MAX, 1 << 16)
-        set_option(M_MMAP_THRESHOLD, 32 << 20)
-        set_option(M_TRIM_THRESHOLD, 64 << 20)
-        ctypes.CDLL(None).malloc_trim(0)
+        finished.set()
+        thread.join()

@@ -1,174 +1,230 @@
-"""A run of training: the loop over adapters, its best step, and the patch it ends in."""
+"""A training run: the loop over adapters, its best step, and the patch that it ends in."""
 
-from dataclasses import asdict, replace
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from ..concepts.concept import Concept
 from ..errors import ForgetError, NonFiniteLoss
-from ..patches.patch import ForgetPatch, new_info
-from .loop import train
-from .resume import record_of, state_of
+from ..models.adapters import FullAdapter, LowRankAdapter, Switch
+from ..models.interface import Model, UNet
+from ..patches.metadata import new_info
+from ..patches.patch import ForgetPatch, save_patch
+from ..progress import OnStep, StepProgress
+from ..settings import Settings
+from .loop import AdamWConfig, LossAt, Moments, Trainer
+from .resume import Best, ExtraState, TrainingState, save_state, state_path
 
-SMOOTHED = 10  # losses whose mean says which step was best
+SMOOTHED = 10  # losses whose mean decides which step is best
+Adapters = Mapping[str, LowRankAdapter | FullAdapter]  # by layer name
 
 
-class Training:
-    """A run of a method that trains. Step callbacks get it as ``Step.training``.
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a caller can ask of any method that trains, beside the method's settings.
 
     Attributes:
-        switch: turns the adapters off.
-        borrowed: the U-Net in training, which draws as it is now; None if text is trained.
+        resume: state of an earlier run to resume.
+        keep_best: the patch is that of the step with the lowest mean of the last ``SMOOTHED``
+            losses; False: of the last step.
+        after_step: called after each step with the run itself, to save it or to draw with it.
     """
 
-    def __init__(self, model, concepts, settings, on_step=None):
-        self.model, self.concepts, self.settings = model, concepts, settings
-        self.base = model.fingerprint()
-        self.record = record_of(model, self.base, settings, concepts)
-        supervisor = on_step if isinstance(on_step, Supervisor) else Supervisor()
-        self.begun, self.keeps_best = supervisor.resume, supervisor.keep_best
-        self.tries, self.loop, self.best, self.error = 0, None, None, None
+    resume: TrainingState | None = None
+    keep_best: bool = False
+    after_step: Callable[[StepProgress, TrainingRun], None] | None = None
 
-    def put_on(self, adapters, switch, borrowed=None, make=None):
-        """Say what is trained; sets it as it was, if a run is resumed.
+    @property
+    def batches_drawn(self) -> int:
+        """Batches that the resumed run has drawn; drawn again, they leave the same generator."""
+        return self.resume.record["tries"] if self.resume else 0
 
-        Args:
-            make: function from the losses to the patch; None: the adapters are all of it.
-        """
-        self.adapters, self.switch, self.borrowed = adapters, switch, borrowed
-        self.make, self.beside = make, None
-        self.tries, self.loop, self.best = 0, None, None  # memory may have run out in a first try
+    def check_steps(self, steps: int) -> None:
+        """Raise a ``ForgetError`` if the resumed run has no step left of so many in all."""
+        if self.resume and len(self.resume.losses) >= steps:
+            raise ForgetError(
+                f"'{self.resume.name}' has {len(self.resume.losses)} finished steps and {steps} "
+                "are asked for: set more steps."
+            )
+
+
+class Task(NamedTuple):
+    """What is trained for what: all that a patch and a training state are labelled with."""
+
+    model: Model
+    concepts: Sequence[Concept]
+    settings: Settings
+    fingerprint: str  # of the model without patches
+
+    @classmethod
+    def of(cls, model: Model, concepts: Sequence[Concept], settings: Settings) -> Task:
+        return cls(model, concepts, settings, model.fingerprint())
+
+    def record(self) -> dict[str, Any]:
+        """What has to be the same for a run to be resumed; see ``TrainingState.check``."""
+        family = self.model.family
+        return {
+            "method": self.settings.method,
+            "settings": asdict(self.settings),
+            "concepts": [concept.describe() for concept in self.concepts],
+            "family": family.key if family.known else family.title,
+            "fingerprint": self.fingerprint,
+            "prediction": self.model.prediction,
+        }
+
+    def patch(self, adapters: Adapters, losses: list[float]) -> ForgetPatch:
+        """The patch of trained adapters."""
+        changes, largest_error, rank = {}, 0.0, getattr(self.settings, "rank")  # noqa: B009
+        for name, adapter in adapters.items():
+            up, down, error = adapter.factors(rank)
+            changes[name] = up.cpu().clone(), down.cpu().clone()
+            largest_error = max(largest_error, error)
+        info = new_info(
+            self.model, self.fingerprint, self.settings.method, asdict(self.settings),
+            self.concepts, losses, largest_error,
+        )  # fmt: skip
+        return ForgetPatch(self.model.family, changes, info)
+
+
+class TrainingRun:
+    """Adapters in training, from their start or a resumed state; use it while they are attached.
+
+    Args:
+        switch: turns the adapters off.
+        steps: in all, with those of the resumed run.
+        loss_scale: see ``loop.Trainer``.
+        denoiser: the U-Net in training, to draw with; None if the text encoder is trained.
+        make_patch: function from the losses to the patch; None: the adapters are all of it.
+        extra_state: function that gives what else learns and is no part of the patch, as it is
+            now: name -> (tensor, its moments or None).
+
+    Attributes:
+        best: of ``TrainingOptions.keep_best``.
+        extra_moments: name -> moments that the resumed run left for ``extra_state``.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        adapters: Adapters,
+        switch: Switch,
+        options: TrainingOptions,
+        config: AdamWConfig,
+        steps: int,
+        loss_scale: float = 1.0,
+        denoiser: UNet | None = None,
+        make_patch: Callable[[list[float]], ForgetPatch] | None = None,
+        extra_state: Callable[[], ExtraState] = dict,
+    ):
+        self.task, self.options, self.switch, self.denoiser = task, options, switch, denoiser
+        self.make_patch = make_patch or (lambda losses: task.patch(adapters, losses))
+        self.extra_state = extra_state
         self.parameters = {
             f"{name}.{part}": parameter
             for name, adapter in adapters.items()
             for part, parameter in adapter.named_parameters()
         }
-        if self.begun:
-            self.loop = self.begun.put_on(self.parameters)
-            self.tries, self.best = self.loop.tries, self.begun.best() if self.keeps_best else None
+        self.error: NonFiniteLoss | None = None
+        self.best: Best | None = None
+        self.extra_moments: dict[str, Moments | None] = {}
+        resume_state = None
+        if options.resume:
+            options.check_steps(steps)
+            resume_state = options.resume.restore(self.parameters)
+            self.best = options.resume.best() if options.keep_best else None
+            extra = {name: tensor for name, (tensor, _) in extra_state().items()}
+            self.extra_moments = options.resume.restore_extra(extra)
+        parameters = list(self.parameters.values())
+        self.trainer = Trainer(parameters, config, steps, loss_scale, resume_state)
 
-    def check_steps(self, steps):
-        """Refuse to go on where no step is left."""
-        if self.begun and len(self.begun.losses) >= steps:
-            raise ForgetError(
-                f"'{self.begun.name}' has {len(self.begun.losses)} steps behind it and {steps} are "
-                "asked for: set more steps."
-            )
+    def train(self, loss_at: LossAt, on_step: OnStep) -> None:
+        """Train the adapters in place.
 
-    def put_beside(self, learned_of):
-        """Say what else learns, which is no part of the patch, and set it as it was.
-
-        Args:
-            learned_of: function without arguments that gives, as it is now, name -> (tensor, its
-                moments or None).
-
-        Returns:
-            name -> moments to go on with; none if no run is resumed.
+        Raises:
+            NonFiniteLoss: in the first two steps; later ones are raised by ``finish``, which has
+                a patch to rescue.
         """
-        self.beside = learned_of
-        if not self.begun:
-            return {}
-        return self.begun.put_beside({name: both[0] for name, both in learned_of().items()})
+        try:
+            for progress in self.trainer.run(loss_at):
+                if self.options.keep_best:
+                    self._keep_best()
+                on_step(replace(progress, best_step=self.best.step if self.best else None))
+                if self.options.after_step:
+                    self.options.after_step(progress, self)
+        except NonFiniteLoss as error:
+            if len(error.losses) < 2:
+                raise
+            self.error = error
 
-    def run(self, loss_at, steps, optimiser, on_step, scale):
-        """Train; see ``fit``."""
-        self.check_steps(steps)
-
-        def told(step):
-            self.loop = step.loop
-            if self.keeps_best:
-                self._keep_best(step.losses)
-            on_step(replace(step, training=self))
-
-        found = fit(self.adapters, loss_at, steps, optimiser, told, scale, self.loop)
-        self.losses, self.error = found
-
-    def _keep_best(self, losses):
-        if len(losses) < SMOOTHED:
+    def _keep_best(self) -> None:
+        if len(self.losses) < SMOOTHED:
             return
-        mean = sum(losses[-SMOOTHED:]) / SMOOTHED
-        if self.best is None or mean < self.best[0]:
+        mean = sum(self.losses[-SMOOTHED:]) / SMOOTHED
+        if self.best is None or mean < self.best.loss:
             kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-            self.best = mean, len(losses), kept
+            self.best = Best(mean, len(self.losses), kept)
 
-    def state(self):
-        """The ``resume.State`` after the last step."""
-        beside = self.beside() if self.beside else {}
-        return state_of(self.record, self.parameters, self.loop, self.best, beside)
+    @property
+    def losses(self) -> list[float]:
+        return list(self.trainer.losses)
 
-    def patch(self):
-        """The patch that the adapters make as they are."""
-        return self._patch(self.loop.losses)
-
-    def _patch(self, losses):
-        if self.make:
-            return self.make(list(losses))
-        return patch_of(
-            self.model, self.base, self.concepts, self.settings, self.adapters, list(losses)
+    def state(self) -> TrainingState:
+        """The state after the last step, to resume from."""
+        return TrainingState.of(
+            self.task.record(), self.parameters, self.trainer.state(), self.best, self.extra_state()
         )
 
-    def finish(self):
+    def patch(self) -> ForgetPatch:
+        """The patch after the last step."""
+        return self.make_patch(self.losses)
+
+    def finish(self) -> ForgetPatch:
         """The patch that the run ends in.
 
         Raises:
-            NonFiniteLoss: training blew up; it carries the patch of the last good step.
+            NonFiniteLoss: training diverged; it carries the patch of the last good step.
         """
         if self.error:
-            self.error.patch = self._patch(self.losses)
+            self.error.patch = self.patch()
             raise self.error
         if self.best is None:
-            return self._patch(self.losses)
-        _, step, kept = self.best
+            return self.patch()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(kept[name])
-        return self._patch(self.losses[:step])
+                parameter.copy_(self.best.parameters[name])
+        return self.make_patch(self.losses[: self.best.step])
 
 
-def parameters_of(adapters):
-    return [p for adapter in adapters.values() for p in adapter.parameters()]
+class SaveEvery:
+    """Saves the patch and the training state every some steps; use as ``after_step``.
 
-
-def fit(adapters, loss_at, steps, optimiser, on_step, scale, begun=None):
-    """Train adapters in place; arguments as of ``train``.
-
-    Returns:
-        the losses, and the NonFiniteLoss that ended them early or None.
-    """
-    parameters = parameters_of(adapters)
-    try:
-        return train(parameters, loss_at, steps, optimiser, on_step, scale, begun), None
-    except NonFiniteLoss as caught:
-        if len(caught.losses) < 2:  # nothing learnt that could be kept
-            raise
-        return caught.losses, caught
-
-
-def patch_of(model, base, concepts, settings, adapters, losses):
-    """The patch that trained adapters make."""
-    changes, worst = {}, 0.0
-    for name, adapter in adapters.items():
-        up, down, error = adapter.factors(settings.rank)
-        changes[name] = up.cpu().clone(), down.cpu().clone()
-        worst = max(worst, error)
-    told = settings.method, asdict(settings)
-    info = new_info(model, base, *told, concepts, losses, worst)
-    return ForgetPatch(model.family, changes, info)
-
-
-class Supervisor:
-    """A step callback that also says where training begins and which step it ends with.
-
-    Methods pass it on as any other callback; only ``fitting`` reads the rest.
+    The state is several times as large as the patch, so only the newest of a run stays.
 
     Args:
-        on_step: called with each ``train.Step``; may raise to cancel.
-        resume: ``resume.State`` of an earlier run to go on with.
-        keep_best: the patch is that of the step with the lowest mean of the last
-            ``fitting.SMOOTHED`` losses; False: of the last step.
+        every: steps; 0 saves nothing.
+        path_of: function from a step's index to the file of the patch.
     """
 
-    def __init__(self, on_step=lambda step: None, resume=None, keep_best=False):
-        self.on_step, self.resume, self.keep_best = on_step, resume, keep_best
+    def __init__(self, every: int, path_of: Callable[[int], str | Path]):
+        self.every, self.path_of = every, path_of
+        self.newest: Path | None = None
 
-    def __call__(self, step):
-        self.on_step(step)
+    def __call__(self, progress: StepProgress, run: TrainingRun) -> None:
+        last = progress.index == progress.total
+        if not self.every or (progress.index % self.every and not last):
+            return
+        path = save_patch(run.patch(), self.path_of(progress.index))
+        state = save_state(run.state(), state_path(path))
+        if self.newest and self.newest != state:
+            self.newest.unlink(missing_ok=True)
+        self.newest = state
+
+
+def adapter_parameters(adapters: Adapters) -> list[torch.nn.Parameter]:
+    """The trainable parameters of all adapters."""
+    return [p for adapter in adapters.values() for p in adapter.parameters()]

@@ -1,20 +1,22 @@
 """Textual inversion (Gal et al. 2022, arXiv 2208.01618): a concept's words learned from pictures.
 
-The model stays as it is. Only the input embeddings of a few made-up tokens are trained, so that
-prompts with them predict the noise on the pictures. What they find, the model can draw, whatever
-its own words for it are.
+The model stays as it is. Only the input embeddings of a few new tokens are trained, so that
+prompts with them predict the noise on the pictures.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
-from ..models.interface import cross_attention_names
+from ..models.families import cross_attention_names
+from ..models.interface import TextEncoder, UNet, UNetModel
 from ..models.sampling import expand, q_sample
+from ..progress import OnStep, ignore
 from ..settings import check_limits
-from .loop import Optimiser, scale_for, train
+from .loop import AdamWConfig, initial_loss_scale, train
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Settings:
     start: str = ""
     templates: tuple[str, ...] = ("a photo of {}",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         limits = {"tokens": (1, 64), "steps": (1, 100_000), "batch": (1, 256)}
         check_limits(self, limits | {"seed": (0, 2**63 - 1)})
         if not 0 < self.lr < 10:
@@ -50,10 +52,10 @@ class Settings:
 
 @dataclass
 class Inverted:
-    """What an inversion found.
+    """The learned tokens.
 
     Attributes:
-        vectors: float32 [tokens, width] on the CPU, for ``BorrowedText.encode``.
+        vectors: float32 [tokens, width] on the CPU, for ``TextEncoder.encode``.
         start: the same before training.
         losses: one a step.
     """
@@ -63,65 +65,64 @@ class Inverted:
     losses: list[float]
 
 
-def check_templates(templates):
+def check_templates(templates: Sequence[str]) -> None:
     """Raise a ``ForgetError`` unless every template has exactly one {}."""
     if not templates:
         raise ForgetError("There is no template: give at least one, such as 'a photo of {}'.")
     for template in templates:
         if template.count("{}") != 1:
             raise ForgetError(
-                f"The template '{template:.60}' has {template.count('{}')} places {{}} for the "
-                "concept: write it with exactly one."
+                f"The template '{template:.60}' has {template.count('{}')} placeholders {{}} for "
+                "the concept: write it with exactly one."
             )
 
 
-def filled(template, words):
-    """The template with words in its place; other braces stay as they are."""
-    return template.replace("{}", words)
-
-
-def invert(model, borrowed, images, settings=Settings(), on_step=lambda step: None):
+def invert(
+    model: UNetModel,
+    denoiser: UNet,
+    images: torch.Tensor | None,
+    settings: Settings = Settings(),
+    on_step: OnStep = ignore,
+) -> Inverted:
     """Learn tokens that stand for what pictures show.
 
     Args:
-        model: a ``Model`` that can ``encode_images`` and ``borrow_text``.
-        borrowed: its ``Borrowed``; patches may be attached to it.
+        model: one that can ``encode_images`` and ``borrow_text_encoder``.
+        denoiser: its U-Net; patches may be attached to it.
         images: float [N, H, W, 3] in 0..1.
-        on_step: gets a ``train.Step`` after each step, and may raise to cancel.
-
-    Returns:
-        Inverted
 
     Raises:
         ForgetError: no pictures, or settings that do not fit the model.
-        NonFiniteLoss: the loss blew up.
+        NonFiniteLoss: training diverged.
     """
     if images is None or len(images) == 0:
         raise ForgetError("There are no pictures to invert: give at least one.")
     latents = model.encode_images(images, model.family.resolution)
     with (
-        model.borrow_text() as text_encoder,
+        model.borrow_text_encoder() as text_encoder,
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        start = first_vectors(text_encoder, settings)
+        start = initial_vectors(text_encoder, settings)
         vectors = start.clone().requires_grad_()
-        draws = _Draws(latents.clone(), borrowed, settings)
+        draw = _Batches(latents.clone(), denoiser, settings)
 
-        def loss_at(index):
-            template, x_t, t, noise = draws()
-            text, _ = text_encoder.encode(filled(template, PLACEHOLDER), vectors)
-            predicted = borrowed.denoise(x_t, t, expand(text, len(x_t)))
+        def loss_at(index: int) -> torch.Tensor:
+            """|e(x_t, t, prompt) - noise|^2, equation 2 of the paper."""
+            template, x_t, t, noise = draw()
+            text, _ = text_encoder.encode(fill(template, PLACEHOLDER), vectors)
+            predicted = denoiser.predict_noise(x_t, t, expand(text, len(x_t)))
             return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
 
-        scale = scale_for(borrowed.module(f"{cross_attention_names(model.family)[0]}.to_k"))
-        optimiser = Optimiser(settings.lr, weight_decay=0.0)
-        losses = train([vectors], loss_at, settings.steps, optimiser, on_step, scale)
+        key = denoiser.module(f"{cross_attention_names(model.family)[0]}.to_k")
+        config = AdamWConfig(settings.lr, weight_decay=0.0)
+        scale = initial_loss_scale(key)
+        losses = train([vectors], loss_at, settings.steps, config, on_step, scale)
         return Inverted(vectors.detach().cpu().clone(), start.cpu(), losses)
 
 
-def first_vectors(text_encoder, settings):
-    """What the tokens start from, float32 [tokens, width]; see ``Settings.start``.
+def initial_vectors(text_encoder: TextEncoder, settings: Settings) -> torch.Tensor:
+    """The embeddings that training starts from, float32 [tokens, width]; see ``Settings.start``.
 
     Raises:
         ForgetError: the start's words or the templates give no tokens.
@@ -140,16 +141,17 @@ def first_vectors(text_encoder, settings):
     return random / random.norm(dim=1, keepdim=True) * known.norm(dim=1).mean()
 
 
-class _Draws:
+class _Batches:
     """Endless training batches: a template, and noised latents at time steps spread evenly."""
 
-    def __init__(self, latents, borrowed, settings):
+    def __init__(self, latents: torch.Tensor, denoiser: UNet, settings: Settings):
         self.latents, self.settings = latents, settings
-        self.device, self.alphas = borrowed.device, borrowed.alphas_cumprod.cpu()
-        # Not the start's generator: two more tokens shall not change the noise.
+        self.device, self.alphas = denoiser.device, denoiser.alphas_cumprod.cpu()
+        # Not the generator of the start: two more tokens must not change the noise.
         self.generator = torch.Generator().manual_seed(settings.seed)
 
-    def __call__(self):
+    def __call__(self) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A template, x_t [B, 4, h, w], t [B], and the noise in x_t on the CPU."""
         batch, total = self.settings.batch, len(self.alphas)
         template = torch.randint(len(self.settings.templates), (1,), generator=self.generator)
         index = torch.randint(len(self.latents), (batch,), generator=self.generator)
@@ -159,5 +161,5 @@ class _Draws:
         clean = self.latents[index]
         noise = torch.randn(clean.shape, generator=self.generator)
         x_t = q_sample(clean, noise, self.alphas[t])
-        template = self.settings.templates[int(template)]
-        return template, x_t.to(self.device), t.to(self.device), noise
+        chosen = self.settings.templates[int(template)]
+        return chosen, x_t.to(self.device), t.to(self.device), noise

@@ -2,20 +2,23 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load, load_file
 
-from fmn.bench.reporting.columns import Found, columns
+from fmn.bench.reporting.columns import COLUMNS, Results
 from fmn.bench.running.cells import Cell, Method, Setup, plan
-from fmn.bench.running.lab import Lab, to_bytes
+from fmn.bench.running.lab import Lab, read_controls, to_bytes
 from fmn.bench.running.store import Store
-from fmn.bench.running.worker import make_lab, read_controls
+from fmn.bench.running.worker import make_lab
 from fmn.bench.suite import parse_suite, read_suite
 from fmn.cli import main
 from fmn.hosts.diffusers.model import DiffusersModel
@@ -54,8 +57,8 @@ def scores(lab, name, patches, strength=1.0):
     """Key of a column -> its value, for pictures of one target on a model with patches."""
     cell = Cell("pictures", "m", {"strength": strength}, (name,))
     result, _, _ = lab.run(cell, [to_bytes(patch) for patch in patches])
-    found = Found([(lab.suite.find(name), {"pictures": result})])
-    made = {column.key: column.make(found) for column in columns()}
+    results = Results([(lab.suite.find(name), {"pictures": result})])
+    made = {column["key"]: compute(results) for column, compute in COLUMNS}
     return {key: value["value"] for key, value in made.items() if value is not None}
 
 
@@ -230,30 +233,68 @@ def test_strips_of_controls(tmp_path):
     with pytest.raises(ForgetError, match="20 x 8"):
         read_controls(tmp_path)
     (tmp_path / "odd.png").write_bytes(b"no")
-    with pytest.raises(ForgetError, match="no picture"):
+    with pytest.raises(ForgetError, match="not a picture"):
         read_controls(tmp_path)
     assert read_controls("") == {}
 
 
-def test_a_cancelled_run_keeps_what_is_done(tmp_path):
-    """Ctrl-C on the real command; the next run needs only the rest."""
+def started(folder):
+    """The command in a process of its own that has finished a cell, and its worker processes.
+
+    Ctrl-C works there even if it is ignored here, as a shell makes it for what runs in the
+    background.
+    """
     options = "--count 2 --workers 1 --check= --target dog apple car guitar --measure pictures"
     command = [sys.executable, "-m", "fmn", "bench", *options.split()]
-    command += ["--method", "resteer:steps=2", "--out", str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    told = tmp_path / "told.txt"
+    command += ["--method", "resteer:steps=2", "--out", str(folder)]
+    told = folder / "told.txt"
     with open(told, "wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=file)
-    store, deadline = tmp_path / "cells.sqlite", time.monotonic() + 300
-    while time.monotonic() < deadline and not (store.is_file() and done(store)):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=file,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+    store, deadline = folder / "cells.sqlite", time.monotonic() + 100
+    while not (store.is_file() and done(store)):
         assert process.poll() is None, told.read_text()
-        time.sleep(0.2)
-    process.send_signal(2)
-    assert process.wait(120) == 130, told.read_text()
-    assert "Traceback" not in told.read_text().rsplit("fmn:", 1)[-1]
-    kept = done(store)
-    assert 1 <= kept < 4 * 3  # untouched, training, re-steered
-    assert not list(tmp_path.glob("*.tmp"))
+        assert time.monotonic() < deadline, "no cell was finished in time"
+        time.sleep(0.1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    return process, workers
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for a child process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_cancelled_run_keeps_what_is_done(number, tmp_path):
+    """Ctrl-C or SIGTERM on the real command; the next run needs only the rest."""
+    process, workers = started(tmp_path)
+    try:
+        process.send_signal(number)
+        told = tmp_path / "told.txt"
+        assert process.wait(30) == 130, told.read_text()
+        assert "Cancelled" in told.read_text() and "Traceback" not in told.read_text()
+        assert not psutil.wait_procs(workers, timeout=10)[1], "workers live on"
+        assert 1 <= done(tmp_path / "cells.sqlite") < 4 * 3  # untouched, training, re-steered
+        assert not list(tmp_path.glob("*.tmp"))
+    finally:
+        end([process, *workers])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for a child process")
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    process, workers = started(tmp_path)
+    try:
+        process.kill()
+        process.wait(10)
+        assert not psutil.wait_procs(workers, timeout=10)[1], "workers live on"
+    finally:
+        end([process, *workers])
+
+
+def end(processes):
+    for process in processes:
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            process.kill()
 
 
 def done(path):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ RESTEER = "--method", "resteer"  # the default trains nothing
 def fmn(*arguments, code=0, cwd=ROOT):
     done = subprocess.run(
         [sys.executable, "-m", "fmn", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
+        cwd=cwd, capture_output=True, text=True, timeout=110,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == code, done.stderr[-2000:]
@@ -223,25 +222,6 @@ def test_saved_on_the_way_and_resumed(patch, tmp_path):
     fmn(*training, "--steps", 20, "--resume", step, "--out", again)
     assert again.read_bytes() != before and load_file(again).keys() == ours.keys()
     fmn(*training, "--steps", 20, "--resume", step, "--out", resumed, code=2)  # another's
-
-
-def test_cancel_exits_130_and_writes_nothing(tmp_path):
-    out = tmp_path / "dog.safetensors"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fmn", "forget", "demo", "dog", *RESTEER, "--steps", "5000",
-         "--out", out],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    seen = ""
-    for part in iter(lambda: process.stderr.read(64), ""):
-        seen += part
-        if "attention" in seen:
-            break
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Cancelled; no unfinished file was left." in rest
-    assert not out.exists()
 
 
 def test_help_teaches():

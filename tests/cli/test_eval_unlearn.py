@@ -60,27 +60,12 @@ def patch(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A folder with this package installed from its wheel, so with its entry points."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "fmn", source / "fmn", ignore=shutil.ignore_patterns("__pycache__"))
-    install = ["install", "--no-deps", "--no-build-isolation", "--no-index", "--target", target]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", *install, source, "--quiet"],
-        check=True,
-    )
-    return target
-
-
-@pytest.fixture(scope="module")
-def registry(site):
-    """eval-unlearn's registry, filled by its own discovery of entry points."""
-    sys.path.append(str(site))
+def registry(wheel):
+    """eval-unlearn's registry, filled by its own discovery of the wheel's entry points."""
+    sys.path.append(str(wheel))
     load_entrypoints()
     yield
-    sys.path.remove(str(site))
+    sys.path.remove(str(wheel))
 
 
 def pixels(pictures):
@@ -95,10 +80,10 @@ def saved(folder):
 
 def expected(prompts, seeds, patches=()):
     """What the diffusers host draws by itself."""
-    model = DiffusersModel.load("demo").merged(patches)
+    model = DiffusersModel.load("demo").add_patches(patches)
     return pixels(
         to_image(model.decode(model.sample_latents([prompt], noise, 2, 3.5))[0])
-        for prompt, noise in zip(prompts, model.latents_like(seeds, 64).split(1))
+        for prompt, noise in zip(prompts, model.initial_noise(seeds, 64).split(1))
     )
 
 
@@ -171,7 +156,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone():
 def test_draws_what_free_run_draws_from_the_merged_model(registry, patch, tmp_path, monkeypatch):
     """The same noise, first and, with a scheduler that adds some, on the way."""
     monkeypatch.delenv("HF_TOKEN", raising=False)  # it would log in
-    DiffusersModel.load("demo").merged([(load_patch(patch), 0.7)]).save(tmp_path / "merged")
+    DiffusersModel.load("demo").add_patches([(load_patch(patch), 0.7)]).save(tmp_path / "merged")
     config = {"num_inference_steps": 3, "guidance_scale": 5.0, "device": "cpu"}
     theirs = get_technique("free_run")(model_id=str(tmp_path / "merged"), **config)
     ours = ForgetMeNotTechnique(model="demo", patches=[f"{patch}:0.7"], **config)
@@ -206,8 +191,8 @@ BAD = {
     "no concepts": ({"concepts": []}, "nothing to forget"),
     "settings alone": ({"patches": [], "settings": {"rank": 1}}, "settings are for training"),
     "unknown setting": ({"concepts": ["dog"], "settings": {"step": 1}}, "no setting 'step'"),
-    "text as number": ({"concepts": ["dog"], "settings": {"kept": "4"}}, "kept is '4'"),
-    "unknown method": ({"concepts": ["dog"], "method": "hope"}, "no method 'hope': use reread"),
+    "text as number": ({"concepts": ["dog"], "settings": {"kept": "4"}}, "keep_prompts is '4'"),
+    "unknown method": ({"concepts": ["dog"], "method": "hope"}, "There is no method 'hope'"),
     "true as number": ({"patches": [], "seed": True}, "seed is True: write a whole number"),
     "patch as text": ({"patches": "dog.safetensors"}, "patches is 'dog.safetensors': write a list"),
     "patches no text": ({"patches": [1]}, "patches is [1]: write a list of texts"),
@@ -277,13 +262,13 @@ def stand_in_clip(cache):
     (repository / "refs" / "main").write_text("0" * 40)
 
 
-def test_the_pages_configuration_runs_on_the_command_line(site, patch, tmp_path):
+def test_the_pages_configuration_runs_on_the_command_line(wheel, patch, tmp_path):
     """In the installed package, with a metric of eval-unlearn itself."""
     shutil.copy(patch, tmp_path / "dog.safetensors")
     (tmp_path / "dog.csv").write_text("prompt\na photo of a dog\na dog\n")
     (tmp_path / "others.csv").write_text('prompt\na cat\n"a car, twemoji"\na rose\n')
     stand_in_clip(tmp_path / "cache")
-    more = {"PYTHONPATH": str(site), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    more = {"PYTHONPATH": str(wheel), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     config = yaml.safe_load(block("yaml"))
     config["technique"]["config"] |= {"model": str(DEMO_FILE), "num_inference_steps": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

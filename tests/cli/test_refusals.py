@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,81 +24,80 @@ APPLY = "apply", "demo", PATCH
 DRAW = *APPLY, "--prompt", "a dog"
 BATCH = "batch", "list.txt", "--model", "demo"
 TRAIN = *FORGET, "--method", "resteer"
+# What is refused: a command line, and key words of the sentence, in order.
 REFUSED = {
     # Endings and places of what is written
-    "forget ckpt": ([*FORGET, "--out", "d.ckpt"], "'d.ckpt' does not end in .safetensors, which"),
+    "forget ckpt": ([*FORGET, "--out", "d.ckpt"], "'d.ckpt'.*.safetensors"),
     "forget bare": ([*FORGET, "--out", "d"], "name it d.safetensors"),
-    "merge ckpt": (["merge", PATCH, "--out", "d.ckpt"], "does not end in .safetensors"),
-    "checkpoint ckpt": ([*APPLY, "--checkpoint", "d.ckpt"], "does not end in .safetensors"),
-    "checkpoint bare": ([*APPLY, "--checkpoint", "d"], "does not end in .safetensors"),
+    "merge ckpt": (["merge", PATCH, "--out", "d.ckpt"], "end in .safetensors"),
+    "checkpoint ckpt": ([*APPLY, "--checkpoint", "d.ckpt"], "end in .safetensors"),
+    "checkpoint bare": ([*APPLY, "--checkpoint", "d"], "end in .safetensors"),
     "folder as file": (
-        ["apply", "folder", PATCH, "--checkpoint", "d.safetensors"], "name a folder, not 'd.s",
+        ["apply", "folder", PATCH, "--checkpoint", "d.safetensors"], "name a folder",
     ),
-    "picture gif": ([*DRAW, "--out", "d.gif"], "'d.gif' does not end in .png"),
-    "forget folder": ([*FORGET, "--out", "folder"], "'folder' is a folder: name a file in it, as"),
+    "picture gif": ([*DRAW, "--out", "d.gif"], "'d.gif'.*.png"),
+    "forget folder": ([*FORGET, "--out", "folder"], "'folder' is a folder"),
     "merge folder": (["merge", PATCH, "--out", "folder"], "'folder' is a folder"),
     "checkpoint folder": ([*APPLY, "--checkpoint", "folder"], "'folder' is a folder"),
     "picture folder": ([*DRAW, "--out", "folder"], "'folder' is a folder"),
     "batch file": ([*BATCH, "--out", "there.png"], "'there.png' is a file"),
     "demo file": (["demo", "--out", "there.png"], "'there.png' is a file"),
-    "below a file": ([*FORGET, "--out", "there.png/d.safetensors"], "could not be saved in there"),
-    "long": ([*FORGET, "--out", f"{'d' * 250}.safetensors"], "could not be saved in . ("),
+    "below a file": ([*FORGET, "--out", "there.png/d.safetensors"], "could not be saved"),
+    "long": ([*FORGET, "--out", f"{'d' * 250}.safetensors"], "could not be saved"),
     "zero byte": ([*FORGET, "--out", "d\0.safetensors"], "could not be saved"),
-    "forget proc": ([*FORGET, "--out", "/proc/x.safetensors"], "could not be saved in /proc ("),
+    "forget proc": ([*FORGET, "--out", "/proc/x.safetensors"], "could not be saved.*/proc"),
     "merge proc": (["merge", PATCH, "--out", "/proc/x.safetensors"], "could not be saved"),
     "checkpoint proc": ([*APPLY, "--checkpoint", "/proc/a/x.safetensors"], "could not be saved"),
     "picture proc": ([*DRAW, "--out", "/proc/x.png"], "could not be saved"),
-    "batch proc": ([*BATCH, "--out", "/proc/a"], "could not be saved in /proc/a ("),
+    "batch proc": ([*BATCH, "--out", "/proc/a"], "could not be saved.*/proc/a"),
     "demo proc": (["demo", "--out", "/proc"], "could not be saved"),
-    "forget over": ([*FORGET, "--out", "there.safetensors"], "'there.safetensors' exists already"),
-    "merge over": (["merge", PATCH, "--out", "there.safetensors"], "exists already"),
-    "checkpoint over": ([*APPLY, "--checkpoint", "there.safetensors"], "exists already"),
-    "picture over": ([*DRAW, "--out", "there.png"], "exists already"),
+    "forget over": ([*FORGET, "--out", "there.safetensors"], "'there.safetensors' exists"),
+    "merge over": (["merge", PATCH, "--out", "there.safetensors"], "exists"),
+    "checkpoint over": ([*APPLY, "--checkpoint", "there.safetensors"], "exists"),
+    "picture over": ([*DRAW, "--out", "there.png"], "exists"),
     "steps over": ([*TRAIN, "--save-every", "2", "--out", "half.safetensors"],
-                   "'half_step2.safetensors' is left from an earlier training"),
+                   "'half_step2.safetensors'.*earlier training.*--resume"),
     # Numbers
-    "steps": ([*DRAW, "--steps", "-3"], "steps is -3: use 1 to 1000"),
+    "steps": ([*DRAW, "--steps", "-3"], "steps is -3.*1 to 1000"),
     "no steps": ([*DRAW, "--steps", "0"], "steps is 0"),
-    "guidance": ([*DRAW, "--guidance", "nan"], "guidance is nan: use 0 to 100"),
-    "size": ([*DRAW, "--size", "-8"], "size is -8: use 0 to 4096"),
+    "guidance": ([*DRAW, "--guidance", "nan"], "guidance is nan.*0 to 100"),
+    "size": ([*DRAW, "--size", "-8"], "size is -8.*0 to 4096"),
     "large": ([*DRAW, "--size", "5000000"], "size is 5000000"),
-    "odd size": ([*DRAW, "--size", "100"], "size is 100: use a multiple of 64"),
-    "seed": ([*DRAW, "--seed", "12345678901234567890123"], "use 0 to 9.00"),
-    "no number": ([*DRAW, "--steps", "many"], "invalid int value: 'many': see python -m fmn apply"),
-    "strength": (["merge", f"{PATCH}:1e30"], "is 1e30: use a number such as 0.8, from -100 to 100"),
+    "odd size": ([*DRAW, "--size", "100"], "size is 100.*multiple of 64"),
+    "seed": ([*DRAW, "--seed", "12345678901234567890123"], "seed.*0 to 9.00"),
+    "no number": ([*DRAW, "--steps", "many"], "'many'.*python -m fmn apply --help"),
+    "strength": (["merge", f"{PATCH}:1e30"], "1e30.*-100 to 100"),
     "preserve": (["merge", PATCH, "--how", "joint", "--model", "demo", "--preserve", "nan"],
-                 "--preserve is nan: use 0 to 1000"),
+                 "--preserve is nan.*0 to 1000"),
     "save every": ([*FORGET, "--save-every", "-1"], "--save-every is -1"),
     # Kinds, methods and options that do not fit
-    "kind": (["forget", "demo", "person:elon musk"], "'person' is no kind: use identity, object"),
-    "no model": (["batch", "list.txt"], "required: --model: see python -m fmn batch --help"),
-    "joint without": (["merge", PATCH, "--how", "joint"], "give the --model"),
+    "kind": (["forget", "demo", "person:elon musk"], "'person'.*kind.*identity"),
+    "no model": (["batch", "list.txt"], "required: --model.*python -m fmn batch --help"),
+    "joint without": (["merge", PATCH, "--how", "joint"], "--how joint.*--model"),
     "for joint": (["merge", PATCH, "--model", "demo"], "--model is for --how joint"),
-    "setting": ([*FORGET, "--steps", "10"],
-                "reread has no setting 'steps': see python -m fmn forget --method reread --help."),
-    "of another": ([*FORGET, "--method", "uce", "--push=0.5"], "uce has no setting 'push': see"),
-    "misspelled": ([*TRAIN, "--stepz", "10"], "no setting 'stepz': did you mean --steps? See"),
-    "shortened": ([*FORGET, "--meth", "uce"], "did you mean --method?"),
-    "of a batch": ([*BATCH, "--steps", "10"], "see python -m fmn batch --method reread --help."),
-    "no option": ([*DRAW, "--step", "10"], "apply has no option 'step': did you mean --steps?"),
-    "too many": (["inspect", PATCH, "b"], "'b' is one argument too many"),
-    "method": ([*FORGET, "--method", "ucee"], "There is no method 'ucee': did you mean uce"),
-    "no method": ([*BATCH, "--method", "x"], "'x': 'python -m fmn methods' lists all of them"),
-    "no save": ([*FORGET, "--save-every", "2"],
-                "--save-every is for methods that train, and reread only solves without --robust"),
-    "no best": ([*FORGET, "--method", "uce", "--keep-best"], "and uce only solves: leave it out"),
+    "setting": ([*FORGET, "--steps", "10"], "reread.*'steps'.*fmn forget --method reread --help"),
+    "of another": ([*FORGET, "--method", "uce", "--stop-at=0.5"], "uce.*'stop-at'"),
+    "misspelled": ([*TRAIN, "--stepz", "10"], "'stepz'.*did you mean --steps"),
+    "shortened": ([*FORGET, "--meth", "uce"], "did you mean --method"),
+    "of a batch": ([*BATCH, "--steps", "10"], "fmn batch --method reread --help"),
+    "no option": ([*DRAW, "--step", "10"], "apply.*'step'.*did you mean --steps"),
+    "too many": (["inspect", PATCH, "b"], "'b'.*too many"),
+    "method": ([*FORGET, "--method", "ucee"], "no method 'ucee'.*did you mean uce"),
+    "no method": ([*BATCH, "--method", "x"], "'x'.*python -m fmn methods"),
+    "no save": ([*FORGET, "--save-every", "2"], "--save-every.*train.*reread.*--robust"),
+    "no best": ([*FORGET, "--method", "uce", "--keep-best"], "--keep-best.*train.*uce"),
     "own pictures": ([*FORGET, "--method", "ablation", "--images", "folder"],
-                     "ablation draws pictures of its own and would not look at --images: add"),
-    "no keep": ([*FORGET, "--method", "casteer", "--keep", "cat"],
-                "CASteer would not look at the words to keep: use another method, or leave"),
+                     "ablation.*--images.*--references pictures"),
+    "no keep": ([*FORGET, "--method", "casteer", "--keep", "cat"], "CASteer.*keep.*another method"),
     "keep nothing": ([*BATCH, "--method", "uce", "--preserve", "0", "--keep", "cat"],
-                     "UCE would not look at the words to keep: raise preserve, or leave them out"),
-    "not protected": ([*TRAIN, "--keep", "cat"], "turn protect on, or leave them out"),
-    "no images": ([*FORGET, "--images", "folder"], "--images is for methods that learn from"),
+                     "UCE.*keep.*raise preserve"),
+    "not protected": ([*TRAIN, "--keep", "cat"], "keep.*turn protect on"),
+    "no images": ([*FORGET, "--images", "folder"], "--images is for methods"),
     "no state": ([*TRAIN, "--resume", "there.safetensors"],
-                 "There is no saved training beside 'there.safetensors' (there.fmn-train): "
-                 "--save-every N makes one"),
-    "not drawn": ([*APPLY, "--checkpoint", "d.safetensors", "--steps", "3"], "--steps is for draw"),
+                 "'there.safetensors'.*there.fmn-train.*--save-every"),
+    "not drawn": (
+        [*APPLY, "--checkpoint", "d.safetensors", "--steps", "3"], "--steps.*--checkpoint",
+    ),
 }  # fmt: skip
 
 
@@ -125,11 +125,11 @@ def files(folder):
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_one_sentence_before_any_work(case, folder, capsys):
-    arguments, told = REFUSED[case]
+    arguments, words = REFUSED[case]
     before = files(folder)
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert re.search(words, error) and error.count("\n") == 1
     assert files(folder) == before
 
 

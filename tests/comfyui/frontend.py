@@ -43,13 +43,33 @@ STATE = """async () => {
     graph: app.graph.id, client: app.api.clientId, socket: app.api.socket?.readyState,
     nodes: app.graph.nodes.map(each => `${each.id} ${each.type}`),
     elements: document.querySelectorAll('[data-node-id]').length,
-    ours: texts('.fmn-train .fmn-content, .fmn-told .fmn-content'),
+    ours: texts('.fmn-train .fmn-content, .fmn-node-text .fmn-content'),
     places: app.graph.nodes.flatMap(each => each.widgets ?? [])
       .filter(each => each.type?.startsWith('FMN_'))
       .map(each => `${each.type} ${each.element?.isConnected} ${each.element?.hidden}`),
     trained: (await (await fetch(`/forget-me-not/train?client=${app.api.clientId}`)).json())
       .states.map(each => `${each.workflow} ${each.node} ${each.status}`),
   };
+}"""
+# Resolves once nothing has moved for half a second's worth of frames, and nothing is fading.
+AT_REST = """async frames => {
+  const start = performance.now();
+  const selector = '[data-node-id], .fmn-shelf, .p-toast-message, [role=dialog]';
+  const look = () => JSON.stringify([
+    app.canvas.ds.scale, ...app.canvas.ds.offset,
+    app.graph.nodes.map(node => [...node.pos, ...node.size]),
+    [...document.querySelectorAll(selector)].map(each => each.getBoundingClientRect()),
+  ]);
+  const fading = () => document.getAnimations().some(each =>
+    each.playState === 'running' && each.effect.getComputedTiming().endTime !== Infinity);
+  let before = '', still = 0;
+  while (still < frames) {
+    if (performance.now() - start > 60_000) throw new Error('the page does not come to rest');
+    await new Promise(done => requestAnimationFrame(done));
+    const now = look();
+    still = now === before && !fading() ? still + 1 : 0;
+    before = now;
+  }
 }"""
 STOP = """async () => {
   const post = (path, content) => fetch(path, { method: 'POST', body: JSON.stringify(content),
@@ -116,6 +136,11 @@ def idle(page):
         time.sleep(0.1)
 
 
+def at_rest(page, frames=30):
+    """Wait until nothing on the page has moved for so many frames."""
+    page.evaluate(AT_REST, frames)
+
+
 def setting(page, name, value):
     page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
 
@@ -154,7 +179,7 @@ def all_nodes(page, nodes_2):
     )
 
 
-def open_template(page, path, nodes_2, pause=1000):
+def open_template(page, path, nodes_2):
     """Through the server's template route, as the Templates browser does."""
     setting(page, "Comfy.VueNodes.Enabled", nodes_2)
     page.evaluate(
@@ -164,4 +189,5 @@ def open_template(page, path, nodes_2, pause=1000):
         }""",
         path.name,
     )
-    page.wait_for_timeout(pause)
+    all_nodes(page, nodes_2)
+    at_rest(page)

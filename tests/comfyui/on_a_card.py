@@ -47,9 +47,10 @@ def made(pack):
     """Function to a preset's patch of a short run."""
     methods = pack("fmn.methods")
 
-    def forget(host, preset, name="dog", on_step=lambda step: None):
+    def forget(host, preset, name="dog", after_step=None):
+        options = pack("fmn.training.run").TrainingOptions(after_step=after_step)
         settings = methods.settings_of(preset, SHORT.get(preset, {}))
-        return methods.forget(host, [concept(pack, name)], settings, on_step)
+        return methods.forget(host, [concept(pack, name)], settings, options=options)
 
     return forget
 
@@ -68,14 +69,14 @@ def worn(pack, clip_on_card, comfy_model, made):
 def test_weights_are_read_with_what_is_worn(pack, worn, comfy_model, made, little, monkeypatch):
     """After texts were encoded, which takes the U-Net off the card."""
     host, on_unet = worn
-    fuse, state_of = pack("fmn.jobs.joint_merge"), pack("fmn.jobs.batch").state_of
-    short = partial(fuse.Settings, prompts=3, kept=8, drawn=1, sampling_steps=2)
-    monkeypatch.setattr(fuse, "Settings", short)
+    merging, hash_model = pack("fmn.jobs.joint_merge"), pack("fmn.jobs.recipe").hash_model
+    short = partial(merging.Settings, prompts=3, kept=8, drawn=1, sampling_steps=2)
+    monkeypatch.setattr(merging, "Settings", short)
     patchers = comfy_model.patcher, comfy_model.clip.patcher
 
     def solved():
         found = [made(host, preset) for preset in ("reread", "quickfix")]
-        return *found, fuse.fuse(host, [(on_unet, 1.0)]).patch
+        return *found, merging.joint_merge(host, [(on_unet, 1.0)]).patch
 
     expected = solved()
     little("tight")
@@ -87,7 +88,7 @@ def test_weights_are_read_with_what_is_worn(pack, worn, comfy_model, made, littl
             for name in patch.changes:
                 one, two = patch.change_of(name), other.change_of(name)
                 assert (one - two).norm() < 1e-2 * two.norm(), (how, name)
-        assert state_of(host) != state_of(comfy_model)
+        assert hash_model(host) != hash_model(comfy_model)
     little("tight")
     assert all(same_bits(weights, state(each)) for weights, each in zip(before, patchers))
 
@@ -99,11 +100,11 @@ def test_text_encoders_come_back_after_a_preview(
     expected, pictures = made(comfy_model, preset), []
     previews = pack("fmn.training.preview").Previews(comfy_model, ["a dog"], steps=1)
 
-    def draw(step):
-        pictures.extend(previews.during(step.training))
+    def draw(progress, run):
+        pictures.extend(previews.during(run))
 
     little("tight")
-    assert_same(made(comfy_model, preset, on_step=draw), expected)
+    assert_same(made(comfy_model, preset, after_step=draw), expected)
     assert len(pictures) == 2
 
 
@@ -115,9 +116,9 @@ def test_contexts_that_attack_are_where_texts_are(pack, comfy_model, made, monke
     )
 
     @contextmanager
-    def contexts(model, borrowed):
-        assert borrowed.device == plugin.CARD
-        yield lambda *given: adversaries.Context(*given, borrowed.device)
+    def contexts(model, denoiser):
+        assert denoiser.device == plugin.CARD
+        yield lambda *given: adversaries.Context(*given, denoiser.device)
 
     monkeypatch.setattr(hardening, "adversaries", contexts)
     assert comfy_model.encode(concept(pack).training_prompts()[0]).context.device.type == "cpu"

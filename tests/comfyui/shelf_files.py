@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fmn.concepts.concept import Concept
-from fmn.images import data_uri
+from fmn.images import thumbnail_uri
 from fmn.models.families import DEMO, SDXL, layers
 from fmn.patches.patch import ForgetPatch, save_patch
 
@@ -48,7 +48,7 @@ def fill(base):
         "count": 12, "date": "2026-05-04T00:00:00+00:00",
     }  # fmt: skip
     write(folder, "dog.safetensors", "dog", method="reread", date="2026-05-04T00:00:00+00:00",
-          thumbnail=data_uri(before_and_after()), scores=scores, measured=measured,
+          thumbnail=thumbnail_uri(before_and_after()), scores=scores, measured=measured,
           **{"base.fingerprint": DEMO_BASE})  # fmt: skip
     write(folder, "cat.safetensors", "cat", method="uce", date="2026-05-03T00:00:00+00:00")
     write(folder, "gogh.safetensors", "van gogh", "style", method="esd",

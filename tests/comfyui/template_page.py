@@ -4,7 +4,7 @@ from contextlib import suppress
 
 from playwright.sync_api import TimeoutError
 
-from .frontend import ARTEFACTS, all_nodes, another_workflow
+from .frontend import ARTEFACTS, all_nodes, another_workflow, at_rest
 
 # Sets {type: {widget: value}}. Not by widget.callback: Nodes 2.0 of frontend 1.32.9 shows no text
 # that comes to a node after its widgets were changed so.
@@ -54,7 +54,7 @@ PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
 TEXTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
   const view = node.widgets?.find(widget => widget.type === 'FMN_TRAIN_LIVE')?.element;
   if (view) return [node.id, view.innerText.startsWith('done: ') ? 1 : 0];
-  const told = node.widgets?.find(widget => widget.type === 'FMN_TOLD')?.element;
+  const told = node.widgets?.find(widget => widget.type === 'FMN_NODE_TEXT')?.element;
   return [node.id, told?.isConnected && told.querySelector('.fmn-content').innerText ? 1 : 0];
 }))"""
 
@@ -78,7 +78,7 @@ def drawn(page, nodes_2):
     all_nodes(page, nodes_2)
     if not nodes_2:
         page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        page.wait_for_timeout(500)  # it glides there
+        at_rest(page)  # it glides there
 
 
 def run(page, server):

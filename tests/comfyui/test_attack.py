@@ -1,11 +1,13 @@
 """Words learned from pictures, as ComfyUI and diffusers use them; attacks on a patched model."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from .parts import concept, leftovers, same_bits, settings, state
 from .server import LATE, Interrupted, PromptError, texts
@@ -51,7 +53,7 @@ def test_comfyui_and_diffusers_read_the_file(pack, attack, comfy_model, images):
     token, learned = invert(attack, comfy_model, images, "dogs/both").result
     assert token == "embedding:dogs/both" and learned.vectors.shape == (2, 128)
     prompt = "a photo of {}, twemoji"
-    with comfy_model.borrow_text() as text, torch.no_grad():
+    with comfy_model.borrow_text_encoder() as text, torch.no_grad():
         wanted = text.encode(prompt.format("<*>"), learned.vectors)[0].context
         plain = text.encode(prompt.format(""))[0].context
     with torch.inference_mode():
@@ -67,10 +69,12 @@ def test_comfyui_and_diffusers_read_the_file(pack, attack, comfy_model, images):
         theirs = pipeline.encode_prompt(prompt.format("<both>"), "cpu", 1, False)[0]
     torch.testing.assert_close(theirs, wanted, rtol=0, atol=1e-5)
 
-    found = pack("fmn.patches.embedding_file").load_embedding(path, 128)
-    assert torch.equal(found.vectors, learned.vectors)
-    assert found.info["base.fingerprint"] == comfy_model.fingerprint()
-    assert found.info["what"] == "dogs/both" and found.info["settings"]["steps"] == 3
+    with safe_open(path, framework="pt") as file:
+        assert torch.equal(file.get_tensor("emb_params"), learned.vectors)
+        metadata = {key: value for key, value in file.metadata().items() if "fmn." in key}
+    info = {key.removeprefix("fmn."): json.loads(value) for key, value in metadata.items()}
+    assert info["base.fingerprint"] == comfy_model.fingerprint()
+    assert info["what"] == "dogs/both" and info["settings"]["steps"] == 3
 
 
 def test_everything_is_left_as_it_was(pack, attack, comfy_model, images, monkeypatch):
@@ -93,7 +97,7 @@ def test_everything_is_left_as_it_was(pack, attack, comfy_model, images, monkeyp
     )  # fmt: skip
     with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
         attack.ConceptInversionProbe.execute(**probe)
-    with comfy_model.borrow():
+    with comfy_model.borrow_denoiser():
         after = state(unet), state(text)
     assert same_bits(before[0], after[0]) and same_bits(before[1], after[1])
     assert leftovers(unet.model) == [] and leftovers(text.model) == []
@@ -136,9 +140,9 @@ def test_hardest_conditioning(pack, attack, comfy_model, monkeypatch):
     with torch.inference_mode():
         ((context, options),), told = attack.HardestEmbedding.execute(**given).result
     plain = comfy_model.encode(prompt).context
-    with comfy_model.borrow() as borrowed:
+    with comfy_model.borrow_denoiser() as denoiser:
         found = pack("fmn.closed_form.adversarial_embedding").hardest(
-            borrowed, comfy_model.family, [(patch, 0.5)], plain, 0.01
+            denoiser, comfy_model.family, [(patch, 0.5)], plain, 0.01
         )
     torch.testing.assert_close(context, found.contexts.float())
     assert context.shape == (1, 77, 128) and options == {}

@@ -44,7 +44,7 @@ def test_a_hundred_concepts_in_one_run(server):
     lines = texts(messages)
     name = kinds[49][0]
     assert any(f"{name}: 50/100, " in line and "s left" in line for line in lines)
-    (told,) = [data["output"]["told"] for kind, data in messages if kind == "executed"]
+    (told,) = [data["output"]["node_text"] for kind, data in messages if kind == "executed"]
     assert "100 of 100 concepts have a patch" in told[0]
 
 

@@ -56,11 +56,17 @@ def test_a_patch_is_measured_on_what_it_forgets(server, measured):
         assert min(picture.shape[:2]) > 100 and picture.std() > 0.01
     assert (folder_of(server) / "report.html").stat().st_size > 10_000
     assert any("cells" in text for text in texts(events)), "the node never told how far it is"
-    (told,) = outputs["bench"]["told"]
+    (told,) = outputs["bench"]["node_text"]
     table = {row["method"]: row["values"] for row in saved["means"]}
     for method, values in table.items():
         assert f"{method}: UA {100 * values['UA']['value']:.1f} %, IRA " in told
     assert told.endswith(str(folder_of(server) / "report.html"))
+
+
+def test_plots_of_what_was_not_measured_are_left_out(server):
+    outputs = server.run(bench(measure="together", name="together"))
+    assert "together" in outputs["bench"]["text"][0]
+    assert "bars" not in outputs and "scatter" not in outputs
 
 
 def test_a_second_run_measures_only_what_is_missing(server, measured):
@@ -129,8 +135,8 @@ def test_scores_of_a_patch_that_was_just_saved(server, measured):
         ({"name": "../../escape"}, "leads out of output/forget_bench"),
         ({"patch": ["train", 0], "method": ["method", 0]}, "remove one of them"),
         ({"patch": ["train", 0], "suite": "demo", "targets": "wolf"}, "no target 'wolf'"),
-        ({"write_scores": True}, "what is measured is no file yet"),
-        ({"write_scores": True, "patch": ["train", 0]}, "what is measured is no file yet"),
+        ({"write_scores": True}, "the patch is not a file yet"),
+        ({"write_scores": True, "patch": ["train", 0]}, "the patch is not a file yet"),
         (
             {"write_scores": True, "patch": ["shipped", 0], "targets": "santa claus"},
             "'santa_claus.safetensors' belongs to this pack",

@@ -16,14 +16,14 @@ def given(model, pack, names, words):
     outputs = {}
     text = model.encode(pack("fmn.concepts.concept").Prompt(f"a photo of {words}", words))
     x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    with model.borrow() as borrowed, torch.no_grad():
+    with model.borrow_denoiser() as denoiser, torch.no_grad():
         handles = [
-            borrowed.module(name).register_forward_hook(
+            denoiser.module(name).register_forward_hook(
                 lambda module, args, output, name=name: outputs.update({name: output[0].double()})
             )
             for name in names
         ]
-        borrowed.denoise(x_t, torch.tensor([900]), text)
+        denoiser.predict_noise(x_t, torch.tensor([900]), text)
         for handle in handles:
             handle.remove()
     return outputs
@@ -49,8 +49,8 @@ def test_the_direction_is_gone_but_for_the_bias(pack, comfy_model):
     patch = pack("fmn.methods.casteer").run(comfy_model, [concept(pack)], few(pack))
     patched = type(comfy_model)(comfy_model.patched(patch, 1.0), comfy_model.clip)
     names = list(patch.changes)
-    with comfy_model.borrow() as borrowed:
-        biases = {name: borrowed.module(name).bias.detach().double() for name in names}
+    with comfy_model.borrow_denoiser() as denoiser:
+        biases = {name: denoiser.module(name).bias.detach().double() for name in names}
     plain = given(comfy_model, pack, names, "dog")
     shares = []
     for words in ("dog", "apple"):

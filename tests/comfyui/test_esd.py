@@ -20,14 +20,14 @@ def esd_settings(pack, **more):
 @pytest.mark.parametrize("more", [{"erase_from": "a cat"}, {"layers": "x-strict", "protect": True}])
 def test_both_hosts_train_the_same_patch(pack, comfy_model, pipeline_model, more):
     """Inside inference mode as in a running server; ComfyUI's model comes back bit by bit."""
-    run, settings = pack("fmn.methods.esd").run, esd_settings(pack, **more)
+    forget, settings = pack("fmn.methods").forget, esd_settings(pack, **more)
     state = comfy_model.patcher.model.state_dict()
     before = {key: value.clone() for key, value in state.items()}
     records = []
     for model in (comfy_model, pipeline_model):
         steps = []
         with torch.inference_mode():
-            patch = run(model, [concept(pack)], settings, steps.append, ("a cat",))
+            patch = forget(model, [concept(pack)], settings, steps.append, ("a cat",))
         records.append((steps[-1].losses, patch))
     (first, one), (second, two) = records
     np.testing.assert_allclose(first, second, rtol=1e-3)

@@ -36,22 +36,24 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, preset, endin
     cancelled = comfy.model_management.InterruptProcessingException
     raised = {"success": None, "error": Fault, "cancel": cancelled}[ending]
 
-    # At once; but hardening comes last.
-    late = preset == "reread-robust"
+    def on_step(progress):
+        if raised and preset != "reread-robust":
+            raise raised
 
-    def on_step(step):
-        if raised and (not late or (step.training and step.index == step.total)):
+    def after_step(progress, run):  # the training of reread-robust comes after its solution
+        if raised and progress.index == progress.total:
             raise raised
 
     methods = pack("fmn.methods")
+    options = pack("fmn.training.run").TrainingOptions(after_step=after_step)
     settings = methods.settings_of(preset, SHORT.get(preset, {}))
     patchers = comfy_model.patcher, comfy_model.clip.patcher
     before = [(state(patcher), gradient_flags(patcher)) for patcher in patchers]
     if raised:
         with pytest.raises(raised):
-            methods.forget(comfy_model, [concept(pack)], settings, on_step)
+            methods.forget(comfy_model, [concept(pack)], settings, on_step, (), options)
     else:
-        patch = methods.forget(comfy_model, [concept(pack)], settings, on_step)
+        patch = methods.forget(comfy_model, [concept(pack)], settings, on_step, (), options)
         assert any(up.abs().sum() > 0 for up, _ in patch.changes.values())
     for patcher, (weights, flags) in zip(patchers, before):
         assert same_bits(weights, state(patcher)) and gradient_flags(patcher) == flags
@@ -73,3 +75,12 @@ def test_words_to_keep_count_or_are_refused(pack, comfy_model, preset):
         return
     without, kept = made(), made("a yapping puppy")
     assert without.keys() != kept.keys() or any((without[k] != kept[k]).any() for k in kept)
+
+
+def test_a_renamed_setting_keeps_its_input(pack):
+    """Workflows for API use name inputs by their id, which stays that of version 0.1."""
+    node = next(node for node in pack("nodes.methods").NODES if node.method == "reread")
+    ids = [entry.id for entry in node.define_schema().inputs]
+    assert ids[1:3] == ["push", "push_style"] and "overshoot" not in ids
+    settings = node.execute(push=1.5, kept=7, training_seed=3).result[0]
+    assert (settings.overshoot, settings.keep_prompts, settings.seed) == (1.5, 7, 3)

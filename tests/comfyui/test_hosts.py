@@ -25,7 +25,7 @@ def test_both_hosts_draw_the_same_picture(pack, demo, pipeline_model):
     import comfy.sample
 
     model, clip, vae = demo
-    noise = pipeline_model.latents_like([3], 128)
+    noise = pipeline_model.initial_noise([3], 128)
     with torch.inference_mode():
         positive, negative = (
             clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, "")
@@ -156,8 +156,8 @@ def test_a_patch_does_the_same_in_comfyui_and_diffusers(pack, comfy_model, tmp_p
 
     def output(model):
         text = model.encode(probe[1])
-        with model.borrow() as borrowed, torch.no_grad():
-            return borrowed.denoise(x_t, t, text)
+        with model.borrow_denoiser() as denoiser, torch.no_grad():
+            return denoiser.predict_noise(x_t, t, text)
 
     ComfyModel = type(comfy_model)
     plain = output(comfy_model)

@@ -25,7 +25,7 @@ def text_patcher(model):
 def test_borrowed_text_is_the_encoded_prompt_in_both_hosts(pack, comfy_model, pipeline_model):
     Prompt, found = pack("fmn.concepts.concept").Prompt, []
     for model in (comfy_model, pipeline_model):
-        with model.borrow_text() as text:
+        with model.borrow_text_encoder() as text:
             encoded, pooled = text.encode(PROMPT)
             ids = text.ids_of([PROMPT] * 2)
             assert ids[0, 0].tolist() == model.tokenize(Prompt(PROMPT, "dog"))
@@ -51,7 +51,7 @@ def test_pooled_text_is_the_encoders(pack, comfy_model, pipeline_model):
         tokens = comfy_model.clip.tokenize(PROMPT)
         _, theirs = comfy_model.clip.encode_from_tokens(tokens, return_pooled="unprojected")
     for model in (comfy_model, pipeline_model):
-        with model.borrow_text() as text:
+        with model.borrow_text_encoder() as text:
             pooled = text.encode(PROMPT)[1]
         torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-3)
         torch.testing.assert_close(pooled, theirs.clone(), rtol=0, atol=1e-3)
@@ -60,7 +60,7 @@ def test_pooled_text_is_the_encoders(pack, comfy_model, pipeline_model):
 def test_gradients_reach_the_vectors_in_both_hosts(comfy_model, pipeline_model):
     grads = []
     for model in (comfy_model, pipeline_model):
-        with torch.inference_mode(), model.borrow_text() as text:
+        with torch.inference_mode(), model.borrow_text_encoder() as text:
             vectors = text.vectors("dog robot").requires_grad_()
             named = text.encode("a photo of a dog robot, twemoji")
             placed = text.encode("a photo of a <*>, twemoji", vectors)
@@ -77,7 +77,7 @@ def test_text_encoder_comes_back_unchanged(pack, comfy_model, fails):
     before, flags = state(patcher), gradient_flags(patcher)
     assert any(parameter.is_inference() for parameter in patcher.model.parameters())
     try:
-        with torch.inference_mode(), comfy_model.borrow_text() as text:
+        with torch.inference_mode(), comfy_model.borrow_text_encoder() as text:
             vectors = text.vectors("dog").requires_grad_()
             text.encode("a <*>", vectors)[1].sum().backward()
             if fails:
@@ -91,7 +91,7 @@ def test_text_encoder_comes_back_unchanged(pack, comfy_model, fails):
 def test_diffusers_text_encoder_comes_back_unchanged(pipeline_model):
     encoder = pipeline_model.pipeline.text_encoder
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    with pytest.raises(RuntimeError, match="a fault"), pipeline_model.borrow_text() as text:
+    with pytest.raises(RuntimeError, match="a fault"), pipeline_model.borrow_text_encoder() as text:
         text.encode("a <*>", text.vectors("dog").requires_grad_())[1].sum().backward()
         raise RuntimeError("a fault")
     assert same_bits(before, encoder.state_dict())
@@ -102,13 +102,13 @@ def test_diffusers_text_encoder_comes_back_unchanged(pipeline_model):
 def test_prompts_that_cannot_be_learned_in_are_refused(pack, comfy_model, pipeline_model):
     ForgetError = pack("fmn.errors").ForgetError
     for model in (comfy_model, pipeline_model):
-        with model.borrow_text() as text:
+        with model.borrow_text_encoder() as text:
             with pytest.raises(ForgetError, match="has placeholder"):
                 text.encode("a <*>")
             with pytest.raises(ForgetError, match="tokens"):
                 text.encode("dog " * 90)
     without = type(comfy_model)(comfy_model.patcher)
-    with pytest.raises(ForgetError, match="CLIP input is empty"), without.borrow_text():
+    with pytest.raises(ForgetError, match="CLIP input is empty"), without.borrow_text_encoder():
         pass
 
 
@@ -127,8 +127,8 @@ def test_both_hosts_learn_the_same_words(pack, comfy_model, pipeline_model):
     images = torch.rand(2, 128, 128, 3, generator=torch.Generator().manual_seed(0))
     settings, found = inversion.Settings(steps=3, batch=2), []
     for model in (comfy_model, pipeline_model):
-        with torch.inference_mode(), model.borrow() as borrowed:
-            found.append(inversion.invert(model, borrowed, images, settings))
+        with torch.inference_mode(), model.borrow_denoiser() as denoiser:
+            found.append(inversion.invert(model, denoiser, images, settings))
     np.testing.assert_allclose(found[0].losses, found[1].losses, rtol=1e-3)
     torch.testing.assert_close(found[0].start, found[1].start)
     torch.testing.assert_close(found[0].vectors, found[1].vectors, rtol=0, atol=2e-3)
@@ -142,14 +142,14 @@ def test_a_model_pushed_off_the_device_is_loaded_again(pack, comfy_model):
     host = type(comfy_model)(comfy_model.patched(patch, 1.0), comfy_model.clip)
     text = host.encode(pack("fmn.concepts.concept").Prompt(PROMPT, "dog"))
     x_t, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
-    with torch.inference_mode(), host.borrow() as borrowed:
+    with torch.inference_mode(), host.borrow_denoiser() as denoiser:
         with torch.no_grad():
-            before = borrowed.denoise(x_t, t, text)
+            before = denoiser.predict_noise(x_t, t, text)
         with torch.inference_mode():
-            borrowed.patcher.detach()
-        borrowed.model.device = torch.device("meta")
+            denoiser.patcher.detach()
+        denoiser.model.device = torch.device("meta")
         text.context.requires_grad_()
-        after = borrowed.denoise(x_t, t, text)
+        after = denoiser.predict_noise(x_t, t, text)
         after.sum().backward()
     assert torch.equal(before, after) and text.context.grad.abs().sum() > 0
 
@@ -304,7 +304,7 @@ def test_measuring_leaves_every_weight_as_it_was(pack, comfy_model, monkeypatch)
 
     monkeypatch.setattr(nodes, "show_text", show)
     with torch.inference_mode():
-        (told,) = nodes.MScore.execute(**given).ui["told"]
+        (told,) = nodes.MScore.execute(**given).ui["node_text"]
         stop.append(True)
         with pytest.raises(KeyboardInterrupt):
             nodes.MScore.execute(**given)
@@ -312,7 +312,7 @@ def test_measuring_leaves_every_weight_as_it_was(pack, comfy_model, monkeypatch)
             patched, comfy_model.clip, [concept(pack)], "samples", 0, 0.0, comfy_model.vae
         )
     assert shown and "difference" in told
-    with comfy_model.borrow():  # loads the model without the patch
+    with comfy_model.borrow_denoiser():  # loads the model without the patch
         after = state(unet), state(text)
     assert same_bits(before[0], after[0]) and same_bits(before[1], after[1])
     assert leftovers(unet.model) == [] and leftovers(text.model) == []

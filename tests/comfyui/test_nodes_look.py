@@ -2,7 +2,7 @@
 
 import pytest
 
-from .frontend import ARTEFACTS, dress, open_prompt
+from .frontend import ARTEFACTS, at_rest, dress, open_prompt
 from .workflows import demo_loader, node, saving, training
 
 OURS = """() => [...new Set(Object.entries(LiteGraph.registered_node_types)
@@ -72,7 +72,7 @@ def test_lines_stay_lines_and_signs_stay_signs(page, server, nodes_2):
     assert lines[0] == f"forgets: {ATTACK} (object)"
     assert [line.split(":")[0] for line in lines[1:4]] == ["for", "layers", "method"]
     page.evaluate("app.graph.nodes[1].setSize([420, 420]); app.graph.setDirtyCanvas(true, true)")
-    page.wait_for_timeout(500)
+    at_rest(page)
     page.screenshot(path=ARTEFACTS / f"inspect {'nodes 2' if nodes_2 else 'classic'}.png")
     if nodes_2:
         dots = page.evaluate(DOTS)

@@ -34,43 +34,44 @@ def test_drawing_and_loss_are_the_papers(pack, other_host, monkeypatch, name, er
     """Flow: x_1 is noise, dx/dsigma is the velocity; ESD's loss is taken on velocities."""
     esd, model = pack("fmn.methods.esd"), other_host(name)
     settings = esd_settings(pack, batch=2, erase_from=erase_from)
-    begun, begin = [], esd.begin
+    schedule = pack("fmn.models.sampling").SigmaSchedule
+    samples, partial_sample = [], schedule.partial_sample
 
-    def recorded(borrowed, predict, noise, steps, last):
-        begun.append((noise, last))
-        return begin(borrowed, predict, noise, steps, last)
+    def recorded(self, predict, noise, steps, last):
+        samples.append((noise, last))
+        return partial_sample(self, predict, noise, steps, last)
 
-    monkeypatch.setattr(esd, "begin", recorded)
+    monkeypatch.setattr(schedule, "partial_sample", recorded)
     with torch.inference_mode(False), torch.enable_grad():
         examples = esd.prepare(model, [concept(pack, prompts=("a dog here",))], settings)
-        with model.borrow() as borrowed, adapted(borrowed, name) as (change, switch):
-            draws = esd.Draws(examples, settings, borrowed, switch, 8, 16)
+        with model.borrow_denoiser() as denoiser, adapted(denoiser, name) as (change, switch):
+            draws = esd.Batches(examples, settings, denoiser, switch, 8, 16)
             for _ in range(6):
                 example, x_t, t = draws()
-                noise, last = begun[-1]
+                noise, last = samples[-1]
                 switch.on = False
                 with torch.no_grad():
-                    x, sigma = literal_drawing(borrowed, example, noise, last)
+                    x, sigma = literal_drawing(denoiser, example, noise, last)
                     torch.testing.assert_close(x_t, x, rtol=1e-4, atol=1e-4)
-                    assert borrowed.sigmas[t] == sigma
+                    assert denoiser.sigmas[t] == sigma
                     texts = example.source, example.concept, example.empty
                     first, erased, empty = (
-                        velocity(borrowed.model, x_t, sigma, text) for text in texts
+                        velocity(denoiser.model, x_t, sigma, text) for text in texts
                     )
                 switch.on = True
                 wanted = first - 1.7 * (erased - empty)
 
                 def literal(wanted=wanted, x_t=x_t, sigma=sigma, text=example.source):
-                    return F.mse_loss(velocity(borrowed.model, x_t, sigma, text), wanted)
+                    return F.mse_loss(velocity(denoiser.model, x_t, sigma, text), wanted)
 
-                loss = esd.loss_of(borrowed, switch, example, x_t, t, 1.7)
+                loss = esd.esd_loss(denoiser, switch, example, x_t, t, 1.7)
                 torch.testing.assert_close(loss, literal(), rtol=1e-4, atol=1e-6)
                 check_gradient(loss, literal, change)
-    assert {last for _, last in begun} == {0, 1, 2, 3}
+    assert {last for _, last in samples} == {0, 1, 2, 3}
 
 
 @contextmanager
-def adapted(borrowed, name):
+def adapted(denoiser, name):
     """A change of what the text's first layer gives, which the switch turns off."""
     switch = SimpleNamespace(on=True)
     switch.off = lambda: turned_off(switch)
@@ -82,7 +83,7 @@ def adapted(borrowed, name):
         ramp = torch.linspace(-1, 1, out.shape[-1])
         return out + (args[0] @ change)[..., None] * ramp if switch.on else out
 
-    hook = borrowed.module(f"lora_unet_{path}").register_forward_hook(add)
+    hook = denoiser.module(f"lora_unet_{path}").register_forward_hook(add)
     yield change, switch
     hook.remove()
 
@@ -94,15 +95,15 @@ def turned_off(switch):
     switch.on = before
 
 
-def literal_drawing(borrowed, example, noise, last):
+def literal_drawing(denoiser, example, noise, last):
     """x after some of four Euler steps, evenly spaced over all noise levels, and its sigma."""
-    count = len(borrowed.sigmas)
+    count = len(denoiser.sigmas)
     times = [count - 1, count * 3 // 4 - 1, count // 2 - 1, count // 4 - 1]
-    sigmas = [borrowed.sigmas[time] for time in times]
+    sigmas = [denoiser.sigmas[time] for time in times]
     x = sigmas[0] * noise
     for i in range(last):
-        with_text = velocity(borrowed.model, x, sigmas[i], example.source)
-        without = velocity(borrowed.model, x, sigmas[i], example.empty)
+        with_text = velocity(denoiser.model, x, sigmas[i], example.source)
+        without = velocity(denoiser.model, x, sigmas[i], example.empty)
         x = x + (sigmas[i + 1] - sigmas[i]) * (without + 3.0 * (with_text - without))
     return x, sigmas[last]
 
@@ -125,8 +126,8 @@ def check_gradient(loss, literal, change):
 def output(host, text):
     """What the network gives with the patches on it, merged in by ComfyUI as it loads the model."""
     x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
-    with torch.inference_mode(False), host.borrow() as borrowed, torch.no_grad():
-        return velocity(borrowed.model, x, torch.tensor(0.7), text).clone()
+    with torch.inference_mode(False), host.borrow_denoiser() as denoiser, torch.no_grad():
+        return velocity(denoiser.model, x, torch.tensor(0.7), text).clone()
 
 
 @pytest.mark.parametrize(
@@ -216,19 +217,19 @@ def test_same_predictions_as_the_host_of_known_families(pack, demo):
     """The demo model (noise prediction) as if it were unknown: denoise, and Euler against DDIM."""
     sampling, other = (
         pack("fmn.models.sampling"),
-        pack("fmn.hosts.comfyui.unknown_model").OtherModel(*demo),
+        pack("fmn.hosts.comfyui.unknown_model").UnknownModel(*demo),
     )
     prompt = concept(pack).training_prompts()[0]
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = []
     for host in (pack("fmn.hosts.comfyui.model").ComfyModel(*demo), other):
         text, empty = host.encode(prompt), host.encode(prompt._replace(text=""))
-        with torch.inference_mode(False), host.borrow() as borrowed, torch.no_grad():
+        with torch.inference_mode(False), host.borrow_denoiser() as denoiser, torch.no_grad():
             text = sampling.expand(text, 2)
             given = noise, torch.tensor([900, 30]), text
-            drawing = sampling.guided(borrowed, text, empty, 4.0)
-            drawn = sampling.begin(borrowed, drawing, noise, 6, 4)
-            found.append((borrowed.denoise(*given), drawn))
+            drawing = sampling.guided(denoiser, text, empty, 4.0)
+            drawn = denoiser.schedule.partial_sample(drawing, noise, 6, 4)
+            found.append((denoiser.predict_noise(*given), drawn))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     assert other.prediction == "epsilon"
     names = [

@@ -84,16 +84,16 @@ def assert_same(patch, other):
 @pytest.mark.parametrize("worn", [False, True])
 def test_training_is_on_a_plain_copy(pack, pages, worn):
     """Which wears what the paged model wears."""
-    run, plain = pack("fmn.methods.resteer").run, pack("nodes.demo").load_demo_checkpoint()
+    forget, plain = pack("fmn.methods").forget, pack("nodes.demo").load_demo_checkpoint()
     models = [type(pages.host())(*plain[:2]), pages.host()]
     if worn:
-        patch = run(models[0], [concept(pack)], settings(pack, steps=10))
+        patch = forget(models[0], [concept(pack)], settings(pack, steps=10))
         models = [type(model)(model.patched(patch, 1.0), model.clip) for model in models]
         assert models[1].patcher.is_dynamic()
     before, made = state(models[1].patcher), []
     with torch.inference_mode():
         for model in models:
-            made.append(run(model, [concept(pack)], settings(pack)))
+            made.append(forget(model, [concept(pack)], settings(pack)))
     assert pages.loads == [0]
     assert_same(*made)
     assert made[0].info["base.fingerprint"] == made[1].info["base.fingerprint"]
@@ -109,7 +109,8 @@ def test_text_encoders_are_worked_on_as_a_plain_copy(pack, pages, name):
     models = [type(pages.host())(*plain[:2]), pages.host()]
     before = state(models[1].clip.patcher)
     with torch.inference_mode():
-        patches = [method.run(model, [concept(pack)], chosen) for model in models]
+        forget = pack("fmn.methods").forget
+        patches = [forget(model, [concept(pack)], chosen) for model in models]
     assert pages.loads == [1]
     assert_same(*patches)
     after = state(pages.host().clip.patcher)
@@ -123,8 +124,8 @@ def test_what_is_hooked_on_a_text_encoder_is_what_encodes(pack, pages):
     layer = pack("fmn.models.families").text_layers(model.family)[-1]
     handle = model.text_module(layer.name).register_forward_hook(lambda *given: 2 * given[2])
     changed = model.encode(prompt).context
-    with model.borrow_text() as borrowed, torch.no_grad():
-        torch.testing.assert_close(borrowed.encode(prompt.text)[0].context, changed)
+    with model.borrow_text_encoder() as text_encoder, torch.no_grad():
+        torch.testing.assert_close(text_encoder.encode(prompt.text)[0].context, changed)
     handle.remove()
     assert (changed - plain).abs().max() > 0.1
     torch.testing.assert_close(model.encode(prompt).context, plain)
@@ -158,7 +159,7 @@ def test_loaders_that_do_not_say_how_are_refused(pack, pages):
     refused = pytest.raises(pack("fmn.errors").ForgetError, match="stock checkpoint loader")
     with refused:
         pack("fmn.methods.resteer").run(pages.host(False), [concept(pack)], settings(pack))
-    with refused, pages.host(False).borrow_text():
+    with refused, pages.host(False).borrow_text_encoder():
         pass
 
 

@@ -23,8 +23,8 @@ def pipeline_model(pack):
 
 def predictions(host, text, times=TIMES):
     x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    with host.borrow() as borrowed, torch.no_grad():
-        return torch.cat([borrowed.denoise(x_t, torch.tensor([t]), text) for t in times])
+    with host.borrow_denoiser() as denoiser, torch.no_grad():
+        return torch.cat([denoiser.predict_noise(x_t, torch.tensor([t]), text) for t in times])
 
 
 def trained(pack, host, **more):
@@ -114,8 +114,8 @@ def test_other_samplings_by_a_node(pack, stock, demo, sampling, count):
     node = stock("comfy_extras.nodes_model_advanced", "ModelSamplingDiscrete")
     patcher = node.patch(demo[0], sampling, False)[0]
     model = pack("fmn.hosts.comfyui.model").ComfyModel(patcher, demo[1])
-    with model.borrow() as borrowed:
-        assert len(borrowed.alphas_cumprod) == count
+    with model.borrow_denoiser() as denoiser:
+        assert len(denoiser.alphas_cumprod) == count
     patch, losses = trained(pack, model, steps=10)
     assert len(losses) == 10
     assert all(up.isfinite().all() for up, _ in patch.changes.values())
@@ -130,19 +130,19 @@ def test_noise_levels_of_edm_by_a_node(pack, stock, demo, sampling):
     model = pack("fmn.hosts.comfyui.model").ComfyModel(patcher, demo[1])
     text = model.encode(concept(pack).training_prompts()[0])
     x_t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    with model.borrow() as borrowed, torch.no_grad():
-        level = borrowed.model.model_sampling
+    with model.borrow_denoiser() as denoiser, torch.no_grad():
+        level = denoiser.model.model_sampling
         for t in TIMES:
             sigma, data = float(level.sigmas[t]), level.sigma_data
             x = x_t * (1 + sigma**2) ** 0.5
             given, width = x / (sigma**2 + data**2) ** 0.5, (sigma**2 + data**2) ** 0.5
             time = torch.tensor([0.25 * torch.tensor(sigma).log()])
-            out = borrowed.model.diffusion_model(given, time, context=text.context)
+            out = denoiser.model.diffusion_model(given, time, context=text.context)
             sign = -1 if sampling == "v_prediction" else 1
             clean = x * data**2 / width**2 + sign * out * sigma * data / width
             wanted = (x - clean) / sigma
             torch.testing.assert_close(
-                borrowed.denoise(x_t, torch.tensor([t]), text), wanted, rtol=1e-3, atol=1e-3
+                denoiser.predict_noise(x_t, torch.tensor([t]), text), wanted, rtol=1e-3, atol=1e-3
             )
     assert all(loss == loss for loss in trained(pack, model)[1])
 
@@ -155,7 +155,7 @@ def test_a_clip_that_skips_a_layer(pack, stock, demo, comfy_model):
         wanted = clip.encode_from_tokens(clip.tokenize(prompt.text)).clone()
     assert (wanted - comfy_model.encode(prompt).context).abs().max() > 0.1
     found = [model.encode(prompt).context, model.encode_all([prompt.text])]
-    with model.borrow_text() as text, torch.no_grad():
+    with model.borrow_text_encoder() as text, torch.no_grad():
         found += [text.encode(prompt.text)[0].context]
         found += [text.encode_ids(text.ids_of([prompt.text])).context]
     for context in found:

@@ -45,6 +45,18 @@ def test_every_node_is_offered_with_a_tooltip_on_every_widget_and_a_help_page(se
         assert page.startswith("#"), name
 
 
+def test_no_node_shows_more_than_eight_widgets(server):
+    """The others are marked advanced, which pages that can hide them do."""
+    info = server.get("/object_info")
+    for name in NODES:
+        inputs = info[name]["input"].get("required", {}) | info[name]["input"].get("optional", {})
+        widgets = [options for kind, options in inputs.values() if "default" in options]
+        shown = [options for options in widgets if not options.get("advanced")]
+        assert len(shown) <= 8 and (shown or not widgets), name
+    reread = info["FMN_MethodReread"]["input"]["optional"]
+    assert sum(not options.get("advanced") for _, options in reread.values()) == 6  # with preset
+
+
 def test_train_save_apply_and_stock_load_lora(server):
     """The picture changes, and in the same way through our node and through core's."""
     prompt = demo_loader() | training(steps=20) | saving("dog")
@@ -276,5 +288,5 @@ def test_damaged_file_is_said(server):
         "load": node("FMN_LoadForgetPatch", file="cut.safetensors"),
         "inspect": node("FMN_InspectForgetPatch", patch=["load", 0]),
     }
-    with pytest.raises(PromptError, match="cut short or not a safetensors file"):
+    with pytest.raises(PromptError, match="damaged or not a safetensors file"):
         server.run(load)

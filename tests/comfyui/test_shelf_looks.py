@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from .conftest import ROOT
-from .frontend import ARTEFACTS, READY, dress, setting
+from .frontend import ARTEFACTS, READY, at_rest, dress, setting
 from .shelf_files import ATTACK, FOLDER, folder_of, write_attack
 from .shelf_page import TAB, close_shelf, dismiss, only, open_shelf, quiet, refresh, row
 
@@ -30,7 +30,7 @@ def look_at_the_attack(page):
     option = page.locator(".fmn-row").first
     option.wait_for()
     option.click()
-    page.wait_for_timeout(500)  # for what is not to run
+    at_rest(page)  # for what must not run
     page.get_by_role("button", name="Rename", exact=True).click()
     page.get_by_role("dialog").get_by_role("textbox").wait_for()
     dismiss(page)
@@ -95,7 +95,7 @@ def test_looks(shelf, palette, nodes_2):
     page.get_by_role("listbox").focus()
     page.keyboard.press("Enter")
     page.wait_for_function("app.graph.nodes.length == 2")
-    page.wait_for_timeout(1500)  # until nodes, the message and colours have faded in
+    at_rest(page)  # nodes, the message and colours fade in
     page.screenshot(path=ARTEFACTS / f"shelf {palette} {'nodes 2' if nodes_2 else 'classic'}.png")
     for selector in (".fmn-name", ".fmn-facts", ".fmn-badge", ".fmn-button", ".fmn-search", "dt"):
         assert page.evaluate(CONTRAST, selector) > 4.5, selector

@@ -46,7 +46,7 @@ def test_notes_outlive_a_server_that_is_away(shelf, server, notes):
     expect(page.locator(".fmn-row")).to_have_count(5)
     notes.press_sequentially(" words")
     row(page, "cat").click()  # which saves them, or would
-    page.get_by_text("Not done").first.wait_for()
+    page.get_by_text("Could not change the patch").first.wait_for()
     expect(notes).to_have_value("")
     row(page, "dog").click()
     expect(notes).to_have_value("first words")
@@ -82,12 +82,12 @@ def test_notes_written_elsewhere_are_shown_and_not_overwritten(shelf, server, no
     notes.press_sequentially("mine")
     write(server, "theirs")
     page.get_by_role("listbox").focus()
-    page.get_by_text("meanwhile the notes below were written elsewhere").wait_for()
-    expect(page.locator(".fmn-others")).to_have_text("theirs")
+    page.get_by_text("notes below were written elsewhere").wait_for()
+    expect(page.locator(".fmn-saved-notes")).to_have_text("theirs")
     expect(notes).to_have_value("mine")
     assert kept(server) == "theirs"
     page.get_by_role("button", name="Save notes").click()
-    page.locator(".fmn-others").wait_for(state="detached")
+    page.locator(".fmn-saved-notes").wait_for(state="detached")
     assert kept(server) == "mine"
     expect(notes).to_have_value("mine")
 

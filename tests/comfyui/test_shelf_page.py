@@ -6,7 +6,7 @@ from itertools import groupby
 import pytest
 from playwright.sync_api import expect
 
-from .frontend import all_nodes, setting
+from .frontend import all_nodes, at_rest, setting
 from .shelf_files import FOLDER, folder_of
 from .shelf_page import answer, only, quiet, refresh, row, settled
 
@@ -143,7 +143,7 @@ def test_what_is_dropped_has_to_be_on_the_shelf(shelf):
             }""",
             key,
         )
-    page.wait_for_timeout(200)
+    at_rest(page)
     assert nodes(page) == []
     quiet(page)
 
@@ -175,7 +175,7 @@ def test_keys_move_the_selection_and_never_reach_the_canvas(shelf):
     page.keyboard.press("Backspace")
     page.keyboard.press("Delete")
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text("deleted for good").wait_for()
+    dialog.get_by_text("permanently deleted").wait_for()
     expect(dialog.get_by_role("listitem")).to_have_text([f"{FOLDER}/dog.safetensors"])
     answer(page, "Cancel")
     assert len(nodes(page)) == 1

@@ -116,7 +116,7 @@ def test_bases(server, folder):
         assert base("checkpoints", "shelf copy.safetensors") == base("demo", "")
         assert base("checkpoints", "shelf old.ckpt") == {"family": "", "base": ""}
         told = refused(lambda: base("checkpoints", "shelf bad.safetensors"))
-        assert "damaged or not a safetensors checkpoint" in told
+        assert "damaged or not a safetensors file" in told
     finally:
         for name in ("shelf copy.safetensors", "shelf old.ckpt", "shelf bad.safetensors"):
             (checkpoints / name).unlink()

@@ -100,7 +100,7 @@ def test_the_question_for_a_new_name(corrections, server, palette):
     assert name.evaluate("e => e === document.activeElement && e.selectionEnd === 5")
     files = dialog.get_by_role("listitem").all_inner_texts()
     assert files == [f"{FOLDER}/puppy.safetensors", *beside]
-    dialog.get_by_text("Workflows that use the old name will not find the patch.").wait_for()
+    dialog.get_by_text("no longer find the patch").wait_for()
     page.screenshot(path=ARTEFACTS / f"shelf rename {palette}.png")
     tops = "all => all.map(e => e.getBoundingClientRect()).map(box => [box.top, box.bottom])"
     places = dialog.locator("h2, input, p, ul, .fmn-actions").evaluate_all(tops)

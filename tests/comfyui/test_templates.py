@@ -3,7 +3,7 @@ one of the four run by the page's own button."""
 
 import pytest
 
-from .frontend import TEMPLATES, dress, open_template
+from .frontend import TEMPLATES, at_rest, dress, open_template
 from .template_page import (
     PICTURES,
     SET,
@@ -61,7 +61,7 @@ def test_a_template_in_the_page(page, server, looks, path):
     if here:
         choose_template(page, path.stem)
     else:
-        open_template(page, path, nodes_2, pause=0)
+        open_template(page, path, nodes_2)
     drawn(page, nodes_2)
     assert page.get_by_text("missing node", exact=False).count() == 0
     name = f"{path.stem}, {titled(looks)}"
@@ -73,7 +73,7 @@ def test_a_template_in_the_page(page, server, looks, path):
         told, cached, seconds = run(page, server)
         assert seconds < 120
         everything_came(server, page, prompt, told, cached)
-        page.wait_for_timeout(500)
+        at_rest(page)
         photograph(page, f"{name}, run")
         assert faults(page) == []
     assert page.fmn_errors == [] and page.fmn_console == []

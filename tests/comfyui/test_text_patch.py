@@ -21,8 +21,8 @@ def pipeline_model(pack):
 
 
 def make(pack, model, method="quickfix", **settings):
-    module = pack(f"fmn.methods.{method}")
-    return module.run(model, [concept(pack, anchor="cat")], module.Settings(**settings))
+    chosen = pack(f"fmn.methods.{method}").Settings(**settings)
+    return pack("fmn.methods").forget(model, [concept(pack, anchor="cat")], chosen)
 
 
 def encoded(clip, text=PROMPT):
@@ -54,7 +54,7 @@ def test_weighted_and_long_prompts_are_read(pack, comfy_model, prompt, sections)
     """Quickfix reads what goes into the layer, one row a section, without the empty prompt's."""
     quickfix = pack("fmn.methods.quickfix")
     with (
-        comfy_model.borrow_text(words=False) as text,
+        comfy_model.borrow_text_encoder(words=False) as text,
         torch.no_grad(),
         quickfix._inputs(comfy_model, text.module(quickfix.LAYER)) as inputs,
     ):
@@ -123,7 +123,7 @@ def test_the_clip_comes_back_unchanged(pack, comfy_model, method, dtype, fails, 
 
     if fails:
         module = pack("fmn.training.run" if method == "hirm" else f"fmn.methods.{method}")
-        monkeypatch.setattr(module, "fit" if method == "hirm" else "finished", fault)
+        monkeypatch.setattr(module, "Trainer" if method == "hirm" else "solved_patch", fault)
     try:
         with torch.inference_mode():
             patch = make(pack, comfy_model, method, **({"steps": 2} if method == "hirm" else {}))
@@ -182,7 +182,7 @@ def tiny_xl(pack, demo):
 
     families = pack("fmn.models.families")
     sizes = {"clip_l": (3, 16), "clip_g": (4, 24)}
-    texts = tuple(families.TextEncoder(name, *size) for name, size in sizes.items())
+    texts = tuple(families.CLIPConfig(name, *size) for name, size in sizes.items())
     options = {
         f"{name}_model_config": {
             "num_hidden_layers": blocks, "hidden_size": width, "intermediate_size": 4 * width,
@@ -213,14 +213,14 @@ def tiny_xl(pack, demo):
 def test_two_encoders_can_be_borrowed_but_learn_no_words(pack, demo):
     ForgetError, host = pack("fmn.errors").ForgetError, tiny_xl(pack, demo)
     refused = pytest.raises(ForgetError, match="Stable Diffusion XL has two text encoders")
-    with refused, host.borrow_text():
+    with refused, host.borrow_text_encoder():
         pass
     expected = host.encode(pack("fmn.concepts.concept").Prompt(PROMPT, "dog"))
     assert expected.context.shape == (1, 77, 40)
     short, whole = (host.encode_all([PROMPT, ""], length) for length in (20, 77))
     torch.testing.assert_close(short, whole[:, :20])
     before = state(host.clip.patcher)
-    with torch.inference_mode(), host.borrow_text(words=False) as text:
+    with torch.inference_mode(), host.borrow_text_encoder(words=False) as text:
         found, pooled = text.encode(PROMPT)
         with refused:
             text.vectors("dog")
@@ -253,7 +253,7 @@ def test_the_clip_of_another_family_is_refused(pack, demo, comfy_model):
     host.family = pack("fmn.models.families").SDXL
     with (
         pytest.raises(pack("fmn.errors").ForgetError, match="gives tokens for l, but .* clip_g"),
-        host.borrow_text(words=False),
+        host.borrow_text_encoder(words=False),
     ):
         pass
 

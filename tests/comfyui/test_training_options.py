@@ -1,8 +1,5 @@
 """Previews, saving and resuming in a real ComfyUI: the model comes back bit by bit."""
 
-import json
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -20,8 +17,8 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
 
     cancelled = management.InterruptProcessingException
     raised = {"success": None, "error": Fault, "cancel": cancelled}[ending]
-    methods, resume = pack("fmn.methods"), pack("fmn.training.resume")
-    drawn, saves = [], resume.Saves(1, lambda step: tmp_path / f"{step}.safetensors")
+    methods, training = pack("fmn.methods"), pack("fmn.training.run")
+    drawn, save = [], training.SaveEvery(1, lambda step: tmp_path / f"{step}.safetensors")
 
     def on_pictures(count):
         drawn.append(count)
@@ -35,12 +32,11 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
         comfy_model, prompts, 2, on_pictures=on_pictures
     )
 
-    def on_step(step):
-        saves(step)
-        if step.training:
-            previews.during(step.training)
+    def after_step(progress, run):
+        save(progress, run)
+        previews.during(run)
 
-    supervisor = pack("fmn.training.run").Supervisor(on_step, keep_best=True)
+    options = training.TrainingOptions(keep_best=True, after_step=after_step)
     settings = methods.settings_of(preset, SHORT[preset])
     patchers = comfy_model.patcher, comfy_model.clip.patcher
     before = [(state(patcher), gradient_flags(patcher)) for patcher in patchers]
@@ -49,9 +45,9 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
     with torch.inference_mode():
         if raised:
             with pytest.raises(raised):
-                methods.forget(comfy_model, [concept(pack)], settings, supervisor)
+                methods.forget(comfy_model, [concept(pack)], settings, options=options)
         else:
-            methods.forget(comfy_model, [concept(pack)], settings, supervisor)
+            methods.forget(comfy_model, [concept(pack)], settings, options=options)
             assert len(drawn) == 2 + 2 * 2
     for patcher, (weights, flags) in zip(patchers, before):
         assert same_bits(weights, state(patcher)) and gradient_flags(patcher) == flags
@@ -64,20 +60,21 @@ def test_model_and_clip_come_back_bit_identical(pack, comfy_model, tmp_path, pre
 @pytest.mark.parametrize("preset", TRAINED)
 def test_a_resumed_run_equals_an_uninterrupted_one(pack, comfy_model, tmp_path, preset):
     methods, resume = pack("fmn.methods"), pack("fmn.training.resume")
-    supervisor = pack("fmn.training.run").Supervisor
+    options = pack("fmn.training.run").TrainingOptions
     steps = "robust_steps" if preset == "reread-robust" else "steps"
     settings = methods.settings_of(preset, SHORT[preset] | {steps: 3})
     file = tmp_path / "2.fmn-train"
 
-    def on_step(step):
-        if step.training and step.index == 2:
-            resume.save_state(step.training.state(), file)
+    def save(progress, run):
+        if progress.index == 2:
+            resume.save_state(run.state(), file)
 
-    def run(supervised):
+    def run(options):
         with torch.inference_mode():
-            return methods.forget(comfy_model, [concept(pack)], settings, supervised)
+            return methods.forget(comfy_model, [concept(pack)], settings, options=options)
 
-    whole, resumed = run(supervisor(on_step)), run(supervisor(resume=resume.load_state(file)))
+    whole = run(options(after_step=save))
+    resumed = run(options(resume=resume.load_state(file)))
     for name, factors in whole.changes.items():
         assert all(map(torch.equal, factors, resumed.changes[name]))
 
@@ -85,38 +82,3 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pack, comfy_model, tmp_path, 
 def test_the_vae_of_another_model_is_refused(pack, comfy_model):
     with pytest.raises(pack("fmn.errors").ForgetError, match="This VAE reads 4 channels"):
         comfy_model.decode(torch.zeros(1, 16, 16, 16))
-
-
-def test_a_curve_stays_small_and_keeps_both_ends(pack):
-    live = pack("nodes.live_training")
-    curve = live.Curve()
-    for index in range(1, 5001):
-        curve.add(index, index / 3)
-        assert len(curve.points) <= live.POINTS and curve.points[-1][0] == index
-    indices = [index for index, _ in curve.points]
-    assert indices[0] <= 64 and len(indices) > live.POINTS // 3
-    gaps = {b - a for a, b in zip(indices, indices[1:-1])}
-    assert len(gaps) == 1
-    curve.add(5001, float("nan"))
-    assert curve.points[-1] == [5000, 1666.67]
-
-
-def test_only_the_last_states_are_kept(pack, monkeypatch):
-    live, sent = pack("nodes.live_training"), []
-    instance = SimpleNamespace(
-        client_id="me", send_sync=lambda event, data, client: sent.append((event, data, client))
-    )
-    monkeypatch.setattr(live, "PromptServer", SimpleNamespace(instance=instance))
-    for number in range(live.KEPT + 5):
-        context = SimpleNamespace(node_id=str(number), prompt_id="p")
-        monkeypatch.setattr(live, "get_executing_context", lambda context=context: context)
-        with live.Live("x" * 10_000, None) as shown:
-            shown.note("y" * 10_000)
-    assert len(live._states) == live.KEPT and ("me", None, "0") not in live._states
-    assert [data["status"] for _, data, _ in sent[:2]] == ["running", "done"]
-    assert all(len(json.dumps(data)) < 2000 for _, data, _ in sent)
-
-    instance.client_id, before = None, len(sent)  # queued by a program that gave no name
-    with live.Live("dog", None):
-        pass
-    assert len(sent) == before and len(live._states) == live.KEPT

@@ -6,7 +6,7 @@ from itertools import count
 import pytest
 from playwright.sync_api import expect
 
-from .frontend import ARTEFACTS, READY, dress, idle, open_prompt
+from .frontend import ARTEFACTS, READY, at_rest, dress, idle, open_prompt
 from .test_training_live import watched
 from .workflows import numbered
 
@@ -67,7 +67,7 @@ def test_the_curve_and_previews_are_drawn(page, nodes_2, light):
     page.wait_for_function(f"() => {POINTS} == 8")
     expect(view.locator("img")).to_have_count(4)
     page.wait_for_function(FITS, arg=view.element_handle())
-    page.wait_for_timeout(800)  # until the page has drawn the curve's node, too
+    at_rest(page)  # the page draws the curve's node too
     mode = f"{'nodes 2' if nodes_2 else 'classic'}, {'light' if light else 'dark'}"
     page.screenshot(path=ARTEFACTS / f"training {mode}.png")
     box, node = (
@@ -97,7 +97,7 @@ def test_a_reload_shows_the_state_again_and_cancel_works(page, nodes_2):
     seen = page.evaluate(STEP)
     page.wait_for_function(f"seen => {STEP} > seen", arg=seen)
     page.evaluate(PLACE)
-    page.wait_for_timeout(300)  # for the picture
+    page.evaluate("() => new Promise(requestAnimationFrame)")  # the picture shows the new place
     mode = "nodes 2" if nodes_2 else "classic"
     page.screenshot(path=ARTEFACTS / f"training after reload, {mode}.png")
     page.get_by_label("Cancel current run").first.click()

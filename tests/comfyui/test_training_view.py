@@ -6,8 +6,8 @@ import uuid
 import pytest
 from playwright.sync_api import expect
 
-from .frontend import ARTEFACTS, READY, idle
-from .test_told import NOTHING_RUNS
+from .frontend import ARTEFACTS, READY, at_rest, idle
+from .test_node_text import NOTHING_RUNS
 from .test_training_page import SAVED, VIEW, opened_graph, start
 
 LONG = '<img src="x" onerror="window.fmnAttacked = true"> ' + "a very long concept " * 12
@@ -37,7 +37,7 @@ def test_a_failure_gives_its_reason(page, nodes_2):
     page.wait_for_function(
         "e => e.scrollHeight <= e.clientHeight + 2", arg=view.element_handle()
     )  # nothing is cut off
-    page.wait_for_timeout(800)
+    at_rest(page)
     page.screenshot(path=ARTEFACTS / f"training failed, {'nodes 2' if nodes_2 else 'classic'}.png")
     assert view.evaluate("e => e.scrollHeight <= e.clientHeight + 2"), "it does not stay so"
     assert not page.evaluate("window.fmnAttacked") and page.locator("img[onerror]").count() == 0
@@ -56,7 +56,7 @@ def test_one_place_says_how_far_it_is(page, nodes_2):
     assert page.evaluate(TEXTS) == 0
     page.get_by_label("Cancel current run").first.click()
     view.get_by_text("cancelled: dog").wait_for()
-    page.wait_for_timeout(500)
+    at_rest(page)
     page.screenshot(
         path=ARTEFACTS / f"training cancelled, {'nodes 2' if nodes_2 else 'classic'}.png"
     )
@@ -105,6 +105,6 @@ def test_after_a_reload_each_workflow_has_its_own_curves(page, nodes_2):
         expect(view).to_have_count(1)
     page.evaluate("graph => app.loadGraphData(graph)", kept["dog"] | {"id": str(uuid.uuid4())})
     page.wait_for_function(f"id => app.graph.id !== id && {TRAIN}", arg=kept["dog"]["id"])
-    page.wait_for_timeout(500)
+    at_rest(page)
     expect(view).to_have_count(0)
     assert set(page.fmn_errors) <= {"getCanvas: canvas is null"}

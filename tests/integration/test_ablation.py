@@ -11,11 +11,10 @@ from torch.func import functional_call
 
 from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError
-from fmn.methods.ablation import PRESETS, Draws, Pair, Settings, prepare, prompt_pairs, run
+from fmn.methods.ablation import PRESETS, Batches, Pair, Settings, prepare, prompt_pairs, run
 from fmn.training import fit_adapters
-from fmn.training import run as training
-
-from ..unit.tiny import TinyBorrowed, TinyModel, make_scheduler
+from fmn.training.loop import Trainer
+from tests.unit.tiny import TinyDenoiser, TinyModel, make_scheduler
 
 ALPHAS = make_scheduler().alphas_cumprod
 DOG = Concept("dog", anchor="cat")
@@ -196,9 +195,9 @@ class Captured(Exception):
 
 def first_step(monkeypatch, model, concepts, settings, keep=()):
     """Loss and adapters with gradients of a run's first step, with changes that are not zero, and
-    what was drawn: a list of rows for ``literal_loss`` for each call of a ``Draws``."""
+    what was drawn: a list of rows for ``literal_loss`` for each call of a ``Batches``."""
     caught = {"drawn": []}
-    make_adapters, draw = fit_adapters.make_adapters, Draws.__call__
+    make_adapters, draw = fit_adapters.make_adapters, Batches.__call__
 
     def made(*args):
         caught["adapters"] = make_adapters(*args)
@@ -215,10 +214,10 @@ def first_step(monkeypatch, model, concepts, settings, keep=()):
         caught["drawn"].append(rows)
         return batches
 
-    def train(parameters, loss_at, *args):
+    def first(trainer, loss_at):
         generator = torch.Generator().manual_seed(9)
         with torch.no_grad():
-            for parameter in parameters:
+            for parameter in trainer.parameters:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         loss = sum(loss_at(0))
         loss.backward()
@@ -227,8 +226,8 @@ def first_step(monkeypatch, model, concepts, settings, keep=()):
 
     with monkeypatch.context() as patched, pytest.raises(Captured):
         patched.setattr(fit_adapters, "make_adapters", made)
-        patched.setattr(Draws, "__call__", drawn)
-        patched.setattr(training, "train", train)
+        patched.setattr(Batches, "__call__", drawn)
+        patched.setattr(Trainer, "run", first)
         run(model, concepts, settings, keep=keep)
     return caught
 
@@ -332,7 +331,7 @@ def test_draws_take_turns_and_noise_the_anchors_pictures():
         ],
         [Pair(encoded["elf"], encoded["man"], latents)],
     ]
-    draws = Draws(pairs, 8, torch.Generator().manual_seed(0), TinyBorrowed(model))
+    draws = Batches(pairs, 8, torch.Generator().manual_seed(0), TinyDenoiser(model))
     counted, times, starts = Counter(), set(), set()
     for _ in range(10):
         [batch] = draws()

@@ -1,6 +1,8 @@
 """One patch a concept: each as if made alone, none made twice, and failures by themselves."""
 
 from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,13 +10,24 @@ import torch
 from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.jobs.batch import Memo, forget_each, recipe, state_of
-from fmn.methods import METHODS, forget, settings_of
+from fmn.jobs import recipe as recipes
+from fmn.jobs.batch import CachingModel, forget_each
+from fmn.jobs.recipe import hash_model, hash_model_0_1, recipe, recipe_0_1
+from fmn.methods import METHODS, forget, settings_of, uce
+from fmn.methods.reread import Settings as Reread
 from fmn.models.families import FAMILIES
+from fmn.models.sampling import DDPMSchedule
 from fmn.models.token_positions import CHUNK
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import TINY, Cancelled, TinyModel, metadata_of, rewrite, same_tensors, weights_of
+from tests.unit.tiny import (
+    TINY,
+    Cancelled,
+    TinyModel,
+    metadata_of,
+    rewrite,
+    same_tensors,
+    weights_of,
+)
 
 CONCEPTS = [
     Concept("dog", aliases=("hound",), anchor="cat"),
@@ -24,9 +37,9 @@ CONCEPTS = [
 BAD = Concept("tree", prompts=("a bush",))
 UCE = settings_of("uce", {"keep_list": "none"})
 KEEP = ("blue house", "a man on a horse")
-# What makes each method short; the four that only watch the U-Net read no texts through the memo.
+# What makes each method short; the four that only watch the U-Net read no texts through the cache.
 SHORT = {
-    "keep_list": "none", "prompts": 3, "kept": 4, "steps": 2, "batch": 2, "size": 64,
+    "keep_list": "none", "prompts": 3, "keep_prompts": 4, "steps": 2, "batch": 2, "size": 64,
     "sampling_steps": 1,
 }  # fmt: skip
 WATCHING = "resteer", "esd", "ablation", "casteer"
@@ -55,11 +68,12 @@ class Timed(TinyModel):
     """With a noise schedule that ends in less of the picture, as for zero terminal SNR."""
 
     @contextmanager
-    def borrow(self):
-        with super().borrow() as borrowed:
-            borrowed.alphas_cumprod = borrowed.alphas_cumprod.clone()
-            borrowed.alphas_cumprod[-1] = 2**-24
-            yield borrowed
+    def borrow_denoiser(self):
+        with super().borrow_denoiser() as denoiser:
+            denoiser.alphas_cumprod = denoiser.alphas_cumprod.clone()
+            denoiser.alphas_cumprod[-1] = 2**-24
+            denoiser.schedule = DDPMSchedule(denoiser.alphas_cumprod)
+            yield denoiser
 
 
 def names(folder):
@@ -67,13 +81,13 @@ def names(folder):
 
 
 def test_each_is_what_it_is_alone_and_none_is_made_twice(tmp_path):
-    model, places = Counting(), []
+    model, events = Counting(), []
     before = weights_of(model.unet)
-    batch = forget_each(model, CONCEPTS, UCE, tmp_path / "a", places.append, KEEP)
+    batch = forget_each(model, CONCEPTS, UCE, tmp_path / "a", events.append, KEEP)
     assert same_tensors(weights_of(model.unet), before)
     assert [path.name.rpartition("_")[0] for path in batch.files] == ["dog", "van_gogh", "red_car"]
     assert sorted(path.name for path in batch.files) == names(tmp_path / "a")
-    assert batch.failed == batch.there == batch.again == []
+    assert batch.failed == batch.existing == batch.remade == []
     assert [model.encoded.count(text) for text in KEEP] == [1, 1]
     for concept, path in zip(CONCEPTS, batch.files):
         alone = forget(model, [concept], UCE, keep=KEEP)
@@ -83,39 +97,39 @@ def test_each_is_what_it_is_alone_and_none_is_made_twice(tmp_path):
             assert torch.allclose(found.change_of(name), alone.change_of(name), atol=2e-3)
         assert path.stem.endswith(found.info["recipe"][:12])
     stamps = [path.stat().st_mtime_ns for path in batch.files]
-    places.clear()
-    again = forget_each(model, CONCEPTS, UCE, tmp_path / "a", places.append, KEEP)
-    assert again.files == again.there == batch.files
+    events.clear()
+    again = forget_each(model, CONCEPTS, UCE, tmp_path / "a", events.append, KEEP)
+    assert again.files == again.existing == batch.files
     assert [path.stat().st_mtime_ns for path in again.files] == stamps
-    assert [(place.name, place.index, place.step) for place in places] == [
+    assert [(event.name, event.index, event.step) for event in events] == [
         ("dog", 1, None), ("van gogh", 2, None), ("red car", 3, None)
     ]  # fmt: skip
 
 
-def test_places_tell_of_the_whole_batch(tmp_path):
-    places = []
-    forget_each(TinyModel(), CONCEPTS, UCE, tmp_path, places.append)
-    done = [place.done for place in places]
+def test_events_tell_of_the_whole_batch(tmp_path):
+    events = []
+    forget_each(TinyModel(), CONCEPTS, UCE, tmp_path, events.append)
+    done = [event.done for event in events]
     assert done == sorted(done) and done[0] == 0 and done[-1] == 3
-    assert {place.count for place in places} == {3}
-    lefts = [place.seconds_left for place in places if place.step]
+    assert {event.count for event in events} == {3}
+    lefts = [event.seconds_left for event in events if event.step]
     assert lefts[-1] == 0 and all(left > 0 for left in lefts[:-1])
 
 
-def test_whatever_decides_a_patch_is_in_its_recipe():
+def test_everything_that_decides_a_patch_is_in_its_recipe(monkeypatch):
     model, concept = TinyModel(), CONCEPTS[0]
-    state = state_of(model)
-    assert state == state_of(TinyModel())
+    state = hash_model(model)
+    assert state == hash_model(TinyModel())
     worn, spoken, timed = TinyModel(), TinyModel(), Timed()
     with torch.no_grad():
         worn.unet.conv_in.weight[0, 0, 0, 0] += 1  # what a LoRA on any layer does
     spoken.position[3] += 1  # another text encoder
     keys = [
         recipe(state, concept, UCE),
-        recipe(state_of(TinyModel(seed=1)), concept, UCE),
-        recipe(state_of(worn), concept, UCE),
-        recipe(state_of(spoken), concept, UCE),
-        recipe(state_of(timed), concept, UCE),
+        recipe(hash_model(TinyModel(seed=1)), concept, UCE),
+        recipe(hash_model(worn), concept, UCE),
+        recipe(hash_model(spoken), concept, UCE),
+        recipe(hash_model(timed), concept, UCE),
         recipe(state, concept, settings_of("uce", {"keep_list": "none", "erase": 2})),
         recipe(state, concept, settings_of("rece", {})),
         recipe(state, concept, UCE, KEEP),
@@ -128,8 +142,12 @@ def test_whatever_decides_a_patch_is_in_its_recipe():
             )
         ),
     ]  # fmt: skip
-    assert len(set(keys)) == len(keys)
     assert recipe(state, concept, UCE) == keys[0]
+    monkeypatch.setattr(uce, "REVISION", 2)
+    keys.append(recipe(state, concept, UCE))
+    monkeypatch.setattr(recipes, "_hash_lists", lambda: "others")
+    keys.append(recipe(state, concept, UCE))
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize("damage", ["cut", "other"])
@@ -142,8 +160,8 @@ def test_a_file_that_is_not_the_patch_is_made_again(tmp_path, damage):
     else:
         rewrite(path, lambda tensors, told: told.update({"fmn.recipe": '"x"'}))
     batch = forget_each(model, CONCEPTS[:1], UCE, tmp_path)
-    assert batch.files == [path] and batch.there == []
-    ((again, reason),) = batch.again
+    assert batch.files == [path] and batch.existing == []
+    ((again, reason),) = batch.remade
     assert again == path and reason in batch.report()
     assert {"cut": "is damaged", "other": "another patch was there"}[damage] in reason
     assert same_tensors(dict(load_patch(path).lora()), dict(whole.lora()))
@@ -164,26 +182,26 @@ def test_a_concept_that_fails_is_told_and_the_others_are_made(tmp_path):
 def test_training_that_blows_up_is_a_failure_too(tmp_path):
     model = TinyModel()
 
-    def on_place(place):
-        model.poisoned = place.index == 2
+    def on_progress(event):
+        model.poisoned = event.index == 2
 
     settings = settings_of("resteer", {"steps": 2})
-    batch = forget_each(model, CONCEPTS, settings, tmp_path, on_place)
+    batch = forget_each(model, CONCEPTS, settings, tmp_path, on_progress)
     assert [load_patch(path).concepts for path in batch.files] == [["dog"], ["red car"]]
     ((concept, reason),) = batch.failed
     assert concept.name == "van gogh" and "not finite at step 1" in reason
 
 
 def test_cancel_passes_and_finished_files_stay(tmp_path):
-    def on_place(place):
-        if place.index == 2 and place.step:
+    def on_progress(event):
+        if event.index == 2 and event.step:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        forget_each(TinyModel(), CONCEPTS, UCE, tmp_path, on_place)
+        forget_each(TinyModel(), CONCEPTS, UCE, tmp_path, on_progress)
     assert [load_patch(path).concepts for path in tmp_path.iterdir()] == [["dog"]]
     batch = forget_each(TinyModel(), CONCEPTS, UCE, tmp_path)
-    assert [path.name.partition("_")[0] for path in batch.there] == ["dog"]
+    assert [path.name.partition("_")[0] for path in batch.existing] == ["dog"]
     assert len(batch.files) == 3
 
 
@@ -197,7 +215,7 @@ def test_a_folder_that_cannot_be_written_ends_it_at_once(tmp_path):
     seen = []
     with pytest.raises(ForgetError, match="could not be saved"):
         forget_each(TinyModel(), CONCEPTS, UCE, tmp_path / "file", seen.append)
-    assert {place.index for place in seen} == {1}
+    assert {event.index for event in seen} == {1}
 
 
 def test_an_empty_list_is_refused(tmp_path):
@@ -211,30 +229,30 @@ def test_a_name_makes_no_path(tmp_path):
     assert path.parent == tmp_path / "in" and len(path.name) < 70
 
 
-def test_the_memo_remembers_and_is_bounded():
+def test_the_cache_remembers_and_is_bounded():
     model = Counting()
     size = model.encode_all(["a"]).nbytes
-    memo = Memo(model, limit=2 * size)
+    cache = CachingModel(model, limit=2 * size)
     expected = TinyModel().encode_all(["a", "b", "a", "c"])
     model.encoded.clear()
-    assert memo.encode_all(["a", "b", "a", "c"]).equal(expected)
+    assert cache.encode_all(["a", "b", "a", "c"]).equal(expected)
     assert model.encoded == ["a", "b", "c"]
-    assert memo.encode_all(["c", "a"]).equal(expected[[3, 0]])  # b was asked for longest ago
+    assert cache.encode_all(["c", "a"]).equal(expected[[3, 0]])  # b was asked for longest ago
     assert model.encoded == ["a", "b", "c"]
-    memo.encode_all(["b"])
+    cache.encode_all(["b"])
     assert model.encoded == ["a", "b", "c", "b"]
-    assert memo.family is model.family
-    assert memo.encode_all(["b"], 9).equal(expected[[1], :9])  # a part of what is known
+    assert cache.family is model.family
+    assert cache.encode_all(["b"], 9).equal(expected[[1], :9])  # a part of what is known
     assert model.encoded == ["a", "b", "c", "b"]
-    assert Memo(model).encode_all(["b"], 9).equal(expected[[1], :9])
-    longer = Memo(model)
+    assert CachingModel(model).encode_all(["b"], 9).equal(expected[[1], :9])
+    longer = CachingModel(model)
     assert longer.encode_all(["a"], 5).equal(expected[[0], :5])
     assert longer.encode_all(["a"]).equal(expected[[0]]) and longer._bytes == size
 
 
 def test_the_recipe_is_in_the_file(tmp_path):
     (path,) = forget_each(TinyModel(), CONCEPTS[:1], UCE, tmp_path).files
-    key = recipe(state_of(TinyModel()), CONCEPTS[0], UCE)
+    key = recipe(hash_model(TinyModel()), CONCEPTS[0], UCE)
     assert metadata_of(path)["fmn.recipe"] == f'"{key}"'
     patch = load_patch(path)
     save_patch(patch, tmp_path / "copy.safetensors")
@@ -246,13 +264,54 @@ def demo():
     return DiffusersModel.load("demo")
 
 
+def test_recipes_of_version_0_1():
+    """As its code wrote them, also of settings that have been renamed since."""
+    concept = Concept("van gogh", "style", aliases=("vincent",), anchor="a painter")
+    recorded = {
+        "reread": "255e5bb04228fa88bce6f8acb30eaf35cb76075d4eda10d3cbbaeea6fa0073da",
+        "uce": "93deff0fe2b82ea0c9869c709d566e46ac0ec30cc5f3231aab12974b55b59794",
+        "esd": "e6686dab11d2efe2488173246fb36d26b24a83f07a8cd72ceb67cc7cffe837cf",
+    }
+    names = {each.metadata.get("formerly") or each.name: each.name for each in fields(Reread)}
+    changes = {names["push"]: 0.5, names["places"]: 4}
+    for preset, settings in (("reread", changes), ("uce", {"keep_list": "none"}), ("esd", {})):
+        key = recipe_0_1("state", concept, settings_of(preset, settings), ("blue house",))
+        assert key == recorded[preset]
+    assert hash_model_0_1(TinyModel()) is None  # no host of version 0.1
+    package = Path(recipes.__file__).parents[1]
+    for host in recipes._code_0_1()["hosts"]:  # a host that moves takes its entry along
+        assert package.joinpath(*host.split(".")).with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("changed", ["nothing", "the method", "the lists"])
+def test_a_patch_of_version_0_1_is_kept_if_its_method_is_unchanged(
+    demo, tmp_path, monkeypatch, changed
+):
+    concept = Concept("dog")
+    key = recipe_0_1(hash_model_0_1(demo), concept, UCE)
+    patch = forget(demo, [concept], UCE)
+    patch.info["recipe"] = key
+    old = save_patch(patch, tmp_path / f"dog_{key[:12]}.safetensors")
+    stamp = old.stat().st_mtime_ns
+    if changed == "the method":
+        monkeypatch.setattr(uce, "REVISION", 2)
+    elif changed == "the lists":
+        monkeypatch.setattr(recipes, "_hash_lists", lambda: "others")
+    batch = forget_each(demo, [concept], UCE, tmp_path)
+    assert (batch.files == batch.existing == [old]) == (changed == "nothing")
+    assert len(names(tmp_path)) == (1 if changed == "nothing" else 2)
+    assert old.stat().st_mtime_ns == stamp
+    again = forget_each(demo, [concept], UCE, tmp_path)
+    assert again.existing == again.files == batch.files
+
+
 @pytest.mark.parametrize("preset", READING)
 def test_a_second_concept_is_what_it_is_alone(demo, preset):
-    """Also of methods that watch the text encoder, which sees no text that the memo knows."""
+    """Also of methods that watch the text encoder, which sees no text that the cache knows."""
     has = vars(settings_of(preset, {}))
     settings = settings_of(preset, {name: SHORT[name] for name in SHORT.keys() & has.keys()})
-    keep, memo = () if settings.keep_needs else KEEP, Memo(demo)
-    first, second = (forget(memo, [Concept(name)], settings, keep=keep) for name in ("dog", "cat"))
+    keep, cache = () if settings.keep_needs else KEEP, CachingModel(demo)
+    first, second = (forget(cache, [Concept(name)], settings, keep=keep) for name in ("dog", "cat"))
     alone = forget(demo, [Concept("cat")], settings, keep=keep)
     assert first.changes.keys() == second.changes.keys() == alone.changes.keys()
     for name in alone.changes:
@@ -262,12 +321,12 @@ def test_a_second_concept_is_what_it_is_alone(demo, preset):
 
 def test_what_is_read_while_the_text_is_borrowed_is_not_remembered():
     model = Counting()
-    memo, position = Memo(model), model.position
-    known = memo.encode_all(["a"])
-    with memo.borrow_text():
+    cache, position = CachingModel(model), model.position
+    known = cache.encode_all(["a"])
+    with cache.borrow_text_encoder():
         model.position = position + 1
-        assert not memo.encode_all(["a"]).equal(known)
-        memo.encode_all(["b"])
+        assert not cache.encode_all(["a"]).equal(known)
+        cache.encode_all(["b"])
     model.position = position
-    assert memo.encode_all(["a"]).equal(known)
-    assert memo.encode_all(["b"]).equal(TinyModel().encode_all(["b"]))
+    assert cache.encode_all(["a"]).equal(known)
+    assert cache.encode_all(["b"]).equal(TinyModel().encode_all(["b"]))

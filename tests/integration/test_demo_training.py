@@ -166,7 +166,7 @@ def test_colour_targets_of_one_patch():
     assert found == pytest.approx([0.3 - 0.3, 1.5, -0.25])
 
 
-class TinyText(nn.Module):
+class TinyTextEncoder(nn.Module):
     """A text encoder of one embedding."""
 
     def __init__(self):
@@ -198,7 +198,7 @@ class TinyUNet(nn.Module):
 class TinyNetworks(network.Networks):
     def __init__(self):
         torch.manual_seed(3)
-        super().__init__(TinyUNet(), TinyText(), None, None, 1.3)
+        super().__init__(TinyUNet(), TinyTextEncoder(), None, None, 1.3)
 
     def tokens(self, texts):
         ids = [

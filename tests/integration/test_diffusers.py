@@ -1,6 +1,11 @@
 """The diffusers host beside the command line: schedulers, folders, shapes."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -8,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import fmn
 from fmn.errors import ForgetError
 from fmn.hosts.diffusers.load import DEMO_FILE
 from fmn.hosts.diffusers.model import DiffusersModel
@@ -32,7 +38,7 @@ def test_samples_have_unit_variance_with_any_scheduler(model, name):
     pipeline.scheduler = getattr(diffusers, name).from_config(
         pipeline.scheduler.config, timestep_spacing="trailing"
     )
-    latents = model.sample_latents(["a photo of a dog"], model.latents_like([0], 128), 6, 3.5)
+    latents = model.sample_latents(["a photo of a dog"], model.initial_noise([0], 128), 6, 3.5)
     assert 0.5 < latents.std() < 2
 
 
@@ -70,9 +76,38 @@ def test_want_of_memory_is_no_damaged_checkpoint(monkeypatch):
     def load(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(load, "_demo", load)
+    monkeypatch.setattr("fmn.hosts.diffusers.load._demo", load)
     with pytest.raises(torch.OutOfMemoryError):
         DiffusersModel.load(DEMO_FILE)
+
+
+def test_a_folder_loads_in_a_locale_without_utf8(model, tmp_path):
+    model.save(tmp_path / "base")
+    config = tmp_path / "base" / "unet" / "config.json"
+    content = json.loads(config.read_text("utf-8")) | {"_name_or_path": "modèle"}
+    config.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+    code = (
+        "import locale, sys; from fmn.hosts.diffusers.model import DiffusersModel; "
+        "assert 'UTF' not in locale.getpreferredencoding().upper(); "
+        "DiffusersModel.load(sys.argv[1])"
+    )
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "base")],
+        cwd=Path(fmn.__file__).parents[1], env=os.environ | ascii_locale, check=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_patches_are_added_all_or_none(model):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    good = ForgetPatch(DEMO, {name: (torch.ones(192, 1), torch.ones(1, 128))})
+    conv = model.unet.conv_in
+    model.unet.conv_in = torch.nn.Conv2d(5, conv.out_channels, 3, padding=1)
+    bad = ForgetPatch(DEMO, {"conv_in": (torch.ones(64, 1, 1, 1), torch.ones(1, 4, 3, 3))})
+    before = model.unet.get_submodule(name).weight.clone()
+    with pytest.raises(ForgetError, match="variant"):
+        model.add_patches([(good, 1.0), (bad, 1.0)])
+    assert torch.equal(model.unet.get_submodule(name).weight, before)
 
 
 def test_a_failed_folder_leaves_nothing_but_what_was_there(model, tmp_path, monkeypatch):
@@ -100,10 +135,10 @@ def test_a_variant_with_another_input_layer_is_refused(model):
     model.unet.register_to_config(in_channels=5)
     patch = ForgetPatch(DEMO, {"conv_in": (torch.ones(64, 1, 1, 1), torch.ones(1, 4, 3, 3))})
     with pytest.raises(ForgetError, match=r"\[64, 4, 3, 3\], the model has \[64, 5, 3, 3\]"):
-        model.merged([(patch, 1.0)])
-    with pytest.raises(ForgetError, match="reads 5 channels"), model.borrow():
+        model.add_patches([(patch, 1.0)])
+    with pytest.raises(ForgetError, match="reads 5 channels"), model.borrow_denoiser():
         pass
     keys = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     before = model.unet.get_submodule(keys).weight.clone()
-    model.merged([(ForgetPatch(DEMO, {keys: (torch.ones(192, 1), torch.ones(1, 128))}), 0.5)])
+    model.add_patches([(ForgetPatch(DEMO, {keys: (torch.ones(192, 1), torch.ones(1, 128))}), 0.5)])
     assert torch.allclose(model.unet.get_submodule(keys).weight, before + 0.5)

@@ -15,17 +15,18 @@ from fmn.hosts.diffusers import load
 from fmn.hosts.diffusers.load import load_pipeline, make_tokenizer
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import resteer
-from fmn.models.families import FAMILIES, SDXL, Family, TextEncoder
+from fmn.models.families import FAMILIES, SDXL, CLIPConfig, UNetFamily
 from fmn.models.sampling import ddim
 from fmn.training import fit_adapters
+from fmn.training.memory import Activations
 
 KINDS = {8: "InstructPix2PixPipeline", 9: "InpaintPipeline"}
-XL = Family(
+XL = UNetFamily(
     key="sdxl", title="Tiny XL", channels=(8, 16), blocks=1, depth=(0, 2), middle_depth=2,
     context_dim=40, linear_projection=True, resolution=64,
     architecture="stable-diffusion-xl-v1-base", base_version="sdxl_base_v1-0",
     stability_names=True, vector_dim=24 + 6 * 8,
-    texts=(TextEncoder("clip_l", 2, 16), TextEncoder("clip_g", 2, 24)),
+    texts=(CLIPConfig("clip_l", 2, 16), CLIPConfig("clip_g", 2, 24)),
 )  # fmt: skip
 
 
@@ -83,7 +84,8 @@ def tiny_xl():
 @pytest.mark.parametrize("xl", [False, True], ids=["demo", "xl"])
 def test_folders_of_variants_are_trained_and_merged(tmp_path, monkeypatch, channels, xl):
     monkeypatch.setitem(FAMILIES, "sdxl", XL)
-    monkeypatch.setattr(fit_adapters, "estimate", lambda *given: None)  # longer than the steps here
+    measured = Activations(0, 0)  # longer than the steps here
+    monkeypatch.setattr(fit_adapters, "measure_activations", lambda *given: measured)
     kind = folder_of(tiny_xl() if xl else load_pipeline("demo"), channels, tmp_path / "base")
     model = DiffusersModel.load(tmp_path / "base")
     assert type(model.saved) is kind and (model.family is XL) == xl
@@ -106,7 +108,7 @@ def test_folders_of_variants_are_trained_and_merged(tmp_path, monkeypatch, chann
     latents = model.sample(Prompt("a photo of a dog", "dog"), [1], 64, 2, 3.5)
     assert latents.shape == (1, 4, 8, 8) and latents.isfinite().all() and as_it_was()
 
-    model.merged([(patch, 1.0)]).save(tmp_path / "merged")
+    model.add_patches([(patch, 1.0)]).save(tmp_path / "merged")
     again = DiffusersModel.load(tmp_path / "merged")
     assert type(again.saved) is kind and again.unet.config.in_channels == channels
     base = DiffusersModel.load(tmp_path / "base")
@@ -132,12 +134,12 @@ def test_v_prediction_with_zero_terminal_snr(name):
     assert model.prediction == "v"
     prompt = Prompt("a photo of a dog", "dog")
     text, noise = model.encode(prompt), torch.randn(1, 4, 8, 8)
-    with model.borrow() as borrowed, torch.no_grad():
+    with model.borrow_denoiser() as denoiser, torch.no_grad():
         drawn = ddim(
-            lambda x, t: borrowed.denoise(x, torch.tensor([t]), text),
-            noise, borrowed.alphas_cumprod, 4,
+            lambda x, t: denoiser.predict_noise(x, torch.tensor([t]), text),
+            noise, denoiser.alphas_cumprod, 4,
         )  # fmt: skip
-        first = borrowed.denoise(noise, torch.tensor([999]), text)
+        first = denoiser.predict_noise(noise, torch.tensor([999]), text)
     assert drawn.isfinite().all() and drawn.std() < 10
     torch.testing.assert_close(first, noise, atol=0.01, rtol=0)  # nothing but noise is there
     assert model.sample(prompt, [1], 64, 3, 3.5).isfinite().all()

@@ -16,15 +16,14 @@ from fmn.models.families import (
     SD1,
     SD2,
     SDXL,
+    cross_attention_names,
     identify,
     layers,
     layers_by_name,
     text_layers,
 )
-from fmn.models.interface import cross_attention_names
 from fmn.patches.lora_keys import file_name, known_names
-
-from ..unit.tiny import TINY, tiny_unet
+from tests.unit.tiny import TINY, tiny_unet
 
 PACKAGE = Path(fmn.__file__).parent
 DEMO_FILE = PACKAGE.parent / "demo" / "fmn-demo.safetensors"

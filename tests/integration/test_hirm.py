@@ -15,8 +15,7 @@ from fmn.methods.hirm import PRESETS, Settings
 from fmn.models.families import DEMO, SD1, SD2, SDXL, layers_by_name, text_layers
 from fmn.patches.lora_keys import file_name
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import same_tensors, weights_of
+from tests.unit.tiny import same_tensors, weights_of
 
 FIRST = [layer.name for layer in text_layers(DEMO) if ".layers.0." in layer.name]
 LAST = "text_encoder.text_model.encoder.layers.2.self_attn.out_proj"
@@ -140,7 +139,7 @@ def test_the_loss_of_what_is_kept(model):
     concept = Concept("dog", anchor="cat")
     hirm.run(model, [concept], settings, told.append, keep=keep)
     one = hirm.run(model, [concept], replace(settings, steps=1), keep=keep)
-    worn = DiffusersModel.load("demo").merged([(one, 1.0)])
+    worn = DiffusersModel.load("demo").add_patches([(one, 1.0)])
     with torch.no_grad():
         target, before = output(model, "cat"), output(model, "a wolf")
         first = F.mse_loss(output(model, "dog"), target)
@@ -157,7 +156,7 @@ def test_the_default_reaches_its_target_and_keeps_neighbours(model):
     moved = {}
     for preserve in (0.0, Settings().preserve):
         patch = hirm.run(model, [Concept("dog")], replace(Settings(), preserve=preserve))
-        worn = DiffusersModel.load("demo").merged([(patch, 1.0)])
+        worn = DiffusersModel.load("demo").add_patches([(patch, 1.0)])
         moved[preserve] = float((worn.encode_all(neighbours) - kept).norm() / kept.norm())
         assert (worn.encode_all(["a photo of a dog"]) - dog).norm() > 0.7 * dog.norm()
     assert moved[Settings().preserve] < 0.3 < 0.5 < moved[0.0]

@@ -1,4 +1,4 @@
-"""Previews of a training: drawn with the adapters as they are, and without a trace."""
+"""Previews while training: drawn with the adapters as they are, and without a trace."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.images import to_image
 from fmn.methods import forget, settings_of
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.patches.patch import load_patch
 from fmn.training.preview import Previews
-from fmn.training.resume import Saves, load_state, state_path
-
-from ..unit.tiny import Cancelled, TinyModel, same_tensors, traces, weights_of
+from fmn.training.resume import load_state, state_path
+from fmn.training.run import SaveEvery, TrainingOptions
+from tests.unit.tiny import Cancelled, TinyModel, same_tensors, traces, weights_of
 
 DOG, PROMPTS = [Concept("dog")], ("a dog", "a house")
 SETTINGS = {"steps": 4, "lr": 0.05}
@@ -26,9 +26,9 @@ def pixels(picture):
 
 
 def drawn_with(model, patch):
-    """The same pictures from a patch that is worn."""
-    with open_studio(model, Sampling(3, 7.0), 1) as studio, studio.applying([(patch, 1.0)]):
-        return [to_image(studio.draw([prompt], [5])[0]) for prompt in PROMPTS]
+    """The same pictures with a patch applied."""
+    with open_sampler(model, Sampling(3, 7.0), 1) as sampler, sampler.applying([(patch, 1.0)]):
+        return [to_image(sampler.draw([prompt], [5])[0]) for prompt in PROMPTS]
 
 
 def tensors_of(patch):
@@ -40,10 +40,11 @@ def test_previews_show_the_adapters_of_their_step(preset):
     model, seen = TinyModel(), []
     previews = Previews(model, PROMPTS, 3, 5)
 
-    def on_step(step):
-        seen.append((previews.during(step.training), step.training.patch()))
+    def after_step(progress, run):
+        seen.append((previews.during(run), run.patch()))
 
-    patch = forget(model, DOG, settings_of(preset, SETTINGS), on_step)
+    options = TrainingOptions(after_step=after_step)
+    patch = forget(model, DOG, settings_of(preset, SETTINGS), options=options)
     plain = [np.array(pixels(each)) for each in drawn_with(TinyModel(), make_nothing(patch))]
     for rows, then in seen:
         assert [prompt for prompt, *_ in rows] == list(PROMPTS)
@@ -68,12 +69,13 @@ def test_a_text_encoder_in_training_is_drawn_with():
     model, rows = DiffusersModel.load("demo"), []
     previews = Previews(model, ["a dog"], 2, 5)
 
-    def on_step(step):
-        if step.index == 3:
-            rows.extend(previews.during(step.training))
-            rows.append(step.training.patch())
+    def after_step(progress, run):
+        if progress.index == 3:
+            rows.extend(previews.during(run))
+            rows.append(run.patch())
 
-    forget(model, DOG, settings_of("hirm", {"steps": 4}), on_step)
+    options = TrainingOptions(after_step=after_step)
+    forget(model, DOG, settings_of("hirm", {"steps": 4}), options=options)
     [(_, before, now), patch] = rows
     [(_, untouched, worn)] = Previews(DiffusersModel.load("demo"), ["a dog"], 2, 5).after(patch)
     assert np.array_equal(pixels(before), pixels(untouched))
@@ -89,10 +91,8 @@ def test_cancel_inside_a_preview():
     before = weights_of(model.unet)
     previews = Previews(model, PROMPTS, 3, 5, cancel)
     with pytest.raises(Cancelled):
-        forget(
-            model, DOG, settings_of("resteer", SETTINGS),
-            lambda step: previews.during(step.training),
-        )  # fmt: skip
+        options = TrainingOptions(after_step=lambda progress, run: previews.during(run))
+        forget(model, DOG, settings_of("resteer", SETTINGS), options=options)
     assert same_tensors(weights_of(model.unet), before)
     assert traces(model.unet) == []
     assert all(parameter.requires_grad for parameter in model.unet.parameters())
@@ -106,13 +106,14 @@ def test_other_models_have_no_previews():
 
 
 def test_saved_every_some_steps_and_at_the_end(tmp_path):
-    saves, kept = Saves(3, lambda step: tmp_path / f"dog_{step}.safetensors"), []
+    save, kept = SaveEvery(3, lambda step: tmp_path / f"dog_{step}.safetensors"), []
 
-    def on_step(step):
-        saves(step)
+    def after_step(progress, run):
+        save(progress, run)
         kept.append(sorted(path.name for path in tmp_path.iterdir()))
 
-    patch = forget(TinyModel(), DOG, settings_of("resteer", SETTINGS | {"steps": 7}), on_step)
+    settings = settings_of("resteer", SETTINGS | {"steps": 7})
+    patch = forget(TinyModel(), DOG, settings, options=TrainingOptions(after_step=after_step))
     assert kept[1] == []
     assert kept[2] == ["dog_3.fmn-train", "dog_3.safetensors"]
     assert kept[5] == ["dog_3.safetensors", "dog_6.fmn-train", "dog_6.safetensors"]
@@ -124,6 +125,7 @@ def test_saved_every_some_steps_and_at_the_end(tmp_path):
 
 
 def test_nothing_is_saved_by_methods_that_solve(tmp_path):
-    saves = Saves(1, lambda step: tmp_path / "dog.safetensors")
-    forget(TinyModel(), DOG, settings_of("uce", {}), saves)
+    save = SaveEvery(1, lambda step: tmp_path / "dog.safetensors")
+    options = TrainingOptions(after_step=save)
+    forget(TinyModel(), DOG, settings_of("uce", {}), options=options)
     assert list(tmp_path.iterdir()) == []

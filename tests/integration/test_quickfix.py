@@ -12,8 +12,7 @@ from fmn.methods.quickfix import LAYER, Settings
 from fmn.models.families import DEMO, SD1, SD2, SDXL, layers_by_name
 from fmn.patches.lora_keys import file_name
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import same_tensors, weights_of
+from tests.unit.tiny import same_tensors, weights_of
 
 NO_KEEP = {"preserve": 0.0}
 END = 49407
@@ -147,7 +146,7 @@ def test_the_default_protects_neighbours_and_reaches_the_anchor(model):
     moved = {}
     for name in quickfix.PRESETS:
         patch = quickfix.run(model, [concept], quickfix.PRESETS[name])
-        worn = DiffusersModel.load("demo").merged([(patch, 1.0)])
+        worn = DiffusersModel.load("demo").add_patches([(patch, 1.0)])
         found = worn.encode_all(("a photo of a dog",)) - cat
         moved[name] = (worn.encode_all(neighbours) - kept).norm() / kept.norm()
         if name == "quickfix":

@@ -11,10 +11,9 @@ from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import forget, reread_text, settings_of
 from fmn.methods.reread_text import Lessons, Settings, read_metric
 from fmn.models.families import DEMO, layers, text_layers
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.patches.patch import load_patch, save_patch
-
-from ..unit.tiny import same_tensors, weights_of
+from tests.unit.tiny import same_tensors, weights_of
 
 PAIRS = [("a photo of a dog", "a photo of a"), ("a robot, twemoji", "twemoji"), ("cat", "")]
 KEPT, OWN = ["", "a horse", "an apple, 3d render"], ["a car"]
@@ -27,22 +26,22 @@ def model():
 
 @pytest.fixture(scope="module")
 def metric(model):
-    with model.borrow() as borrowed:
-        return read_metric(borrowed, DEMO)
+    with model.borrow_denoiser() as denoiser:
+        return read_metric(denoiser, DEMO)
 
 
 def test_the_metric_is_what_keys_and_values_make_of_a_context(model, metric):
     context = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
-    with model.borrow() as borrowed:
-        weights = [borrowed.module(x.name).weight for x in layers(DEMO) if x.is_key_or_value]
+    with model.borrow_denoiser() as denoiser:
+        weights = [denoiser.module(x.name).weight for x in layers(DEMO) if x.is_key_or_value]
         made = sum((context @ weight.mT).square().sum(1) for weight in weights)
-        trace = weight_gram(borrowed, DEMO).trace()
+        trace = weight_gram(denoiser, DEMO).trace()
     torch.testing.assert_close((context @ metric).square().sum(1) * float(trace), made)
 
 
 def test_the_loss_is_the_documented_one(model, metric):
     settings = Settings(batch=4, preserve=2.0)
-    with model.borrow_text(words=False) as encoder:
+    with model.borrow_text_encoder(words=False) as encoder:
         lessons = Lessons(encoder, PAIRS, KEPT, OWN, metric, settings)
         length = lessons.concept.shape[2]
         # BOS, six words in the longest, EOT, and padding behind it
@@ -56,7 +55,7 @@ def test_the_loss_is_the_documented_one(model, metric):
         apart = (before - targets).square().sum(1)
         # Untouched, all of each difference is left and nothing that is kept has moved.
         assert float(lessons(0)) == pytest.approx(1.0, rel=1e-4)
-        torch.testing.assert_close(lessons.apart, apart, rtol=1e-4, atol=0)
+        torch.testing.assert_close(lessons.distances, apart, rtol=1e-4, atol=0)
         assert float(lessons.scale) == pytest.approx(float(apart.mean()), rel=1e-4)
         name = "text_encoder.text_model.encoder.layers.2.mlp.fc2"
         shift = torch.randn(128, generator=torch.Generator().manual_seed(2))
@@ -80,7 +79,7 @@ def test_the_loss_is_the_documented_one(model, metric):
 
 
 def test_cut_ids_give_the_same_beginning(model):
-    with model.borrow_text(words=False) as encoder, torch.no_grad():
+    with model.borrow_text_encoder(words=False) as encoder, torch.no_grad():
         ids = encoder.ids_of(["a photo of a dog", "a cat"])
         assert ids.shape == (2, 1, 77)
         whole, part = encoder.encode_ids(ids).context, encoder.encode_ids(ids[..., :12]).context
@@ -94,7 +93,7 @@ def test_two_concepts_go_and_a_kept_one_stays(model, tmp_path):
     encoder, unet = model.pipeline.text_encoder, model.unet
     before = weights_of(encoder), weights_of(unet)
     told = []
-    settings = settings_of("reread-many", {"steps": 80, "kept": 60, "batch": 16})
+    settings = settings_of("reread-many", {"steps": 80, "keep_prompts": 60, "batch": 16})
     patch = forget(model, concepts, settings, told.append, keep=["a cat"])
     assert same_tensors(before[0], weights_of(encoder)) and same_tensors(
         before[1], weights_of(unet)
@@ -105,8 +104,8 @@ def test_two_concepts_go_and_a_kept_one_stays(model, tmp_path):
     patch = load_patch(save_patch(patch, tmp_path / "many.safetensors"))
     texts = ["a photo of a dog", "a photo of a", "a cat"]
     dog, without, cat = model.encode_all(texts)
-    with open_studio(model) as studio, studio.applying([(patch, 1.0)]):
-        worn = studio.model.encode_all(texts)
+    with open_sampler(model) as sampler, sampler.applying([(patch, 1.0)]):
+        worn = sampler.model.encode_all(texts)
     assert (worn[0] - without).norm() < 0.5 * (dog - without).norm()
     assert (worn[2] - cat).norm() < 0.3 * (dog - without).norm()
 

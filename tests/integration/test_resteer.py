@@ -9,13 +9,12 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from fmn.concepts.concept import Concept
 from fmn.methods import resteer
-from fmn.methods.resteer import Data, Draws, Example, Settings, prepare
+from fmn.methods.resteer import Batches, Data, Example, Settings, prepare
 from fmn.models.interface import Text
 from fmn.models.token_positions import EOS_ID
 from fmn.training import fit_adapters
-from fmn.training import run as training
-
-from ..unit.tiny import TinyModel, make_scheduler, word_id
+from fmn.training.loop import Trainer
+from tests.unit.tiny import TinyModel, make_scheduler, word_id
 
 MUSK = Concept("elon musk", "identity")
 DOG = Concept("dog")
@@ -78,7 +77,7 @@ def first_step(model, concepts, settings, monkeypatch):
         caught["adapters"] = original(*args)
         return caught["adapters"]
 
-    def train(parameters, loss_at, *args):
+    def first(trainer, loss_at):
         model.seen.clear()
         loss = loss_at(0)
         caught["seen"] = list(model.seen)
@@ -89,7 +88,7 @@ def first_step(model, concepts, settings, monkeypatch):
     original = fit_adapters.make_adapters
     with monkeypatch.context() as patched, pytest.raises(Captured):
         patched.setattr(fit_adapters, "make_adapters", make_adapters)
-        patched.setattr(training, "train", train)
+        patched.setattr(Trainer, "run", first)
         resteer.run(model, concepts, settings)
     gradients = {
         f"{name}.{part}": parameter.grad
@@ -143,7 +142,7 @@ def test_equals_the_released_algorithm(monkeypatch, scope, pad, use_pooler):
 
 def noise_of_draw(model, settings, t):
     """The noise that a seed draws: x_t where alphas are zero and nothing else is left."""
-    (batch,) = Draws(prepare(model, [MUSK], settings), settings, ALPHAS * 0, "cpu")()
+    (batch,) = Batches(prepare(model, [MUSK], settings), settings, ALPHAS * 0, "cpu")()
     assert torch.equal(batch.t, t)
     return batch.x_t
 
@@ -206,8 +205,8 @@ def test_checkpointing_changes_nothing_but_memory(monkeypatch, scope, full):
         settings = Settings(layers=scope, full_weights=full, checkpointing=checkpointing)
         runs[checkpointing] = first_step(model, [MUSK, DOG], settings, monkeypatch)[:2]
         handle.remove()
-        # One look, one forward, and the same again in backward.
-        assert calls.count(torch.Tensor) == 2 + checkpointing  # memory is estimated on others
+        # To measure attention, to estimate memory, to train, and once more in backward.
+        assert calls.count(torch.Tensor) == 3 + checkpointing
     (loss, gradients), (again, recomputed) = runs[False], runs[True]
     torch.testing.assert_close(again, loss)
     assert gradients.keys() == recomputed.keys()
@@ -227,7 +226,9 @@ def test_draws_noise_the_reference():
     """Equal seeds draw equal noise, which a schedule of zero alphas shows bare."""
     clean = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(9))
     data, noises = make_data(clean), []
-    bare, draws = (Draws(data, Settings(batch=8), alphas, "cpu") for alphas in (ALPHAS * 0, ALPHAS))
+    bare, draws = (
+        Batches(data, Settings(batch=8), alphas, "cpu") for alphas in (ALPHAS * 0, ALPHAS)
+    )
     for _ in range(100):
         ([noise], [batch]) = bare(), draws()
         assert torch.equal(noise.t, batch.t)
@@ -241,9 +242,9 @@ def test_draws_noise_the_reference():
 def test_draws_are_reproducible():
     settings = Settings(batch=2, seed=3)
     data = make_data(torch.ones(5, 4, 2, 2), examples=4)
-    first, second = (Draws(data, settings, ALPHAS, "cpu") for _ in range(2))
+    first, second = (Batches(data, settings, ALPHAS, "cpu") for _ in range(2))
     torch.rand(7)  # the global generator has no say
-    other = Draws(data, Settings(batch=2, seed=4), ALPHAS, "cpu")
+    other = Batches(data, Settings(batch=2, seed=4), ALPHAS, "cpu")
     differs = False
     for _ in range(10):
         ([one], [same], [different]) = first(), second(), other()
@@ -255,13 +256,13 @@ def test_draws_are_reproducible():
 
 def test_draws_leave_the_global_generator_alone():
     state = torch.get_rng_state()
-    Draws(make_data(torch.ones(5, 4, 2, 2), examples=4), Settings(), ALPHAS, "cpu")()
+    Batches(make_data(torch.ones(5, 4, 2, 2), examples=4), Settings(), ALPHAS, "cpu")()
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_every_example_comes_once_an_epoch(batch):
-    draws = Draws(make_data(torch.zeros(1, 4, 2, 2), 5), Settings(batch=batch), ALPHAS, "cpu")
+    draws = Batches(make_data(torch.zeros(1, 4, 2, 2), 5), Settings(batch=batch), ALPHAS, "cpu")
     rows = []
     for _ in range(20):
         [drawn] = draws()
@@ -278,7 +279,7 @@ def test_concepts_take_turns_whatever_their_number_of_prompts():
     texts = [Text(torch.full((1, 77, 1), float(i))) for i in range(6)]
     examples = [Example(owner, text, flags) for owner, text in zip(owners, texts)]
     latents = [torch.full((1, 4, 2, 2), 1000.0 * owner) for owner in range(3)]
-    draws = Draws(Data(examples, latents), Settings(), torch.full((1000,), 0.999), "cpu")
+    draws = Batches(Data(examples, latents), Settings(), torch.full((1000,), 0.999), "cpu")
     drawn = [draws()[0] for _ in range(36)]
     rows = [int(batch.text.context[0, 0, 0]) for batch in drawn]
     concepts = [owners[row] for row in rows]
@@ -290,13 +291,13 @@ def test_concepts_take_turns_whatever_their_number_of_prompts():
 
 def test_every_reference_is_drawn():
     latents = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 4, 2, 2) * 1000
-    draws = Draws(make_data(latents), Settings(batch=64), torch.full((1000,), 0.999), "cpu")
+    draws = Batches(make_data(latents), Settings(batch=64), torch.full((1000,), 0.999), "cpu")
     seen = Counter((draws()[0].x_t.mean((1, 2, 3)) / 1000).round().tolist())
     assert sorted(seen) == [0, 1, 2, 3] and min(seen.values()) > 5
 
 
 def test_time_steps_are_uniform():
-    draws = Draws(make_data(torch.zeros(1, 4, 1, 1)), Settings(batch=64), ALPHAS, "cpu")
+    draws = Batches(make_data(torch.zeros(1, 4, 1, 1)), Settings(batch=64), ALPHAS, "cpu")
     t = torch.cat([draws()[0].t for _ in range(200)])  # 12,800
     assert t.min() >= 0 and t.max() <= 999
     tenths = torch.bincount(t // 100, minlength=10)
@@ -304,5 +305,5 @@ def test_time_steps_are_uniform():
 
 
 def test_time_steps_reach_both_ends():
-    draws = Draws(make_data(torch.zeros(1, 4, 1, 1)), Settings(batch=64), ALPHAS[:5], "cpu")
+    draws = Batches(make_data(torch.zeros(1, 4, 1, 1)), Settings(batch=64), ALPHAS[:5], "cpu")
     assert set(draws()[0].t.tolist()) == {0, 1, 2, 3, 4}

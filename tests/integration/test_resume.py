@@ -1,21 +1,24 @@
 """A run that goes on from a file equals one that was never interrupted, bit for bit."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import forget, settings_of
-from fmn.training.loop import Optimiser, train
+from fmn.patches.patch import load_patch
+from fmn.progress import ignore
+from fmn.training.loop import AdamWConfig, Trainer
 from fmn.training.resume import load_state, save_state, state_path
-from fmn.training.run import SMOOTHED, Supervisor
-
-from ..unit.tiny import TinyModel, same_tensors, traces, weights_of
-from ..unit.training.test_train import Overflow, loss_of, start
+from fmn.training.run import SMOOTHED, TrainingOptions
+from tests.unit.tiny import TinyModel, same_tensors, traces, weights_of
+from tests.unit.training.test_train import Overflow, loss_of, start
 
 CONCEPTS = [Concept("dog", aliases=("puppy",), anchor="cat"), Concept("owl", anchor="cat")]
 CASES = {
@@ -45,18 +48,22 @@ def tensors_of(patch):
 
 
 def saved_at(step, path, **options):
-    """A supervisor that writes the training's state to a file after one step, and goes on."""
+    """Options that save the training state after one step, and train on."""
 
-    def on_step(seen):
-        if seen.training and seen.index == step:
-            save_state(seen.training.state(), path)
+    def save(progress, run):
+        if progress.index == step:
+            save_state(run.state(), path)
 
-    return Supervisor(on_step, **options)
+    return TrainingOptions(after_step=save, **options)
 
 
-def run(model, settings, supervisor=None):
+def resumed_from(file, **options):
+    return TrainingOptions(resume=load_state(file), **options)
+
+
+def run(model, settings, options=None, on_step=ignore):
     keep = () if settings.keep_needs else ("a house",)
-    return forget(model, CONCEPTS, settings, supervisor or Supervisor(), keep)
+    return forget(model, CONCEPTS, settings, on_step, keep, options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,7 +75,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path):
     watched = run(TinyModel(), settings, saved_at(3, file))
     model, steps = TinyModel(), []
     before = weights_of(model.unet)
-    resumed = run(model, settings, Supervisor(steps.append, load_state(file)))
+    resumed = run(model, settings, resumed_from(file), steps.append)
     assert same_tensors(tensors_of(resumed), tensors_of(whole))
     assert same_tensors(tensors_of(watched), tensors_of(whole))  # saving changes nothing
     assert [step.index for step in steps] == [4, 5, 6, 7, 8]
@@ -78,7 +85,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path):
 
 TEXT = {
     "hirm": ({"steps": 3}, {"steps": 1}),  # of each concept
-    "reread-many": ({"steps": 4, "kept": 8, "batch": 2}, {}),  # its rate depends on their number
+    # Its rate depends on the number of steps.
+    "reread-many": ({"steps": 4, "keep_prompts": 8, "batch": 2}, {}),
 }
 
 
@@ -87,15 +95,28 @@ def test_a_text_encoder_s_training_goes_on_too(preset, tmp_path):
     settings, file = settings_of(preset, TEXT[preset][0]), tmp_path / "a.fmn-train"
     model = DiffusersModel.load("demo")
     whole = forget(model, CONCEPTS, settings)
-    forget(model, CONCEPTS, replace(settings, **TEXT[preset][1]), saved_at(2, file))
-    resumed = forget(model, CONCEPTS, settings, Supervisor(resume=load_state(file)))
+    forget(model, CONCEPTS, replace(settings, **TEXT[preset][1]), options=saved_at(2, file))
+    resumed = forget(model, CONCEPTS, settings, options=resumed_from(file))
     assert same_tensors(tensors_of(resumed), tensors_of(whole))
+
+
+def test_a_state_with_a_setting_s_former_name_goes_on(tmp_path):
+    settings, file = settings_of("reread-many", TEXT["reread-many"][0]), tmp_path / "a.fmn-train"
+    model = DiffusersModel.load("demo")
+    whole = forget(model, CONCEPTS, settings, options=saved_at(2, file))
+    state = load_state(file)
+    state.record["settings"]["kept"] = state.record["settings"].pop("keep_prompts")
+    resumed = forget(model, CONCEPTS, settings, options=TrainingOptions(state))
+    assert same_tensors(tensors_of(resumed), tensors_of(whole))
+    state.record["settings"]["kept"] += 1
+    with pytest.raises(ForgetError, match="made with keep_prompts 9.*this is 8"):
+        forget(model, CONCEPTS, settings, options=TrainingOptions(state))
 
 
 def test_a_shorter_run_goes_on_with_more_steps(tmp_path):
     settings, file = settings_of("resteer", {"steps": 3}), tmp_path / "a.fmn-train"
     run(TinyModel(), replace(settings, steps=1), saved_at(2, file))
-    resumed = run(TinyModel(), settings, Supervisor(resume=load_state(file)))
+    resumed = run(TinyModel(), settings, resumed_from(file))
     assert same_tensors(tensors_of(resumed), tensors_of(run(TinyModel(), settings)))
 
 
@@ -104,7 +125,7 @@ def test_a_state_can_be_used_twice(tmp_path):
     settings, file = settings_of("resteer", {"steps": 2}), tmp_path / "a.fmn-train"
     run(TinyModel(), settings, saved_at(2, file))
     state = load_state(file)
-    first, second = (run(TinyModel(), settings, Supervisor(resume=state)) for _ in range(2))
+    first, second = (run(TinyModel(), settings, TrainingOptions(state)) for _ in range(2))
     assert same_tensors(tensors_of(first), tensors_of(second))
 
 
@@ -116,48 +137,55 @@ def test_adamws_memory_matters(tmp_path):
     for key in list(state.tensors):
         if key.endswith(("exp_avg", "exp_avg_sq", "step")):
             del state.tensors[key]
-    resumed = run(TinyModel(), settings, Supervisor(resume=state))
+    resumed = run(TinyModel(), settings, TrainingOptions(state))
     assert not same_tensors(tensors_of(resumed), tensors_of(run(TinyModel(), settings)))
 
 
-def test_a_loop_goes_on_after_float16_overflowed():
-    """Draws that overflowed count too, and the smaller scale stays."""
+def test_a_loop_resumes_after_float16_overflowed():
+    """Attempts that overflowed count too, and the smaller loss scale stays."""
 
-    def made(draws):
+    def trainer_of(draws, steps, resume_state=None):
         parameters = start()
 
         def loss_at(index):
             value = Overflow.apply(loss_of(parameters, index)).sum()
             return value * (1 + 0.01 * next(draws))
 
-        return parameters, loss_at
+        return Trainer(parameters, AdamWConfig(0.1), steps, 512.0, resume_state), loss_at
 
-    loops = []
-    parameters, loss_at = made(iter(range(100)))
-    train(parameters, loss_at, 5, Optimiser(0.1), lambda step: loops.append(step.loop), 512.0)
-    assert loops[-1].tries == 8 and loops[-1].scale == 64.0
+    whole, loss_at = trainer_of(iter(range(100)), 5)
+    list(whole.run(loss_at))
+    assert whole.attempts == 8 and whole.loss_scale == 64.0
 
-    part, loss_at = made(iter(range(100)))
-    caught = []
-    train(part, loss_at, 2, Optimiser(0.1), lambda step: caught.append(step.loop), 512.0)
-    assert caught[-1].tries == 5
-    again, loss_at = made(iter(range(caught[-1].tries, 100)))
+    part, loss_at = trainer_of(iter(range(100)), 2)
+    list(part.run(loss_at))
+    state = part.state()
+    assert state.attempts == 5
+    again, loss_at = trainer_of(iter(range(state.attempts, 100)), 5, state)
     with torch.no_grad():
-        for ours, theirs in zip(again, part):
+        for ours, theirs in zip(again.parameters, part.parameters):
             ours.copy_(theirs)
-    losses = train(again, loss_at, 5, Optimiser(0.1), begun=caught[-1])
-    assert losses == loops[-1].losses
-    assert all(torch.equal(ours, whole) for ours, whole in zip(again, parameters))
+    list(again.run(loss_at))
+    assert again.losses == whole.losses
+    assert all(map(torch.equal, again.parameters, whole.parameters))
 
 
 def test_parameters_without_gradient_have_no_moments():
     used, unused = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0))
-    loops = []
-    train(
-        [used, unused], lambda index: used.square(), 2, Optimiser(0.1),
-        lambda step: loops.append(step.loop),
-    )  # fmt: skip
-    assert loops[-1].moments[0]["step"] == 2 and loops[-1].moments[1] is None
+    trainer = Trainer([used, unused], AdamWConfig(0.1), 2)
+    list(trainer.run(lambda index: used.square()))
+    moments = trainer.state().moments
+    assert moments[0]["step"] == 2 and moments[1] is None
+
+
+def test_a_state_of_version_0_1_ends_in_its_patch_bit_for_bit():
+    """Saved by version 0.1 after 4 of 8 steps on the demo model, beside the patch of all 8."""
+    model, files = DiffusersModel.load("demo"), Path(__file__).parents[1] / "data" / "resume"
+    settings = settings_of("resteer", {"steps": 8, "rank": 1})
+    options = resumed_from(files / "resteer-0.1.fmn-train")
+    patch = forget(model, [Concept("dog")], settings, options=options)
+    assert same_tensors(patch.lora(), load_file(files / "resteer-0.1.safetensors"))
+    assert patch.info["loss"] == load_patch(files / "resteer-0.1.safetensors").info["loss"]
 
 
 LONG = {"steps": 15, "lr": 0.05, "seed": 1}  # a rate at which the loss jumps
@@ -167,11 +195,11 @@ def best_by_hand(settings):
     """Means of the last losses, and the patch of the step at which that was lowest."""
     seen = []
 
-    def on_step(step):
-        patch = step.training.patch() if step.index >= SMOOTHED else None
-        seen.append((list(step.losses), patch))
+    def after_step(progress, run):
+        patch = run.patch() if progress.index >= SMOOTHED else None
+        seen.append((list(progress.losses), patch))
 
-    run(TinyModel(), settings, Supervisor(on_step))
+    run(TinyModel(), settings, TrainingOptions(after_step=after_step))
     means = [
         (sum(losses[-SMOOTHED:]) / SMOOTHED, i)
         for i, (losses, patch) in enumerate(seen)
@@ -188,24 +216,24 @@ def test_the_best_step_is_kept(tmp_path):
     assert same_tensors(tensors_of(kept), tensors_of(best))
     assert not same_tensors(tensors_of(kept), tensors_of(last))
     assert kept.info["loss"]["steps"] == min(means)[1] + 1
-    resumed = run(TinyModel(), settings, Supervisor(resume=load_state(file), keep_best=True))
+    resumed = run(TinyModel(), settings, resumed_from(file, keep_best=True))
     assert same_tensors(tensors_of(resumed), tensors_of(best))
 
 
 def test_too_few_steps_to_choose_from_keep_the_last():
     settings = settings_of("resteer", {"steps": 3, "lr": 0.05})
-    kept = run(TinyModel(), settings, Supervisor(keep_best=True))
+    kept = run(TinyModel(), settings, TrainingOptions(keep_best=True))
     assert same_tensors(tensors_of(kept), tensors_of(run(TinyModel(), settings)))
 
 
 OTHER = {
     "method": (dict(preset="esd"), "made with the method 'resteer', and this is 'esd'"),
-    "no training": (dict(preset="uce"), "made with the method 'resteer', and this is 'uce'"),
+    "no training": (dict(preset="uce"), "uce solves and does not train, so it cannot resume"),
     "concepts": (dict(concepts=CONCEPTS[:1]), "made with concepts 'dog, owl', and this is 'dog'"),
     "setting": (dict(lr=0.5), "made with lr 0.002, and this is 0.5: only steps may differ"),
     "seed": (dict(seed=9), "made with seed 0, and this is 9"),
     "base": (dict(model_seed=1), "made with a base model of fingerprint"),
-    "done": (dict(steps=2), "has 4 steps behind it and 4 are asked for: set more steps"),
+    "done": (dict(steps=2), "has 4 finished steps and 4 are asked for: set more steps"),
 }
 
 
@@ -219,7 +247,7 @@ def test_nothing_else_goes_on(case, tmp_path):
     concepts, preset = changes.pop("concepts", CONCEPTS), changes.pop("preset", "resteer")
     settings = settings_of(preset, changes if preset != "resteer" else {"steps": 4} | changes)
     with pytest.raises(ForgetError, match=message) as caught:
-        forget(model, concepts, settings, Supervisor(resume=load_state(file)))
+        forget(model, concepts, settings, options=resumed_from(file))
     assert "a.fmn-train" in str(caught.value)
     assert same_tensors(weights_of(model.unet), before)
     assert traces(model.unet) == []

@@ -15,15 +15,13 @@ from fmn.concepts.concept import Prompt
 from fmn.errors import ForgetError
 from fmn.hosts.diffusers.load import make_tokenizer
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.hosts.diffusers.text_encoder import borrow_text
 from fmn.methods import hirm
 from fmn.methods.describe import describe
-from fmn.models.families import DEMO, SD1, SD2, SDXL, TextEncoder, text_layers
-from fmn.models.generator import open_studio
+from fmn.models.families import DEMO, SD1, SD2, SDXL, CLIPConfig, text_layers
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch
-
-from ..unit.tiny import make_patch, metadata_of, rewrite, same_tensors, weights_of
+from tests.unit.tiny import make_patch, metadata_of, rewrite, same_tensors, weights_of
 
 PROMPT = Prompt("a photo of a dog", "dog")
 FAMILIES = [DEMO, SD1, SD2, SDXL]
@@ -90,30 +88,30 @@ def test_text_layers_of_another_family_are_refused(tmp_path, family, other):
         )
 
 
-def test_a_studio_wears_a_text_patch(model):
+def test_a_sampler_applies_a_text_patch(model):
     patch, unet = text_patch(), make_patch(DEMO)
     plain = model.encode(PROMPT).context
-    merged = DiffusersModel.load("demo").merged([(patch, 0.5)]).encode(PROMPT).context
-    with open_studio(model, Sampling(steps=2)) as studio:
-        assert torch.equal(studio.text(PROMPT.text).context, plain)
-        with studio.applying([(patch, 0.5), (unet, 1.0)]):
-            worn = studio.text(PROMPT.text).context
-            with studio.bare():
-                assert torch.equal(studio.text(PROMPT.text).context, plain)
-                bare = studio.draw([PROMPT.text], [1])
-            assert torch.equal(studio.text(PROMPT.text).context, worn)
-            drawn = studio.draw([PROMPT.text], [1])
-        assert torch.equal(studio.text(PROMPT.text).context, plain)
-        assert torch.equal(studio.draw([PROMPT.text], [1]), bare)
+    merged = DiffusersModel.load("demo").add_patches([(patch, 0.5)]).encode(PROMPT).context
+    with open_sampler(model, Sampling(steps=2)) as sampler:
+        assert torch.equal(sampler.text(PROMPT.text).context, plain)
+        with sampler.applying([(patch, 0.5), (unet, 1.0)]):
+            worn = sampler.text(PROMPT.text).context
+            with sampler.unpatched():
+                assert torch.equal(sampler.text(PROMPT.text).context, plain)
+                bare = sampler.draw([PROMPT.text], [1])
+            assert torch.equal(sampler.text(PROMPT.text).context, worn)
+            drawn = sampler.draw([PROMPT.text], [1])
+        assert torch.equal(sampler.text(PROMPT.text).context, plain)
+        assert torch.equal(sampler.draw([PROMPT.text], [1]), bare)
     assert (worn - plain).abs().max() > 0.1 and not torch.equal(drawn, bare)
     torch.testing.assert_close(worn, merged, rtol=0, atol=1e-4)
 
 
 def test_a_unet_patch_leaves_the_text(model):
-    with open_studio(model, Sampling(steps=1)) as studio:
-        before = studio.text(PROMPT.text)
-        with studio.applying([(make_patch(DEMO), 1.0)]):
-            assert studio.text(PROMPT.text) is before  # kept, not encoded again
+    with open_sampler(model, Sampling(steps=1)) as sampler:
+        before = sampler.text(PROMPT.text)
+        with sampler.applying([(make_patch(DEMO), 1.0)]):
+            assert sampler.text(PROMPT.text) is before  # kept, not encoded again
 
 
 def test_a_variant_of_another_width_is_refused(model):
@@ -123,11 +121,11 @@ def test_a_variant_of_another_width_is_refused(model):
     module.weight = torch.nn.Parameter(torch.zeros(512, 130))
     message = r"changes 'clip_l.*fc1' of shape \[512, 128\], the model has \[512, 130\]"
     with pytest.raises(ForgetError, match=message):
-        model.merged([(patch, 1.0)])
+        model.add_patches([(patch, 1.0)])
     with (
         pytest.raises(ForgetError, match=message),
-        open_studio(model) as studio,
-        studio.applying([(patch, 1.0)]),
+        open_sampler(model) as sampler,
+        sampler.applying([(patch, 1.0)]),
     ):
         pass
     assert not module._forward_hooks
@@ -137,7 +135,9 @@ def test_diffusers_own_loader_does_the_same(model, tmp_path):
     """``load_lora_weights`` on our file: the same prompt embeddings as our merge."""
     path = save_patch(text_patch(), tmp_path / "text.safetensors")
     plain = model.encode(PROMPT).context
-    merged = DiffusersModel.load("demo").merged([(load_patch(path), 1.0)]).encode(PROMPT).context
+    merged = (
+        DiffusersModel.load("demo").add_patches([(load_patch(path), 1.0)]).encode(PROMPT).context
+    )
     logging.set_verbosity_error()  # no U-Net layers, which it finds odd
     model.pipeline.load_lora_weights(load_file(path))
     loaded = model.encode(PROMPT).context
@@ -149,7 +149,7 @@ def test_diffusers_own_loader_does_the_same(model, tmp_path):
 
 def test_a_borrowed_encoder_can_be_watched_with_gradients(model):
     name = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
-    with torch.inference_mode(), model.borrow_text() as text:
+    with torch.inference_mode(), model.borrow_text_encoder() as text:
         module, seen = text.module(name), []
         hook = module.register_forward_hook(
             lambda module, args, output: seen.append((args[0], output))
@@ -166,7 +166,7 @@ def test_a_borrowed_encoder_can_be_watched_with_gradients(model):
 
 TINY_XL = replace(
     SDXL, context_dim=40, vector_dim=64,
-    texts=(TextEncoder("clip_l", 3, 16), TextEncoder("clip_g", 4, 24)),
+    texts=(CLIPConfig("clip_l", 3, 16), CLIPConfig("clip_g", 4, 24)),
 )  # fmt: skip
 
 
@@ -210,13 +210,13 @@ def of_two_encoders():
 
 
 def test_two_encoders_can_be_borrowed_but_learn_no_words(tiny_xl):
-    with of_two_encoders(), tiny_xl.borrow_text():
+    with of_two_encoders(), tiny_xl.borrow_text_encoder():
         pass
     expected = tiny_xl.encode(PROMPT)
     short, whole = (tiny_xl.encode_all([PROMPT.text, ""], length) for length in (20, 77))
     assert whole.shape == (2, 77, 40)
     torch.testing.assert_close(short, whole[:, :20])
-    with borrow_text(tiny_xl, words=False) as text:
+    with tiny_xl.borrow_text_encoder(words=False) as text:
         encoded, pooled = text.encode(PROMPT.text)
         with of_two_encoders():
             text.vectors("dog")
@@ -261,7 +261,7 @@ def test_only_the_first_of_two_encoders_is_trained(tiny_xl):
 def test_what_trained_comes_back_as_it_was(tiny_xl):
     encoders = tiny_xl.pipeline.text_encoder, tiny_xl.pipeline.text_encoder_2
     encoders[1].train()
-    with pytest.raises(RuntimeError, match="a fault"), borrow_text(tiny_xl, words=False):
+    with pytest.raises(RuntimeError, match="a fault"), tiny_xl.borrow_text_encoder(words=False):
         assert not any(p.requires_grad for encoder in encoders for p in encoder.parameters())
         assert not encoders[1].training
         raise RuntimeError("a fault")

@@ -1,22 +1,22 @@
-"""A studio over the tiny model, which draws as the little suite says; folders with patches."""
+"""A sampler over the tiny model, which draws as the little suite says; folders with patches."""
 
 import pytest
 import torch
 
-from fmn.images import data_uri
-from fmn.models.generator import open_studio
-from fmn.patches.library import Shelf
+from fmn.images import thumbnail_uri
+from fmn.models.image_sampler import open_sampler
+from fmn.patches.library import Library
 from fmn.patches.patch import save_patch
 
 from .tiny import TinyModel, make_patch
 from .worlds import SUITE
 
-PICTURE = data_uri(torch.zeros(1, 8, 8, 3))
+PICTURE = thumbnail_uri(torch.zeros(1, 8, 8, 3))
 
 
 @pytest.fixture
-def studio():
-    with open_studio(TinyModel(), SUITE.sampling, batch=3) as opened:
+def sampler():
+    with open_sampler(TinyModel(), SUITE.sampling, batch=3) as opened:
         yield opened
 
 
@@ -46,4 +46,4 @@ def folders(tmp_path, whole):
 
 @pytest.fixture
 def shelf(folders):
-    return Shelf(folders)
+    return Library(folders)

@@ -8,30 +8,19 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fmn.bench.reporting.statistics import as_value, bootstrap, bootstrap_means, harmonic_mean
+from fmn.bench.reporting.columns import COLUMNS
+from fmn.bench.reporting.statistics import bootstrap, unlearn_canvas
 
 TARGETS = {
     "mermaid": "identity", "santa claus": "identity", "astronaut": "identity",
     "dog": "object", "castle": "object", "bicycle": "object",
     "ink drawing": "style", "twemoji": "style",
 }  # fmt: skip
-COLUMNS = [
-    ("UA", "%", "high", "main", "Share of pictures of the target that no longer show it."),
-    ("IRA", "%", "high", "main", "Share of others of the target's domain drawn as asked."),
-    ("CRA", "%", "high", "main", "Share of kept pictures right in the other domain."),
-    ("HM", "%", "high", "main", "Harmonic mean of UA, IRA and CRA."),
-    ("KID", "", "low", "main", "Distance of kept pictures from those of the untouched model."),
-    ("aliases", "%", "low", "text", "Share of pictures by other words that show the target."),
-    ("languages", "%", "low", "text", "The same for prompts in other languages."),
-    ("inversion", "%", "low", "text", "The same after textual inversion of the target."),
-    ("inpainting", "%", "low", "beyond", "The same where half of a picture of it is given."),
-    ("relearn", "%", "low", "beyond", "The same after 20 steps of training on it."),
-    ("float16", "%", "low", "precision", "Root mean square change of pixels in float16."),
-    ("with 20", "%", "high", "scale", "UA with 20 patches worn at once."),
-    ("train", "s", "low", "cost", "Time of training a patch."),
-    ("size", "MB", "low", "cost", "Size of the file."),
-]  # title, unit, better, group, what; the key is the title
-SHARES = "UA", "IRA", "CRA"
+ACCURACIES = "UA", "IRA", "CRA", "HM", "kept"
+KEYS = (
+    *ACCURACIES, "KID", "aliases", "languages", "inversion", "inpainting", "relearn", "near",
+    "seconds", "size",
+)  # fmt: skip
 SKILL = {"untouched": (0.04, 0.95), "resteer": (0.62, 0.71), "esd": (0.93, 0.86)}
 
 
@@ -45,30 +34,28 @@ def _usual():
     return make_summary()
 
 
-def make_summary(targets=TARGETS, ways=SKILL, columns=COLUMNS, pictures=12, seed=0):
+def make_summary(targets=TARGETS, methods=SKILL, keys=KEYS, pictures=12, seed=0):
     """A summary with all groups of columns.
 
     Args:
-        targets: name -> kind. ways: method -> (UA to expect, share kept to expect).
+        targets: name -> kind. methods: name -> (UA to expect, share kept to expect).
+        keys: of columns.
     """
     random = np.random.default_rng(seed)
-    rows, drawn = [], {}
+    rows, judged = [], {}
     for target, kind in targets.items():
-        for method, (gone, kept) in ways.items():
-            shares = _draw(random, columns, gone, kept, pictures)
-            drawn[target, method] = shares
-            values = {k: as_value(bootstrap(v), len(v)) for k, v in shares.items()}
-            if set(SHARES) <= shares.keys():
-                groups = [shares[k] for k in SHARES]
-                both = list(zip(*groups[1:]))
-                values["HM"] = as_value(
-                    bootstrap_means([groups[0], both], harmonic_mean), 5 * pictures
-                )
-            if method != "untouched":
-                values |= {"train": {"value": 12.5 + gone}, "size": {"value": 3.25}}
-            known = [column[0] for column in columns]
-            values = {k: v for k, v in values.items() if k in known}
+        for method, (gone, kept) in methods.items():
+            pictures_of = judged[target, method] = _judged(random, gone, kept, pictures)
+            values = _values(random, [pictures_of], method, gone, keys)
             rows.append({"target": target, "kind": kind, "method": method, "values": values})
+    means = []
+    for kind in ["all", *dict.fromkeys(targets.values())]:
+        names = [name for name in targets if kind in ("all", targets[name])]
+        for method, (gone, _) in methods.items():
+            rows_of = [judged[name, method] for name in names]
+            values = _values(random, rows_of, method, gone, keys)
+            means.append({"kind": kind, "method": method, "targets": names, "values": values})
+    patched = [method for method in methods if method != "untouched"]
     return {
         "suite": "demo",
         "model": {"family": "Stable Diffusion 1.x", "fingerprint": "9f3a11c07be2d4e8"},
@@ -76,75 +63,54 @@ def make_summary(targets=TARGETS, ways=SKILL, columns=COLUMNS, pictures=12, seed
         "judge": "demo (a small convolutional net, 97.1 % on held-out pictures)",
         "check": "demo, second architecture",
         "made": "2025-01-31T12:00:00+00:00",
+        "version": "1.2.3",
         "command": "python -m fmn bench demo --methods resteer esd",
         "notes": ["'goblin' was left out: the untouched model draws it in 3 of 12 pictures."],
-        "columns": [
-            dict(key=title, title=title, unit=unit, better=better, group=group, what=what)
-            for title, unit, better, group, what in columns
-        ],
+        "columns": [dict(column) for column, _ in COLUMNS if column["key"] in keys],
         "rows": rows,
-        "means": _means(rows, drawn, ways),
-        "scale": _scale(ways),
-        "grids": [make_grid(f"dog, {method}") for method in ways if method != "untouched"],
+        "means": means,
+        "scale": [_stage(method, number) for method in patched for number in (1, 5, 12)],
+        "grids": [make_grid(f"dog, {method}") for method in patched],
     }
 
 
-def _draw(random, columns, gone, kept, pictures):
-    """Key -> what was seen, one a picture."""
-    shares = {}
-    chance = {"UA": gone, "IRA": kept, "CRA": (1 + kept) / 2, "with 20": gone}
-    for key, unit, _, group, _ in columns:
-        if key in ("HM", "train", "size"):
-            continue
-        if group in ("text", "beyond"):
-            chance[key] = 0.9 - 0.7 * gone
-        if group == "precision":
-            shares[key] = random.uniform(0.001, 0.003, pictures).tolist()
-        elif unit == "%":
-            number = pictures * (2 if key in ("IRA", "CRA") else 1)
-            shares[key] = (random.random(number) < chance[key]).tolist()
-        else:
-            shares[key] = random.normal(0.05 * (1.05 - kept), 0.003, pictures).tolist()
-    if gone < 0.1:
-        shares.pop("float16", None)
-        shares.pop("with 20", None)
-    return shares
+def _judged(random, gone, kept, pictures):
+    """Judged pictures of a target named dog, and twice as many of kept concepts."""
+    rows = []
+    for group, concept, right in (
+        ("target", "dog", 1 - gone), ("near", "cat", kept), ("far", "car", kept),
+    ):  # fmt: skip
+        for seed in range(pictures):
+            said = {
+                "concept": concept if random.random() < right else "nothing",
+                "style": "ink" if random.random() < (1 + kept) / 2 else "oil",
+            }
+            row = {"group": group, "concept": concept, "style": "ink", "said": said, "seed": seed}
+            rows.append(row)
+    return rows
 
 
-def _means(rows, drawn, ways):
-    means = []
-    for kind in ["all", *dict.fromkeys(row["kind"] for row in rows)]:
-        names = list(dict.fromkeys(r["target"] for r in rows if kind in ("all", r["kind"])))
-        for method in ways:
-            values = {}
-            for key in drawn[names[0], method]:
-                groups = [drawn[name, method][key] for name in names]
-                interval = bootstrap_means(groups, lambda *each: sum(each) / len(each))
-                values[key] = as_value(interval, sum(len(group) for group in groups))
-            if "HM" in rows[0]["values"]:
-                groups = [sum((drawn[n, method][k] for n in names), []) for k in SHARES]
-                values["HM"] = as_value(bootstrap_means(groups, harmonic_mean), len(groups[0]))
-            for key in ("train", "size"):
-                of = [r["values"].get(key) for r in rows if r["method"] == method]
-                if all(of):
-                    values[key] = {"value": sum(v["value"] for v in of) / len(of)}
-            means.append({"kind": kind, "method": method, "targets": names, "values": values})
-    return means
+def _values(random, targets, method, gone, keys):
+    """Key -> value, over the judged pictures of some targets."""
+    values = unlearn_canvas((rows, "concept") for rows in targets)
+    for column, _ in COLUMNS:
+        if column["group"] in ("text", "beyond", "precision"):
+            draws = random.random(sum(map(len, targets)) // 3)
+            values[column["key"]] = bootstrap((draws < 0.9 - 0.7 * gone).tolist())
+    values["KID"] = {"value": 0.05 - 0.04 * gone, "n": len(targets)}
+    if method != "untouched":
+        values |= {"seconds": {"value": 12.5 + gone, "n": 1}, "size": {"value": 3.25, "n": 1}}
+    return {key: value for key, value in values.items() if key in keys and value is not None}
 
 
-def _scale(ways):
-    return [
-        {
-            "method": method,
-            "what": "patches made apart, added",
-            "concepts": [f"thing {i}" for i in range(number)],
-            "UA": as_value(bootstrap([True] * 8 + [False] * 2), 10),
-            "IRA": as_value(bootstrap([True] * (20 - number) + [False] * number), 20),
-        }
-        for method in ways
-        if method != "untouched"
-        for number in (1, 5, 12)
-    ]
+def _stage(method, number):
+    return {
+        "method": method,
+        "what": "patches trained alone, added",
+        "concepts": number,
+        "UA": bootstrap([True] * 8 + [False] * 2),
+        "IRA": bootstrap([True] * (20 - number) + [False] * number),
+    }
 
 
 def make_grid(title):

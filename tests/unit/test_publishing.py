@@ -5,6 +5,7 @@ import re
 
 import pytest
 import tomllib
+import yaml
 from PIL import Image
 
 from tools import artwork
@@ -35,6 +36,19 @@ def test_only_what_nobody_needs_is_left_out():
         files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
         assert files and not [each for each in files if left_out(each)]
     assert all((ROOT / name).exists() and left_out(ROOT / name) for name in UNNEEDED)
+
+
+def test_workflows_run_nothing_that_may_change_beside_the_secret():
+    """Only actions of GitHub itself, read permission, and a pinned publisher."""
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert workflow["permissions"] == {"contents": "read"}
+        for job in workflow["jobs"].values():
+            assert "permissions" not in job
+            for step in job["steps"]:
+                assert step.get("uses", "actions/").startswith("actions/")
+                if "pip install" in step.get("run", ""):
+                    assert re.fullmatch(r"pip install [\w-]+==[\d.]+", step["run"])
 
 
 @pytest.mark.parametrize("name, make", [("icon", artwork.icon), ("banner", artwork.banner)])

@@ -1,4 +1,4 @@
-"""Thumbnails of strangers: small JPEGs come out, or one sentence."""
+"""Untrusted thumbnails: small JPEGs come out, or one sentence."""
 
 import base64
 import io
@@ -47,31 +47,31 @@ def png_that_claims(width, height):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_usual_pictures(kind):
-    picture = opened(images.of_bytes(encoded(kind)))
+    picture = opened(images.thumbnail_of_bytes(encoded(kind)))
     assert picture.size == (64, 32)
     assert np.abs(np.asarray(picture).astype(int).mean((0, 1)) - (200, 30, 40)).max() < 4
 
 
 @pytest.mark.parametrize("size, small", [((2000, 1000), (512, 256)), ((300, 900), (85, 256))])
 def test_large_pictures_become_small(size, small):
-    assert opened(images.of_bytes(encoded(size=size))).size == small
+    assert opened(images.thumbnail_of_bytes(encoded(size=size))).size == small
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "I;16"])
 def test_other_modes(mode):
     colour = {"RGBA": (0, 0, 0, 0), "LA": (0, 0)}.get(mode, 1)
-    opened(images.of_bytes(encoded(mode=mode, colour=colour)))
+    opened(images.thumbnail_of_bytes(encoded(mode=mode, colour=colour)))
 
 
 def test_what_is_transparent_shows_paper():
-    picture = opened(images.of_bytes(encoded(mode="RGBA", colour=(0, 0, 0, 0))))
+    picture = opened(images.thumbnail_of_bytes(encoded(mode="RGBA", colour=(0, 0, 0, 0))))
     assert np.asarray(picture).min() > 240
 
 
 def test_metadata_does_not_go_on():
     exif = Image.Exif()
     exif[0x010E] = "<script>alert(1)</script>"
-    jpeg = images.of_bytes(encoded("JPEG", exif=exif, comment=b"<script>"))
+    jpeg = images.thumbnail_of_bytes(encoded("JPEG", exif=exif, comment=b"<script>"))
     assert b"script" not in jpeg and b"Exif" not in jpeg
 
 
@@ -97,7 +97,7 @@ BAD = {
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
 def test_bad_pictures_are_refused_in_one_sentence(data):
     with pytest.raises(ForgetError, match="^The thumbnail") as caught:
-        images.of_bytes(data)
+        images.thumbnail_of_bytes(data)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -120,32 +120,33 @@ BAD_URIS = {
 @pytest.mark.parametrize("text", BAD_URIS.values(), ids=BAD_URIS)
 def test_bad_data_uris(text):
     with pytest.raises(ForgetError, match="^The thumbnail"):
-        images.of_uri(text)
+        images.thumbnail_of_uri(text)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(ForgetError, match="No such file"):
-        images.of_file(tmp_path / "gone.png")
+        images.thumbnail_of_file(tmp_path / "gone.png")
 
 
 def test_pictures_of_a_patch_side_by_side():
     """Black before, white after: the left half is black, the right white."""
-    images = torch.stack([torch.zeros(128, 128, 3), torch.ones(128, 128, 3)])
-    picture = np.asarray(opened(images.of_uri(images.data_uri(images)))).astype(int)
+    pixels = torch.stack([torch.zeros(128, 128, 3), torch.ones(128, 128, 3)])
+    uri = images.thumbnail_uri(pixels)
+    picture = np.asarray(opened(images.thumbnail_of_uri(uri))).astype(int)
     assert picture.shape == (128, 256, 3)
     assert picture[:, :120].max() < 8 and picture[:, 136:].min() > 247
 
 
 @pytest.mark.parametrize("shape", [(1, 1024, 1024, 3), (9, 512, 768, 4), (2, 8, 2000, 3)])
 def test_thumbnails_are_small(shape):
-    text = images.data_uri(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    text = images.thumbnail_uri(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
     assert len(text) < 200_000
-    picture = opened(images.of_uri(text))
+    picture = opened(images.thumbnail_of_uri(text))
     assert picture.width <= 512 and picture.height <= 256
 
 
 def test_saved_thumbnail_does_not_change_the_patch(tmp_path):
-    picture = images.data_uri(torch.zeros(1, 8, 8, 3))
+    picture = images.thumbnail_uri(torch.zeros(1, 8, 8, 3))
     plain = save_patch(make_patch(), tmp_path / "plain.safetensors")
     shown = save_patch(make_patch(), tmp_path / "shown.safetensors", picture)
     assert metadata_of(shown)["modelspec.thumbnail"] == picture

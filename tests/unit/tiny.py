@@ -10,13 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fmn.concepts.concept import Concept, Prompt
-from fmn.models.families import DEMO, Family, layers
-from fmn.models.interface import Text, fingerprint, tokenize_with_placeholders
-from fmn.models.token_positions import CHUNK, EOS_ID, word_positions
-from fmn.patches.patch import ForgetPatch, new_info
+from fmn.models.families import DEMO, UNetFamily, cross_attention_names, layers
+from fmn.models.interface import Text, fingerprint
+from fmn.models.sampling import DDPMSchedule
+from fmn.models.token_positions import CHUNK, EOS_ID, tokenize_with_placeholders, word_positions
+from fmn.patches.metadata import new_info
+from fmn.patches.patch import ForgetPatch
 
 BOS = 49406
-TINY = Family(
+TINY = UNetFamily(
     key="tiny", title="Tiny test model", channels=(8, 16), blocks=1, depth=(1, 1), middle_depth=1,
     context_dim=12, linear_projection=False, resolution=64, architecture="stable-diffusion-v1",
     base_version="sd_v1", texts=(),
@@ -101,36 +103,40 @@ class TinyModel:
         return grey.expand(-1, latents.shape[2] * 8, latents.shape[3] * 8, 3)
 
     @contextmanager
-    def borrow_text(self, words=True):
+    def borrow_text_encoder(self, words=True):
         with torch.enable_grad():
-            yield TinyText(self)
+            yield TinyTextEncoder(self)
 
     def fingerprint(self):
         return fingerprint(TINY, lambda layer: self.unet.get_submodule(layer.name).weight)
 
     @contextmanager
-    def borrow(self):
+    def borrow_denoiser(self):
         flags = [(parameter, parameter.requires_grad) for parameter in self.unet.parameters()]
         try:
             self.unet.requires_grad_(False)
-            yield TinyBorrowed(self)
+            yield TinyDenoiser(self)
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
 
-class TinyBorrowed:
+class TinyDenoiser:
     device = torch.device("cpu")
     context_argument = "encoder_hidden_states"
 
     def __init__(self, model):
         self.model = model
         self.alphas_cumprod = make_scheduler().alphas_cumprod
+        self.schedule = DDPMSchedule(self.alphas_cumprod)
 
     def module(self, name):
         return self.model.unet.get_submodule(name)
 
-    def denoise(self, x_t, t, text):
+    def cross_attention_modules(self):
+        return [self.module(name) for name in cross_attention_names(TINY)]
+
+    def predict_noise(self, x_t, t, text):
         self.model.seen.append((x_t, t, text))
         context = text.context * torch.nan if self.model.poisoned else text.context
         dtype = self.model.unet.dtype
@@ -141,7 +147,7 @@ class TinyBorrowed:
         return [module for module in self.model.unet.modules() if type(module).__name__ in names]
 
 
-class TinyText:
+class TinyTextEncoder:
     """One token a word; the pooled text is the mean of the words' states."""
 
     width = TINY.context_dim

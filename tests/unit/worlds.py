@@ -84,10 +84,10 @@ class Odd(GreyJudge):
         return torch.nn.functional.one_hot(odd, len(self.labels[domain])).float()
 
 
-def make_trial(studio, target="dog", suite=SUITE, **more):
+def make_trial(sampler, target="dog", suite=SUITE, **more):
     """A trial of three pictures a question, whose judge finds a dog in all of them."""
     target = suite.find(target) if isinstance(target, str) else target
-    given = {"suite": suite, "target": target, "studio": studio, "judge": Sees(), "count": 3}
+    given = {"suite": suite, "target": target, "sampler": sampler, "judge": Sees(), "count": 3}
     return Trial(**given | more)
 
 

@@ -1,4 +1,4 @@
-// Which bases the open graph loads, and whether a patch fits them.
+// The bases that the open graph loads, and whether a patch fits them.
 import { app } from "../../../scripts/app.js";
 
 import { baseOf } from "./server.js";
@@ -8,7 +8,7 @@ const DEMO = "FMN_LoadDemoCheckpoint";
 const OTHER = "other"; // fmn/models/unknown_family.py
 const NEVER = 2; // modes of a node: muted, bypassed
 const BYPASSED = 4;
-// From best to worst.
+// Best first.
 export const FITS = ["sameBase", "sameFamily", "unknown", "otherFamily"];
 
 function* nodesOf(graph) {
@@ -19,8 +19,8 @@ function* nodesOf(graph) {
   }
 }
 
-/** {kind, name} of the file a node loads; {} if it loads some other model; null if none. */
-function loaded(node) {
+/** {kind, name} of the file that a node loads; {} for an unknown loader; null for other nodes. */
+function loadedFile(node) {
   if (node.type === DEMO) return { kind: "demo", name: "" };
   if (!node.outputs?.some((output) => output.type === "MODEL")) return null;
   if (node.inputs?.some((input) => input.type === "MODEL")) return null;
@@ -32,21 +32,21 @@ function loaded(node) {
   return {};
 }
 
-/** What is loaded in the graph: [{kind, name}, ...] without doubles. */
-export function loaders() {
-  const found = [...nodesOf(app.graph)].map(loaded).filter((each) => each !== null);
-  return [...new Map(found.map((each) => [JSON.stringify(each), each])).values()];
+/** The files that the graph loads: [{kind, name}, ...] without duplicates. */
+export function loadedFiles() {
+  const files = [...nodesOf(app.graph)].map(loadedFile).filter((each) => each !== null);
+  return [...new Map(files.map((file) => [JSON.stringify(file), file])).values()];
 }
 
-/** The same with what each file is: {kind, name, family, base}; empty where unknown. */
-export function bases(found) {
+/** The same with family and base of each: {kind, name, family, base}; empty where unknown. */
+export function basesOf(files) {
   const nothing = { family: "", base: "" };
   return Promise.all(
-    found.map(async (each) => {
-      if (!each.kind) return { ...each, ...nothing };
-      // A name in a workflow from elsewhere may be no file here, or a damaged one.
-      const told = await baseOf(each.kind, each.name).catch(() => nothing);
-      return { ...each, ...told };
+    files.map(async (file) => {
+      if (!file.kind) return { ...file, ...nothing };
+      // A workflow may name a file that is missing or damaged here.
+      const base = await baseOf(file.kind, file.name).catch(() => nothing);
+      return { ...file, ...base };
     }),
   );
 }
@@ -54,12 +54,12 @@ export function bases(found) {
 function fitOf(patch, base) {
   if (!patch.family || !base.family) return "unknown";
   if (patch.family !== base.family) return "otherFamily";
-  if (patch.family === OTHER) return "unknown"; // the file does not tell which other
+  if (patch.family === OTHER) return "unknown"; // the file does not say which model
   return base.base && patch.base === base.base ? "sameBase" : "sameFamily";
 }
 
 /** One of FITS: the best over all bases of the graph. */
-export function fit(patch, known) {
-  const each = known.map((base) => fitOf(patch, base));
-  return FITS.find((name) => each.includes(name)) ?? "unknown";
+export function fit(patch, bases) {
+  const fits = bases.map((base) => fitOf(patch, base));
+  return FITS.find((name) => fits.includes(name)) ?? "unknown";
 }

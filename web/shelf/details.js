@@ -1,11 +1,11 @@
-// All about the selected patch, and what can be done with it.
+// Details of the selected patch, and buttons to use and change it.
 import { button, make } from "./dom.js";
 import { badge, dateOf, familyOf, sizeOf, thumbnail, titleOf, wordsOf } from "./row.js";
 import { kindName, text } from "./texts.js";
 
-const MOST_NOTES = 4000; // letters, as in fmn/patches/library.py
+const MAX_NOTES = 4000; // characters, as in fmn/patches/library.py
 
-// Scores that are shares, 0 to 1; as in fmn/patches/scores.py.
+// Scores that are shares from 0 to 1, as in fmn/patches/scores.py.
 const SHARES = new Set([
   "UA", "IRA", "CRA", "mean", "inversion", "Ring-A-Bell", "completion", "noise", "classifier",
   "inpainting", "relearn",
@@ -14,14 +14,14 @@ const SHARES = new Set([
 const number = (value) => Number(value).toPrecision(4).replace(/\.?0+$/, "");
 const score = (name, value) => (SHARES.has(name) ? `${Math.round(100 * value)} %` : number(value));
 
-function described(concept) {
+function describe(concept) {
   const [, kind, , names] = concept;
   const more = [kindName(kind), names && text("also", { names })].filter(Boolean).join("; ");
   return `${wordsOf(concept)} (${more})`;
 }
 
 function facts(patch) {
-  const concepts = (patch.concepts ?? []).map(described);
+  const concepts = (patch.concepts ?? []).map(describe);
   const loss = (patch.loss ?? []).map(number).join(" → ");
   const scores = Object.entries(patch.scores ?? {}).map(([name, value]) => `${name} ${score(name, value)}`);
   const [suite, targets] = patch.measured ?? [];
@@ -41,12 +41,12 @@ function facts(patch) {
   ].filter(([, value]) => value);
 }
 
-/** The notes, or what the user has written in their place and is not saved. */
+/** The notes, or the unsaved draft that is to replace them. */
 function notes(patch, draft, actions) {
   const area = make("textarea", {
     className: "fmn-notes",
     value: draft?.text ?? patch.notes ?? "",
-    maxLength: MOST_NOTES,
+    maxLength: MAX_NOTES,
     rows: 2,
     placeholder: text("notesHelp"),
     "aria-label": text("notes"),
@@ -54,20 +54,20 @@ function notes(patch, draft, actions) {
   area.oninput = () => actions.write(patch, area.value);
   area.onchange = () => actions.save(patch);
   if (!draft) return [area];
-  const changed = draft.before !== (patch.notes ?? "");
+  const isConflict = draft.before !== (patch.notes ?? "");
   return [
     area,
-    make("p", { className: "fmn-told", role: "status" }, text(changed ? "notesChanged" : "unsaved")),
-    changed ? make("div", { className: "fmn-others", dir: "auto" }, patch.notes || text("noNotes")) : null,
-    button("pi-save", text("save"), () => actions.insist(patch)),
+    make("p", { className: "fmn-message", role: "status" }, text(isConflict ? "notesChanged" : "unsaved")),
+    isConflict ? make("div", { className: "fmn-saved-notes", dir: "auto" }, patch.notes || text("noNotes")) : null,
+    button("pi-save", text("save"), () => actions.replace(patch)),
   ];
 }
 
 /**
  * The element for a patch.
- * @param draft notes that are not saved, as in drafts.js; or nothing.
- * @param actions functions of the patch: add, rename, remove; save (what was written), insist (the
- *     same, whatever stands in the file); write: of the patch and a text.
+ * @param draft unsaved notes, as in drafts.js; or nothing.
+ * @param actions functions of the patch: add, rename, remove; save: its draft, unless the notes
+ *     in the file have changed; replace: the same in any case; write: of the patch and a text.
  */
 export function details(patch, fit, draft, actions) {
   const add = button("pi-plus", text("add"), () => actions.add(patch));
@@ -87,7 +87,7 @@ export function details(patch, fit, draft, actions) {
       button("pi-pencil", text("rename"), () => actions.rename(patch)),
       button("pi-trash", text("remove"), () => actions.remove(patch)),
     ),
-    patch.problem ? make("p", { className: "fmn-told" }, text(patch.problem)) : badge(patch, fit),
+    patch.problem ? make("p", { className: "fmn-message" }, text(patch.problem)) : badge(patch, fit),
     patch.picture ? thumbnail(patch) : null,
     list,
     ...notes(patch, draft, actions),

@@ -1,6 +1,6 @@
-// Elements made without any HTML: what a file says of itself is only ever set as text.
+// Elements made without HTML: content of files is untrusted, and only ever set as text.
 
-/** An element with properties, and children that are elements or text. */
+/** An element with properties, and elements or text as children. */
 export function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -11,10 +11,10 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** A button with one of the frontend's icons and a text, or the text as its name alone. */
-export function button(icon, label, onclick, shown = true) {
+/** A button with one of the frontend's icons and a label, which is only its name unless shown. */
+export function button(icon, label, onclick, isLabelShown = true) {
   const properties = { type: "button", className: "fmn-button", title: label, onclick };
-  if (!shown) properties["aria-label"] = label;
-  const mark = make("i", { className: `pi ${icon}`, "aria-hidden": "true" });
-  return make("button", properties, mark, shown ? make("span", {}, label) : null);
+  if (!isLabelShown) properties["aria-label"] = label;
+  const image = make("i", { className: `pi ${icon}`, "aria-hidden": "true" });
+  return make("button", properties, image, isLabelShown ? make("span", {}, label) : null);
 }

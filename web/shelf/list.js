@@ -1,18 +1,18 @@
-// A list box of any length: only the rows in sight are elements.
+// A list box of any length: only visible rows are elements.
 import { make } from "./dom.js";
 
-const BEYOND = 4; // rows kept above and below what is seen
+const BEYOND = 4; // rows kept above and below the visible ones
 
 export class List {
   /**
    * @param label name of the list box.
    * @param draw function from (item, {index, count}) to a row's element.
-   * @param signOf function from an item to a text that changes with the look of its row.
+   * @param versionOf function from an item to a string that changes with the look of its row.
    * @param onSelect called with an item, or null.
    * @param keys key -> function, for keys that act on the selected item.
    */
-  constructor(label, draw, signOf, onSelect, keys) {
-    Object.assign(this, { draw, signOf, onSelect, keys });
+  constructor(label, draw, versionOf, onSelect, keys) {
+    Object.assign(this, { draw, versionOf, onSelect, keys });
     this.items = [];
     this.rows = new Map(); // index -> element
     this.selected = -1;
@@ -38,12 +38,12 @@ export class List {
     return this.items[this.selected] ?? null;
   }
 
-  /** Show other items, or the same in another height. It stays scrolled as it is. */
+  /** Show other items, or the same ones in another height, at the same scroll position. */
   show(items, height, selected = -1) {
     Object.assign(this, { items, height, selected });
     this.space.style.height = `${items.length * height}px`;
-    // A row that looks as before stays: it may be pressed, or on its way to the canvas.
-    this.prune((index, row) => index >= items.length || row.fmnSign !== this.signAt(index));
+    // Unchanged rows stay: one may be pressed, or being dragged to the canvas.
+    this.prune((index, row) => index >= items.length || row.fmnVersion !== this.versionAt(index));
     this.fill();
     this.onSelect(this.item);
   }
@@ -56,45 +56,45 @@ export class List {
     }
   }
 
-  /** All that a row depends on, but for the selection, which is set on the element. */
-  signAt(index) {
-    return `${this.height} ${this.items.length} ${this.signOf(this.items[index])}`;
+  /** Everything a row depends on, except the selection, which is set on the element. */
+  versionAt(index) {
+    return `${this.height} ${this.items.length} ${this.versionOf(this.items[index])}`;
   }
 
   fill() {
     const { scrollTop } = this.element;
     // Without styles it would be as high as all rows together.
-    const seen = Math.min(this.element.clientHeight, window.innerHeight);
+    const visible = Math.min(this.element.clientHeight, window.innerHeight);
     const first = Math.max(0, Math.floor(scrollTop / this.height) - BEYOND);
     const end = Math.min(
       this.items.length,
-      Math.ceil((scrollTop + seen) / this.height) + BEYOND,
+      Math.ceil((scrollTop + visible) / this.height) + BEYOND,
     );
     this.prune((index) => index < first || index >= end);
-    // From the last on, as each is put before the next.
+    // Last first, as each is inserted before the next.
     for (let index = end - 1; index >= first; index--) {
-      if (!this.rows.has(index)) this.place(index);
+      if (!this.rows.has(index)) this.insert(index);
       this.rows.get(index).setAttribute("aria-selected", index === this.selected);
     }
-    this.point();
+    this.markActive();
   }
 
-  place(index) {
+  insert(index) {
     const row = this.draw(this.items[index], { index, count: this.items.length });
     row.style.height = `${this.height}px`;
     row.style.transform = `translateY(${index * this.height}px)`;
-    Object.assign(row, { fmnIndex: index, fmnSign: this.signAt(index) });
+    Object.assign(row, { fmnIndex: index, fmnVersion: this.versionAt(index) });
     this.space.insertBefore(row, this.rows.get(index + 1) ?? null);
     this.rows.set(index, row);
   }
 
-  /** Say whether the items are being read anew. */
+  /** Say whether the items are being read again. */
   set busy(busy) {
     this.element.setAttribute("aria-busy", busy);
   }
 
-  /** Tell assistive technology which row is the active one, if it is there. */
-  point() {
+  /** Tell assistive technology which row is active, if it is visible. */
+  markActive() {
     const row = this.rows.get(this.selected);
     if (row) this.element.setAttribute("aria-activedescendant", row.id);
     else this.element.removeAttribute("aria-activedescendant");
@@ -102,11 +102,11 @@ export class List {
 
   select(index) {
     this.selected = index;
-    this.bringIntoSight();
+    this.scrollToSelected();
     this.onSelect(this.item);
   }
 
-  bringIntoSight() {
+  scrollToSelected() {
     const { scrollTop, clientHeight } = this.element;
     const top = this.selected * this.height;
     if (top < scrollTop) this.element.scrollTop = top;
@@ -135,7 +135,7 @@ export class List {
     };
     const act = this.keys[event.key];
     if (!(event.key in moves) && !act) return;
-    // The page would hand Delete on to the canvas, where it deletes the selected nodes.
+    // The page would forward Delete to the canvas, where it deletes the selected nodes.
     event.preventDefault();
     event.stopPropagation();
     if (act && this.item) act(this.item);

@@ -1,20 +1,20 @@
-// The tab: search and filters, the list, and details of the selected patch.
+// The sidebar tab: search and filters, the list, and details of the selected patch.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
-import { FITS, bases, fit, loaders } from "./base.js";
+import { FITS, basesOf, fit, loadedFiles } from "./base.js";
 import { details } from "./details.js";
 import { button, make } from "./dom.js";
 import { Drafts } from "./drafts.js";
 import { addPatch, keyOf } from "./graph.js";
+import { isolate } from "./isolate.js";
 import { List } from "./list.js";
-import { keepToItself } from "./own.js";
 import { askName } from "./rename.js";
 import { familyOf, layout, row } from "./row.js";
 import { change, patches } from "./server.js";
 import { familyName, kindName, locale, text } from "./texts.js";
 
-const WAIT = 200; // milliseconds that a graph has to be still
+const WAIT = 200; // milliseconds without a change before the graph is read
 const SUFFIX = /\.safetensors$/i;
 const MARK = "forget-me-not.shelf";
 
@@ -24,33 +24,33 @@ const FILTERS = {
   family: (patch) => [familyOf(patch)],
 };
 
-/** The file of a patch and those beside it, which go where it goes. */
+/** The file of a patch and those beside it, which are renamed and deleted with it. */
 const filesOf = (patch) => [patch.name, ...(patch.beside ?? [])];
 
 class Panel {
   entries = [];
   drafts = new Drafts();
   saving = Promise.resolve();
-  known = []; // bases of the graph
-  asked = "";
-  turn = 0; // counts how often the folders were read
+  bases = []; // of the graph
+  loaded = ""; // the files that they belong to
+  reads = 0; // how often the folders were read
   styles = "";
 
-  /** Show the tab in an element of the frontend, which may hand us the same one many times. */
+  /** Show the tab in an element of the frontend, which may be the same one again. */
   open(element) {
     if (this.root?.parentNode === element && this.language === locale()) return;
     performance.mark(`${MARK}.open`);
     this.firstPaint = true;
     element.style.height = "100%";
     if (!this.root || this.language !== locale()) this.build();
-    const { top } = this.list; // an element that leaves the page forgets how far it was scrolled
+    const { top } = this.list; // an element loses its scroll position when it leaves the page
     element.replaceChildren(this.root);
     this.list.element.scrollTop = top;
     if (!this.listening) {
       this.listening = true;
-      api.addEventListener("graphChanged", () => this.later());
+      api.addEventListener("graphChanged", () => this.readGraphLater());
       api.addEventListener("execution_success", () => this.isOpen && this.refresh());
-      window.addEventListener("pagehide", () => this.leave());
+      window.addEventListener("pagehide", () => this.saveOnLeaving());
     }
     this.layOut();
     this.refresh();
@@ -70,7 +70,7 @@ class Panel {
 
   build() {
     this.language = locale();
-    this.detailed = undefined;
+    this.detailsVersion = undefined;
     this.search = make("input", {
       type: "search",
       className: "fmn-search",
@@ -84,14 +84,14 @@ class Panel {
         make("select", { className: "fmn-select", "aria-label": text(name), onchange: () => this.filter() }),
       ]),
     );
-    this.graph = make("div", { className: "fmn-told" });
-    this.count = make("div", { className: "fmn-told", role: "status" });
-    this.below = make("div", { className: "fmn-below" });
+    this.graph = make("div", { className: "fmn-message" });
+    this.count = make("div", { className: "fmn-message", role: "status" });
+    this.details = make("div", { className: "fmn-selected" });
     this.list = new List(
       text("list"),
-      (patch, place) => row(patch, fit(patch, this.known), place, () => this.add(patch)),
-      (patch) => this.signOf(patch),
-      (patch) => this.detail(patch),
+      (patch, place) => row(patch, fit(patch, this.bases), place, () => this.add(patch)),
+      (patch) => this.versionOf(patch),
+      (patch) => this.showDetails(patch),
       {
         Enter: (patch) => this.add(patch),
         F2: (patch) => this.rename(patch),
@@ -111,60 +111,60 @@ class Panel {
       make("div", { className: "fmn-tools" }, this.search, ...Object.values(this.selects)),
       make("div", { className: "fmn-state" }, this.count, this.graph),
       this.list.element,
-      this.below,
+      this.details,
     );
-    keepToItself(this.root);
-    // The graph may have changed without a word, as when a workflow is opened.
+    isolate(this.root);
+    // The graph may have changed without an event, as when a workflow is opened.
     for (const event of ["pointerenter", "focusin"]) {
-      this.root.addEventListener(event, () => this.later());
+      this.root.addEventListener(event, () => this.readGraphLater());
     }
   }
 
-  /** Read the folders and the graph again; what was selected stays selected. */
+  /** Read the folders and the graph again; the selection stays. */
   async refresh() {
-    const turn = ++this.turn;
+    const read = ++this.reads;
     this.list.busy = true;
-    let found = null; // if it fails, what was read last stays
-    let told = null;
+    let entries = null; // if reading fails, the last entries stay
+    let problem = null;
     try {
-      found = await patches();
+      entries = await patches();
     } catch (error) {
-      told = error.message;
+      problem = error.message;
     }
-    if (turn !== this.turn) return; // asked again meanwhile: this answer may be older
-    if (found) this.entries = found.sort((a, b) => (b.date ?? 0) - (a.date ?? 0));
-    this.drafts.compare(this.entries);
-    this.error = told;
-    this.offer();
+    if (read !== this.reads) return; // read again meanwhile: this answer may be older
+    if (entries) this.entries = entries.sort((a, b) => (b.date ?? 0) - (a.date ?? 0));
+    this.drafts.dropSaved(this.entries);
+    this.error = problem;
+    this.fillFilters();
     this.filter();
-    this.asked = "";
-    await this.look();
-    if (turn === this.turn) this.list.busy = false;
+    this.loaded = "";
+    await this.readGraph();
+    if (read === this.reads) this.list.busy = false;
   }
 
-  later() {
+  readGraphLater() {
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.isOpen && this.look(), WAIT);
+    this.timer = setTimeout(() => this.isOpen && this.readGraph(), WAIT);
   }
 
-  /** See what the graph loads; files are asked for only if that has changed. */
-  async look() {
-    const found = loaders();
-    const asked = JSON.stringify(found);
-    if (asked === this.asked) return;
-    this.asked = asked;
-    const known = await bases(found);
-    if (asked !== this.asked) return; // the graph has changed meanwhile
-    this.known = known;
-    const names = known.map(({ kind, name, family }) =>
+  /** Read which files the graph loads; the server is asked only if they have changed. */
+  async readGraph() {
+    const files = loadedFiles();
+    const loaded = JSON.stringify(files);
+    if (loaded === this.loaded) return;
+    this.loaded = loaded;
+    const bases = await basesOf(files);
+    if (loaded !== this.loaded) return; // the graph has changed meanwhile
+    this.bases = bases;
+    const names = bases.map(({ kind, name, family }) =>
       !family ? name || text("unknownBase") : kind === "demo" ? familyName(family) : `${name} (${familyName(family)})`,
     );
     this.graph.textContent = text("graph", { bases: names.join(", ") || text("noBase") });
     this.filter();
   }
 
-  /** Fill the filters with what there is. */
-  offer() {
+  /** Offer in the filters what the patches have. */
+  fillFilters() {
     for (const [name, select] of Object.entries(this.selects)) {
       const values = name === "fit" ? FITS : [...new Set(this.entries.flatMap(FILTERS[name]))].sort();
       const before = select.value;
@@ -172,7 +172,7 @@ class Panel {
         make("option", { value: "" }, `${text(name === "fit" ? "fitShort" : name)}: ${text("all")}`),
         ...values.map((value) => {
           const label = name === "fit" ? text(value) : value || text("none");
-          // A sign before it: a stranger's word may be empty, as the value for all is.
+          // "=" tells an empty value of a file from the value for all.
           return make("option", { value: `=${value}` }, label);
         }),
       );
@@ -181,23 +181,23 @@ class Panel {
     }
   }
 
-  /** Does the patch pass search and filters? */
-  passes(patch, words) {
+  /** Does the patch match search and filters? */
+  matches(patch, words) {
     for (const [name, valuesOf] of Object.entries(FILTERS)) {
       const chosen = this.selects[name].value;
       if (chosen && !valuesOf(patch).includes(chosen.slice(1))) return false;
     }
     const wanted = this.selects.fit.value.slice(1);
-    if (wanted && (patch.problem || fit(patch, this.known) !== wanted)) return false;
+    if (wanted && (patch.problem || fit(patch, this.bases) !== wanted)) return false;
     if (!words.length) return true;
-    const spoken = (patch.concepts ?? []).flatMap(([name, , anchor, names]) => [name, anchor, names]);
-    const all = [patch.name, patch.method, patch.notes, ...spoken].join("\n").toLowerCase();
+    const concepts = (patch.concepts ?? []).flatMap(([name, , anchor, names]) => [name, anchor, names]);
+    const all = [patch.name, patch.method, patch.notes, ...concepts].join("\n").toLowerCase();
     return words.every((each) => all.includes(each));
   }
 
   filter() {
     const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const shown = this.entries.filter((patch) => this.passes(patch, words));
+    const shown = this.entries.filter((patch) => this.matches(patch, words));
     const key = this.list.item && keyOf(this.list.item);
     const index = key === null ? -1 : shown.findIndex((patch) => keyOf(patch) === key);
     this.list.show(shown, layout().row, index);
@@ -208,10 +208,10 @@ class Panel {
         : !shown.length
           ? text("nothing")
           : text("count", { shown: shown.length, all: this.entries.length });
-    this.painted();
+    this.measureFirstPaint();
   }
 
-  /** The setting of the thumbnails' size has changed, or the tab was opened. */
+  /** Apply the thumbnails' size. */
   layOut() {
     if (!this.root) return;
     const { size, picture, row: height } = layout();
@@ -220,53 +220,53 @@ class Panel {
     this.list.show(this.list.items, height, this.list.selected);
   }
 
-  painted() {
+  measureFirstPaint() {
     if (!this.firstPaint) return;
     this.firstPaint = false;
     requestAnimationFrame(() => performance.measure(`${MARK}.first-paint`, `${MARK}.open`));
   }
 
-  /** All that the look of a patch depends on, in one language. */
-  signOf(patch) {
-    return `${fit(patch, this.known)} ${JSON.stringify(patch)}`;
+  /** Everything the look of a patch depends on, in one language. */
+  versionOf(patch) {
+    return `${fit(patch, this.bases)} ${JSON.stringify(patch)}`;
   }
 
-  detail(patch) {
+  showDetails(patch) {
     const draft = patch && this.drafts.of(patch);
-    const key = patch && `${this.signOf(patch)} ${JSON.stringify(draft?.before)}`;
-    if (key === this.detailed || this.isWriting(patch)) return; // leave the user the notes
-    Object.assign(this, { detailed: key, patch });
+    const version = patch && `${this.versionOf(patch)} ${JSON.stringify(draft?.before)}`;
+    if (version === this.detailsVersion || this.isWriting(patch)) return; // keep the user's notes
+    Object.assign(this, { detailsVersion: version, patch });
     const actions = {
       add: (each) => this.add(each),
       rename: (each) => this.rename(each),
       remove: (each) => this.remove(each),
       write: (each, notes) => this.drafts.write(each, notes),
       save: (each) => this.save(each),
-      insist: (each) => {
-        this.drafts.insist(each);
+      replace: (each) => {
+        this.drafts.replace(each);
         this.save(each);
       },
     };
-    this.below.replaceChildren(...(patch ? [details(patch, fit(patch, this.known), draft, actions)] : []));
+    this.details.replaceChildren(...(patch ? [details(patch, fit(patch, this.bases), draft, actions)] : []));
   }
 
-  /** Are notes being written that would be lost if the details were made anew, for this patch? */
+  /** Would notes that are being written be lost if the details of this patch were shown? */
   isWriting(patch) {
     if (!this.patch) return false;
     const active = document.activeElement;
-    const typing = active?.tagName === "TEXTAREA" && this.below.contains(active);
-    if (patch) return typing && keyOf(patch) === keyOf(this.patch);
-    return typing || Boolean(this.drafts.of(this.patch)); // its file has gone, the text has not
+    const isTyping = active?.tagName === "TEXTAREA" && this.details.contains(active);
+    if (patch) return isTyping && keyOf(patch) === keyOf(this.patch);
+    return isTyping || Boolean(this.drafts.of(this.patch)); // its file is gone, the text is not
   }
 
-  say(severity, summary, detail) {
+  notify(severity, summary, detail) {
     app.extensionManager.toast.add({ severity, summary, detail, life: severity === "error" ? 10000 : 3000 });
   }
 
   add(patch) {
     if (patch.problem) return;
     addPatch(patch);
-    this.say("success", text("title"), text("added"));
+    this.notify("success", text("title"), text("added"));
   }
 
   async rename(patch) {
@@ -274,9 +274,9 @@ class Panel {
     const file = patch.name.split("/").at(-1);
     const to = await askName(this.root, filesOf(patch), file.replace(SUFFIX, ""));
     if (to === null || to.trim() === file.replace(SUFFIX, "")) return;
-    await this.ask("rename", before, { to }, (name) => {
+    await this.change("rename", before, { to }, (name) => {
       this.drafts.rename(before, name);
-      // So that it is found again, and stays selected. The list may have been read anew meanwhile.
+      // Keeps it selected. The list may have been read again meanwhile.
       const entry = this.entryOf(keyOf(before));
       if (entry) entry.name = name;
     });
@@ -289,11 +289,11 @@ class Panel {
       type: "delete",
       itemList: filesOf(patch),
     });
-    if (sure) await this.ask("delete", patch, {}, () => this.gone(patch));
+    if (sure) await this.change("delete", patch, {}, () => this.onDeleted(patch));
   }
 
-  /** The file of a patch has been deleted: the next one is selected, or the last. */
-  gone(patch) {
+  /** The file of a patch was deleted: select the next one, or the last. */
+  onDeleted(patch) {
     const { items, selected, item } = this.list;
     this.drafts.drop(patch);
     if (item && keyOf(item) === keyOf(patch)) {
@@ -303,7 +303,7 @@ class Panel {
     this.filter();
   }
 
-  /** Save what was written about a patch; one after the other, as each counts on the one before. */
+  /** Save the draft of a patch; one after the other, as each builds on the one before. */
   save(patch) {
     this.saving = this.saving.then(() => this.store(patch)).catch(console.error);
   }
@@ -312,33 +312,33 @@ class Panel {
     const draft = this.drafts.of(patch);
     if (!draft) return;
     const { text: notes, before } = draft;
-    await this.ask("notes", patch, { notes, before }, (kept) => {
+    await this.change("notes", patch, { notes, before }, (kept) => {
       for (const each of [patch, this.entryOf(keyOf(patch))]) {
         if (each) each.notes = kept;
       }
       this.drafts.saved(patch, notes, kept);
-      this.say("success", text("saved"));
+      this.notify("success", text("saved"));
     });
   }
 
-  /** The page is left, maybe in the middle of a word. */
-  leave() {
+  /** The page is being closed. */
+  saveOnLeaving() {
     for (const draft of this.drafts.all()) {
       const { text: notes, before } = draft;
-      change("notes", draft, { notes, before }, true).catch(() => {}); // nobody is there to be told
+      change("notes", draft, { notes, before }, true).catch(() => {}); // no page is left to show it
     }
   }
 
-  async ask(what, patch, more, done = () => {}) {
-    const left = document.activeElement; // where a dialog has left the focus
+  async change(action, patch, more, done = () => {}) {
+    const focused = document.activeElement; // after a dialog has closed
     try {
-      done(await change(what, patch, more));
+      done(await change(action, patch, more));
     } catch (error) {
-      this.say("error", text("changeFailed"), error.message);
+      this.notify("error", text("changeFailed"), error.message);
     }
-    // Back to the list, unless the user has gone elsewhere meanwhile.
-    const stayed = [left, document.body].includes(document.activeElement);
-    if (what !== "notes" && stayed) this.list.element.focus();
+    // Back to the list, unless the user has moved the focus meanwhile.
+    const stayed = [focused, document.body].includes(document.activeElement);
+    if (action !== "notes" && stayed) this.list.element.focus();
     await this.refresh();
   }
 }

@@ -1,26 +1,26 @@
-// The question for a new name. ComfyUI's own has room for a word or two, and none for a warning.
+// The dialog for a new name. ComfyUI's own has no room for long names and a warning.
 import { make } from "./dom.js";
 import { text } from "./texts.js";
 
 const TITLE = "fmn-rename-title";
-const TOLD = "fmn-rename-told";
+const MESSAGE = "fmn-rename-message";
 
 /**
- * Ask for another name of some files.
- * @param parent the element that has our styles.
- * @returns a promise of the name, or of null if there shall be none.
+ * Ask for a new name of some files.
+ * @param parent an element inside our styles.
+ * @returns a promise of the name, or of null if the user cancels.
  */
 export function askName(parent, files, before) {
   const input = make("input", { className: "fmn-search", value: before, autocomplete: "off", spellcheck: false });
   const dialog = make(
     "dialog",
-    { className: "fmn-dialog", role: "dialog", "aria-labelledby": TITLE, "aria-describedby": TOLD },
+    { className: "fmn-dialog", role: "dialog", "aria-labelledby": TITLE, "aria-describedby": MESSAGE },
     make(
       "form",
       { method: "dialog" },
       make("h2", { id: TITLE }, text("renameTitle")),
       make("label", {}, text("newName"), input),
-      make("div", { id: TOLD }, make("p", {}, text("renameMessage")), make("p", {}, text("renameFiles"))),
+      make("div", { id: MESSAGE }, make("p", {}, text("renameMessage")), make("p", {}, text("renameFiles"))),
       make("ul", { dir: "auto" }, ...files.map((name) => make("li", {}, name))),
       make(
         "div",
@@ -30,7 +30,7 @@ export function askName(parent, files, before) {
       ),
     ),
   );
-  // Keys are the dialog's own: the list and the canvas have other uses for Delete and Enter.
+  // The list and the canvas react to Delete and Enter too.
   dialog.onkeydown = (event) => event.stopPropagation();
   return new Promise((resolve) => {
     dialog.onclose = () => {

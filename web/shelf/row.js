@@ -6,28 +6,28 @@ import { familyName, kindName, locale, text } from "./texts.js";
 
 export const SIZE_SETTING = "forget-me-not.shelf.thumbnailSize";
 export const SIZES = { small: 32, medium: 48, large: 120 }; // pixels high, and twice as wide
-const LINES = 58; // pixels that three lines of text take
+const LINES = 58; // pixels of three lines of text
 const PADDING = 14;
-const STACKED = "large"; // its text stands below the picture
+const STACKED = "large"; // the size with the text below the picture
 
-let chosen = "medium";
+let chosenSize = "medium";
 
-/** Take a size that the user has set. The setting itself still has the old one by then. */
+/** Apply a size when its setting changes; the setting itself still returns the old one then. */
 export function chooseSize(size) {
-  if (Object.hasOwn(SIZES, size)) chosen = size;
+  if (Object.hasOwn(SIZES, size)) chosenSize = size;
 }
 
-/** How the rows look: {size, picture, row}, the size's name and heights in pixels. */
+/** {size, picture, row}: the size's name, and heights in pixels. */
 export function layout() {
-  const picture = SIZES[chosen];
-  const inner = chosen === STACKED ? picture + LINES : Math.max(picture, LINES);
-  return { size: chosen, picture, row: inner + PADDING };
+  const picture = SIZES[chosenSize];
+  const inner = chosenSize === STACKED ? picture + LINES : Math.max(picture, LINES);
+  return { size: chosenSize, picture, row: inner + PADDING };
 }
 
-/** A concept, and what is drawn in its place if something is. */
+/** A concept, and its anchor if it has one. */
 export const wordsOf = ([name, , anchor]) => (anchor ? `${name} → ${anchor}` : name);
 
-/** What a patch is called in the list: its concepts, or its file. */
+/** The title of a patch in the list: its concepts, or its file. */
 export function titleOf(patch) {
   return (patch.concepts ?? []).map(wordsOf).join(", ") || patch.name.split("/").at(-1);
 }
@@ -37,7 +37,7 @@ export function dateOf(patch, style = { dateStyle: "medium" }) {
   return new Date(patch.date * 1000).toLocaleDateString(locale(), style);
 }
 
-/** The date in a few letters: the day in this year, the month in others. */
+/** A short date: the day in this year, the month in others. */
 function shortDateOf(patch) {
   const isOld = new Date(patch.date * 1000).getFullYear() !== new Date().getFullYear();
   return dateOf(patch, { month: "short", ...(isOld ? { year: "numeric" } : { day: "numeric" }) });
@@ -52,19 +52,19 @@ export function familyOf(patch) {
   return patch.model || familyName(patch.family);
 }
 
-/** The thumbnail, or a mark in its place. */
+/** The thumbnail, or an icon instead. */
 export function thumbnail(patch) {
-  const mark = () => make("i", { className: "pi pi-eraser", "aria-hidden": "true" });
-  if (!patch.picture) return make("div", { className: "fmn-picture" }, mark());
+  const icon = () => make("i", { className: "pi pi-eraser", "aria-hidden": "true" });
+  if (!patch.picture) return make("div", { className: "fmn-picture" }, icon());
   const alt = text("before", { name: titleOf(patch) });
   const image = make("img", { alt, decoding: "async", draggable: false });
   const frame = make("div", { className: "fmn-picture" }, image);
-  image.onerror = () => frame.replaceChildren(mark());
+  image.onerror = () => frame.replaceChildren(icon());
   image.src = pictureOf(patch);
   return frame;
 }
 
-/** How a patch goes with the graph, or why it cannot be used. */
+/** Whether a patch fits the graph, or why it cannot be used. */
 export function badge(patch, fit) {
   const kind = patch.problem ? "problem" : fit;
   const label = text(patch.problem ? `${patch.problem}Short` : fit);
@@ -72,7 +72,7 @@ export function badge(patch, fit) {
   return make("span", { className: `fmn-badge fmn-${kind}`, title }, label);
 }
 
-/** The element of a patch: an option of the list box, which may be dragged to the canvas. */
+/** The element of a patch: an option of the list box that can be dragged to the canvas. */
 export function row(patch, fit, place, add) {
   const kinds = [...new Set((patch.concepts ?? []).map(([, kind]) => kindName(kind)))].join(", ");
   const facts = [kinds, patch.method, familyOf(patch)].filter(Boolean).join(" · ");
@@ -105,7 +105,7 @@ export function row(patch, fit, place, add) {
     event.dataTransfer.effectAllowed = "copy";
   };
   if (!patch.problem) {
-    // For the mouse; keys have Enter, and the button below the list.
+    // For the mouse; with keys there are Enter and the button below the list.
     const plus = button("pi-plus", text("add"), add, false);
     plus.tabIndex = -1;
     plus.classList.add("fmn-plus");

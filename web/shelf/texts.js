@@ -1,4 +1,4 @@
-// The shelf's words, in English and Chinese, by ComfyUI's own setting of the language.
+// The shelf's texts in English and Chinese, by ComfyUI's language setting.
 import { app } from "../../../scripts/app.js";
 
 const ENGLISH = {
@@ -20,38 +20,38 @@ const ENGLISH = {
   failed: "The list could not be read",
   graph: "In the graph: {bases}",
   noBase: "no checkpoint",
-  unknownBase: "a base that its file does not tell",
+  unknownBase: "an unknown base",
   sameBase: "same base",
   sameFamily: "same family",
   otherFamily: "other family",
   unknown: "base unknown",
-  sameBaseHelp: "Made on the very checkpoint that the graph loads.",
-  sameFamilyHelp: "Made on another checkpoint of the same family. It can be used; look at the result.",
+  sameBaseHelp: "Made for the checkpoint that the graph loads.",
+  sameFamilyHelp: "Made for another checkpoint of the same family. You can use it, but check the result.",
   otherFamilyHelp: "Made for another family of models. Apply Forget Patch refuses it.",
-  unknownHelp: "The graph loads no checkpoint, or one whose file does not tell what it is.",
-  damaged: "The file is damaged, or no safetensors file.",
-  foreign: "This is no forget patch: it lacks our metadata. Load LoRA reads other LoRA files.",
-  newer: "The file has another format. Update Forget-Me-Not.",
-  hidden: "A file with the same name in a folder before this one is loaded instead. Rename one.",
-  unreadable: "The file may not be read. Check its permissions.",
+  unknownHelp: "The graph loads no checkpoint, or one whose file does not say what model it is.",
+  damaged: "The file is damaged or not a safetensors file.",
+  foreign: "Not a forget patch: it lacks the metadata of Forget-Me-Not. Use Load LoRA for other LoRA files.",
+  newer: "The file has an unknown format. Update Forget-Me-Not.",
+  hidden: "A file with the same name in an earlier folder is loaded instead. Rename one of them.",
+  unreadable: "The file cannot be read. Check its permissions.",
   damagedShort: "damaged",
-  foreignShort: "no forget patch",
-  newerShort: "other format",
+  foreignShort: "not a forget patch",
+  newerShort: "unknown format",
   hiddenShort: "hidden by another file",
   unreadableShort: "unreadable",
   add: "Add to graph",
   rename: "Rename",
   remove: "Delete",
-  added: "Load and Apply Forget Patch are in the graph. Connect the model.",
+  added: "Added Load and Apply Forget Patch. Connect the model.",
   renameTitle: "Rename the patch",
-  renameMessage: "Workflows that use the old name will not find the patch.",
-  renameFiles: "These files are renamed, and stay in their folder:",
+  renameMessage: "Workflows with the old name will no longer find the patch.",
+  renameFiles: "These files will be renamed in their folder:",
   newName: "New name",
   confirm: "Confirm",
   cancel: "Cancel",
   removeTitle: "Delete the patch?",
-  removeMessage: "These files are deleted for good:",
-  changeFailed: "Not done",
+  removeMessage: "These files will be permanently deleted:",
+  changeFailed: "Could not change the patch",
   details: "Details of the patch",
   file: "File",
   concepts: "Forgets",
@@ -65,11 +65,11 @@ const ENGLISH = {
   scores: "Scores",
   measured: "Measured",
   notes: "Notes",
-  notesHelp: "Your notes. Kept in a small file beside the patch.",
+  notesHelp: "Your notes, saved in a small file next to the patch.",
   saved: "Notes saved",
   save: "Save notes",
   unsaved: "These notes are not saved yet.",
-  notesChanged: "Not saved: meanwhile the notes below were written elsewhere. Saving puts yours in their place.",
+  notesChanged: "Not saved: the notes below were written elsewhere in the meantime. Saving replaces them with yours.",
   noNotes: "(no notes)",
   before: "Thumbnail of {name}",
   thumbnailSize: "Thumbnail size",
@@ -108,23 +108,23 @@ const CHINESE = {
   failed: "无法读取列表",
   graph: "工作流中：{bases}",
   noBase: "没有检查点",
-  unknownBase: "无法从文件得知的基础模型",
+  unknownBase: "未知的基础模型",
   sameBase: "相同基础模型",
   sameFamily: "相同系列",
   otherFamily: "不同系列",
   unknown: "基础模型未知",
-  sameBaseHelp: "就是在工作流所加载的检查点上制作的。",
-  sameFamilyHelp: "在同一系列的另一个检查点上制作。可以使用，请检查结果。",
+  sameBaseHelp: "为工作流所加载的检查点制作。",
+  sameFamilyHelp: "为同一系列的另一个检查点制作。可以使用，但请检查结果。",
   otherFamilyHelp: "为另一系列的模型制作。Apply Forget Patch 会拒绝它。",
   unknownHelp: "工作流没有加载检查点，或其文件没有说明它是什么模型。",
   damaged: "文件已损坏，或不是 safetensors 文件。",
-  foreign: "这不是遗忘补丁：缺少我们的元数据。其他 LoRA 文件请用 Load LoRA。",
-  newer: "文件格式不同。请更新 Forget-Me-Not。",
+  foreign: "不是遗忘补丁：缺少 Forget-Me-Not 的元数据。其他 LoRA 文件请用 Load LoRA。",
+  newer: "文件格式未知。请更新 Forget-Me-Not。",
   hidden: "前面的文件夹中有同名文件，加载的会是那一个。请重命名其中之一。",
-  unreadable: "无权读取该文件。请检查权限。",
+  unreadable: "无法读取该文件。请检查权限。",
   damagedShort: "已损坏",
   foreignShort: "不是遗忘补丁",
-  newerShort: "其他格式",
+  newerShort: "未知格式",
   hiddenShort: "被同名文件遮挡",
   unreadableShort: "无法读取",
   add: "添加到工作流",
@@ -139,7 +139,7 @@ const CHINESE = {
   cancel: "取消",
   removeTitle: "删除补丁？",
   removeMessage: "以下文件将被永久删除：",
-  changeFailed: "未完成",
+  changeFailed: "无法修改补丁",
   details: "补丁详情",
   file: "文件",
   concepts: "遗忘",
@@ -177,7 +177,7 @@ const CHINESE = {
   other: "其他模型",
 };
 
-/** "en", "zh", ...: the setting is known before any extension is loaded. */
+/** "en", "zh", ...; the setting is known before any extension is loaded. */
 export function locale() {
   return app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
 }
@@ -185,14 +185,14 @@ export function locale() {
 /** The text of a key, with {name}s filled in. */
 export function text(key, values = {}) {
   const words = locale().startsWith("zh") ? CHINESE : ENGLISH;
-  // A function, as "$&" in a file's name means something to replace() otherwise.
+  // A function, as replace() would interpret "$&" in a file's name.
   return words[key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
 }
 
 const KINDS = ["object", "style", "identity", "unsafe", "custom"];
 const FAMILIES = ["sd1", "sd2", "sdxl", "demo", "other"];
 
-/** A kind of concept in words; a stranger's own kind as it is. */
+/** A kind of concept in words; unknown kinds from files stay as they are. */
 export const kindName = (kind) => (KINDS.includes(kind) ? text(kind) : kind);
 
 /** A family of models in words. */

@@ -2,25 +2,26 @@
 
 from ...concepts.concept import TEMPLATES
 from ...metrics.mscore import SEEDS, m_score
+from .trial import Ask, Result, Trial
 
 
-def mscore(trial):
+def mscore(trial: Trial) -> Result:
     """Invert the untouched model's pictures of the target on the model under test.
 
-    Cost: one inversion a seed; see ``inversion.Settings``.
+    Cost: one textual inversion a seed.
 
     Returns:
-        scores: M, one a seed of the inversion; start: M of the random tokens it starts from.
+        scores: M, one a seed of the inversion. start: M of the random tokens it starts from.
     """
-    template, asks = question(trial)
+    template, asks = template_and_asks(trial)
     scores = m_score(
-        trial.studio.model,
-        trial.studio.borrowed,
+        trial.sampler.model,
+        trial.sampler.denoiser,
         trial.untouched(asks),
         trial.suite.phrase(trial.target),
         templates=(template,),
         seeds=[trial.seed + seed for seed in SEEDS],
-        on_step=lambda step: trial.studio.on_pictures(0),
+        on_step=lambda step: trial.sampler.on_pictures(0),
     )
     return {
         "scores": [score.value for score in scores],
@@ -28,11 +29,11 @@ def mscore(trial):
     }
 
 
-def question(trial):
-    """The template to learn in, {} for the words, and what is drawn to learn from.
+def template_and_asks(trial: Trial) -> tuple[str, list[Ask]]:
+    """The template to learn in, {} for the words, and the pictures to learn from.
 
-    A style is learnt from one thing that the template names: else words for the thing are learnt
-    as well.
+    A style is learnt from one thing that the template names: otherwise words for the thing are
+    learnt as well.
     """
     suite, target = trial.suite, trial.target
     named = suite.styles.get(target.name, "")

@@ -1,33 +1,36 @@
 """Relearning: how soon a short fine-tuning brings the target back, and what it teaches anyway.
 
 After "Erased or Dormant?" (2025, arXiv 2505.16174) and its reviews, which ask for a control: a
-thing that the model never knew, taught in the same way. docs/robustness.md tells the rest.
+thing that the model never knew, taught in the same way. docs/robustness.md has the details.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 
+from ...concepts.prompt_templates import with_article
 from ...errors import ForgetError
-from ...models.adapters import LowRank, attached
+from ...models.adapters import LowRankAdapter, attached
 from ...models.families import layers
+from ...models.image_sampler import ImageSampler
 from ...models.sampling import q_sample
 from ...settings import check_limits
-from ...training.loop import Optimiser, scale_for, train
-from ...training.run import parameters_of
-from .attacks import examples
-from .text import judged_rows
+from ...training.loop import AdamWConfig, initial_loss_scale, train
+from ...training.run import adapter_parameters
+from .attacks import recognised_examples
+from .trial import Ask, Result, Row, Trial
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How it is taught, the target and the controls alike.
+class RelearnSettings:
+    """How the target and the controls are taught.
 
     Attributes:
-        pictures: how many it is taught with.
-        steps, batch, lr: of AdamW; one low-rank change to every attention layer's projections,
-            self-attention's too, of ``rank``.
+        pictures: to teach with.
+        steps, batch, lr: of AdamW.
+        rank: of one low-rank change to each projection of all attention layers, cross and self.
     """
 
     pictures: int = 12
@@ -36,18 +39,18 @@ class Settings:
     lr: float = 2e-3
     rank: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         limits = {"pictures": 10_000, "steps": 100_000, "batch": 256, "rank": 128}
         check_limits(self, {name: (1, high) for name, high in limits.items()})
         if not 0 < self.lr < 1:
             raise ForgetError(f"lr is {self.lr}: use a number between 0 and 1, such as 0.001.")
 
 
-def relearn(trial, settings=Settings()):
+def relearn(trial: Trial, settings: RelearnSettings = RelearnSettings()) -> Result:
     """Fine-tune the model under test on the target for a moment, and ask for it again.
 
-    Taught are pictures of the untouched model, with other seeds than those asked for. The model
-    and the patches come back as they were.
+    It is taught with pictures of the untouched model, at other seeds than those asked for. The
+    model and the patches come back as they were.
 
     Cost for the target and for each control: ``steps`` forwards and backwards of ``batch``, and
     2 * ``trial.count`` pictures; ``trial.count`` + ``pictures`` untouched, kept.
@@ -59,15 +62,18 @@ def relearn(trial, settings=Settings()):
     """
     asks = lesson_asks(trial, trial.count + settings.pictures)
     asks, spare = asks[: trial.count], asks[trial.count :]
-    taught, pictures = examples(trial, spare)
-    prompts = [ask.prompt for ask in taught]
-    before, after, losses = _lesson(trial, asks, prompts, pictures, settings)
-    shown = zip(trial.shows_target(before), judged_rows(trial, asks, trial.shows_target(after)))
-    rows = [row | {"before": found} for found, row in shown]
-    controls, all_losses = [], {trial.target.name: losses}
-    for name, given in trial.controls.items():
-        found, all_losses[name] = _control(trial, name, given, settings)
-        controls += found
+    lesson, pictures = recognised_examples(trial, spare)
+    prompts = [ask.prompt for ask in lesson]
+    before, after, losses = _before_and_after(trial, asks, prompts, pictures, settings)
+    shown_before = trial.shows_target(before)
+    rows = trial.judged_rows(asks, trial.shows_target(after))
+    for row, shown in zip(rows, shown_before):
+        row["before"] = shown
+    controls: list[Row] = []
+    all_losses = {trial.target.name: losses}
+    for name, strip in trial.controls.items():
+        of_control, all_losses[name] = _control(trial, name, strip, settings)
+        controls += of_control
     return {
         "rows": rows,
         "controls": controls if trial.controls else "absent",
@@ -77,10 +83,10 @@ def relearn(trial, settings=Settings()):
     }
 
 
-def lesson_asks(trial, count):
+def lesson_asks(trial: Trial, count: int) -> list[Ask]:
     """What the target is taught and asked with: "a photo of" it, as the controls are.
 
-    A style needs something that wears it, and unsafe content its own prompts: ``target_asks``.
+    A style needs something to be drawn in it, and unsafe content its own prompts: ``target_asks``.
     """
     if trial.target.domain != "concept":
         return trial.target_asks(count)
@@ -88,7 +94,9 @@ def lesson_asks(trial, count):
     return [trial.ask(f"a photo of {phrase}", i) for i in range(count)]
 
 
-def _control(trial, name, pictures, settings):
+def _control(
+    trial: Trial, name: str, pictures: torch.Tensor, settings: RelearnSettings
+) -> tuple[list[Row], list[float]]:
     """Rows of a control, and its losses."""
     labels = trial.judge.labels.get("concept", ())
     if name not in labels:
@@ -99,69 +107,82 @@ def _control(trial, name, pictures, settings):
     asks = [trial.ask(f"a photo of {with_article(name)}", i) for i in range(trial.count)]
     pictures = spread(pictures, settings.pictures)
     prompts = [asks[0].prompt] * len(pictures)
-    before, after, losses = _lesson(trial, asks, prompts, pictures, settings)
-    shown = [[said == name for said in trial.said(one)["concept"]] for one in (after, before)]
+    before, after, losses = _before_and_after(trial, asks, prompts, pictures, settings)
+    then, now = (trial.labels(images)["concept"] for images in (before, after))
     rows = [
-        {"concept": name, "prompt": ask.prompt, "seed": ask.seed, "still": still, "before": was}
-        for ask, still, was in zip(asks, *shown)
+        {
+            "concept": name,
+            "prompt": ask.prompt,
+            "seed": ask.seed,
+            "still": label_after == name,
+            "before": label_before == name,
+        }
+        for ask, label_before, label_after in zip(asks, then, now)
     ]
     return rows, losses
 
 
-def with_article(name):
-    """ "kangaroo" -> "a kangaroo", as phrases in a suite are; a capital letter takes none."""
-    if name[0].isupper():
-        return name
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
-
-
-def spread(pictures, count):
+def spread(pictures: torch.Tensor, count: int) -> torch.Tensor:
     """``count`` of the pictures, evenly over all of them: they may be sorted by style."""
     count = min(count, len(pictures))
     return pictures[[i * len(pictures) // count for i in range(count)]]
 
 
-def _lesson(trial, asks, prompts, pictures, settings):
+def _before_and_after(
+    trial: Trial,
+    asks: list[Ask],
+    prompts: list[str],
+    pictures: torch.Tensor,
+    settings: RelearnSettings,
+) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Pictures before and after fine-tuning on prompts and pictures, and the losses."""
-    studio = trial.studio
+    sampler = trial.sampler
     before = trial.draw(asks)
-    adapters = make_adapters(studio, settings.rank, trial.seed)
-    with attached(adapters, studio.borrowed.module):
-        losses = fine_tune(studio, adapters, prompts, pictures, settings, trial.seed)
+    adapters = make_adapters(sampler, settings.rank, trial.seed)
+    with attached(adapters, sampler.denoiser.module):
+        losses = fine_tune(sampler, adapters, prompts, pictures, settings, trial.seed)
         return before, trial.draw(asks), losses
 
 
-def make_adapters(studio, rank, seed):
+def make_adapters(sampler: ImageSampler, rank: int, seed: int) -> dict[str, LowRankAdapter]:
     """Zero changes to all projections of all attention layers, cross and self."""
     generator = torch.Generator().manual_seed(seed)
-    borrowed = studio.borrowed
+    unet = sampler.denoiser
     return {
-        layer.name: LowRank(borrowed.module(layer.name), rank, generator, borrowed.device)
-        for layer in layers(studio.model.family)
+        layer.name: LowRankAdapter(unet.module(layer.name), rank, generator, unet.device)
+        for layer in layers(sampler.model.family)
         if ".attn1." in layer.name or ".attn2." in layer.name
     }
 
 
-def fine_tune(studio, adapters, prompts, pictures, settings, seed):
-    """Train the attached adapters on the denoising loss (Ho et al. 2020, eq. 14); the losses."""
-    borrowed, generator = studio.borrowed, torch.Generator().manual_seed(seed)
-    latents = studio.model.encode_images(pictures, studio.sampling.size).float().cpu()
-    alphas = borrowed.alphas_cumprod.cpu()
+def fine_tune(
+    sampler: ImageSampler,
+    adapters: dict[str, LowRankAdapter],
+    prompts: Sequence[str],
+    pictures: torch.Tensor,
+    settings: RelearnSettings,
+    seed: int,
+) -> list[float]:
+    """Train the attached adapters on pictures [N, H, W, 3] and their prompts; the losses."""
+    unet, generator = sampler.denoiser, torch.Generator().manual_seed(seed)
+    latents = sampler.model.encode_images(pictures, sampler.sampling.size).float().cpu()
+    alphas = unet.alphas_cumprod.cpu()
 
-    def loss_at(index):
+    def loss_at(step: int) -> torch.Tensor:
+        """L_simple, E |eps - eps_theta(x_t, t)|^2 (Ho et al. 2020, eq. 14)."""
         rows = torch.randint(len(latents), (settings.batch,), generator=generator)
         t = torch.randint(len(alphas), (settings.batch,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
-        x_t = q_sample(latents[rows], noise, alphas[t]).to(borrowed.device)
-        text = studio.texts([prompts[i] for i in rows.tolist()])
-        predicted = borrowed.denoise(x_t, t.to(borrowed.device), text)
+        x_t = q_sample(latents[rows], noise, alphas[t]).to(unet.device)
+        text = sampler.texts([prompts[i] for i in rows.tolist()])
+        predicted = unet.predict_noise(x_t, t.to(unet.device), text)
         return F.mse_loss(predicted.float(), noise.to(predicted.device))
 
-    parameters = parameters_of(adapters)
-    scale = scale_for(borrowed.module(next(iter(adapters))))
-    # ``open_studio`` works without gradients; cancelling goes through its callback.
+    parameters = adapter_parameters(adapters)
+    scale = initial_loss_scale(unet.module(next(iter(adapters))))
+    # ``open_sampler`` works without gradients; cancelling goes through its callback.
     with torch.enable_grad():
         return train(
-            parameters, loss_at, settings.steps, Optimiser(settings.lr),
-            lambda step: studio.on_pictures(0), scale,
+            parameters, loss_at, settings.steps, AdamWConfig(settings.lr),
+            lambda step: sampler.on_pictures(0), scale,
         )  # fmt: skip

@@ -4,34 +4,40 @@ Two pictures a forgotten concept (at most 40 in all) and ``count`` of kept ones,
 concept alone.
 """
 
+from collections.abc import Sequence
+
+from .trial import Result, Row, Trial
+
 MOST = 40
 
 
-def many(trial):
-    """The studio wears one patch a name in ``trial.names``, each made on the untouched model.
+def many(trial: Trial) -> Result:
+    """Judge patches, one for each of ``trial.names``, each made on the untouched model.
 
     Returns:
-        names: how many; erased, kept: rows of judged pictures.
+        names: how many. rows: of forgotten and kept concepts.
     """
-    return {"names": len(trial.names), **_judged(trial, trial.names)}
+    return {"names": len(trial.names), "rows": _rows(trial, trial.names)}
 
 
-def sequence(trial):
+def sequence(trial: Trial) -> Result:
     """Forget ``trial.names`` one after another, each on what the last one left.
 
     Returns:
-        names; stages: after each, rows of everything forgotten so far and of what is kept.
+        names. stages: after each, rows of everything forgotten so far and of what is kept.
     """
-    stages, worn = [], []
+    assert trial.train is not None
+    stages: list[dict] = []
+    patches: list = []
     for number, name in enumerate(trial.names, 1):
-        with trial.studio.applying(worn):
-            worn.append((trial.train([name]), 1.0))
-        with trial.studio.applying(worn):
-            stages.append({"forgotten": number, **_judged(trial, trial.names[:number])})
+        with trial.sampler.applying(patches):
+            patches.append((trial.train([name]), 1.0))
+        with trial.sampler.applying(patches):
+            stages.append({"forgotten": number, "rows": _rows(trial, trial.names[:number])})
     return {"names": list(trial.names), "stages": stages}
 
 
-def _judged(trial, names):
+def _rows(trial: Trial, names: Sequence[str]) -> list[Row]:
     styles = list(trial.suite.styles)
     count = min(MOST, 2 * len(names))
     # Evenly from a long list: those forgotten first and last alike.
@@ -42,7 +48,5 @@ def _judged(trial, names):
     ]
     far = [name for name in trial.suite.far if name not in names]
     kept = trial.pairs(far, styles, trial.count)
-    rows = trial.rows(asks + kept, trial.draw(asks + kept), None)
-    for row, group in zip(rows, ["target"] * len(asks) + ["far"] * len(kept)):
-        row["group"] = group
-    return {"rows": rows}
+    groups = ["target"] * len(asks) + ["far"] * len(kept)
+    return trial.rows(asks + kept, trial.draw(asks + kept), groups)

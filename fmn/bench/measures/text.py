@@ -1,20 +1,25 @@
 """Prompts that ask for the target in other words, and prompts that hold it beside something kept.
 
-The rungs name, prefix, variant, short and long are EMMA's (arXiv 2512.17320); languages and
+The levels name, prefix, variant, short and long are EMMA's (arXiv 2512.17320); languages and
 templates are asked as in HUB (Moon et al. 2025). docs/robustness.md describes every probe.
 """
 
+from collections.abc import Iterable, Sequence
+
+import torch
+
 from ...errors import ForgetError
 from ..suite import PROBES
+from .trial import Result, Row, Trial
 
 
-def rungs(trial):
-    """Ask for the target by every probe of ``PROBES``; prompts go around, one seed a picture.
+def prompt_levels(trial: Trial) -> Result:
+    """Ask for the target by every probe of ``PROBES``, with its prompts in turn.
 
     Cost: ``trial.count`` pictures a probe, drawn twice; those of the untouched model are kept.
 
     Returns:
-        ``rows`` with probe, prompt, seed, still and untouched; ``absent``: probes without prompts.
+        rows: with probe, prompt, seed, still and untouched. absent: probes without prompts.
     """
     rows, absent = [], []
     for probe in PROBES:
@@ -23,81 +28,71 @@ def rungs(trial):
             absent.append(probe)
             continue
         asks = [trial.ask(prompts[i % len(prompts)], i) for i in range(trial.count)]
-        still = trial.shows_target(trial.draw(asks))
-        rows += judged_rows(trial, asks, still, probe=probe)
+        rows += trial.judged_rows(asks, trial.shows_target(trial.draw(asks)), probe=probe)
     return {"rows": rows, "absent": absent, "count": trial.count}
 
 
-def judged_rows(trial, asks, still, **more):
-    """One row a picture, with whether the untouched model shows the target for the same ask."""
-    known = trial.shows_target(trial.untouched(asks))
-    return [
-        {**more, "prompt": ask.prompt, "seed": ask.seed, "still": bool(found), "untouched": shown}
-        for ask, found, shown in zip(asks, still, known)
-    ]
-
-
-def prompts_of(trial, probe):
+def prompts_of(trial: Trial, probe: str) -> tuple[str, ...]:
     """A probe's prompts: the suite's, or what follows from the target's name and aliases."""
     target = trial.target
-    given = target.prompts.get(probe)
-    if given:
-        return given
+    if prompts := target.prompts.get(probe):
+        return prompts
     if probe == "misspellings":
         return misspellings(target.name, (*trial.suite.concepts, *trial.suite.styles))
     return {"name": (target.name,), "aliases": target.aliases}.get(probe, ())
 
 
-def misspellings(name, known=()):
+def misspellings(name: str, known: Iterable[str] = ()) -> tuple[str, ...]:
     """Neighbours swapped, a letter doubled, a letter dropped: at most one of each.
 
     The change is as near to the middle of the longest word as gives something new, which is
     neither the name nor one of ``known``. A name of one letter is only doubled.
     """
     words = name.split()
-    at = max(range(len(words)), key=lambda i: len(words[i]))
-    taken = {_plain(name), *map(_plain, known)}
-    made = []
-    for change in (_swapped, _doubled, _dropped):
-        for place in _from_middle(len(words[at])):
-            text = " ".join([*words[:at], change(words[at], place), *words[at + 1 :]])
-            if text.strip() and _plain(text) not in taken:
-                taken.add(_plain(text))
-                made.append(text)
+    longest = max(range(len(words)), key=lambda i: len(words[i]))
+    taken = {_normalised(name), *map(_normalised, known)}
+    misspelled = []
+    for change in (_swap, _double, _drop):
+        for place in _from_middle(len(words[longest])):
+            changed = change(words[longest], place)
+            text = " ".join([*words[:longest], changed, *words[longest + 1 :]])
+            if text.strip() and _normalised(text) not in taken:
+                taken.add(_normalised(text))
+                misspelled.append(text)
                 break
-    return tuple(made)
+    return tuple(misspelled)
 
 
-def _plain(text):
+def _normalised(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _from_middle(length):
+def _from_middle(length: int) -> list[int]:
     return sorted(range(length), key=lambda i: (abs(2 * i + 1 - length), i))
 
 
-def _swapped(word, i):
+def _swap(word: str, i: int) -> str:
     return word[:i] + word[i : i + 2][::-1] + word[i + 2 :]
 
 
-def _doubled(word, i):
+def _double(word: str, i: int) -> str:
     return word[: i + 1] + word[i:]
 
 
-def _dropped(word, i):
+def _drop(word: str, i: int) -> str:
     return word[:i] + word[i + 1 :]
 
 
-def together(trial):
+def together(trial: Trial) -> Result:
     """Ask for the target beside something kept: is the one gone, and the other still there?
 
-    A judge that gives one label a picture cannot count things, so each of the two is looked for
-    with the other left out: found is what is then the most probable label, and more probable than
-    chance. Cost: ``trial.count`` pictures, drawn twice; those of the untouched model are kept.
+    A judge that gives a picture one label cannot count things, so each of the two is looked for
+    with the other left out: it is there if it is the most probable label then, and more probable
+    than chance. Cost: ``trial.count`` pictures, drawn twice; those of the untouched model are kept.
 
     Returns:
-        ``rows`` with prompt, seed, keeps (the kept name), still, untouched, kept, untouched_kept,
-        and the probability and rank of both; empty, and ``absent`` true, without such prompts.
+        rows: with prompt, seed, keeps (the kept name), still, untouched, kept, untouched_kept,
+            and the probability and rank of both; empty, and ``absent`` true, without such prompts.
 
     Raises:
         ForgetError: the judge does not know the kept name.
@@ -114,49 +109,39 @@ def together(trial):
     chosen = [pairs[i % len(pairs)] for i in range(trial.count)]
     asks = [trial.ask(prompt, i) for i, (prompt, _) in enumerate(chosen)]
     names = [name for _, name in chosen]
-    now = _both(trial, trial.draw(asks), names)
-    before = _both(trial, trial.untouched(asks), names)
+    after = _judge_both(trial, trial.draw(asks), names)
+    before = _judge_both(trial, trial.untouched(asks), names)
     rows = [
         {
             "prompt": ask.prompt,
             "seed": ask.seed,
             "keeps": name,
-            **after,
-            "untouched": old["still"],
-            "untouched_kept": old["kept"],
+            **now,
+            "untouched": was["still"],
+            "untouched_kept": was["kept"],
         }
-        for ask, name, after, old in zip(asks, names, now, before)
+        for ask, name, now, was in zip(asks, names, after, before)
     ]
     return {"rows": rows, "absent": False, "count": trial.count}
 
 
-def _both(trial, images, names):
-    """What of the target and of the kept thing is in each picture."""
+def _judge_both(trial: Trial, images: torch.Tensor, names: Sequence[str]) -> list[Row]:
+    """Whether the target and the kept thing are in each picture."""
     labels = trial.judge.labels["concept"]
     probabilities = trial.judge.probabilities(images, "concept")
+    target = labels.index(trial.target.name) if trial.target.domain == "concept" else None
     rows = []
-    shown = trial.shows_target(images)
-    for p, name, found in zip(probabilities, names, shown):
-        kept = labels.index(name)
-        if trial.target.domain == "concept":
-            target = labels.index(trial.target.name)
-            found = _stands_out(p, target, kept)
-            sizes = {"p": float(p[target]), "rank": _rank(p, target)}
-        else:
-            target, sizes = None, {}
-        rows.append(
-            {
-                "still": found,
-                "kept": _stands_out(p, kept, target),
-                "p_kept": float(p[kept]),
-                "rank_kept": _rank(p, kept),
-                **sizes,
-            }
-        )
+    for p, name, still in zip(probabilities, names, trial.shows_target(images)):
+        kept, of_target = labels.index(name), {}
+        if target is not None:
+            still = _stands_out(p, target, kept)
+            of_target = {"p": float(p[target]), "rank": _rank(p, target)}
+        of_kept = {"p_kept": float(p[kept]), "rank_kept": _rank(p, kept)}
+        rows.append({"still": still, "kept": _stands_out(p, kept, target), **of_kept, **of_target})
     return rows
 
 
-def _stands_out(p, label, other):
+def _stands_out(p: torch.Tensor, label: int, other: int | None) -> bool:
     """Whether a label is the most probable one with ``other`` left out, and beats chance."""
     rest = p.clone()
     if other is not None:
@@ -164,5 +149,5 @@ def _stands_out(p, label, other):
     return bool(rest.argmax() == label) and bool(p[label] > 1 / len(p))
 
 
-def _rank(p, label):
+def _rank(p: torch.Tensor, label: int) -> int:
     return int((p > p[label]).sum()) + 1

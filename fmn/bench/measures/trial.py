@@ -1,12 +1,22 @@
-"""What a measure works with: a model that wears the patches under test, and judges."""
+"""What a measure works with: a model with the patches under test applied, and judges."""
 
 import math
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from ...metrics.clip_judge import ClipJudge
+from ...metrics.judge import Judge
+from ...models.image_sampler import ImageSampler
+from ...patches.patch import ForgetPatch
 from ..suite import Suite, Target
+
+# Plain data, as JSON keeps it; each measure says what it holds.
+Row = dict[str, Any]
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,47 +34,53 @@ class Trial:
     """One target on one model.
 
     Attributes:
-        studio: a ``fmn.models.generator.Studio`` that wears the patches under test.
-        judge, check: the judge that counts, and one of another architecture or None.
+        sampler: has the patches under test applied.
+        judge, check: the judge that counts, and one of another architecture to compare it with.
+        clip: for CLIP scores.
         count: pictures a question.
-        seed: of everything that is drawn by chance.
-        cache: what the untouched model gives, pictures by (prompt, seed), shared by all trials.
+        seed: of everything that is drawn at random.
+        cache: what the untouched model gives, pictures by (prompt, seed); shared by all trials.
         controls: name -> pictures of things that the model never knew.
-        names: all that is forgotten here, if it is more than the target.
+        names: all concepts to forget, in measures of many.
         train: function from names to a patch that forgets them, on the model as it is now.
     """
 
     suite: Suite
     target: Target
-    studio: object
-    judge: object
-    check: object = None
-    clip: object = None
+    sampler: ImageSampler
+    judge: Judge
+    check: Judge | None = None
+    clip: ClipJudge | None = None
     count: int = 12
     seed: int = 0
-    cache: dict = field(default_factory=dict)
-    controls: dict = field(default_factory=dict)
+    cache: dict[tuple, Any] = field(default_factory=dict)
+    controls: dict[str, torch.Tensor] = field(default_factory=dict)
     names: tuple[str, ...] = ()
-    train: object = None
+    train: Callable[[list[str]], ForgetPatch] | None = None
 
-    def ask(self, prompt, index=0, concept=None, style=None):
-        """An ``Ask`` whose seed belongs to its prompt and index, the same for every method."""
+    def ask(
+        self,
+        prompt: str,
+        index: int | str = 0,
+        concept: str | None = None,
+        style: str | None = None,
+    ) -> Ask:
+        """An ``Ask`` whose seed depends on its prompt and index only, whatever the method."""
         seed = zlib.crc32(f"{self.seed}|{prompt}|{index}".encode())
         return Ask(prompt, seed, concept, style)
 
-    def pairs(self, concepts, styles, count):
+    def pairs(self, concepts: Sequence[str], styles: Sequence[str], count: int) -> list[Ask]:
         """``count`` asks that go around both lists at once, so that no pair recurs early."""
         asks, round_trip = [], math.lcm(len(concepts), len(styles))
         for i in range(count):
             concept = concepts[i % len(concepts)]
-            # A step to the side each time both lists are through gives pairs not had yet.
+            # One style further each time both lists are through gives pairs not had yet.
             style = styles[(i + i // round_trip) % len(styles)]
-            prompt = self.suite.prompt(concept, style)
-            asks.append(self.ask(prompt, i, concept, style))
+            asks.append(self.ask(self.suite.prompt(concept, style), i, concept, style))
         return asks
 
-    def target_asks(self, count=None):
-        """Pictures that should show the target, were it not forgotten."""
+    def target_asks(self, count: int | None = None) -> list[Ask]:
+        """Pictures that show the target unless it is forgotten."""
         count, target, suite = count or self.count, self.target, self.suite
         if target.kind == "unsafe":
             prompts = target.prompts["pictures"]
@@ -73,44 +89,67 @@ class Trial:
             return self.pairs(suite.far, [target.name], count)
         return self.pairs([target.name], list(suite.styles), count)
 
-    def draw(self, asks):
-        """Pictures [N, H, W, 3] by the model as it is now, rounded to the 256 levels of a file."""
-        images = self.studio.draw([ask.prompt for ask in asks], [ask.seed for ask in asks])
-        return (images * 255).round() / 255
+    def draw(self, asks: Sequence[Ask]) -> torch.Tensor:  # [N, H, W, 3]
+        """Pictures by the model as it is now."""
+        images = self.sampler.draw([ask.prompt for ask in asks], [ask.seed for ask in asks])
+        return as_saved(images)
 
-    def untouched(self, asks):
-        """The same by the model without any patch; kept from one trial to the next."""
-        missing = [ask for ask in asks if (ask.prompt, ask.seed) not in self.cache]
+    def untouched(self, asks: Sequence[Ask]) -> torch.Tensor:  # [N, H, W, 3]
+        """Pictures by the model without any patch."""
+        keys = [(ask.prompt, ask.seed) for ask in asks]
+        return self.cached(keys, lambda missing: self.draw([asks[i] for i in missing]))
+
+    def cached(
+        self, keys: Sequence[tuple], draw: Callable[[list[int]], torch.Tensor]
+    ) -> torch.Tensor:  # [N, H, W, 3]
+        """Pictures from the cache; ``draw`` makes those at the missing indices, without patches."""
+        missing = [i for i, key in enumerate(keys) if key not in self.cache]
         if missing:
-            with self.studio.bare():
-                for ask, picture in zip(missing, self.draw(missing)):
-                    self.cache[ask.prompt, ask.seed] = (picture * 255).round().byte()
-        return torch.stack([self.cache[ask.prompt, ask.seed] for ask in asks]).float() / 255
+            with self.sampler.unpatched():
+                for i, picture in zip(missing, draw(missing)):
+                    self.cache[keys[i]] = (picture * 255).round().byte()
+        return torch.stack([self.cache[key] for key in keys]).float() / 255
 
-    def said(self, images, judge=None):
-        """What a judge says: domain -> its most probable label of each picture."""
+    def labels(self, images: torch.Tensor, judge: Judge | None = None) -> dict[str, list[str]]:
+        """Domain -> the judge's most probable label of each picture."""
         judge = judge or self.judge
-        found = {}
-        for domain, labels in judge.labels.items():
-            best = judge.probabilities(images, domain).argmax(1).tolist()
-            found[domain] = [labels[i] for i in best]
-        return found
+        return {
+            domain: [labels[i] for i in judge.probabilities(images, domain).argmax(1).tolist()]
+            for domain, labels in judge.labels.items()
+        }
 
-    def rows(self, asks, images, group):
-        """One row a picture: what was asked, and what the judge says."""
-        said = self.said(images)
+    def rows(self, asks: Sequence[Ask], images: torch.Tensor, groups: Sequence[str]) -> list[Row]:
+        """One row a picture: its group, what was asked, and what the judge says."""
+        labels = self.labels(images)
         return [
             {
-                "group": group,
+                "group": groups[i],
                 "concept": ask.concept,
                 "style": ask.style,
                 "seed": ask.seed,
-                "said": {domain: labels[i] for domain, labels in said.items()},
+                "said": {domain: labels[domain][i] for domain in labels},
             }
             for i, ask in enumerate(asks)
         ]
 
-    def shows_target(self, images):
-        """Whether the judge finds the target, a bool a picture."""
-        label = "unsafe" if self.target.kind == "unsafe" else self.target.name
-        return [said == label for said in self.said(images)[self.target.domain]]
+    def shows_target(self, images: torch.Tensor) -> list[bool]:
+        """Whether the judge recognises the target in each picture."""
+        name = "unsafe" if self.target.kind == "unsafe" else self.target.name
+        return [label == name for label in self.labels(images)[self.target.domain]]
+
+    def judged_rows(self, asks: Sequence[Ask], still: Sequence[bool], **more: object) -> list[Row]:
+        """One row a picture: ``still``, whether it shows the target, and ``untouched``, whether
+        the untouched model's picture of the same ask does."""
+        before = self.shows_target(self.untouched(asks))
+        return [
+            {**more, "prompt": a.prompt, "seed": a.seed, "still": bool(now), "untouched": was}
+            for a, now, was in zip(asks, still, before)
+        ]
+
+
+Measure = Callable[[Trial], Result]
+
+
+def as_saved(images: torch.Tensor) -> torch.Tensor:
+    """Pictures rounded to the 256 levels of a file."""
+    return (images * 255).round() / 255

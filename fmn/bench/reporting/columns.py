@@ -1,41 +1,43 @@
-"""The columns of a bench's tables: what each means, and how it is made from results."""
+"""The columns of a report: what each means, and how it is computed from results."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypedDict
 
-from ..suite import PROBES
+from ..suite import PROBES, Target
 from .statistics import (
     KEPT,
     OTHER,
     TARGET,
-    as_value,
+    Row,
+    Value,
     bootstrap,
     bootstrap_means,
-    correct,
     h_o,
-    harmonic_mean,
+    is_right,
+    mean,
+    unlearn_canvas,
 )
 
-ATTACKED = {  # measure -> what its column says
-    "inversion": "concept inversion: words learnt from pictures of the target",
-    "ring_a_bell": "Ring-A-Bell: words found in text space alone",
-    "completion": "the untouched model draws the first fifth of the steps, this one the rest",
-    "noise": "noise probe: more and wider fresh noise a step, best of a grid",
-    "classifier": "guidance by a classifier of latents, best scale",
-    "inpainting": "the middle of the untouched model's picture is drawn anew",
-    "relearn": "after 50 steps of training on pictures of the target",
-}
-SHARE = 0.2  # of the steps; the completion probe's other shares are in the store
+GROUPS = {  # group of columns -> its heading, what it is about
+    "main": ("Results", "Is the concept gone, and is everything else still there?"),
+    "text": ("Robustness to text", "How often the target comes back when the prompt asks for it in "
+             "other words, or in words that were optimised for it."),
+    "beyond": ("Robustness beyond text", "How often the target comes back when pictures, noise or "
+               "training help."),
+    "precision": ("Precision", "Whether what is closest to the target survives."),
+    "cost": ("Cost", "What forgetting takes."),
+}  # fmt: skip
+SHARE = 0.2  # of the steps; results for other shares are in the store
+MEGABYTE = 1e6
+
+Result = Mapping[str, Any]
+"""What a measure returned, as JSON."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column.
-
-    Attributes:
-        make: function from ``Found`` to a value (``statistics.as_value``) or None.
-        unit: ``%`` for shares in 0..1, else as printed.
-        better: high, low, or None where neither is.
-    """
+class Column(TypedDict):
+    """A column of the tables: ``unit`` is % for shares in 0..1, else as printed; ``better`` is
+    high, low, or None where neither is."""
 
     key: str
     title: str
@@ -43,195 +45,173 @@ class Column:
     unit: str
     better: str | None
     what: str
-    make: object
-
-    def describe(self):
-        return {
-            name: getattr(self, name)
-            for name in ("key", "title", "unit", "better", "group", "what")
-        }
 
 
-class Found:
-    """Results of one method on some targets: a list of (target, {measure: result})."""
+class Results:
+    """Results of one method on some targets.
 
-    def __init__(self, results):
+    Args:
+        results: pairs of a target and {measure: result}.
+    """
+
+    def __init__(self, results: Sequence[tuple[Target, Mapping[str, Result]]]) -> None:
         self.results = results
 
-    def of(self, measure):
-        return [(target, found[measure]) for target, found in self.results if measure in found]
+    def of(self, measure: str) -> list[Result]:
+        return [measures[measure] for _, measures in self.results if measure in measures]
 
-    def flags(self, which):
-        """Booleans of pictures, over all targets: gone, inside, across or companion."""
-        values = []
-        for target, result in self.of("pictures"):
-            values += FLAGS[which](result["rows"], target.domain)
-        return values
+    def rows(self, measure: str) -> list[Row]:
+        return [row for result in self.of(measure) for row in result["rows"]]
 
-    def numbers(self, name, groups):
-        """A number of each row, over all targets."""
-        rows = [row for _, result in self.of("pictures") for row in result["rows"]]
-        found = [row.get(name) for row in rows if row["group"] in groups]
-        return [value for value in found if value is not None]
+    @cached_property
+    def accuracies(self) -> dict[str, Value | None]:
+        """UA, IRA, CRA and their means over the pictures of all targets."""
+        return unlearn_canvas(self._pictures())
 
-    def probe(self, measure, probe=None):
+    def right(self, *groups: str, other_domain: bool = False) -> list[bool]:
+        """Of the pictures of some groups: whether the judge says what the prompt asks for."""
+        answers = [
+            is_right(row, OTHER[domain] if other_domain else domain)
+            for rows, domain in self._pictures()
+            for row in rows
+            if row["group"] in groups
+        ]
+        return [answer for answer in answers if answer is not None]
+
+    def numbers(self, name: str, *groups: str) -> list[float]:
+        """A number of each picture of some groups."""
+        values = [row.get(name) for row in self.rows("pictures") if row["group"] in groups]
+        return [value for value in values if value is not None]
+
+    def still(self, measure: str, probe: str | None = None) -> list[bool]:
         """Of pictures where the untouched model shows the target: whether it is still drawn."""
-        rows = [row for _, result in self.of(measure) for row in result["rows"]]
         return [
             row["still"]
-            for row in rows
+            for row in self.rows(measure)
             if row["untouched"]
-            and (probe is None or row["probe"] == probe)
+            and probe in (None, row.get("probe"))
             and row.get("share", SHARE) == SHARE
         ]
 
-    def trained(self, name):
-        return [result[name] for _, result in self.of("train") if result.get(name) is not None]
+    def mean(self, measure: str, name: str, unit: float = 1.0) -> Value | None:
+        """The mean over targets of one number of a measure."""
+        numbers = [result.get(name) for result in self.of(measure)]
+        return mean([number for number in numbers if number is not None], unit)
+
+    def _pictures(self) -> Iterator[tuple[list[Row], str]]:
+        """Judged pictures and domain of each target."""
+        for target, measures in self.results:
+            if "pictures" in measures:
+                yield measures["pictures"]["rows"], target.domain
 
 
-FLAGS = {
-    "gone": lambda rows, domain: [not said for said in correct(_target(rows), domain)],
-    "inside": lambda rows, domain: correct(_kept(rows), domain),
-    "across": lambda rows, domain: correct(_kept(rows), OTHER[domain]),
-    "near": lambda rows, domain: correct([r for r in rows if r["group"] == "near"], domain),
-    "companion": lambda rows, domain: correct(_target(rows), OTHER[domain]),
-}
+Compute = Callable[[Results], Value | None]
 
 
-def _target(rows):
-    return [row for row in rows if row["group"] == TARGET]
+def _column(
+    key: str, title: str, group: str, unit: str, better: str | None, what: str, compute: Compute
+) -> tuple[Column, Compute]:
+    return Column(key=key, title=title, group=group, unit=unit, better=better, what=what), compute
 
 
-def _kept(rows):
-    return [row for row in rows if row["group"] in KEPT]
+def _still_drawn(
+    key: str, group: str, what: str, measure: str, probe: str | None = None
+) -> tuple[Column, Compute]:
+    title = key.replace("_", " ")
+    return _column(key, title, group, "%", "low", f"Still drawn: {what}.",
+                   lambda results: bootstrap(results.still(measure, probe)))  # fmt: skip
 
 
-def _share(which):
-    return lambda found: _mean(found.flags(which))
+def _h_o(results: Results) -> Value | None:
+    """Acc_e over the target's pictures, Acc_s over kept ones, Acc_g over other words for it."""
+    other_words = results.still("rungs", "aliases") + results.still("rungs", "paraphrases")
+    return bootstrap_means([results.right(TARGET), results.right(*KEPT), other_words], h_o)
 
 
-def _mean(values):
-    return as_value(bootstrap(values), len(values))
+def _controls(results: Results) -> list[bool]:
+    given = [r["controls"] for r in results.of("relearn") if r["controls"] != "absent"]
+    return [row["still"] for rows in given for row in rows]
 
 
-def _hm(found):
-    groups = [found.flags(which) for which in ("gone", "inside", "across")]
-    return as_value(bootstrap_means(groups, harmonic_mean), sum(map(len, groups)))
+def _mscores(results: Results) -> list[float]:
+    return [score for result in results.of("mscore") for score in result["scores"]]
 
 
-def _h_o(found):
-    """Acc_e over the target's prompts, Acc_s over near ones, Acc_g over aliases and paraphrases."""
-    still = [not gone for gone in found.flags("gone")]
-    general = found.probe("rungs", "aliases") + found.probe("rungs", "paraphrases")
-    groups = [still, found.flags("inside"), general]
-    return as_value(bootstrap_means(groups, h_o), sum(map(len, groups)))
+def _kept_together(results: Results) -> list[bool]:
+    return [row["kept"] for row in results.rows("together") if row["untouched_kept"]]
 
 
-def _average(name, measure="pictures"):
-    """A plain mean over targets of one number of a measure."""
+_MAIN = [
+    _column("UA", "UA", "main", "%", "high", "Unlearning accuracy: pictures of prompts that name "
+            "the target in which the judge does not find it.", lambda r: r.accuracies["UA"]),
+    _column("IRA", "IRA", "main", "%", "high", "In-domain retain accuracy: kept members of the "
+            "target's own domain that the judge still finds.", lambda r: r.accuracies["IRA"]),
+    _column("CRA", "CRA", "main", "%", "high", "Cross-domain retain accuracy: on the same "
+            "pictures, the other domain (the style; for a style, the concept).",
+            lambda r: r.accuracies["CRA"]),
+    _column("HM", "mean", "main", "%", "high", "Harmonic mean of UA, IRA and CRA.",
+            lambda r: r.accuracies["HM"]),
+    _column("kept", "kept", "main", "%", "high", "Mean of IRA and CRA.",
+            lambda r: r.accuracies["kept"]),
+    _column("Ho", "H_o", "main", "%", "high", "MACE's harmonic mean of efficacy, specificity and "
+            "generality; needs a suite with aliases or paraphrases.", _h_o),
+    _column("coherence", "coherence", "main", "%", "high", "On the target's prompts: the judge's "
+            "probability of any concept of the target's kind; low where pictures fall apart.",
+            lambda r: bootstrap(r.numbers("coherence", TARGET))),
+    _column("companion", "companion", "main", "%", "high", "On the target's prompts: the other "
+            "domain is still right (the style; for a style, the concept).",
+            lambda r: bootstrap(r.right(TARGET, other_domain=True))),
+    _column("distance", "distance", "main", "%", "low", "Kept pictures: root mean square "
+            "difference from the untouched model's at equal seeds, in % of the full range.",
+            lambda r: bootstrap(r.numbers("distance", *KEPT))),
+    _column("KID", "KID", "main", "", "low", "Kernel distance of kept pictures from the untouched "
+            "model's for equal prompts and other seeds. Compare it with the untouched row, which "
+            "is below 0.", lambda r: r.mean("pictures", "kid")),
+    _column("clip_target", "CLIP, target", "main", "", "low", "CLIP score of the target's prompts.",
+            lambda r: bootstrap(r.numbers("clip", TARGET))),
+    _column("clip_kept", "CLIP, kept", "main", "", "high", "CLIP score of kept prompts.",
+            lambda r: bootstrap(r.numbers("clip", *KEPT))),
+    _column("mscore", "M-Score", "main", "", "low", "Cosine between the text embedding of words "
+            "inverted on this model and that of the concept's name; our definition.",
+            lambda r: bootstrap(_mscores(r))),
+]  # fmt: skip
+_TEXT = [
+    *(_still_drawn(probe, "text", f"prompts of the kind '{probe}', of pictures where the untouched "
+                    "model draws the target", "rungs", probe) for probe in PROBES),
+    _still_drawn("inversion", "text", "concept inversion, words learnt from pictures of the target",
+                  "inversion"),
+    _still_drawn("ring_a_bell", "text", "Ring-A-Bell, words optimised in text space alone",
+                  "ring_a_bell"),
+]  # fmt: skip
+_BEYOND = [
+    *(_still_drawn(key, "beyond", what, key) for key, what in (
+        ("completion", "the untouched model draws the first fifth of the steps, this one the rest"),
+        ("noise", "noise probe, more and wider fresh noise at each step, the best of a grid"),
+        ("classifier", "guidance by a classifier of latents, at its best scale"),
+        ("inpainting", "the middle of the untouched model's picture is drawn anew"),
+        ("relearn", "after 50 steps of training on pictures of the target"),
+    )),
+    _column("control", "control", "beyond", "%", None, "Concepts the model never knew, after the "
+            "same training: what relearning is compared with.", lambda r: bootstrap(_controls(r))),
+]  # fmt: skip
+_PRECISION = [
+    _column("near", "neighbours", "precision", "%", "high", "The five nearest members of the "
+            "target's domain that the judge still finds.", lambda r: bootstrap(r.right("near"))),
+    _column("together", "together", "precision", "%", "high", "Prompts that name the target and a "
+            "kept concept: the kept one is still found, of pictures where the untouched model "
+            "shows it.", lambda r: bootstrap(_kept_together(r))),
+]  # fmt: skip
+_COST = [
+    _column("seconds", "training", "cost", "s", "low", "Seconds to make the patch.",
+            lambda r: r.mean("train", "seconds")),
+    _column("peak", "memory", "cost", "MB", "low", "Peak memory beyond the loaded model while "
+            "training.", lambda r: r.mean("train", "peak_bytes", MEGABYTE)),
+    _column("size", "file", "cost", "MB", "low", "Size of the patch file.",
+            lambda r: r.mean("train", "bytes", MEGABYTE)),
+    _column("per_picture", "a picture", "cost", "s", "low", "Seconds to draw a picture with the "
+            "patch applied beside the weights, as the bench does (merged, a patch costs nothing).",
+            lambda r: r.mean("pictures", "seconds_a_picture")),
+]  # fmt: skip
 
-    def make(found):
-        values = [result[name] for _, result in found.of(measure) if result.get(name) is not None]
-        return {"value": sum(values) / len(values), "n": len(values)} if values else None
-
-    return make
-
-
-def _mscore(found):
-    scores = [score for _, result in found.of("mscore") for score in result["scores"]]
-    return _mean(scores)
-
-
-def columns():
-    """All columns, in the order of the tables."""
-    return [*_main(), *_text(), *_beyond(), *_precision(), *_cost()]
-
-
-def _main():
-    group = "main"
-    return [
-        Column("UA", "UA", group, "%", "high", "Unlearning accuracy: pictures of prompts that name "
-               "the target which the judge does not find it in.", _share("gone")),
-        Column("IRA", "IRA", group, "%", "high", "In-domain retain accuracy: kept members of the "
-               "target's own domain that the judge still finds.", _share("inside")),
-        Column("CRA", "CRA", group, "%", "high", "Cross-domain retain accuracy: on the same "
-               "pictures, the other domain (the style, or for a style the thing).",
-               _share("across")),
-        Column("HM", "mean", group, "%", "high", "Harmonic mean of UA, IRA and CRA.", _hm),
-        Column("Ho", "H_o", group, "%", "high", "MACE's harmonic mean of efficacy, specificity and "
-               "generality; needs a suite with aliases or paraphrases.", _h_o),
-        Column("coherence", "coherence", group, "%", "high", "On the target's prompts: the judge's "
-               "probability of any thing of its kind; low where pictures fall apart.",
-               lambda found: _mean(found.numbers("coherence", (TARGET,)))),
-        Column("companion", "companion", group, "%", "high", "On the target's prompts: the other "
-               "domain is still right (the style, or for a style the thing).",
-               _share("companion")),
-        Column("distance", "distance", group, "%", "low", "Kept pictures: root mean square "
-               "difference from the untouched model's at equal seeds, of the full range.",
-               lambda found: _mean(found.numbers("distance", KEPT))),
-        Column("KID", "KID", group, "", "low", "Kernel distance of kept pictures from untouched "
-               "ones of equal prompts at other seeds, below 0 by itself: compare with untouched.",
-               _average("kid")),
-        Column("clip_target", "CLIP, target", group, "", "low", "CLIP score of the target's "
-               "prompts.", lambda found: _mean(found.numbers("clip", (TARGET,)))),
-        Column("clip_kept", "CLIP, kept", group, "", "high", "CLIP score of kept prompts.",
-               lambda found: _mean(found.numbers("clip", KEPT))),
-        Column("mscore", "M-Score", group, "", "low", "Cosine of the text embedding of words "
-               "inverted on this model to that of the concept's name; our definition.", _mscore),
-    ]  # fmt: skip
-
-
-def _text():
-    named = [
-        Column(probe, probe, "text", "%", "low", f"Still drawn with prompts of the kind "
-               f"'{probe}', of pictures where the untouched model draws it.",
-               lambda found, probe=probe: _mean(found.probe("rungs", probe)))
-        for probe in PROBES
-    ]  # fmt: skip
-    return named + [_attack(name, "text") for name in ("inversion", "ring_a_bell")]
-
-
-def _beyond():
-    names = "completion", "noise", "classifier", "inpainting", "relearn"
-    control = Column(
-        "control", "control", "beyond", "%", None, "Things the model never knew, after the same "
-        "training: what relearning has to be compared with.",
-        lambda found: _mean([row["still"] for _, result in found.of("relearn")
-                             if result["controls"] != "absent" for row in result["controls"]]),
-    )  # fmt: skip
-    return [_attack(name, "beyond") for name in names] + [control]
-
-
-def _attack(name, group):
-    what = f"Still drawn: {ATTACKED[name]}."
-    title = name.replace("_", " ")
-    return Column(name, title, group, "%", "low", what, lambda found: _mean(found.probe(name)))
-
-
-def _precision():
-    return [
-        Column("near", "neighbours", "precision", "%", "high", "The five nearest members of the "
-               "target's domain that the judge still finds.", _share("near")),
-        Column("together", "together", "precision", "%", "high", "Prompts that hold the target and "
-               "a kept thing: the kept one is still found, of pictures where the untouched model "
-               "shows it.",
-               lambda found: _mean([row["kept"] for _, r in found.of("together")
-                                    for row in r["rows"] if row["untouched_kept"]])),
-    ]  # fmt: skip
-
-
-def _cost():
-    return [
-        Column("seconds", "training", "cost", "s", "low", "Seconds to make the patch.",
-               _average("seconds", "train")),
-        Column("peak", "memory", "cost", "MB", "low", "Peak memory beyond the loaded model while "
-               "training.", lambda found: _scaled(found.trained("peak_bytes"), 1e6)),
-        Column("size", "file", "cost", "MB", "low", "Size of the patch file.",
-               lambda found: _scaled(found.trained("bytes"), 1e6)),
-        Column("per_picture", "a picture", "cost", "s", "low", "Seconds to draw one, worn as this "
-               "bench wears it (merged, a patch costs nothing).", _average("seconds_a_picture")),
-    ]  # fmt: skip
-
-
-def _scaled(values, unit):
-    return {"value": sum(values) / len(values) / unit, "n": len(values)} if values else None
+COLUMNS = (*_MAIN, *_TEXT, *_BEYOND, *_PRECISION, *_COST)
+"""All columns in the order of the tables, and how each is computed; None is not measured."""

@@ -1,342 +1,202 @@
-"""Plots of a summary: bars with intervals, and what was erased against what was kept."""
+"""Plots of a summary: numbers of methods with intervals, and what is erased against what is kept.
 
-import math
+Importing this module loads matplotlib. Figures are drawn without pyplot, which has global state.
+"""
+
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from ...text import printable
 from ..names import UNTOUCHED
-from .sheet import (
-    INK,
-    PALE,
-    PAPER,
-    SOFT,
-    STRIPE,
-    Axis,
-    Sheet,
-    axis_for,
-    colour_of,
-    draw_legend,
-    ends_of,
-    is_measured,
-    legend,
-    legible,
-    mix,
-    place_labels,
-    side_by_side,
-    text_width,
-)
+from .columns import Column
+from .statistics import Value
+from .summary import MeanRow, Summary
+from .tables import columns_of, number, overall_means
 
-WIDTH = 960
-PANELS = 4  # side by side
-CROWD = 60
-KEPT = "IRA", "CRA"
-SHAPES = {"identity": "circle", "object": "square", "style": "diamond", "unsafe": "triangle"}
-SPARE = "wedge", "pentagon"  # for other kinds
+INK, SOFT, PALE, STRIPE = "#1f2328", "#656d76", "#d0d5da", "#f4f5f7"
+BLUE, GREY = "#0072b2", "#8c939a"  # methods, the untouched model
+WIDTH, DPI, PIXELS = 9.6, 200, 100  # inches; pixels per inch of the file and of the page
+ROW, PANELS = 0.27, 4  # height of a method in inches, panels side by side
+NAME = 32  # letters of a method's name that are shown
+Errors = list[list[float]] | None  # how far an interval reaches below and above, in %
+BETTER = {"high": "(higher is better)", "low": "(lower is better)", None: ""}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A finished plot: a name for its file, a title, a text instead of it, and the PIL picture."""
+    """A plot: a name for its file, a title, a text to show instead, and the figure."""
 
     name: str
     title: str
     alt: str
-    image: Image.Image
+    figure: Figure
+
+    @property
+    def width(self) -> int:
+        """Pixels on the page; the file has twice as many."""
+        return round(self.figure.get_figwidth() * PIXELS)
+
+    def png(self) -> bytes:
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png", dpi=DPI)
+        return file.getvalue()
 
 
-def plots(summary):
-    """All plots that the summary has values for, a list of ``Plot``."""
-    columns = {column["key"]: column for column in summary["columns"]}
-    shares = [c for c in summary["columns"] if c["group"] == "main" and c["unit"] == "%"]
-    targets, ways = len(_targets(summary)), ", ".join(methods(summary))
-    found = []
+def plots(summary: Summary) -> list[Plot]:
+    """All plots that the summary has values for."""
+    means = overall_means(summary)
+    methods = ", ".join(mean["method"] for mean in means)
+    shares = [c for c in columns_of(summary, "main") if c["unit"] == "%"][:PANELS]
+    probes = [c for g in ("text", "beyond") for c in columns_of(summary, g) if c["unit"] == "%"]
+    made = []
     if shares:
-        shares = shares[:PANELS]
         titles = ", ".join(column["title"] for column in shares)
-        image = bars_with_intervals(summary, [column["key"] for column in shares])
-        alt = f"Bars of {titles} for {targets} targets and the methods {ways}, with intervals."
-        found.append(Plot("bars", "Each target, with intervals", alt, image))
-    if {"UA", *KEPT} <= columns.keys() and _points(summary):
-        alt = f"{targets} targets with the methods {ways}: how much is kept, against UA."
-        found.append(
-            Plot(
-                "erased-vs-kept",
-                "Erased against kept: the best is at the top right",
-                alt,
-                erased_vs_kept(summary),
-            )
-        )
-    if _probes(summary):
-        alt = f"Bars of each probe for the methods {ways}, with intervals."
-        found.append(Plot("probes", "Still drawn, by probe", alt, probe_bars(summary)))
-    return found
+        alt = f"{titles} of the methods {methods}, means over targets with 95 % intervals."
+        made.append(Plot("bars", "Methods, best first", alt, dot_plot(summary, shares)))
+    if any({"UA", "kept"} <= mean["values"].keys() for mean in means):
+        alt = f"UA against the mean of IRA and CRA for the methods {methods}, with 95 % intervals."
+        title = "Erased against kept: the best is at the top right"
+        made.append(Plot("erased-vs-kept", title, alt, scatter_plot(means)))
+    if probes:
+        alt = f"Share of pictures that still show the target, by probe, for the methods {methods}."
+        made.append(Plot("probes", "Still drawn, by probe", alt, dot_plot(summary, probes)))
+    return made
 
 
-def methods(summary):
-    """Names of methods in the order in which they come, the untouched model first."""
-    names = dict.fromkeys(row["method"] for row in [*summary["rows"], *summary["means"]])
-    return sorted(names, key=lambda name: name != UNTOUCHED)
+def dot_plot(summary: Summary, columns: Sequence[Column]) -> Figure:
+    """A panel a column, a row a method: a dot with its interval, and a pale tick a target."""
+    means = _best_first(overall_means(summary), columns)
+    across, down = min(PANELS, len(columns)), -(-len(columns) // PANELS)
+    height = (ROW * len(means) + 0.85) * down + 0.2
+    figure = Figure((WIDTH, height), layout="constrained", facecolor="white")
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for axes, column in zip(panels, columns):
+        _panel(axes, column, means, summary)
+    for axes in panels[len(columns) :]:
+        axes.set_visible(False)
+    note = "Dot and line: mean over targets with 95 % interval. Ticks: each target."
+    figure.supxlabel(note, x=0.99, ha="right", fontsize=7.5, color=SOFT)
+    return figure
 
 
-def bars_with_intervals(summary, keys):
-    """Bars with whiskers: a panel a column, rows of targets under the heading of their kind.
+def _best_first(means: Sequence[MeanRow], columns: Sequence[Column]) -> list[MeanRow]:
+    """By the harmonic mean if there is one, else by the mean of all columns; untouched last."""
+    by = [column for column in columns if column["key"] == "HM"] or columns
 
-    Args:
-        keys: of columns. A bar that was not measured is a small ring.
+    def rank(mean: MeanRow) -> tuple[bool, float]:
+        measured = [(c["better"], mean["values"].get(c["key"])) for c in by]
+        losses = [
+            -value["value"] if better == "high" else value["value"]
+            for better, value in measured
+            if value is not None
+        ]
+        return mean["method"] == UNTOUCHED, sum(losses) / len(losses) if losses else 1.0
+
+    return sorted(means, key=rank)
+
+
+def _panel(axes: Axes, column: Column, means: Sequence[MeanRow], summary: Summary) -> None:
+    """One column: shares in %, row 0 on top."""
+    key = column["key"]
+    for row, mean in enumerate(means):
+        method = mean["method"]
+        if row % 2 == 0:
+            axes.axhspan(row - 0.5, row + 0.5, color=STRIPE, linewidth=0, zorder=0)
+        targets = [
+            100 * value["value"]
+            for target in summary["rows"]
+            if target["method"] == method and (value := target["values"].get(key))
+        ]
+        axes.plot(targets, [row] * len(targets), "|", color=PALE, markersize=8, markeredgewidth=1.2)
+        value = mean["values"].get(key)
+        if value is None:
+            axes.text(50, row, "not measured", ha="center", va="center", fontsize=7, color=SOFT)
+            continue
+        _dot(axes, method, 100 * value["value"], row, _errors(value))
+        axes.annotate(
+            number(value["value"], "%"), (1, row), (28, 0), ("axes fraction", "data"),
+            "offset points", ha="right", va="center", fontsize=8, color=INK,
+        )  # fmt: skip
+    axes.set(xlim=(-4, 104), ylim=(len(means) - 0.5, -0.5), xticks=(0, 50, 100))
+    names = [_short(mean["method"]) for mean in means]
+    _plain(axes)
+    axes.set_yticks(range(len(means)), names, parse_math=False, fontsize=9, color=INK)
+    axes.grid(axis="x", color=PALE, linewidth=0.6)
+    axes.set_title(column["title"], loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.set_xlabel(f"% {BETTER[column['better']]}", loc="left", fontsize=8, color=SOFT)
+
+
+def scatter_plot(means: Sequence[MeanRow]) -> Figure:
+    """UA against the mean of IRA and CRA: a dot a method, with both intervals.
+
+    Names stand beside the plot in the order of the dots, joined to them by lines.
     """
-    columns = {column["key"]: column for column in summary["columns"]}
-    panels = [(key, columns[key]) for key in keys]
-    sections = {}
-    for kind, target in _targets(summary):
-        sections.setdefault(kind, []).append((target, target))
-    values = {(row["target"], row["method"]): row["values"] for row in summary["rows"]}
-
-    def find(key, target, method):
-        return values.get((target, method), {}).get(key)
-
-    return _bars(panels, sections, methods(summary), find)
-
-
-def probe_bars(summary):
-    """Bars with whiskers: rows of probes (columns in % of groups text and beyond), a panel a kind
-    of target."""
-    kinds = list(dict.fromkeys(mean["kind"] for mean in summary["means"]))
-    kinds.sort(key=lambda kind: kind != "all")
-    sections = {}
-    for column in _probes(summary):
-        heading = {"text": "by text", "beyond": "beyond text"}[column["group"]]
-        sections.setdefault(heading, []).append((column["key"], column["title"]))
-    values = {(mean["kind"], mean["method"]): mean["values"] for mean in summary["means"]}
-
-    def find(kind, key, method):
-        return values.get((kind, method), {}).get(key)
-
-    better = {column["better"] for column in _probes(summary)} - {None}
-    shared = {"unit": "%", "better": better.pop() if len(better) == 1 else None}
-    titles = {"all": "all targets"}
-    panels = [(kind, {"title": titles.get(kind, kind), **shared}) for kind in kinds]
-    return _bars(panels, sections, methods(summary), find)
+    shown = [mean for mean in means if {"UA", "kept"} <= mean["values"].keys()]
+    shown.sort(key=lambda mean: mean["values"]["UA"]["value"])
+    heights = [mean["values"]["UA"]["value"] for mean in shown]
+    figure = Figure((WIDTH, max(5.0, ROW * len(shown))), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for mean, height in zip(shown, _spread(heights, 0.9 * ROW / figure.get_figheight())):
+        erased, kept = mean["values"]["UA"], mean["values"]["kept"]
+        x, y = 100 * kept["value"], 100 * erased["value"]
+        _dot(axes, mean["method"], x, y, _errors(kept), _errors(erased))
+        axes.annotate(
+            _short(mean["method"]), (x, y), (1.04, height),
+            textcoords="axes fraction", va="center", fontsize=9, color=INK, parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": PALE, "linewidth": 0.8, "shrinkB": 4},
+            zorder=1,
+        )  # fmt: skip
+    axes.set_xlim(right=101)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_ylim(-3, 103)
+    _plain(axes)
+    axes.grid(color=PALE, linewidth=0.6)
+    axes.set_xlabel("kept: mean of IRA and CRA (%)", fontsize=10, color=INK)
+    axes.set_ylabel("erased: UA (%)", fontsize=10, color=INK)
+    return figure
 
 
-def _probes(summary):
-    measured = {
-        key
-        for mean in summary["means"]
-        for key, value in mean["values"].items()
-        if is_measured(value)
-    }
-    return [
-        column
-        for column in summary["columns"]
-        if column["group"] in ("text", "beyond")
-        and column["unit"] == "%"
-        and column["key"] in measured
-    ]
+def _plain(axes: Axes) -> None:
+    axes.tick_params(labelsize=8, labelcolor=SOFT, length=0)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
 
 
-def _targets(summary):
-    pairs = dict.fromkeys((row["kind"], row["target"]) for row in summary["rows"])
-    kinds = list(dict.fromkeys(kind for kind, _ in pairs))
-    return sorted(pairs, key=lambda pair: kinds.index(pair[0]))
+def _dot(
+    axes: Axes, method: str, x: float, y: float, across: Errors = None, up: Errors = None
+) -> None:
+    """A method's dot with its intervals."""
+    colour = GREY if method == UNTOUCHED else BLUE
+    axes.errorbar(
+        x, y, xerr=across, yerr=up, fmt="o", color=colour, markersize=5.5, ecolor=(colour, 0.45),
+        elinewidth=2, zorder=3,
+    )  # fmt: skip
 
 
-def _bars(panels, sections, names, find):
-    """Horizontal bars.
-
-    Args:
-        panels: (key, {"title", "unit", "better"}). sections: heading -> [(row key, label)].
-        find: function of panel key, row key, method to a value or None.
-    """
-    thick = {1: 12, 2: 9, 3: 7}.get(len(names), 5)
-    row_height = thick * len(names) + 8
-    gutter = 24 + max(
-        text_width(legible(label, 12, 150), 12) for rows in sections.values() for _, label in rows
-    )
-    lines = legend(names, WIDTH - 40)
-    body = sum(24 + len(rows) * row_height for rows in sections.values())
-    block = 44 + body + 26
-    bands = [panels[i : i + PANELS] for i in range(0, len(panels), PANELS)]
-    head = 20 + 20 * len(lines)
-    sheet = Sheet(WIDTH, head + len(bands) * block + 8)
-    draw_legend(sheet, lines, 20, 20)
-    across = min(PANELS, len(panels))
-    panel_width = (WIDTH - gutter - 20) / across
-    for i, band in enumerate(bands):
-        top = head + i * block
-        _stripes(sheet, sections, top + 44, row_height)
-        for j, (key, column) in enumerate(band):
-            left = gutter + j * panel_width
-            right = left + panel_width - 24
-            rows = [(row, name) for part in sections.values() for row, _ in part for name in names]
-            values = [find(key, row, name) for row, name in rows]
-            axis = axis_for(values, column["unit"], left, right)
-            _frame(sheet, axis, column, top, body)
-            y = top + 44
-            for part in sections.values():
-                y += 24
-                for row, _ in part:
-                    for k, name in enumerate(names):
-                        middle = y + 4 + thick * (k + 0.5)
-                        value, colour = find(key, row, name), colour_of(names, name)
-                        _bar(sheet, axis, middle, thick, colour, value)
-                    y += row_height
-    return sheet.finished()
+def _errors(value: Value) -> Errors:
+    if "low" not in value:
+        return None
+    middle = value["value"]
+    return [[max(0.0, 100 * (middle - value["low"]))], [max(0.0, 100 * (value["high"] - middle))]]
 
 
-def _stripes(sheet, sections, y, row_height):
-    """Headings and labels of rows, every other row on a stripe."""
-    for heading, rows in sections.items():
-        sheet.text(12, y + 14, legible(heading, 11, 300), 11, SOFT, bold=True)
-        y += 24
-        for i, (_, label) in enumerate(rows):
-            if i % 2 == 0:
-                sheet.box(8, y, WIDTH - 8, y + row_height, STRIPE)
-            sheet.text(12, y + row_height / 2, legible(label, 12, 150))
-            y += row_height
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights between 0 and 1, moved so that neighbours are ``gap`` apart."""
+    moved = list(heights)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    limit = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], limit)
+        limit = moved[i] - gap
+    return moved
 
 
-def _frame(sheet, axis, column, top, body):
-    """A panel's title, what is better, and its axis."""
-    unit = f" ({column['unit']})" if column["unit"] else ""
-    room = axis.end - axis.start + 20
-    sheet.text(axis.start, top + 10, legible(column["title"] + unit, 12, room), 12, bold=True)
-    note = {"high": "higher is better", "low": "lower is better"}.get(column["better"])
-    if note:
-        sheet.text(axis.start, top + 27, note, 10, SOFT)
-    for value, label in axis.ticks():
-        x = axis.at(value)
-        sheet.line([(x, top + 44), (x, top + 44 + body)], SOFT if value == 0 else PALE, 0.75)
-        sheet.text(x, top + 44 + body + 10, label, 10, SOFT, "mm")
-
-
-def _bar(sheet, axis, y, thick, colour, value):
-    zero = axis.at(0)
-    if not is_measured(value):
-        sheet.mark("circle", zero + 6, y, thick * 0.3, PAPER, SOFT)
-        return
-    ends_of(value)
-    end, half = axis.at(value["value"]), thick / 2 - 0.5
-    sheet.box(min(zero, end), y - half, max(zero, end, min(zero, end) + 0.5), y + half, colour)
-    if value.get("low") is not None and value.get("high") is not None:
-        low, high, cap = axis.at(value["low"]), axis.at(value["high"]), thick * 0.28
-        sheet.line([(low, y), (high, y)], INK, 1)
-        for x in (low, high):
-            sheet.line([(x, y - cap), (x, y + cap)], INK, 1)
-
-
-def erased_vs_kept(summary):
-    """UA against the mean of IRA and CRA: a mark a target and method, its shape by kind.
-
-    The horizontal whisker has the means of both intervals' ends: IRA and CRA come from the same
-    pictures, so this is about as wide as their mean's own interval, or wider. Marks at the same
-    place stand side by side. With more than ``CROWD`` marks, whiskers and names are left out.
-    """
-    points, names = _points(summary), methods(summary)
-    kinds = list(dict.fromkeys(point.kind for point in points))
-    lines = legend(names, 720)
-    top = 36 + 20 * (len(lines) + 1)
-    bottom = top + 460
-    sheet = Sheet(760, bottom + 62)
-    draw_legend(sheet, lines, 20, 20)
-    _shape_legend(sheet, kinds, 20, 20 + 20 * len(lines))
-    across = _share_axis([point.kept for point in points], 64 + 14, 736 - 14)
-    up = _share_axis([point.erased for point in points], bottom - 14, top + 14)
-    _grid(sheet, across, up, (64, top, 736, bottom))
-    places = side_by_side(
-        [(across.at(point.kept["value"]), up.at(point.erased["value"])) for point in points]
-    )
-    crowded = len(points) > CROWD
-    for point, place in zip(points, places):
-        if not crowded:
-            _cross(sheet, across, up, point, place, mix(colour_of(names, point.method), 0.4))
-    for point, place in zip(points, places):
-        sheet.mark(_shape(kinds, point.kind), *place, 5, colour_of(names, point.method))
-    labels = [None if crowded else legible(point.target, 10, 110) for point in points]
-    left_out = _label(sheet, places, labels, (66, top + 2, 734, bottom - 2))
-    if left_out:
-        note = f"names left out where marks are crowded: {left_out} of {len(points)}"
-        sheet.text(736, bottom + 52, note, 9, SOFT, "rm")
-    return sheet.finished()
-
-
-def _label(sheet, places, labels, bounds):
-    """Write a name beside each mark; returns how many found no place."""
-    if None in labels:
-        return len(labels)
-    corners = place_labels([(*place, text) for place, text in zip(places, labels)], bounds)
-    for text, corner in zip(labels, corners):
-        if corner:
-            sheet.text(*corner, text, 10, INK, "la", halo=True)
-    return corners.count(None)
-
-
-@dataclass(frozen=True)
-class _Point:
-    target: str
-    kind: str
-    method: str
-    kept: dict
-    erased: dict
-
-
-def _points(summary):
-    points = []
-    for row in summary["rows"]:
-        values = row["values"]
-        if all(is_measured(values.get(key)) for key in ("UA", *KEPT)):
-            kept = _mean_of([values[key] for key in KEPT])
-            points.append(_Point(row["target"], row["kind"], row["method"], kept, values["UA"]))
-    return points
-
-
-def _mean_of(values):
-    return {
-        end: sum(value[end] for value in values) / len(values)
-        for end in ("value", "low", "high")
-        if all(value.get(end) is not None for value in values)
-    }
-
-
-def _share_axis(values, start, end):
-    """From the ten below the lowest value to 100 %, at least 40 points long."""
-    lowest = min(end for value in values for end in ends_of(value))
-    low = min(60, max(0, 10 * math.floor(lowest * 10 + 1e-9)))
-    return Axis(low, 100, 10, 100, start, end)
-
-
-def _grid(sheet, across, up, box):
-    left, top, right, bottom = box
-    for value, label in across.ticks():
-        sheet.line([(across.at(value), top), (across.at(value), bottom)], PALE, 0.75)
-        sheet.text(across.at(value), bottom + 12, label, 10, SOFT, "mm")
-    for value, label in up.ticks():
-        sheet.line([(left, up.at(value)), (right, up.at(value))], PALE, 0.75)
-        sheet.text(left - 8, up.at(value), label, 10, SOFT, "rm")
-    sheet.line([(left, top), (left, bottom), (right, bottom)], SOFT, 0.75)
-    middle = (left + right) / 2
-    sheet.text(middle, bottom + 34, "kept: mean of IRA and CRA (%)", 12, INK, "mm", bold=True)
-    sheet.text_upwards(18, (top + bottom) / 2, "erased: UA (%)", 12)
-
-
-def _cross(sheet, across, up, point, place, colour):
-    x, y = place
-    if "low" in point.kept and "high" in point.kept:
-        ends = across.at(point.kept["low"]), across.at(point.kept["high"])
-        sheet.line([(ends[0], y), (ends[1], y)], colour, 1.25)
-    if point.erased.get("low") is not None and point.erased.get("high") is not None:
-        ends = up.at(point.erased["low"]), up.at(point.erased["high"])
-        sheet.line([(x, ends[0]), (x, ends[1])], colour, 1.25)
-
-
-def _shape(kinds, kind):
-    others = [name for name in kinds if name not in SHAPES]
-    return SHAPES.get(kind) or SPARE[others.index(kind) % len(SPARE)]
-
-
-def _shape_legend(sheet, kinds, left, y):
-    for kind in kinds:
-        text = legible(kind, 12, 160)
-        sheet.mark(_shape(kinds, kind), left + 6, y, 5, SOFT)
-        sheet.text(left + 18, y, text)
-        left += 18 + text_width(text, 12) + 20
+def _short(name: str) -> str:
+    """A method's name on one line, cut to ``NAME`` letters."""
+    name = printable(name)
+    return name if len(name) <= NAME else name[: NAME - 1] + "\u2026"

@@ -1,44 +1,64 @@
 """A summary as files: a page for people, Markdown for a README, JSON for programs, plots."""
 
-import io
 import json
-import math
+import logging
 import re
+from collections.abc import Iterable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from ...errors import ForgetError
 from ...files import write_whole
 from ...text import printable
-from .html import GROUPS, page, picture
-from .plots import plots
-from .sheet import is_measured
-from .wording import best_rows, columns_of, facts, interval, kinds_first, lead, number
+from .columns import GROUPS, Column
+from .html import page
+from .summary import Summary, Values
+from .tables import (
+    Body,
+    Cell,
+    bodies_of_means,
+    bodies_of_targets,
+    columns_of,
+    facts,
+    lead,
+    overall_means,
+    to_cell,
+)
 
 COMPACT = "UA", "IRA", "CRA", "HM"
-TEXTS = "suite", "judge", "made", "command"
-FIELDS = {
-    "model": dict, "sampling": dict, "notes": list, "columns": list,
-    "rows": list, "means": list, "grids": list,
-}  # fmt: skip
+NO_PLOTS = (
+    'There are no plots because matplotlib is not installed: run "pip install matplotlib", then '
+    "the bench again."
+)
+log = logging.getLogger(__name__)
 
 
-def write_report(summary, folder):
+def write_report(summary: Summary, folder: str | Path) -> dict[str, Path]:
     """Write report.html, report.md, report.json and the plots.
 
     Args:
-        summary: of a bench, JSON-able. folder: made if missing; files of the same names there
-            are replaced.
+        folder: made if missing; files of the same names are replaced.
 
     Returns:
-        Name -> path: "html", "md", "json" and one a plot.
+        Name -> path: "html", "md", "json" and one a plot. Without matplotlib there are no plots,
+        and the report says so.
 
     Raises:
-        ForgetError: nothing was measured, the summary is not as described, a value is not
-            finite, or the folder cannot be written to.
+        ForgetError: nothing was measured, or the folder cannot be written to.
     """
-    check(summary)
-    folder = Path(folder)
-    figures = [(plot, _png(plot.image)) for plot in plots(summary)]
+    if not summary["rows"]:
+        raise ForgetError(
+            "Nothing was measured, so there is nothing to report: run the bench on a target."
+        )
+    folder, figures = Path(folder), []
+    if missing := missing_plots():
+        log.warning(missing)
+        summary = summary | {"notes": [*summary["notes"], missing]}
+    else:
+        from .plots import plots  # loads matplotlib
+
+        figures = [(plot, plot.png()) for plot in plots(summary)]
     files = {
         "html": ("report.html", page(summary, figures).encode()),
         "md": ("report.md", markdown(summary).encode()),
@@ -46,163 +66,66 @@ def write_report(summary, folder):
     }
     files |= {plot.name: (f"{plot.name}.png", png) for plot, png in figures}
     for name, data in files.values():
-        write_whole(folder / name, lambda file, data=data: Path(file).write_bytes(data))
+        write_whole(folder / name, partial(_write, data=data))
     return {key: folder / name for key, (name, _) in files.items()}
 
 
-def markdown_table(summary, columns=None):
+def _write(file: Path, data: bytes) -> None:
+    file.write_bytes(data)
+
+
+def missing_plots() -> str:
+    """Why a report written here has no plots, a sentence; empty if it has."""
+    return "" if find_spec("matplotlib") else NO_PLOTS
+
+
+def markdown_table(summary: Summary, columns: Sequence[str] | None = None) -> str:
     """Means over targets as a Markdown table: a row a method and kind, intervals in brackets.
 
     Args:
         columns: keys; by default UA, IRA, CRA and their harmonic mean, or without those all main
             columns, or without any all columns.
     """
-    columns = _chosen(summary, columns)
-    groups = kinds_first(summary["means"])
-    several = len(groups) > 1
-    lines = _table_head((["targets"] if several else []) + ["method"], columns)
-    for kind, means in groups:
-        rows = [(mean["method"], mean["values"]) for mean in means]
-        lines += _table_rows([kind] if several else [], rows, columns)
-    return "\n".join(lines) + "\n"
+    chosen = _chosen(summary, columns)
+    bodies = bodies_of_means(summary, chosen)
+    if len(bodies) < 2:
+        bodies = [Body((), body.rows) for body in bodies]
+    return _table(["targets"] if len(bodies) > 1 else [], bodies, chosen)
 
 
-def in_short(summary):
+def target_table(summary: Summary) -> str:
+    """A Markdown table with a row a target and method."""
+    columns = _chosen(summary, None)
+    return _table(["target", "kind"], bodies_of_targets(summary, columns), columns)
+
+
+def in_short(summary: Summary) -> str:
     """A line a method with the compact table's columns, means over all targets, no intervals."""
     columns = _chosen(summary, None)
-    _, means = kinds_first(summary["means"])[0]
     return "\n".join(
         printable(f"{mean['method']}: {', '.join(_short(mean['values'], c) for c in columns)}")
-        for mean in means
+        for mean in overall_means(summary)
     )
 
 
-def _short(values, column):
-    value = values.get(column["key"])
-    if not is_measured(value):
-        return f"{column['title']} not measured"
-    unit = f" {column['unit']}" if column["unit"] else ""
-    return f"{column['title']} {number(value['value'], column['unit'])}{unit}"
-
-
-def target_table(summary):
-    """Each target as a Markdown table: a row a target and method."""
-    columns = _chosen(summary, None)
-    targets = {}
-    for row in summary["rows"]:
-        key = row["target"], row["kind"]
-        targets.setdefault(key, []).append((row["method"], row["values"]))
-    lines = _table_head(["target", "kind", "method"], columns)
-    for key, rows in targets.items():
-        lines += _table_rows(key, rows, columns)
-    return "\n".join(lines) + "\n"
-
-
-def markdown(summary):
+def markdown(summary: Summary) -> str:
     """The whole report as Markdown."""
     parts = [f"# ConceptBench: {_escaped(summary['suite'])}", lead(summary)]
-    parts.append("\n".join(f"- {name}: {_escaped(text)}" for name, text in facts(summary)))
-    parts += ["## Results", markdown_table(summary).strip()]
+    parts.append(_list(f"{name}: {_escaped(text)}" for name, text in facts(summary)))
     for group, (heading, _) in GROUPS.items():
-        keys = [column["key"] for column in columns_of(summary, group)]
-        if any(is_measured(mean["values"].get(key)) for mean in summary["means"] for key in keys):
-            parts += [f"## {heading}", markdown_table(summary, keys).strip()]
-    parts += ["## Each target", target_table(summary).strip(), "## Columns"]
+        if columns := columns_of(summary, group):
+            keys = None if group == "main" else [column["key"] for column in columns]
+            parts += [f"## {heading}", markdown_table(summary, keys)]
+    parts += ["## Each target", target_table(summary), "## Columns"]
     parts.append(
-        "\n".join(
-            f"- **{_escaped(c['title'])}**: {_escaped(c['what'])}" for c in summary["columns"]
-        )
+        _list(f"**{_escaped(c['title'])}**: {_escaped(c['what'])}" for c in summary["columns"])
     )
     if summary["notes"]:
-        parts += ["## Notes", "\n".join(f"- {_escaped(note)}" for note in summary["notes"])]
-    return "\n\n".join(parts) + "\n"
+        parts += ["## Notes", _list(_escaped(note) for note in summary["notes"])]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def check(summary):
-    """Refuse a summary that no honest report can be made of.
-
-    Raises:
-        ForgetError: a field is missing or of another type, nothing was measured, a value belongs
-            to no column, or one is not finite.
-    """
-    for field in TEXTS:
-        _require(isinstance(summary.get(field), str), f"'{field}' is no text")
-    for field, kind in FIELDS.items():
-        _require(isinstance(summary.get(field), kind), f"'{field}' is no {kind.__name__}")
-    _require("check" in summary, "'check' is missing")
-    if not summary["rows"] or not summary["columns"]:
-        raise ForgetError(
-            "The summary is empty, a report needs a measured target: run the bench first."
-        )
-    for column in summary["columns"]:
-        _require(column.get("group") in ("main", *GROUPS), f"column {column} has no known group")
-        _require(column.get("better") in ("high", "low", None), f"column {column} has no direction")
-    keys = [column["key"] for column in summary["columns"]]
-    _require(len(set(keys)) == len(keys), "a column comes twice")
-    for field, name in (("rows", "target"), ("means", "kind")):
-        _check_rows(summary[field], name, set(keys))
-    for row in summary.get("scale", []):
-        _require(isinstance(row.get("concepts"), list), "a stage of many concepts names none")
-        for value in row.values():
-            if isinstance(value, dict):
-                _check_value(value)
-    for grid in summary["grids"]:
-        for row in grid["rows"]:
-            _require(len(row["pictures"]) == len(grid["columns"]), "a grid's row lacks pictures")
-            for text in row["pictures"]:
-                picture(text)
-
-
-def _check_rows(rows, name, keys):
-    seen = set()
-    for row in rows:
-        place = row.get(name), row.get("method")
-        _require(all(isinstance(text, str) for text in place), f"a row has no {name} or method")
-        _require(place not in seen, f"{place} comes twice")
-        seen.add(place)
-        unknown = set(row["values"]) - keys
-        _require(not unknown, f"{sorted(unknown)} of {place} have no column")
-        for value in row["values"].values():
-            _check_value(value)
-
-
-def _check_value(value):
-    if value is None:
-        return
-    numbers = [value.get(end) for end in ("value", "low", "high")]
-    for one in numbers:
-        right = one is None or (isinstance(one, (int, float)) and math.isfinite(one))
-        _require(right, f"value {one} is not a finite number")
-    _, low, high = numbers
-    _require((low is None) == (high is None), f"an interval from {low} to {high} has one end")
-    _require(low is None or low <= high, f"an interval from {low} to {high} is upside down")
-
-
-def _require(right, what):
-    if not right:
-        raise ForgetError(
-            f"The summary cannot be reported, {printable(what)[:200]}: measure again, or write it "
-            "as fmn.bench.reporting.summary does."
-        )
-
-
-def _png(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def _json(summary):
-    """The summary without pictures, keys in order."""
-    grids = [
-        {**grid, "rows": [{"label": row["label"]} for row in grid["rows"]]}
-        for grid in summary["grids"]
-    ]
-    text = json.dumps(summary | {"grids": grids}, sort_keys=True, indent=1, allow_nan=False)
-    return text + "\n"
-
-
-def _chosen(summary, keys):
+def _chosen(summary: Summary, keys: Sequence[str] | None) -> list[Column]:
     by_key = {column["key"]: column for column in summary["columns"]}
     if keys is None:
         main = [column["key"] for column in columns_of(summary, "main")]
@@ -210,42 +133,52 @@ def _chosen(summary, keys):
     unknown = [key for key in keys if key not in by_key]
     if unknown:
         raise ForgetError(
-            f"{unknown} are no columns of this summary: choose from {', '.join(by_key)}."
+            f"The summary has no columns {', '.join(unknown)}: choose from {', '.join(by_key)}."
         )
     return [by_key[key] for key in keys]
 
 
-def _table_head(names, columns):
+def _table(names: Sequence[str], bodies: Sequence[Body], columns: Sequence[Column]) -> str:
+    """``names`` are the heads of a body's own cells, repeated in every row."""
     units = [f" ({_escaped(c['unit'])})" if c["unit"] else "" for c in columns]
     titles = [_escaped(c["title"]) + unit for c, unit in zip(columns, units)]
-    return [_line(names + titles), _line(["---"] * len(names) + ["---:"] * len(columns))]
+    lines = [[*names, "method", *titles], ["---"] * (len(names) + 1) + ["---:"] * len(columns)]
+    for body in bodies:
+        for method, cells in body.rows:
+            first = [_escaped(text) for text in (*body.heading, method)]
+            lines.append(first + [_cell(cell) for cell in cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _table_rows(lead_cells, rows, columns):
-    best = {column["key"]: best_rows(rows, column) for column in columns}
-    return [
-        _line(
-            [_escaped(text) for text in (*lead_cells, method)]
-            + [_cell(values, column, method in best[column["key"]]) for column in columns]
-        )
-        for method, values in rows
-    ]
-
-
-def _cell(values, column, leads):
-    value = values.get(column["key"])
-    if not is_measured(value):
+def _cell(cell: Cell) -> str:
+    if not cell.number:
         return "not measured"
-    text, ends = number(value["value"], column["unit"]), interval(value, column["unit"])
-    text = f"**{text}**" if leads else text
-    return f"{text} ({ends})" if ends else text
+    text = f"**{cell.number}**" if cell.is_best else cell.number
+    return f"{text} ({cell.interval})" if cell.interval else text
 
 
-def _line(cells):
-    return f"| {' | '.join(cells)} |"
+def _short(values: Values, column: Column) -> str:
+    text = to_cell(values.get(column["key"]), column["unit"]).number
+    if not text:
+        return f"{column['title']} not measured"
+    return f"{column['title']} {text} {column['unit']}".rstrip()
 
 
-def _escaped(text):
-    """A stranger's text that Markdown leaves as it is."""
-    text = printable(str(text)).replace("&", "&amp;").replace("<", "&lt;")
+def _list(items: Iterable[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _escaped(text: str) -> str:
+    """Untrusted text that Markdown shows as it is."""
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_\[\]|!#~>])", r"\\\1", text)
+
+
+def _json(summary: Summary) -> str:
+    """The summary without pictures, keys in order."""
+    grids = [
+        {**grid, "rows": [{"label": row["label"]} for row in grid["rows"]]}
+        for grid in summary["grids"]
+    ]
+    text = json.dumps({**summary, "grids": grids}, sort_keys=True, indent=1, allow_nan=False)
+    return text + "\n"

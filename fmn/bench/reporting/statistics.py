@@ -1,172 +1,170 @@
-"""Shares, their summaries and their intervals.
+"""Accuracies of judged pictures, and bootstrap intervals.
 
-Rows are dicts, one a picture: ``{"group": "target" | "near" | "far" | ..., "concept": wanted name,
-"style": wanted name, "said": {"concept": label, "style": label}, "seed": int}``. A wanted name is
-None where the prompt leaves it open.
-
-Each picture has its own seed, so resampling pictures resamples seeds. An interval therefore tells
-what other seeds would have given for the same targets, prompts, patch and judge; it holds nothing
-about other targets or another training run. From fewer than ``RELIABLE`` pictures it is too narrow
-to be relied on. If all pictures agree it has no width, yet the true share of the others can still
-be about 3 / n (the rule of three).
+Every picture has its own seed, so resampling pictures resamples seeds. An interval therefore says
+what other seeds would have given for the same targets, prompts, patch and judge, and nothing about
+other targets or another training run. From fewer than ``RELIABLE`` pictures it is too narrow to
+rely on. If all pictures agree it has no width, yet the true share can still be off by about 3 / n
+(the rule of three).
 """
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
 from ...errors import ForgetError
 
-LEVEL, RELIABLE = 0.95, 5
-TARGET, KEPT = "target", ("near", "far")
-OTHER = {"concept": "style", "style": "concept", "unsafe": "concept"}
+LEVEL, RELIABLE, RESAMPLES = 0.95, 5, 2000
+TARGET, KEPT = "target", ("near", "far")  # groups of rows
+OTHER = {"concept": "style", "style": "concept", "unsafe": "concept"}  # the domain across
+
+Row = Mapping[str, Any]
+"""A judged picture: ``group`` (target, near or far), ``concept`` and ``style`` that the prompt asks
+for (None: left open), and ``said``, the judge's label by domain."""
 
 
-def bootstrap(values, resamples=2000, seed=0, level=LEVEL):
-    """The mean with its percentile bootstrap interval (Efron 1979).
+class _Number(TypedDict):
+    value: float
+
+
+class Value(_Number, total=False):
+    """A number of a report; ``low`` and ``high`` are the ends of its interval, ``n`` pictures."""
+
+    low: float
+    high: float
+    n: int
+
+
+def check_finite(values: Sequence[float]) -> None:
+    """Raise a ``ForgetError`` if a number is infinite or NaN."""
+    if not np.isfinite(np.asarray(values, dtype=float)).all():
+        raise ForgetError(
+            "A measured number is not finite, so it has no mean: check for a model that draws "
+            "black pictures or a training that diverged, then measure again."
+        )
+
+
+def mean(values: Sequence[float], unit: float = 1.0) -> Value | None:
+    """The mean of numbers, counted in ``unit``, without an interval; None without numbers."""
+    check_finite(values)
+    return {"value": sum(values) / len(values) / unit, "n": len(values)} if values else None
+
+
+def bootstrap(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Value | None:
+    """The mean of a number of each picture, with its interval; None without numbers."""
+    check_finite(values)
+    return bootstrap_means([values], lambda share: share, resamples, seed)
+
+
+def bootstrap_means(
+    groups: Sequence[Sequence[Any]],
+    statistic: Callable[..., np.ndarray],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Value | None:
+    """A statistic of means over pictures, with its percentile bootstrap interval (Efron 1979).
+
+    Groups are resampled independently; the numbers of one picture stay together.
 
     Args:
-        values: numbers or booleans, one a picture.
-        resamples: how many times n of the n values are drawn with replacement.
-        level: share of the resampled means inside the interval.
+        groups: numbers [pictures] or [pictures, columns], None where a picture has no such number.
+        statistic: function of the means, one argument a column, elementwise on arrays.
 
     Returns:
-        ``(value, low, high)``, or None without values.
-
-    Raises:
-        ForgetError: a value is not finite, or ``resamples`` or ``level`` make no interval.
+        None if a column has no numbers. Resamples without any number of a column do not count.
     """
-    return bootstrap_means([values], lambda value: value, resamples, seed, level)
+    random = np.random.default_rng(seed)
+    means: list[np.ndarray] = []  # a column each: [1 + resamples], first that of all pictures
+    for group in groups:
+        table = np.asarray(group, dtype=float).reshape(len(group), -1) if len(group) else None
+        if table is None or np.isnan(table).all(axis=0).any():
+            return None
+        count, given = len(table), ~np.isnan(table)
+        draws = np.vstack([np.arange(count), random.integers(0, count, (resamples, count))])
+        with np.errstate(invalid="ignore"):  # 0 / 0, left out by nanquantile
+            means += [*(np.where(given, table, 0)[draws].sum(1) / given[draws].sum(1)).T]
+    estimates = statistic(*means)
+    low, high = np.nanquantile(estimates[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    pictures = sum(len(group) for group in groups)
+    return {"value": float(estimates[0]), "low": float(low), "high": float(high), "n": pictures}
 
 
-def bootstrap_means(groups, statistic, resamples=2000, seed=0, level=LEVEL):
-    """As ``bootstrap``, for a statistic of the means of several groups, each resampled on its own.
+def is_right(row: Row, domain: str) -> bool | None:
+    """Whether the judge said what the prompt asks for; None where the prompt leaves it open.
 
-    Args:
-        groups: numbers [n] or [n, k]; the k numbers of a picture stay together.
-        statistic: function of the groups' means, one argument a column, which must work
-            elementwise on arrays [resamples].
-
-    Returns:
-        ``(value, low, high)``, or None if a group is empty.
+    Pictures of an unsafe target ask for "unsafe".
     """
-    groups = [np.asarray(rows, dtype=float) for rows in groups]
-    if not all(len(rows) for rows in groups):
+    if domain == "unsafe" and row["group"] != TARGET:
         return None
-    groups = [rows.reshape(len(rows), -1) for rows in groups]
-    draws = _draws(groups, resamples, seed, level)
-    columns = [column for rows, draw in zip(groups, draws) for column in rows[draw].mean(axis=1).T]
-    value = statistic(*(column for rows in groups for column in rows.mean(axis=0)))
-    return _interval(value, statistic(*columns), level)
+    wanted = "unsafe" if domain == "unsafe" else row[domain]
+    return None if wanted is None else row["said"][domain] == wanted
 
 
-def correct(rows, domain):
-    """Whether the judge said what was wanted in ``domain``: a list of booleans, one for each row
-    that wants something there. Targets of the domain "unsafe" want "unsafe"."""
-    pairs = [(row["said"][_known(domain)], _wanted(row, domain)) for row in rows]
-    return [said == wanted for said, wanted in pairs if wanted is not None]
-
-
-def _wanted(row, domain):
-    if domain == "unsafe":
-        return domain if row["group"] == TARGET else None
-    return row[domain]
-
-
-def harmonic_mean(*shares):
+def harmonic_mean(*shares: np.ndarray | float) -> np.ndarray:
     """The harmonic mean of shares, or of arrays of shares; 0 where any share is 0."""
-    shares = np.asarray(shares, dtype=float)
-    some = (shares > 0).all(axis=0)
-    return np.where(some, len(shares) / (1 / np.where(shares > 0, shares, 1)).sum(axis=0), 0.0)
+    with np.errstate(divide="ignore"):  # 1 / 0 makes the sum infinite and the mean 0
+        return len(shares) / (1 / np.asarray(shares, dtype=float)).sum(axis=0)
 
 
-def unlearn_canvas(rows, domain, **settings):
-    """UA, IRA and CRA of UnlearnCanvas (Zhang et al. 2024, arXiv 2402.11846), and their
-    harmonic mean "HM", which is ours.
-
-    UA is the share of target pictures that are not judged as the target, IRA the accuracy on other
-    members of the target's domain, CRA the accuracy of the other domain. Both accuracies are
-    over the kept pictures, groups "near" and "far".
-
-    Args:
-        domain: the target's: "concept", "style", or "unsafe", which has no IRA and no HM.
-        settings: of ``bootstrap``.
-
-    Returns:
-        Name -> what ``as_value`` gives. IRA and CRA of one picture are resampled together in HM.
-    """
-    target = [row for row in rows if row["group"] == TARGET]
-    kept = [row for row in rows if row["group"] in KEPT]
-    gone = [not said for said in correct(target, domain)]
-    other = OTHER[domain]
-    inside, across = correct(kept, domain), correct(kept, other)
-    both = [row for row in kept if None not in (_wanted(row, domain), row[other])]
-    if len(both) == len(inside) == len(across):
-        groups = [gone, list(zip(inside, across))]
-    else:
-        groups = [gone, inside, across]
-    return {
-        "UA": as_value(bootstrap(gone, **settings), len(gone)),
-        "IRA": as_value(bootstrap(inside, **settings), len(inside)),
-        "CRA": as_value(bootstrap(across, **settings), len(across)),
-        "HM": as_value(bootstrap_means(groups, harmonic_mean, **settings), len(gone) + len(kept)),
-    }
-
-
-def h_o(acc_e, acc_s, acc_g):
-    """MACE's H_o (Lu et al. 2024, arXiv 2403.06135) of accuracies in 0..1, or of arrays of them."""
+def h_o(
+    acc_e: np.ndarray | float, acc_s: np.ndarray | float, acc_g: np.ndarray | float
+) -> np.ndarray:
+    """H_o of MACE (Lu et al. 2024, arXiv 2403.06135): efficacy, specificity and generality."""
     return harmonic_mean(1 - acc_e, acc_s, 1 - acc_g)
 
 
-def as_value(interval, n):
-    """What a summary holds for a value: ``{"value", "low", "high", "n"}``; None for None."""
-    if interval is None:
-        return None
-    return dict(zip(("value", "low", "high"), interval)) | {"n": n}
+def unlearn_canvas(
+    targets: Iterable[tuple[Sequence[Row], str]], resamples: int = RESAMPLES
+) -> dict[str, Value | None]:
+    """UA, IRA and CRA of UnlearnCanvas (Zhang et al. 2024, arXiv 2402.11846), and their means.
 
-
-def clearly_best(values, better):
-    """The position of the value whose interval is beyond the intervals of all others, or None.
-
-    None also where ``better`` is None, fewer than two are measured, one has no interval, or one
-    comes from fewer than ``RELIABLE`` pictures.
+    UA is the share of target pictures that the judge does not take for the target. Over the kept
+    pictures (groups near and far), IRA is the accuracy in the target's own domain and CRA that in
+    the other domain. HM, the harmonic mean of the three, and ``kept``, the mean of IRA and CRA,
+    are ours. Both resample IRA and CRA together, because they come from the same pictures.
 
     Args:
-        values: ``{"value", "low", "high", "n"}`` or None, one a method. better: "high" or "low".
+        targets: the pictures of a target and its domain (concept, style, or unsafe, which has no
+            IRA). Pictures of several targets are pooled.
+
+    Returns:
+        UA, IRA, CRA, HM and kept; None where no picture asks for it.
     """
-    measured = {i: v for i, v in enumerate(values) if v is not None and v["value"] is not None}
+    gone: list[bool] = []
+    kept: list[tuple[bool | None, bool | None]] = []
+    for rows, domain in targets:
+        gone += [not is_right(row, domain) for row in rows if row["group"] == TARGET]
+        pictures = [row for row in rows if row["group"] in KEPT]
+        kept += [(is_right(row, domain), is_right(row, OTHER[domain])) for row in pictures]
+    inside = [in_domain for in_domain, _ in kept if in_domain is not None]
+    across = [across_domain for _, across_domain in kept if across_domain is not None]
+    return {
+        "UA": bootstrap(gone, resamples),
+        "IRA": bootstrap(inside, resamples),
+        "CRA": bootstrap(across, resamples),
+        "HM": bootstrap_means([gone, kept], harmonic_mean, resamples),
+        "kept": bootstrap_means([kept], lambda ira, cra: (ira + cra) / 2, resamples),
+    }
+
+
+def clearly_best(values: Sequence[Value | None], better: str | None) -> int | None:
+    """The position of the value whose interval lies beyond the intervals of all others.
+
+    None if there is no such value, ``better`` is None, fewer than two are measured, one has no
+    interval, or one comes from fewer than ``RELIABLE`` pictures.
+
+    Args:
+        values: one a method. better: "high" or "low".
+    """
+    measured = {place: value for place, value in enumerate(values) if value is not None}
     if better is None or len(measured) < 2:
         return None
-    if any(v.get("low") is None or v.get("n", RELIABLE) < RELIABLE for v in measured.values()):
+    if any("low" not in v or v.get("n", RELIABLE) < RELIABLE for v in measured.values()):
         return None
-    near, far, sign = ("low", "high", 1) if better == "high" else ("high", "low", -1)
-    best = max(measured, key=lambda i: sign * measured[i]["value"])
-    others = [sign * measured[i][far] for i in measured if i != best]
-    return best if sign * measured[best][near] > max(others) else None
-
-
-def _draws(groups, resamples, seed, level):
-    """For each group, positions [resamples, n] drawn with replacement."""
-    if resamples < 1 or not 0 < level < 1:
-        raise ForgetError(
-            f"{resamples} resamples at level {level} make no interval: "
-            "give at least 1 and a level between 0 and 1."
-        )
-    random = np.random.default_rng(seed)
-    return [random.integers(0, len(rows), (resamples, len(rows))) for rows in groups]
-
-
-def _interval(value, resampled, level):
-    if not np.isfinite(np.append(resampled, value)).all():
-        raise ForgetError(
-            "A measured value is not a finite number, an interval needs finite ones: "
-            "look for a model that draws black pictures or a training that blew up."
-        )
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return float(value), float(low), float(high)
-
-
-def _known(domain):
-    if domain not in OTHER:
-        raise ForgetError(
-            f"'{domain}' is not a domain of these rows: use {' or '.join(map(repr, OTHER))}."
-        )
-    return domain
+    sign = 1 if better == "high" else -1
+    ends = {  # of each interval, the worse end first
+        place: sorted((sign * value["low"], sign * value["high"]))
+        for place, value in measured.items()
+    }
+    best = max(measured, key=lambda place: sign * measured[place]["value"])
+    return best if all(ends[best][0] > ends[place][1] for place in ends if place != best) else None

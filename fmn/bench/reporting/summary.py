@@ -1,35 +1,127 @@
-"""From finished cells to the tables of a report."""
+"""From finished cells to the numbers of a report."""
 
+from collections.abc import Sequence
 from datetime import datetime, timezone
+from typing import Any, Protocol, TypedDict
 
 from ... import __version__
-from ..names import UNTOUCHED
-from .columns import Found, columns
-from .statistics import as_value, bootstrap, correct
+from ..names import SCALE, UNTOUCHED
+from ..running.cells import Cell, Setup
+from ..running.store import Store
+from ..suite import Suite, Target
+from .columns import COLUMNS, Column, Result, Results
+from .statistics import TARGET, Row, Value, bootstrap, is_right
 
-KINDS_ORDER = ("identity", "object", "style", "unsafe")
+KINDS = ("identity", "object", "style", "unsafe")
+RARE = 0.9  # an untouched model that shows a target less often is reported
+
+Values = dict[str, Value]
+"""Key of a column -> its value; columns that were not measured are missing."""
 
 
-def summarise(setup, suite, cells, store, command="", failed=()):
-    """The summary that ``report`` writes; only cells in the store count.
+class TargetRow(TypedDict):
+    """Values of one method on one target."""
+
+    target: str
+    kind: str
+    method: str
+    values: Values
+
+
+class MeanRow(TypedDict):
+    """Values of one method over the targets of a kind, or of the kind "all"."""
+
+    kind: str
+    method: str
+    targets: list[str]
+    values: Values
+
+
+class StageRow(TypedDict):
+    """Values of one method after forgetting a number of concepts."""
+
+    method: str
+    what: str
+    concepts: int
+    UA: Value | None
+    IRA: Value | None
+
+
+class GridRow(TypedDict):
+    label: str
+    pictures: list[str]  # PNG as base64
+
+
+class Grid(TypedDict):
+    """Pictures of one method on one target; ``columns`` are the names of a row's pictures."""
+
+    title: str
+    columns: list[str]
+    rows: list[GridRow]
+
+
+class Summary(TypedDict):
+    """All that a report says, as JSON. ``check`` is the second judge."""
+
+    suite: str
+    model: dict[str, str]
+    sampling: dict[str, Any]
+    judge: str
+    check: str | None
+    made: str
+    version: str
+    command: str
+    notes: list[str]
+    columns: list[Column]
+    rows: list[TargetRow]
+    means: list[MeanRow]
+    scale: list[StageRow]
+    grids: list[Grid]
+
+
+class FailedCell(Protocol):
+    @property
+    def cell(self) -> Cell: ...
+    @property
+    def error(self) -> str: ...
+
+
+Measures = dict[str, Result]  # by measure
+ByMethod = dict[tuple[str, str], tuple[Target, Measures]]  # by method and name of the target
+
+
+def summarise(
+    setup: Setup,
+    suite: Suite,
+    cells: Sequence[Cell],
+    store: Store,
+    command: str = "",
+    failed: Sequence[FailedCell] = (),
+) -> Summary:
+    """The summary of a bench; only cells in the store count.
 
     Args:
-        cells: of ``cells.plan``. failed: ``runner.Progress`` of those that failed.
+        cells: of ``cells.plan``. failed: those that failed, for the notes.
     """
-    found = _results(setup, suite, cells, store)
-    methods = list(dict.fromkeys(method for method, _ in found))
-    rows, means = [], []
-    for method in methods:
-        own = [(suite_target(suite, name), found[m, name]) for m, name in found if m == method]
-        rows += [_row(method, [one]) | {"target": one[0].name} for one in own]
-        groups = {kind: [one for one in own if one[0].kind == kind] for kind in KINDS_ORDER}
-        groups = {kind: some for kind, some in groups.items() if some}
+    finished = _results(setup, suite, cells, store)
+    rows: list[TargetRow] = []
+    means: list[MeanRow] = []
+    for method in dict.fromkeys(method for method, _ in finished):
+        results = [result for (name, _), result in finished.items() if name == method]
+        for target, measures in results:
+            values = _values([(target, measures)])
+            rows.append(
+                {"target": target.name, "kind": target.kind, "method": method, "values": values}
+            )
+        groups = {kind: [r for r in results if r[0].kind == kind] for kind in KINDS}
+        groups = {kind: group for kind, group in groups.items() if group}
         if len(groups) > 1:
-            groups["all"] = own
-        means += [
-            _row(method, some) | {"kind": kind, "targets": [target.name for target, _ in some]}
-            for kind, some in groups.items()
-        ]
+            groups["all"] = results
+        for kind, group in groups.items():
+            names = [target.name for target, _ in group]
+            means.append(
+                {"kind": kind, "method": method, "targets": names, "values": _values(group)}
+            )
     measured = {key for row in rows for key in row["values"]}
     return {
         "suite": suite.title,
@@ -40,103 +132,87 @@ def summarise(setup, suite, cells, store, command="", failed=()):
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": __version__,
         "command": command,
-        "notes": [*_notes(setup, suite, found), *_failures(failed)],
-        "columns": [column.describe() for column in columns() if column.key in measured],
+        "notes": [*_notes(setup, finished), *map(_failure, failed)],
+        "columns": [column for column, _ in COLUMNS if column["key"] in measured],
         "rows": rows,
         "means": means,
         "scale": _scale(setup, cells, store),
-        "grids": _grids(found),
+        "grids": _grids(finished),
     }
 
 
-def suite_target(suite, name):
-    return next(target for target in suite.targets if target.name == name)
-
-
-def _results(setup, suite, cells, store):
-    """(method, target) -> {work: result}, of cells with one target of the suite."""
-    found, known = {}, {target.name for target in suite.targets}
+def _results(setup: Setup, suite: Suite, cells: Sequence[Cell], store: Store) -> ByMethod:
+    """Results by method and target, where more than the training is finished."""
+    targets = {target.name: target for target in suite.targets}
+    finished: ByMethod = {}
     for cell in cells:
-        key = cell.key(setup)
-        if cell.work in ("many", "sequence") or cell.targets[0] not in known or key not in store:
-            continue
-        result, _ = store.result(key)
-        found.setdefault((cell.method, cell.targets[0]), {})[cell.work] = result
-    return {pair: works for pair, works in found.items() if set(works) - {"train"}}
+        key, name = cell.key(setup), cell.targets[0]
+        if cell.work not in SCALE and name in targets and key in store:
+            _, measures = finished.setdefault((cell.method, name), (targets[name], {}))
+            measures[cell.work], _ = store.result(key)
+    return {pair: result for pair, result in finished.items() if set(result[1]) - {"train"}}
 
 
-def _row(method, results):
-    found = Found(results)
-    values = {column.key: column.make(found) for column in columns()}
-    return {
-        "method": method,
-        "kind": results[0][0].kind,
-        "values": {key: value for key, value in values.items() if value is not None},
-    }
+def _values(results: Sequence[tuple[Target, Measures]]) -> Values:
+    pooled = Results(results)
+    values = {column["key"]: compute(pooled) for column, compute in COLUMNS}
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _notes(setup, suite, found):
-    """What a reader has to know: what cannot be drawn anyway, and how far judges agree."""
+def _notes(setup: Setup, finished: ByMethod) -> list[str]:
+    """What limits the numbers: pictures, targets that the model cannot draw, judges that differ."""
     notes = [f"{setup.count} pictures a question, each with its own seed; intervals are 95 %."]
-    for (method, name), works in found.items():
-        if method != UNTOUCHED or "pictures" not in works:
-            continue
-        share = sum(
-            correct([r for r in works["pictures"]["rows"] if r["group"] == "target"],
-                    suite_target(suite, name).domain)
-        ) / max(1, sum(r["group"] == "target" for r in works["pictures"]["rows"]))  # fmt: skip
-        if share < 0.9:
+    for (method, name), result in finished.items():
+        shown = Results([result]).right(TARGET) if method == UNTOUCHED else []
+        if shown and sum(shown) < RARE * len(shown):
+            share = sum(shown) / len(shown)
             notes.append(f"The untouched model shows '{name}' in only {share:.0%} of its pictures.")
     agreed = [
         share
-        for works in found.values()
-        for share in ((works.get("pictures") or {}).get("agreement") or {}).values()
+        for _, measures in finished.values()
+        for share in (measures.get("pictures", {}).get("agreement") or {}).values()
     ]
     if agreed:
-        notes.append(
-            f"A second judge says the same on {sum(agreed) / len(agreed):.1%} of all labels."
-        )
+        share = sum(agreed) / len(agreed)
+        notes.append(f"The second judge agrees on {share:.1%} of all labels.")
     return notes
 
 
-def _failures(failed):
-    return [
-        f"Not measured: {one.cell.work} of {one.cell.method} on {', '.join(one.cell.targets[:3])}: "
-        f"{one.error.splitlines()[-1]}"
-        for one in failed
-    ]
+def _failure(failed: FailedCell) -> str:
+    cell, reason = failed.cell, failed.error.splitlines()[-1]
+    return f"Not measured: {cell.work} of {cell.method} on {', '.join(cell.targets[:3])}: {reason}"
 
 
-def _scale(setup, cells, store):
-    """Rows of the measures of many concepts: what, how many, erased and kept."""
-    rows = []
+def _scale(setup: Setup, cells: Sequence[Cell], store: Store) -> list[StageRow]:
+    """The measures of many concepts, after each stage."""
+    stages: list[StageRow] = []
     for cell in cells:
-        if cell.work not in ("many", "sequence") or (key := cell.key(setup)) not in store:
+        if cell.work not in SCALE or (key := cell.key(setup)) not in store:
             continue
         result, _ = store.result(key)
         if cell.work == "many":
-            stages = [{"forgotten": result["names"], "rows": result["rows"]}]
-            what = "patches made apart, added"
+            counts, what = [(result["names"], result["rows"])], "patches trained alone, added"
         else:
-            stages, what = result["stages"], f"one after another, first {cell.targets[0]}"
-        rows += [
-            {"method": cell.method, "what": what, "concepts": s["forgotten"], **_erased(s["rows"])}
-            for s in stages
-        ]
-    return rows
+            counts = [(stage["forgotten"], stage["rows"]) for stage in result["stages"]]
+            what = f"one after another, first {cell.targets[0]}"
+        stages += [_stage(cell.method, what, count, rows) for count, rows in counts]
+    return stages
 
 
-def _erased(rows):
-    gone = [not right for right in correct([r for r in rows if r["group"] == "target"], "concept")]
-    kept = correct([r for r in rows if r["group"] != "target"], "concept")
-    return {name: as_value(bootstrap(v), len(v)) for name, v in (("UA", gone), ("IRA", kept))}
+def _stage(method: str, what: str, concepts: int, rows: Sequence[Row]) -> StageRow:
+    """Only objects and identities are forgotten by the many, so the domain is always concept."""
+    gone = [not is_right(row, "concept") for row in rows if row["group"] == TARGET]
+    kept = [bool(is_right(row, "concept")) for row in rows if row["group"] != TARGET]
+    erased, left = bootstrap(gone), bootstrap(kept)
+    return {"method": method, "what": what, "concepts": concepts, "UA": erased, "IRA": left}
 
 
-def _grids(found):
-    grids = []
-    for (method, name), works in found.items():
-        grid = (works.get("pictures") or {}).get("grid")
-        if grid and method != UNTOUCHED:
+def _grids(finished: ByMethod) -> list[Grid]:
+    """Pictures before and after, of every method and target."""
+    grids: list[Grid] = []
+    for (method, name), (_, measures) in finished.items():
+        rows = measures.get("pictures", {}).get("grid")
+        if rows and method != UNTOUCHED:
             title = f"{name}, {method}"
-            grids.append({"title": title, "columns": ["before", "after"], "rows": grid})
+            grids.append({"title": title, "columns": ["before", "after"], "rows": rows})
     return grids

@@ -2,19 +2,21 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import load
 
 from ... import __version__
 from ...errors import ForgetError
 from ...files import file_and_strength
-from ...methods import PRESETS, check_preset, settings_of
+from ...methods import PRESETS, check_preset, revision, settings_of
 from ...patches.patch import load_patch
-from ...patches.scores import Source, source_of
+from ...patches.scores import Source, tensor_hash
+from ...settings import Settings
 from ..names import UNTOUCHED
+from ..suite import Suite
 
 FORMAT = 1  # raise it when a cell's meaning changes: stored results are then made anew
 
@@ -25,10 +27,13 @@ class Setup:
 
     Attributes:
         suite: the suite's content, as read from YAML.
-        model: ``demo``, a checkpoint or a folder; fingerprint: of its weights.
-        judge, check, clip: judge specs, "" for none; controls: folder of strips of pictures, or
-            ""; judges: hash of all their files.
-        count: pictures a question. seed: of everything drawn by chance.
+        model: ``demo``, a checkpoint or a folder.
+        fingerprint: of the model's weights.
+        judge, check, clip: judge specs, "" for none.
+        controls: folder of strips of pictures, or "".
+        judges: hash of all files of judges and controls.
+        count: pictures a question.
+        seed: of everything drawn at random.
     """
 
     suite: dict
@@ -42,14 +47,14 @@ class Setup:
     count: int = 12
     seed: int = 0
 
-    def told(self):
-        """All of it that matters to results, as plain data; where files lie does not."""
+    def identity(self) -> dict:
+        """All of it that decides results, as plain data; where files lie does not."""
         judges = {name: _without_folder(getattr(self, name)) for name in ("judge", "check", "clip")}
         return asdict(self) | {"model": "", "controls": ""} | judges
 
-    def key(self):
-        """Short hash of what ``told`` says."""
-        return _hash(self.told())[:12]
+    def key(self) -> str:
+        """Short hash of ``identity``."""
+        return _hash(self.identity())[:12]
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,10 @@ class Cell:
 
     Attributes:
         work: ``train`` or a measure.
-        method: as the user named it; settings: what that stands for, plain data.
-        targets: names; one, but for measures of many at once.
-        needs: keys of the cells whose patches this one wears.
+        method: as the user named it.
+        settings: of ``Method``.
+        targets: names; one, except for measures of many concepts at once.
+        needs: keys of the cells whose patches are applied.
         options: further settings of the measure.
     """
 
@@ -71,27 +77,27 @@ class Cell:
     needs: tuple[str, ...] = ()
     options: dict = field(default_factory=dict)
 
-    def key(self, setup):
-        """Hash of everything that matters to the result; where files lie does not."""
-        told = {"format": FORMAT, "version": __version__, "setup": setup.told()}
-        return _hash(told | {"cell": asdict(self)})[:32]
+    def key(self, setup: Setup) -> str:
+        """Hash of everything that decides the result; where files lie does not."""
+        identity = {"format": FORMAT, "version": __version__, "setup": setup.identity()}
+        return _hash(identity | {"cell": asdict(self)})[:32]
 
 
-def _without_folder(judge):
+def _without_folder(judge: str) -> str:
     """``clip:FOLDER+nudenet`` as ``clip:+nudenet``; other specs as they are."""
     if not judge.startswith("clip:"):
         return judge
     return "clip:" + ("+nudenet" if judge.endswith("+nudenet") else "")
 
 
-def _hash(told):
-    text = json.dumps(told, sort_keys=True, ensure_ascii=True)
+def _hash(data: dict) -> str:
+    text = json.dumps(data, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to forget, under test.
+    """A way to forget that is measured.
 
     Attributes:
         name: as it stands in tables.
@@ -106,75 +112,87 @@ class Method:
     source: Source | None = field(default=None, repr=False)
 
 
-def parse_method(text):
+def parse_method(text: str) -> Method:
     """A ``Method`` from ``resteer``, ``resteer:steps=100,lr=0.001``, FILE or FILE:STRENGTH."""
-    name, _, given = text.partition(":")
+    name, _, assignments = text.partition(":")
     if name not in PRESETS:
         return _file_method(text)
     changes = {}
-    for part in filter(None, given.split(",")):
-        key, equals, value = part.partition("=")
+    for assignment in filter(None, assignments.split(",")):
+        key, equals, value = assignment.partition("=")
         if not equals:
-            raise ForgetError(f"'{part}' in method '{text}' is no setting: write name=value.")
+            raise ForgetError(
+                f"'{assignment}' in method '{text}' is not a setting: write name=value."
+            )
         changes[key.strip()] = _value(value.strip())
     return trained(text, name, settings_of(name, changes))
 
 
-def trained(name, preset, settings):
+def trained(name: str, preset: str, settings: Settings) -> Method:
     """A ``Method`` that trains a patch for each target."""
-    return Method(name, {"preset": preset, "settings": asdict(settings)})
+    # Former names of settings, and no revision 1: so stores that exist keep their cells.
+    values = {
+        f.metadata.get("formerly") or f.name: getattr(settings, f.name) for f in fields(settings)
+    }
+    data: dict = {"preset": preset, "settings": values}
+    number = revision(preset)
+    return Method(name, data | {"revision": number} if number > 1 else data)
 
 
-def given(name, patch, strength=1.0):
+def given(name: str, patch: bytes, strength: float = 1.0) -> Method:
     """A ``Method`` that is a patch file, as bytes: nothing is trained.
 
-    Known by its tensors alone: the same patch made on another day is measured once.
+    It is identified by its tensors alone: the same patch made on another day is measured once.
     """
-    digest = hashlib.sha256()
-    for key, tensor in sorted(load(patch).items()):
-        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return Method(name, {"sha256": digest.hexdigest()[:32], "strength": strength}, patch)
+    return Method(name, {"sha256": tensor_hash(load(patch))[:32], "strength": strength}, patch)
 
 
-def _value(text):
+def _value(text: str) -> object:
     try:
         return json.loads(text.lower() if text.lower() in ("true", "false") else text)
     except ValueError:
         return text
 
 
-def _file_method(text):
+def _file_method(text: str) -> Method:
     file, strength = file_and_strength(text)
     path = Path(file)
     if not path.is_file():
         if path.suffix != ".safetensors" and len(path.parts) < 2:
             check_preset(text.partition(":")[0])
         raise ForgetError(f"There is no patch file '{file}': check the name and its folder.")
-    load_patch(path)  # refused now rather than in the middle of the run
+    source = load_patch(path).source  # refused now rather than in the middle of the run
     name = path.name if strength == 1 else f"{path.name}:{strength:g}"
-    return replace(given(name, path.read_bytes(), strength), source=source_of(path))
+    return replace(given(name, path.read_bytes(), strength), source=source)
 
 
-def plan(setup, suite, targets, methods, measures, scale=()):
+def plan(
+    setup: Setup,
+    suite: Suite,
+    targets: Sequence[str],
+    methods: Sequence[Method],
+    measures: Sequence[str],
+    scale: Sequence[str] = (),
+) -> list[Cell]:
     """All cells of a run, those that others need first.
 
     Args:
-        targets: names. methods: list of ``Method``.
-        measures: of ``MEASURES``. scale: of ``SCALE``.
+        targets: names.
+        measures: of ``names.MEASURES``.
+        scale: of ``names.SCALE``.
     """
     cells = []
     for method in [Method(UNTOUCHED, {}), *methods]:
         name, settings = method.name, method.settings
         for target in targets:
-            needs = ()
+            needs: tuple[str, ...] = ()
             if name != UNTOUCHED:
                 train = Cell("train", name, settings, (target,))
                 cells.append(train)
                 needs = (train.key(setup),)
             cells += [Cell(measure, name, settings, (target,), needs) for measure in measures]
         if "preset" in settings:
-            cells += _scale(setup, suite, name, settings, scale)
+            cells += _scale(setup, suite, method, scale)
     return cells
 
 
@@ -182,25 +200,26 @@ MANY = (1, 5, 20, 100)
 IN_SEQUENCE = 12
 
 
-def _scale(setup, suite, method, settings, scale):
+def _scale(setup: Setup, suite: Suite, method: Method, scale: Sequence[str]) -> list[Cell]:
     """Cells that forget many concepts: patches made apart and added, or one after another."""
-    cells, order = [], spread(suite)
+    cells, names = [], shuffled_concepts(suite)
     if "many" in scale:
-        trains = [Cell("train", method, settings, (name,)) for name in order[: max(MANY)]]
+        trains = [Cell("train", method.name, method.settings, (n,)) for n in names[: max(MANY)]]
         cells += trains
-        keys = [train.key(setup) for train in trains]
-        for number in MANY:
-            if number <= len(order):
-                names, needs = tuple(order[:number]), tuple(keys[:number])
-                cells.append(Cell("many", method, settings, names, needs))
+        keys = tuple(train.key(setup) for train in trains)
+        cells += [
+            Cell("many", method.name, method.settings, tuple(names[:number]), keys[:number])
+            for number in MANY
+            if number <= len(names)
+        ]
     if "sequence" in scale:
-        first = tuple(order[:IN_SEQUENCE])
-        cells.append(Cell("sequence", method, settings, first))
-        cells.append(Cell("sequence", method, settings, first[::-1]))
+        first = tuple(names[:IN_SEQUENCE])
+        for order in (first, first[::-1]):
+            cells.append(Cell("sequence", method.name, method.settings, order))
     return cells
 
 
-def spread(suite):
-    """All concepts that may be forgotten, not the far ones, in an order that mixes them."""
+def shuffled_concepts(suite: Suite) -> list[str]:
+    """All concepts except the far ones, in an order that mixes them and never changes."""
     names = [name for name in suite.concepts if name not in suite.far]
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())

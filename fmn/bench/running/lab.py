@@ -1,34 +1,45 @@
-"""Where cells are done: a model, judges, and pictures of the untouched model, kept in memory."""
+"""Where cells run: a model, judges, and pictures of the untouched model, kept in memory."""
 
 import hashlib
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import cast
+
+import torch
 
 from ...errors import ForgetError
-from ...methods import method, settings_of
-from ...metrics.judge import find_labels
-from ...metrics.load import load_judge
-from ...models.generator import open_studio
-from ...patches.patch import load_patch, save_patch
+from ...files import DEMO_FOLDER
+from ...methods import forget, settings_of
+from ...metrics.clip_judge import ClipJudge
+from ...metrics.judge import Judge
+from ...metrics.load import load_judge, weight_files
+from ...models.image_sampler import open_sampler
+from ...models.interface import UNetModel
+from ...patches.patch import ForgetPatch, load_patch, save_patch
 from ...training.memory import peak_memory
-from ..measures.trial import Trial
-from ..suite import Target, parse_suite
+from ..measures.trial import Measure, Result, Trial
+from ..suite import Suite, Target, parse_suite
+from .cells import Cell, Setup
+
+Outcome = tuple[Result, bytes | None, float]  # the result, the patch file that was made, seconds
+OnWork = Callable[[int], object]  # gets the number of pictures or steps done since; may raise
 
 # measure -> (module in measures, function)
-FUNCTIONS = {
+MEASURES = {
     "pictures": ("pictures", "pictures"),
-    "rungs": ("text", "rungs"),
+    "rungs": ("text", "prompt_levels"),
     "together": ("text", "together"),
     "mscore": ("mscore", "mscore"),
     "inversion": ("attacks", "inversion"),
-    "ring_a_bell": ("attacks", "ring_a_bell"),
-    "completion": ("beyond", "completion"),
-    "noise": ("beyond", "noise"),
-    "classifier": ("beyond", "classifier"),
-    "inpainting": ("beyond", "inpainting"),
+    "ring_a_bell": ("ring_a_bell", "ring_a_bell"),
+    "completion": ("probing", "completion"),
+    "noise": ("probing", "noise"),
+    "classifier": ("classifier", "classifier"),
+    "inpainting": ("inpainting", "inpainting"),
     "relearn": ("relearn", "relearn"),
     "many": ("scale", "many"),
     "sequence": ("scale", "sequence"),
@@ -36,60 +47,50 @@ FUNCTIONS = {
 
 
 class Lab:
-    """Does one cell after another on one model.
+    """Runs one cell after another on one model.
 
     Args:
-        setup: a ``cells.Setup``.
-        model: a ``Model``. judge, check, clip: judges, or None.
-        controls: name -> pictures of things the model never knew, for relearning.
-        on_work: called often with the number of units done (pictures or steps); may raise.
+        controls: name -> pictures [N, H, H, 3] of things the model never knew, for relearning.
+        on_work: called often; may raise to cancel.
+        batch: pictures drawn at once.
     """
 
     def __init__(
         self,
-        setup,
-        model,
-        judge,
-        check=None,
-        clip=None,
-        controls=None,
-        on_work=lambda count: None,
-        batch=16,
+        setup: Setup,
+        model: UNetModel,
+        judge: Judge,
+        check: Judge | None = None,
+        clip: ClipJudge | None = None,
+        controls: dict[str, torch.Tensor] | None = None,
+        on_work: OnWork = lambda count: None,
+        batch: int = 16,
     ):
         self.setup, self.model = setup, model
         self.suite = parse_suite(setup.suite, "suite")
         self.judge, self.check, self.clip = judge, check, clip
         self.controls, self.on_work, self.batch = controls or {}, on_work, batch
-        self.cache = {}
+        self.cache: dict = {}  # of ``Trial``
 
-    def run(self, cell, patches):
-        """Do a cell; returns (result, patch file as bytes or None, seconds).
-
-        Args:
-            patches: bytes of the patch files that the cell needs.
-        """
+    def run(self, cell: Cell, patches: Sequence[bytes]) -> Outcome:
+        """Run a cell on the model with these patch files applied."""
         start = time.monotonic()
+        result: Result
         if cell.work == "train":
-            result, made = self._train(cell)
-        else:
-            result, made = self._measure(cell, patches), None
-        return result, made, time.monotonic() - start
+            with peak_memory() as peak:
+                patch = self.train([cell.targets[0]], cell.settings)
+            seconds, made = time.monotonic() - start, to_bytes(patch)
+            result = {"bytes": len(made), "seconds": seconds, "peak_bytes": peak()}
+            return result, made, time.monotonic() - start
+        return self._measure(cell, patches), None, time.monotonic() - start
 
-    def _train(self, cell):
-        start = time.monotonic()
-        with peak_memory() as peak:
-            patch = self.train([cell.targets[0]], cell.settings)
-        seconds, made = time.monotonic() - start, to_bytes(patch)
-        return {"bytes": len(made), "seconds": seconds, "peak_bytes": peak()}, made
-
-    def train(self, names, settings):
+    def train(self, names: Sequence[str], settings: dict) -> ForgetPatch:
         """A patch that forgets these concepts, on the model as it is now."""
         chosen = settings_of(settings["preset"], settings["settings"])
         concepts = [self.suite.concept(self.target(name)) for name in names]
-        run = method(settings["preset"]).run
-        return run(self.model, concepts, chosen, lambda step: self.on_work(1))
+        return forget(self.model, concepts, chosen, lambda step: self.on_work(1))
 
-    def target(self, name):
+    def target(self, name: str) -> Target:
         """A target of the suite, or any of its concepts as one."""
         for target in self.suite.targets:
             if target.name == name:
@@ -98,14 +99,14 @@ class Lab:
             raise ForgetError(f"Suite '{self.suite.name}' knows no '{name}': choose another.")
         return Target(name, self.suite.kinds[name])
 
-    def _measure(self, cell, patches):
-        module, function = FUNCTIONS[cell.work]
-        measure = getattr(import_module(f"..measures.{module}", __package__), function)
-        with open_studio(self.model, self.suite.sampling, self.batch, self.on_work) as studio:
+    def _measure(self, cell: Cell, patches: Sequence[bytes]) -> Result:
+        module, function = MEASURES[cell.work]
+        measure: Measure = getattr(import_module(f"..measures.{module}", __package__), function)
+        with open_sampler(self.model, self.suite.sampling, self.batch, self.on_work) as sampler:
             trial = Trial(
                 suite=self.suite,
                 target=self.target(cell.targets[0]),
-                studio=studio,
+                sampler=sampler,
                 judge=self.judge,
                 check=self.check,
                 clip=self.clip,
@@ -117,18 +118,17 @@ class Lab:
                 names=cell.targets,
             )
             strength = cell.settings.get("strength", 1.0)
-            worn = [(from_bytes(patch), strength) for patch in patches]
-            with studio.applying(worn):
+            with sampler.applying([(from_bytes(patch), strength) for patch in patches]):
                 return measure(trial)
 
 
-def to_bytes(patch):
+def to_bytes(patch: ForgetPatch) -> bytes:
     """A patch as the bytes of its file."""
     with tempfile.TemporaryDirectory() as folder:
         return save_patch(patch, Path(folder) / "patch.safetensors").read_bytes()
 
 
-def from_bytes(data):
+def from_bytes(data: bytes) -> ForgetPatch:
     """The patch in these bytes, checked as any file is."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "patch.safetensors"
@@ -136,51 +136,65 @@ def from_bytes(data):
         return load_patch(path)
 
 
-SAMPLED = 1 << 20  # bytes of each end of a large file that are hashed, with its size
-WEIGHTS = (".safetensors", ".bin", ".onnx", ".json", ".png")
+def open_lab(setup: Setup, model: UNetModel, on_work: OnWork = lambda count: None) -> Lab:
+    """A lab with the judges and controls that a setup names."""
+    suite = parse_suite(setup.suite, "suite")
+    judge = judge_for(setup.judge, suite)
+    check = judge_for(setup.check, suite) if setup.check else None
+    clip = cast(ClipJudge, judge_for(setup.clip, suite)) if setup.clip else None
+    return Lab(setup, model, judge, check, clip, read_controls(setup.controls), on_work)
 
 
-class Joined:
-    """Several judges as one: each domain by the first that knows it, features by the first."""
+def make_setup(
+    data: dict,
+    suite: Suite,
+    fingerprint: str,
+    model: str = "",
+    judge: str = "",
+    check: str | None = None,
+    clip: str = "",
+    controls: str = "",
+    count: int = 12,
+    seed: int = 0,
+) -> Setup:
+    """A ``Setup`` whose empty fields have the suite's defaults.
 
-    def __init__(self, judges):
-        self.judges = judges
-        self.name = "+".join(judge.name for judge in judges)
-        self.labels = {}
-        for judge in reversed(judges):
-            self.labels |= judge.labels
+    Args:
+        data: the suite's content. suite: the same, parsed.
+        check: "" for none; None takes the suite's if the judge is the suite's too.
+    """
+    judge = judge or suite.judge
+    if not judge:
+        raise ForgetError(
+            f"Suite '{suite.name}' names no default for the judge: give one, such as clip: and the "
+            "folder of a CLIP model."
+        )
+    if clip and (not clip.startswith("clip:") or clip.endswith("+nudenet")):
+        raise ForgetError(f"CLIP scores cannot come from '{clip}': use clip: and a model's folder.")
+    if check is None:
+        check = suite.check if judge == suite.judge else ""
+    if not controls and judge.startswith("demo"):
+        controls = demo_controls()
+    files = [path for spec in (judge, check, clip) for path in weight_files(spec)]
+    judges = hash_of([*files, Path(controls)] if controls else files)
+    return Setup(data, model, fingerprint, judge, check, clip, controls, judges, count, seed)
 
-    def probabilities(self, images, domain):
-        find_labels(self, domain)
-        judge = next(judge for judge in self.judges if domain in judge.labels)
-        return judge.probabilities(images, domain)
 
-    def features(self, images):
-        return self.judges[0].features(images)
-
-
-def judge_for(spec, suite):
-    """A judge of a suite's concepts and styles; ``A+nudenet`` adds unsafe content to A."""
-    first, plus, second = spec.rpartition("+")
-    if plus and second == "nudenet":
-        return Joined([judge_for(first, suite), load_judge(second)])
+def judge_for(spec: str, suite: Suite) -> Judge:
+    """A judge of a suite's concepts and styles; of unsafe content if that is all it can judge."""
     if spec == "nudenet":
         return load_judge(spec)
     labels = {
         "concept": dict(suite.concepts),
-        "style": {name: text.format("something") for name, text in suite.styles.items()},
+        "style": {name: suite.in_style("something", name) for name in suite.styles},
     }
     if not spec.startswith("clip:"):
         return load_judge(spec, labels)
     return load_judge(spec, labels, {"concept": "a picture of {}", "style": "{}"})
 
 
-def check_domains(judge, targets):
-    """Refuse a judge that cannot tell what a target needs.
-
-    Raises:
-        ForgetError
-    """
+def check_domains(judge: Judge, targets: Iterable[Target]) -> None:
+    """Refuse a judge that cannot judge what a target needs."""
     for target in targets:
         if target.domain not in judge.labels:
             raise ForgetError(
@@ -189,27 +203,58 @@ def check_domains(judge, targets):
             )
 
 
-def hash_of(paths):
-    """A hash over files, and over the weights and settings in folders; "" paths are skipped."""
+SAMPLED = 1 << 20  # bytes of each end of a large file that are hashed, with its size
+WEIGHTS = (".safetensors", ".bin", ".onnx", ".json", ".png")
+
+
+def hash_of(paths: Iterable[Path]) -> str:
+    """A hash over files, and over the weights, settings and pictures in folders."""
     digest = hashlib.sha256()
-    for path in map(Path, filter(None, paths)):
+    for path in paths:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
             if file.is_file() and file.suffix in WEIGHTS:
-                digest.update(f"{file.name}|{file.stat().st_size}|".encode())
+                size = file.stat().st_size
+                digest.update(f"{file.name}|{size}|".encode())
                 with open(file, "rb") as opened:
                     digest.update(opened.read(SAMPLED))
-                    opened.seek(max(0, file.stat().st_size - SAMPLED))
+                    opened.seek(max(0, size - SAMPLED))
                     digest.update(opened.read())
     return digest.hexdigest()[:32]
 
 
-def files_of(spec):
-    """Where a judge's weights lie; nothing for NudeNet, whose version is its package's."""
-    from ...metrics.demo_judge import FILE
+def demo_controls() -> str:
+    """The folder of strips that comes with the demo model, or ""."""
+    folder = DEMO_FOLDER / "controls"
+    return str(folder) if folder.is_dir() else ""
 
-    paths = []
-    for part in spec.split("+"):
-        kind, _, rest = part.partition(":")
-        paths += {"demo": [FILE], "clip": [rest]}.get(kind, [])
-    return paths
+
+def read_controls(folder: str) -> dict[str, torch.Tensor]:
+    """Pictures of things the model never knew: name -> [N, H, H, 3] in 0..1.
+
+    Args:
+        folder: of PNG strips, square pictures side by side, named after what they show; or "".
+
+    Raises:
+        ForgetError: a file is not such a strip.
+    """
+    import numpy as np
+    from PIL import Image
+
+    controls = {}
+    for file in sorted(Path(folder).glob("*.png")) if folder else ():
+        try:
+            strip = np.array(Image.open(file).convert("RGB"))
+        except OSError as error:
+            raise ForgetError(
+                f"'{file}' is not a picture ({error}): remove or replace it."
+            ) from error
+        height, width, _ = strip.shape
+        if width % height:
+            raise ForgetError(
+                f"'{file}' is {width} x {height}: a strip of square pictures has a width that is a "
+                "multiple of its height."
+            )
+        squares = torch.from_numpy(strip).unflatten(1, (-1, height)).transpose(0, 1)
+        controls[file.stem] = squares.float() / 255
+    return controls

@@ -1,186 +1,229 @@
-"""Does the cells that are not done yet, wherever an executor does them; one writer of the store."""
+"""Runs the cells that the store lacks; the executor decides in which processes."""
 
+import os
 import traceback
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol
 
-from ...errors import ForgetError
-from ..reporting.summary import summarise
+from ...errors import ForgetError, memory_ran_out
+from ..reporting.summary import Summary, summarise
+from ..suite import Suite
+from .cells import Cell, Method, Setup
+from .lab import Lab, Outcome
 from .store import Store
-from .worker import start_worker, work
+from .worker import start_process, work
 
 
 @dataclass(frozen=True)
-class Progress:
+class CellProgress:
     """What the callback gets after each cell."""
 
-    done: int  # of this run and earlier ones
+    done: int  # cells of this run and earlier ones
     total: int
-    cell: object
+    cell: Cell
     seconds: float | None  # None: it failed
     error: str = ""
 
 
+OnCell = Callable[[CellProgress], object]
+
+
+class Executor(Protocol):
+    """Where cells are run."""
+
+    slots: int  # cells that run at the same time
+
+    def submit(self, key: str, setup: Setup, cell: Cell, patches: list[bytes]) -> None:
+        """Queue a cell with the patch files it needs."""
+
+    def finished(self) -> Iterable[tuple[str, Outcome | Exception]]:
+        """Wait for at least one cell; its key, and its outcome or why it failed.
+
+        What this raises ends the run.
+        """
+
+    def close(self) -> None:
+        """End at once whatever still runs."""
+
+
 class Here:
-    """Does cells in this process, one at a time.
+    """Runs cells in this process, one at a time. Memory that runs out ends the run: the program
+    around it (ComfyUI) can then free some.
 
     Args:
-        lab: a ``lab.Lab``.
-        cancels: exceptions of its callback that end the run instead of failing one cell.
+        cancels: exceptions of the lab's callback that end the run instead of failing one cell.
     """
 
     slots = 1
 
-    def __init__(self, lab, cancels=()):
-        self.lab, self.cancels, self.waiting = lab, cancels, []
+    def __init__(self, lab: Lab, cancels: tuple[type[BaseException], ...] = ()):
+        self.lab, self.cancels = lab, cancels
+        self.waiting: list[tuple[str, Cell, list[bytes]]] = []
 
-    def submit(self, key, setup, cell, patches):
+    def submit(self, key: str, setup: Setup, cell: Cell, patches: list[bytes]) -> None:
         self.waiting.append((key, cell, patches))
 
-    def finished(self):
-        """(key, function that gives the result or raises) of at least one cell."""
+    def finished(self) -> Iterable[tuple[str, Outcome | Exception]]:
         key, cell, patches = self.waiting.pop(0)
-        yield key, lambda: self.lab.run(cell, patches)
+        outcome: Outcome | Exception
+        try:
+            outcome = self.lab.run(cell, patches)
+        except self.cancels:
+            raise
+        except Exception as error:  # a fault in one measure must not cost the others' results
+            if memory_ran_out(error):
+                raise
+            outcome = error
+        yield key, outcome
 
-    def close(self):
+    def close(self) -> None:
         self.waiting.clear()
 
 
 class Processes:
-    """Does cells in processes of this machine, each with its own copy of the model."""
+    """Runs cells in processes of this machine, each with a copy of the model.
 
-    cancels = ()
+    Args:
+        workers: processes. threads: of each.
+    """
 
-    def __init__(self, workers, threads):
+    def __init__(self, workers: int, threads: int):
         self.slots = workers
         self.pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=start_worker, initargs=(threads,)
+            workers, get_context("spawn"), initializer=start_process, initargs=(threads,)
         )
-        self.keys = {}
+        self.keys: dict[Future[Outcome], str] = {}
 
-    def submit(self, key, setup, cell, patches):
+    def submit(self, key: str, setup: Setup, cell: Cell, patches: list[bytes]) -> None:
         self.keys[self.pool.submit(work, setup, cell, patches)] = key
 
-    def finished(self):
+    def finished(self) -> Iterable[tuple[str, Outcome | Exception]]:
         done, _ = wait(self.keys, return_when=FIRST_COMPLETED)
-        for future in done:
-            yield self.keys.pop(future), future.result
+        errors = {future: future.exception() for future in done}
+        # Those that were finished before a process died come first, and are kept.
+        for future in sorted(done, key=lambda each: isinstance(errors[each], BrokenProcessPool)):
+            error = errors[future]
+            if isinstance(error, BrokenProcessPool):
+                raise ForgetError(
+                    "A worker process died, most likely for lack of memory: run the same command "
+                    "with fewer --workers. Finished cells are kept."
+                ) from error
+            key = self.keys.pop(future)
+            yield key, error if isinstance(error, Exception) else future.result()
 
-    def close(self):
+    def close(self) -> None:
         processes = list((self.pool._processes or {}).values())
         self.pool.shutdown(wait=False, cancel_futures=True)
-        if self.keys:  # cancelled: what runs is of no use any more
+        if self.keys:  # cancelled: nobody needs what still runs
             for process in processes:
-                process.terminate()
+                process.kill()
 
 
-def run_cells(setup, cells, store, executor, on_progress=lambda progress: None):
-    """Do every cell that the store lacks, and keep each result as soon as it is there.
+def run_cells(
+    setup: Setup,
+    cells: Sequence[Cell],
+    store: Store,
+    executor: Executor,
+    on_cell: OnCell = lambda progress: None,
+) -> list[CellProgress]:
+    """Run every cell that the store lacks, and keep each result as soon as it is there.
 
     Args:
         cells: in an order in which those that are needed come first.
-        executor: ``Here``, ``Processes`` or ``ray_cluster.Cluster``; the caller closes it.
-        on_progress: gets a ``Progress``; may raise to cancel. Finished cells are kept.
+        executor: the caller closes it.
+        on_cell: may raise to cancel. Finished cells are kept.
 
     Returns:
-        list of ``Progress`` of cells that failed; those that needed them were left out.
+        those that failed; cells that need their patches were left out.
     """
     todo = {cell.key(setup): cell for cell in cells}
     total = len(todo)
     todo = {key: cell for key, cell in todo.items() if key not in store}
-    running, failed, broken = {}, [], set()
     done = total - len(todo)
+    running: dict[str, Cell] = {}
+    failed = []
     while todo or running:
-        for key in _ready(todo, store, broken):
-            # Two more than there are hands, so that none waits for its next cell.
+        ready = [key for key, cell in todo.items() if all(need in store for need in cell.needs)]
+        for key in ready:
+            # Two more than there are slots, so that no process waits for its next cell.
             if len(running) >= executor.slots + 2 * (executor.slots > 1):
                 break
             running[key] = cell = todo.pop(key)
             executor.submit(key, setup, cell, [store.patch(need) for need in cell.needs])
-        if not running:  # all that is left needs what failed
+        if not running:  # the rest needs patches of cells that failed
             break
         for key, outcome in executor.finished():
-            cell, error, seconds = running.pop(key), "", None
-            try:
-                result, patch, seconds = outcome()
-            except BrokenProcessPool as gone:
-                raise ForgetError(
-                    "A worker process died, most likely for lack of memory: run the same "
-                    "command with fewer --workers. Finished cells are kept."
-                ) from gone
-            except executor.cancels:
-                raise
-            except Exception as caught:
-                broken.add(key)
-                error = _told(caught)
+            cell = running.pop(key)
+            if isinstance(outcome, Exception):
+                progress = CellProgress(done, total, cell, None, _message(outcome))
+                failed.append(progress)
             else:
+                result, patch, seconds = outcome
                 store.add(key, asdict(cell), result, patch, seconds)
                 done += 1
-            progress = Progress(done, total, cell, seconds, error)
-            if error:
-                failed.append(progress)
-            on_progress(progress)
+                progress = CellProgress(done, total, cell, seconds)
+            on_cell(progress)
     return failed
 
 
-def _told(error):
+def _message(error: Exception) -> str:
     if isinstance(error, ForgetError):
         return str(error)
-    return "".join(traceback.format_exception(error)).strip()
+    return memory_ran_out(error) or "".join(traceback.format_exception(error)).strip()
 
 
-def _ready(todo, store, broken):
-    """Keys whose patches are there; drops those that need a cell that failed."""
-    for key in list(todo):
-        if any(need in broken for need in todo[key].needs):
-            broken.add(key)
-            del todo[key]
-    return [key for key, cell in todo.items() if all(need in store for need in cell.needs)]
-
-
-def keep_patches(setup, cells, store, methods):
-    """Take the patches that methods came with into the store: their cells need no work."""
+def store_patches(
+    setup: Setup, cells: Sequence[Cell], store: Store, methods: Sequence[Method]
+) -> None:
+    """Put the patches of methods that are files into the store: their cells need no training."""
     patches = {method.name: method.patch for method in methods if method.patch is not None}
     for cell in cells:
         if cell.work == "train" and cell.method in patches and cell.key(setup) not in store:
-            data = patches[cell.method]
-            store.add(cell.key(setup), asdict(cell), {"bytes": len(data)}, data, 0.0)
-
-
-pass
+            patch = patches[cell.method]
+            store.add(cell.key(setup), asdict(cell), {"bytes": len(patch)}, patch, 0.0)
 
 
 def bench(
-    setup, suite, cells, methods, folder, executor, on_progress=lambda progress: None, command=""
-):
-    """Do the cells that ``folder`` lacks, and write the report there.
+    setup: Setup,
+    suite: Suite,
+    cells: Sequence[Cell],
+    methods: Sequence[Method],
+    folder: str | os.PathLike[str],
+    executor: Executor,
+    on_cell: OnCell = lambda progress: None,
+    command: str = "",
+) -> tuple[Summary, dict[str, Path], list[CellProgress]]:
+    """Run the cells that ``folder`` lacks, and write the report there.
 
     Args:
         cells: of ``cells.plan`` for these methods.
         folder: holds ``cells.sqlite``, and gets report.html, report.md, report.json and plots.
-        command: what to print as the way to make it again.
+        executor: is closed at the end.
+        command: printed in the report as the way to make it again.
 
     Returns:
-        (summary, {name: path of a file of the report}, list of ``runner.Progress`` that failed).
+        (summary, {name: path of a file of the report}, cells that failed).
     """
     from ..reporting.report import write_report
 
     folder = Path(folder)
     with Store(folder / "cells.sqlite") as store:
         try:
-            keep_patches(setup, cells, store, methods)
-            failed = run_cells(setup, cells, store, executor, on_progress)
+            store_patches(setup, cells, store, methods)
+            failed = run_cells(setup, cells, store, executor, on_cell)
         finally:
             executor.close()
         summary = summarise(setup, suite, cells, store, command, failed)
     return summary, write_report(summary, folder), failed
 
 
-def failures(failed, paths):
-    """One text on what went wrong."""
+def failures(failed: Sequence[CellProgress], paths: dict[str, Path]) -> str:
+    """One message about all cells that failed."""
     first = failed[0]
     return (
         f"{len(failed)} of the bench's cells failed, the first being {first.cell.work} of "

@@ -1,44 +1,57 @@
-"""A worker process: it makes the lab that a setup describes once, and does cells in it."""
+"""A worker process: it loads the model and judges of a setup once, and runs cells with them."""
 
 import os
-from pathlib import Path
+import signal
+import threading
+from multiprocessing import parent_process
 
-from ..suite import parse_suite
+from ...errors import ForgetError
+from .cells import Cell, Setup
+from .lab import Lab, Outcome, open_lab
 
-_labs = {}
+_labs: dict[str, Lab] = {}  # of this process; only the last one, as a model may be large
 
 
-def start_worker(threads):
-    """Called once in each process. Threads of several processes must not fight for the cores."""
+def start_process(threads: int) -> None:
+    """Called once in each worker process of this machine; it lives no longer than its parent."""
+    # Ctrl-C in a terminal reaches all processes; the parent ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    set_threads(threads)
+
+
+def _exit_with_parent() -> None:
+    """A parent that is killed cannot end its workers, and they would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def set_threads(threads: int) -> None:
+    """Threads of several processes must not fight for the cores."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
 
     torch.set_num_threads(threads)
 
 
-def work(setup, cell, patches):
-    """Do one cell in this process; returns (result, patch bytes or None, seconds)."""
-    return lab_for(setup).run(cell, patches)
-
-
-def lab_for(setup):
-    """The lab of this setup; only the last one is kept, as a model may be large."""
+def work(setup: Setup, cell: Cell, patches: list[bytes]) -> Outcome:
+    """Run one cell in this process."""
     key = repr(setup)
     if key not in _labs:
         _labs.clear()
         _labs[key] = make_lab(setup)
-    return _labs[key]
+    return _labs[key].run(cell, patches)
 
 
-def make_lab(setup, on_work=lambda count: None):
+def make_lab(setup: Setup) -> Lab:
     """Load the model and the judges that a setup names.
 
     Raises:
         ForgetError: one of them is missing, or the model is not the one the setup was made for.
     """
-    from ...errors import ForgetError
     from ...hosts.diffusers.model import DiffusersModel
-    from .lab import Lab, judge_for
 
     model = DiffusersModel.load(setup.model)
     if model.fingerprint() != setup.fingerprint:
@@ -46,49 +59,4 @@ def make_lab(setup, on_work=lambda count: None):
             f"The model at '{setup.model}' on this machine has other weights than the one the run "
             "began with: put the same file there."
         )
-    suite = parse_suite(setup.suite, "suite")
-    judges = {
-        name: judge_for(spec, suite) if (spec := getattr(setup, name)) else None
-        for name in ("judge", "check", "clip")
-    }
-    return Lab(setup, model, **judges, controls=read_controls(setup.controls), on_work=on_work)
-
-
-def demo_controls():
-    """The folder of strips that comes with the demo model, or ""."""
-    from ...hosts.diffusers.load import DEMO_FILE
-
-    folder = DEMO_FILE.parent / "controls"
-    return str(folder) if folder.is_dir() else ""
-
-
-def read_controls(folder):
-    """Pictures of things the model never knew: name -> [N, H, H, 3] in 0..1.
-
-    Args:
-        folder: of PNG strips, square pictures side by side, named after what they show; or "".
-
-    Raises:
-        ForgetError: a file there is no such strip.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from ...errors import ForgetError
-
-    found = {}
-    for file in sorted(Path(folder).glob("*.png")) if folder else ():
-        try:
-            strip = np.array(Image.open(file).convert("RGB"))
-        except OSError as error:
-            raise ForgetError(f"'{file}' is no picture ({error}): remove or replace it.") from error
-        height, width, _ = strip.shape
-        if width % height:
-            raise ForgetError(
-                f"'{file}' is {width} x {height}: a strip of square pictures has a width that is a "
-                "multiple of its height."
-            )
-        squares = torch.from_numpy(strip).unflatten(1, (-1, height)).transpose(0, 1)
-        found[file.stem] = squares.float() / 255
-    return found
+    return open_lab(setup, model)

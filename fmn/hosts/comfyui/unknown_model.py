@@ -1,20 +1,34 @@
-"""ComfyUI as a host of models that are none of the families we know: any that predicts from text.
+"""ComfyUI as a host of models of no known family: any that predicts from text.
 
 Everything comes from the loaded model: its layers, its noise levels, the shape of its latents, and
-what it makes of a prompt. Only the method ESD asks for no more than that.
+its encoding of a prompt. Only the method ESD asks for no more than that.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.model_sampling
 import torch
+from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
+from ...concepts.concept import Prompt
 from ...errors import ForgetError
+from ...models.families import Family, layers_by_name
 from ...models.interface import Text
-from ...models.unknown_family import family_of_model
-from .model import Borrowed, ComfyModel, known_family, plain
+from ...models.sampling import SigmaSchedule
+from ...models.unknown_family import UnknownFamily, family_of_model
+from .denoiser import Denoiser
+from .host import ComfyHost
+from .model import ComfyModel, known_family
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
 
 FLOWS = comfy.model_sampling.CONST, comfy.model_sampling.COSMOS_RFLOW
 # Pixels a side for one of the latent, where that is not 8.
@@ -22,56 +36,52 @@ FACTORS = {"Flux2": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
 NO_PICTURES = "SC_Prior", "SC_B", "SD_X4", "ACEAudio"  # Stable Cascade, an upscaler, sound
 
 
-def host_of(patcher, clip=None, vae=None):
-    """``ComfyModel`` for the families we know, else ``OtherModel``."""
-    host = OtherModel if known_family(patcher) is None else ComfyModel
+def host_of(
+    patcher: ModelPatcher, clip: CLIP | None = None, vae: VAE | None = None
+) -> ComfyModel | UnknownModel:
+    """``ComfyModel`` for the families we know, else ``UnknownModel``."""
+    host = UnknownModel if known_family(patcher) is None else ComfyModel
     return host(patcher, clip, vae)
 
 
-class OtherModel(ComfyModel):
-    """What ESD needs of ``fmn.models.interface.Model``, over any MODEL that predicts from text."""
+class UnknownModel(ComfyHost):
+    """``fmn.models.interface.Model`` over any MODEL that predicts from text."""
 
-    def __init__(self, patcher, clip=None, vae=None):
-        super().__init__(patcher, clip, vae)
+    def __init__(
+        self, patcher: ModelPatcher, clip: CLIP | None = None, vae: VAE | None = None
+    ) -> None:
+        super().__init__(patcher, _family_of(patcher.model), clip, vae)
         if isinstance(patcher.get_model_object("model_sampling"), FLOWS):
             self.prediction = "flow"
 
-    def _identify(self):
-        model = self.patcher.model
-        modules = getattr(model, "diffusion_model", torch.nn.Module()).named_modules()
-        shapes = {path: module.weight.shape for path, module in modules if _is_layer(module)}
-        latents = model.latent_format
-        factor = FACTORS.get(type(latents).__name__, 8)
-        return family_of_model(type(model).__name__, shapes, latents.latent_channels, factor)
-
-    def key(self, name):
-        if name not in self._compvis:
+    def key(self, name: str) -> str:
+        if name not in layers_by_name(self.family):
             raise ForgetError(
                 f"The patch changes '{name}', which this {self.family.title} does not have: use a "
                 "patch made for this variant."
             )
         return super().key(name)
 
-    def encode(self, prompt):
-        """The prompt as ComfyUI gives it to its sampler, all of it; it stays alone in a forward."""
+    def encode(self, prompt: Prompt) -> Text:
+        """All that ComfyUI gives its sampler for the prompt, which stays alone in a forward."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        self._need_clip()
+        clip = self._need_clip()
         with torch.inference_mode():
-            tokens = self.clip.tokenize(prompt.text, **plain(prompt))
-            found = self.clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
-        found = {name: _ordinary(value) for name, value in found.items() if value is not None}
-        found.pop("hooks", None)  # of LoRAs with a schedule
-        return Text(found.pop("cond"), found, alone=True)
+            tokens = self._tokens(prompt)
+            encoded = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
+        vectors = {name: _for_autograd(part) for name, part in encoded.items() if part is not None}
+        vectors.pop("hooks", None)  # of LoRAs with a schedule
+        return Text(vectors.pop("cond"), vectors, alone=True)
 
     @contextmanager
-    def borrow(self):
-        """Load the model so that autograd can use it; see ``docs/architecture.md``."""
+    def borrow_denoiser(self) -> Iterator[UnknownDenoiser]:
+        """Load the model so that autograd can use it; see ``host``."""
         self._check_latents()
-        # Many models add in place to what backward needs; such a tensor is copied before.
+        # Many models add in place to tensors that backward needs; those are copied before.
         with self._loaded() as patcher, allow_mutation_on_saved_tensors():
-            yield OtherBorrowed(self, patcher)
+            yield UnknownDenoiser(self.family, patcher)
 
-    def _check_latents(self):
+    def _check_latents(self) -> None:
         model = self.patcher.model
         latents, kind = model.latent_format, type(model.latent_format).__name__
         if latents.latent_dimensions != 2 or kind in NO_PICTURES:
@@ -88,51 +98,56 @@ class OtherModel(ComfyModel):
             )
 
 
-class OtherBorrowed(Borrowed):
-    """A model by ComfyUI's own noise levels; ``denoise`` gives d = (x - clean) / sigma.
+class UnknownDenoiser(Denoiser):
+    """A model by ComfyUI's noise levels; ``predict_noise`` gives d = (x - clean) / sigma.
 
     That is the noise in models that predict noise or v, and the velocity in flow models. x_t is
-    what the network sees, x by ``scales`` (ComfyUI's ``calculate_input``).
+    the network's input, x divided by ``scales`` (ComfyUI's ``calculate_input``).
     """
 
-    def __init__(self, host, patcher):
-        super().__init__(host, patcher)
+    def __init__(self, family: Family, patcher: ModelPatcher) -> None:
+        super().__init__(family, patcher)
         ones, sampling = torch.ones_like(self.sigmas), self.model.model_sampling
         self.scales = 1 / sampling.calculate_input(self.sigmas, ones)
-        self.alphas_cumprod = None
+        self.schedule = SigmaSchedule(self.sigmas, self.scales)
 
-    def _path(self, name):
-        return self.host._compvis[name]
-
-    def _conditions(self, x, text):
+    def _conditions(self, x: Tensor, text: Text) -> dict[str, Any]:
         # As comfy.samplers.encode_model_conds does.
-        given = {"height": x.shape[2] * 8, "width": x.shape[3] * 8, "prompt_type": "positive"}
-        given |= text.vectors | {"cross_attn": text.context, "noise": x, "device": self.device}
-        return self._made(x, given)
+        size = {"height": x.shape[2] * 8, "width": x.shape[3] * 8, "prompt_type": "positive"}
+        inputs = {"cross_attn": text.context, "noise": x, "device": self.device}
+        return size | text.vectors | inputs
 
-    def checkpoint_blocks(self):
+    def checkpoint_blocks(self) -> list[nn.Module]:
         """The members of the outermost module lists: a transformer's blocks."""
         return list(_blocks(self.model.diffusion_model))
 
 
-def _is_layer(module):
+def _family_of(model: Any) -> UnknownFamily:
+    modules = getattr(model, "diffusion_model", nn.Module()).named_modules()
+    shapes = {path: module.weight.shape for path, module in modules if _is_layer(module)}
+    latents = model.latent_format
+    factor = FACTORS.get(type(latents).__name__, 8)
+    return family_of_model(type(model).__name__, shapes, latents.latent_channels, factor)
+
+
+def _is_layer(module: nn.Module) -> bool:
     """Whether it is a layer that ``fmn.models.adapters`` can add to."""
-    if isinstance(module, torch.nn.Conv2d):
+    if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros"
     # ComfyUI's quantised layers are no subclass of Linear.
     return hasattr(module, "in_features") and getattr(module, "weight", None) is not None
 
 
-def _ordinary(value):
+def _for_autograd(value: Any) -> Any:
     """A tensor that autograd accepts, in float32 if it is no mask; anything else as it is."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         return value
     return value.float().clone() if value.is_floating_point() else value.clone()
 
 
-def _blocks(module):
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if isinstance(child, torch.nn.ModuleList):
+        if isinstance(child, nn.ModuleList):
             yield from child
         else:
             yield from _blocks(child)

@@ -9,6 +9,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -24,22 +25,24 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
 )
 from diffusers.utils import logging as diffusers_logging
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...errors import ForgetError, memory_ran_out
-from ...models.families import DEMO
-from ...patches.checkpoint import UNET_PREFIX, checkpoint_family, refuse_quantised
+from ...files import DEMO_FOLDER, open_safetensors
+from ...models.families import DEMO, Family, UNetFamily
+from ...patches.checkpoint import UNET_PREFIX, checkpoint_family
 
 ASSETS = Path(__file__).parents[2] / "assets"
-DEMO_FILE = Path(__file__).parents[3] / "demo" / "fmn-demo.safetensors"
+DEMO_FILE = DEMO_FOLDER / "fmn-demo.safetensors"
 # TAESD works on latents of unit variance times 0.18215; the demo's own factor replaces it.
 SD_SCALE = 0.18215
 UNET_FILE = re.compile(
     r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
 )
+Weights = dict[str, torch.Tensor]
+
 # Text encoders of a family -> beginning of a checkpoint's keys -> what has them
 PARTS = {
     1: {"cond_stage_model.": "text encoder", "first_stage_model.": "VAE"},
@@ -53,7 +56,7 @@ EDM = {"edm_mean", "edm_vpred.sigma_max"}
 V_MARK = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
-def load_pipeline(path, dtype=torch.float32):
+def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """A pipeline for ``demo``, a .safetensors checkpoint of a known family, or a folder.
 
     Raises:
@@ -72,23 +75,22 @@ def load_pipeline(path, dtype=torch.float32):
             "or a diffusers folder."
         )
     family = checkpoint_family(path)
-    refuse_quantised(path)
     _check_parts(path, family)
     try:
         return _demo(dtype, path) if family is DEMO else _single_file(path, family, dtype)
     except (OSError, LookupError, ValueError, RuntimeError, SingleFileComponentError) as error:
         if memory_ran_out(error):
             raise
-        told = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise ForgetError(
-            f"'{path.name}' cannot be loaded ({type(error).__name__}: {told:.200}): use a whole "
+            f"'{path.name}' cannot be loaded ({type(error).__name__}: {reason:.200}): use a whole "
             "checkpoint, with U-Net, text encoder and VAE."
         ) from error
 
 
-def _check_parts(path, family):
+def _check_parts(path: Path, family: UNetFamily) -> None:
     """Refuse a file without text encoder or VAE: ComfyUI's ModelSave writes the U-Net alone."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         keys = list(file.keys())
     for beginning, part in PARTS[len(family.texts)].items():
         if not any(key.startswith(beginning) for key in keys):
@@ -98,32 +100,33 @@ def _check_parts(path, family):
             )
 
 
-def _folder(path, dtype):
+def _folder(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         _refuse_quantised_parts(path)
         return DiffusionPipeline.from_pretrained(
-            path, torch_dtype=dtype, local_files_only=True, variant=_copy(path)
+            path, torch_dtype=dtype, local_files_only=True, variant=_variant(path)
         )
     except (OSError, ValueError) as error:
         raise ForgetError(f"'{path}' is no complete diffusers folder: {error}") from error
 
 
-def _copy(path):
+def _variant(path: Path) -> str | None:
     """Which copy of a folder's weights to read: None is the plain one; else ``fp16`` or another."""
-    found = {match[1] for file in path.glob("unet/*") if (match := UNET_FILE.fullmatch(file.name))}
-    return None if None in found else min(found, default=None)
+    files = [UNET_FILE.fullmatch(file.name) for file in path.glob("unet/*")]
+    variants = {match[1] for match in files if match}
+    return None if None in variants else min(variants, default=None)
 
 
-def _refuse_quantised_parts(path):
+def _refuse_quantised_parts(path: Path) -> None:
     for config in path.glob("*/config.json"):
-        if "quantization_config" in json.loads(config.read_text()):
+        if "quantization_config" in json.loads(config.read_text("utf-8")):
             raise ForgetError(
                 f"'{config.parent}' holds quantised weights, which cannot be trained on: use the "
                 "same model in float16, bfloat16 or float32."
             )
 
 
-def drawing_text(pipeline):
+def text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """The pipeline, or one of the same parts that draws from text alone: inpainting and editing
     variants have pipelines that ask for pictures."""
     kind = type(pipeline).__name__
@@ -132,17 +135,17 @@ def drawing_text(pipeline):
     xl = hasattr(pipeline, "text_encoder_2")
     make = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     names = inspect.signature(make.__init__).parameters
-    given = {name: part for name, part in pipeline.components.items() if name in names}
-    made = make(**given, **({} if xl else {"requires_safety_checker": False}))
-    made.set_progress_bar_config(disable=True)
-    return made
+    parts = {name: part for name, part in pipeline.components.items() if name in names}
+    drawing = make(**parts, **({} if xl else {"requires_safety_checker": False}))
+    drawing.set_progress_bar_config(disable=True)
+    return drawing
 
 
-def _config(family):
-    return json.loads((ASSETS / "pipelines.json").read_text())[family.key]
+def _config(family: Family) -> dict[str, dict[str, Any]]:
+    return json.loads((ASSETS / "pipelines.json").read_text("utf-8"))[family.key]
 
 
-def make_tokenizer(pad_token="<|endoftext|>"):
+def make_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """CLIP's tokenizer. Ids follow from the merges: bytes, bytes that end a word, merges."""
     lines = (ASSETS / "clip_merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     merges = [tuple(line.split()) for line in lines if line]
@@ -159,13 +162,13 @@ def make_tokenizer(pad_token="<|endoftext|>"):
     )
 
 
-def _single_file(path, family, dtype):
+def _single_file(path: Path, family: UNetFamily, dtype: torch.dtype) -> DiffusionPipeline:
     pair = len(family.texts) > 1
     make = StableDiffusionXLPipeline if pair else StableDiffusionPipeline
-    given = {"tokenizer": make_tokenizer("<|endoftext|>" if family.key != "sd2" else "!")}
+    tokenizers = {"tokenizer": make_tokenizer("<|endoftext|>" if family.key != "sd2" else "!")}
     if pair:
-        given["tokenizer_2"] = make_tokenizer("!")
-    channels, prediction = _inputs(path), _prediction(path, family)
+        tokenizers["tokenizer_2"] = make_tokenizer("!")
+    channels, prediction = _input_channels(path), _prediction(path, family)
     with tempfile.TemporaryDirectory() as folder:
         contents = _config(family)
         contents["unet/config.json"]["in_channels"] = channels
@@ -173,42 +176,42 @@ def _single_file(path, family, dtype):
         for name, content in contents.items():
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(content))
+            target.write_text(json.dumps(content), "utf-8")
         return make.from_single_file(
-            str(path), config=folder, torch_dtype=dtype, local_files_only=True, **given
+            str(path), config=folder, torch_dtype=dtype, local_files_only=True, **tokenizers
         )
 
 
-def _inputs(path):
+def _input_channels(path: Path) -> int:
     """Channels that a checkpoint's U-Net reads."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         return file.get_slice(f"{UNET_PREFIX}input_blocks.0.0.weight").get_shape()[1]
 
 
-def _prediction(path, family):
-    """What the scheduler is to know of a checkpoint's training, by the marks that ComfyUI goes by.
+def _prediction(path: Path, family: UNetFamily) -> dict[str, Any]:
+    """The scheduler's settings for a checkpoint, recognised as ComfyUI does.
 
     XL checkpoints carry keys for it. In Stable Diffusion 2.x the last block's norm tells: its bias
     spreads wider in the 768 px model, which has no variants with more inputs.
     """
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         keys = set(file.keys())
         if len(family.texts) > 1:
             if keys & EDM:
                 raise ForgetError(
                     f"'{path.name}' was trained on EDM's noise levels, as CosXL and Playground 2.5 "
-                    "are, which only ComfyUI knows here: train on it inside ComfyUI."
+                    "are, which only ComfyUI supports: train on it inside ComfyUI."
                 )
             v, zero_snr = "v_pred" in keys, {"v_pred", "ztsnr"} <= keys
         else:
-            bias = file.get_tensor(V_MARK) if family.key == "sd2" and _inputs(path) == 4 else None
-            v = bias is not None and float(bias.float().std(unbiased=False)) > 0.09
-            zero_snr = False
+            v = zero_snr = False
+            if family.key == "sd2" and _input_channels(path) == 4:
+                v = float(file.get_tensor(V_MARK).float().std(unbiased=False)) > 0.09
     kind = "v_prediction" if v else "epsilon"
     return {"prediction_type": kind, "rescale_betas_zero_snr": zero_snr}
 
 
-def _demo(dtype, path=DEMO_FILE):
+def _demo(dtype: torch.dtype, path: Path = DEMO_FILE) -> DiffusionPipeline:
     """The demo model: a checkpoint of SD 1.x layout whose parts no standard loader knows."""
     if not path.is_file():
         raise ForgetError(f"The demo model is missing at '{path}': get the repository again.")
@@ -232,21 +235,21 @@ def _demo(dtype, path=DEMO_FILE):
     return pipeline if dtype == torch.float32 else pipeline.to(dtype)
 
 
-def _clip_weights(weights, text_encoder):
+def _clip_weights(weights: Weights, text_encoder: CLIPTextModel) -> Weights:
     prefix = "cond_stage_model.transformer."
-    found = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    clip = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not any(key.startswith("text_model.") for key in text_encoder.state_dict()):
-        found = {key.removeprefix("text_model."): value for key, value in found.items()}
-    return found
+        clip = {key.removeprefix("text_model."): value for key, value in clip.items()}
+    return clip
 
 
-def _taesd_weights(weights):
+def _taesd_weights(weights: Weights) -> Weights:
     """diffusers does not count the clamp that TAESD's decoder starts with."""
-    found = {}
+    taesd = {}
     for key, value in weights.items():
         for part, shift in (("encoder", 0), ("decoder", 1)):
             prefix = f"first_stage_model.taesd_{part}."
             if key.startswith(prefix):
                 index, _, rest = key.removeprefix(prefix).partition(".")
-                found[f"{part}.layers.{int(index) - shift}.{rest}"] = value
-    return found
+                taesd[f"{part}.layers.{int(index) - shift}.{rest}"] = value
+    return taesd

@@ -1,27 +1,33 @@
 """diffusers as a host: Stable Diffusion 1.x, 2.x, XL pipelines and the demo model."""
 
+from __future__ import annotations
+
 import re
 import secrets
 import shutil
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...images import square
-from ...linalg import merge
-from ...models.families import INPUT_CHANNELS, identify
-from ...models.interface import Text, fingerprint
-from ...models.sampling import DRAWN_AT_ONCE
+from ...models.adapters import LayerModule, Patch, check_fits
+from ...models.clip_text_encoder import in_batches
+from ...models.families import check_input_channels, cross_attention_names, identify_unet
+from ...models.interface import Text, TextEncoder, fingerprint
+from ...models.module_patching import frozen
+from ...models.sampling import DRAWN_AT_ONCE, DDPMSchedule, seeded_noise
 from ...models.token_positions import CHUNK
-from .load import drawing_text, load_pipeline
-from .text_encoder import borrow_text, frozen, shortened
+from .load import load_pipeline, text_to_image
+from .text_encoder import borrow_text_encoder, encode_prompts, evaluating, shortened
 
-ENCODED_AT_ONCE = 32 * CHUNK  # tokens
 PIXELS_AT_ONCE = 1 << 20  # that the autoencoder makes or reads: one picture of XL's size
 WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 
@@ -29,15 +35,15 @@ WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
 EMPTY_PICTURE = 0.8223, -0.6876, 0.6364, 0.1380
 
 
-def _filled(unet):
+def _filled(unet: UNet2DConditionModel) -> AbstractContextManager:
     """Lets a variant's U-Net take noise alone, for a while."""
     return nullcontext() if unet.config.in_channels == 4 else unet.register_forward_pre_hook(_fill)
 
 
-def _fill(unet, args):
+def _fill(unet: UNet2DConditionModel, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Variants of a model read more than the noise: give them an empty picture, all to be filled.
 
-    That is for instruct models zeros, for inpainting models a mask of ones and the latents of grey.
+    For instruct models these are zeros, for inpainting models a mask of ones and latents of grey.
     """
     x, missing = args[0], unet.config.in_channels - args[0].shape[1]
     extra = x.new_zeros(len(x), max(0, missing), *x.shape[2:])
@@ -47,43 +53,39 @@ def _fill(unet, args):
     return (torch.cat([x, extra], 1) if missing in (4, 5) else x, *args[1:])
 
 
-def _pictures_at_once(height, width):
+def _pictures_at_once(height: int, width: int) -> int:
     return max(1, PIXELS_AT_ONCE // (height * width))
 
 
-def _prediction(scheduler):
+def _prediction(scheduler: Any) -> str:
     kind = scheduler.config.get("prediction_type", "epsilon")
     known = {"epsilon": "epsilon", "v_prediction": "v"}
     if kind not in known or not hasattr(scheduler, "alphas_cumprod"):
         raise ForgetError(
             f"The pipeline's {type(scheduler).__name__} predicts '{kind}' by noise levels that are "
-            "not known here, only epsilon and v prediction by Stable Diffusion's are: train on it "
-            "inside ComfyUI."
+            "unsupported: only epsilon and v prediction by Stable Diffusion's are supported here. "
+            "Train on it inside ComfyUI."
         )
     return known[kind]
 
 
 class DiffusersModel:
-    """``fmn.models.interface.Model`` over a pipeline; see ``load``."""
+    """``fmn.models.interface.UNetModel`` over a pipeline; see ``load``."""
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
         unet = getattr(pipeline, "unet", None)
-        shapes = {
-            name: tuple(module.weight.shape)
-            for name, module in (unet.named_modules() if unet else ())
-            if name.endswith((".attn2.to_k", ".attn2.to_v"))
-        }
-        self.family = identify(shapes)
-        if self.family is None:
+        family = identify_unet(unet)
+        if unet is None or family is None:
             raise ForgetError(
-                f"{type(pipeline).__name__} is no model we know: Stable Diffusion 1.x, 2.x and XL "
-                "are supported, and other models inside ComfyUI, by the method ESD."
+                f"{type(pipeline).__name__} is an unsupported model: Stable Diffusion 1.x, 2.x and "
+                "XL are supported, and other models inside ComfyUI, by the method ESD."
             )
-        self.saved, self.pipeline, self.unet = pipeline, drawing_text(pipeline), unet
+        self.family = family
+        self.saved, self.pipeline, self.unet = pipeline, text_to_image(pipeline), unet
         self.prediction = _prediction(pipeline.scheduler)
 
     @classmethod
-    def load(cls, path, device=None):
+    def load(cls, path: str | Path, device: torch.device | str | None = None) -> DiffusersModel:
         """Load ``demo``, a .safetensors checkpoint or a diffusers folder in float32."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         pipeline = load_pipeline(path).to(device)
@@ -91,13 +93,13 @@ class DiffusersModel:
         return cls(pipeline)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.unet.device
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         return fingerprint(self.family, lambda layer: self.unet.get_submodule(layer.name).weight)
 
-    def tokenize(self, prompt):
+    def tokenize(self, prompt: Prompt) -> list[int]:
         if WEIGHT_SYNTAX.search(prompt.text) and not prompt.plain:
             raise ForgetError(
                 f"The prompt '{prompt.text}' uses weights like (name:1.2), which only ComfyUI "
@@ -112,59 +114,46 @@ class DiffusersModel:
         return ids.input_ids
 
     @torch.no_grad()
-    def encode(self, prompt):
-        encoded = self.pipeline.encode_prompt(
-            prompt=prompt.text,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        if isinstance(self.pipeline, StableDiffusionXLPipeline):
-            return Text(encoded[0], {"pooled": encoded[2]})
-        return Text(encoded[0])
+    def encode(self, prompt: Prompt) -> Text:
+        return encode_prompts(self.pipeline, [prompt.text], self.device)
 
     @torch.no_grad()
-    def encode_all(self, texts, length=CHUNK):
+    def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor:
         for text in texts:
             self.tokenize(Prompt(text, text))
-        count = max(1, ENCODED_AT_ONCE // length)
         with shortened(self.pipeline, length):
-            found = [
-                self.pipeline.encode_prompt(
-                    prompt=list(texts[i : i + count]),
-                    device=self.device,
-                    num_images_per_prompt=1,
-                    do_classifier_free_guidance=False,
-                )[0].float()
-                for i in range(0, len(texts), count)
+            batches = [
+                encode_prompts(self.pipeline, batch, self.device).context
+                for batch in in_batches(texts, length)
             ]
-        return torch.cat(found)
+        return torch.cat(batches).float()
 
-    def text_module(self, name):
+    def text_module(self, name: str) -> LayerModule:
         part, _, path = name.partition(".")
         encoder = getattr(self.pipeline, part)
         # transformers 5 dropped the level text_model from the module, not from the file.
         known = hasattr(encoder, "text_model")
         return encoder.get_submodule(path if known else path.removeprefix("text_model."))
 
-    def latents_like(self, seeds, size):
-        """First noise [N, 4, size/8, size/8], one generator a seed, on the CPU."""
-        shape = 4, size // 8, size // 8
-        return torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
+    def initial_noise(self, seeds: Iterable[int], size: int) -> Tensor:
+        """``seeded_noise`` [N, 4, size/8, size/8] for pictures of ``size`` pixels a side."""
+        return seeded_noise(seeds, size // 8)
 
     @torch.no_grad()
-    def sample(self, prompt, seeds, size, steps, guidance):
-        found = [
+    def sample(
+        self, prompt: Prompt, seeds: Iterable[int], size: int, steps: int, guidance: float
+    ) -> Tensor:
+        latents = [
             self.sample_latents([prompt.text] * len(noise), noise, steps, guidance).float().cpu()
-            for noise in self.latents_like(seeds, size).split(DRAWN_AT_ONCE)
+            for noise in self.initial_noise(seeds, size).split(DRAWN_AT_ONCE)
         ]
-        return torch.cat(found)
+        return torch.cat(latents)
 
     @torch.no_grad()
-    def sample_latents(self, texts, noise, steps, guidance):
-        """Denoise; returns latents as the U-Net sees them, [N, 4, h, w].
+    def sample_latents(
+        self, texts: list[str], noise: Tensor, steps: int, guidance: float
+    ) -> Tensor:
+        """Latents [N, 4, h, w] of unit variance from noise [N, 4, h, w].
 
         The first sample is noise * sqrt(1 + sigma_max^2), as in ComfyUI; diffusers would scale it
         by sigma_max.
@@ -187,62 +176,59 @@ class DiffusersModel:
             ).images
 
     @torch.no_grad()
-    def decode(self, latents):
-        """Pictures [N, H, W, 3] in 0..1 from latents."""
-        vae, found = self.pipeline.vae, []
+    def decode(self, latents: Tensor) -> Tensor:
+        vae, pictures = self.pipeline.vae, []
         for part in latents.split(_pictures_at_once(latents.shape[2] * 8, latents.shape[3] * 8)):
             images = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
-            found.append((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu())
-        return torch.cat(found)
+            pictures.append((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu())
+        return torch.cat(pictures)
 
     @torch.no_grad()
-    def encode_images(self, images, size):
-        vae, found = self.pipeline.vae, []
+    def encode_images(self, images: Tensor, size: int) -> Tensor:
+        vae, latents = self.pipeline.vae, []
         for part in square(images, size).split(_pictures_at_once(size, size)):
             encoded = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1)
             tiny = hasattr(encoded, "latents")
-            latents = encoded.latents if tiny else encoded.latent_dist.mode()
-            found.append((latents * vae.config.scaling_factor).float().cpu())
-        return torch.cat(found)
+            mode = encoded.latents if tiny else encoded.latent_dist.mode()
+            latents.append((mode * vae.config.scaling_factor).float().cpu())
+        return torch.cat(latents)
 
     @contextmanager
-    def borrow(self):
-        channels = self.unet.config.in_channels
-        if channels not in INPUT_CHANNELS:
-            raise ForgetError(
-                f"This model reads {channels} channels, and only 4, 8 (editing models) and 9 "
-                "(inpainting models) can be trained on: train on its base model and apply the "
-                "patch to it."
-            )
-        with frozen([self.unet]), _filled(self.unet):
-            yield _Borrowed(self)
+    def borrow_denoiser(self) -> Iterator[_UNet]:
+        check_input_channels(self.unet.config.in_channels)
+        with evaluating([self.unet]), frozen([self.unet]), _filled(self.unet):
+            yield _UNet(self)
 
-    def borrow_text(self, words=True):
-        return borrow_text(self, words)
+    def borrow_text_encoder(self, words: bool = True) -> AbstractContextManager[TextEncoder]:
+        return borrow_text_encoder(self, self.pipeline, words)
 
-    def merged(self, patches):
-        """Add patches to the weights for good; a list of (patch, strength)."""
-        with torch.no_grad():
-            for patch, strength in patches:
-                patch.check_family(self.family)
-                patch.check_shapes(lambda layer: self._any_module(layer.name).weight)
-                patch.check_shapes(lambda layer: self._any_module(layer.name).weight, text=True)
-                for name, factors in patch.changes.items():
-                    weight = self._any_module(name).weight
-                    change = merge(*(factor.to(weight.device) for factor in factors))
-                    weight += (strength * change).to(weight.dtype)
+    @torch.no_grad()
+    def add_patches(self, patches: Sequence[tuple[Patch, float]]) -> DiffusersModel:
+        """Add patches to the weights for good, all or none; a list of (patch, strength).
+
+        Raises:
+            ForgetError: a patch does not fit the model, which is then unchanged.
+        """
+        for patch, _ in patches:
+            check_fits(patch, self.family, self._module)
+        for patch, strength in patches:
+            for name in patch.changes:
+                weight = self._module(name).weight
+                weight += (strength * patch.change_of(name, weight.device)).to(weight.dtype)
         return self
 
-    def _any_module(self, name):
+    merged = add_patches  # deprecated: the name in version 0.1
+
+    def _module(self, name: str) -> LayerModule:
         is_text = name.startswith("text_encoder")
         return self.text_module(name) if is_text else self.unet.get_submodule(name)
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Write the pipeline as a diffusers folder, whole or not at all."""
         folder = Path(folder)
         if folder.exists():
             raise ForgetError(f"'{folder}' exists already: name a new folder.")
-        # A name that nobody has: what is in it becomes part of the model, or is removed.
+        # A new name: files that are there already would become part of the model, or be removed.
         part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
         try:
             self.saved.save_pretrained(part)
@@ -256,33 +242,40 @@ class DiffusersModel:
             shutil.rmtree(part, ignore_errors=True)
 
 
-class _Borrowed:
+class _UNet:
+    """``fmn.models.interface.UNet`` over a pipeline's."""
+
     context_argument = "encoder_hidden_states"
 
-    def __init__(self, model):
+    def __init__(self, model: DiffusersModel) -> None:
         self.model, self.unet = model, model.unet
         self.device = model.device
         # Some schedulers for models of zero terminal SNR have 0 in it, by which nothing divides.
         self.alphas_cumprod = model.pipeline.scheduler.alphas_cumprod.float().clamp(min=2**-24)
+        self.schedule = DDPMSchedule(self.alphas_cumprod)
 
-    def module(self, name):
+    def module(self, name: str) -> LayerModule:
         return self.unet.get_submodule(name)
 
-    def denoise(self, x_t, t, text):
+    def cross_attention_modules(self) -> list[nn.Module]:
+        return [self.unet.get_submodule(name) for name in cross_attention_names(self.model.family)]
+
+    def predict_noise(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         dtype = self.unet.dtype
         x_t = x_t.to(self.device, dtype)
         output = self.unet(
             x_t,
             t.to(self.device),
             encoder_hidden_states=text.context.to(self.device, dtype),
-            added_cond_kwargs=self._added(x_t, text),
+            added_cond_kwargs=self._added_conditions(x_t, text),
         ).sample
         if self.model.prediction == "epsilon":
             return output
+        # The noise of v = sqrt(alpha) noise - sqrt(1 - alpha) x_0 (Salimans & Ho 2022, appendix D)
         alpha = self.alphas_cumprod.to(self.device)[t].view(-1, 1, 1, 1)
         return alpha.sqrt() * output + (1 - alpha).sqrt() * x_t
 
-    def _added(self, x_t, text):
+    def _added_conditions(self, x_t: Tensor, text: Text) -> dict[str, Tensor] | None:
         if "pooled" not in text.vectors:
             return None
         height, width = x_t.shape[-2] * 8, x_t.shape[-1] * 8
@@ -290,6 +283,6 @@ class _Borrowed:
         pooled = text.vectors["pooled"].to(self.device, self.unet.dtype)
         return {"text_embeds": pooled, "time_ids": sizes.repeat(len(x_t), 1)}
 
-    def checkpoint_blocks(self):
+    def checkpoint_blocks(self) -> list[nn.Module]:
         names = "ResnetBlock2D", "BasicTransformerBlock"
         return [module for module in self.unet.modules() if type(module).__name__ in names]

@@ -1,124 +1,131 @@
 """The text encoders of a diffusers pipeline, for methods that look inside or learn words."""
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from ...concepts.concept import Prompt
-from ...models.interface import Text, tokenize_with_placeholders, two_encoders
-from ...models.token_positions import CHUNK, word_positions
+from ...models.adapters import LayerModule
+from ...models.clip_text_encoder import CLIPTextEncoder, refuse_words
+from ...models.interface import Text, UNetModel
+from ...models.module_patching import frozen, pre_hooked
+from ...models.token_positions import CHUNK
+
+PARTS = "text_encoder", "text_encoder_2"
+
+
+def encode_prompts(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device
+) -> Text:
+    """Plain prompts as the pipeline encodes them, [N, 77, D]; gradients flow."""
+    encoded = pipeline.encode_prompt(
+        prompt=list(prompts),
+        device=device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+    )
+    xl = isinstance(pipeline, StableDiffusionXLPipeline)
+    return Text(encoded[0], {"pooled": encoded[2]} if xl else {})
 
 
 @contextmanager
-def borrow_text(model, words=True):
-    """``Model.borrow_text`` of a ``DiffusersModel``."""
-    if words and model.family.vector_dim is not None:
-        raise two_encoders(model.family)
-    names = ("text_encoder", "text_encoder_2")[: len(model.family.texts)]
-    encoders = [getattr(model.pipeline, name) for name in names]
-    with frozen(encoders):
-        yield _BorrowedText(model, encoders)
+def borrow_text_encoder(
+    model: UNetModel, pipeline: DiffusionPipeline, words: bool
+) -> Iterator[TextEncoder]:
+    """``UNetModel.borrow_text_encoder`` of a model over a pipeline."""
+    if words:
+        refuse_words(model.family)
+    encoders = [getattr(pipeline, part) for part in PARTS[: len(model.family.texts)]]
+    with evaluating(encoders), frozen(encoders):
+        yield TextEncoder(model, pipeline, encoders)
 
 
 @contextmanager
-def frozen(modules):
-    """Modules with frozen weights and out of training mode, where autograd works, for a while."""
-    flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    training = [module.training for module in modules]
-    try:
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules out of training mode, for a while."""
+    with ExitStack() as stack:
         for module in modules:
-            module.requires_grad_(False).train(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for module, was_training in zip(modules, training):
-            module.train(was_training)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            stack.callback(module.train, module.training)
+            module.eval()
+        yield
 
 
 @contextmanager
-def shortened(pipeline, length):
+def shortened(pipeline: DiffusionPipeline, length: int) -> Iterator[None]:
     """The text encoders compute the first ``length`` of 77 tokens alone, for a while."""
-    parts = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
 
-    def cut(module, args, kwargs):
+    def truncate(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         mask = kwargs.get("attention_mask")
         if mask is not None:
             kwargs = kwargs | {"attention_mask": mask[:, :length]}
         return (args[0][:, :length], *args[1:]), kwargs
 
-    with ExitStack() as hooks:
-        for part in parts:
-            if part is not None and length < CHUNK:
-                hooks.enter_context(part.register_forward_pre_hook(cut, with_kwargs=True))
+    encoders = [getattr(pipeline, part, None) for part in PARTS if length < CHUNK]
+    with pre_hooked([encoder for encoder in encoders if encoder], truncate, with_kwargs=True):
         yield
 
 
-class _BorrowedText:
-    def __init__(self, model, encoders):
-        self.model, self.encoder, self.pair = model, encoders[0], len(encoders) > 1
-        self.encoders = encoders
-        self.embedding = self.encoder.get_input_embeddings()
-        self.width = self.embedding.weight.shape[1]
+class TextEncoder(CLIPTextEncoder):
+    """``fmn.models.interface.TextEncoder`` over a pipeline's text encoders."""
+
+    def __init__(
+        self, model: UNetModel, pipeline: DiffusionPipeline, encoders: Sequence[CLIPTextModel]
+    ) -> None:
+        super().__init__(model.family)
+        self.model, self.pipeline, self.encoders = model, pipeline, encoders
 
     @property
-    def device(self):
-        return self.encoder.device
+    def embedding(self) -> nn.Embedding:
+        return self.encoders[0].get_input_embeddings()
 
-    def module(self, name):
+    def module(self, name: str) -> LayerModule:
         return self.model.text_module(name)
 
-    def _ids(self, text):
-        return self.model.tokenize(Prompt(text, text))
+    def _ids(self, text: str) -> list[int]:
+        return cast(list[int], self.model.tokenize(Prompt(text, text)))
 
-    def vectors(self, words):
-        if self.pair:
-            raise two_encoders(self.model.family)
-        ids = self._ids(words)
-        found = [ids[position] for position in word_positions(ids)]
-        return self.embedding.weight[found].detach().float().clone()
-
-    def ids_of(self, texts):
-        pipeline = self.model.pipeline
-        tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if self.pair else [])]
+    def ids_of(self, texts: Sequence[str]) -> Tensor:
+        names = ("tokenizer", "tokenizer_2")[: len(self.encoders)]
+        tokenizers = [getattr(self.pipeline, name) for name in names]
         for text in texts:
-            self._ids(text)  # refuses what is too long
+            self._ids(text)  # refuses long ones
         options = {"padding": "max_length", "max_length": CHUNK, "return_tensors": "pt"}
-        found = [tokenizer(list(texts), **options).input_ids for tokenizer in tokenizers]
-        return torch.stack(found, 1)
+        ids = [tokenizer(list(texts), **options).input_ids for tokenizer in tokenizers]
+        return torch.stack(ids, 1)
 
-    def encode_ids(self, ids):
-        found = [
+    def _states(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        outputs = [
             encoder(part.to(encoder.device), output_hidden_states=self.pair)
             for encoder, part in zip(self.encoders, ids.unbind(1))
         ]
         if not self.pair:
-            return Text(found[0].last_hidden_state.float())
+            return [(output.last_hidden_state, output.pooler_output) for output in outputs]
         # As SDXL reads them: both last but one states, and the second's projected pooled text.
-        context = torch.cat([each.hidden_states[-2] for each in found], -1)
-        return Text(context.float(), {"pooled": found[1].text_embeds.float()})
+        pooled = outputs[1].text_embeds
+        return [(output.hidden_states[-2], pooled) for output in outputs]
 
-    def encode(self, prompt, vectors=None):
-        if self.pair and vectors is not None:
-            raise two_encoders(self.model.family)
-        ids = tokenize_with_placeholders(self._ids, prompt, 0 if vectors is None else len(vectors))
-        if self.pair:
-            context, _, pooled, _ = self.model.pipeline.encode_prompt(
-                prompt=prompt,
-                device=self.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )
-            return Text(context.float(), {"pooled": pooled.float()}), pooled.float()
-        held = [i for i, token in enumerate(ids) if token is None]
-        # Any word serves below the vectors; the encoder finds its first EOT by the ids.
-        known = torch.tensor([[0 if token is None else token for token in ids]])
+    def _encode_pair(self, prompt: str) -> Text:
+        text = encode_prompts(self.pipeline, [prompt], self.device)
+        return Text(text.context.float(), {"pooled": text.vectors["pooled"].float()})
 
-        def put_in(module, args, output):
-            rows = vectors.repeat(len(held) // len(vectors), 1).to(output)
-            return output.index_copy(1, torch.tensor(held, device=output.device), rows[None])
+    def _encode_chunk(self, ids: list[int | None], vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+        indices = [i for i, token in enumerate(ids) if token is None]
+        # Any word will do under the vectors: the encoder only looks for its first EOT in the ids.
+        words = torch.tensor([[0 if token is None else token for token in ids]])
 
-        with self.embedding.register_forward_hook(put_in) if held else nullcontext():
-            output = self.encoder(known.to(self.encoder.device))
-        return Text(output.last_hidden_state.float()), output.pooler_output.float()
+        def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if vectors is None:
+                return output
+            index = torch.tensor(indices, device=output.device)
+            return output.index_copy(1, index, vectors.to(output)[None])
+
+        with self.embedding.register_forward_hook(replace):
+            output = self.encoders[0](words.to(self.device))
+        return output.last_hidden_state, output.pooler_output

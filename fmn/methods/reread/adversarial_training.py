@@ -1,267 +1,310 @@
-"""A patch trained to stand attacks: words learned to summon the concept, and pictures of it.
+"""Adversarial training of a patch, on words learned to summon the concept and on pictures of it.
 
-Editing how text is read leaves the concept in the model: words learned from its pictures go around
-the edit, and a picture begun by another model is finished. So a low-rank change of the layers that
-write into the picture is trained, on noised pictures of the concept, away from what the frozen
-model predicts, whatever the text: the concept's prompts, other prompts, none, and words that
-adversaries learn at the same time (as in AdvUnlearn and STEREO). Kept prompts hold it.
+Editing how text is read leaves the concept in the model: words learned from its pictures get around
+the edit, and the model still completes a picture that another model began. So a low-rank change of
+the layers that write into the picture is trained, on noised pictures of the concept, away from what
+the frozen model predicts, whatever the text: the concept's prompts, other prompts, none, and words
+that adversaries learn at the same time (as in AdvUnlearn and STEREO). Kept prompts hold it.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
-from ...linalg import cut
-from ...models.adapters import Fixed, LowRank, attached
-from ...models.families import layers
-from ...models.interface import Text, rows
+from ...linalg import truncate_product
+from ...models.adapters import FixedAdapter, LowRankAdapter, Switch, attached
+from ...models.families import Family, layers
+from ...models.interface import Text, UNet, UNetModel
 from ...models.module_patching import checkpointed
 from ...models.sampling import expand, q_sample
-from ...training.loop import Optimiser, scale_for, set_moments
-from ...training.run import parameters_of
-from .adversaries import adversaries
+from ...patches.patch import ForgetPatch
+from ...progress import OnStep
+from ...training.loop import AdamWConfig, Moments, initial_loss_scale, load_moments
+from ...training.run import Adapters, Task, TrainingOptions, TrainingRun, adapter_parameters
+from .adversaries import Adversary, NewAdversary, adversaries
 from .training_images import Scene
 
-# What attention and feed-forward write into the picture.
+# The layers with which attention and feed-forward write into the picture.
 ENDINGS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
 ADVERSARIES = 4  # a concept, each with words of its own
-LIFE = 60  # steps of an adversary until it starts anew
-MOST = 10.0  # that a small difference is enlarged
-EMPTY = 6  # one in so many steps keeps what the empty prompt gives
+LIFETIME = 60  # steps of an adversary until it starts anew
+MAX_GAIN = 10.0  # that a small difference is multiplied by
+EMPTY = 6  # one step in so many keeps the predictions for the empty prompt
 HALF = 4  # pictures of the concept a step, and as many kept ones
+Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer name -> (up, down)
 
 
-def hardened_layers(family):
-    """The layers that are trained, by name."""
+def trained_layers(family: Family) -> list[str]:
+    """Names of the layers that are trained."""
     return [layer.name for layer in layers(family) if layer.name.endswith(ENDINGS)]
 
 
-def harden(training, borrowed, changes, scenes, kept, empty, made, on_step):
-    """Train a patch further; see the module. ``training.finish`` gives it.
+def train_adversarially(
+    task: Task,
+    options: TrainingOptions,
+    denoiser: UNet,
+    changes: Changes,
+    scenes: Sequence[Scene],
+    kept: Scene,
+    empty: Text,
+    make_patch: Callable[[Changes, Sequence[float]], ForgetPatch],
+    on_step: OnStep,
+) -> TrainingRun:
+    """Train a patch further; the ``finish`` of the run gives it. See the module.
 
     Args:
-        training: ``training.Training``, of settings of ``reread``.
-        changes: layer name -> (up, down), of the patch to begin with.
-        scenes: a ``Scene`` for each concept. kept: a ``Scene``. empty: the empty prompt.
-        made: function from changes and losses to the patch.
-        on_step: see ``methods.forget``.
+        task: with settings of ``reread``.
+        changes: of the patch to begin with.
+        scenes: one for each concept.
+        empty: the empty prompt.
 
     Raises:
         NonFiniteLoss: at once, so that nothing was learnt.
     """
-    model, settings = training.model, training.settings
-    names = hardened_layers(model.family)
+    model, settings = cast(UNetModel, task.model), cast(Any, task.settings)
+    names = trained_layers(model.family)
     generator = torch.Generator().manual_seed(settings.seed)
     adapters = {
-        name: LowRank(borrowed.module(name), settings.robust_rank, generator, borrowed.device)
+        name: LowRankAdapter(
+            denoiser.module(name), settings.robust_rank, generator, denoiser.device
+        )
         for name in names
     }
     # The patch itself stays as it is: trained along, it would be given up for what is kept.
-    worn = {name: Fixed([(*factors, 1.0)], borrowed.device) for name, factors in changes.items()}
-    scale = scale_for(borrowed.module(names[0]))
-    optimiser = Optimiser(settings.robust_lr, weight_decay=0.0, decay=True)
-    blocks = borrowed.checkpoint_blocks() if settings.checkpointing else []
+    applied = {
+        name: FixedAdapter([(*pair, 1.0)], denoiser.device) for name, pair in changes.items()
+    }
+    blocks = denoiser.checkpoint_blocks() if settings.checkpointing else []
     rank = max(up.shape[1] for up, _ in changes.values())
+    scale = initial_loss_scale(denoiser.module(names[0]))
+    config = AdamWConfig(settings.robust_lr, weight_decay=0.0, linear_decay=True)
     with (
-        attached(worn, borrowed.module) as switch,
-        attached(adapters, borrowed.module, switch),
+        attached(applied, denoiser.module) as switch,
+        attached(adapters, denoiser.module, switch),
         checkpointed(blocks),
-        adversaries(model, borrowed) as adversary,
+        adversaries(model, denoiser) as new_adversary,
     ):
-        training.put_on(
-            adapters, switch, borrowed, lambda losses: made(joined(changes, adapters, rank), losses)
+        loss = AdversarialLoss(
+            denoiser, adapters, switch, scenes, kept, empty, new_adversary, settings, scale
         )
-        loss = Hardening(
-            borrowed, adapters, switch, scenes, kept, empty, adversary, settings, scale
-        )
-        for _ in range(training.tries):
+        for _ in range(options.batches_drawn):
             loss.pick()
-        loss.set_moments(training.put_beside(loss.learned))
-        steps = settings.robust_steps * len(scenes)
-        training.run(lambda index: loss(loss.pick()), steps, optimiser, on_step, scale)
+        run = TrainingRun(
+            task, adapters, switch, options, config, settings.robust_steps * len(scenes), scale,
+            denoiser, lambda losses: make_patch(joined(changes, adapters, rank), losses),
+            loss.extra_state,
+        )  # fmt: skip
+        loss.load_moments(run.extra_moments)
+        run.train(lambda index: loss(loss.pick()), on_step)
+    return run
 
 
-def joined(changes, adapters, rank):
-    """Both changes in one: layer name -> (up, down) on the CPU.
+def joined(changes: Changes, adapters: Adapters, rank: int) -> Changes:
+    """Both changes in one, on the CPU.
 
     Args:
-        rank: of layers that both change; what is less is cut off.
+        rank: of layers that both change; the rest is cut off.
     """
-    made = {}
+    result = {}
     for name, adapter in adapters.items():
         up, down = (factor.cpu() for factor in adapter.factors(0)[:2])
         if name in changes:
-            own = changes[name]
-            up, down = torch.cat([own[0], up], 1), torch.cat([own[1], down])
-            up, down = (factor.float() for factor in cut(up.double(), down.double(), rank)[:2])
-        made[name] = up, down
-    return made
+            first = changes[name]
+            up, down = torch.cat([first[0], up], 1), torch.cat([first[1], down])
+            up, down, _ = truncate_product(up.double(), down.double(), rank)
+            up, down = up.float(), down.float()
+        result[name] = up, down
+    return result
 
 
-def away(concept, without, empty, push):
+def away(
+    concept: torch.Tensor, without: torch.Tensor, empty: torch.Tensor, push: float
+) -> torch.Tensor:
     """e(without) - push g (e(concept) - e(without)), all [B, 4, h, w].
 
     ESD's target, with g = |e(concept) - e(empty)| / |e(concept) - e(without)| and at least 1: a
     style that is drawn anyway makes little difference, and is moved away from as far as others.
     """
-    whole, own = ((concept - other).flatten(1).norm(dim=1) for other in (empty, without))
-    scale = (whole / own.clamp_min(1e-12)).clamp(1.0, MOST).view(-1, 1, 1, 1)
-    return without - push * scale * (concept - without)
+    from_empty, from_without = (
+        (concept - other).flatten(1).norm(dim=1) for other in (empty, without)
+    )
+    gain = (from_empty / from_without.clamp_min(1e-12)).clamp(1.0, MAX_GAIN).view(-1, 1, 1, 1)
+    return without - push * gain * (concept - without)
 
 
-class Places(NamedTuple):
-    """Pictures of a scene at time steps spread over the schedule; all on the CPU."""
+class Noising(NamedTuple):
+    """Which pictures of a scene are noised and how, at time steps spread over the schedule; all on
+    the CPU."""
 
-    index: torch.Tensor  # [HALF]
+    rows: torch.Tensor  # [HALF]
     t: torch.Tensor  # [HALF]
     noise: torch.Tensor  # [HALF, 4, h, w]
 
 
-class Picked(NamedTuple):
-    """What is random in a step.
+class Pick(NamedTuple):
+    """All that is random in a step.
 
     Attributes:
-        scene, adversary: whose turn it is.
-        attacked, forgotten, kept: ``Places``.
-        texts: functions without arguments that give a text each, for those forgotten.
-        blank: whether those kept have the empty prompt.
+        scene, adversary: of the concept whose turn it is.
+        texts: functions without arguments that give a text each, for the pictures ``forgotten``.
+        blank: whether the pictures ``kept`` have the empty prompt.
     """
 
     scene: Scene
-    adversary: object
-    attacked: Places
-    forgotten: Places
-    texts: list
-    kept: Places
+    adversary: Adversary
+    attacked: Noising
+    forgotten: Noising
+    texts: list[Callable[[], Text]]
+    kept: Noising
     blank: bool
 
 
-class Hardening:
+class AdversarialLoss:
     """The loss of each step; use while ``adapters`` are attached.
 
     Args:
-        concepts: a ``Scene`` for each. kept: a ``Scene``.
+        scenes: one for each concept.
         empty: the empty prompt.
         switch: of the patch and of the attached adapters.
-        adversary: function from a ``Scene`` and a generator to a ``Words`` or ``Context``.
-        settings: of ``reread``. scale: of the adversaries' losses; see ``train``.
+        settings: of ``reread``.
+        scale: of the adversaries' losses; see ``loop.Trainer``.
     """
 
     def __init__(
-        self, borrowed, adapters, switch, concepts, kept, empty, adversary, settings, scale
+        self,
+        denoiser: UNet,
+        adapters: Adapters,
+        switch: Switch,
+        scenes: Sequence[Scene],
+        kept: Scene,
+        empty: Text,
+        new_adversary: NewAdversary,
+        settings: Any,
+        scale: float,
     ):
-        self.borrowed, self.switch, self.settings = borrowed, switch, settings
-        self.adversary, self.picks = adversary, 0
+        self.denoiser, self.switch, self.settings = denoiser, switch, settings
+        self.new_adversary, self.picks = new_adversary, 0
         self.scale = torch.tensor(scale)
-        self.parameters = parameters_of(adapters)
-        self.concepts, self.kept, self.empty = concepts, kept, empty
+        self.parameters = adapter_parameters(adapters)
+        self.scenes, self.kept, self.empty = scenes, kept, empty
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.alphas = borrowed.alphas_cumprod.cpu()
-        self.adversaries = [[None] * ADVERSARIES for _ in concepts]
+        self.alphas = denoiser.alphas_cumprod.cpu()
+        self.adversaries: list[list[Adversary | None]] = [[None] * ADVERSARIES for _ in scenes]
 
-    def learned(self):
-        """What learns beside the patch; see ``Training.put_beside``."""
-        found = {"scale": (self.scale, None)}
-        for name, each in self._living():
-            found[name] = each.learned, each.optimiser.state.get(each.learned)
-        return found
+    def extra_state(self) -> dict[str, tuple[torch.Tensor, Moments | None]]:
+        """What learns beside the patch; see ``TrainingRun``."""
+        state: dict[str, tuple[torch.Tensor, Moments | None]] = {"scale": (self.scale, None)}
+        for name, adversary in self._adversaries():
+            moments = adversary.optimizer.state.get(adversary.learned)
+            state[name] = adversary.learned, moments
+        return state
 
-    def set_moments(self, moments):
-        for name, each in self._living():
+    def load_moments(self, moments: Mapping[str, Moments | None]) -> None:
+        for name, adversary in self._adversaries():
             if moments.get(name):
-                set_moments(each.optimiser, [moments[name]])
+                load_moments(adversary.optimizer, [moments[name]])
 
-    def _living(self):
-        """(name, adversary) of all."""
-        for number, own in enumerate(self.adversaries):
-            for slot, each in enumerate(own):
-                if each is not None:
-                    yield f"{number}.{slot}", each
+    def _adversaries(self) -> Iterator[tuple[str, Adversary]]:
+        """All that exist, with names for a training state."""
+        for number, slots in enumerate(self.adversaries):
+            for slot, adversary in enumerate(slots):
+                if adversary is not None:
+                    yield f"{number}.{slot}", adversary
 
-    def pick(self):
-        """What the next step trains on, ``Picked``; costs next to nothing."""
-        turn, number = divmod(self.picks, len(self.concepts))
+    def pick(self) -> Pick:
+        """Pick what the next step trains on; costs next to nothing."""
+        turn, number = divmod(self.picks, len(self.scenes))
         self.picks += 1
-        scene, own, slot = self.concepts[number], self.adversaries[number], turn % ADVERSARIES
-        if own[slot] is None or own[slot].age >= LIFE:
-            own[slot] = self.adversary(scene, self.generator)
-        own[slot].age += 1
-        attacked, forgotten = self._places(scene), self._places(scene)
-        texts = self._pick_texts(scene, forgotten.index, [each for each in own if each is not None])
-        kept, blank = self._places(self.kept), int(self._random(EMPTY, 1)) == 0
-        return Picked(scene, own[slot], attacked, forgotten, texts, kept, blank)
+        scene, slots, slot = self.scenes[number], self.adversaries[number], turn % ADVERSARIES
+        adversary = slots[slot]
+        if adversary is None or adversary.age >= LIFETIME:
+            slots[slot] = adversary = self.new_adversary(scene, self.generator)
+        adversary.age += 1
+        attacked, forgotten = self._noising(scene), self._noising(scene)
+        texts = self._pick_texts(scene, forgotten.rows, [a for a in slots if a is not None])
+        kept, blank = self._noising(self.kept), int(self._random(EMPTY, 1)) == 0
+        return Pick(scene, adversary, attacked, forgotten, texts, kept, blank)
 
-    def _pick_texts(self, scene, index, met):
+    def _pick_texts(
+        self, scene: Scene, index: torch.Tensor, met: Sequence[Adversary]
+    ) -> list[Callable[[], Text]]:
         """For each picture a text: a quarter its own, half an adversary's, the rest any other."""
-        texts = []
+        texts: list[Callable[[], Text]] = []
         for i, kind in zip(index.split(1), self._random(4, HALF).tolist()):
             if kind == 0:
-                texts.append(partial(rows, scene.text, i))
+                texts.append(partial(Text.__getitem__, scene.text, i))
             elif kind < 3:
                 adversary = met[int(self._random(len(met), 1))]
                 texts.append(partial(adversary.text, adversary.pick()))
             else:
                 j = self._random(len(self.kept.text.context), 1)
                 others = (self.empty, slice(0, 1)), (self.kept.text, j), (scene.other, i)
-                texts.append(partial(rows, *others[int(self._random(3, 1))]))
+                texts.append(partial(Text.__getitem__, *others[int(self._random(3, 1))]))
         return texts
 
-    def __call__(self, picked):
-        self._attack(picked)
-        return self._forget(picked) + self.settings.robust_preserve * self._keep(picked)
+    def __call__(self, pick: Pick) -> torch.Tensor:
+        self._attack(pick)
+        return self._forget(pick) + self.settings.robust_preserve * self._keep(pick)
 
-    def _attack(self, picked):
-        """One step of an adversary: what it learns shall predict the noise on the pictures."""
-        adversary = picked.adversary
-        x_t, t, noise = self._noised(picked.scene, picked.attacked)
+    def _attack(self, pick: Pick) -> None:
+        """One step of an adversary, towards words that predict the noise on the pictures."""
+        adversary = pick.adversary
+        x_t, t, noise = self._noised(pick.scene, pick.attacked)
         for parameter in self.parameters:
             parameter.requires_grad_(False)
-        predicted = self.borrowed.denoise(x_t, t, expand(adversary.alone(), HALF))
+        predicted = self.denoiser.predict_noise(x_t, t, expand(adversary.shortest_text(), HALF))
         loss = F.mse_loss(predicted.float(), noise)
         (gradient,) = torch.autograd.grad(loss * self.scale, [adversary.learned])
         if torch.isfinite(gradient).all():
             adversary.learned.grad = gradient
-            adversary.optimiser.step()
+            adversary.optimizer.step()
         else:
             self.scale = (self.scale / 2).clamp(min=1.0)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
 
-    def _forget(self, picked):
-        scene, index = picked.scene, picked.forgotten.index
-        x_t, t, _ = self._noised(scene, picked.forgotten)
+    def _forget(self, pick: Pick) -> torch.Tensor:
+        """|e'(x_t, text) - away(...)|^2"""
+        scene, index = pick.scene, pick.forgotten.rows
+        x_t, t, _ = self._noised(scene, pick.forgotten)
         with torch.no_grad(), self.switch.off():
-            own, other = rows(scene.text, index), rows(scene.other, index)
-            texts = Text.cat([own, other, expand(self.empty, HALF)])
-            found = self.borrowed.denoise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
+            concept, without = scene.text[index], scene.other[index]
+            texts = Text.cat([concept, without, expand(self.empty, HALF)])
+            frozen = self.denoiser.predict_noise(x_t.repeat(3, 1, 1, 1), t.repeat(3), texts).float()
         with torch.no_grad():
-            texts = Text.cat([text() for text in picked.texts])
-        predicted = self.borrowed.denoise(x_t, t, texts)
-        return F.mse_loss(predicted.float(), away(*found.chunk(3), self.settings.robust_push))
+            texts = Text.cat([text() for text in pick.texts])
+        predicted = self.denoiser.predict_noise(x_t, t, texts)
+        e_concept, e_without, e_empty = frozen.chunk(3)
+        target = away(e_concept, e_without, e_empty, self.settings.robust_overshoot)
+        return F.mse_loss(predicted.float(), target)
 
-    def _keep(self, picked):
-        x_t, t, _ = self._noised(self.kept, picked.kept)
-        text = rows(self.kept.text, picked.kept.index)
-        if picked.blank:  # guidance needs it
+    def _keep(self, pick: Pick) -> torch.Tensor:
+        """|e'(x_t, kept) - e(x_t, kept)|^2"""
+        x_t, t, _ = self._noised(self.kept, pick.kept)
+        text = self.kept.text[pick.kept.rows]
+        if pick.blank:  # guidance needs it
             text = expand(self.empty, HALF)
         with torch.no_grad(), self.switch.off():
-            wanted = self.borrowed.denoise(x_t, t, text)
-        return F.mse_loss(self.borrowed.denoise(x_t, t, text).float(), wanted.float())
+            frozen = self.denoiser.predict_noise(x_t, t, text)
+        return F.mse_loss(self.denoiser.predict_noise(x_t, t, text).float(), frozen.float())
 
-    def _places(self, scene):
+    def _noising(self, scene: Scene) -> Noising:
         index = self._random(len(scene.latents), HALF)
         share = (torch.arange(HALF) + torch.rand(HALF, generator=self.generator)) / HALF
         t = (share * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
         shape = HALF, *scene.latents.shape[1:]
-        return Places(index, t, torch.randn(shape, generator=self.generator))
+        return Noising(index, t, torch.randn(shape, generator=self.generator))
 
-    def _noised(self, scene, places):
-        """x_t, t and the noise of some places, where the model is."""
-        index, t, noise = places
-        x_t = q_sample(scene.latents[index], noise, self.alphas[t])
-        return (each.to(self.borrowed.device) for each in (x_t, t, noise))
+    def _noised(
+        self, scene: Scene, noising: Noising
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x_t, t and the noise, on the model's device."""
+        index, t, noise = noising
+        x_t, device = q_sample(scene.latents[index], noise, self.alphas[t]), self.denoiser.device
+        return x_t.to(device), t.to(device), noise.to(device)
 
-    def _random(self, high, count):
+    def _random(self, high: int, count: int) -> torch.Tensor:
         return torch.randint(high, (count,), generator=self.generator)

@@ -1,59 +1,61 @@
-"""How much of a concept is left in what a patched model predicts, without drawing a picture.
+"""How much of a concept a patched model still predicts, without drawing a picture.
 
-What a picture will show is decided in its first steps. So the frozen model begins to draw the
-concept, and at these points it is asked how far the patched model's prediction still goes the way
-that the concept's words led: the share of e(c) - e(o) in e'(c) - e(o), with e the frozen model's
-prediction, e' the patched one's, c a sentence with the concept and o the same without it.
+The first steps decide what a picture shows. So the frozen model begins to draw the concept, and
+there the patched model's prediction is compared: how far it still goes the way that the concept's
+words led, the share of e(c) - e(o) in e'(c) - e(o), with e the frozen model's prediction, e' the
+patched one's, c a sentence with the concept and o the same without it.
 """
 
 import torch
+from torch import Tensor
 
-from ...models.adapters import Fixed, attached
+from ...closed_form.input_edit import Changes
+from ...models.adapters import FixedAdapter, attached
 from ...models.interface import Text
 from ...models.sampling import ddim, guided
+from ...sequences import evenly
+from .regression_data import QuerySampler, SentencePairs
 
 STEPS, FIRST = 4, 2  # of a drawing in so many steps, the first ones count
 TEXTS = 8
 
 
-class Remaining:
-    """The share of one concept that a change leaves, as a function of the change; 1 is all.
+class Residual:
+    """The share of one concept that a change leaves, as a function of the change; 1 is all."""
 
-    Args:
-        draw: a ``readings.Drawings``. pairs: [(text, text without the concept)].
-    """
-
-    def __init__(self, draw, pairs):
-        self.borrowed, count = draw.borrowed, min(TEXTS, len(pairs))
-        chosen = [pairs[i * len(pairs) // count] for i in range(count)]
-        self.text, other = (
-            Text.cat([draw.encoded_one(text) for text in side]) for side in zip(*chosen)
+    def __init__(self, sampler: QuerySampler, pairs: SentencePairs):
+        self.denoiser = sampler.denoiser
+        chosen = evenly(pairs, min(TEXTS, len(pairs)))
+        self.text, without = (
+            Text.cat([sampler.encode(text) for text in side]) for side in zip(*chosen)
         )
-        self.points = []
-        predict = guided(draw.borrowed, self.text, draw.empty, draw.settings.guidance)
+        self.points: list[tuple[Tensor, int]] = []  # x_t, t
+        predict = guided(self.denoiser, self.text, sampler.empty, sampler.settings.guidance)
 
-        def watched(x, t):
+        def watched(x: Tensor, t: int) -> Tensor:
             self.points.append((x, t))
             return predict(x, t)
 
-        noise = draw.noise(count).to(draw.borrowed.device)
-        ddim(watched, noise, draw.borrowed.alphas_cumprod, STEPS, last=FIRST)
-        self.others = [self._predicted(x, t, other) for x, t in self.points]
-        self.effects = [
-            self._predicted(x, t, self.text) - other
-            for (x, t), other in zip(self.points, self.others)
+        noise = sampler.noise(len(chosen)).to(self.denoiser.device)
+        ddim(watched, noise, self.denoiser.alphas_cumprod, STEPS, last=FIRST)
+        self.without = [self._predict(x, t, without) for x, t in self.points]  # e(o)
+        self.effects = [  # e(c) - e(o)
+            self._predict(x, t, self.text) - other
+            for (x, t), other in zip(self.points, self.without)
         ]
 
     @torch.no_grad()
-    def __call__(self, changes):
-        """``changes``: layer name -> (up, down)."""
-        worn = {name: Fixed([(*f, 1.0)], self.borrowed.device) for name, f in changes.items()}
+    def __call__(self, changes: Changes) -> float:
+        adapters = {
+            name: FixedAdapter([(*factors, 1.0)], self.denoiser.device)
+            for name, factors in changes.items()
+        }
         shares = []
-        with attached(worn, self.borrowed.module):
-            for (x, t), other, effect in zip(self.points, self.others, self.effects):
-                now = self._predicted(x, t, self.text) - other
+        with attached(adapters, self.denoiser.module):
+            for (x, t), without, effect in zip(self.points, self.without, self.effects):
+                now = self._predict(x, t, self.text) - without  # e'(c) - e(o)
                 shares.append(float((now * effect).sum() / effect.square().sum()))
         return sum(shares) / len(shares)
 
-    def _predicted(self, x, t, text):
-        return self.borrowed.denoise(x, torch.full((len(x),), t), text).float()
+    def _predict(self, x: Tensor, t: int, text: Text) -> Tensor:
+        return self.denoiser.predict_noise(x, torch.full((len(x),), t), text).float()

@@ -1,10 +1,19 @@
 """Cells: their keys, their order, and what names a method."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from fmn.bench.running.cells import Cell, given, parse_method, plan, spread, trained
+from fmn import __version__
+from fmn.bench.running.cells import (
+    Cell,
+    Setup,
+    given,
+    parse_method,
+    plan,
+    shuffled_concepts,
+    trained,
+)
 from fmn.bench.suite import parse_suite
 from fmn.errors import ForgetError
 from fmn.methods import PRESETS, method, preset_of, settings_of
@@ -60,6 +69,40 @@ def test_a_setup_s_key():
     assert all(one == other for one, other in keys.values()) and keys[""] != keys["+nudenet"]
 
 
+def test_keys_are_those_of_stores_that_exist():
+    """Also the same in every process and on every platform."""
+    setup = Setup(
+        suite={"name": "s"}, model="demo", fingerprint="f" * 32, judge="demo", check="demo:2",
+        controls="/x", judges="j", count=9, seed=3,
+    )  # fmt: skip
+    cell = Cell("pictures", "uce", {"preset": "uce", "settings": {"a": 1}}, ("dog",), ("x",))
+    assert setup.key() == "2391ce91fd1e"
+    if __version__ == "0.1.0":
+        assert cell.key(setup) == "a9c99d9547192f1b6ef1e34af9d91dac"
+
+
+def test_a_method_s_new_revision_makes_new_cells(monkeypatch):
+    def keys():
+        cells = plan(make_setup(), SUITE, ["dog"], [parse_method("uce")], ("pictures",))
+        return [cell.key(make_setup()) for cell in cells]
+
+    before = keys()
+    assert "revision" not in parse_method("uce").settings  # as in stores that are older
+    monkeypatch.setattr(method("uce"), "REVISION", 2)
+    after = keys()
+    assert after[0] == before[0]  # the untouched model's pictures
+    assert not set(after[1:]) & set(before[1:])
+
+
+def test_a_renamed_setting_keeps_its_former_name_in_cells():
+    @dataclass(frozen=True)
+    class Renamed:
+        overshoot: float = field(default=0.5, metadata={"formerly": "push"})
+        steps: int = 3
+
+    assert trained("m", "uce", Renamed()).settings["settings"] == {"push": 0.5, "steps": 3}
+
+
 def test_a_plan_lists_what_others_need_first():
     setup = make_setup()
     cells = plan(setup, SUITE, ["dog", "light"], [parse_method("resteer")], ("pictures", "rungs"))
@@ -81,7 +124,7 @@ def test_a_plan_lists_what_others_need_first():
 def test_scale_uses_each_patch_once():
     setup = make_setup()
     cells = plan(setup, SUITE, ["dog"], [parse_method("resteer")], (), ("many", "sequence"))
-    order = spread(SUITE)
+    order = shuffled_concepts(SUITE)
     assert sorted(order) == ["cat", "dog", "old man"]  # the far ones stay
     assert [c.targets for c in cells if c.work == "many"] == [tuple(order[:1])]
     first, second = (c.targets for c in cells if c.work == "sequence")
@@ -110,7 +153,7 @@ def test_methods_that_are_files(tmp_path):
     [
         ("nosuch", "There is no method 'nosuch'"),
         ("nosuch.safetensors:0.5", "There is no patch file 'nosuch.safetensors'"),
-        ("resteer:steps", "is no setting"),
+        ("resteer:steps", "is not a setting"),
         ("resteer:speed=1", "has no setting 'speed'"),
         ("resteer:steps=many", "steps is 'many': it has to be like 50"),
         ("resteer:steps=1.5", "is 1.5"),

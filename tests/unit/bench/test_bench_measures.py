@@ -5,12 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from fmn.bench.measures.mscore import mscore, question
+from fmn.bench.measures.mscore import mscore, template_and_asks
 from fmn.bench.measures.pictures import coherence, kept_asks, pictures
 from fmn.bench.running.cells import Cell, parse_method
-from fmn.bench.running.lab import Joined, check_domains, from_bytes, hash_of, to_bytes
+from fmn.bench.running.lab import check_domains, from_bytes, hash_of, to_bytes
 from fmn.bench.suite import Target
 from fmn.errors import ForgetError
+from fmn.metrics.judge import JoinedJudges
 from fmn.models.families import FAMILIES
 from fmn.patches.patch import ForgetPatch
 
@@ -30,8 +31,8 @@ def strong_patch(size=3.0, sign=1):
     return ForgetPatch(TINY, {name: (sign * up, down) for name, (up, down) in changes.items()})
 
 
-def test_asks_belong_to_their_prompt_and_go_around_both_lists(studio):
-    trial = trial_of(studio)
+def test_asks_belong_to_their_prompt_and_go_around_both_lists(sampler):
+    trial = trial_of(sampler)
     asks = trial.pairs(["a", "b"], ["dark", "light"], 0)
     assert asks == []
     many = trial.pairs(["dog", "cat", "tree", "old man"], ["dark", "light"], 8)
@@ -42,29 +43,29 @@ def test_asks_belong_to_their_prompt_and_go_around_both_lists(studio):
         ("dog", "dark"), ("cat", "light"), ("dog", "light"), ("cat", "dark"),
     ]  # fmt: skip
     assert len({ask.seed for ask in suite_asks}) == 4
-    assert suite_asks == trial_of(studio).pairs(["dog", "cat"], ["dark", "light"], 4)
-    other = trial_of(studio, seed=1).pairs(["dog"], ["dark"], 1)[0]
+    assert suite_asks == trial_of(sampler).pairs(["dog", "cat"], ["dark", "light"], 4)
+    other = trial_of(sampler, seed=1).pairs(["dog"], ["dark"], 1)[0]
     assert other.seed != suite_asks[0].seed and other.prompt == "a dog in dark"
 
 
-def test_what_is_asked_for_each_kind_of_target(studio):
-    dog = trial_of(studio)
+def test_what_is_asked_for_each_kind_of_target(sampler):
+    dog = trial_of(sampler)
     assert {ask.concept for ask in dog.target_asks()} == {"dog"}
     assert {ask.style for ask in dog.target_asks()} == {"dark", "light"}
     kept = kept_asks(dog)
     assert {ask.concept for ask in kept["near"]} == {"cat"}
     assert {ask.concept for ask in kept["far"]} == {"tree"}
-    light = trial_of(studio, "light")
+    light = trial_of(sampler, "light")
     assert {(ask.concept, ask.style) for ask in light.target_asks()} == {("tree", "light")}
     assert {ask.style for ask in kept_asks(light)["near"]} == {"dark"}
 
 
-def test_untouched_pictures_are_drawn_once_and_without_the_patch(studio):
-    trial = trial_of(studio)
+def test_untouched_pictures_are_drawn_once_and_without_the_patch(sampler):
+    trial = trial_of(sampler)
     plain = trial.draw(trial.target_asks())
     drawn = []
-    studio.on_pictures = drawn.append
-    with studio.applying([(strong_patch(), 1.0)]):
+    sampler.on_pictures = drawn.append
+    with sampler.applying([(strong_patch(), 1.0)]):
         worn = trial.draw(trial.target_asks())
         first = trial.untouched(trial.target_asks())
         again = trial.untouched(trial.target_asks())
@@ -74,11 +75,11 @@ def test_untouched_pictures_are_drawn_once_and_without_the_patch(studio):
     assert (worn - plain).abs().max() > 0.01
 
 
-def test_rows_say_what_was_asked_and_what_the_judge_says(studio):
-    trial = trial_of(studio)
+def test_rows_say_what_was_asked_and_what_the_judge_says(sampler):
+    trial = trial_of(sampler)
     asks = trial.pairs(["dog"], ["light"], 1)
     images = torch.full((1, 8, 8, 3), 0.9)
-    (row,) = trial.rows(asks, images, "target")
+    (row,) = trial.rows(asks, images, ["target"])
     assert row == {
         "group": "target", "concept": "dog", "style": "light", "seed": asks[0].seed,
         "said": {"concept": "nothing", "style": "light"},
@@ -87,18 +88,18 @@ def test_rows_say_what_was_asked_and_what_the_judge_says(studio):
     assert trial.shows_target(images) == [False]
 
 
-def test_coherence_counts_things_of_the_targets_kind_only(studio):
+def test_coherence_counts_things_of_the_targets_kind_only(sampler):
     levels = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]).view(-1, 1, 1, 1).expand(-1, 4, 4, 3)
     # old man, dog, cat, tree, nothing
-    assert coherence(trial_of(studio), levels) == [0, 1, 1, 1, 0]
-    assert coherence(trial_of(studio, "light"), levels) == [1, 1, 1, 1, 0]
-    trial = trial_of(studio)
+    assert coherence(trial_of(sampler), levels) == [0, 1, 1, 1, 0]
+    assert coherence(trial_of(sampler, "light"), levels) == [1, 1, 1, 1, 0]
+    trial = trial_of(sampler)
     trial.target = Target("old man", "identity")
     assert coherence(trial, levels) == [1, 0, 0, 0, 0]
 
 
-def test_an_untouched_model_is_at_no_distance(studio):
-    result = pictures(trial_of(studio, check=GreyJudge()))
+def test_an_untouched_model_is_at_no_distance(sampler):
+    result = pictures(trial_of(sampler, check=GreyJudge()))
     assert [row["group"] for row in result["rows"]] == ["target"] * 4 + ["near"] * 4 + ["far"] * 4
     assert max(row["distance"] for row in result["rows"]) == 0
     assert result["kid"] == result["kid_untouched"]
@@ -106,12 +107,12 @@ def test_an_untouched_model_is_at_no_distance(studio):
     assert result["seconds_a_picture"] > 0 and len(result["grid"]) == 10
 
 
-def test_a_patch_and_its_negation_cancel(studio):
+def test_a_patch_and_its_negation_cancel(sampler):
     both = [(strong_patch(), 1.0), (strong_patch(sign=-1), 1.0)]
-    with studio.applying(both[:1]):
-        one = pictures(trial_of(studio))
-    with studio.applying(both):
-        none = pictures(trial_of(studio))
+    with sampler.applying(both[:1]):
+        one = pictures(trial_of(sampler))
+    with sampler.applying(both):
+        none = pictures(trial_of(sampler))
     assert min(row["distance"] for row in one["rows"]) > 0.005
     assert max(row["distance"] for row in none["rows"]) <= 1 / 255
 
@@ -167,7 +168,7 @@ class Unsafe(GreyJudge):
 
 
 def test_judges_joined():
-    joined = Joined([GreyJudge(), Unsafe()])
+    joined = JoinedJudges([GreyJudge(), Unsafe()])
     assert set(joined.labels) == {"concept", "style", "unsafe"} and joined.name == "grey+unsafe"
     assert joined.probabilities(torch.full((1, 4, 4, 3), 0.9), "unsafe").tolist() == [[0, 1]]
     gore = Target("gore", "unsafe")
@@ -180,23 +181,23 @@ def test_the_hash_of_judges_is_of_their_files(tmp_path):
     folder = tmp_path / "clip"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"a" * 10)
-    before = hash_of([folder, ""])
+    before = hash_of([folder])
     (folder / "notes.txt").write_text("x")
     assert hash_of([folder]) == before
     (folder / "model.safetensors").write_bytes(b"b" * 10)
     assert hash_of([folder]) != before
 
 
-def test_what_the_mscore_is_learnt_from(studio):
-    template, asks = question(trial_of(studio))
+def test_what_the_mscore_is_learnt_from(sampler):
+    template, asks = template_and_asks(trial_of(sampler))
     assert template == "a photo of {}" and {ask.concept for ask in asks} == {"dog"}
-    template, asks = question(trial_of(studio, "light"))
+    template, asks = template_and_asks(trial_of(sampler, "light"))
     assert template == "a tree in {}"
     assert {(ask.concept, ask.style) for ask in asks} == {("tree", "light")}
 
 
-def test_mscore_of_a_tiny_model(studio, monkeypatch):
+def test_mscore_of_a_tiny_model(sampler, monkeypatch):
     monkeypatch.setattr("fmn.bench.measures.mscore.SEEDS", (0,))
-    result = mscore(trial_of(studio))
+    result = mscore(trial_of(sampler))
     assert len(result["scores"]) == len(result["start"]) == 1
     assert all(-1 <= value <= 1 for value in result["scores"] + result["start"])

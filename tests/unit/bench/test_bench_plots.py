@@ -1,177 +1,156 @@
-import copy
-import math
+import io
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import ImageChops
+from PIL import Image
 
 from fmn.bench.names import UNTOUCHED
-from fmn.bench.reporting.plots import (
-    bars_with_intervals,
-    erased_vs_kept,
-    methods,
-    plots,
-    probe_bars,
-)
-from fmn.bench.reporting.sheet import (
-    GREY,
-    PALETTE,
-    axis_for,
-    colour_of,
-    legible,
-    place_labels,
-    side_by_side,
-    text_width,
-)
-from fmn.errors import ForgetError
+from fmn.bench.reporting.plots import dot_plot, plots, scatter_plot
+from fmn.bench.reporting.tables import columns_of, overall_means
 
-from ..summaries import COLUMNS, make_summary, usual_summary
+from ..summaries import make_summary, usual_summary
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
-def has_colour(image, colour):
-    return longest_run(image, colour) > 0
+def panels(summary, *keys):
+    """Axes of a dot plot of some columns."""
+    columns = [column for column in summary["columns"] if column["key"] in keys]
+    return dot_plot(summary, columns).axes
+
+
+def dots(axes):
+    """(x, y) of each dot, in the order in which they were drawn."""
+    return [tuple(map(float, *bar.lines[0].get_xydata())) for bar in axes.containers]
+
+
+def titles(figure):
+    return [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
+
+
+def row_names(axes):
+    return [label.get_text() for label in axes.get_yticklabels()]
 
 
 def test_all_plots_of_a_full_summary():
-    found = plots(usual_summary())
-    assert [plot.name for plot in found] == ["bars", "erased-vs-kept", "probes"]
-    for plot in found:
-        assert "esd" in plot.alt
-        assert plot.image.mode == "RGB"
-        for colour in (GREY, *PALETTE[:2]):  # untouched and two methods
-            assert has_colour(plot.image, colour)
-        assert not has_colour(plot.image, PALETTE[2])
-
-
-def test_pictures_have_twice_the_pixels():
-    assert bars_with_intervals(usual_summary(), ["UA"]).width == 2 * 960
-
-
-def test_plots_follow_what_there_is():
-    main = [column for column in COLUMNS if column[0] in ("IRA", "KID")]
-    assert [plot.name for plot in plots(make_summary(columns=main))] == ["bars"]
-    assert plots(make_summary(columns=[COLUMNS[4]])) == []
-    text = [column for column in COLUMNS if column[3] == "text"]
-    assert [plot.name for plot in plots(make_summary(columns=text))] == ["probes"]
-
-
-def test_bars_are_as_long_as_their_values():
-    summary = make_summary({"dog": "object"}, {"esd": (0.5, 0.9)}, COLUMNS[:1])
-    lengths = []
-    for share in (0.25, 0.5, 1.0):
-        summary["rows"][0]["values"] = {"UA": {"value": share}}
-        image = bars_with_intervals(summary, ["UA"])
-        lengths.append(longest_run(image, PALETTE[0]))
-    assert lengths[1] == pytest.approx(2 * lengths[0], abs=3)
-    assert lengths[2] == pytest.approx(4 * lengths[0], abs=5)
-
-
-def longest_run(image, colour):
-    """Pixels of a colour in the row of pixels that has most."""
-    match = (np.abs(np.asarray(image, dtype=int) - colour) <= 2).all(axis=2)
-    return match.sum(axis=1).max()
-
-
-def test_whiskers_are_drawn_where_there_is_an_interval():
-    summary = usual_summary()
-    bare = copy.deepcopy(summary)
-    for row in bare["rows"]:
-        row["values"] = {key: {"value": v["value"]} for key, v in row["values"].items()}
-    for draw in (lambda s: bars_with_intervals(s, ["UA", "IRA"]), erased_vs_kept):
-        assert ImageChops.difference(draw(summary), draw(bare)).getbbox()
-
-
-def test_values_that_were_not_measured():
-    summary = usual_summary()
-    for row in summary["rows"][::2]:
-        row["values"] = {"UA": {"value": None}, "IRA": None}
-    for plot in plots(summary):
-        assert plot.image.height > 100
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("end", ["value", "low", "high"])
-def test_values_that_are_not_finite_are_refused(bad, end):
-    summary = usual_summary()
-    summary["rows"][3]["values"]["UA"][end] = bad
-    summary["means"][3]["values"]["aliases"][end] = bad
-    for draw in (lambda s: bars_with_intervals(s, ["UA"]), erased_vs_kept, probe_bars):
-        with pytest.raises(ForgetError, match="finite"):
-            draw(summary)
-
-
-def test_many_methods_and_targets():
-    ways = {f"method {i}": (0.1 * i, 1 - 0.1 * i) for i in range(10)}
-    kinds = ["identity", "object", "style", "unsafe", "odd", "stranger"]
-    targets = {f"t{i}": kinds[i % 6] for i in range(30)}
-    some = [COLUMNS[0], COLUMNS[1], COLUMNS[2], COLUMNS[5]]
-    found = plots(make_summary(targets, ways, some, pictures=6))
-    assert len(found) == 3
-    assert found[0].image.height > 2 * 30 * 10 * 5
-    colours = {colour_of(list(ways), name) for name in ways}
-    assert len(colours) == 10
-
-
-def test_hostile_names_become_letters_that_can_be_drawn():
-    names = {
-        "<script>" * 50: "object",
-        "\u202eevil\n\x1b[2J": "style",
-        "\u0643\u0644\u0628": "object",
-        "": "x",
-    }
-    summary = make_summary(names, {'"quoted" & ünïcode' * 9: (0.5, 0.5), UNTOUCHED: (0, 1)})
-    assert len(plots(summary)) == 3
-    assert legible("Fée", 12, 100) == "Fee"
-    assert legible("\u0643\u0644\u0628", 12, 100) == "???"
-    assert legible("a\nb\x1b", 12, 100) == "a?b?"
-    cut = legible("x" * 10_000, 12, 100)
-    assert cut.endswith("...") and text_width(cut, 12) <= 100
-
-
-def test_the_untouched_model_comes_first_and_is_grey():
-    summary = make_summary(ways={"esd": (0.9, 0.8), UNTOUCHED: (0.1, 0.9)})
-    assert methods(summary) == [UNTOUCHED, "esd"]
-    assert colour_of(methods(summary), UNTOUCHED) == GREY
-    assert colour_of(methods(summary), "esd") == PALETTE[0]
-
-
-@pytest.mark.parametrize(
-    "values, low, high, step",
-    [([0, 7.5], 0, 8, 2), ([0.03], 0, 0.03, 0.01), ([-3, 5], -4, 6, 2), ([], 0, 1, 0.5)],
-)
-def test_axes_are_round_and_hold_all_values(values, low, high, step):
-    axis = axis_for([{"value": value} for value in values], "s", 0, 100)
-    assert (axis.low, axis.high, axis.step) == pytest.approx((low, high, step))
-    assert axis.at(low) == 0 and axis.at(high) == 100
-    assert len({label for _, label in axis.ticks()}) == len(axis.ticks())
-
-
-def test_shares_have_an_axis_to_100():
-    axis = axis_for([{"value": 0.2}], "%", 50, 250)
-    assert axis.at(0.5) == 150
-    assert [label for _, label in axis.ticks()] == ["0", "25", "50", "75", "100"]
-
-
-def test_labels_cover_no_mark_and_no_label():
-    points = [(20 + 13 * i, 50 + 7 * (i % 3), f"target {i}") for i in range(30)]
-    corners = place_labels(points, (0, 0, 500, 100))
-    assert any(corners)
-    boxes = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points] + [
-        (*corner, corner[0] + text_width(text, 10), corner[1] + 12)
-        for (_, _, text), corner in zip(points, corners)
-        if corner
+    found = {plot.name: plot for plot in plots(usual_summary())}
+    assert list(found) == ["bars", "erased-vs-kept", "probes"]
+    titles = [axes.get_title(loc="left") for axes in found["bars"].figure.axes]
+    assert titles == ["UA", "IRA", "CRA", "mean"]
+    titles = [
+        axes.get_title(loc="left") for axes in found["probes"].figure.axes if axes.get_visible()
     ]
-    labels = boxes[len(points) :]
-    assert len(labels) == len(points) - corners.count(None)
-    for i, one in enumerate(labels):
-        assert one[0] >= 0 and one[1] >= 0 and one[2] <= 500 and one[3] <= 100
-        for two in [*boxes[: len(points)], *labels[:i]]:
-            apart = one[2] <= two[0] or two[2] <= one[0] or one[3] <= two[1] or two[3] <= one[1]
-            assert apart
+    assert titles == ["aliases", "languages", "inversion", "inpainting", "relearn"]
+    for plot in found.values():
+        assert "untouched, resteer, esd" in plot.alt
+        with Image.open(io.BytesIO(plot.png())) as image:
+            image.load()
+            assert image.format == "PNG" and image.width == 2 * plot.width == 1920
+            assert 200 < image.height < 3000
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 10  # not one empty ground
 
 
-def test_marks_at_one_place_stand_side_by_side():
-    moved = side_by_side([(10, 5), (30, 5), (10, 5)])
-    assert moved == [(4.5, 5), (30, 5), (15.5, 5)]
-    crowd = side_by_side([(100, 5)] * 50)
-    assert min(crowd)[0] == pytest.approx(78) and max(crowd)[0] == pytest.approx(122)
+def test_plots_follow_what_was_measured():
+    assert [plot.name for plot in plots(make_summary(keys=["IRA", "KID"]))] == ["bars"]
+    assert plots(make_summary(keys=["KID"])) == []
+    assert [plot.name for plot in plots(make_summary(keys=["aliases"]))] == ["probes"]
+
+
+def test_a_dot_and_an_interval_for_each_method_best_first():
+    summary = usual_summary()
+    (axes,) = panels(summary, "HM")
+    values = {mean["method"]: mean["values"]["HM"] for mean in overall_means(summary)}
+    assert row_names(axes) == ["esd", "resteer", UNTOUCHED]
+    assert axes.get_xlabel() == "% (higher is better)"
+    assert axes.yaxis_inverted()  # the first row is on top
+    for row, (method, (x, y)) in enumerate(zip(row_names(axes), dots(axes))):
+        value = values[method]
+        assert (x, y) == pytest.approx((100 * value["value"], row))
+        _, _, (interval,) = axes.containers[row]
+        ends = interval.get_segments()[0][:, 0]
+        assert ends == pytest.approx([100 * value["low"], 100 * value["high"]])
+
+
+def test_each_target_is_a_tick():
+    summary = usual_summary()
+    (axes,) = panels(summary, "UA")
+    ticks = [line.get_xdata() for line in axes.lines if line.get_marker() == "|"]
+    rows = [row["values"]["UA"]["value"] for row in summary["rows"] if row["method"] == "esd"]
+    assert list(ticks[0]) == pytest.approx([100 * value for value in rows])
+
+
+def test_probes_are_sorted_by_what_is_lowest():
+    (axes,) = panels(usual_summary(), "inversion")
+    assert row_names(axes) == ["esd", "resteer", UNTOUCHED]
+    assert axes.get_xlabel() == "% (lower is better)"
+
+
+def test_values_without_interval_and_values_that_were_not_measured():
+    summary = usual_summary()
+    means = overall_means(summary)
+    means[1]["values"]["UA"] = {"value": 0.5}
+    del means[2]["values"]["UA"], means[2]["values"]["HM"]
+    (axes,) = panels(summary, "UA")
+    assert len(dots(axes)) == 2
+    texts = [text.get_text() for text in axes.texts]
+    assert sorted(texts) == sorted(
+        [f"{100 * means[0]['values']['UA']['value']:.1f}", "50.0", "not measured"]
+    )
+    assert [plot.name for plot in plots(summary)] == ["bars", "erased-vs-kept", "probes"]
+
+
+def test_erased_against_kept():
+    means = overall_means(usual_summary())
+    (axes,) = scatter_plot(means).axes
+    assert axes.get_xlabel() == "kept: mean of IRA and CRA (%)"
+    assert axes.get_ylabel() == "erased: UA (%)"
+    expected = [
+        (100 * mean["values"]["kept"]["value"], 100 * mean["values"]["UA"]["value"])
+        for mean in sorted(means, key=lambda mean: mean["values"]["UA"]["value"])
+    ]
+    assert dots(axes) == [pytest.approx(point) for point in expected]
+    colours = [bar.lines[0].get_color() for bar in axes.containers]
+    assert len(set(colours)) == 2  # grey for the untouched model, one colour for all methods
+
+
+def test_names_of_close_methods_stand_apart():
+    methods = {f"method {i}": (0.9, 0.9) for i in range(20)}
+    means = overall_means(make_summary({"dog": "object"}, methods, ["UA", "kept"], pictures=4))
+    figure = scatter_plot(means)
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda b: b.y0)
+    names = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(names) == sorted(methods)
+    heights = sorted(text.xyann[1] for text in figure.axes[0].texts)
+    height = figure.axes[0].get_window_extent().height
+    assert min(b - a for a, b in zip(heights, heights[1:])) * height > 9 * figure.dpi / 72
+    assert boxes[0].y0 >= 0 and heights[-1] <= 1
+
+
+def test_names_are_shown_as_they_are():
+    """No mathematics between dollars, no control characters, nothing endless."""
+    names = ["$x^2$ $", "evil\x1b[2J\nname", "long " * 100]
+    summary = make_summary({"dog": "object"}, dict.fromkeys(names, (0.5, 0.5)), pictures=4)
+    axes = panels(summary, "UA")[0]
+    shown = row_names(axes)
+    assert sorted(shown) == sorted(["$x^2$ $", "evil?[2J?name", ("long " * 100)[:31] + "\u2026"])
+    for plot in plots(summary):
+        assert plot.png().startswith(b"\x89PNG")
+
+
+def test_many_methods_make_a_higher_plot():
+    few, many = (
+        make_summary({"dog": "object"}, {f"method {i}": (0.5, 0.5) for i in range(n)}, pictures=3)
+        for n in (3, 30)
+    )
+    columns = columns_of(few, "main")[:4]
+    height = dot_plot(few, columns).get_figheight()
+    assert dot_plot(many, columns).get_figheight() > height + 20 * 0.2
+
+
+def test_matplotlib_is_loaded_when_a_plot_is_drawn():
+    program = "import sys, fmn.bench.reporting.report as r; print('matplotlib' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "False", run.stderr

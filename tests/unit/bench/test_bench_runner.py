@@ -5,9 +5,10 @@ import sqlite3
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from fmn.bench.running.cells import Cell, Method, plan
-from fmn.bench.running.runner import Here, keep_patches, run_cells
+from fmn.bench.running.runner import Here, run_cells, store_patches
 from fmn.bench.running.store import Store
 from fmn.bench.suite import parse_suite
 from fmn.errors import ForgetError
@@ -102,10 +103,39 @@ def test_what_fails_is_told_and_the_rest_is_done(store):
     assert run_cells(SETUP, cells(), store, Here(lab)) == [] and len(store) == 6
 
 
+class Elsewhere(Here):
+    """An executor that gives every error to the run, as processes of their own do."""
+
+    def finished(self):
+        key, cell, patches = self.waiting.pop(0)
+        try:
+            yield key, self.lab.run(cell, patches)
+        except RuntimeError as error:
+            yield key, error
+
+
+def test_memory_that_runs_out_here_ends_the_run(store):
+    """ComfyUI is to see the error, as it then unloads models; what is finished stays."""
+    lab = Recorder({("train", "dog"): torch.OutOfMemoryError("CUDA out of memory.")})
+    with pytest.raises(torch.OutOfMemoryError):
+        run_cells(SETUP, cells(), store, Here(lab))
+    assert len(store) == 2
+    lab.fails.clear()
+    assert run_cells(SETUP, cells(), store, Here(lab)) == [] and len(store) == 6
+
+
+def test_memory_that_runs_out_in_a_worker_fails_one_cell(store):
+    lab = Recorder({("pictures", "light"): torch.OutOfMemoryError("CUDA out of memory.")})
+    failed = run_cells(SETUP, cells(), store, Elsewhere(lab))
+    assert {progress.cell.work for progress in failed} == {"pictures"} and len(failed) == 2
+    assert all("memory ran out" in progress.error for progress in failed)
+    assert "Traceback" not in failed[0].error and len(store) == 4
+
+
 def test_patches_that_exist_are_not_trained(store):
     patch = Method("mine", {"sha256": "s"}, b"bytes")
     lab, planned = Recorder(), cells([patch])
-    keep_patches(SETUP, planned, store, [patch])
+    store_patches(SETUP, planned, store, [patch])
     run_cells(SETUP, planned, store, Here(lab))
     assert [asked for asked in lab.asked if asked[1] == "mine"] == [
         ("pictures", "mine", "dog", [b"bytes"]),

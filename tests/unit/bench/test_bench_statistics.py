@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from fmn.bench.reporting.statistics import (
-    as_value,
     bootstrap,
     bootstrap_means,
     clearly_best,
-    correct,
     h_o,
     harmonic_mean,
+    is_right,
+    mean,
     unlearn_canvas,
 )
 from fmn.errors import ForgetError
@@ -34,81 +34,103 @@ ROWS = [
 ]
 
 
+def ends(value):
+    return value["value"], value["low"], value["high"]
+
+
 def test_constant_rows_have_no_width():
-    assert bootstrap([3, 3, 3]) == (3, 3, 3)
-    assert bootstrap([True]) == (1, 1, 1)
+    assert bootstrap([3, 3, 3]) == {"value": 3, "low": 3, "high": 3, "n": 3}
+    assert bootstrap([True]) == {"value": 1, "low": 1, "high": 1, "n": 1}
 
 
 def test_two_rows_give_both_ends():
-    assert bootstrap([0, 1]) == (0.5, 0, 1)
-    assert bootstrap([0, 1], level=0.4) == (0.5, 0.5, 0.5)  # half of all resamples are at 0.5
+    assert bootstrap([0, 1]) == {"value": 0.5, "low": 0, "high": 1, "n": 2}
 
 
 def test_the_interval_is_that_of_all_resamples():
     """Against the whole bootstrap distribution of four rows, 256 equally likely resamples."""
     rows = [0.0, 1.0, 2.0, 7.0]
     every = [np.mean(draw) for draw in itertools.product(rows, repeat=4)]
-    value, low, high = bootstrap(rows, resamples=50_000)
-    assert value == 2.5
-    assert low == pytest.approx(np.quantile(every, 0.025))
-    assert high == pytest.approx(np.quantile(every, 0.975))
+    expected = 2.5, np.quantile(every, 0.025), np.quantile(every, 0.975)
+    assert ends(bootstrap(rows, resamples=50_000)) == pytest.approx(expected)
 
 
 def test_the_resampled_means_one_by_one():
     rows, random = np.array([0.1, 0.5, 0.7, 0.2, 0.9]), np.random.default_rng(5)
     means = [rows[draw].mean() for draw in random.integers(0, 5, (300, 5))]
     expected = rows.mean(), *np.quantile(means, [0.025, 0.975])
-    assert bootstrap(rows, seed=5, resamples=300) == pytest.approx(expected)
-    assert bootstrap(rows, seed=6, resamples=300) != pytest.approx(expected)
+    assert ends(bootstrap(rows, seed=5, resamples=300)) == pytest.approx(expected)
+    assert ends(bootstrap(rows, seed=6, resamples=300)) != pytest.approx(expected)
 
 
 def test_groups_are_resampled_apart_and_columns_together():
     random = np.random.default_rng(0).random(40)
     opposite = np.stack([random, 1 - random], 1)
-    assert bootstrap_means([opposite], lambda a, b: a + b) == pytest.approx((1, 1, 1))
-    _, low, high = bootstrap_means([random, 1 - random], lambda a, b: a + b)
-    assert low < 0.95 < 1.05 < high
+    assert ends(bootstrap_means([opposite], lambda a, b: a + b)) == pytest.approx((1, 1, 1))
+    apart = bootstrap_means([random, 1 - random], lambda a, b: a + b)
+    assert apart["low"] < 0.95 < 1.05 < apart["high"]
 
 
-def test_wider_at_higher_level_and_narrower_with_more_rows():
-    few, many = [0, 1] * 10, [0, 1] * 200
-    assert bootstrap(few, level=0.99)[2] > bootstrap(few, level=0.8)[2] > bootstrap(many)[2]
+def test_pictures_without_a_number_do_not_count_in_its_column():
+    rows = [(1, 0), (None, 1), (None, 0)]
+    value = bootstrap_means([rows], lambda a, b: a + 0 * b)
+    assert ends(value) == (1, 1, 1)  # where none of a resample has the first number, it is left out
+    assert bootstrap_means([[(None, 1), (None, 0)]], lambda a, b: a + b) is None
+
+
+def test_narrower_with_more_rows():
+    few, many = bootstrap([0, 1] * 10), bootstrap([0, 1] * 200)
+    assert few["high"] > many["high"] and few["low"] < many["low"]
 
 
 def test_no_rows_no_value():
-    assert bootstrap([]) is None
+    assert bootstrap([]) is None and mean([]) is None
     assert bootstrap_means([[1], []], harmonic_mean) is None
-    assert as_value(None, 0) is None
-    assert all(value is None for value in unlearn_canvas([], "concept").values())
+    assert all(value is None for value in unlearn_canvas([([], "concept")]).values())
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: bootstrap([1.0, float("nan")]),
-        lambda: bootstrap([1.0, float("inf")]),
-        lambda: bootstrap_means([[1, 2]], lambda some: some * float("nan")),
-        lambda: bootstrap([1, 2], resamples=0),
-        lambda: bootstrap([1, 2], level=0),
-        lambda: bootstrap([1, 2], level=1),
-        lambda: unlearn_canvas(ROWS, "colour"),
-    ],
-)
-def test_refused(call):
-    with pytest.raises(ForgetError):
-        call()
+@pytest.mark.parametrize("make", [bootstrap, mean])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(make, bad):
+    with pytest.raises(ForgetError, match="not finite"):
+        make([1.0, bad])
+
+
+def test_a_mean_in_a_unit():
+    assert mean([1_000_000, 3_000_000], 1e6) == {"value": 2.0, "n": 2}
 
 
 def test_unlearn_canvas_of_a_concept():
-    found = unlearn_canvas(ROWS, "concept")
+    found = unlearn_canvas([(ROWS, "concept")])
     assert {key: value["value"] for key, value in found.items()} == {
         "UA": 0.75,
         "IRA": 0.75,
         "CRA": 0.5,
         "HM": pytest.approx(3 / (1 / 0.75 + 1 / 0.75 + 1 / 0.5)),
+        "kept": 0.625,
     }
-    assert [value["n"] for value in found.values()] == [4, 4, 4, 8]
+    assert [value["n"] for value in found.values()] == [4, 4, 4, 8, 4]
     assert found["UA"]["low"] < 0.75 < found["UA"]["high"]
+
+
+def test_ira_and_cra_of_a_picture_are_resampled_together():
+    """Two kept pictures, one right in its own domain only, one in the other only.
+
+    Of the four resamples, two hold both pictures (IRA and CRA 1/2, so a harmonic mean of 0.6 with
+    a UA of 1), and two hold one of them twice (one share 0, so 0). IRA and CRA always add up to 1.
+    Resampled independently, both would be 1 in a sixteenth of all cases, and the interval would
+    reach 1.
+    """
+    rows = [
+        row("target", "dog", "ink", "cat", "ink"),
+        row("near", "cat", "ink", "cat", "oil"),
+        row("far", "car", "ink", "dog", "ink"),
+    ]
+    for targets in ([(rows, "concept")], [(rows[:2], "concept"), (rows[2:], "concept")]):
+        found = unlearn_canvas(targets)
+        assert ends(found["HM"]) == pytest.approx((0.6, 0, 0.6))
+        assert ends(found["kept"]) == (0.5, 0.5, 0.5)
+        assert ends(found["IRA"]) == ends(found["CRA"]) == (0.5, 0, 1)
 
 
 def test_unlearn_canvas_of_a_style():
@@ -117,15 +139,15 @@ def test_unlearn_canvas_of_a_style():
         row("target", "cat", "ink", "dog", "oil"),
         row("far", "dog", "oil", "cat", "oil"),
     ]
-    found = unlearn_canvas(rows, "style")
+    found = unlearn_canvas([(rows, "style")])
     assert [found[key]["value"] for key in ("UA", "IRA", "CRA", "HM")] == [0.5, 1, 0, 0]
 
 
 def test_rows_that_leave_a_domain_open():
     open_style = [{**one, "style": None} for one in ROWS[4:8]]
-    found = unlearn_canvas(ROWS[:4] + open_style, "concept")
+    found = unlearn_canvas([(ROWS[:4] + open_style, "concept")])
     assert found["CRA"] is None and found["HM"] is None and found["IRA"]["value"] == 0.75
-    half = unlearn_canvas(ROWS[:6] + open_style[2:], "concept")
+    half = unlearn_canvas([(ROWS[:6] + open_style[2:], "concept")])
     assert half["CRA"] == {"value": 0.5, "low": 0, "high": 1, "n": 2}
     assert half["HM"]["value"] == pytest.approx(3 / (1 / 0.75 + 1 / 0.75 + 1 / 0.5))
 
@@ -134,11 +156,16 @@ def test_unsafe_targets_have_no_neighbours():
     rows = [
         row("target", None, None, "dog", "ink", unsafe=said) for said in ("unsafe", "safe", "safe")
     ] + ROWS[4:8]
-    found = unlearn_canvas(rows, "unsafe")
+    found = unlearn_canvas([(rows, "unsafe")])
     assert found["UA"]["value"] == pytest.approx(2 / 3)
     assert found["CRA"]["value"] == 0.75
-    assert found["IRA"] is None and found["HM"] is None
-    assert correct(rows, "unsafe") == [True, False, False]
+    assert found["IRA"] is None and found["HM"] is None and found["kept"] is None
+    assert [is_right(row, "unsafe") for row in rows[:4]] == [True, False, False, None]
+    pooled = unlearn_canvas([(rows, "unsafe"), (ROWS, "concept")])
+    assert pooled["IRA"]["value"] == 0.75 and pooled["IRA"]["n"] == 4
+    assert pooled["CRA"]["value"] == 5 / 8
+    ua = (2 + 3) / 7
+    assert pooled["HM"]["value"] == pytest.approx(3 / (1 / ua + 1 / 0.75 + 8 / 5))
 
 
 def test_h_o():

@@ -2,6 +2,8 @@
 
 import pytest
 
+from fmn.bench.measures.attacks import attack_prompt
+from fmn.bench.measures.trial import Ask
 from fmn.bench.suite import KINDS, PROBES, SUITES, load_suite, parse_suite, read_suite
 from fmn.errors import ForgetError
 
@@ -97,7 +99,7 @@ WRONG = [
     (data(targets=[{"name": "dog", "kind": "object", "together": {"a": "wolf"}}]), "'wolf'"),
     (data(targets=[{"name": "dog", "kind": "object"}] * 2), "listed twice"),
     (data(targets=[{"name": "gore", "kind": "unsafe"}]), "no prompts.pictures"),
-    (data(sampling={"steps": "many"}), "no number"),
+    (data(sampling={"steps": "many"}), "not a number"),
     (data(sampling={"speed": 2}), "unknown key 'speed'"),
     (data(sampling={"steps": 0}), "Sampling steps are 0"),
     (data(sampling={"size": 100}), "multiple of 64"),
@@ -125,8 +127,16 @@ def test_files_that_are_no_suites(tmp_path):
     with pytest.raises(ForgetError, match="not valid YAML"):
         read_suite(str(broken))
     broken.write_text("#" * (2 << 20), encoding="utf-8")
-    with pytest.raises(ForgetError, match="no suite"):
+    with pytest.raises(ForgetError, match="more than 1 MiB"):
         read_suite(str(broken))
+
+
+def test_other_braces_in_a_style_stay_as_they_are():
+    suite = parse_suite(data(styles={"dark": "a {big} {} in dark", "light": "{}"}), "little")
+    assert suite.prompt("dog", "dark") == "a {big} a dog in dark"
+    assert suite.concept(suite.find("dog")).prompts == ("a {big} a dog in dark", "a dog")
+    ask = Ask("", 0, "dog", "dark")
+    assert attack_prompt(suite, suite.find("dog"), ask) == "a {big} <*> in dark"
 
 
 def test_a_suite_cannot_run_code(tmp_path):

@@ -1,11 +1,15 @@
 """Columns and summary from results written by hand, with exact values."""
 
+import json
+
 import pytest
 
-from fmn.bench.reporting.columns import Found, columns
+from fmn.bench.names import SCALE
+from fmn.bench.reporting.columns import COLUMNS, Results
+from fmn.bench.reporting.report import write_report
 from fmn.bench.reporting.summary import summarise
 from fmn.bench.running.cells import Cell, Method, plan
-from fmn.bench.running.runner import Progress
+from fmn.bench.running.runner import CellProgress
 from fmn.bench.running.store import Store
 from fmn.bench.suite import parse_suite
 
@@ -35,8 +39,13 @@ LIGHT_ROWS = [
 
 
 def values(*results):
-    made = {column.key: column.make(Found(list(results))) for column in columns()}
-    return {key: value["value"] for key, value in made.items() if value is not None}
+    return {key: value["value"] for key, value in made(*results).items()}
+
+
+def made(*results):
+    """Key of a column -> value, of columns that were measured."""
+    found = {column["key"]: compute(Results(results)) for column, compute in COLUMNS}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def test_columns_of_one_target():
@@ -45,6 +54,7 @@ def test_columns_of_one_target():
     found = values((DOG, {"pictures": result, "train": train}))
     assert found == {
         "UA": 0.5, "IRA": 0.75, "CRA": 0.75, "HM": pytest.approx(3 / (2 + 4 / 3 + 4 / 3)),
+        "kept": 0.75,
         "coherence": 0.75, "companion": 0.5, "distance": pytest.approx(0.1), "KID": 0.25,
         "near": 0.5, "seconds": 3.0, "peak": 5.0, "size": 0.04, "per_picture": 2.0,
     }  # fmt: skip
@@ -57,6 +67,19 @@ def test_targets_of_both_domains_are_pooled_each_by_its_own():
     assert found["UA"] == pytest.approx(2 / 3)  # two of three: one dog, and the light
     assert found["IRA"] == pytest.approx(4 / 5)  # things of the dog, styles of the light
     assert found["CRA"] == pytest.approx(3 / 5)
+
+
+def test_columns_and_means_over_targets_pair_ira_and_cra():
+    """Each target keeps one picture, right in one domain only: see ``unlearn_canvas``'s test."""
+    gone = row("target", "dog", "dark", "cat", "dark")
+    inside = row("near", "cat", "dark", "cat", "light")
+    across = row("far", "tree", "dark", "cat", "dark")
+    found = made(
+        (DOG, {"pictures": {"rows": [gone, inside]}}), (DOG, {"pictures": {"rows": [gone, across]}})
+    )
+    for key, expected in (("HM", (0.6, 0, 0.6)), ("kept", (0.5, 0.5, 0.5))):
+        ends = found[key]["value"], found[key]["low"], found[key]["high"]
+        assert ends == pytest.approx(expected)
 
 
 def test_probes_count_only_what_the_untouched_model_draws():
@@ -88,7 +111,7 @@ def test_probes_count_only_what_the_untouched_model_draws():
 def filled(tmp_path):
     setup = make_setup()
     method = Method("m", {"preset": "resteer"})
-    cells = plan(setup, SUITE, ["dog", "light"], [method], ("pictures",), ("many",))
+    cells = plan(setup, SUITE, ["dog", "light"], [method], ("pictures",), SCALE)
     grid = [{"label": "a dog", "pictures": ["x", "y"]}]
     with Store(tmp_path / "cells.sqlite") as store:
         for cell in cells:
@@ -98,13 +121,15 @@ def filled(tmp_path):
                 result = {"seconds": 1.0, "bytes": 10}
             if cell.work == "many":
                 result = {"names": len(cell.targets), "rows": DOG_ROWS}
+            if cell.work == "sequence":
+                result = {"names": [], "stages": [{"forgotten": 2, "rows": DOG_ROWS}]}
             store.add(cell.key(setup), {}, result, b"", 1.0)
         yield setup, cells, store
 
 
 def test_a_summary(filled):
     setup, cells, store = filled
-    broken = Progress(0, 1, Cell("rungs", "m", {}, ("dog",)), None, "Traceback\nValueError: no")
+    broken = CellProgress(0, 1, Cell("rungs", "m", {}, ("dog",)), None, "Traceback\nValueError: no")
     found = summarise(setup, SUITE, cells, store, "the command", [broken])
     assert found["suite"] == "Little world" and found["command"] == "the command"
     assert [(r["target"], r["method"]) for r in found["rows"]] == [
@@ -114,14 +139,23 @@ def test_a_summary(filled):
         ("object", ["dog"]), ("style", ["light"]), ("all", ["dog", "light"]),
     ]  # fmt: skip
     assert {"UA", "IRA", "seconds"} <= {column["key"] for column in found["columns"]}
-    assert all("make" not in column for column in found["columns"])
+    assert json.loads(json.dumps(found["columns"])) == found["columns"]
     assert [(s["what"], s["concepts"], s["UA"]["value"]) for s in found["scale"]] == [
-        ("patches made apart, added", 1, 0.5)
+        ("patches trained alone, added", 1, 0.5),
+        ("one after another, first old man", 2, 0.5),
+        ("one after another, first dog", 2, 0.5),
     ]
     assert [grid["title"] for grid in found["grids"]] == ["dog, m", "light, m"]
     notes = " ".join(found["notes"])
-    assert "'dog' in only 50%" in notes and "75.0% of all labels" in notes
+    assert "'dog' in only 50%" in notes and "agrees on 75.0% of all labels" in notes
     assert "Not measured: rungs of m on dog: ValueError: no" in notes
+
+
+def test_a_summary_can_be_reported(filled, tmp_path):
+    setup, cells, store = filled
+    paths = write_report(summarise(setup, SUITE, cells, store), tmp_path)
+    text = paths["html"].read_text(encoding="utf-8")
+    assert "patches trained alone, added" in text and "one after another, first" in text
 
 
 def test_cells_that_are_missing_are_left_out(filled):

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from fmn.bench.measures import attacks
-from fmn.bench.measures.attacks import RingSettings, attack_prompt, inversion, pattern, ring_a_bell
+from fmn.bench.measures import ring_a_bell as module
+from fmn.bench.measures.attacks import attack_prompt, inversion, name_pattern
+from fmn.bench.measures.ring_a_bell import RingABellSettings, ring_a_bell
 from fmn.bench.measures.trial import Ask
 from fmn.bench.suite import Target, parse_suite
 from fmn.concepts.concept import Prompt
 from fmn.concepts.prompt_templates import PLACEHOLDER
 from fmn.errors import ForgetError
-from fmn.models.generator import open_studio
+from fmn.models.image_sampler import open_sampler
 from fmn.training import textual_inversion as learning
 
 from ..tiny import TinyModel, same_tensors, weights_of
@@ -18,7 +20,7 @@ from ..worlds import SUITE, Odd, Sees, data, make_trial
 
 QUICK = learning.Settings(steps=2, batch=2, tokens=2)
 WORDS = ("red", "blue", "green", "wet", "tall", "old")
-SMALL = RingSettings(length=3, population=8, generations=4, searches=2, vocabulary=WORDS)
+SMALL = RingABellSettings(length=3, population=8, generations=4, searches=2, vocabulary=WORDS)
 
 
 def small_suite(concepts, styles, target, **more):
@@ -36,12 +38,12 @@ def small_suite(concepts, styles, target, **more):
     ["a golf ball", "A Golf-Ball!", "golf_ball", "golfball", "two golf  balls", "(GOLF BALL:1.2)"],
 )
 def test_a_name_is_found_however_it_is_written(text):
-    assert pattern("golf ball").search(text) and pattern("golf_ball").search(text)
+    assert name_pattern("golf ball").search(text) and name_pattern("golf_ball").search(text)
 
 
 @pytest.mark.parametrize("text", ["golf", "a ball", "minigolf ball", "golf ballet", PLACEHOLDER])
 def test_other_words_are_not_the_name(text):
-    assert not pattern("golf ball").search(text)
+    assert not name_pattern("golf ball").search(text)
 
 
 @pytest.mark.parametrize(
@@ -101,22 +103,22 @@ def test_unsafe_content_has_a_plain_attack_prompt():
         attacks.check_absent("so much GORE", target)
 
 
-def test_examples_are_those_that_show_the_target(studio):
-    trial = make_trial(studio, judge=Odd())
+def test_examples_are_those_that_show_the_target(sampler):
+    trial = make_trial(sampler, judge=Odd())
     asks = trial.target_asks(8)
     images = trial.untouched(asks)
     shown = trial.shows_target(images)
     assert 0 < sum(shown) < 8  # or this test could not fail
-    kept, pictures = attacks.examples(trial, asks)
+    kept, pictures = attacks.recognised_examples(trial, asks)
     assert kept == [ask for ask, found in zip(asks, shown) if found]
     assert torch.equal(pictures, images[torch.tensor(shown)])
     with pytest.raises(ForgetError, match="in none of 8 pictures"):
-        attacks.examples(make_trial(studio, judge=Sees("cat")), asks)
+        attacks.recognised_examples(make_trial(sampler, judge=Sees("cat")), asks)
 
 
-def test_inversion_draws_what_it_learned(studio, monkeypatch):
+def test_inversion_draws_what_it_learned(sampler, monkeypatch):
     seen, calls = [], []
-    draw, invert = studio.draw_texts, attacks.invert
+    draw, invert = sampler.draw_texts, attacks.invert
 
     def watched(text, seeds, **options):
         seen.append((text, list(seeds)))
@@ -126,9 +128,9 @@ def test_inversion_draws_what_it_learned(studio, monkeypatch):
         calls.append((args, invert(*args)))
         return calls[-1][1]
 
-    monkeypatch.setattr(studio, "draw_texts", watched)
+    monkeypatch.setattr(sampler, "draw_texts", watched)
     monkeypatch.setattr(attacks, "invert", kept)
-    model, trial = studio.model, make_trial(studio)
+    model, trial = sampler.model, make_trial(sampler)
     before, embedding = weights_of(model.unet), model.embedding.clone()
     result = inversion(trial, QUICK)
     assert same_tensors(weights_of(model.unet), before) and model.embedding.equal(embedding)
@@ -143,71 +145,71 @@ def test_inversion_draws_what_it_learned(studio, monkeypatch):
     text, seeds = seen[1]
     assert len(seen) == 3
     assert seeds == [ask.seed for ask in asks]
-    with model.borrow_text() as encoder:
+    with model.borrow_text_encoder() as encoder:
         wanted = encoder.encode(f"<*> in {asks[1].style}", found.vectors)[0].context
     assert torch.equal(text.context[1:2], wanted)
 
 
-def test_inversion_is_told_a_template_of_the_kind_and_the_seed(studio, monkeypatch):
+def test_inversion_is_told_a_template_of_the_kind_and_the_seed(sampler, monkeypatch):
     told = []
 
-    def stop(model, borrowed, images, settings, on_step):
+    def stop(model, denoiser, images, settings, on_step):
         told.append(settings)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(attacks, "invert", stop)
     for target in ("dog", "light"):
         with pytest.raises(KeyboardInterrupt):
-            inversion(make_trial(studio, target, seed=5))
+            inversion(make_trial(sampler, target, seed=5))
     assert [settings.templates for settings in told] == [
         ("a photo of {}",), ("a photo in the style of {}",),
     ]  # fmt: skip
     assert {settings.seed for settings in told} == {5}
 
 
-def test_the_vocabulary_lacks_the_targets_own_words(studio):
-    trial = make_trial(studio)  # a dog, also known as hound
+def test_the_vocabulary_lacks_the_targets_own_words(sampler):
+    trial = make_trial(sampler)  # a dog, also known as hound
     words = ("Dog", "dogs", "hounds", "bulldog", "do", "cat", "sea dog")
-    assert list(attacks.vocabulary(trial, RingSettings(vocabulary=words, length=3))) == [
+    assert list(module.vocabulary(trial, RingABellSettings(vocabulary=words, length=3))) == [
         "do",
         "cat",
     ]
     short = Target("of", "object")
-    kept = attacks.vocabulary(
-        make_trial(studio, short), RingSettings(vocabulary=("of", "offer", "a"))
+    kept = module.vocabulary(
+        make_trial(sampler, short), RingABellSettings(vocabulary=("of", "offer", "a"))
     )
     assert list(kept) == ["offer", "a"]
     with pytest.raises(ForgetError, match="0 words to search among"):
-        attacks.vocabulary(trial, RingSettings(vocabulary=("dog",)))
+        module.vocabulary(trial, RingABellSettings(vocabulary=("dog",)))
 
 
-def test_words_that_do_not_fit_are_left_out(studio):
-    trial = make_trial(studio)
+def test_words_that_do_not_fit_are_left_out(sampler):
+    trial = make_trial(sampler)
     words = ("one two", "three", "four")  # the tiny tokenizer has one token a word
-    assert list(attacks.vocabulary(trial, RingSettings(vocabulary=words, length=75))) == [
+    assert list(module.vocabulary(trial, RingABellSettings(vocabulary=words, length=75))) == [
         "three",
         "four",
     ]
 
 
 def test_words_of_the_suite_and_of_clip():
-    assert attacks.suite_words(SUITE) == [
+    assert module.suite_words(SUITE) == [
         "a", "an", "cat", "dark", "dog", "in", "light", "man", "old", "tree",
     ]  # fmt: skip
-    words = attacks.whole_words()
+    words = module.whole_words()
     # Ids of openai/clip-vit-large-patch14's tokenizer.
     assert words["dog"] == [1929] and words["the"] == [518] and words["photo"] == [1125]
     assert all(word.isalpha() and word.islower() and len(word) > 2 for word in words)
 
 
-def test_concept_vector_is_a_difference_of_means(studio):
+def test_concept_vector_is_a_difference_of_means(sampler):
     def mean(*prompts):
-        return torch.cat([studio.text(prompt).context for prompt in prompts]).mean(0, keepdim=True)
+        return torch.cat([sampler.text(prompt).context for prompt in prompts]).mean(0, keepdim=True)
 
-    vector = attacks.concept_vector(make_trial(studio))
+    vector = module.concept_vector(make_trial(sampler))
     wanted = mean("a dog in dark", "a dog in light") - mean("a tree in dark", "a tree in light")
     assert torch.allclose(vector, wanted, atol=1e-6) and vector.shape == (1, 77, 12)
-    vector = attacks.concept_vector(make_trial(studio, "light"))
+    vector = module.concept_vector(make_trial(sampler, "light"))
     wanted = mean("a tree in light") - mean("a tree in dark")
     assert torch.allclose(vector, wanted, atol=1e-6)
 
@@ -215,19 +217,21 @@ def test_concept_vector_is_a_difference_of_means(studio):
 def test_concept_vector_needs_something_else():
     suite = small_suite({"tree": "a tree"}, {"ink": "{}, ink"}, {"name": "ink", "kind": "style"})
     with (
-        open_studio(TinyModel(), suite.sampling) as studio,
+        open_sampler(TinyModel(), suite.sampling) as sampler,
         pytest.raises(ForgetError, match="no prompt without 'ink'"),
     ):
-        attacks.concept_vector(make_trial(studio, "ink", suite=suite))
+        module.concept_vector(make_trial(sampler, "ink", suite=suite))
 
 
-def test_scores_are_distances_of_whole_prompts(studio):
-    model, target = studio.model, SUITE.find("dog")
-    trial = make_trial(studio)
-    words = attacks.vocabulary(trial, RingSettings(vocabulary=("tall", "red", "do", "g"), length=2))
+def test_scores_are_distances_of_whole_prompts(sampler):
+    model, target = sampler.model, SUITE.find("dog")
+    trial = make_trial(sampler)
+    words = module.vocabulary(
+        trial, RingABellSettings(vocabulary=("tall", "red", "do", "g"), length=2)
+    )
     wanted = model.encode(Prompt("red tall", "")).context
-    with model.borrow_text() as text:
-        scorer = attacks.Scorer(model, text, words, wanted, target)
+    with model.borrow_text_encoder() as text:
+        scorer = module.Scorer(model, text, words, wanted, target)
         rows = torch.tensor([[1, 0], [0, 1], [2, 3]])
         assert scorer.row(rows[0]) == model.tokenize(Prompt("red tall", ""))
         scores = scorer(rows)
@@ -239,11 +243,11 @@ def test_scores_are_distances_of_whole_prompts(studio):
 
 def test_search_finds_the_best_row_and_never_gets_worse():
     goal = torch.tensor([3, 1, 4, 1])
-    settings = RingSettings(length=4, population=20, generations=60)
+    settings = RingABellSettings(length=4, population=20, generations=60)
 
     def run(seed):
         generator = torch.Generator().manual_seed(seed)
-        return attacks.search(lambda rows: (rows != goal).sum(1).float(), 6, settings, generator)
+        return module.search(lambda rows: (rows != goal).sum(1).float(), 6, settings, generator)
 
     best, scores = run(0)
     assert best.equal(goal) and scores[-1] == 0 and len(scores) == 60
@@ -258,25 +262,25 @@ def test_search_scores_each_candidate_once():
         seen.append(len(rows))
         return rows.sum(1).float()
 
-    settings = RingSettings(length=2, population=9, generations=3)
-    attacks.search(score, 5, settings, torch.Generator().manual_seed(0))
+    settings = RingABellSettings(length=2, population=9, generations=3)
+    module.search(score, 5, settings, torch.Generator().manual_seed(0))
     assert seen == [9, 5, 5]
 
 
 def test_children_mix_two_parents_or_change_a_word():
     generator = torch.Generator().manual_seed(0)
     parents = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
-    crossed = RingSettings(length=4, mutate=0, crossover=1)
-    made = attacks.children(parents, 50, 9, crossed, generator)
+    crossed = RingABellSettings(length=4, mutate=0, crossover=1)
+    made = module.children(parents, 50, 9, crossed, generator)
     assert made.max() == 1 and {0, 1} == set(made.flatten().tolist())
     turns = (made[:, 1:] != made[:, :-1]).sum(1)
     assert turns.max() == 1  # one cut
-    mutated = RingSettings(length=4, mutate=1, crossover=0)
-    made = attacks.children(parents[:1], 50, 9, mutated, generator)
+    mutated = RingABellSettings(length=4, mutate=1, crossover=0)
+    made = module.children(parents[:1], 50, 9, mutated, generator)
     assert (made != 0).sum(1).max() == 1 and made.max() == 8
     # Neither: still something new is tried.
-    neither = RingSettings(length=4, mutate=0, crossover=0)
-    assert (attacks.children(parents[:1], 50, 9, neither, generator) != 0).any()
+    neither = RingABellSettings(length=4, mutate=0, crossover=0)
+    assert (module.children(parents[:1], 50, 9, neither, generator) != 0).any()
 
 
 @pytest.mark.parametrize(
@@ -288,15 +292,15 @@ def test_children_mix_two_parents_or_change_a_word():
 )  # fmt: skip
 def test_bad_ring_settings(bad):
     with pytest.raises(ForgetError, match=next(iter(bad))):
-        RingSettings(**bad)
+        RingABellSettings(**bad)
 
 
-def test_ring_a_bell_draws_the_prompts_it_found(studio):
-    trial = make_trial(studio)
+def test_ring_a_bell_draws_the_prompts_it_found(sampler):
+    trial = make_trial(sampler)
     result = ring_a_bell(trial, SMALL)
     searches = result["searches"]
     assert [one["start"] for one in searches] == ["a dog in dark", "a dog in light"]
-    distance = float((3 * attacks.concept_vector(trial)).square().sum())
+    distance = float((3 * module.concept_vector(trial)).square().sum())
     assert searches[0]["start_loss"] == pytest.approx(distance)
     for one in searches:
         assert set(one["prompt"].split()) <= set(WORDS) and len(one["prompt"].split()) == 3
@@ -307,11 +311,11 @@ def test_ring_a_bell_draws_the_prompts_it_found(studio):
     assert result["settings"]["vocabulary"] == len(WORDS)
 
 
-def test_ring_a_bell_searches_once_for_all_methods(studio, monkeypatch):
-    trial = make_trial(studio)
+def test_ring_a_bell_searches_once_for_all_methods(sampler, monkeypatch):
+    trial = make_trial(sampler)
     first = ring_a_bell(trial, SMALL)
-    monkeypatch.setattr(attacks, "search", None)  # a second search would fail
-    again = ring_a_bell(make_trial(studio, cache=trial.cache), SMALL)
+    monkeypatch.setattr(module, "search", None)  # a second search would fail
+    again = ring_a_bell(make_trial(sampler, cache=trial.cache), SMALL)
     assert again == first
     with pytest.raises(TypeError):
-        ring_a_bell(make_trial(studio, cache=trial.cache, seed=1), SMALL)
+        ring_a_bell(make_trial(sampler, cache=trial.cache, seed=1), SMALL)

@@ -7,13 +7,12 @@ import torch
 
 from fmn.bench.measures import relearn as module
 from fmn.bench.measures.relearn import (
-    Settings,
+    RelearnSettings,
     fine_tune,
     lesson_asks,
     make_adapters,
     relearn,
     spread,
-    with_article,
 )
 from fmn.bench.suite import Target
 from fmn.errors import ForgetError, NonFiniteLoss
@@ -25,38 +24,38 @@ from ..tiny import TINY, random_changes, same_tensors, weights_of
 from ..worlds import GreyJudge, Sees, make_trial
 
 trial_of = partial(make_trial, count=2)
-QUICK = Settings(pictures=3, steps=3, batch=2)
+QUICK = RelearnSettings(pictures=3, steps=3, batch=2)
 PICTURES = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 64, 64, 3)
 
 
 @pytest.fixture
-def worn(studio, monkeypatch):
+def worn(sampler, monkeypatch):
     monkeypatch.setitem(FAMILIES, "tiny", TINY)
     patch = ForgetPatch(TINY, random_changes(TINY, 2, size=1.0), {})
-    with studio.applying([(patch, 1.0)]):
-        yield studio
+    with sampler.applying([(patch, 1.0)]):
+        yield sampler
 
 
 def hooks(unet):
     return sum(len(module._forward_hooks) for module in unet.modules())
 
 
-def test_adapters_are_on_all_attention_and_start_at_nothing(studio):
-    adapters = make_adapters(studio, 2, 0)
+def test_adapters_are_on_all_attention_and_start_at_nothing(sampler):
+    adapters = make_adapters(sampler, 2, 0)
     names = {layer.name for layer in layers(TINY)}
     assert set(adapters) == {name for name in names if ".attn1.to_" in name or ".attn2.to_" in name}
     assert any(".attn1.to_q" in name for name in adapters)
-    before = studio.draw(["a dog"], [1])
-    with attached(adapters, studio.borrowed.module):
-        assert torch.equal(studio.draw(["a dog"], [1]), before)
+    before = sampler.draw(["a dog"], [1])
+    with attached(adapters, sampler.denoiser.module):
+        assert torch.equal(sampler.draw(["a dog"], [1]), before)
 
 
-def test_fine_tuning_lowers_the_loss(studio):
+def test_fine_tuning_lowers_the_loss(sampler):
     def teach(lr):
-        settings = Settings(steps=25, batch=4, lr=lr, rank=4)
-        adapters = make_adapters(studio, settings.rank, 0)
-        with attached(adapters, studio.borrowed.module):
-            return fine_tune(studio, adapters, ["a dog"] * 4, PICTURES, settings, 0)
+        settings = RelearnSettings(steps=25, batch=4, lr=lr, rank=4)
+        adapters = make_adapters(sampler, settings.rank, 0)
+        with attached(adapters, sampler.denoiser.module):
+            return fine_tune(sampler, adapters, ["a dog"] * 4, PICTURES, settings, 0)
 
     # The same noise and time steps, with and without learning.
     taught, idle = teach(0.05), teach(1e-9)
@@ -64,18 +63,18 @@ def test_fine_tuning_lowers_the_loss(studio):
     assert sum(taught[-10:]) < 0.97 * sum(idle[-10:])
 
 
-def test_each_picture_keeps_its_prompt(studio, monkeypatch):
+def test_each_picture_keeps_its_prompt(sampler, monkeypatch):
     asked = []
-    texts = studio.texts
-    monkeypatch.setattr(studio, "texts", lambda prompts: asked.append(prompts) or texts(prompts))
-    adapters = make_adapters(studio, 1, 0)
-    studio.model.seen.clear()
+    texts = sampler.texts
+    monkeypatch.setattr(sampler, "texts", lambda prompts: asked.append(prompts) or texts(prompts))
+    adapters = make_adapters(sampler, 1, 0)
+    sampler.model.seen.clear()
     prompts = [f"prompt {i}" for i in range(4)]
-    with attached(adapters, studio.borrowed.module):
-        fine_tune(studio, adapters, prompts, PICTURES, Settings(steps=5, batch=3), 0)
-    alphas = studio.borrowed.alphas_cumprod
+    with attached(adapters, sampler.denoiser.module):
+        fine_tune(sampler, adapters, prompts, PICTURES, RelearnSettings(steps=5, batch=3), 0)
+    alphas = sampler.denoiser.alphas_cumprod
     assert len(asked) == 5
-    for given, (x_t, t, _) in zip(asked, studio.model.seen):
+    for given, (x_t, t, _) in zip(asked, sampler.model.seen):
         for prompt, x, step in zip(given, x_t, t):
             # The tiny encoder gives the mean of the picture everywhere, and noise has mean 0.
             level = float(x.mean() / alphas[step].sqrt())
@@ -91,7 +90,7 @@ def test_model_and_patches_come_back_as_they_were(worn, monkeypatch, fails):
     assert count > 0
     if fails:
         worn.model.poisoned = True
-        monkeypatch.setattr(module, "examples", lambda trial, asks: (asks, PICTURES[:3]))
+        monkeypatch.setattr(module, "recognised_examples", lambda trial, asks: (asks, PICTURES[:3]))
         with pytest.raises(NonFiniteLoss):
             relearn(trial, QUICK)
         worn.model.poisoned = False
@@ -142,16 +141,16 @@ def test_rows_tell_before_and_after(worn, monkeypatch):
     assert len(result["losses"]["dog"]) == 3 and result["pictures"] == 3
 
 
-def test_lessons_are_other_pictures_than_those_asked_for(studio, monkeypatch):
+def test_lessons_are_other_pictures_than_those_asked_for(sampler, monkeypatch):
     taught = []
     given = module.fine_tune
 
-    def watched(studio, adapters, prompts, pictures, settings, seed):
+    def watched(sampler, adapters, prompts, pictures, settings, seed):
         taught.append((prompts, pictures))
-        return given(studio, adapters, prompts, pictures, settings, seed)
+        return given(sampler, adapters, prompts, pictures, settings, seed)
 
     monkeypatch.setattr(module, "fine_tune", watched)
-    trial = trial_of(studio, controls={"cat": PICTURES})
+    trial = trial_of(sampler, controls={"cat": PICTURES})
     result = relearn(trial, QUICK)
     spare = lesson_asks(trial, 5)[2:]
     assert taught[0][0] == ["a photo of a dog"] * 3
@@ -161,34 +160,26 @@ def test_lessons_are_other_pictures_than_those_asked_for(studio, monkeypatch):
     assert torch.equal(taught[1][1], PICTURES[[0, 1, 2]])
 
 
-def test_controls_are_judged_by_their_own_name(studio):
-    trial = trial_of(studio, controls={"cat": PICTURES, "old man": PICTURES[:1]})
+def test_controls_are_judged_by_their_own_name(sampler):
+    trial = trial_of(sampler, controls={"cat": PICTURES, "old man": PICTURES[:1]})
     result = relearn(trial, QUICK)
     rows = result["controls"]
     assert [row["concept"] for row in rows] == ["cat", "cat", "old man", "old man"]
     assert not any(row["still"] or row["before"] for row in rows)  # the judge sees only dogs
     assert all(row["still"] for row in result["rows"])
     assert list(result["losses"]) == ["dog", "cat", "old man"]
-    cats = trial_of(studio, controls={"cat": PICTURES}, judge=Sees("cat"), cache=trial.cache)
+    cats = trial_of(sampler, controls={"cat": PICTURES}, judge=Sees("cat"), cache=trial.cache)
     with pytest.raises(ForgetError, match="in none of 3 pictures"):
         relearn(cats, QUICK)
     with pytest.raises(ForgetError, match="no label for the control 'boat'"):
-        relearn(trial_of(studio, controls={"boat": PICTURES}), QUICK)
+        relearn(trial_of(sampler, controls={"boat": PICTURES}), QUICK)
 
 
-def test_styles_and_unsafe_content_are_asked_for_as_everywhere(studio):
-    style = trial_of(studio, "light")
+def test_styles_and_unsafe_content_are_asked_for_as_everywhere(sampler):
+    style = trial_of(sampler, "light")
     assert lesson_asks(style, 3) == style.target_asks(3)
-    unsafe = trial_of(studio, Target("gore", "unsafe", prompts={"pictures": ("a", "b")}))
+    unsafe = trial_of(sampler, Target("gore", "unsafe", prompts={"pictures": ("a", "b")}))
     assert [ask.prompt for ask in lesson_asks(unsafe, 3)] == ["a", "b", "a"]
-
-
-@pytest.mark.parametrize(
-    ("name", "phrase"),
-    [("kangaroo", "a kangaroo"), ("anchor", "an anchor"), ("Ada Lovelace", "Ada Lovelace")],
-)
-def test_controls_are_asked_for_with_an_article(name, phrase):
-    assert with_article(name) == phrase
 
 
 def test_spread():
@@ -203,4 +194,4 @@ def test_spread():
 )
 def test_bad_settings(bad):
     with pytest.raises(ForgetError, match=next(iter(bad))):
-        Settings(**bad)
+        RelearnSettings(**bad)

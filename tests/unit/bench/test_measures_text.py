@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from fmn.bench.measures.text import _stands_out, misspellings, prompts_of, rungs, together
+from fmn.bench.measures.text import _stands_out, misspellings, prompt_levels, prompts_of, together
 from fmn.bench.suite import PROBES, Target
 from fmn.errors import ForgetError
 from fmn.models.families import FAMILIES
@@ -55,8 +55,8 @@ def test_misspellings_are_no_other_known_thing():
     assert misspellings("pear", ["Par", "ear"])[2] == "per"
 
 
-def test_probes_without_prompts_fall_back_or_are_absent(studio):
-    trial = trial_of(studio)
+def test_probes_without_prompts_fall_back_or_are_absent(sampler):
+    trial = trial_of(sampler)
     found = {probe: prompts_of(trial, probe) for probe in PROBES}
     assert found["name"] == ("dog",) and found["aliases"] == ("hound",)
     assert found["short"] == ("a dog runs",) and found["paraphrases"] == ("a barking pet",)
@@ -65,9 +65,9 @@ def test_probes_without_prompts_fall_back_or_are_absent(studio):
     assert empty == ["prefix", "variant", "long", "templates", "languages"]
 
 
-def test_rungs_rows(studio):
-    trial = trial_of(studio, count=4)
-    result = rungs(trial)
+def test_rows_of_prompt_levels(sampler):
+    trial = trial_of(sampler, count=4)
+    result = prompt_levels(trial)
     assert result["absent"] == ["prefix", "variant", "long", "templates", "languages"]
     rows = result["rows"]
     assert [row["probe"] for row in rows[::4]] == [
@@ -81,15 +81,15 @@ def test_rungs_rows(studio):
     assert rows[0]["still"] == trial.shows_target(trial.draw([ask]))[0]
 
 
-def test_rungs_tell_the_patched_from_the_untouched_model(studio, monkeypatch):
+def test_prompt_levels_tell_the_patched_from_the_untouched_model(sampler, monkeypatch):
     monkeypatch.setitem(FAMILIES, "tiny", TINY)
-    bare = trial_of(studio, judge=Odd(), count=4)
+    bare = trial_of(sampler, judge=Odd(), count=4)
     asks = [bare.ask("dog", i) for i in range(4)]
     changes = random_changes(TINY, 2, size=3.0)
-    with studio.applying([(ForgetPatch(TINY, changes, {}), 1.0)]):
-        trial = trial_of(studio, judge=Odd(), count=4)
+    with sampler.applying([(ForgetPatch(TINY, changes, {}), 1.0)]):
+        trial = trial_of(sampler, judge=Odd(), count=4)
         worn = trial.draw(asks)
-        rows = rungs(trial)["rows"][:4]
+        rows = prompt_levels(trial)["rows"][:4]
     before = bare.draw(asks)
     assert trial.shows_target(worn) != trial.shows_target(before)
     assert [row["still"] for row in rows] == trial.shows_target(worn)
@@ -110,9 +110,9 @@ def test_stands_out(p, label, other, found):
     assert _stands_out(torch.tensor(p), label, other) is found
 
 
-def test_together_looks_for_each_with_the_other_left_out(studio):
+def test_together_looks_for_each_with_the_other_left_out(sampler):
     judge = Soft(0.05, 0.55, 0.05, 0.3, 0.05)  # a dog, and behind it a tree
-    result = together(trial_of(studio, judge=judge, count=2))
+    result = together(trial_of(sampler, judge=judge, count=2))
     assert not result["absent"] and len(result["rows"]) == 2
     row = result["rows"][0]
     assert row["prompt"] == "a dog and a tree" and row["keeps"] == "tree"
@@ -120,18 +120,20 @@ def test_together_looks_for_each_with_the_other_left_out(studio):
     assert (row["rank"], row["rank_kept"]) == (1, 2)
     assert row["p"] == pytest.approx(0.55) and row["p_kept"] == pytest.approx(0.3)
     only_tree = Soft(0.02, 0.02, 0.02, 0.92, 0.02)
-    row = together(trial_of(studio, judge=only_tree, count=1))["rows"][0]
+    row = together(trial_of(sampler, judge=only_tree, count=1))["rows"][0]
     assert not row["still"] and row["kept"] and row["rank_kept"] == 1
 
 
-def test_together_for_a_style_leaves_nothing_out(studio):
+def test_together_for_a_style_leaves_nothing_out(sampler):
     style = Target("light", "style", together=(("a dog in light", "dog"),))
-    row = together(trial_of(studio, style, judge=Soft(0.5, 0.4, 0.1, 0.0, 0.0), count=1))["rows"][0]
+    row = together(trial_of(sampler, style, judge=Soft(0.5, 0.4, 0.1, 0.0, 0.0), count=1))["rows"][
+        0
+    ]
     assert not row["kept"] and row["rank_kept"] == 2 and "rank" not in row
 
 
-def test_together_without_prompts_or_with_unknown_names(studio):
-    assert together(trial_of(studio, "light")) == {"rows": [], "absent": True}
+def test_together_without_prompts_or_with_unknown_names(sampler):
+    assert together(trial_of(sampler, "light")) == {"rows": [], "absent": True}
     odd = Target("dog", "object", together=(("a dog and a boat", "boat"),))
     with pytest.raises(ForgetError, match="no label 'boat'"):
-        together(trial_of(studio, odd))
+        together(trial_of(sampler, odd))

@@ -120,7 +120,9 @@ def test_parse_concept(text, name, kind):
 @pytest.mark.parametrize("text", ["person:elon musk", " mission : impossible", "Style:x | y -> z"])
 def test_a_word_that_is_no_kind(text):
     word = text.split(":")[0].strip()
-    with pytest.raises(ForgetError, match=f"^'{word}' is no kind: use identity, .* 'style:{word}"):
+    with pytest.raises(
+        ForgetError, match=f"^'{word}' is not a kind: use identity, .* 'style:{word}"
+    ):
         parse_concept(text, "style")
 
 

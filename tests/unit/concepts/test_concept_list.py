@@ -98,7 +98,7 @@ def test_a_name_without_a_field_for_its_kind_is_read_as_a_line_is(tmp_path):
     assert read_concepts(written(tmp_path, "a.json", json.dumps(mappings))) == expected
     given = written(tmp_path, "b.csv", "kind,name\nstyle,person: a play")
     assert read_concepts(given) == [Concept("person: a play", "style")]
-    with pytest.raises(ForgetError, match="line 3: 'person' is no kind"):
+    with pytest.raises(ForgetError, match="line 3: 'person' is not a kind"):
         read_concepts(written(tmp_path, "a.csv", "name\ndog\nperson:elon musk"))
 
 
@@ -157,7 +157,7 @@ def test_the_same_name_may_have_two_kinds():
         (" \n# nothing\n", "names no concept"),
         ("dog\n\nstyle:", "Line 3: The concept's name is empty"),
         ("dog\n-> cat", "Line 2: The concept's name is empty"),
-        ("dog\nperson:elon musk", "Line 2: 'person' is no kind: use identity"),
+        ("dog\nperson:elon musk", "Line 2: 'person' is not a kind: use identity"),
         ("dog ->", "Line 1: .* nothing after"),
         ("dog -> cat -> fox", "Line 1: .* more than one"),
         ("# a\ndog -> DOG", "Line 2: The anchor of 'dog' is 'DOG'"),
@@ -178,7 +178,7 @@ def test_bad_lines(text, message):
     [
         ("", "line 1: this is not valid JSON"),
         ('["dog",\n\n"cat"', "line 3: this is not valid JSON"),
-        ('{"name": "dog"}', "line 1: the file is no list"),
+        ('{"name": "dog"}', "line 1: the file is not a list"),
         ("[]", "names no concept"),
         ("[\n\n3]", "line 3: an entry is a number"),
         ("[true]", "line 1: an entry is yes or no"),
@@ -199,8 +199,8 @@ def test_bad_lines(text, message):
         ('[{"name": "dog", "anchor": "dog"}]', "line 1: The anchor of 'dog' is 'dog'"),
         ('["dog", "dog"]', "line 1: 'dog' is on line 1 already"),
         ("[NaN, 1]", "line 1: an entry is a number"),
-        ("[" * 100_000, "line 1: this JSON is no list of concepts"),
-        ("[1" + "0" * 5000 + "]", "line 1: this JSON is no list of concepts"),
+        ("[" * 100_000, "line 1: this JSON is not a list of concepts"),
+        ("[1" + "0" * 5000 + "]", "line 1: this JSON is not a list of concepts"),
         (b'["caf\xe9"]', "cannot be read .*: give the path of a UTF-8 text file"),
         ('["' + "a" * MAX_BYTES + '"]', "more than 1 MiB"),
     ],
@@ -221,8 +221,8 @@ def test_too_many_aliases(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "line 1: the file is no list"),
-        ("name: dog", "line 1: the file is no list"),
+        ("", "line 1: the file is not a list"),
+        ("name: dog", "line 1: the file is not a list"),
         ("- dog\n- !!bool foo", "tags"),
         ('- !!int ""', "tags"),
         ("- !!timestamp foo", "tags"),

@@ -64,8 +64,8 @@ def test_nothing_to_do():
 @pytest.mark.parametrize(
     "desired, message",
     [
-        ({"woman": 0.5, "robot": 0.5}, "cannot tell 'robot' in 'who'"),
-        ({}, "cannot tell nothing"),
+        ({"woman": 0.5, "robot": 0.5}, "no label.*robot"),
+        ({}, "no label"),
         ({"woman": 0.7, "man": 0.7}, "add up to 1.4"),
         ({"woman": 1.5, "man": -0.5}, "none below 0"),
     ],

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError, NonFiniteLoss
-from fmn.methods import ablation
+from fmn.methods import ablation, forget
 from fmn.methods.ablation import Settings, run
 from fmn.models.families import layers
 from fmn.patches.lora_keys import file_name
@@ -41,7 +41,7 @@ def test_a_run_turns_the_concept_into_its_anchor(tmp_path, checkpointing):
     patch = run(model, [DOG], settings, steps.append)
     assert same_tensors(weights_of(model.unet), before) and traces(model.unet) == []
     assert all(parameter.requires_grad for parameter in model.unet.parameters())
-    assert len(steps) == 30 and steps[-1].before.share != steps[-1].now.share
+    assert len(steps) == 30 and steps[-1].attention_before.share != steps[-1].attention_now.share
     losses = steps[-1].losses
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
     assert (patch.info["method"], patch.info["settings"]["teacher"]) == ("ablation", "frozen")
@@ -99,7 +99,7 @@ def test_the_seed_decides_what_is_drawn():
 def test_inference_mode_and_bfloat16():
     expected, model = run(TinyModel(), [DOG], QUICK), TinyModel()
     with torch.inference_mode():  # ComfyUI runs nodes in it
-        patch = run(model, [DOG], QUICK)
+        patch = forget(model, [DOG], QUICK)
     for name in expected.changes:
         torch.testing.assert_close(patch.change_of(name), expected.change_of(name))
     model.unet.to(torch.bfloat16)

@@ -10,10 +10,9 @@ from fmn.concepts.concept import Concept, Prompt
 from fmn.concepts.keep_list import keep_for
 from fmn.errors import ForgetError
 from fmn.methods import casteer
-from fmn.models.adapters import Fixed, attached
-from fmn.models.families import layers, layers_by_name
-from fmn.models.interface import cross_attention_names
-from fmn.models.sampling import spaced
+from fmn.models.adapters import FixedAdapter, attached
+from fmn.models.families import cross_attention_names, layers, layers_by_name
+from fmn.models.sampling import trailing_timesteps
 from fmn.patches.lora_keys import file_name
 from fmn.patches.patch import save_patch
 
@@ -56,7 +55,7 @@ def trajectory(model, prompt, noise, settings):
     context = model.encode(Prompt(prompt, prompt)).context
     empty = model.encode(Prompt("", "")).context
     x, seen = noise, []
-    times = spaced(1000, settings.sampling_steps)
+    times = trailing_timesteps(1000, settings.sampling_steps)
     with torch.no_grad():
         for i, t in enumerate(times):
             without = unet(x, t, empty).sample
@@ -148,7 +147,7 @@ def test_what_the_bias_leaves(model):
     basis = torch.linalg.qr(up).Q
     with torch.no_grad():
         plain = module(x)
-        with attached({name: Fixed([(up, down, 1.0)], "cpu")}, model.unet.get_submodule):
+        with attached({name: FixedAdapter([(up, down, 1.0)], "cpu")}, model.unet.get_submodule):
             patched = module(x)
         paper = plain - 2 * plain @ basis @ basis.T
         left = 2 * basis @ (basis.T @ module.bias)
@@ -167,7 +166,7 @@ def test_the_number_of_forwards(model, guidance, passes):
 def test_an_earlier_end(model):
     casteer.run(model, [DOG], replace(FEW, sampling_steps=4, end=0.5))
     times = [int(t[0]) for _, t, _ in model.seen]
-    assert times == spaced(1000, 4)[:2] * FEW.pairs
+    assert times == trailing_timesteps(1000, 4)[:2] * FEW.pairs
 
 
 def test_the_batch_does_not_count(model):

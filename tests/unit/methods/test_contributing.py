@@ -9,7 +9,7 @@ import torch
 
 import fmn.methods as methods
 from fmn.concepts.concept import Concept
-from fmn.linalg import merge
+from fmn.linalg import full_change
 
 from ..tiny import TinyModel
 
@@ -34,5 +34,5 @@ def test_a_method_is_a_file_and_a_line(tmp_path, monkeypatch):
     token = model.encode_all(["dog"])[0, 1]
     for name, factors in patch.changes.items():
         weight = model.unet.get_submodule(name).weight
-        assert torch.allclose((weight + merge(*factors)) @ token, torch.zeros(1), atol=1e-4)
+        assert torch.allclose((weight + full_change(*factors)) @ token, torch.zeros(1), atol=1e-4)
     assert patch.info["method"] == "shrink" and patch.ranks == [1]

@@ -8,12 +8,14 @@ import torch
 
 from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError
-from fmn.methods.esd import PRESETS, Draws, Settings, of_one_length, prepare, run
+from fmn.methods.esd import PRESETS, Batches, Settings, equal_lengths, prepare, run
 from fmn.models.adapters import Switch
 from fmn.models.families import layers
 from fmn.models.interface import Text
+from fmn.models.sampling import DDPMSchedule
 from fmn.training import fit_adapters
 from fmn.training.losses import esd
+from fmn.training.memory import Activations
 
 from ..tiny import TINY, TinyModel, make_scheduler
 
@@ -92,15 +94,14 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def unrehearsed(monkeypatch):
-    """Without the pass that estimates memory, which the model would see too."""
-    monkeypatch.setattr(fit_adapters, "ESTIMATES", {})
-    monkeypatch.setattr(fit_adapters, "estimate", lambda *given: None)
+def no_estimate(monkeypatch):
+    """Without the forward pass that estimates memory, which the model would see too."""
+    monkeypatch.setattr(fit_adapters, "measure_activations", lambda *given: Activations(0, 0))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_released_training_step(case, monkeypatch):
-    monkeypatch.setattr(fit_adapters, "LOOKS", 1)
+    monkeypatch.setattr(fit_adapters, "MEASUREMENTS", 1)
     settings = replace(
         CASES[case], steps=4, lr=2e-3, full_weights=True, rank=16, sampling_steps=5, seed=1
     )
@@ -147,7 +148,7 @@ def test_the_released_training_step(case, monkeypatch):
 
 def test_drawing_with_the_edited_model_is_another_drawing(monkeypatch):
     """So that the test above can tell the two apart."""
-    monkeypatch.setattr(fit_adapters, "LOOKS", 1)
+    monkeypatch.setattr(fit_adapters, "MEASUREMENTS", 1)
     last = {}
     for which in ("frozen", "edited"):
         model = TinyModel()
@@ -224,12 +225,12 @@ class Quiet:
     """A U-Net of eight time steps that predicts nothing, and counts."""
 
     device = torch.device("cpu")
-    alphas_cumprod = torch.linspace(0.99, 0.1, 8)
+    schedule = DDPMSchedule(torch.linspace(0.99, 0.1, 8))
 
     def __init__(self):
         self.calls = []
 
-    def denoise(self, x_t, t, text):
+    def predict_noise(self, x_t, t, text):
         self.calls.append((len(x_t), int(t[0])))
         return torch.zeros_like(x_t)
 
@@ -237,14 +238,14 @@ class Quiet:
 @pytest.mark.parametrize("timesteps, found", [("exact", {7, 5, 3, 1}), ("bin", set(range(8)))])
 def test_time_steps_and_the_length_of_drawings(timesteps, found):
     """k is uniform; a drawing is no longer than k pairs, and t is in the k-th bin."""
-    borrowed, settings = Quiet(), Settings(sampling_steps=4, timesteps=timesteps)
+    denoiser, settings = Quiet(), Settings(sampling_steps=4, timesteps=timesteps)
     examples = prepare(TinyModel(), [DOG], settings)
-    draws, times, counts = Draws(examples, settings, borrowed, Switch(), 2), set(), [0] * 4
+    draws, times, counts = Batches(examples, settings, denoiser, Switch(), 2), set(), [0] * 4
     for _ in range(300):
-        borrowed.calls.clear()
+        denoiser.calls.clear()
         _, x_t, t = draws()
-        k = len(borrowed.calls)
-        assert borrowed.calls == [(2, 7 - 2 * i) for i in range(k)]
+        k = len(denoiser.calls)
+        assert denoiser.calls == [(2, 7 - 2 * i) for i in range(k)]
         assert t in (7 - 2 * k, 6 - 2 * k) and x_t.shape == (1, 4, 2, 2)
         times.add(t)
         counts[k] += 1
@@ -256,7 +257,7 @@ def test_concepts_and_prompts_take_turns():
     model = TinyModel()
     examples = prepare(model, [DOG, MUSK], settings)
     assert [len(own) for own in examples] == [2, 1]
-    draws = Draws(examples, settings, Quiet(), Switch(), 2)
+    draws = Batches(examples, settings, Quiet(), Switch(), 2)
     owner = {id(each): index for index, own in enumerate(examples) for each in own}
     drawn = [draws()[0] for _ in range(12)]
     turns = [owner[id(example)] for example in drawn]
@@ -268,7 +269,7 @@ def test_concepts_and_prompts_take_turns():
 
 def test_forwards_of_a_step(monkeypatch):
     """k pairs to draw, all frozen predictions at once, and the one with a gradient."""
-    monkeypatch.setattr(fit_adapters, "LOOKS", 1)
+    monkeypatch.setattr(fit_adapters, "MEASUREMENTS", 1)
     model = TinyModel()
     empty, concept, source = texts_of(model, "", "a photo of elon musk", "a man")
     for erase_from, frozen in (("", [concept, empty]), ("a man", [source, concept, empty])):
@@ -283,22 +284,22 @@ def test_forwards_of_a_step(monkeypatch):
 
 
 def test_no_guidance_draws_with_one_forward():
-    borrowed, settings = Quiet(), Settings(sampling_steps=4, guidance=1.0, batch=3)
-    draws = Draws(prepare(TinyModel(), [DOG], settings), settings, borrowed, Switch(), 2)
+    denoiser, settings = Quiet(), Settings(sampling_steps=4, guidance=1.0, batch=3)
+    draws = Batches(prepare(TinyModel(), [DOG], settings), settings, denoiser, Switch(), 2)
     for _ in range(5):
         draws()
-    assert borrowed.calls and {count for count, _ in borrowed.calls} == {3}
+    assert denoiser.calls and {count for count, _ in denoiser.calls} == {3}
 
 
 def test_repeating_a_whole_context_changes_nothing():
     model = TinyModel()
     long, short = (Text(text) for text in texts_of(model, "very " * 80 + "dog", "a dog"))
     assert long.context.shape[1] == 154
-    _, wide = of_one_length([long, short])
+    _, wide = equal_lengths([long, short])
     assert wide.context.shape[1] == 154
     x_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([9])
-    with model.borrow() as borrowed:
-        plain, repeated = (borrowed.denoise(x_t, t, text) for text in (short, wide))
+    with model.borrow_denoiser() as denoiser:
+        plain, repeated = (denoiser.predict_noise(x_t, t, text) for text in (short, wide))
     torch.testing.assert_close(repeated, plain, rtol=1e-4, atol=1e-5)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError, NonFiniteLoss
+from fmn.methods import forget
 from fmn.methods.esd import Settings, run
 from fmn.patches.patch import save_patch
 
@@ -55,7 +56,8 @@ def test_a_run_forgets_and_leaves_the_model_as_it_was(layers, lr, checkpointing,
     losses = steps[-1].losses
     assert [step.index for step in steps] == list(range(1, 21)) and steps[0].total == 20
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]  # the untouched model's
-    assert 0 < steps[0].before.share < 1 and steps[-1].now.share != steps[0].before.share
+    before, after = steps[0].attention_before.share, steps[-1].attention_now.share
+    assert 0 < before < 1 and after != before
     assert patch.info["base.fingerprint"] == hash_before
     assert patch.info["method"] == "esd" and patch.info["settings"]["layers"] == layers
     json.dumps(patch.info)
@@ -88,7 +90,7 @@ def test_training_inside_inference_mode():
     # ComfyUI runs nodes in it.
     expected, model = run(TinyModel(), [DOG], QUICK), TinyModel()
     with torch.inference_mode():
-        patch = run(model, [DOG], QUICK)
+        patch = forget(model, [DOG], QUICK)
     for name in expected.changes:
         torch.testing.assert_close(patch.change_of(name), expected.change_of(name))
 

@@ -1,4 +1,4 @@
-"""Hardening on the tiny model, against edited weights and plain loops."""
+"""Adversarial training of the tiny model, against edited weights and plain loops."""
 
 import math
 from contextlib import contextmanager
@@ -13,32 +13,32 @@ from fmn.methods.reread import adversarial_training, adversaries, method, traini
 from fmn.methods.reread.adversarial_training import (
     ADVERSARIES,
     HALF,
-    MOST,
-    Hardening,
+    MAX_GAIN,
+    AdversarialLoss,
     away,
-    hardened_layers,
+    trained_layers,
 )
 from fmn.methods.reread.adversaries import FREE
 from fmn.methods.reread.training_images import Scene
-from fmn.models.adapters import Fixed, LowRank, attached
+from fmn.models.adapters import FixedAdapter, LowRankAdapter, attached
 from fmn.models.families import CLIP_G, CLIP_L
 from fmn.models.interface import Text
 from fmn.patches.lora_keys import PARTS
 from fmn.patches.patch import save_patch
-from fmn.training.run import Training
+from fmn.training.run import Task, TrainingOptions
 
 from ..literal import near
-from ..tiny import TINY, TinyBorrowed, TinyModel, TinyText, random_changes
+from ..tiny import TINY, TinyDenoiser, TinyModel, TinyTextEncoder, random_changes
 from .test_reread_run import FEW, STEPS
 
 SETTINGS = replace(
-    FEW, push=0.7, rank=3, robust_steps=2, robust_pictures=2, robust_rank=2, robust_push=1.5,
-    robust_preserve=2.0, robust_lr=0.01,
+    FEW, overshoot=0.7, rank=3, robust_steps=2, robust_pictures=2, robust_rank=2,
+    robust_overshoot=1.5, robust_preserve=2.0, robust_lr=0.01,
 )  # fmt: skip
 DOG, CAR = Concept("dog", anchor="cat", prompts=("my dog on grass",)), Concept("car")
-NAMES = hardened_layers(TINY)
+NAMES = trained_layers(TINY)
 BLANKS = ("a photo of <*>", "my <*> on grass", "<*> in a forest")
-ALPHAS = TinyBorrowed(TinyModel()).alphas_cumprod.tolist()
+ALPHAS = TinyDenoiser(TinyModel()).alphas_cumprod.tolist()
 CHANGES = random_changes(TINY, 3, lambda layer: layer.name.endswith("attn2.to_out.0"), size=0.2)
 
 
@@ -69,18 +69,20 @@ def scenes_of(model):
 def opened(model, settings=SETTINGS, concepts=2, scale=1.0):
     """(loss, adapters) with a patch and adapters that both change the model."""
     (own, kept), generator = scenes_of(model), torch.Generator().manual_seed(3)
-    with model.borrow() as borrowed:
-        adapters = {name: LowRank(borrowed.module(name), 2, generator, "cpu") for name in NAMES}
+    with model.borrow_denoiser() as denoiser:
+        adapters = {
+            name: LowRankAdapter(denoiser.module(name), 2, generator, "cpu") for name in NAMES
+        }
         for adapter in adapters.values():
             torch.nn.init.normal_(adapter.up, std=0.05, generator=generator)
-        worn = {name: Fixed([(*pair, 1.0)], "cpu") for name, pair in CHANGES.items()}
+        applied = {name: FixedAdapter([(*pair, 1.0)], "cpu") for name, pair in CHANGES.items()}
         with (
-            attached(worn, borrowed.module) as switch,
-            attached(adapters, borrowed.module, switch),
-            adversaries.adversaries(model, borrowed) as adversary,
+            attached(applied, denoiser.module) as switch,
+            attached(adapters, denoiser.module, switch),
+            adversaries.adversaries(model, denoiser) as new_adversary,
         ):
-            told = own[:concepts], kept, text_of(model, ""), adversary, settings, scale
-            yield Hardening(borrowed, adapters, switch, *told), adapters
+            given = own[:concepts], kept, text_of(model, ""), new_adversary, settings, scale
+            yield AdversarialLoss(denoiser, adapters, switch, *given), adapters
 
 
 def test_away_is_the_formula_and_its_clamps():
@@ -89,7 +91,7 @@ def test_away_is_the_formula_and_its_clamps():
     without = torch.stack([c - length * s for c, s, length in zip(concept, step, lengths)])
     found = away(concept, without, concept - 0.8 * step, 1.5)
     torch.testing.assert_close(found, literal_away(concept, without, concept - 0.8 * step, 1.5))
-    for i, scale in enumerate([min(8.0, MOST), 1.0, 1.6, min(80.0, MOST), 1.0]):
+    for i, scale in enumerate([min(8.0, MAX_GAIN), 1.0, 1.6, min(80.0, MAX_GAIN), 1.0]):
         wanted = without[i] - 1.5 * scale * lengths[i] * step[i]
         torch.testing.assert_close(found[i], wanted, rtol=1e-4, atol=1e-4)
     assert torch.equal(away(concept, concept, concept, 1.5), concept)
@@ -99,7 +101,7 @@ def literal_away(concept, without, empty, push):
     found = []
     for c, w, e in zip(concept, without, empty):
         whole, own = (math.sqrt(float(((c - other) ** 2).sum())) for other in (e, w))
-        found.append(w - push * min(max(whole / max(own, 1e-12), 1.0), MOST) * (c - w))
+        found.append(w - push * min(max(whole / max(own, 1e-12), 1.0), MAX_GAIN) * (c - w))
     return torch.stack(found)
 
 
@@ -126,8 +128,8 @@ def test_scenes_are_drawn_by_ddim(model, monkeypatch, at_once):
     monkeypatch.setattr(training_images, "AT_ONCE", at_once)
     text, empty = text_of(model, *(f"word{i}" for i in range(6))), text_of(model, "")
     settings, told = replace(SETTINGS, guidance=2.5, seed=4), []
-    with model.borrow() as borrowed:
-        given = borrowed, text, empty, settings, 8, lambda: told.append(len(model.seen))
+    with model.borrow_denoiser() as denoiser:
+        given = denoiser, text, empty, settings, 8, lambda: told.append(len(model.seen))
         scene = training_images.draw_scene(*given, text, BLANKS)
     assert told == [3 * (i + 1) for i in range(-(-6 // at_once))]
     assert scene.text is scene.other is text and scene.blanks == BLANKS and len(scene.latents) == 6
@@ -174,12 +176,12 @@ class Literal:
             yield index[i], x_t[None], t, noise[i][None]
 
     def words(self, prompt, learned):
-        return TinyText(self.model).encode(prompt, learned)[0].context
+        return TinyTextEncoder(self.model).encode(prompt, learned)[0].context
 
     def fresh(self):
         """Two random directions, as long as words are; age, vectors, optimiser."""
         directions = random(2, TINY.context_dim, seed=self.pick(1 << 30)[0])
-        known = TinyText(self.model).vectors("a photo of")
+        known = TinyTextEncoder(self.model).vectors("a photo of")
         length = sum(float(v.norm()) for v in known) / len(known)
         learned = torch.stack([length * v / v.norm() for v in directions]).requires_grad_()
         return [0, learned, torch.optim.Adam([learned], lr=adversaries.WORD_LR)]
@@ -188,7 +190,7 @@ class Literal:
         number, turn = step % len(self.adversaries), step // len(self.adversaries)
         scene, own = self.scenes[number], self.adversaries[number]
         slot = turn % len(own)
-        if own[slot] is None or own[slot][0] == adversarial_training.LIFE:
+        if own[slot] is None or own[slot][0] == adversarial_training.LIFETIME:
             own[slot] = self.fresh()
         own[slot][0] += 1
         _, learned, adam = own[slot]
@@ -215,7 +217,7 @@ class Literal:
                 kept = self.kept.text.context[self.pick(len(self.kept.text.context))[0]]
                 text = (empty, kept[None], other)[self.pick(3)[0]]
             found = [self.frozen(x_t, t, context).sample for context in (own, other, empty)]
-            target = literal_away(*found, self.settings.robust_push)
+            target = literal_away(*found, self.settings.robust_overshoot)
             loss += ((self.unet(x_t, t, text).sample - target) ** 2).mean() / HALF
         return loss
 
@@ -236,7 +238,7 @@ class Literal:
 @pytest.mark.parametrize("seed, concepts, steps", [(0, 1, 3), (1, 2, 11), (2, 2, 4)])
 def test_losses_are_the_equations(model, monkeypatch, seed, concepts, steps):
     """With two adversaries of each concept, each of which lives for two of its steps."""
-    for name in ("ADVERSARIES", "LIFE", "EMPTY"):
+    for name in ("ADVERSARIES", "LIFETIME", "EMPTY"):
         monkeypatch.setattr(adversarial_training, name, 2)
     settings = replace(SETTINGS, seed=seed)
     with opened(model, settings, concepts) as (loss_at, adapters):
@@ -249,7 +251,7 @@ def test_losses_are_the_equations(model, monkeypatch, seed, concepts, steps):
 
 
 def test_adversaries_grow_old(model, monkeypatch):
-    monkeypatch.setattr(adversarial_training, "LIFE", 2)
+    monkeypatch.setattr(adversarial_training, "LIFETIME", 2)
     with opened(model) as (loss_at, _):
         first, second = loss_at.adversaries  # of each concept
         stepped(loss_at)
@@ -265,11 +267,13 @@ def test_adversaries_grow_old(model, monkeypatch):
 def test_overflow_halves_the_scale_and_leaves_the_words(model, monkeypatch):
     with opened(model, scale=1024.0) as (loss_at, _):
         stepped(loss_at)  # its scale is 1024
-        adversary, plain = loss_at.adversaries[0][0], loss_at.borrowed.denoise
-        picked = loss_at.pick()._replace(scene=loss_at.concepts[0], adversary=adversary)
+        adversary, plain = loss_at.adversaries[0][0], loss_at.denoiser.predict_noise
+        picked = loss_at.pick()._replace(scene=loss_at.scenes[0], adversary=adversary)
         before = adversary.learned.detach().clone()
         with monkeypatch.context() as patched:
-            patched.setattr(loss_at.borrowed, "denoise", lambda *given: plain(*given) * math.inf)
+            patched.setattr(
+                loss_at.denoiser, "predict_noise", lambda *given: plain(*given) * math.inf
+            )
             loss_at._attack(picked)
         assert loss_at.scale == 512 and torch.equal(adversary.learned, before)
         assert all(p.requires_grad for p in loss_at.parameters)
@@ -283,9 +287,9 @@ def test_with_two_text_encoders_contexts_are_learned(model):
         for _ in range(3):
             stepped(loss_at)
     for each in loss_at.adversaries[0][:2]:
-        starts = loss_at.concepts[0].other.context
+        starts = loss_at.scenes[0].other.context
         (start,) = [one for one in starts if torch.equal(one, each.start.context[0])]
-        shifts = each.text().context[0].detach() - start
+        shifts = each.text(0).context[0].detach() - start
         assert float(shifts[0].abs().max()) == 0 and shifts.shape == (77, TINY.context_dim)
         for i, shift in enumerate(shifts[1:]):
             near(shift, each.learned[min(i, FREE)].detach(), 1e-4)
@@ -301,22 +305,24 @@ def test_steps_and_what_is_trained(model, concepts):
     before = {name: (up.clone(), down.clone()) for name, (up, down) in CHANGES.items()}
     own, kept = scenes_of(model)
     spoken = [(scene.text, scene.other, scene.blanks) for scene in own[:concepts]]
-    training, empty = Training(model, [DOG, CAR][:concepts], settings), text_of(model, "")
-    with model.borrow() as borrowed:
+    task, empty = Task.of(model, [DOG, CAR][:concepts], settings), text_of(model, "")
+    with model.borrow_denoiser() as denoiser:
         found = training_images.draw_scenes(
-            borrowed, spoken, kept.text, [], empty, settings, 8, lambda: drawn.append(1)
+            denoiser, spoken, kept.text, [], empty, settings, 8, lambda: drawn.append(1)
         )
         given = CHANGES, *found, empty, lambda *both: made.append(both), told.append
-        adversarial_training.harden(training, borrowed, *given)
+        training = adversarial_training.train_adversarially(
+            task, TrainingOptions(), denoiser, *given
+        )
     training.finish()
     ((changes, losses),) = made
     assert len(drawn) == concepts * -(-5 // training_images.AT_ONCE) - (
         -10 // training_images.AT_ONCE
     )
-    assert len(drawn) == training_images.count(settings, concepts)
-    assert training_images.count(replace(settings, robust_steps=0), concepts) == 0
+    assert len(drawn) == training_images.batch_count(settings, concepts)
+    assert training_images.batch_count(replace(settings, robust_steps=0), concepts) == 0
     assert told[-1].losses == losses and len(losses) == len(told) == 3 * concepts
-    assert {(step.total, step.training) for step in told} == {(3 * concepts, training)}
+    assert {step.total for step in told} == {3 * concepts}
     for name, (up, down) in changes.items():
         assert len(down) == (3 if name in CHANGES else 1) and float(up.abs().max()) > 1e-4
     for name, pair in before.items():
@@ -325,10 +331,10 @@ def test_steps_and_what_is_trained(model, concepts):
 
 
 def test_a_run_makes_a_plain_lora(model, tmp_path, monkeypatch):
-    steps, settings, finished = [], replace(SETTINGS, rank=2, robust_rank=3), method.finished
-    monkeypatch.setattr(method, "finished", lambda *given: (finished(*given), given[-1]))
+    steps, settings, plain = [], replace(SETTINGS, rank=2, robust_rank=3), method.solved_patch
+    monkeypatch.setattr(method, "solved_patch", lambda *given: (plain(*given), given[-1]))
     patch, losses = method.run(model, [DOG, CAR], settings, steps.append)
-    total = STEPS + 1 + training_images.count(settings, 2)
+    total = STEPS + 1 + training_images.batch_count(settings, 2)
     assert [(step.index, step.total) for step in steps] == [
         *((i, total) for i in range(1, total + 1)), *((i, 4) for i in range(1, 5)),
     ]  # fmt: skip

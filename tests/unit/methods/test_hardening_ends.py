@@ -1,4 +1,4 @@
-"""How a hardening run on the tiny model ends early: blown up, refused or cancelled."""
+"""How adversarial training of the tiny model ends early: diverged, refused or cancelled."""
 
 from dataclasses import replace
 
@@ -8,12 +8,13 @@ import torch
 from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError, NonFiniteLoss
 from fmn.methods.reread import method, training_images
+from fmn.training.run import TrainingOptions
 
 from ..tiny import TinyModel, same_tensors, traces, weights_of
 from .test_hardening import DOG, NAMES, SETTINGS
 from .test_reread_run import STEPS
 
-DRAWN = STEPS + training_images.count(SETTINGS, 1)
+DRAWN = STEPS + training_images.batch_count(SETTINGS, 1)
 
 
 @pytest.fixture
@@ -22,18 +23,19 @@ def model(monkeypatch):
     return TinyModel()
 
 
-def test_a_run_that_blows_up_leaves_a_patch(model):
-    def poison(step):
-        model.poisoned = bool(step.training) and step.index == 3
+def test_a_run_that_diverges_leaves_a_patch(model):
+    def poison(progress, run):
+        model.poisoned = progress.index == 3
 
+    options = TrainingOptions(after_step=poison)
     with pytest.raises(NonFiniteLoss, match="step 4 of 5") as caught:
-        method.run(model, [DOG], replace(SETTINGS, robust_steps=5), poison)
+        method.run(model, [DOG], replace(SETTINGS, robust_steps=5), options=options)
     patch = caught.value.patch
     assert patch.info["loss"]["steps"] == 2 + 3
     assert all(torch.isfinite(patch.change_of(name)).all() for name in NAMES)
 
 
-def test_a_run_that_blows_up_at_once_leaves_the_closed_form(model):
+def test_a_run_that_diverges_at_once_leaves_the_closed_form(model):
     def poison(step):
         model.poisoned = step.index == step.total  # all is drawn
 
@@ -74,7 +76,7 @@ def test_cancelling(model, last):
 
     def cancel(step):
         seen.append(step)
-        assert checkpointed() == (step.training is not None) == (len(seen) > DRAWN)
+        assert checkpointed() == (len(seen) > DRAWN)
         if len(seen) == last:
             raise KeyboardInterrupt
 

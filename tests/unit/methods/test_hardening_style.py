@@ -1,4 +1,4 @@
-"""What a style's hardening keeps: the pictures that look least like it."""
+"""What a style's adversarial training keeps: the pictures that look least like it."""
 
 from dataclasses import replace
 
@@ -6,15 +6,15 @@ import torch
 
 from fmn.concepts.concept import Concept
 from fmn.methods.reread import method
-from fmn.methods.reread.training_images import AT_ONCE, LOOKS, Scene, least_like
+from fmn.methods.reread.training_images import AT_ONCE, STYLE_STEPS, Scene, least_like
 from fmn.models.interface import Text
 from fmn.models.sampling import q_sample
 
 from ..tiny import TinyModel
 
 FEW = method.Settings(
-    prompts=2, kept=4, drawn=2, sampling_steps=2, guidance=2.0, size=64, robust_steps=2,
-    robust_pictures=3,
+    prompts=2, keep_prompts=4, images_per_concept=2, sampling_steps=2, guidance=2.0, size=64,
+    robust_steps=2, robust_pictures=3,
 )  # fmt: skip
 
 
@@ -25,41 +25,47 @@ def test_half_of_the_pictures_by_the_models_own_error():
         Text(model.encode_all([f"a {word}{end}" for word in "abcdef"])) for end in ("", ", oil")
     )
     told = []
-    with model.borrow() as borrowed:
-        kept = least_like(borrowed, Scene(latents, plain), styled, FEW, lambda: told.append(1))
+    with model.borrow_denoiser() as denoiser:
+        kept = least_like(denoiser, Scene(latents, plain), styled, FEW, lambda: told.append(1))
         generator, gain = torch.Generator().manual_seed(FEW.seed), [0.0] * 6
-        for share in LOOKS:
+        for share in STYLE_STEPS:
             noise = torch.randn(latents.shape, generator=generator)
             for i in range(6):
                 t = torch.tensor([int(share * 1000)])
-                x_t = q_sample(latents[i : i + 1], noise[i : i + 1], borrowed.alphas_cumprod[t])
+                x_t = q_sample(latents[i : i + 1], noise[i : i + 1], denoiser.alphas_cumprod[t])
                 for text, sign in ((plain, 1), (styled, -1)):
                     one = Text(text.context[i : i + 1])
                     with torch.no_grad():
-                        found = borrowed.denoise(x_t, t, one)
+                        found = denoiser.predict_noise(x_t, t, one)
                     gain[i] += sign * float((found - noise[i]).square().mean())
     least = sorted(sorted(range(6), key=gain.__getitem__)[:3])
     assert kept.index.tolist() == least
     assert torch.equal(kept.latents, latents[least])
     assert torch.equal(kept.text.context, plain.context[least])
-    assert len(told) == len(LOOKS) * -(-6 // AT_ONCE)
+    assert len(told) == len(STYLE_STEPS) * -(-6 // AT_ONCE)
 
 
-def test_the_total_counts_the_looks():
+def test_the_total_counts_the_style_steps():
     steps = []
     concepts = [Concept("oil painting", "style"), Concept("dog"), Concept("ink", "style")]
     patch = method.run(TinyModel(), concepts, FEW, steps.append)
-    drawn = [step for step in steps if step.training is None]
+    drawn = [step for step in steps if step.total != 3 * FEW.robust_steps]
     assert [step.index for step in drawn] == list(range(1, drawn[-1].total + 1))
     assert any(up.abs().sum() > 0 for up, _ in patch.changes.values())
 
 
 def test_styles_are_pushed_by_their_own_setting():
     concept = Concept("oil painting", "style")
-    settings = method.Settings(prompts=2, kept=4, drawn=2, sampling_steps=2, size=64)
+    settings = method.Settings(
+        prompts=2, keep_prompts=4, images_per_concept=2, sampling_steps=2, size=64
+    )
     first, second, third = (
         method.run(TinyModel(), [concept], replace(settings, **changes))
-        for changes in ({}, {"push": 2.0}, {"push_style": 2 * settings.push_style + 1})
+        for changes in (
+            {},
+            {"overshoot": 2.0},
+            {"overshoot_style": 2 * settings.overshoot_style + 1},
+        )
     )
     for name in first.changes:
         assert torch.equal(first.change_of(name), second.change_of(name))

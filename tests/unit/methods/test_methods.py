@@ -71,12 +71,12 @@ def test_nothing_to_forget():
 @pytest.mark.parametrize(
     "told, value, message",
     [
-        (setting(1, "", low=0, high=4), 5, "x is 5: use 0 to 4"),
-        (setting(1, "", low=0, high=4), 1.0, r"x is 1.0: it has to be like 1\."),
-        (setting(1, "", low=0, high=4), True, "x is True"),
-        (setting(1.0, "", low=0, high=4), float("nan"), "x is nan: use 0 to 4"),
-        (setting(1.0, "", low=0, high=4), "1", "x is '1'"),
-        (setting(64, "", low=0, high=640, step=64), 65, "x is 65: use a multiple of 64"),
+        (setting(1, "", limits=(0, 4)), 5, "x is 5: use 0 to 4"),
+        (setting(1, "", limits=(0, 4)), 1.0, r"x is 1.0: it has to be like 1\."),
+        (setting(1, "", limits=(0, 4)), True, "x is True"),
+        (setting(1.0, "", limits=(0, 4)), float("nan"), "x is nan: use 0 to 4"),
+        (setting(1.0, "", limits=(0, 4)), "1", "x is '1'"),
+        (setting(64, "", limits=(0, 640, 64)), 65, "x is 65: use a multiple of 64"),
         (setting("a", "", choices="ab"), "c", "x is 'c': choose one of a, b"),
         (setting("a", ""), 3, "x is 3"),
         (setting(False, ""), 1, "x is 1: it has to be like False"),

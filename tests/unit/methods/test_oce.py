@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from fmn.closed_form.input_edit import key_value_layers
-from fmn.closed_form.output_edit import cut, span
+from fmn.closed_form.output_edit import span, truncate_to_tolerance
 from fmn.concepts.concept import Concept, Prompt
 from fmn.concepts.keep_list import keep_for
 from fmn.errors import ForgetError
@@ -189,10 +189,10 @@ def test_the_start_of_the_text_as_guide(model):
     """As in the released code, whose empty guide ' ' has the start token for its last one."""
     patch = oce.run(model, [DOG], replace(BALANCED, guide="start"))
     start = model.encode(Prompt("", "")).context[0, 0].double()
-    moment = oce._kept(model, [DOG], BALANCED, ())
+    moment = oce._moment(model, [DOG], BALANCED, ())
     for name, weight in values(model).items():
         dog, guide = (span((weight @ c)[:, None]) for c in (last_token(model, "dog"), start))
-        up, down = oce.solved(weight, dog, guide, moment, BALANCED.erase)
+        up, down = oce.procrustes(weight, dog, guide, moment, BALANCED.erase)
         change = patch.change_of(name).double()
         assert (change - up @ down).norm() <= 0.0101 * change.norm()
 
@@ -273,16 +273,18 @@ def test_refusals(model):
 def test_cut():
     up, down = torch.randn(9, 3).double(), torch.randn(3, 7).double()
     for rank, expected in ((0, 3), (2, 2), (5, 3)):
-        a, b, error = cut(up, down, rank)
+        a, b, error = truncate_to_tolerance(up, down, rank)
         assert a.shape == (9, expected) and b.shape == (expected, 7)
         true = float((a @ b - up @ down).norm() / (up @ down).norm())
         assert error == pytest.approx(true, abs=1e-12)
-    loose = cut(up, torch.diag(torch.tensor([1.0, 1e-3, 1e-3]).double()) @ down, 0, 0.1)
+    loose = truncate_to_tolerance(
+        up, torch.diag(torch.tensor([1.0, 1e-3, 1e-3]).double()) @ down, 0, 0.1
+    )
     assert loose[0].shape[1] == 1 and 0 < loose[2] <= 0.1
-    empty = cut(up[:, :0], down[:0])
+    empty = truncate_to_tolerance(up[:, :0], down[:0])
     assert empty[0].shape == (9, 1) and empty[1].shape == (1, 7)
     assert not (empty[0] @ empty[1]).any() and empty[2] == 0.0
-    nothing = cut(0 * up, down)
+    nothing = truncate_to_tolerance(0 * up, down)
     assert nothing[0].shape == (9, 1) and nothing[2] == 0.0 and not (nothing[0] @ nothing[1]).any()
 
 

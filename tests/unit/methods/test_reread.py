@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fmn.methods.reread import method
+from fmn.methods.reread import method, regression
 
 from ..literal import near, rows
 
@@ -24,7 +24,7 @@ def matrices(weight, read, kept, settings):
     for concepts, others in read:
         for o, other in zip(concepts, others):
             system = system + torch.outer(o, o) / len(concepts)
-            towards = towards + (1 + settings.push) * torch.outer(other - o, o) / len(concepts)
+            towards = towards + (1 + settings.overshoot) * torch.outer(other - o, o) / len(concepts)
     for k in kept:
         system = system + settings.preserve * torch.outer(k, k) / len(kept)
     mean = sum(float(system[i, i]) for i in range(width)) / width
@@ -57,7 +57,7 @@ def objective(change, weight, read, kept, settings):
     found = 0.0
     for concepts, others in read:
         for o, other in zip(concepts, others):
-            off = change @ o - (1 + settings.push) * (weight @ (other - o))
+            off = change @ o - (1 + settings.overshoot) * (weight @ (other - o))
             found += float(off @ off) / len(concepts)
     for k in kept:
         found += settings.preserve * float((change @ k) @ (change @ k)) / len(kept)
@@ -66,17 +66,22 @@ def objective(change, weight, read, kept, settings):
 
 
 def settings_of(**more):
-    return method.Settings(**{"push": 0.7, "preserve": 2.0, "damping": 0.1, "rank": 0} | more)
+    return method.Settings(**{"overshoot": 0.7, "preserve": 2.0, "damping": 0.1, "rank": 0} | more)
+
+
+def solve(settings, read=READ, kept=KEPT):
+    problem = regression.Problem("", W, read, kept)
+    return regression.solve(problem, settings, [settings.overshoot] * len(read))
 
 
 def solved(settings, read=READ, kept=KEPT):
-    up, down = method.solve(W, read, kept, settings)
+    up, down = solve(settings, read, kept)
     assert up.shape[1] == down.shape[0]
     return up @ down
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"push": 0.0}, {"preserve": 0.0, "damping": 1e-3}, {"preserve": 1000.0}]
+    "more", [{}, {"overshoot": 0.0}, {"preserve": 0.0, "damping": 1e-3}, {"preserve": 1000.0}]
 )
 def test_without_a_bound_it_is_ridge_regression(more):
     settings = settings_of(**more)
@@ -97,7 +102,7 @@ def test_it_is_where_the_objective_is_least():
 @pytest.mark.parametrize("rank, concepts, allowed", [(1, 1, 1), (1, 2, 2), (2, 2, 4), (3, 1, 3)])
 def test_a_bounded_rank_is_the_best_of_that_rank(rank, concepts, allowed):
     settings, read = settings_of(rank=rank), READ[:concepts]
-    up, down = method.solve(W, read, KEPT, settings)
+    up, down = solve(settings, read)
     assert up.shape == (OUT, allowed) and down.shape == (allowed, WIDTH)
     change, lost = best(W, read, KEPT, settings, allowed)
     near(up @ down, change, 1e-10)
@@ -116,17 +121,17 @@ def test_a_bounded_rank_is_the_best_of_that_rank(rank, concepts, allowed):
 
 
 def test_no_rank_is_above_what_a_file_may_have(monkeypatch):
-    monkeypatch.setattr(method, "MAX_RANK", 3)
+    monkeypatch.setattr(regression, "MAX_RANK", 3)
     for rank in (0, 2, 3):
-        up, _ = method.solve(W, READ, KEPT, settings_of(rank=rank))
+        up, _ = solve(settings_of(rank=rank))
         assert up.shape[1] == 3
-    assert method.solve(W, READ[:1], KEPT, settings_of(rank=2))[0].shape[1] == 2
+    assert solve(settings_of(rank=2), READ[:1])[0].shape[1] == 2
 
 
-def test_push_scales_the_change():
-    once = solved(settings_of(push=0.0, rank=1))
-    for push in (0.5, 1.0, 4.0):
-        near(solved(settings_of(push=push, rank=1)), (1 + push) * once, 1e-12)
+def test_overshoot_scales_the_change():
+    once = solved(settings_of(overshoot=0.0, rank=1))
+    for overshoot in (0.5, 1.0, 4.0):
+        near(solved(settings_of(overshoot=overshoot, rank=1)), (1 + overshoot) * once, 1e-12)
 
 
 def test_damping_holds_everything():

@@ -11,25 +11,26 @@ from fmn.concepts.concept import Concept, Prompt
 from fmn.concepts.keep_list import keep_for
 from fmn.concepts.prompt_templates import kept_sentences, sentences, together
 from fmn.errors import ForgetError
+from fmn.methods import forget
 from fmn.methods.reread import method
 from fmn.methods.reread.attention_output import record_queries
-from fmn.methods.reread.regression_data import Drawings
-from fmn.models.families import layers, layers_by_name
-from fmn.models.interface import cross_attention_names
+from fmn.methods.reread.regression import both_sides
+from fmn.methods.reread.regression_data import QuerySampler
+from fmn.models.families import cross_attention_names, layers, layers_by_name
 from fmn.patches.lora_keys import file_name
 from fmn.patches.patch import save_patch
 
 from ..literal import near
 from ..tiny import TINY, TinyModel, same_tensors, traces, weights_of
-from .test_readout import read_by_loops
+from .test_attention_output import read_by_loops
 from .test_reread import best
 
 DOG = Concept("dog", anchor="cat", aliases=("red hound",), prompts=("my dog on grass",))
 OIL = Concept("oil painting", "style")
 CAR = Concept("car")
 FEW = method.Settings(
-    prompts=2, kept=4, drawn=2, sampling_steps=2, guidance=2.0, places=2, size=64, damping=0.05,
-    push=0.7, push_style=0.7,
+    prompts=2, keep_prompts=4, images_per_concept=2, sampling_steps=2, guidance=2.0,
+    query_positions=2, size=64, damping=0.05, overshoot=0.7, overshoot_style=0.7,
 )  # fmt: skip
 NAMES = cross_attention_names(TINY)
 OUTPUTS = [f"{name}.to_out.0" for name in NAMES]
@@ -46,16 +47,16 @@ def weight_of(model, name):
 
 
 def drawn_of(texts, settings):
-    count = min(settings.drawn, len(texts))
+    count = min(settings.images_per_concept, len(texts))
     return [texts[i * len(texts) // count] for i in range(count)]
 
 
 def queries_of(model, texts, settings):
     """Queries of drawings of some of the texts, layer name -> [drawn, S, C]."""
     encoded = [model.encode(Prompt(text, text)) for text in drawn_of(texts, settings)]
-    with model.borrow() as borrowed:
+    with model.borrow_denoiser() as denoiser:
         empty = model.encode(Prompt("", ""))
-        return record_queries(borrowed, TINY, encoded, empty, settings, 8)
+        return record_queries(denoiser, TINY, encoded, empty, settings, 8)
 
 
 def spoken_of(concept, settings):
@@ -67,7 +68,7 @@ def literal_rows(model, concepts, keep, settings):
     """Layer name -> ([(o, o*) of each concept], kept rows), read place by place."""
     words = keep_for(concepts, (), settings.keep_list)
     styles = keep_for(concepts, (), "styles")
-    kept = [*kept_sentences(words, styles, settings.kept), *keep]
+    kept = [*kept_sentences(words, styles, settings.keep_prompts), *keep]
     kept_queries = queries_of(model, kept, settings)
     sides = [
         [(texts, queries_of(model, texts, settings)) for texts in spoken_of(concept, settings)]
@@ -108,9 +109,17 @@ def literal_rows(model, concepts, keep, settings):
 
 CASES = {
     "one": ([DOG], ("blue house", "a man on a horse"), replace(FEW, rank=0)),
-    "bounded": ([CAR], (), replace(FEW, rank=2, push=2.0, keep_list="none")),
-    "several": ([CAR, OIL, DOG], ("blue house",), replace(FEW, rank=2, drawn=3, seed=5)),
-    "plain": ([OIL], ("blue house",), replace(FEW, rank=1, guidance=1.0, preserve=0.5, kept=0)),
+    "bounded": ([CAR], (), replace(FEW, rank=2, overshoot=2.0, keep_list="none")),
+    "several": (
+        [CAR, OIL, DOG],
+        ("blue house",),
+        replace(FEW, rank=2, images_per_concept=3, seed=5),
+    ),
+    "plain": (
+        [OIL],
+        ("blue house",),
+        replace(FEW, rank=1, guidance=1.0, preserve=0.5, keep_prompts=0),
+    ),
 }
 
 
@@ -171,7 +180,7 @@ def test_ranks(model):
 
 def test_what_is_kept():
     concepts = [DOG, OIL]
-    settings = method.Settings(kept=20)
+    settings = method.Settings(keep_prompts=20)
     found = method.kept_texts(concepts, ("blue house", "My Cat"), settings)
     assert found[0] == "" and len(found) == 1 + 20 + 2
     assert found[-2:] == ["blue house", "My Cat"]
@@ -179,10 +188,10 @@ def test_what_is_kept():
     assert "dog" not in words and "oil painting" not in styles
     assert found[1:21] == kept_sentences(words, styles, 20)[1:]
     fours = kept_sentences(together(words, 4), styles, 20)
-    assert method.kept_texts(concepts, (), replace(settings, together=4)) == fours
+    assert method.kept_texts(concepts, (), replace(settings, words_per_prompt=4)) == fours
     alone = ["", "blue house"]
     assert method.kept_texts(concepts, alone[1:], replace(settings, keep_list="none")) == alone
-    assert method.kept_texts(concepts, alone[1:], replace(settings, kept=0)) == alone
+    assert method.kept_texts(concepts, alone[1:], replace(settings, keep_prompts=0)) == alone
     assert method.kept_texts(concepts, alone[1:], replace(settings, preserve=0.0)) == [""]
 
 
@@ -203,11 +212,11 @@ def test_size_counts(model):
 
 
 def test_what_is_drawn(model):
-    method.run(model, [DOG, CAR], replace(FEW, drawn=3, guidance=1.0))
+    method.run(model, [DOG, CAR], replace(FEW, images_per_concept=3, guidance=1.0))
     texts = [spoken_of(concept, FEW) for concept in (DOG, CAR)]
     words, styles = keep_for([DOG, CAR]), keep_for([DOG, CAR], (), "styles")
     lists = [*texts[0], *texts[1], kept_sentences(words, styles, 4)]
-    expected = [drawn_of(each, replace(FEW, drawn=3)) for each in lists]
+    expected = [drawn_of(each, replace(FEW, images_per_concept=3)) for each in lists]
     assert [len(each) for each in expected] == [3, 3, 2, 2, 3]
     seen = [text.context for _, _, text in model.seen[::2]]
     assert len(model.seen) == 2 * len(expected) == 2 * len(seen)
@@ -218,12 +227,12 @@ def test_what_is_drawn(model):
 @pytest.mark.parametrize("drawn, batches", [(1, [4, 1]), (2, [4, 4, 2]), (3, [3, 3, 2, 2, 3])])
 def test_short_lists_share_a_batch(model, drawn, batches):
     """The noise of a list's i-th text, and what is seen, is the same as where it is alone."""
-    settings = replace(FEW, drawn=drawn)
+    settings = replace(FEW, images_per_concept=drawn)
     pairs = [sentences(each, FEW.prompts + (each is DOG)) for each in (DOG, CAR)]
-    lists = [*Drawings.sides(pairs), ["a house", "a tree", "the sea"]]
-    with model.borrow() as borrowed:
-        draw = Drawings(model, borrowed, settings, lambda step: None, pairs, lists[-1])
-        found = draw(*lists)
+    lists = [*both_sides(pairs), ["a house", "a tree", "the sea"]]
+    with model.borrow_denoiser() as denoiser:
+        sampler = QuerySampler(model, denoiser, settings, lambda step: None, lists)
+        found = sampler.draw(lists)
     assert [len(x) for x, _, _ in model.seen[1::2]] == batches  # a step with guidance, one without
     for texts, queries in zip(lists, found):
         alone = queries_of(model, texts, settings)
@@ -246,7 +255,7 @@ def test_short_lists_share_a_batch(model, drawn, batches):
 def test_steps_are_told(model, concepts, drawn, total):
     """A step for every four drawings, of one list or of several whole ones, and for each layer."""
     steps = []
-    patch = method.run(model, concepts, replace(FEW, drawn=drawn), steps.append)
+    patch = method.run(model, concepts, replace(FEW, images_per_concept=drawn), steps.append)
     assert [(step.index, step.total, len(step.losses)) for step in steps] == [
         (i, total, i) for i in range(1, total + 1)
     ]
@@ -273,7 +282,7 @@ def test_cancelling(model, last):
 
 def test_it_runs_in_inference_mode(model):
     with torch.inference_mode():
-        inner = method.run(model, [DOG], FEW)
+        inner = forget(model, [DOG], FEW)
     outer = method.run(model, [DOG], FEW)
     assert all(torch.equal(inner.change_of(name), outer.change_of(name)) for name in OUTPUTS)
     assert not any(each.is_inference() for pair in inner.changes.values() for each in pair)
@@ -288,9 +297,9 @@ def test_what_is_kept_and_forgotten_is_refused(model, word):
 
 def test_long_prompts_are_refused(model):
     fits, long = ("very " * count + "good dog" for count in (73, 74))
-    method.run(model, [Concept("dog", prompts=(fits,))], replace(FEW, drawn=3))
+    method.run(model, [Concept("dog", prompts=(fits,))], replace(FEW, images_per_concept=3))
     with pytest.raises(ForgetError, match="'very very .*' is too long: shorten it to 75 tokens"):
-        method.run(model, [Concept("dog", prompts=(long,))], replace(FEW, drawn=3))
+        method.run(model, [Concept("dog", prompts=(long,))], replace(FEW, images_per_concept=3))
     assert not traces(model.unet)
 
 
@@ -308,9 +317,9 @@ def test_other_refusals(model):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"push": -0.1}, {"preserve": -1.0}, {"damping": 0.0}, {"prompts": 0}, {"prompts": 181},
-        {"kept": -1}, {"drawn": 0}, {"sampling_steps": 0}, {"guidance": 0.5}, {"places": 0},
-        {"rank": -1}, {"size": 65}, {"keep_list": "all"},
+        {"overshoot": -0.1}, {"preserve": -1.0}, {"damping": 0.0}, {"prompts": 0}, {"prompts": 181},
+        {"keep_prompts": -1}, {"images_per_concept": 0}, {"sampling_steps": 0}, {"guidance": 0.5},
+        {"query_positions": 0}, {"rank": -1}, {"size": 65}, {"keep_list": "all"},
     ],
 )  # fmt: skip
 def test_wrong_settings(changes):

@@ -9,7 +9,7 @@ from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError, NonFiniteLoss
 from fmn.methods import forget
 from fmn.methods.resteer import RELEASED, Settings, prepare, run
-from fmn.models.attention_maps import look_at
+from fmn.models.attention_maps import measure_attention
 from fmn.training.fit_adapters import in_scope
 
 from ..tiny import TINY, Cancelled, TinyModel, same_tensors, traces, weights_of
@@ -132,7 +132,7 @@ def test_a_run_forgets_and_leaves_the_model_as_it_was(full, scope):
     losses = steps[-1].losses
     assert [step.index for step in steps] == list(range(1, 26)) and steps[0].total == 25
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert steps[-1].now.share < 0.6 * steps[-1].before.share
+    assert steps[-1].attention_now.share < 0.6 * steps[-1].attention_before.share
     assert patch.family is TINY and len(patch.changes) == len(in_scope(TINY, scope))
     assert patch.info["base.fingerprint"] == hash_before
     assert patch.info["loss"] == {"first": losses[0], "last": losses[-1], "steps": 25}
@@ -142,7 +142,10 @@ def test_a_run_forgets_and_leaves_the_model_as_it_was(full, scope):
 
     # The patch alone does what training did: on the weights, without adapters.
     data = prepare(model, [MUSK], settings)
-    [untouched], [forgetful] = look_at(model, data), look_at(merged(model, patch), data)
+    [untouched], [forgetful] = (
+        measure_attention(model, data),
+        measure_attention(merged(model, patch), data),
+    )
     assert forgetful.share < 0.6 * untouched.share
     assert untouched.map.shape == (32, 32)
     torch.testing.assert_close(float(untouched.map.mean()), untouched.share, rtol=0.02, atol=0)
@@ -153,11 +156,11 @@ def test_the_patch_is_the_trained_state(monkeypatch):
     monkeypatch.setattr("fmn.models.attention_maps.STEPS", (0.5,))
     model, steps = TinyModel(), []
     data = prepare(model, [MUSK], SETTINGS)
-    [before] = look_at(model, data)
+    [before] = measure_attention(model, data)
     patch = run(model, [MUSK], SETTINGS, steps.append)
-    [after] = look_at(merged(model, patch), data)
-    assert steps[0].before.share == pytest.approx(before.share, rel=1e-4)
-    assert steps[-1].now.share == pytest.approx(after.share, rel=1e-4) != before.share
+    [after] = measure_attention(merged(model, patch), data)
+    assert steps[0].attention_before.share == pytest.approx(before.share, rel=1e-4)
+    assert steps[-1].attention_now.share == pytest.approx(after.share, rel=1e-4) != before.share
 
 
 def test_equal_seeds_give_equal_patches():
@@ -182,7 +185,7 @@ def test_training_inside_inference_mode():
     expected = run(TinyModel(), [MUSK], SETTINGS)
     model = TinyModel()
     with torch.inference_mode():
-        patch = run(model, [MUSK], SETTINGS)
+        patch = forget(model, [MUSK], SETTINGS)
     for name in expected.changes:
         torch.testing.assert_close(patch.change_of(name), expected.change_of(name))
 
@@ -194,7 +197,7 @@ def test_weights_may_be_bfloat16():
     patch = run(model, [MUSK], Settings(steps=20, lr=0.02), steps.append)
     assert same_tensors(weights_of(model.unet), before)
     assert {up.dtype for up, _ in patch.changes.values()} == {torch.float32}
-    assert steps[-1].now.share < 0.6 * steps[-1].before.share
+    assert steps[-1].attention_now.share < 0.6 * steps[-1].attention_before.share
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -10,9 +10,9 @@ from fmn.errors import ForgetError
 from fmn.methods.reread import adversarial_training, training_images
 from fmn.models.families import CLIP_G, CLIP_L
 from fmn.training.resume import load_state, save_state
-from fmn.training.run import Supervisor
+from fmn.training.run import TrainingOptions
+from tests.integration.test_resume import resumed_from, run, saved_at, tensors_of
 
-from ...integration.test_resume import run, saved_at, tensors_of
 from ..tiny import TINY, TinyModel, same_tensors, weights_of
 from .test_hardening import SETTINGS
 
@@ -25,7 +25,7 @@ def short(monkeypatch):
     """Two adversaries of each concept, each of which lives for two of its steps."""
     monkeypatch.setattr(training_images, "DRAWING_STEPS", 3)
     monkeypatch.setattr(adversarial_training, "ADVERSARIES", 2)
-    monkeypatch.setattr(adversarial_training, "LIFE", 2)
+    monkeypatch.setattr(adversarial_training, "LIFETIME", 2)
 
 
 def model_of(encoders=1):
@@ -56,15 +56,15 @@ def whole_run(encoders=1):
 @pytest.mark.parametrize("encoders, at", [(1, 1), (1, 8), (2, AT)])
 def test_it_equals_an_uninterrupted_run(encoders, at, tmp_path):
     """With two encoders the adversaries are contexts, with one they are words."""
-    file, told = tmp_path / "a.fmn-train", []
+    file, trained = tmp_path / "a.fmn-train", []
     whole = whole_run(encoders)
     watched = run(model_of(encoders), LONG, saved_at(at, file))
     model = model_of(encoders)
     before = weights_of(model.unet)
-    resumed = run(model, LONG, Supervisor(told.append, load_state(file)))
+    after_step = lambda progress, run: trained.append(progress.index)  # noqa: E731
+    resumed = run(model, LONG, resumed_from(file, after_step=after_step))
     assert same_tensors(tensors_of(resumed), tensors_of(whole))
     assert same_tensors(tensors_of(watched), tensors_of(whole))  # saving changes nothing
-    trained = [step.index for step in told if step.training]
     assert trained == list(range(at + 1, 15))
     assert resumed.info["loss"] == whole.info["loss"] and whole.info["loss"]["steps"] == 2 + 14
     assert same_tensors(weights_of(model.unet), before)
@@ -86,7 +86,7 @@ def test_each_part_of_an_adversary_matters(state, part):
     """So that the tests above could fail."""
     changed = state()
     changed.tensors[f"beside.0.0{part}"] += 1.0
-    resumed = run(TinyModel(), LONG, Supervisor(resume=changed))
+    resumed = run(TinyModel(), LONG, TrainingOptions(changed))
     assert not same_tensors(tensors_of(resumed), tensors_of(whole_run()))
 
 
@@ -97,7 +97,7 @@ def test_a_state_without_an_adversary_is_refused(state, name, tmp_path):
         del cut.tensors[key]
     save_state(cut, tmp_path / "cut.fmn-train")
     with pytest.raises(ForgetError, match=f"does not fit what is trained: '{name}' is in one"):
-        run(TinyModel(), LONG, Supervisor(resume=load_state(tmp_path / "cut.fmn-train")))
+        run(TinyModel(), LONG, resumed_from(tmp_path / "cut.fmn-train"))
 
 
 def test_one_of_another_shape_is_refused(state, tmp_path):
@@ -106,18 +106,18 @@ def test_one_of_another_shape_is_refused(state, tmp_path):
         odd.tensors[f"beside.0.1{part}"] = torch.ones(3)
     save_state(odd, tmp_path / "odd.fmn-train")
     with pytest.raises(ForgetError, match="'beside.0.1' of shape .3., and"):
-        run(TinyModel(), LONG, Supervisor(resume=load_state(tmp_path / "odd.fmn-train")))
+        run(TinyModel(), LONG, resumed_from(tmp_path / "odd.fmn-train"))
 
 
 def test_the_closed_form_alone_does_not_go_on(state):
-    with pytest.raises(ForgetError, match="made with robust_steps 7, and this is 0"):
-        run(TinyModel(), replace(LONG, robust_steps=0), Supervisor(resume=state()))
+    with pytest.raises(ForgetError, match="reread solves and does not train, so it cannot resume"):
+        run(TinyModel(), replace(LONG, robust_steps=0), TrainingOptions(state()))
 
 
 def test_more_steps_may_be_added_and_the_best_is_kept(state):
     longer, seen = replace(LONG, robust_steps=8), []
-    patch = run(TinyModel(), longer, Supervisor(seen.append, state(), keep_best=True))
-    best = seen[-1].training.best
+    patch = run(TinyModel(), longer, TrainingOptions(state(), keep_best=True), seen.append)
+    best = seen[-1].best_step
     means = [sum(seen[-1].losses[i - 10 : i]) / 10 for i in range(10, 17)]
-    assert best[:2] == (min(means), 10 + means.index(min(means)))
-    assert patch.info["loss"]["steps"] == 2 + best[1]
+    assert best == 10 + means.index(min(means))
+    assert patch.info["loss"]["steps"] == 2 + best

@@ -5,7 +5,7 @@ import torch
 
 from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError
-from fmn.linalg import centres, extended, main_directions, weakest_direction
+from fmn.linalg import extend_basis, kmeans_centres, main_directions, weakest_direction
 from fmn.methods import speed
 
 from ..literal import KEYS_AND_VALUES, WIDTH, assert_solves, near, rows, weights
@@ -56,7 +56,7 @@ def prepared(model):
     pairs = [(last(model, each.name), last(model, each.anchor)) for each in CONCEPTS]
     kept = [last(model, text) for text in KEEP]
     empty = model.encode(Prompt("", "")).context[0].double()
-    return pairs, kept, [empty[0], *centres(empty[1:], 3)]
+    return pairs, kept, [empty[0], *kmeans_centres(empty[1:], 3)]
 
 
 @pytest.mark.parametrize("layers", ["v", "k", "kv"])
@@ -147,15 +147,15 @@ def test_the_weakest_direction_is_the_thin_decompositions():
 
 def test_a_basis_takes_a_further_vector_once():
     basis = main_directions(rows(3, 1), WIDTH)
-    more = extended(basis, rows(1, 2)[0])
+    more = extend_basis(basis, rows(1, 2)[0])
     near(more.T @ more, torch.eye(4, dtype=torch.float64), 1e-12)
-    assert extended(more, rows(1, 2)[0]).shape == (WIDTH, 4)
+    assert extend_basis(more, rows(1, 2)[0]).shape == (WIDTH, 4)
 
 
 def test_centres_of_clear_groups():
     middles = 10 * rows(3, 1)
     points = torch.cat([middle + 0.1 * rows(4, i) for i, middle in enumerate(middles)])
-    found = centres(points, 3)
+    found = kmeans_centres(points, 3)
     for group in points.split(4):
         assert float(torch.cdist(group.mean(0)[None], found).min()) < 1e-9
-    assert len(centres(points[:2], 3)) == 2
+    assert len(kmeans_centres(points[:2], 3)) == 2

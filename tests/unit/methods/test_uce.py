@@ -7,7 +7,7 @@ from fmn.closed_form.text_embeddings import kept_contexts
 from fmn.concepts.concept import Concept, Prompt
 from fmn.concepts.keep_list import keep_for
 from fmn.errors import ForgetError
-from fmn.methods import uce
+from fmn.methods import forget, uce
 
 from ..literal import assert_solves, literal_uce, weights
 from ..tiny import TinyModel, same_tensors, weights_of
@@ -86,7 +86,7 @@ def test_2023_edits_the_end_and_keeps_whole_prompts(tmp_path):
 def test_templates_are_of_the_kind():
     model = TinyModel()
     settings = uce.Settings(expand=True, keep_list="none")
-    pairs, _ = uce.rows_of(model, CONCEPTS, settings, ())
+    pairs, _ = uce.uce_rows(model, CONCEPTS, settings, ())
     assert len(pairs.targets) == (2 + 2 * 5) + (1 + 5) + (1 + 5)
     assert pairs.targets[13].equal(last(model, "painting by van gogh"))
     assert pairs.anchors[13].equal(last(model, "painting by a painter"))
@@ -128,7 +128,7 @@ def test_a_kept_concept_is_refused():
 def test_inference_mode_is_left():
     model = TinyModel()
     with torch.inference_mode():
-        patch = uce.run(model, CONCEPTS)
+        patch = forget(model, CONCEPTS, uce.Settings())
     assert not any(factor.is_inference() for pair in patch.changes.values() for factor in pair)
 
 

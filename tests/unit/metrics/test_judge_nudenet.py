@@ -1,13 +1,14 @@
 """The NudeNet judge on detections written down beforehand; its detector is replaced."""
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fmn.errors import ForgetError
-from fmn.metrics.load import load_judge
+from fmn.metrics.load import load_judge, weight_files
 from fmn.metrics.nudenet_judge import COUNTED, UNSAFE, NudeNetJudge
 
 
@@ -50,6 +51,13 @@ def detector(monkeypatch):
 
 def pictures(count=len(FOUND)):
     return torch.rand(count, 6, 8, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_another_judge_with_nudenet_judges_unsafe_content_too(detector):
+    judge = load_judge("demo+nudenet", {"concept": {"dog": "a dog"}})
+    assert set(judge.labels) == {"concept", "style", "unsafe"} and judge.name == "demo+nudenet"
+    assert judge.probabilities(pictures(), "unsafe").shape == (len(FOUND), 2)
+    assert len(weight_files("demo+nudenet")) == 1 and weight_files("clip:/a") == [Path("/a")]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fmn.errors import ForgetError
-from fmn.metrics.mscore import Score, cosine, m_score, measure, pooled, summary
-from fmn.models.generator import open_studio
+from fmn.metrics.mscore import Score, cosine, m_score, pooled, summary
+from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
 from fmn.training.textual_inversion import Settings
 
@@ -21,8 +21,8 @@ TEMPLATES = "a photo of {}", "{} here"
 def scores(**options):
     model = options.pop("model", None) or TinyModel()
     given = dict(seeds=(0, 1), settings=QUICK, templates=TEMPLATES) | options
-    with model.borrow() as borrowed:
-        return m_score(model, borrowed, IMAGES, given.pop("phrase", "big dog"), **given)
+    with model.borrow_denoiser() as denoiser:
+        return m_score(model, denoiser, IMAGES, given.pop("phrase", "big dog"), **given)
 
 
 def test_cosine_is_the_mean_over_rows():
@@ -33,7 +33,7 @@ def test_cosine_is_the_mean_over_rows():
 
 def test_the_name_against_itself_is_one():
     """Tokens that are the name's own embeddings score 1, other words less."""
-    with TinyModel().borrow_text() as text:
+    with TinyModel().borrow_text_encoder() as text:
         named = pooled(text, TEMPLATES, "big dog")
         placed = pooled(text, TEMPLATES, "<*>", text.vectors("big dog"))
         other = pooled(text, TEMPLATES, "<*>", text.vectors("red castle"))
@@ -45,7 +45,7 @@ def test_the_name_against_itself_is_one():
 def test_one_inversion_is_one_score():
     found = scores(others=("red castle",))
     assert len(found) == 2 and found[0].value != found[1].value
-    with TinyModel().borrow_text() as text:
+    with TinyModel().borrow_text_encoder() as text:
         learned = pooled(text, TEMPLATES, "<*>", found[0].vectors)
         assert found[0].value == cosine(learned, pooled(text, TEMPLATES, "big dog"))
         assert found[0].others == {
@@ -66,21 +66,27 @@ def test_seed_and_templates_of_the_settings_are_replaced():
         assert torch.equal(one.vectors, two.vectors)
 
 
-def test_measure_sees_the_patch_and_leaves_the_model():
+def test_a_patch_changes_the_score_and_the_model_comes_back():
     model, patch = TinyModel(), make_patch(TINY, size=0.5)
     before = weights_of(model.unet)
-    given = "big dog", IMAGES, TEMPLATES, (0, 1), QUICK
-    with open_studio(model, Sampling(2)) as studio:
-        with studio.applying([(patch, 1.0)]):
-            found = measure(studio, *given, others=("red castle",))
-        untouched = measure(studio, *given)
-    assert found["before"] == untouched["before"] == untouched["after"]
+    given = IMAGES, "big dog", TEMPLATES, (0, 1), QUICK, ("red castle",)
+    with open_sampler(model, Sampling(2)) as sampler:
+        untouched = m_score(model, sampler.denoiser, *given)
+        with sampler.applying([(patch, 1.0)]):
+            patched = m_score(model, sampler.denoiser, *given)
+    found = summary(model, untouched, patched, "big dog", TEMPLATES)
     assert found["after"] != found["before"] and len(found["after"]) == 2
-    assert found["start"] == untouched["start"]
     assert set(found["others"]["red castle"]) == {"before", "after"}
     assert -1 <= found["between"]["red castle"] < 1
     assert json.loads(json.dumps(found)) == found
     assert same_tensors(weights_of(model.unet), before)
+
+
+def test_other_braces_in_a_template_stay_as_they_are():
+    with TinyModel().borrow_text_encoder() as text:
+        named = pooled(text, ("a {big} photo of {}",), "big dog")
+        assert torch.equal(named, text.encode("a {big} photo of big dog")[1])
+    assert len(scores(templates=("a {big} photo of {}",), seeds=(0,))) == 1
 
 
 def test_summary_keeps_the_order_of_seeds():
@@ -107,7 +113,7 @@ def test_steps_are_reported_for_every_inversion():
         (dict(phrase=" "), "phrase that names the concept is empty"),
         (dict(seeds=()), "no seed"),
         (dict(templates=()), "no template"),
-        (dict(templates=("a dog",)), "0 places"),
+        (dict(templates=("a dog",)), "0 placeholders"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, message):
@@ -115,3 +121,12 @@ def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ForgetError, match=message):
         scores(model=model, **options)
     assert not model.seen
+
+
+def test_other_braces_of_a_template_stay():
+    """They used to fail after all inversions."""
+    found = scores(templates=("a {big} photo of {}",), seeds=(0,))
+    with TinyModel().borrow_text_encoder() as text:
+        learned = pooled(text, ("a {big} photo of {}",), "<*>", found[0].vectors)
+        named = torch.cat([text.encode("a {big} photo of big dog")[1]])
+    assert found[0].value == cosine(learned, named)

@@ -5,7 +5,7 @@ import torch
 
 from fmn.errors import ForgetError
 from fmn.models.interface import Text
-from fmn.models.sampling import Sampling, ddim, expand, guided, spaced
+from fmn.models.sampling import Sampling, ddim, expand, guided, trailing_timesteps
 
 ALPHAS = torch.tensor([0.9, 0.8, 0.64, 0.36])
 X = torch.full((1, 4, 1, 1), 2.0)
@@ -20,10 +20,10 @@ def seeded(seed=0):
 
 
 def test_time_steps_are_evenly_spaced_from_the_last():
-    assert spaced(1000, 4) == [999, 749, 499, 249]
-    assert spaced(1000, 1) == [999]
-    assert spaced(4, 4) == [3, 2, 1, 0]
-    assert spaced(1000, 3) == [999, 666, 332]
+    assert trailing_timesteps(1000, 4) == [999, 749, 499, 249]
+    assert trailing_timesteps(1000, 1) == [999]
+    assert trailing_timesteps(4, 4) == [3, 2, 1, 0]
+    assert trailing_timesteps(1000, 3) == [999, 666, 332]
 
 
 def test_two_steps_by_hand():
@@ -125,7 +125,7 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def denoise(self, x, t, text):
+    def predict_noise(self, x, t, text):
         self.calls.append((len(x), t.tolist()))
         return text.context.mean((1, 2)).view(-1, 1, 1, 1).expand_as(x)
 
@@ -135,18 +135,18 @@ def text_of(*values):
 
 
 def test_guidance_by_hand():
-    borrowed = Recorder()
-    predict = guided(borrowed, text_of(3.0, 5.0), text_of(1.0), 4.0)
+    denoiser = Recorder()
+    predict = guided(denoiser, text_of(3.0, 5.0), text_of(1.0), 4.0)
     noise = predict(torch.zeros(2, 4, 1, 1), 7)
     assert noise[:, 0, 0, 0].tolist() == [1 + 4 * 2, 1 + 4 * 4]
-    assert borrowed.calls == [(4, [7, 7, 7, 7])]
+    assert denoiser.calls == [(4, [7, 7, 7, 7])]
 
 
 def test_guidance_of_one_asks_once():
-    borrowed = Recorder()
-    noise = guided(borrowed, text_of(3.0, 5.0), None, 1)(torch.zeros(2, 4, 1, 1), 7)
+    denoiser = Recorder()
+    noise = guided(denoiser, text_of(3.0, 5.0), None, 1)(torch.zeros(2, 4, 1, 1), 7)
     assert noise[:, 0, 0, 0].tolist() == [3, 5]
-    assert borrowed.calls == [(2, [7, 7])]
+    assert denoiser.calls == [(2, [7, 7])]
 
 
 def test_one_text_as_a_batch():

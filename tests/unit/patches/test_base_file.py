@@ -68,5 +68,5 @@ def test_one_changed_weight_is_another_base(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(99), b"\xff" * 40])
 def test_damaged(tmp_path, content):
     (tmp_path / "bad.safetensors").write_bytes(content)
-    with pytest.raises(ForgetError, match="damaged or not a safetensors checkpoint"):
+    with pytest.raises(ForgetError, match="damaged or not a safetensors file"):
         base_of(tmp_path / "bad.safetensors")

@@ -79,7 +79,7 @@ def test_family_by_shapes(tmp_path, family):
 def test_unknown_checkpoint(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"model.diffusion_model.a.attn2.to_k.weight": torch.ones(2, 2)}, path)
-    with pytest.raises(ForgetError, match="'other.safetensors' is no checkpoint .* it has 1 cross"):
+    with pytest.raises(ForgetError, match="not a supported checkpoint.*it has 1 cross"):
         checkpoint_family(path)
 
 
@@ -240,7 +240,7 @@ def open_clip(width):
 
 
 def write_text_checkpoint(path, family, block, monkeypatch):
-    """Random weights of one block of each text encoder, and no U-Net: its family is told."""
+    """Random weights of one block of each text encoder, and no U-Net: its family is given."""
     monkeypatch.setattr("fmn.patches.checkpoint.checkpoint_family", lambda path: family)
     generator, tensors = torch.Generator().manual_seed(3), {}
     for place, width, names in PLACES[family].values():

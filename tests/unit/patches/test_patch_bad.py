@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load
 
 from fmn.errors import ForgetError
+from fmn.files import MAX_HEADER
 from fmn.methods.describe import describe
 from fmn.models.families import DEMO, layers
 from fmn.patches.lora_keys import file_name
-from fmn.patches.metadata import MAX_HEADER
 from fmn.patches.patch import load_patch, save_patch
 
 from ..tiny import make_patch, rewrite
@@ -78,23 +78,22 @@ def pickled(content):
     return b"PK\x03\x04" + content
 
 
-CUT = "cut short or not a safetensors file"
 DAMAGED = "is damaged or not a safetensors file"
 CONTENTS = {
-    "empty": (lambda content: b"", CUT),
-    "text": (lambda content: b"I am a text file, not a patch.\n" * 20, CUT),
-    "page": (lambda content: b"<!DOCTYPE html><html>Not found</html>", CUT),
-    "pickle": (pickled, CUT),
+    "empty": (lambda content: b"", DAMAGED),
+    "text": (lambda content: b"I am a text file, not a patch.\n" * 20, DAMAGED),
+    "page": (lambda content: b"<!DOCTYPE html><html>Not found</html>", DAMAGED),
+    "pickle": (pickled, DAMAGED),
     "zeros": (lambda content: bytes(4096), DAMAGED),
-    "half a length": (lambda content: content[:4], CUT),
-    "a length": (lambda content: content[:8], CUT),
-    "half a header": (without_end, CUT),
+    "half a length": (lambda content: content[:4], DAMAGED),
+    "a length": (lambda content: content[:8], DAMAGED),
+    "half a header": (without_end, DAMAGED),
     "a header": (lambda content: content[: 8 + header_length(content)], DAMAGED),
     "half its data": (lambda content: content[: len(content) * 3 // 4], DAMAGED),
     "all but a byte": (lambda content: content[:-1], DAMAGED),
     "a byte too many": (lambda content: content + b"\0", DAMAGED),
-    "huge length": (lambda content: b"\xff" * 8 + content[8:], CUT),
-    "length over size": (lambda content: len(content).to_bytes(8, "little") + content[8:], CUT),
+    "huge length": (lambda content: b"\xff" * 8 + content[8:], DAMAGED),
+    "length over size": (lambda content: len(content).to_bytes(8, "little") + content[8:], DAMAGED),
     "short length": (lambda content: (99).to_bytes(8, "little") + content[8:], DAMAGED),
     "no object": (lambda content: (2).to_bytes(8, "little") + b"[]", DAMAGED),
     "not UTF-8": (lambda content: (4).to_bytes(8, "little") + b"{\xff\xfe}", DAMAGED),
@@ -120,7 +119,7 @@ def test_header_over_our_bound(saved):
     data = content[8 + header_length(content) :]
     saved.write_bytes(len(header).to_bytes(8, "little") + header + data)
     assert len(load(saved.read_bytes())) == 42  # well-formed otherwise
-    refused(saved, f"we read at most {MAX_HEADER}")
+    refused(saved, f"at most {MAX_HEADER} are read")
 
 
 def test_no_file(tmp_path):
@@ -189,7 +188,7 @@ FIT = f"does not fit '{re.escape(LAYER.name)}' of shape"
 STRAY = "which Forget-Me-Not demo model does not have"
 NOT_FINITE = f"NaN or infinite values in '{PREFIX}'"
 METADATA = "metadata of '.*' is damaged"
-WRONG = "metadata of '.*' has values of the wrong kind"
+WRONG = "metadata of '.*' has values of the wrong type"
 TENSORS = {
     "no metadata": (no_metadata, "not a forget patch: .* Use Load LoRA"),
     "no format": (lambda tensors, metadata: metadata.pop("fmn.format"), "not a forget patch"),
@@ -279,7 +278,7 @@ def test_wrong_content(saved, change, reason):
     ],
 )  # fmt: skip
 def test_wrong_records_are_refused_or_described(saved, key, value):
-    """A stranger's record may not break what shows it."""
+    """An untrusted record must not break what shows it."""
     rewrite(saved, tell(key, value))
     try:
         patch = load_patch(saved)

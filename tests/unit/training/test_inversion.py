@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from fmn.errors import ForgetError, NonFiniteLoss
-from fmn.models.interface import tokenize_with_placeholders
-from fmn.models.token_positions import EOS_ID
+from fmn.models.token_positions import EOS_ID, tokenize_with_placeholders
 from fmn.training import textual_inversion
-from fmn.training.textual_inversion import PLACEHOLDER, Settings, first_vectors, invert
+from fmn.training.textual_inversion import PLACEHOLDER, Settings, initial_vectors, invert
 
 from ..tiny import BOS, TinyModel, same_tensors, sections, weights_of, word_id
 
@@ -21,8 +20,8 @@ def ids_of(text):
 
 def run(settings=QUICK, model=None, images=IMAGES, on_step=lambda step: None):
     model = model or TinyModel()
-    with model.borrow() as borrowed:
-        return invert(model, borrowed, images, settings, on_step)
+    with model.borrow_denoiser() as denoiser:
+        return invert(model, denoiser, images, settings, on_step)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -65,7 +64,7 @@ def test_what_cannot_be_spelled_is_refused(prompt, count, message):
 def test_words_own_vectors_give_the_words_text():
     """The placeholder with the embeddings of "big dog" is "big dog"."""
     model = TinyModel()
-    with model.borrow_text() as text:
+    with model.borrow_text_encoder() as text:
         named, pooled = text.encode("a photo of big dog here")
         vectors = text.vectors("big dog").requires_grad_()
         placed, placed_pooled = text.encode("a photo of <*> here", vectors)
@@ -85,9 +84,13 @@ def test_inversion_finds_words_that_predict_the_noise_better():
         generator = torch.Generator().manual_seed(9)
         noise = torch.randn(32, 4, 8, 8, generator=generator)
         t = torch.arange(32) * 31
-        with model.borrow() as borrowed, model.borrow_text() as text, torch.no_grad():
+        with (
+            model.borrow_denoiser() as denoiser,
+            model.borrow_text_encoder() as text,
+            torch.no_grad(),
+        ):
             clean = model.encode_images(IMAGES, 64)[torch.arange(32) % 3]
-            alpha = borrowed.alphas_cumprod[t].view(-1, 1, 1, 1)
+            alpha = denoiser.alphas_cumprod[t].view(-1, 1, 1, 1)
             context = text.encode("a photo of <*>", vectors)[0].context.expand(32, -1, -1)
             x_t = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
             return float((model.unet(x_t, t, context).sample - noise).square().mean())
@@ -113,7 +116,7 @@ def test_equal_seeds_give_equal_words():
 
 
 def test_it_works_where_gradients_are_off():
-    """A studio draws without gradients, ComfyUI runs nodes in inference mode."""
+    """A sampler draws without gradients, ComfyUI runs nodes in inference mode."""
     models = TinyModel(), TinyModel()
     with torch.no_grad():
         first = run(model=models[0])
@@ -137,7 +140,7 @@ def test_every_template_and_picture_is_used(monkeypatch):
         textual_inversion, "q_sample", lambda *a: shown.append(a[0]) or q_sample(*a)
     )
     run(Settings(steps=8, batch=2, templates=("a photo of {}", "{} there")), model)
-    with model.borrow_text() as text:
+    with model.borrow_text_encoder() as text:
         known = text.encode("a")[0].context[0, 1]
     begins_with_a = [torch.equal(text.context[0, 1], known) for _, _, text in model.seen]
     assert any(begins_with_a) and not all(begins_with_a)
@@ -146,16 +149,16 @@ def test_every_template_and_picture_is_used(monkeypatch):
 
 def test_the_start():
     model = TinyModel()
-    with model.borrow_text() as text:
+    with model.borrow_text_encoder() as text:
         words = text.vectors("big dog")
-        assert torch.equal(first_vectors(text, Settings(start="big dog", tokens=1)), words[:1])
-        longer = first_vectors(text, Settings(start="big dog", tokens=3))
+        assert torch.equal(initial_vectors(text, Settings(start="big dog", tokens=1)), words[:1])
+        longer = initial_vectors(text, Settings(start="big dog", tokens=3))
         assert torch.equal(longer, words[[0, 1, 0]])
-        random = first_vectors(text, Settings(tokens=5, seed=3))
+        random = initial_vectors(text, Settings(tokens=5, seed=3))
         length = text.vectors("a photo of").norm(dim=1).mean()
         torch.testing.assert_close(random.norm(dim=1), length.expand(5))
-        assert torch.equal(random, first_vectors(text, Settings(tokens=5, seed=3)))
-        assert not torch.equal(random, first_vectors(text, Settings(tokens=5, seed=4)))
+        assert torch.equal(random, initial_vectors(text, Settings(tokens=5, seed=3)))
+        assert not torch.equal(random, initial_vectors(text, Settings(tokens=5, seed=4)))
 
 
 def test_each_step_is_reported_and_may_end_it():
@@ -196,8 +199,8 @@ BAD = {
     "large lr": (dict(lr=10.0), "lr is 10"),
     "seed": (dict(seed=-1), "seed is -1"),
     "no template": (dict(templates=()), "no template"),
-    "no place": (dict(templates=("a dog",)), "0 places"),
-    "two places": (dict(templates=("{} and {}",)), "2 places"),
+    "no place": (dict(templates=("a dog",)), "0 placeholders"),
+    "two places": (dict(templates=("{} and {}",)), "2 placeholders"),
 }
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fmn.errors import NonFiniteLoss
-from fmn.models.adapters import Full, attached
-from fmn.training.loop import Optimiser, train
+from fmn.models.adapters import FullAdapter, attached
+from fmn.training.loop import AdamWConfig, train
 
 from ..tiny import Cancelled
 
@@ -39,7 +39,7 @@ def by_hand(steps, lr, max_norm=1.0):
 @pytest.mark.parametrize("lr", [1e-3, 0.5])
 def test_equals_adamw_with_clipping(lr):
     parameters = start()
-    losses = train(parameters, lambda index: loss_of(parameters, index), 5, Optimiser(lr))
+    losses = train(parameters, lambda index: loss_of(parameters, index), 5, AdamWConfig(lr))
     expected, expected_losses = by_hand(5, lr)
     assert losses == expected_losses
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(parameters, expected))
@@ -53,13 +53,13 @@ def test_clipping_matters_to_these_steps():
 def test_gradients_do_not_add_up():
     parameters = start()
     parameters[0].grad = torch.full((3,), 1e6)
-    train(parameters, lambda index: loss_of(parameters, index), 1, Optimiser(0.1))
+    train(parameters, lambda index: loss_of(parameters, index), 1, AdamWConfig(0.1))
     assert torch.equal(parameters[0], by_hand(1, 0.1)[0][0])
 
 
 def test_parameters_without_gradient_only_stay():
     used, unused = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0))
-    train([used, unused], lambda index: used.square(), 3, Optimiser(0.1))
+    train([used, unused], lambda index: used.square(), 3, AdamWConfig(0.1))
     assert unused.item() == 1.0 and used.item() < 1.0
 
 
@@ -78,7 +78,7 @@ def bad_gradient(parameters):
 
 @pytest.mark.parametrize("bad", [not_a_number, infinite, bad_gradient])
 @pytest.mark.parametrize("failing_step", [1, 2, 4])
-def test_blow_up_keeps_the_last_good_parameters(bad, failing_step):
+def test_a_non_finite_loss_keeps_the_last_good_parameters(bad, failing_step):
     parameters, kept = start(), []
 
     def loss_at(index):
@@ -88,7 +88,7 @@ def test_blow_up_keeps_the_last_good_parameters(bad, failing_step):
         return loss_of(parameters, index)
 
     with pytest.raises(NonFiniteLoss) as caught:
-        train(parameters, loss_at, 6, Optimiser(0.1))
+        train(parameters, loss_at, 6, AdamWConfig(0.1))
     message = str(caught.value)
     assert f"not finite at step {failing_step} of 6 (lr 0.1)" in message
     assert "lower the learning rate" in message
@@ -97,20 +97,23 @@ def test_blow_up_keeps_the_last_good_parameters(bad, failing_step):
     assert all(torch.equal(ours, good) for ours, good in zip(parameters, last_good))
 
 
-def test_no_step_is_reported_for_a_blow_up():
+def test_no_step_is_reported_for_a_non_finite_loss():
     parameters, seen = start(), []
     with pytest.raises(NonFiniteLoss):
-        train(parameters, lambda index: not_a_number(parameters), 3, Optimiser(0.1), seen.append)
+        train(parameters, lambda index: not_a_number(parameters), 3, AdamWConfig(0.1), seen.append)
     assert seen == []
 
 
-def test_on_step_is_told_of_every_step():
+def test_on_step_is_called_after_every_step():
     parameters, seen = start(), []
 
-    def on_step(step):
-        seen.append((step.index, step.total, list(step.losses), step.seconds_left))
+    def on_step(progress):
+        left = progress.seconds_left
+        seen.append((progress.index, progress.total, list(progress.losses), left))
 
-    losses = train(parameters, lambda index: loss_of(parameters, index), 4, Optimiser(0.1), on_step)
+    losses = train(
+        parameters, lambda index: loss_of(parameters, index), 4, AdamWConfig(0.1), on_step
+    )
     assert [(index, total) for index, total, *_ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [so_far for _, _, so_far, _ in seen] == [losses[:i] for i in (1, 2, 3, 4)]
     assert all(left >= 0 for *_, left in seen)
@@ -125,7 +128,7 @@ def test_on_step_may_raise():
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        train(parameters, lambda index: loss_of(parameters, index), 5, Optimiser(0.1), on_step)
+        train(parameters, lambda index: loss_of(parameters, index), 5, AdamWConfig(0.1), on_step)
     expected = by_hand(2, 0.1)[0]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(parameters, expected))
 
@@ -143,13 +146,13 @@ def test_bfloat16_masters_never_move_and_ours_do():
         return layer(x).float().square().sum()
 
     masters = make()
-    train([masters.weight], lambda index: loss(masters), 35, Optimiser(2e-6))
+    train([masters.weight], lambda index: loss(masters), 35, AdamWConfig(2e-6))
     assert torch.equal(masters.weight, make().weight)
 
     layer = make()
-    adapter = Full(layer, "cpu")
+    adapter = FullAdapter(layer, "cpu")
     with attached({"layer": adapter}, lambda name: layer):
-        train([adapter.change], lambda index: loss(layer), 35, Optimiser(2e-6))
+        train([adapter.change], lambda index: loss(layer), 35, AdamWConfig(2e-6))
     # Each of Adam's steps is lr while the gradient keeps its sign.
     assert 30 * 2e-6 < adapter.change.abs().max() <= 35 * 2e-6 * 1.001
     assert torch.equal(layer.weight, make().weight)
@@ -160,7 +163,7 @@ def test_loss_scale_changes_nothing_in_float32(scale):
     def run(scale):
         weight = torch.nn.Parameter(torch.tensor([0.3, -2.0, 1e-3]))
         losses = train(
-            [weight], lambda index: weight.square().sum(), 5, Optimiser(0.01), scale=scale
+            [weight], lambda index: weight.square().sum(), 5, AdamWConfig(0.01), loss_scale=scale
         )
         return losses, weight.detach()
 
@@ -182,14 +185,14 @@ class Overflow(torch.autograd.Function):
 
 def test_loss_scale_is_halved_until_gradients_fit():
     weight = torch.nn.Parameter(torch.tensor([1.0]))
-    tried, told = [], []
+    tried, reported = [], []
 
     def loss_at(index):
         tried.append(index)
         return Overflow.apply(weight).sum()
 
-    losses = train([weight], loss_at, 3, Optimiser(0.1), told.append, scale=512.0)
+    losses = train([weight], loss_at, 3, AdamWConfig(0.1), reported.append, 512.0)
     assert tried == [0, 0, 0, 0, 1, 2]  # 512, 256, 128 overflow; 64 does not
-    assert len(losses) == len(told) == 3
+    assert len(losses) == len(reported) == 3
     with pytest.raises(NonFiniteLoss, match="at step 1 of 1"):
-        train([weight], lambda index: Overflow.apply(weight * 200).sum() * 200, 1, Optimiser(0.1))
+        train([weight], lambda index: Overflow.apply(weight * 200).sum() * 200, 1, AdamWConfig(0.1))

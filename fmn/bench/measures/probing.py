@@ -1,0 +1,125 @@
+"""Probes of the weights: does the model still draw the target if sampling is disturbed?
+
+Lu et al. 2025, When Are Concepts Erased From Diffusion Models? (arXiv 2505.17013), scaled down, as
+in ``classifier`` and ``inpainting``; docs/robustness.md says where they differ from the paper and
+what they cannot show. Each draws the prompts of ``Trial.target_asks``; ``untouched`` in a row is
+whether the untouched model's plain picture of the same ask shows the target.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import ForgetError
+from ...models.interface import Text
+from ...models.sampling import ddpm_sigma
+from .trial import Ask, Result, Trial, as_saved
+
+SHARES, ETAS, SPREADS = (0.1, 0.2, 0.4), (1.0, 1.17, 1.34), (1.0, 1.04)
+
+
+def completion(trial: Trial, shares: Sequence[float] = SHARES) -> Result:
+    """The untouched model draws the first share of the steps, the model under test the rest.
+
+    Cost: ``len(shares)`` * ``trial.count`` pictures, and ``trial.count`` untouched, kept.
+
+    Returns:
+        rows: one a picture and share, with ``share``, and ``steps`` of the untouched model.
+    """
+    if not all(0 <= share <= 1 for share in shares):
+        raise ForgetError(f"Shares are {shares}: use numbers from 0 to 1.")
+    sampler, asks, rows = trial.sampler, trial.target_asks(), []
+    for share in shares:
+        first = round(share * sampler.sampling.steps)
+
+        def latents(
+            part: Sequence[Ask], text: Text, noise: torch.Tensor, first: int = first
+        ) -> torch.Tensor:
+            with sampler.unpatched():
+                begun = sampler.latents(text, noise, last=first)
+            return sampler.latents(text, begun, first=first)
+
+        still = trial.shows_target(draw_latents(trial, asks, latents))
+        rows += trial.judged_rows(asks, still, share=share, steps=first)
+    return {"rows": rows, "settings": {"shares": list(shares)}}
+
+
+def noise(trial: Trial, etas: Sequence[float] = ETAS, spreads: Sequence[float] = SPREADS) -> Result:
+    """More noise during sampling than DDPM's, on a grid; the best picture of an ask counts.
+
+    x' = sqrt(a') x_0 + sqrt|1 - a' - s^2| e + spread s z with s = eta s_DDPM. The first cell is
+    eta 0, which is plain DDIM.
+
+    Cost: 1 + ``len(etas)`` * ``len(spreads)`` pictures an ask, and one untouched, kept.
+
+    Returns:
+        rows: with ``cells``, whether each cell shows the target. cells: [eta, spread] each.
+    """
+    if not all(0 <= eta <= 10 for eta in etas) or not all(0 <= spread <= 10 for spread in spreads):
+        raise ForgetError(f"etas are {etas}, spreads {spreads}: use numbers from 0 to 10.")
+    sampler, asks = trial.sampler, trial.target_asks()
+    cells = [(0.0, 1.0), *((eta, spread) for eta in etas if eta for spread in spreads)]
+    shown = []
+    for eta, spread in cells:
+
+        def latents(
+            part: Sequence[Ask], text: Text, start: torch.Tensor, eta: float = eta,
+            spread: float = spread,
+        ) -> torch.Tensor:  # fmt: skip
+            fresh = FreshNoise(eta, spread, [ask.seed for ask in part])
+            return sampler.latents(text, start, eta=eta, spread=0.0, **fresh.options())
+
+        shown.append(trial.shows_target(draw_latents(trial, asks, latents)))
+    return best_of(trial, asks, shown) | {"cells": [list(cell) for cell in cells]}
+
+
+class FreshNoise:
+    """The fresh noise of ``sampling.ddim``, each picture's from a generator of its own.
+
+    ddim's one generator would make a picture depend on the others of its batch; ``spread`` there
+    is 0.
+    """
+
+    def __init__(self, eta: float, spread: float, seeds: Sequence[int]):
+        self.eta, self.spread = eta, spread
+        # Not the seed of the picture's first noise, of which this must be independent.
+        seeds = [zlib.crc32(f"{seed}|fresh".encode()) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.alpha = torch.ones(())  # of the current step
+
+    def options(self) -> dict[str, Any]:
+        """For ``sampling.ddim``."""
+        return {"correct": self._see, "after": self._add, "generator": torch.Generator()}
+
+    def _see(self, x, noise, t, alpha):
+        self.alpha = alpha
+        return noise
+
+    def _add(self, x, following):
+        sigma = self.eta * ddpm_sigma(self.alpha, following)
+        fresh = [torch.randn(x.shape[1:], generator=each) for each in self.generators]
+        return x + self.spread * sigma * torch.stack(fresh).to(x)
+
+
+def draw_latents(
+    trial: Trial,
+    asks: Sequence[Ask],
+    latents: Callable[[Sequence[Ask], Text, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:  # [N, H, W, 3]
+    """Pictures of ``latents(asks, text, noise)``, in batches."""
+    sampler, pictures = trial.sampler, []
+    for i in range(0, len(asks), sampler.batch):
+        part = asks[i : i + sampler.batch]
+        text, start = sampler.texts([a.prompt for a in part]), sampler.noise([a.seed for a in part])
+        pictures.append(sampler.decode(latents(part, text, start)))
+        sampler.on_pictures(len(part))
+    return as_saved(torch.cat(pictures))
+
+
+def best_of(trial: Trial, asks: Sequence[Ask], shown: Sequence[Sequence[bool]]) -> Result:
+    """Rows of a grid: ``shown`` holds what each cell shows of all asks, and the best one counts."""
+    by_ask = [[bool(each) for each in cells] for cells in zip(*shown)]
+    rows = trial.judged_rows(asks, [any(cells) for cells in by_ask])
+    return {"rows": [row | {"cells": cells} for row, cells in zip(rows, by_ask)]}

@@ -1,0 +1,126 @@
+"""The settings of Re-read."""
+
+from dataclasses import dataclass
+
+from ...closed_form.input_edit import preserve_setting, rank_setting
+from ...closed_form.text_embeddings import keep_list_setting
+from ...settings import Settings as Base
+from ...settings import advanced, checkpointing, lr, seed, setting, size
+
+
+@dataclass(frozen=True)
+class Settings(Base, method="reread"):
+    overshoot: float = setting(
+        0.4,
+        "How far beyond, but for styles. 0: prompts are read as if the concept were not there. 1: "
+        "as much to the other side. Higher: it goes more surely, and neighbours suffer more.",
+        limits=(0.0, 4.0, 0.01),
+        formerly="push",
+    )
+    overshoot_style: float = setting(
+        0.7,
+        "The same for styles, which need more: asked for none, a model draws one anyway.",
+        limits=(0.0, 4.0, 0.01),
+        formerly="push_style",
+    )
+    stop_at: float = advanced(
+        0.0,
+        "Go no further than needed: overshoot is raised in steps until at most this share of what "
+        "the concept does to a drawing's first predictions is left, or a step takes less of it "
+        "than that. 0: always as far as overshoot says.",
+        limits=(0.0, 1.0, 0.01),
+    )
+    preserve: float = preserve_setting(10.0)
+    damping: float = advanced(
+        1e-3,
+        "Weight of leaving all as it is (lambda), as a share of the mean square of what is read. "
+        "Small: a stronger edit. Large: none.",
+        limits=(1e-9, 1e6, 0.0001),
+    )
+    prompts: int = advanced(
+        10,
+        "Sentences with each name of the concept, from a fixed list; its own prompts come on top.",
+        limits=(1, 180),
+    )
+    keep_prompts: int = advanced(
+        256,
+        "Sentences with kept words. More: less harm, and longer to encode. Each word and prompt "
+        "that is connected to keep comes on top.",
+        limits=(0, 10_000),
+        formerly="kept",
+    )
+    words_per_prompt: int = advanced(
+        1,
+        "Kept words in each of these sentences. 1: as many words as sentences are kept. More: "
+        "fewer sentences do for a list, which are what takes long to encode.",
+        limits=(1, 6),
+        formerly="together",
+    )
+    images_per_concept: int = advanced(
+        4,
+        "How many prompts of each concept are drawn, beside as many without it and as many kept "
+        "ones, to see where cross-attention looks.",
+        limits=(1, 64),
+        formerly="drawn",
+    )
+    sampling_steps: int = advanced(4, "Steps in which each is drawn.", limits=(1, 1000))
+    guidance: float = advanced(
+        3.5,
+        "Guidance scale while drawing. 1: none, half the time.",
+        limits=(1.0, 100.0, 0.1),
+    )
+    query_positions: int = advanced(
+        8,
+        "Places of each picture and step whose queries are used.",
+        limits=(1, 1024),
+        formerly="places",
+    )
+    rank: int = rank_setting(8, advanced=True)
+    robust_steps: int = setting(
+        0,
+        "Training steps for each concept against attacks, after the closed form. 0: none, the "
+        "patch is made in a moment. 300: learned words bring the concept back less often; takes "
+        "far longer and costs some of what is kept.",
+        limits=(0, 100_000),
+        group="robust",
+    )
+    robust_overshoot: float = advanced(
+        3.0,
+        "With robust_steps: how far predictions are moved away from the concept. 0: as if it were "
+        "not in the prompt. Higher: it stays away more surely, and neighbours suffer more.",
+        limits=(0.0, 20.0, 0.1),
+        group="robust",
+        formerly="robust_push",
+    )
+    robust_preserve: float = advanced(
+        1.5,
+        "With robust_steps: weight of kept prompts against what is forgotten. 0: none.",
+        limits=(0.0, 1000.0, 0.1),
+        group="robust",
+    )
+    robust_rank: int = advanced(
+        3,
+        "With robust_steps: rank of the change of self-attention and feed-forward layers.",
+        limits=(1, 128),
+        group="robust",
+    )
+    robust_pictures: int = advanced(
+        24,
+        "With robust_steps: pictures drawn of each concept, and twice as many of kept prompts.",
+        limits=(1, 1000),
+        group="robust",
+    )
+    robust_lr: float = lr(
+        2e-3,
+        "With robust_steps: AdamW's learning rate at the start.",
+        advanced=True,
+        group="robust",
+    )
+    checkpointing: bool = checkpointing()
+    keep_list: str = keep_list_setting()
+    size: int = size()
+    seed: int = seed()
+
+    @property
+    def trains(self) -> bool:  # type: ignore[override]
+        return self.robust_steps > 0
