@@ -129,7 +129,7 @@ def test_scores_of_a_patch_that_was_just_saved(server, measured):
     "inputs, told",
     [
         ({"targets": "wolf"}, "has no target 'wolf'"),
-        ({"suite": "stable-diffusion", "targets": ""}, "has no judge of its own"),
+        ({"suite": "stable-diffusion", "targets": ""}, "no default for the judge"),
         ({"judge": "nosuch"}, "There is no judge 'nosuch'"),
         ({"judge": "clip:/nosuch"}, "/nosuch"),
         ({"name": "../../escape"}, "leads out of output/forget_bench"),
