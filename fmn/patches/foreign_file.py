@@ -57,8 +57,10 @@ def read_foreign(path: str | Path) -> ForeignFile:
             f"'{path}' cannot be read ({error.strerror}): check the name and its folder."
         ) from error
     refuse_no_weights(path, start)
+    tensors: Mapping[str, torch.Tensor]
+    metadata: dict[str, str] = {}
     if start.startswith(ZIP) or start[:2] in (b"\x80\x02", b"\x80\x04"):
-        tensors, metadata = _read_pickle(path), {}
+        tensors = _read_pickle(path)
     else:
         tensors, metadata = _read_safetensors(path, size, start)
     if not tensors:

@@ -8,17 +8,16 @@ scores are not taken over.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
-from .. import __version__
 from ..concepts.concept import Concept
 from ..errors import ForgetError
-from ..models.families import FAMILIES, Family
+from ..models.families import FAMILIES, Family, layers
 from ..models.interface import fingerprint
 from ..text import printable
 from .foreign_file import ForeignFile, read_foreign
 from .foreign_lora import is_lora, read_lora
+from .metadata import stamp
 from .patch import ForgetPatch
 from .weight_difference import WeightFile, difference, family_of_weights, open_weights, read_folder
 
@@ -89,7 +88,7 @@ def import_patch(
         )
     first = open_weights(base)
     change = difference(edited, first, found, rank, on_layer)
-    info = {"truncation_error": change.lost}
+    info: dict[str, object] = {"truncation_error": change.lost}
     mark = _fingerprint(first, found)
     if mark:
         info["base.fingerprint"] = mark
@@ -146,10 +145,9 @@ def _identified(file: ForeignFile, weights: WeightFile, wanted: Family | None) -
 
 def _fingerprint(base: WeightFile, family: Family) -> str | None:
     """The base's fingerprint, or None if it lacks keys or values of cross-attention."""
-    try:
-        return fingerprint(family, lambda layer: base.weight(layer)[:4])
-    except TypeError:  # a layer is missing
-        return None
+    weights = {layer: base.weight(layer) for layer in layers(family) if layer.is_key_or_value}
+    known = {layer: weight for layer, weight in weights.items() if weight is not None}
+    return fingerprint(family, known.__getitem__) if len(known) == len(weights) else None
 
 
 def _unused(keys: list[str]) -> list[str]:
@@ -173,8 +171,7 @@ def _patch(
         "method": "import",
         "settings": {},
         "loss": {},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "version": __version__,
+        **stamp(),
         "imported": {
             "kind": kind,
             "file": printable(file.name)[:200],

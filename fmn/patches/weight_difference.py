@@ -114,7 +114,7 @@ def difference(
     result, squares = Difference({}, 0.0, 0.0), torch.zeros(3, dtype=torch.float64)
     for done, layer in enumerate(present, 1):
         before, after = base.weight(layer), edited.weight(layer)
-        if before is None:
+        if before is None or after is None:
             raise ForgetError(
                 f"The base '{base.file.name}' lacks '{layer.name}', which '{edited.file.name}' "
                 "changes: give the whole model that the eraser began with."
@@ -207,9 +207,10 @@ def family_of_weights(file: WeightFile, families: Mapping[str, Family]) -> list[
     """The families whose cross-attention keys and values a file holds, in their shapes."""
     fits = []
     for family in families.values():
-        keys = [layer for layer in layers(family) if layer.is_key_or_value and file.key_of(layer)]
-        shapes = [tuple(file.file.tensors[file.key_of(layer)].shape) for layer in keys]
-        if keys and shapes == [layer.shape for layer in keys]:
+        readers = [layer for layer in layers(family) if layer.is_key_or_value]
+        keys = {key: layer.shape for layer in readers if (key := file.key_of(layer))}
+        shapes = {key: tuple(file.file.tensors[key].shape) for key in keys}
+        if keys and shapes == keys:
             fits.append(family)
     return fits
 
