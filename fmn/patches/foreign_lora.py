@@ -15,7 +15,9 @@ import torch
 
 from ..errors import ForgetError
 from ..models.families import FAMILIES, Family, Layer, layers, text_layers
+from .patch import MAX_RANK
 
+NO_DIRECTION = 1e-6  # of the largest singular value: float32's rounding
 # The names of a factor, behind the path of its layer.
 FACTORS = {
     "down": (
@@ -180,15 +182,20 @@ def _no_family(name: str, modules: list[str], family: Family | None, fits: list[
     )
 
 
+def _exact_factors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of a full difference at the rank it has, at most ``MAX_RANK``."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = min(MAX_RANK, max(1, int((s > NO_DIRECTION * s[0]).sum())))
+    roots = s[:rank].sqrt()
+    return u[:, :rank] * roots, roots[:, None] * vh[:rank]
+
+
 def _factors(
     name: str, module: str, layer: Layer, parts: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(up, down) in the layer's own dimensions, alpha / rank taken into up."""
     if "difference" in parts:
-        matrix = parts["difference"].float().flatten(1)
-        up, down = torch.eye(len(matrix)), matrix
-        if len(matrix) > matrix.shape[1]:
-            up, down = matrix, torch.eye(matrix.shape[1])
+        up, down = _exact_factors(parts["difference"].float().flatten(1))
     else:
         up, down = parts["up"].float().flatten(1), parts["down"].float().flatten(1)
         if up.shape[1] != len(down):

@@ -96,6 +96,15 @@ def test_alpha_over_rank_scales_the_change(tmp_path, alpha, factor):
     torch.testing.assert_close(patch.change_of(layer.name), factor * up @ down)
 
 
+def test_full_differences_keep_the_rank_they_have(tmp_path):
+    layer = KV[0]
+    up, down = factors(layer)
+    tensors = {"lora_unet_" + layer.name.replace(".", "_") + ".diff": up @ down}
+    patch = import_patch(write(tmp_path / "d.safetensors", tensors), DOG, family="demo").patch
+    assert patch.ranks == [2]
+    torch.testing.assert_close(patch.change_of(layer.name), up @ down, rtol=1e-4, atol=1e-4)
+
+
 def test_convolutions_keep_their_kernel(tmp_path):
     layer = next(each for each in layers(SD1) if each.shape[2:] == (3, 3))
     up, down = factors(layer)
