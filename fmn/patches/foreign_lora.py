@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from ..errors import ForgetError
+from ..linalg import balanced_factors
 from ..models.families import FAMILIES, Family, Layer, layers, text_layers
 from .patch import MAX_RANK
 
@@ -186,8 +187,7 @@ def _exact_factors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of a full difference at the rank it has, at most ``MAX_RANK``."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     rank = min(MAX_RANK, max(1, int((s > NO_DIRECTION * s[0]).sum())))
-    roots = s[:rank].sqrt()
-    return u[:, :rank] * roots, roots[:, None] * vh[:rank]
+    return balanced_factors(u, s, vh, rank)
 
 
 def _factors(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ForgetError
-from ..linalg import product_svd
+from ..linalg import balanced_factors, product_svd
 from ..models.families import Family, Layer, layers, layers_by_name, text_layers
 from .foreign_file import ForeignFile, read_foreign
 from .patch import MAX_RANK
@@ -164,8 +164,8 @@ def _cut(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, f
     eye = torch.eye(min(change.shape))
     u, s, vh = product_svd(*((eye, change) if wide else (change, eye)))
     rank = min(rank or spectral_rank(s), len(s), MAX_RANK)
-    roots = s[:rank].sqrt()
-    return u[:, :rank] * roots, roots[:, None] * vh[:rank], float(s[rank:].double().square().sum())
+    lost = float(s[rank:].double().square().sum())
+    return *balanced_factors(u, s, vh, rank), lost
 
 
 def _shaped(
