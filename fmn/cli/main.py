@@ -16,6 +16,7 @@ from .apply import add_apply
 from .batch import add_batch, add_merge
 from .bench import add_bench, run_bench
 from .forget import add_forget
+from .import_eraser import add_import
 from .options import Commands, Parser, add_command, add_out, asked_method, refuse_unknown
 from .signals import sigterm_cancels
 
@@ -35,6 +36,7 @@ examples:
   python -m fmn inspect dog.safetensors --json
   python -m fmn batch list.csv --model sd15.safetensors --method uce --out patches
   python -m fmn merge "patches/*" dog.safetensors:0.8 --out all.safetensors --budget-kb 2000
+  python -m fmn import esd-dog.pt --base sd15.safetensors --concept dog --out dog.safetensors
 
 exit codes: 0 done, 1 internal error, 2 wrong input or not enough memory, 3 training diverged (the
 last good patch is kept), 4 some concepts of a batch failed, 130 cancelled (Ctrl-C or SIGTERM),
@@ -57,6 +59,7 @@ def build_parser(asked: str | None = None) -> Parser:
     add_apply(commands)
     add_batch(commands, asked)
     add_merge(commands)
+    add_import(commands)
     inspect = add_command(commands, "inspect", _inspect, "show what a patch file forgets")
     inspect.add_argument("patch", type=Path, help="a patch file")
     add_command(commands, "methods", _methods, "list the methods")

@@ -26,6 +26,8 @@ def describe(patch: ForgetPatch) -> str:
     ]
     if info.get("merged"):
         lines.append(f"merged: {_merged(info['merged'])}")
+    if info.get("imported"):
+        lines.append(_imported(info["imported"]))
     lines += _settings(info)
     loss = info.get("loss")
     if loss:
@@ -41,6 +43,12 @@ def describe(patch: ForgetPatch) -> str:
             lines.append(f"{meaning}: {info[key]:.2%} of the change")
     lines.append(f"made: {info.get('date', 'unknown')}, version {info.get('version', 'unknown')}")
     return "\n".join(printable(line) for line in lines)
+
+
+def _imported(record: Mapping[str, Any]) -> str:
+    """Where an imported patch came from, by its untrusted record."""
+    kind, file, digest = (str(record.get(key, "unknown")) for key in ("kind", "file", "sha256"))
+    return f"imported: {kind:.40} from {file:.100}, SHA-256 {digest:.16}..."
 
 
 def _concept(concept: Mapping[str, Any]) -> str:

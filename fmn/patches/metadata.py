@@ -17,7 +17,7 @@ INFO_TYPES: dict[str, type | tuple[type, ...]] = {
     "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
     "base.prediction": str, "loss": dict, "truncation_error": (int, float),
     "rounding_error": (int, float), "date": str, "version": str, "recipe": str,
-    "merged": list, "scores": dict, "measured": dict,
+    "merged": list, "scores": dict, "measured": dict, "imported": dict,
 }  # fmt: skip
 
 

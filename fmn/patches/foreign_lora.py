@@ -1,0 +1,220 @@
+"""LoRA files of any trainer, as changes of our layers.
+
+Names differ in three ways: the path of a layer (diffusers' or CompVis', with dots or underscores),
+what stands before it (``lora_unet_``, ``unet.``, ``base_model.model.``), and what the two factors
+are called (kohya, PEFT, attention processors).
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+from ..errors import ForgetError
+from ..linalg import balanced_factors
+from ..models.families import FAMILIES, Family, Layer, layers, text_layers
+from .patch import MAX_RANK
+
+NO_DIRECTION = 1e-6  # of the largest singular value: float32's rounding
+# The names of a factor, behind the path of its layer.
+FACTORS = {
+    "down": (
+        ".lora_down.weight", ".lora_down", ".lora_A.weight", ".lora_A.default.weight",
+        ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight",
+    ),
+    "up": (
+        ".lora_up.weight", ".lora_up", ".lora_B.weight", ".lora_B.default.weight",
+        ".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight",
+    ),
+    "alpha": (".alpha", ".lora.alpha"),
+    "difference": (".diff",),
+}  # fmt: skip
+# Changes of another form than up @ down.
+OTHER_FORMS = {
+    "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
+    "oft_": "OFT", "boft_": "BOFT", "glora_": "GLoRA", "lora_mid": "LoCon with a middle factor",
+}  # fmt: skip
+UNET_STARTS = ("lora_unet_", "diffusion_model.", "unet.", "model.diffusion_model.")
+# Before the path in files of several encoders, and of one.
+TEXT_STARTS = {
+    "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
+    "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder",
+}  # fmt: skip
+TRANSFORMER = re.compile(
+    r"(double_blocks|single_blocks|transformer_blocks_\d+_attn_add|joint_blocks|"
+    r"single_transformer_blocks|context_refiner)"
+)
+
+
+@dataclass
+class ForeignLora:
+    """Changes by layer, and the keys that belong to no layer of the family.
+
+    Attributes:
+        changes: layer name -> (up [out, r], down [r, in]), float32, alpha taken in.
+        unused: keys left out, such as biases.
+    """
+
+    family: Family
+    changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    unused: list[str] = field(default_factory=list)
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether keys are those of a LoRA, of whatever trainer."""
+    return any(_split(key) or _other_form(key) for key in keys)
+
+
+def read_lora(
+    name: str, tensors: Mapping[str, torch.Tensor], family: Family | None = None
+) -> ForeignLora:
+    """The changes that a LoRA file makes.
+
+    Args:
+        name: of the file, for errors. family: None takes the one whose layers fit.
+
+    Raises:
+        ForgetError: another kind of adapter, another kind of model, or factors that fit no layer.
+    """
+    form = next(filter(None, map(_other_form, tensors)), None)
+    if form:
+        raise ForgetError(
+            f"'{name}' is a {form} file, whose change is no product of two matrices: merge it into "
+            "a checkpoint with the program that made it, and import the checkpoint with --base."
+        )
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    unused = []
+    for key in tensors:
+        split = _split(key)
+        if split:
+            modules.setdefault(split[0], {})[split[1]] = tensors[key]
+        else:
+            unused.append(key)
+    fits = [one for one in ([family] if family else FAMILIES.values()) if _fits(one, modules)]
+    if len(fits) != 1:
+        raise ForgetError(_no_family(name, list(modules), family, fits))
+    changes = {}
+    for module, parts in modules.items():
+        layer = _layer(fits[0], module)
+        if layer is None:
+            unused += [f"{module}.{part}" for part in parts]
+        else:
+            changes[layer.name] = _factors(name, module, layer, parts)
+    return ForeignLora(fits[0], changes, sorted(unused))
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    """(path of a layer with underscores for dots and its prefix in front, factor) of a key."""
+    for factor, endings in FACTORS.items():
+        for ending in endings:
+            if key.endswith(ending) and len(key) > len(ending):
+                return key[: -len(ending)], factor
+    return None
+
+
+def _other_form(key: str) -> str | None:
+    return next((form for part, form in OTHER_FORMS.items() if part in key), None)
+
+
+@cache
+def _unet_names(family: Family) -> dict[str, Layer]:
+    names = {layer.name.replace(".", "_"): layer for layer in layers(family)}
+    return names | {layer.compvis.replace(".", "_"): layer for layer in layers(family)}
+
+
+@cache
+def _text_names(family: Family, encoder: str) -> dict[str, Layer]:
+    own = [layer for layer in text_layers(family) if layer.name.startswith(encoder + ".")]
+    names = {layer.name.removeprefix(encoder + ".").replace(".", "_"): layer for layer in own}
+    # Text encoders of newer transformers have no "text_model" in their paths.
+    return names | {name.removeprefix("text_model_"): layer for name, layer in names.items()}
+
+
+def _layer(family: Family, module: str) -> Layer | None:
+    """The layer that a file calls ``module``, or None."""
+    module = module.removeprefix("base_model.model.")
+    for start, encoder in TEXT_STARTS.items():
+        if module.startswith(start):
+            return _text_names(family, encoder).get(_path(module[len(start) :]))
+    for start in UNET_STARTS:
+        module = module.removeprefix(start)
+    names = _unet_names(family)
+    path = _path(module)
+    return names.get(path) or names.get(f"{path}_0")  # attention processors: to_out for to_out.0
+
+
+def _path(module: str) -> str:
+    return module.replace(".processor.", ".").removeprefix("base_model.model.").replace(".", "_")
+
+
+def _fits(family: Family, modules: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
+    """Whether at least half of a file's layers are the family's, in the family's shapes."""
+    known = [(layer, parts) for m, parts in modules.items() if (layer := _layer(family, m))]
+    right = sum(_shape(parts) == (layer.shape[0], layer.shape[1]) for layer, parts in known)
+    return bool(known) and right == len(known) and 2 * len(known) >= len(modules)
+
+
+def _shape(parts: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """(outputs, inputs) of a change."""
+    if "difference" in parts:
+        return tuple(parts["difference"].shape[:2])
+    down, up = parts.get("down"), parts.get("up")
+    if down is None or up is None or down.dim() < 2 or up.dim() < 2:
+        return ()
+    return up.shape[0], down.shape[1]
+
+
+def _no_family(name: str, modules: list[str], family: Family | None, fits: list[Family]) -> str:
+    if fits:
+        titles = " or ".join(one.title for one in fits)
+        return f"'{name}' fits {titles}: say which with --family."
+    if any(TRANSFORMER.search(module.replace(".", "_")) for module in modules):
+        return (
+            f"'{name}' is a LoRA for a diffusion transformer: use Load LoRA in ComfyUI, as only "
+            "files for Stable Diffusion 1.x, 2.x and XL can be imported."
+        )
+    wanted = family.title if family else "Stable Diffusion 1.x, 2.x or XL"
+    return (
+        f"'{name}' names layers such as '{modules[0]:.60}', which are not those of {wanted} in the "
+        "right shapes: check which model it was made for."
+    )
+
+
+def _exact_factors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of a full difference at the rank it has, at most ``MAX_RANK``."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = min(MAX_RANK, max(1, int((s > NO_DIRECTION * s[0]).sum())))
+    return balanced_factors(u, s, vh, rank)
+
+
+def _factors(
+    name: str, module: str, layer: Layer, parts: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(up, down) in the layer's own dimensions, alpha / rank taken into up."""
+    if "difference" in parts:
+        up, down = _exact_factors(parts["difference"].float().flatten(1))
+    else:
+        up, down = parts["up"].float().flatten(1), parts["down"].float().flatten(1)
+        if up.shape[1] != len(down):
+            raise ForgetError(
+                f"'{name}' has factors of ranks {up.shape[1]} and {len(down)} for '{module:.80}': "
+                "download it again."
+            )
+        alpha = float(parts["alpha"]) if "alpha" in parts else float(len(down))
+        up = up * (alpha / len(down))
+    if not torch.isfinite(down.norm() * up.norm()):
+        raise ForgetError(
+            f"'{name}' holds NaN or infinite values in '{module:.80}': do not use it."
+        )
+    kernel = layer.shape[1:]
+    if down.shape[1] != math.prod(kernel):
+        raise ForgetError(
+            f"'{name}' changes '{module:.80}' with another kernel than the model has: check which "
+            "model it was made for."
+        )
+    if len(kernel) == 1:
+        return up, down
+    return up[:, :, None, None], down.unflatten(1, kernel)

@@ -1,0 +1,246 @@
+"""Edited weights against their base, as low ranks.
+
+Erasers such as ESD, UCE and SPEED save the weights themselves. What they changed is the difference
+from the base, rounded to the file's own precision first: against an unrounded base, rounding alone
+would be a fifth of a small edit.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..errors import ForgetError
+from ..linalg import balanced_factors, product_svd
+from ..models.families import Family, Layer, layers, layers_by_name, text_layers
+from .foreign_file import ForeignFile, read_foreign
+from .patch import MAX_RANK
+
+UNET_PREFIXES = "model.diffusion_model.", "unet.", "diffusion_model.", "model.", ""
+TEXT_PREFIXES = {
+    "text_encoder": (
+        "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.",
+        "cond_stage_model.", "",
+    ),
+    "text_encoder_2": ("text_encoder_2.",),
+}  # fmt: skip
+NOT_CHANGED = 1e-7  # relative size of a difference that is rounding in float32
+TOO_LARGE = 0.5  # relative size, over all layers, that no edit of the same base has
+GAP = 3.0  # ratio of neighbouring singular values that counts as the end of an edit
+ENERGY = 0.99  # share of the square of a change that is kept where there is no gap
+RANK_WITHOUT_GAP = 64
+
+
+class WeightFile:
+    """The weights of one model's layers in a file, whatever its names begin with."""
+
+    def __init__(self, file: ForeignFile):
+        self.file, self._keys = file, set(file.tensors)
+
+    def key_of(self, layer: Layer) -> str | None:
+        """The key of a layer's weight, or None."""
+        return next((key for key in self._candidates(layer) if key in self._keys), None)
+
+    def weight(self, layer: Layer) -> torch.Tensor | None:
+        """A layer's weight in its shape, or None; Linear and 1x1 Conv2d stand for each other."""
+        key = self.key_of(layer)
+        if key is None:
+            return None
+        tensor = self.file.tensors[key]
+        fits = tensor.dim() >= 2 and tensor.numel() == torch.Size(layer.shape).numel()
+        if not fits or tensor.shape[0] != layer.shape[0]:
+            raise ForgetError(
+                f"'{self.file.name}' holds '{key:.80}' of shape {list(tensor.shape)}, and "
+                f"{list(layer.shape)} was expected: check the family and the base."
+            )
+        return tensor.reshape(layer.shape)
+
+    @staticmethod
+    def _candidates(layer: Layer) -> Iterator[str]:
+        if layer.is_text:
+            encoder, _, path = layer.name.partition(".")
+            paths = path, path.removeprefix("text_model.")
+            prefixes = TEXT_PREFIXES[encoder]
+        else:
+            paths, prefixes = (layer.name, layer.compvis), UNET_PREFIXES
+        for prefix in prefixes:
+            yield from (f"{prefix}{path}.weight" for path in paths)
+
+
+@dataclass
+class Difference:
+    """What a file changes of its base.
+
+    Attributes:
+        changes: layer name -> (up [out, r], down [r, in]) in float32.
+        lost: relative Frobenius error of the cut to low rank, over all layers.
+        not_held: of the square of all differences, the share in tensors that a LoRA cannot hold:
+            norms, biases, embeddings.
+        unchanged: layers that are in the file and equal to the base.
+    """
+
+    changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    lost: float
+    not_held: float
+    unchanged: int = 0
+    ranks: list[int] = field(default_factory=list)
+
+
+def difference(
+    edited: WeightFile,
+    base: WeightFile,
+    family: Family,
+    rank: int = 0,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> Difference:
+    """The changes of every layer of a family that is in both files.
+
+    Args:
+        rank: of each layer's change; 0 cuts each at the gap of its spectrum, see ``spectral_rank``.
+        on_layer: called after each layer with how many are done and how many there are; may raise.
+
+    Raises:
+        ForgetError: no layer of the family, none that differs, or differences too large for an
+            edit of this base.
+    """
+    present = [layer for layer in layers_by_name(family).values() if edited.key_of(layer)]
+    if not present:
+        raise ForgetError(
+            f"'{edited.file.name}' holds no weights of {family.title} under names of diffusers or "
+            "CompVis: check --family."
+        )
+    result, squares = Difference({}, 0.0, 0.0), torch.zeros(3, dtype=torch.float64)
+    for done, layer in enumerate(present, 1):
+        before, after = base.weight(layer), edited.weight(layer)
+        if before is None or after is None:
+            raise ForgetError(
+                f"The base '{base.file.name}' lacks '{layer.name}', which '{edited.file.name}' "
+                "changes: give the whole model that the eraser began with."
+            )
+        before = before.to(after.dtype).float()  # as the eraser saved what it left alone
+        change = (after.float() - before).flatten(1)
+        squares += torch.stack([change.square().sum(), before.square().sum(), torch.zeros(())])
+        if change.norm() <= NOT_CHANGED * before.norm():
+            result.unchanged += 1
+        else:
+            up, down, lost = _cut(change, rank)
+            squares[2] += lost
+            result.changes[layer.name] = _shaped(layer, up, down)
+            result.ranks.append(len(down))
+        on_layer(done, len(present))
+    total, whole, lost = squares.tolist()
+    _check_size(edited, base, result, total, whole)
+    result.lost = (lost / total) ** 0.5
+    result.not_held = _not_held(edited, base, family, total)
+    return result
+
+
+def spectral_rank(values: torch.Tensor) -> int:
+    """Where a change ends and rounding begins: the largest gap between singular values.
+
+    A closed form of n concepts has n values and a flat tail of rounding, which a tolerance would
+    take in or cut into at random. Where no gap is wider than ``GAP``, as after training, as many
+    as hold 99 % of the square, at most 64.
+
+    Args:
+        values: singular values [n], largest first.
+    """
+    values = values[values > 0]
+    if len(values) < 2:
+        return len(values)
+    ratios = values[:-1] / values[1:]
+    index = int(ratios[:MAX_RANK].argmax())
+    energy = values.square().cumsum(0) / values.square().sum()
+    if ratios[index] >= GAP and energy[index] >= 0.5:
+        return index + 1
+    return min(int((energy < ENERGY).sum()) + 1, RANK_WITHOUT_GAP)
+
+
+def _cut(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(up, down, sum of squares lost) of a change [out, in]."""
+    wide = change.shape[0] <= change.shape[1]
+    eye = torch.eye(min(change.shape))
+    u, s, vh = product_svd(*((eye, change) if wide else (change, eye)))
+    rank = min(rank or spectral_rank(s), len(s), MAX_RANK)
+    lost = float(s[rank:].double().square().sum())
+    return *balanced_factors(u, s, vh, rank), lost
+
+
+def _shaped(
+    layer: Layer, up: torch.Tensor, down: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(layer.shape) == 2:
+        return up.contiguous(), down.contiguous()
+    return up[:, :, None, None].contiguous(), down.unflatten(1, layer.shape[1:]).contiguous()
+
+
+def _check_size(
+    edited: WeightFile, base: WeightFile, found: Difference, total: float, whole: float
+) -> None:
+    if not found.changes:
+        raise ForgetError(
+            f"'{edited.file.name}' equals the base '{base.file.name}' in all {found.unchanged} "
+            "layers: it is not edited, or it is its own base."
+        )
+    if total > TOO_LARGE**2 * whole:
+        raise ForgetError(
+            f"'{edited.file.name}' differs from '{base.file.name}' by {(total / whole) ** 0.5:.0%} "
+            "of its weights, too much for an edit of it: give the base that it was made from."
+        )
+
+
+def _not_held(edited: WeightFile, base: WeightFile, family: Family, held: float) -> float:
+    """Share of the squares of all differences in norms, biases and embeddings."""
+    used = {edited.key_of(layer) for layer in (*layers(family), *text_layers(family))}
+    others = [key for key in edited.file.tensors if key not in used and key in base.file.tensors]
+    square = 0.0
+    for key in others:
+        after, before = edited.file.tensors[key], base.file.tensors[key]
+        if after.shape == before.shape and after.is_floating_point():
+            square += float((after.float() - before.to(after.dtype).float()).square().sum())
+    return square / (square + held) if square + held else 0.0
+
+
+def family_of_weights(file: WeightFile, families: Mapping[str, Family]) -> list[Family]:
+    """The families whose cross-attention keys and values a file holds, in their shapes."""
+    fits = []
+    for family in families.values():
+        readers = [layer for layer in layers(family) if layer.is_key_or_value]
+        keys = {key: layer.shape for layer in readers if (key := file.key_of(layer))}
+        shapes = {key: tuple(file.file.tensors[key].shape) for key in keys}
+        if keys and shapes == keys:
+            fits.append(family)
+    return fits
+
+
+def open_weights(path: str | Path) -> WeightFile:
+    """The weights of a checkpoint file or of a diffusers folder's U-Net and text encoders."""
+    path = Path(path)
+    return WeightFile(read_folder(path) if path.is_dir() else read_foreign(path))
+
+
+def read_folder(path: Path) -> ForeignFile:
+    """A diffusers folder as one file, keys with the part's name in front.
+
+    Raises:
+        ForgetError: there are no weights in it.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    digest = ""
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        files = sorted(
+            file for ending in (".safetensors", ".bin") for file in path.glob(f"{part}/*{ending}")
+        )
+        plain = [file for file in files if not re.search(r"\.(fp16|bf16|non_ema)\.", file.name)]
+        for file in (plain or files)[:1]:
+            read = read_foreign(file)
+            tensors |= {f"{part}.{key}": read.tensors[key] for key in read.tensors}
+            digest = digest or read.sha256
+    if not tensors:
+        raise ForgetError(
+            f"'{path}' holds no weights of a U-Net or text encoder: give a diffusers folder, with "
+            "unet/diffusion_pytorch_model.safetensors in it, or a single file."
+        )
+    return ForeignFile(path.name, tensors, {}, digest)
