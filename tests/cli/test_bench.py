@@ -179,7 +179,7 @@ def test_a_second_run_does_nothing_again(finished, capsys):
         (["--judge", "nosuch"], "There is no judge"),
         (["--judge", "clip:/nosuch"], "/nosuch"),
         (["--suite", "stable-diffusion"], "names no default for --model"),
-        (["--suite", "stable-diffusion", "--model", "demo"], "names no default for --judge"),
+        (["--suite", "stable-diffusion", "--model", "demo"], "names no default for the judge"),
         (["--workers", "-1", "--target", "dog"], "--workers is -1"),
         (["--steps", "0"], "Sampling steps are 0"),
         (["--size", "100"], "multiple of 64"),

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json
 import fmn
-from fmn.bench.running.worker import demo_controls, read_controls
+from fmn.bench.running.lab import demo_controls, read_controls
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.metrics.load import load_judge
 

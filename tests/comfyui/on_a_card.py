@@ -70,7 +70,9 @@ def test_weights_are_read_with_what_is_worn(pack, worn, comfy_model, made, littl
     """After texts were encoded, which takes the U-Net off the card."""
     host, on_unet = worn
     merging, hash_model = pack("fmn.jobs.joint_merge"), pack("fmn.jobs.recipe").hash_model
-    short = partial(merging.Settings, prompts=3, kept=8, drawn=1, sampling_steps=2)
+    short = partial(
+        merging.Settings, prompts=3, keep_prompts=8, images_per_concept=1, sampling_steps=2
+    )
     monkeypatch.setattr(merging, "Settings", short)
     patchers = comfy_model.patcher, comfy_model.clip.patcher
 

@@ -22,7 +22,7 @@ def run_in_inference_mode(pack, model, anchor, **more):
         "dog", anchor=anchor, prompts=("a dog, noto emoji",)
     )
     with torch.inference_mode():
-        patch = method.run(model, [concept], settings, steps.append, KEPT)
+        patch = pack("fmn.methods").forget(model, [concept], settings, steps.append, KEPT)
     return steps[-1].losses, patch
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +24,14 @@ QUICK = {
 def attack(pack, monkeypatch):
     """The nodes in this process, which has no page to show text on; they draw in few steps."""
     module = pack("nodes.attack")
-    monkeypatch.setattr(module, "show_text", lambda line: None)
+    monkeypatch.setattr(pack("nodes.progress"), "show_text", lambda line: None)
     sampling = pack("fmn.models.sampling").Sampling(steps=4)
     monkeypatch.setattr(module, "Sampling", lambda: sampling)
-    return module
+    return SimpleNamespace(
+        TextualInversion=pack("nodes.textual_inversion").TextualInversion,
+        ConceptInversionProbe=module.ConceptInversionProbe,
+        HardestEmbedding=module.HardestEmbedding,
+    )
 
 
 @pytest.fixture
@@ -219,7 +224,7 @@ def test_an_existing_embedding_is_never_overwritten(server):
     path = server.base / "models" / "embeddings" / "sub" / "once.safetensors"
     before = path.read_bytes()
     for name in ("sub/once", "once"):
-        with pytest.raises(PromptError, match="There is an embedding 'sub/once.safetensors'"):
+        with pytest.raises(PromptError, match="means the embedding 'sub/once.safetensors'"):
             server.run(demo_loader() | learning(name, training_seed=1))
     assert path.read_bytes() == before
 

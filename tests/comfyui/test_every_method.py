@@ -70,7 +70,7 @@ def test_words_to_keep_count_or_are_refused(pack, comfy_model, preset):
         return {name: up @ down for name, (up, down) in patch.changes.items()}
 
     if settings.keep_needs:
-        with pytest.raises(pack("fmn.errors").ForgetError, match="would not look at the words"):
+        with pytest.raises(pack("fmn.errors").ForgetError, match="would ignore the words"):
             made("a yapping puppy")
         return
     without, kept = made(), made("a yapping puppy")

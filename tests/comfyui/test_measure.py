@@ -223,7 +223,8 @@ def test_m_score_before_and_after(server):
     prompt_id = server.queue(prompt)
     messages = list(server.events(prompt_id))
     steps = [data for kind, data in messages if kind == "progress" and data["node"] == "score"]
-    assert [data["value"] for data in steps][-1] == steps[-1]["max"] == 2 * 2 * 2 * 3
+    # Steps of all inversions, and pictures.
+    assert [data["value"] for data in steps][-1] == steps[-1]["max"] == 2 * 2 * 2 * 3 + 2 * 2
     shown = "dog, this model, inversion 2/2: step 3/3, loss"
     assert any(shown in line and "s left" in line for line in texts(messages))
     outputs = server.history(prompt_id)["outputs"]
@@ -258,7 +259,7 @@ def test_m_score_ends_within_a_step_of_cancel(server):
 
 
 BAD = {
-    "no place": (dict(templates="a dog"), {}, "0 places"),
+    "no place": (dict(templates="a dog"), {}, "0 placeholders"),
     "custom": ({}, dict(kind="custom", prompts="a dog"), "write templates"),
     "no name": ({}, dict(name=" "), "name is empty"),
 }
@@ -303,6 +304,7 @@ def test_measuring_leaves_every_weight_as_it_was(pack, comfy_model, monkeypatch)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(nodes, "show_text", show)
+    monkeypatch.setattr(pack("nodes.progress"), "show_text", show)
     with torch.inference_mode():
         (told,) = nodes.MScore.execute(**given).ui["node_text"]
         stop.append(True)

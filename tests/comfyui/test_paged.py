@@ -173,6 +173,6 @@ def test_the_demo_asks_for_a_text_encoder_that_is_not_paged(pack, monkeypatch):
             asked.append(disable_dynamic)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(comfy.sd, "CLIP", Newer)
+    monkeypatch.setattr(pack("nodes.demo"), "CLIP", Newer)
     pack("nodes.demo").load_demo_checkpoint()
     assert asked == [True]

@@ -36,7 +36,7 @@ def test_unknown_model_is_refused(pack, demo):
     patcher = demo[0]
     attention = patcher.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2
     attention.to_k = torch.nn.Linear(128, 64, bias=False)
-    with pytest.raises(pack("fmn.errors").ForgetError, match="BaseModel is no model we know"):
+    with pytest.raises(pack("fmn.errors").ForgetError, match="BaseModel is an unsupported model"):
         pack("fmn.hosts.comfyui.model").ComfyModel(patcher)
 
 

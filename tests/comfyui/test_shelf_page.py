@@ -198,7 +198,7 @@ def test_delete_and_rename_ask_first(shelf, server):
     expect(dialog.get_by_role("textbox")).to_have_value("gogh")
     dialog.get_by_role("textbox").fill("../up")
     answer(page, "Confirm")
-    page.get_by_text("a file stays in its folder").first.wait_for()
+    page.get_by_text("cannot be used on every system").first.wait_for()
     assert (folder / "gogh.safetensors").exists()
 
     settled(page)

@@ -56,7 +56,7 @@ def test_weighted_and_long_prompts_are_read(pack, comfy_model, prompt, sections)
     with (
         comfy_model.borrow_text_encoder(words=False) as text,
         torch.no_grad(),
-        quickfix._inputs(comfy_model, text.module(quickfix.LAYER)) as inputs,
+        quickfix._layer_inputs(comfy_model, text.module(quickfix.LAYER)) as inputs,
     ):
         weighted = pack("fmn.concepts.concept").Prompt(prompt, "dog", plain=False)
         found = inputs.encode(weighted).context

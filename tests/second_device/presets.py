@@ -4,16 +4,15 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from second_device.plugin import CARD
 
 from fmn.concepts.concept import Concept
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import PRESETS, forget, settings_of
 
-from .plugin import CARD
-
 SHORT = {
     "steps": 2, "sampling_steps": 2, "sample_steps": 2, "robust_steps": 2, "robust_pictures": 4,
-    "size": 64, "samples": 1, "pairs": 2, "batch": 2, "prompts": 3, "kept": 8, "latents": 2,
+    "size": 64, "samples": 1, "pairs": 2, "batch": 2, "prompts": 3, "keep_prompts": 8, "latents": 2,
 }  # fmt: skip
 
 
