@@ -93,7 +93,7 @@ def test_everything_is_left_as_it_was(pack, attack, comfy_model, images, monkeyp
         if "step 2" in line:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(attack, "show_text", stop)
+    monkeypatch.setattr(pack("nodes.progress"), "show_text", stop)
     with pytest.raises(KeyboardInterrupt):
         invert(attack, comfy_model, images, "never")
     probe = dict(
@@ -165,7 +165,7 @@ def test_what_cannot_be_learned_is_refused(pack, attack, comfy_model, images, mo
     ForgetError = pack("fmn.errors").ForgetError
     with pytest.raises(ForgetError, match="no pictures to invert"):
         invert(attack, comfy_model, images[:0], "never")
-    with pytest.raises(ForgetError, match="0 places"):
+    with pytest.raises(ForgetError, match="0 placeholders"):
         invert(attack, comfy_model, images, "never", templates="a {red|blue} dog")
     invert(attack, comfy_model, images, "braces", templates="a {red|blue} {}", steps=1)
     xl = pack("fmn.models.families").SDXL

@@ -37,4 +37,4 @@ def test_a_patch_is_the_same(models, preset):
     for name in one.changes:
         assert all(factor.device.type == "cpu" for factor in other.changes[name])
         first, second = one.change_of(name), other.change_of(name)
-        assert (first - second).norm() <= 1e-3 * first.norm() + 1e-8, name
+        assert (first - second).norm() <= 3e-3 * first.norm() + 1e-8, name
