@@ -88,7 +88,7 @@ def run(
             pairs = Pairs.cat(concept_pairs(inputs, named, settings.tokens, lambda _: TEMPLATES))
             words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
             kept = _kept(inputs, words, pairs.targets)
-        # Asked for again: encoding may have moved the encoder, and with it the LoRAs in its weights.
+        # Asked for again: encoding may have moved the encoder, and LoRAs out of its weights.
         weight = weight_of(text_encoder.module(LAYER)).cpu()
         edit = compact(uce(*pairs, kept, preserve=settings.preserve, damping=settings.damping))
         rank = settings.rank * len(concepts) or max(weight.shape)
