@@ -171,8 +171,8 @@ def table(checkpoint, size, device, names):
         needed = ROWS[name][2] + OTHERS + ACTIVATIONS.get(size, 6 * GB) + SPARE
         free = free_memory(torch.device("cpu"))
         if device == "cpu" and needed > free:
-            told = f"{needed / GB:.0f} GB with {SPARE / GB:.0f} to spare"
-            print(f"| {name} | not measured: {told}, {free / GB:.0f} are free |||||||||")
+            required = f"{needed / GB:.0f} GB with {SPARE / GB:.0f} to spare"
+            print(f"| {name} | not measured: {required}, {free / GB:.0f} are free |||||||||")
             continue
         command = [sys.executable, __file__, "--row", name, "--size", str(size)]
         command += ["--device", device, "--checkpoint", str(checkpoint)]

@@ -1,4 +1,4 @@
-"""Patches on a model of full size, in ComfyUI: loaded, put on, taken off, ten at once; seconds.
+"""Patches on a model of full size, in ComfyUI: loaded, applied, removed, ten at once; seconds.
 
     COMFYUI_PATH=... python benchmarks/apply.py [sdxl] [--rank 8] [--checkpoint FILE] [--cpu]
 
@@ -6,11 +6,11 @@ A checkpoint of random weights is loaded as the stock loader does; a patch of ra
 keys and values is saved and read again. On a GPU times end when it is done.
 
     read          the file: read, checked
-    put on        a clone of the MODEL that wears it (no weight is touched)
+    applied       a clone of the MODEL with it (no weight is touched)
     merged        ComfyUI loads that model: the change is added to the weights
-    strength      the same file at another strength: put on and merged anew; no checkpoint is read
+    strength      the same file at another strength: applied and merged again; no checkpoint is read
     off           back to the bare model
-    ten           ten patches at once: put on and merged
+    ten           ten patches at once: applied and merged
     a step        one forward of 512 px (256 on a CPU) without and with ten patches, in turn
 """
 
@@ -99,8 +99,8 @@ def run(options, path, folder):
              for i in range(10)]  # fmt: skip
     timed("load", lambda: merged(host.patcher))
     patch = timed("read", lambda: load_patch(files[0]))
-    worn = timed("put on", lambda: host.patched(patch, 1.0))
-    timed("merged", lambda: merged(worn))
+    patched = timed("applied", lambda: host.patched(patch, 1.0))
+    timed("merged", lambda: merged(patched))
     timed("strength", lambda: merged(host.patched(patch, 0.5)))
     timed("off", lambda: merged(host.patcher))
     patches = timed("read ten", lambda: [load_patch(file) for file in files])

@@ -76,9 +76,9 @@ def show(model, suite, gone, stay, options, sources):
 
     def row(what, merged=None, seconds=0.0):
         patches = [merged.patch] if merged else []
-        told = [f"{share:.0%}" for share in measure(model, judge, suite, patches, gone, stay)]
+        shares = [f"{share:.0%}" for share in measure(model, judge, suite, patches, gone, stay)]
         size = f"{file_size(merged.patch) / 1000:.0f} | {merged.error:.0%}" if merged else " | "
-        print(f"| {what} | {' | '.join(told)} | {size} | {seconds:.1f} |", flush=True)
+        print(f"| {what} | {' | '.join(shares)} | {size} | {seconds:.1f} |", flush=True)
 
     row("untouched")
     for kilobytes in (0, *options.budgets):

@@ -21,8 +21,8 @@ from fmn.models.sampling import Sampling
 
 def count(model, judge, patches):
     """Pictures of each concept that still show it, and kept ones that are right."""
-    worn = [(patch, 1.0) for patch in patches]
-    with open_sampler(model, Sampling(STEPS, GUIDANCE, SIDE)) as sampler, sampler.applying(worn):
+    applied = [(patch, 1.0) for patch in patches]
+    with open_sampler(model, Sampling(STEPS, GUIDANCE, SIDE)) as sampler, sampler.applying(applied):
         pictures = sampler.draw(PROMPTS, range(len(PROMPTS)))
     found = judge_labels(judge, PROMPTS, pictures)
     still = [sum(c.name in found[p] for p in FORGOTTEN[c.name]) for c in CONCEPTS]

@@ -1,4 +1,4 @@
-"""Many concepts at once: one patch for all of them, and patches made apart and put on together.
+"""Many concepts at once: one patch for all of them, and patches made apart and applied together.
 
     python benchmarks/many.py reread --counts 1 5 20 50 100
 
@@ -6,7 +6,7 @@ forgets the first N of the demo model's 120 things, in an order that a seed fixe
 never forgotten. In %: of forgotten things' pictures, those that no longer show them (UA); of the
 other 20 things' pictures, those with the right thing, and with the right style. ``named``: these 20
 and the styles are given as what is to be kept; else only the shipped lists speak for them.
-``joint``: patches made apart are merged by solving for them jointly; else all are put on together.
+``joint``: patches made apart are merged by solving for them jointly; else all are applied together.
 """
 
 import argparse
@@ -64,9 +64,9 @@ def main():
 
     def row(method, count, how, patches, seconds):
         shares = measure(model, judge, suite, patches, names[: count or 1], stay)
-        told = " | ".join(f"{share:.0%}" for share in shares)
+        cells = " | ".join(f"{share:.0%}" for share in shares)
         rank = max((max(patch.ranks) for patch in patches), default=0)
-        print(f"| {method} | {count} | {how} | {told} | {seconds:.0f} | {rank} |", flush=True)
+        print(f"| {method} | {count} | {how} | {cells} | {seconds:.0f} | {rank} |", flush=True)
 
     row("untouched", 0, "", [], 0)
     for method in options.method:

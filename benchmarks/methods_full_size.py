@@ -164,10 +164,10 @@ def measure(model, preset, size, keep, before):
     each = f"{median(b - a for a, b in pairwise(moments)):.2f}" if trains else "-"
     ranks = "-".join(map(str, sorted({patch.ranks[0], patch.ranks[-1]})))
     same = "the same" if checksums(model) == before else "CHANGED"
-    told = ", ".join(f"{name} {value}" for name, value in changes.items())
+    changed = ", ".join(f"{name} {value}" for name, value in changes.items())
     print(
         f"| {preset} | {seconds:.1f} | {model.encoding:.1f} | {each} | {peak / GB:.2f} | "
-        f"{megabytes:.2f} | {len(patch.changes)} | {ranks} | {same} | {told or 'defaults'} |",
+        f"{megabytes:.2f} | {len(patch.changes)} | {ranks} | {same} | {changed or 'defaults'} |",
         flush=True,
     )
     return same == "the same"

@@ -50,7 +50,7 @@ JOBS = (
     )), resteer.Settings()),
     (Concept("dog", prompts=("a dog, noto emoji", "a dog, twemoji", "3d render of a dog")),
      resteer.Settings()),
-    # A style is told by the words at a prompt's end, which the end token sums up.
+    # A style is named by the words at a prompt's end, which the end token sums up.
     (Concept("ink drawing", "style", prompts=(
         "a cat, ink drawing", "an apple, ink drawing", "ink drawing of a car",
     )), resteer.Settings(end_tokens="first")),
@@ -95,12 +95,12 @@ def measured(sampler, name, patches, seeds, settings):
     given = images, phrase, templates, seeds, settings, OTHERS[name]
     rows = [(f"{name}: references", images[: len(named)])]
     scores = {}
-    worn = {
+    patches_by_row = {
         "untouched": [],
         "forgot it": [(patches[name], 1.0)],
         "control": [(patches[other], 1.0)],
     }
-    for title, patch in worn.items():
+    for title, patch in patches_by_row.items():
         with sampler.applying(patch):
             scores[title] = m_score(sampler.model, sampler.denoiser, *given)
             rows.append((f"{title}: name", sampler.draw(named, range(len(named)))))

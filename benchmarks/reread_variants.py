@@ -205,9 +205,9 @@ def main():
         shares = torch.tensor(rows).mean(0).tolist()
         own = [float(harmonic_mean(*row)) for row in rows]
         worst = min(range(len(own)), key=own.__getitem__)
-        told = " | ".join(f"{share:.0%}" for share in (*shares, float(harmonic_mean(*shares))))
+        cells = " | ".join(f"{share:.0%}" for share in (*shares, float(harmonic_mean(*shares))))
         print(
-            f"| {name} | {told} | {seconds / len(targets):.1f} | "
+            f"| {name} | {cells} | {seconds / len(targets):.1f} | "
             f"{targets[worst].name} {own[worst]:.0%} |",
             flush=True,
         )

@@ -46,14 +46,14 @@ def main(preset):
     for strength in STRENGTHS:
         rows = []
         for target, patch in zip(targets, patches):
-            worn = [(patch, strength)]
-            with open_sampler(model, suite.sampling) as sampler, sampler.applying(worn):
+            applied = [(patch, strength)]
+            with open_sampler(model, suite.sampling) as sampler, sampler.applying(applied):
                 trial = Trial(suite, target, sampler, judge, count=COUNT, cache=cache)
                 found = unlearn_canvas([(pictures(trial)["rows"], target.domain)], resamples=2)
                 shares = [found[name]["value"] for name in ("UA", "IRA", "CRA")]
                 rows.append([*shares, unclear(trial, trial.target_asks())])
-        told = " | ".join(f"{share:.0%}" for share in torch.tensor(rows).mean(0).tolist())
-        print(f"| {strength} | {told} |", flush=True)
+        cells = " | ".join(f"{share:.0%}" for share in torch.tensor(rows).mean(0).tolist())
+        print(f"| {strength} | {cells} |", flush=True)
     with open_sampler(model, suite.sampling) as sampler:
         shares = []
         for target in targets:

@@ -30,7 +30,7 @@ from fmn.methods.uce import Settings
 from fmn.models.families import FAMILIES
 from fmn.patches.merge import merge_patches
 
-CONCEPTS, KEPT = 100, 1000  # where they are not what is told apart
+CONCEPTS, KEPT = 100, 1000  # where they do not vary
 
 
 def contexts(count, width, seed):

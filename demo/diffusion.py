@@ -108,7 +108,7 @@ def trainable(networks, rows):
 
 
 def whole_embedding(networks):
-    """Undo what ``trainable`` did to the text encoder, keeping what was learnt."""
+    """Undo what ``trainable`` did to the text encoder, keeping what was learned."""
     rows = networks.text.get_input_embeddings()
     if isinstance(rows, UsedRows):
         networks.text.set_input_embeddings(rows.whole().requires_grad_(True))

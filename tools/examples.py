@@ -104,7 +104,7 @@ smallest => {
 
 
 def lay_out(page, flow):
-    titles, widths = ({str(n): told for n, told in d.items()} for d in (flow.titles, flow.widths))
+    titles, widths = ({str(n): value for n, value in d.items()} for d in (flow.titles, flow.widths))
     room = ROOM | flow.room
     layout = [flow.nodes, flow.columns, titles, flow.note, room, widths, TALLER, NAMED]
     page.evaluate(LAYOUT, layout)

@@ -215,7 +215,7 @@ class CachingModel:
     """A ``UNetModel`` that caches contexts: encoding the keep-list, much the same for each concept,
     takes nearly all of a closed form's time.
 
-    While the text encoder is borrowed it caches nothing: the borrower may hook it to see each
+    While a method has the text encoder it caches nothing: the method may hook it to see each
     text, or change its output.
 
     Args:

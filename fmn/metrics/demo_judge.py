@@ -92,7 +92,7 @@ class Patches(nn.Module):
     """A small vision transformer: [N, 3, 48, 48] to features [N, 128].
 
     Its patches of 8 x 8 pixels are embedded by three strided convolutions, from which small sets
-    are learnt sooner (Xiao et al. 2021, arXiv 2106.14881).
+    are learned sooner (Xiao et al. 2021, arXiv 2106.14881).
     """
 
     width, patch = 128, 8

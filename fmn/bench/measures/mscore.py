@@ -32,8 +32,8 @@ def mscore(trial: Trial) -> Result:
 def template_and_asks(trial: Trial) -> tuple[str, list[Ask]]:
     """The template to learn in, {} for the words, and the pictures to learn from.
 
-    A style is learnt from one thing that the template names: otherwise words for the thing are
-    learnt as well.
+    A style is learned from one thing that the template names: otherwise words for the thing are
+    learned as well.
     """
     suite, target = trial.suite, trial.target
     named = suite.styles.get(target.name, "")

@@ -178,7 +178,8 @@ _MAIN = [
 _TEXT = [
     *(_still_drawn(probe, "text", f"prompts of the kind '{probe}', of pictures where the untouched "
                     "model draws the target", "rungs", probe) for probe in PROBES),
-    _still_drawn("inversion", "text", "concept inversion, words learnt from pictures of the target",
+    _still_drawn("inversion", "text",
+                  "concept inversion, words learned from pictures of the target",
                   "inversion"),
     _still_drawn("ring_a_bell", "text", "Ring-A-Bell, words optimised in text space alone",
                   "ring_a_bell"),

@@ -62,7 +62,7 @@ def train_adversarially(
         empty: the empty prompt.
 
     Raises:
-        NonFiniteLoss: at once, so that nothing was learnt.
+        NonFiniteLoss: at once, so that nothing was learned.
     """
     model, settings = cast(UNetModel, task.model), cast(Any, task.settings)
     names = trained_layers(model.family)

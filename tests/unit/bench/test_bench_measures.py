@@ -188,7 +188,7 @@ def test_the_hash_of_judges_is_of_their_files(tmp_path):
     assert hash_of([folder]) != before
 
 
-def test_what_the_mscore_is_learnt_from(sampler):
+def test_what_the_mscore_is_learned_from(sampler):
     template, asks = template_and_asks(trial_of(sampler))
     assert template == "a photo of {}" and {ask.concept for ask in asks} == {"dog"}
     template, asks = template_and_asks(trial_of(sampler, "light"))
