@@ -22,7 +22,7 @@ from fmn.closed_form.adversarial_embedding import hardest_contexts
 from fmn.closed_form.input_edit import input_patch, key_value_layers, layer_patch, uce, weight_gram
 from fmn.closed_form.text_embeddings import Pairs
 from fmn.concepts.concept import Concept
-from fmn.linalg import main_directions
+from fmn.linalg import extend_basis, main_directions, weakest_direction
 from fmn.methods import double_projections, rece, speed
 from fmn.methods.uce import Settings
 from fmn.models.families import FAMILIES
@@ -114,11 +114,11 @@ def methods(model, concepts, pairs, kept):
         left = (pairs.anchors - pairs.targets).mT
 
         def right_of(layer, weight):
-            weakest = speed.weakest_direction(weight)
+            weakest = weakest_direction(weight)
             retained = speed.retained_rows(problem, weight @ left, weakest, how.copies, noise)
-            return speed.right_factor(problem, retained, speed.extended(whole, weakest), how)
+            return speed.right_factor(problem, retained, extend_basis(whole, weakest), how)
 
-        return layer_patch(model, concepts, how, pairs, lambda _: (left, right_of), "v")
+        return layer_patch(model, concepts, how, pairs, lambda _: (left, right_of), which="v")
 
     def literal_speed(weight):
         a, b = anchors.T @ c / len(c), c.T @ c / len(c)

@@ -97,7 +97,7 @@ def main():
     print("|---|---|---:|---:|")
     reread = settings_of("reread", {})
     samples = 3 * reread.images_per_concept * (2 * reread.sampling_steps - 1)
-    sentences = 2 * reread.prompts + reread.kept
+    sentences = 2 * reread.prompts + reread.keep_prompts
     for (key, pixels), (forward, both, size) in passes.items():
         flops = 35 * both
         print(f"| re-steer K/V, {key} {pixels} px | 35 with backward | {flops / TERA:.1f} | "

@@ -38,8 +38,8 @@ def measure(model, judge, suite, patches, gone, stay):
         asks = trial.pairs(gone, list(suite.styles), GONE_PICTURES)
         others = trial.pairs(stay, list(suite.styles), KEPT_PICTURES)
         with sampler.applying([(patch, 1.0) for patch in patches]):
-            said, kept = (trial.said(trial.draw(each)) for each in (asks, others))
-    erased = sum(label != ask.concept for label, ask in zip(said["concept"], asks)) / len(asks)
+            labels, kept = (trial.labels(trial.draw(each)) for each in (asks, others))
+    erased = sum(label != ask.concept for label, ask in zip(labels["concept"], asks)) / len(asks)
     right = [
         sum(label == getattr(ask, name) for label, ask in zip(kept[name], others)) / len(others)
         for name in ("concept", "style")
