@@ -41,7 +41,7 @@ CLOSED = [
 # Few steps: what counts here is the time of one.
 SHORT = {
     "reread": {},
-    "reread-many": {"steps": 4, "kept": 64},
+    "reread-many": {"steps": 4, "keep_prompts": 64},
     "reread-robust": {"robust_steps": 3, "robust_pictures": 1},
     "casteer": {"pairs": 2, "sampling_steps": 3},
     "hirm": {"steps": 10},
