@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ..concepts.concept import KINDS, Concept
 from ..errors import ForgetError
 from ..methods import DEFAULT, check_keep, check_preset, default_settings, settings_of
-from ..settings import Settings
+from ..settings import Settings, Value
 
 WITH_METHOD = ("forget", "batch")  # commands that take a method
 MODEL = "demo, a .safetensors checkpoint, or a diffusers folder"
@@ -74,7 +74,14 @@ def add_method(parser: argparse.ArgumentParser, asked: str | None) -> None:
     )  # fmt: skip
     add_keep(parser)
     if asked:
-        add_settings(parser.add_argument_group(f"settings of {asked}"), settings_of(asked, {}))
+        groups: dict[str, argparse._ArgumentGroup] = {}
+        defaults = settings_of(asked, {})
+        for described in fields(defaults):
+            name = described.metadata["group"] or "advanced" * described.metadata["advanced"]
+            title = f"{name} settings of {asked}".strip()
+            group = groups.get(title) or parser.add_argument_group(title)
+            groups[title] = group
+            add_setting(group, described, getattr(defaults, described.name))
 
 
 def _preset(name: str) -> str:
@@ -92,23 +99,26 @@ def asked_method(arguments: Sequence[str]) -> str | None:
 
 
 def add_settings(parser: argparse._ActionsContainer, defaults: Settings) -> None:
-    """Each field of a ``settings.Settings`` as an option, such as ``--steps 100`` or
-    ``--no-full-weights``."""
-    for each in fields(defaults):
-        option, default = f"--{each.name.replace('_', '-')}", getattr(defaults, each.name)
-        limits = each.metadata
-        between = "" if limits["low"] is None else f"; {limits['low']:g} to {limits['high']:g}"
-        help = f"{limits['help']} ({default}{between})".replace("%", "%%")
-        how: dict[str, Any] = {"dest": f"set_{each.name}"}
-        if isinstance(default, bool):
-            how |= {"action": argparse.BooleanOptionalAction}
-        elif limits["choices"]:
-            how |= {"choices": limits["choices"]}
-        else:
-            how |= {"type": type(default), "metavar": "N" if isinstance(default, int) else "X"}
-        parser.add_argument(option, help=help, **how)
-        if former := limits.get("formerly"):
-            parser.add_argument(f"--{former.replace('_', '-')}", help=argparse.SUPPRESS, **how)
+    """Each field of a ``settings.Settings`` as an option; see ``add_setting``."""
+    for described in fields(defaults):
+        add_setting(parser, described, getattr(defaults, described.name))
+
+
+def add_setting(parser: argparse._ActionsContainer, described: Field, default: Value) -> None:
+    """A field as an option, such as ``--steps 100`` or ``--no-full-weights``."""
+    limits = described.metadata
+    between = "" if limits["low"] is None else f"; {limits['low']:g} to {limits['high']:g}"
+    help = f"{limits['help']} ({default}{between})".replace("%", "%%")
+    how: dict[str, Any] = {"dest": f"set_{described.name}"}
+    if isinstance(default, bool):
+        how |= {"action": argparse.BooleanOptionalAction}
+    elif limits["choices"]:
+        how |= {"choices": limits["choices"]}
+    else:
+        how |= {"type": type(default), "metavar": "N" if isinstance(default, int) else "X"}
+    parser.add_argument(f"--{described.name.replace('_', '-')}", help=help, **how)
+    if former := limits["formerly"]:
+        parser.add_argument(f"--{former.replace('_', '-')}", help=argparse.SUPPRESS, **how)
 
 
 def given_options(options: argparse.Namespace) -> dict[str, Any]:
