@@ -275,8 +275,8 @@ def rank_setting(default: int = 0, **more: Any) -> Any:
 def erase_setting() -> Any:
     return setting(
         1.0,
-        "Weight of what is forgotten. 0: nothing happens. Higher: the concept goes more surely, "
-        "and neighbours with it.",
+        "Weight of forgetting. 0: nothing happens. Higher forgets more reliably and harms "
+        "neighbours more.",
         limits=(0.0, 1000.0, 0.01),
     )
 
@@ -284,7 +284,7 @@ def erase_setting() -> Any:
 def preserve_setting(default: float = 1.0) -> Any:
     return setting(
         default,
-        "Weight of what is kept. 0: no keep-list. Higher: what is listed changes less.",
+        "Weight of the keep-list. 0: no keep-list. Higher: listed words change less.",
         limits=(0.0, 1000.0, 0.01),
     )
 
@@ -292,6 +292,6 @@ def preserve_setting(default: float = 1.0) -> Any:
 def damping_setting(default: float) -> Any:
     return advanced(
         default,
-        "Weight of leaving everything as it is (lambda). Small: a stronger edit. Large: none.",
+        "Ridge penalty (lambda). Small: a stronger edit. Large: no edit.",
         limits=(1e-6, 1e6, 0.01),
     )

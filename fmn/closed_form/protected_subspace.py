@@ -27,8 +27,9 @@ AT_ONCE = 64
 def protect_setting() -> Any:
     return setting(
         False,
-        "On: train only what cannot change the keep-list's words (SuPLoRA). Needs keys and values "
-        "as layers, and a higher learning rate; what is close to those words is harder to forget.",
+        "On: train only directions that cannot change the keep-list's words (SuPLoRA). Needs "
+        "keys and values as layers, and a higher learning rate; concepts close to those words "
+        "are harder to forget.",
     )
 
 

@@ -54,7 +54,7 @@ def keep_tokens_setting() -> Any:
 def keep_list_setting() -> Any:
     return setting(
         "auto",
-        "Shipped list of what to keep, beside what is connected. auto: by the concept's kind.",
+        "Shipped keep-list, in addition to what is connected. auto: chosen by the concept's kind.",
         choices=CHOICES,
     )
 

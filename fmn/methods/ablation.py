@@ -98,14 +98,14 @@ class Settings(Base, method="ablation"):
     )
     preserve: float = setting(
         1.0,
-        "Weight of drawing words to keep, if given, as before. 0: none may be given. Higher: they "
-        "change less. A step takes about twice as long with them.",
+        "Weight of the words to keep, if any are given. 0: none may be given. Higher: they "
+        "change less. Steps take about twice as long with them.",
         limits=(0.0, 1000.0, 0.01),
     )
     detach_start: bool = advanced(
         True,
-        "On: the start token's key and value are not trained on, as released. It is in every "
-        "prompt, so this spares the others.",
+        "On: the start token's key and value get no gradient, as released. It is in every "
+        "prompt, so this protects the others.",
     )
     batch: int = advanced(
         4,

@@ -67,12 +67,12 @@ class Settings(Base, method="esd"):
     full_weights: bool = full_weights()
     erase_from: str = setting(
         "",
-        "A prompt that shall lose the concept and nothing else, such as 'a cowboy' for the concept "
+        "A prompt that should lose only the concept, such as 'a cowboy' for the concept "
         "'cowboy hat'. Empty: the concept's own prompts lose it.",
     )
     sample_from: str = advanced(
         FROZEN,
-        "Which model draws what is trained on. frozen: the untouched one, as in the current code. "
+        "Which model draws the training images. frozen: the original, as in the current code. "
         "edited: the one in training, as in the paper.",
         choices=(FROZEN, EDITED),
     )

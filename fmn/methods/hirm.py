@@ -48,9 +48,9 @@ class Settings(Base, method="hirm"):
     trains = True
     target: str = setting(
         "auto",
-        "What the concept's words shall mean. noise: nothing that anything else means (HiRM-R). "
-        "anchor: the concept's anchor, or the empty prompt if it has none (HiRM-S). auto: the "
-        "anchor if the concept has one, else noise.",
+        "What the concept's words should mean. noise: random noise (HiRM-R). anchor: the "
+        "concept's anchor, or the empty prompt if it has none (HiRM-S). auto: the anchor if "
+        "the concept has one, else noise.",
         choices=TARGETS,
     )
     steps: int = setting(
@@ -78,8 +78,8 @@ class Settings(Base, method="hirm"):
     )
     preserve: float = setting(
         3.0,
-        "Weight of what is kept: a step also holds one kept prompt where it was. 0: no keep-list, "
-        "as published, which harms most prompts. Higher: forgets less, harms less.",
+        "Weight of the keep-list: each step also holds one kept prompt in place. 0: no "
+        "keep-list, as published, which harms most prompts. Higher: forgets less, harms less.",
         limits=(0.0, 1000.0, 0.01),
     )
     keep_list: str = keep_list_setting()

@@ -74,14 +74,14 @@ class Settings(Base, method="oce"):
     )
     damping: float = advanced(
         10.0,
-        "Weight of leaving all as it is (lambda). Small: a stronger edit. Large: none.",
+        "Ridge penalty (lambda). Small: a stronger edit. Large: no edit.",
         limits=(1e-6, 1e9, 0.001),
     )
     guide: str = advanced(
         "anchor",
-        "Directions that are spared. anchor: those of the concepts' anchors; without any, the "
-        "patch is exact. start: for a concept without an anchor that of the start of the text, as "
-        "in the released code.",
+        "Protected directions. anchor: those of the concepts' anchors; without any, the patch "
+        "is exact. start: for a concept without an anchor, that of the start token, as in the "
+        "released code.",
         choices=("anchor", "start"),
     )
     strength: float = setting(

@@ -47,13 +47,13 @@ KEPT_AT_ONCE = 32
 class Settings(Base, method="quickfix"):
     damping: float = setting(
         0.01,
-        "Weight of leaving the layer as it is (lambda). Small: a stronger edit. Large: none.",
+        "Ridge penalty (lambda). Small: a stronger edit. Large: no edit.",
         limits=(1e-6, 1e6, 0.01),
     )
     preserve: float = setting(
         10.0,
-        "Weight of what is kept; 1 counts it as much as what is forgotten. 0: no keep-list, as "
-        "published, which harms most prompts. Higher: what is listed changes less.",
+        "Weight of the keep-list; 1 weighs it like the concepts. 0: no keep-list, as "
+        "published, which harms most prompts. Higher: listed words change less.",
         limits=(0.0, 1000.0, 0.01),
     )
     tokens: str = tokens_setting("from-last")

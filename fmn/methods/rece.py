@@ -49,8 +49,8 @@ ABOUT = (
 class Settings(Base, method="rece"):
     rounds: int = setting(
         2,
-        "How often the hardest embedding is found and edited away. More stand attacks better, and "
-        "harm more.",
+        "How often the hardest embedding is found and edited away. More rounds resist attacks "
+        "better and harm more.",
         limits=(1, 20),
     )
     regularisation: float = advanced(

@@ -32,8 +32,8 @@ from ..training.run import Task, TrainingOptions, TrainingRun
 TITLE = "Re-read, text encoder"
 REVISION = 1
 ABOUT = (
-    "Re-read for many concepts at once: trains the text encoder to give sentences with a concept "
-    "as it gave them without, and others as before. The patch is for the CLIP."
+    "Re-read for many concepts at once: trains the text encoder to encode sentences with a "
+    "concept as if it were not in them, and others as before. The patch is for the CLIP."
 )
 AT_ONCE = 64  # sentences that are encoded together
 MARGIN = 8  # positions of padding that are trained on behind the longest sentence
@@ -45,28 +45,28 @@ class Settings(Base, method="reread_text"):
     trains = True
     steps: int = setting(
         1500,
-        "Training steps in all, however many concepts. More: more is forgotten and less harmed.",
+        "Training steps in total, for any number of concepts. More forget more and harm less.",
         limits=(1, 100_000),
     )
     lr: float = lr(8e-3, "AdamW's learning rate at the start; it falls to zero.", advanced=True)
     rank: int = rank(32)
     batch: int = advanced(
         32,
-        "Sentences with a concept in each step, and as many kept ones. Smaller is faster and less "
-        "steady.",
+        "Sentences with a concept in each step, and as many kept ones. Smaller is faster and "
+        "noisier.",
         limits=(1, 1024),
     )
     preserve: float = preserve_setting(2.0)
     prompts: int = advanced(
         12,
-        "Sentences with each name, from a fixed list; as many with styles, and its own prompts, "
-        "come on top.",
+        "Sentences with each name, from a fixed list; as many with styles, and its own "
+        "prompts, are added.",
         limits=(1, 180),
     )
     keep_prompts: int = advanced(
         1500,
-        "Sentences with kept words. More: less harm. Half of the kept sentences of a step are "
-        "those of what is connected to keep, if anything is.",
+        "Sentences with kept words. More do less harm. Half of a step's kept sentences use "
+        "what is connected to keep, if anything is.",
         limits=(0, 10_000),
         formerly="kept",
     )

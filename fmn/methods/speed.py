@@ -50,14 +50,14 @@ SMALLEST = 1e-9  # share of the targets' sum of squares that has to lie outside 
 class Settings(Base, method="speed"):
     retain: float = setting(
         1.0,
-        "Weight of changing little (retain scale). Small: a stronger edit; 0.05 for ten or more "
-        "concepts. Large: none.",
+        "Penalty on the size of the change (retain scale). Small: a stronger edit; 0.05 for "
+        "ten or more concepts. Large: no edit.",
         limits=(1e-6, 1e6, 0.01),
     )
     threshold: float = setting(
         0.1,
-        "What counts as free: directions of the kept words with a smaller eigenvalue. 0: only "
-        "those they do not have at all. Large: everything, kept words too.",
+        "Directions of the kept words with a smaller eigenvalue may be edited. 0: only "
+        "directions the kept words do not use. Large: all directions, kept words too.",
         limits=(0.0, 1e6, 0.01),
     )
     filter: bool = advanced(

@@ -26,8 +26,8 @@ from .training_images import draw_scenes
 TITLE = "Re-read"
 REVISION = 1
 ABOUT = (
-    "Re-read, this pack's own closed form: makes cross-attention read prompts as if the concept "
-    "were not in them, and leaves what it reads out of other prompts. Trains only if asked to."
+    "Re-read, this pack's own closed form: makes cross-attention read prompts as if the "
+    "concept were not in them, and other prompts as before. Trains only with robust_steps."
 )
 ADVERSARY = "a a"  # as long as the words that an adversary learns
 BLANKS = 4  # prompts for adversaries' words, beside the concept's own

@@ -12,89 +12,90 @@ from ...settings import advanced, checkpointing, lr, seed, setting, size
 class Settings(Base, method="reread"):
     overshoot: float = setting(
         0.4,
-        "How far beyond, but for styles. 0: prompts are read as if the concept were not there. 1: "
-        "as much to the other side. Higher: it goes more surely, and neighbours suffer more.",
+        "How far to overshoot, for all kinds but styles. 0: prompts are read as if the concept "
+        "were not there. 1: as far again in the other direction. Higher forgets more reliably "
+        "and harms neighbours more.",
         limits=(0.0, 4.0, 0.01),
         formerly="push",
     )
     overshoot_style: float = setting(
         0.7,
-        "The same for styles, which need more: asked for none, a model draws one anyway.",
+        "The same for styles, which need more: a model draws some style even when asked for none.",
         limits=(0.0, 4.0, 0.01),
         formerly="push_style",
     )
     stop_at: float = advanced(
         0.0,
-        "Go no further than needed: overshoot is raised in steps until at most this share of what "
-        "the concept does to a drawing's first predictions is left, or a step takes less of it "
-        "than that. 0: always as far as overshoot says.",
+        "Stop early: overshoot is raised in steps until at most this share of the concept's "
+        "effect on the first predictions is left, or a step removes less than that. 0: always "
+        "use the full overshoot.",
         limits=(0.0, 1.0, 0.01),
     )
     preserve: float = preserve_setting(10.0)
     damping: float = advanced(
         1e-3,
-        "Weight of leaving all as it is (lambda), as a share of the mean square of what is read. "
-        "Small: a stronger edit. Large: none.",
+        "Ridge penalty (lambda), relative to the mean square of the layer's inputs. Small: a "
+        "stronger edit. Large: no edit.",
         limits=(1e-9, 1e6, 0.0001),
     )
     prompts: int = advanced(
         10,
-        "Sentences with each name of the concept, from a fixed list; its own prompts come on top.",
+        "Sentences with each name of the concept, from a fixed list; its own prompts are added.",
         limits=(1, 180),
     )
     keep_prompts: int = advanced(
         256,
-        "Sentences with kept words. More: less harm, and longer to encode. Each word and prompt "
-        "that is connected to keep comes on top.",
+        "Sentences with kept words. More do less harm and take longer to encode. Words and "
+        "prompts connected to keep are added.",
         limits=(0, 10_000),
         formerly="kept",
     )
     words_per_prompt: int = advanced(
         1,
-        "Kept words in each of these sentences. 1: as many words as sentences are kept. More: "
-        "fewer sentences do for a list, which are what takes long to encode.",
+        "Kept words in each of these sentences. 1: one word a sentence. More: a list needs "
+        "fewer sentences, and encoding is faster.",
         limits=(1, 6),
         formerly="together",
     )
     images_per_concept: int = advanced(
         4,
-        "How many prompts of each concept are drawn, beside as many without it and as many kept "
-        "ones, to see where cross-attention looks.",
+        "Images sampled for each concept to record queries, and as many without it and of kept "
+        "prompts.",
         limits=(1, 64),
         formerly="drawn",
     )
-    sampling_steps: int = advanced(4, "Steps in which each is drawn.", limits=(1, 1000))
+    sampling_steps: int = advanced(4, "Sampling steps of each image.", limits=(1, 1000))
     guidance: float = advanced(
         3.5,
-        "Guidance scale while drawing. 1: none, half the time.",
+        "Guidance scale of these images. 1: no guidance, half the time.",
         limits=(1.0, 100.0, 0.1),
     )
     query_positions: int = advanced(
         8,
-        "Places of each picture and step whose queries are used.",
+        "Query positions used from each image and step.",
         limits=(1, 1024),
         formerly="places",
     )
     rank: int = rank_setting(8, advanced=True)
     robust_steps: int = setting(
         0,
-        "Training steps for each concept against attacks, after the closed form. 0: none, the "
-        "patch is made in a moment. 300: learned words bring the concept back less often; takes "
-        "far longer and costs some of what is kept.",
+        "Adversarial training steps for each concept, after the closed form. 0: none, the "
+        "patch takes seconds. 300: learned words bring the concept back less often; takes far "
+        "longer and harms more of what is kept.",
         limits=(0, 100_000),
         group="robust",
     )
     robust_overshoot: float = advanced(
         3.0,
-        "With robust_steps: how far predictions are moved away from the concept. 0: as if it were "
-        "not in the prompt. Higher: it stays away more surely, and neighbours suffer more.",
+        "With robust_steps: how far predictions move away from the concept. 0: as if it were "
+        "not in the prompt. Higher resists attacks better and harms neighbours more.",
         limits=(0.0, 20.0, 0.1),
         group="robust",
         formerly="robust_push",
     )
     robust_preserve: float = advanced(
         1.5,
-        "With robust_steps: weight of kept prompts against what is forgotten. 0: none.",
+        "With robust_steps: weight of kept prompts. 0: they are not protected.",
         limits=(0.0, 1000.0, 0.1),
         group="robust",
     )
