@@ -6,6 +6,7 @@ Threads meet after every operation, processes once a step.
 import multiprocessing
 import tempfile
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -25,8 +26,9 @@ class Together(Alone):
 
     def __init__(self, rank, count, meeting):
         self.rank, self.count = rank, count
+        # A process that died before it came is not waited for any longer.
         distributed.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count
+            "gloo", f"file://{meeting}", timedelta(minutes=2), rank=rank, world_size=count
         )
 
     def share(self, parameters, *values):

@@ -6,11 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+# By its full name, which another process finds whatever the folder of this repository is called.
+from integration.tiny_training import ROWS, tiny_loop, train
 from safetensors.torch import load_file
 from torch import nn
 
-from demo import autoencoder, captions, diffusion, drawing, moving, network, pictures, train
-from demo.loop import Loop, Schedule
+from demo import autoencoder, captions, diffusion, drawing, moving, network, pictures
+from demo import train as program
+from demo.loop import Schedule
 from demo.optim import orthogonalise
 from demo.parallel import processes
 
@@ -166,68 +170,6 @@ def test_colour_targets_of_one_patch():
     assert found == pytest.approx([0.3 - 0.3, 1.5, -0.25])
 
 
-class TinyTextEncoder(nn.Module):
-    """A text encoder of one embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(50, 6)
-
-    def get_input_embeddings(self):
-        return self.table
-
-    def set_input_embeddings(self, table):
-        self.table = table
-
-    def forward(self, ids):
-        return (self.table(ids),)
-
-
-class TinyUNet(nn.Module):
-    device = torch.device("cpu")
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.mix = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(6, 4)
-
-    def forward(self, latents, times, context):
-        shift = self.mix(context.mean(1)) * (1 + times[:, None] / 1000)
-        return SimpleNamespace(sample=self.conv(latents) + shift[..., None, None])
-
-
-class TinyNetworks(network.Networks):
-    def __init__(self):
-        torch.manual_seed(3)
-        super().__init__(TinyUNet(), TinyTextEncoder(), None, None, 1.3)
-
-    def tokens(self, texts):
-        ids = [
-            [sum(map(ord, word)) % 40 for word in text.replace(",", " ,").split()] for text in texts
-        ]
-        return torch.tensor([(row + [49] * 12)[:12] for row in ids])
-
-
-ROWS = [
-    {
-        "index": i,
-        "concept": "dog",
-        "style": s,
-        "derived": s in pictures.DERIVED,
-        "holdout": s == "x",
-    }
-    for i, s in enumerate(("twemoji", "x", "pixel art"))
-]
-
-
-def tiny_loop(folder, steps=6, team=None):
-    networks = TinyNetworks()
-    optimiser = diffusion.optimiser_for(networks, ROWS, 1e-2, 1e-2)
-    latents = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(4)).half()
-    task = diffusion.Task(networks, latents, ROWS, 4, team)
-    schedule = Schedule(steps, warmup=2, decay=2)
-    return networks, Loop("unet", folder, optimiser, task.loss, schedule, 0, team)
-
-
 def weights(loop):
     return torch.cat([p.detach().flatten() for p in loop.optimiser.parameters])
 
@@ -255,15 +197,11 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path):
     assert torch.equal(after[used], rows) and torch.equal(after[unused], before[unused])
 
 
-def work(folder, team):
-    tiny_loop(folder, 3, team)[1].run()
-
-
 def test_two_processes_train_as_one(tmp_path):
     _, one = tiny_loop(tmp_path / "one", 3)
     one.run()
-    with processes(2, work, tmp_path / "two") as team:
-        work(tmp_path / "two", team)
+    with processes(2, train, tmp_path / "two") as team:
+        train(tmp_path / "two", team)
     _, two = tiny_loop(tmp_path / "two", 3)
     two.resume()
     assert torch.allclose(weights(one), weights(two), atol=1e-4)
@@ -305,10 +243,10 @@ def test_the_autoencoder_learns_from_scratch(tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (3, 128, 128, 3), np.uint8)
     pictures.save(tmp_path, images, ROWS)
     command = f"autoencoder --from-scratch --data {tmp_path} --out {tmp_path}/model --ae-steps 2"
-    train.main([*command.split(), "--ae-batch", "2", "--crop", "16", "--device", "cpu"])
+    program.main([*command.split(), "--ae-batch", "2", "--crop", "16", "--device", "cpu"])
     state = torch.load(tmp_path / "model" / "autoencoder.pt", weights_only=True)
-    given = train.parse([*command.split(), "--device", "cpu"])
-    networks = train.networks_for(given)
+    given = program.parse([*command.split(), "--device", "cpu"])
+    networks = program.networks_for(given)
     assert networks.scale == state["scale"] > 0
     assert torch.equal(networks.vae.state_dict()["encoder.layers.0.weight"],
                        state["weights"]["encoder.layers.0.weight"])  # fmt: skip
