@@ -1,13 +1,20 @@
 """Files of other erasers and trainers, read without running anything in them.
 
 What a file is follows from its first bytes, not from its name. Pickles go through torch's
-``weights_only`` loader, which builds tensors and plain containers and refuses everything else.
+``weights_only`` loader, after a look at what they name: only tensors and plain containers. Tensors
+stay in the file until they are asked for, so memory does not depend on what a file claims.
 """
 
 import hashlib
+import mmap
 import pickle
+import pickletools
+import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -19,6 +26,14 @@ MAX_HEADER = 64 << 20  # bytes; a whole SDXL checkpoint's header is about 0.5 Mi
 MAX_TENSORS = 100_000
 MAX_DEPTH = 6  # of dictionaries inside dictionaries
 LFS, ZIP = b"version https://git-lfs", b"PK\x03\x04"
+TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch before 1.6 began its files with
+PICKLE = re.compile(rb"\x80[\x02-\x05]")
+# What a pickle of tensors names, beside storages of torch.
+NAMED = {
+    "collections OrderedDict", "torch Size", "torch device", "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_tensor_v3", "torch._utils _rebuild_parameter",
+}  # fmt: skip
+NAMED_TYPES = re.compile(r"torch(\.storage)? (\w+Storage|u?int\d+|bool|b?float\d+\w*)")
 # Dictionaries that trainers put around their weights; the name says nothing about the layers.
 WRAPPERS = ("state_dict", "model", "module", "params", "weights", "lora", "network")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -26,18 +41,28 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """The tensors of a file and what it says of itself.
+    """The tensors of one or several files and what they say of themselves.
 
     Attributes:
         tensors: key -> tensor, read when asked for.
         metadata: of a safetensors header; empty for pickles.
-        sha256: of the file's bytes, 64 hex digits.
+        paths: of the files.
     """
 
     name: str
     tensors: Mapping[str, torch.Tensor]
     metadata: dict[str, str]
-    sha256: str
+    paths: tuple[Path, ...] = ()
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of all bytes of the files, 64 hex digits."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
 
 
 def read_foreign(path: str | Path) -> ForeignFile:
@@ -59,13 +84,13 @@ def read_foreign(path: str | Path) -> ForeignFile:
     refuse_no_weights(path, start)
     tensors: Mapping[str, torch.Tensor]
     metadata: dict[str, str] = {}
-    if start.startswith(ZIP) or start[:2] in (b"\x80\x02", b"\x80\x04"):
-        tensors = _read_pickle(path)
+    if start.startswith(ZIP) or PICKLE.match(start):
+        tensors = _read_pickle(path, start)
     else:
         tensors, metadata = _read_safetensors(path, size, start)
     if not tensors:
         raise ForgetError(f"'{path.name}' holds no tensors: it cannot change a model.")
-    return ForeignFile(path.name, tensors, metadata, sha256_of(path))
+    return ForeignFile(path.name, tensors, metadata, (path,))
 
 
 def refuse_no_weights(path: Path, start: bytes) -> None:
@@ -82,15 +107,6 @@ def refuse_no_weights(path: Path, start: bytes) -> None:
         )
     if not start:
         raise ForgetError(f"'{path.name}' is empty: download it again.")
-
-
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class _Lazy(Mapping):
@@ -128,32 +144,159 @@ def _read_safetensors(path: Path, size: int, start: bytes) -> tuple[_Lazy, dict[
         ) from error
 
 
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+def _read_pickle(path: Path, start: bytes) -> dict[str, torch.Tensor]:
+    if not start.startswith((ZIP, TORCH)):
+        raise ForgetError(
+            f"'{path.name}' is a raw Python pickle, which could run code, and no file of torch: "
+            "vectors that steer a model, as CASteer's, change no weights; save weights as "
+            "safetensors."
+        )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_names(path, start)
+        # Mapped, a storage that claims more than the file has is an error; read, it is a crash.
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=start.startswith(ZIP) or None
+        )
     except pickle.UnpicklingError as error:
         raise ForgetError(
             f"'{path.name}' is a pickle that holds more than tensors, which could run code: "
             "convert it to safetensors with the program that made it."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ForgetError(
-            f"'{path.name}' is cut short or damaged ({type(error).__name__}): download it again."
-        ) from error
+    except MemoryError:
+        raise
+    # Whatever else a damaged pickle makes torch do wrong; it calls nothing but torch.
+    except Exception as error:
+        raise _damaged(path.name, type(error).__name__) from error
     return dict(_flat(path.name, content))
 
 
-def _flat(name: str, content: object, prefix: str = "", depth: int = 0) -> Iterator:
+def _damaged(name: str, reason: str) -> ForgetError:
+    return ForgetError(f"'{name}' is cut short or damaged ({reason:.80}): download it again.")
+
+
+def _check_names(path: Path, start: bytes) -> None:
+    """Raise UnpicklingError if a pickle names anything but tensors and what holds them."""
+    with open(path, "rb") as file:
+        if start.startswith(ZIP):
+            with zipfile.ZipFile(file) as archive:
+                size = path.stat().st_size
+                for entry in archive.infolist():
+                    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+                        raise ValueError("compressed")  # torch never does
+                pickles = [each for each in archive.namelist() if each.endswith("/data.pkl")]
+                streams: list = [BytesIO(archive.read(each)) for each in pickles]
+        else:  # a magic number, a version, the system, the content and the keys of its storages
+            streams = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)] * 5
+        for stream in streams:
+            for operation, argument, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST") and not (
+                    argument in NAMED or NAMED_TYPES.fullmatch(argument)
+                ):
+                    raise pickle.UnpicklingError(argument)
+
+
+def _flat(name: str, content: object) -> Iterator[tuple[str, torch.Tensor]]:
     """(key, tensor) of nested dictionaries, keys joined by dots and wrappers left out."""
-    if isinstance(content, torch.Tensor) and prefix:
-        yield prefix, content.detach()
-    elif isinstance(content, dict) and depth < MAX_DEPTH and len(content) <= MAX_TENSORS:
-        for key, value in content.items():
-            wrapper = depth == 0 and key in WRAPPERS and isinstance(value, dict)
-            inner = "" if wrapper else str(key)
-            yield from _flat(name, value, ".".join(filter(None, (prefix, inner))), depth + 1)
-    elif depth == 0:
+    if not isinstance(content, dict):
         raise ForgetError(
             f"'{name}' holds a {type(content).__name__}, not layers by name: give the weights "
             "that the eraser saved, not its vectors or its settings."
         )
+    todo: list[tuple[str, object, int]] = [("", content, 0)]
+    for _ in range(MAX_TENSORS):
+        if not todo:
+            return
+        prefix, value, depth = todo.pop()
+        if isinstance(value, torch.Tensor) and prefix:
+            yield prefix, _whole(name, prefix, value)
+        elif isinstance(value, dict) and depth < MAX_DEPTH and len(value) <= MAX_TENSORS:
+            for key, inner in reversed(value.items()):
+                wrapper = depth == 0 and key in WRAPPERS and isinstance(inner, dict)
+                joined = ".".join(filter(None, (prefix, "" if wrapper else str(key)[:1000])))
+                todo.append((joined, inner, depth + 1))
+    raise ForgetError(f"'{name}' holds more than {MAX_TENSORS} entries: give the weights alone.")
+
+
+def _whole(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, unless its shape claims more numbers than the file has."""
+    strided = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise _damaged(name, f"{key:.60} claims {list(tensor.shape)}")
+    return tensor.detach()
+
+
+PARTS = "unet", "text_encoder", "text_encoder_2"  # of a diffusers folder
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")
+LIBRARY_NAMES = "diffusion_pytorch_model", "model", "lora_weights", "adapter_model"
+
+
+def read_folder(path: Path) -> ForeignFile:
+    """A folder as one file: diffusers' with names of parts in front, one part of it, or one that
+    holds a single eraser.
+
+    Raises:
+        ForgetError: there are no weights in it, several files to choose from, or shards missing.
+    """
+    files = {part: _weight_files(path / part) for part in PARTS}
+    if not any(files.values()):
+        files = {path.name if path.name in PARTS else "": _weight_files(path)}
+    read = {part: [read_foreign(file) for file in found] for part, found in files.items()}
+    tensors: dict[str, tuple[ForeignFile, str]] = {
+        f"{part}.{key}" if part else key: (file, key)
+        for part, opened in read.items()
+        for file in opened
+        for key in file.tensors
+    }
+    if not tensors:
+        raise ForgetError(
+            f"'{path}' holds no weights of a U-Net or text encoder: give a diffusers folder, with "
+            "unet/diffusion_pytorch_model.safetensors in it, or a single file."
+        )
+    opened = [file for group in read.values() for file in group]
+    paths = tuple(each for file in opened for each in file.paths)
+    return ForeignFile(path.name, Joined(tensors), opened[0].metadata, paths)
+
+
+class Joined(Mapping):
+    """Tensors of several files, read when asked for."""
+
+    def __init__(self, places: Mapping[str, tuple[ForeignFile, str]]):
+        self._places = places
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        file, own = self._places[key]
+        return file.tensors[own]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """All shards of a folder's one set of weights: plain before ``fp16``, safetensors before
+    pickles."""
+    sets: dict[tuple[bool, bool, str], list[Path]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix.lower() in WEIGHT_FILES and file.is_file():
+            name = SHARD.sub("", file.name)
+            pickled, variant = file.suffix.lower() != ".safetensors", name.count(".") > 1
+            stem = name.partition(".")[0].removeprefix("pytorch_")  # transformers' older name
+            sets.setdefault((variant, pickled, stem), []).append(file)
+    known = {each: files for each, files in sets.items() if each[2] in LIBRARY_NAMES} or sets
+    if not known:
+        return []
+    if len({stem for *_, stem in known}) > 1:
+        names = ", ".join(sorted({files[0].name for files in known.values()}))
+        raise ForgetError(
+            f"'{folder.name}' holds several files of weights ({names:.120}): give one of them."
+        )
+    chosen = known[min(known)]
+    total = SHARD.search(chosen[0].name)
+    if total and int(total[1]) != len(chosen):
+        raise ForgetError(
+            f"'{folder}' holds {len(chosen)} of {int(total[1])} parts of its weights: download "
+            "the others."
+        )
+    return chosen

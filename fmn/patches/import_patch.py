@@ -15,11 +15,17 @@ from ..errors import ForgetError
 from ..models.families import FAMILIES, Family, layers
 from ..models.interface import fingerprint
 from ..text import printable
-from .foreign_file import ForeignFile, read_foreign
+from .foreign_file import ForeignFile, read_folder, read_foreign
 from .foreign_lora import is_lora, read_lora
 from .metadata import stamp
 from .patch import ForgetPatch
-from .weight_difference import WeightFile, difference, family_of_weights, open_weights, read_folder
+from .weight_difference import (
+    Difference,
+    WeightFile,
+    difference,
+    families_of_weights,
+    open_weights,
+)
 
 MAX_METADATA = 8_000  # letters of the original metadata that are kept
 # Words of file names that say how it was made rather than what it forgets.
@@ -32,6 +38,7 @@ TRANSFORMER = "a diffusion transformer"
 OTHER_PARTS = {
     "first_stage_model.": VAE, "decoder.conv_in.": VAE, "encoder.conv_in.": VAE,
     "control_model.": CONTROLNET, "controlnet_": CONTROLNET,
+    "ft_modules_list.": "an ESD file that numbers layers instead of naming them",
     "emb_params": EMBEDDING, "string_to_param": EMBEDDING,
     "double_blocks.": TRANSFORMER, "transformer_blocks.0.attn.add": TRANSFORMER,
     "joint_blocks.": TRANSFORMER, "layers.0.attention.": TRANSFORMER,
@@ -50,7 +57,7 @@ class Imported:
 def import_patch(
     path: str | Path,
     concepts: Sequence[Concept],
-    base: str | Path | None = None,
+    base: str | Path | WeightFile | None = None,
     family: str | None = None,
     rank: int = 0,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
@@ -58,9 +65,10 @@ def import_patch(
     """Read an eraser of any tool.
 
     Args:
-        path: a LoRA, a file of edited weights, a checkpoint, or a diffusers folder.
+        path: a LoRA, a file of edited weights, a checkpoint, or a folder.
         concepts: what it forgets, by the user's word.
-        base: the model it was made from, a checkpoint or folder; needed for edited weights.
+        base: the model it was made from, a checkpoint or folder or its weights; needed for edited
+            weights.
         family: key of ``FAMILIES``; None finds out.
         rank: of each layer's change of edited weights; 0 cuts at the gap of the spectrum.
 
@@ -71,27 +79,33 @@ def import_patch(
     file = read_folder(path) if path.is_dir() else read_foreign(path)
     if not concepts:
         raise ForgetError(
-            f"What '{path.name}' forgets is not known: name it with --concept, perhaps "
+            f"What '{path.name}' forgets is not known: name it (--concept), perhaps "
             f'"{guess_concept(file)}".'
         )
     wanted = _family(family)
     if is_lora(file.tensors):
-        lora = read_lora(file.name, file.tensors, wanted)
-        notes = _unused(lora.unused)
-        return _patch(file, lora.family, lora.changes, concepts, "LoRA", notes)
+        lora = read_lora(file, wanted)
+        return _patch(file, lora.family, lora.changes, concepts, "LoRA", _unused(lora.unused))
     edited = WeightFile(file)
-    found = _identified(file, edited, wanted)
-    if base is None:
+    first = open_weights(base) if isinstance(base, str | Path) else base
+    found = wanted or _identified(edited, first)
+    if first is None:
         raise ForgetError(
-            f"'{path.name}' holds edited weights, not changes: name the model it was made from "
-            "with --base, a checkpoint or a diffusers folder."
+            f"'{path.name}' holds edited weights, not changes: give the model that it was made "
+            "from as the base (--base)."
         )
-    first = open_weights(base)
     change = difference(edited, first, found, rank, on_layer)
     info: dict[str, object] = {"truncation_error": change.lost}
     mark = _fingerprint(first, found)
     if mark:
         info["base.fingerprint"] = mark
+    imported = {"not_held": change.not_held, "not_compared": change.not_compared}
+    return _patch(
+        file, found, change.changes, concepts, "edited weights", _notes(change), info, imported
+    )
+
+
+def _notes(change: Difference) -> list[str]:
     notes = [
         f"{len(change.changes)} layers differ from the base, {change.unchanged} do not; "
         f"ranks {min(change.ranks)} to {max(change.ranks)}",
@@ -102,7 +116,14 @@ def import_patch(
             f"norms, biases and embeddings hold {change.not_held:.2%} of the squared change, which "
             "a LoRA cannot hold"
         )
-    return _patch(file, found, change.changes, concepts, "edited weights", notes, info)
+    if change.not_compared:
+        notes.append(f"{change.not_compared} tensors have other names in the base: not compared")
+    if change.coarse_base and not change.unchanged and change.lost > 0.01:
+        notes.append(
+            "the base has fewer bits than the file: if the eraser began with a finer copy of it, "
+            "the rounding is in the change; give that copy"
+        )
+    return notes
 
 
 def guess_concept(file: ForeignFile) -> str:
@@ -122,24 +143,23 @@ def _family(key: str | None) -> Family | None:
     return FAMILIES[key]
 
 
-def _identified(file: ForeignFile, weights: WeightFile, wanted: Family | None) -> Family:
-    if wanted:
-        return wanted
-    fits = family_of_weights(weights, FAMILIES)
+def _identified(edited: WeightFile, base: WeightFile | None) -> Family:
+    fits = families_of_weights(edited, FAMILIES.values())
+    if len(fits) > 1 and base is not None:  # a text encoder, or layers that two families share
+        fits = families_of_weights(base, fits) or fits
     if len(fits) == 1:
         return fits[0]
+    name = edited.file.name
     if fits:
-        raise ForgetError(
-            f"'{file.name}' fits {' and '.join(one.title for one in fits)}: say which with "
-            "--family."
-        )
+        titles = " and ".join(one.title for one in fits)
+        raise ForgetError(f"'{name}' fits {titles}: say which by the base or --family.")
     what = next(
-        (what for part, what in OTHER_PARTS.items() if any(part in key for key in file.tensors)),
-        "no file that can be imported",
+        (what for part, what in OTHER_PARTS.items() if any(part in k for k in edited.file.tensors)),
+        EMBEDDING if list(edited.file.tensors) == ["embed"] else "no file that can be imported",
     )
     raise ForgetError(
-        f"'{file.name}' is {what}: give an eraser's LoRA, its edited U-Net or text encoder "
-        "weights (with --family if it changes the text encoder alone), or its diffusers folder."
+        f"'{name}' is {what}: give an eraser's LoRA, its edited U-Net or text encoder weights, or "
+        "its diffusers folder."
     )
 
 
@@ -164,6 +184,7 @@ def _patch(
     kind: str,
     notes: Sequence[str],
     info: dict | None = None,
+    imported: dict | None = None,
 ) -> Imported:
     original = "\n".join(f"{key}: {value}" for key, value in sorted(file.metadata.items()))
     record = {
@@ -177,6 +198,7 @@ def _patch(
             "file": printable(file.name)[:200],
             "sha256": file.sha256,
             "metadata": printable(original.replace("\n", "; "))[:MAX_METADATA],
+            **(imported or {}),
         },
     }
     return Imported(ForgetPatch(family, changes, record | (info or {})), kind, tuple(notes))

@@ -5,8 +5,8 @@ from the base, rounded to the file's own precision first: against an unrounded b
 would be a fifth of a small edit.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,16 +15,16 @@ import torch
 from ..errors import ForgetError
 from ..linalg import balanced_factors, product_svd
 from ..models.families import Family, Layer, layers, layers_by_name, text_layers
-from .foreign_file import ForeignFile, read_foreign
+from .foreign_file import ForeignFile, read_folder, read_foreign
 from .patch import MAX_RANK
 
 UNET_PREFIXES = "model.diffusion_model.", "unet.", "diffusion_model.", "model.", ""
 TEXT_PREFIXES = {
     "text_encoder": (
         "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.",
-        "cond_stage_model.", "",
+        "cond_stage_model.", "clip_l.transformer.", "clip_h.transformer.", "",
     ),
-    "text_encoder_2": ("text_encoder_2.",),
+    "text_encoder_2": ("text_encoder_2.", "clip_g.transformer."),
 }  # fmt: skip
 NOT_CHANGED = 1e-7  # relative size of a difference that is rounding in float32
 TOO_LARGE = 0.5  # relative size, over all layers, that no edit of the same base has
@@ -39,9 +39,9 @@ class WeightFile:
     def __init__(self, file: ForeignFile):
         self.file, self._keys = file, set(file.tensors)
 
-    def key_of(self, layer: Layer) -> str | None:
-        """The key of a layer's weight, or None."""
-        return next((key for key in self._candidates(layer) if key in self._keys), None)
+    def key_of(self, layer: Layer, part: str = "weight") -> str | None:
+        """The key of a layer's weight or bias, or None."""
+        return next((key for key in self._candidates(layer, part) if key in self._keys), None)
 
     def weight(self, layer: Layer) -> torch.Tensor | None:
         """A layer's weight in its shape, or None; Linear and 1x1 Conv2d stand for each other."""
@@ -49,6 +49,12 @@ class WeightFile:
         if key is None:
             return None
         tensor = self.file.tensors[key]
+        scale = key.removesuffix("weight") + "scale_weight"
+        if not tensor.is_floating_point() or scale in self._keys:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ForgetError(
+                f"'{self.file.name}' holds '{key:.80}' as {kind}: use a copy in 16 or 32 bits."
+            )
         fits = tensor.dim() >= 2 and tensor.numel() == torch.Size(layer.shape).numel()
         if not fits or tensor.shape[0] != layer.shape[0]:
             raise ForgetError(
@@ -58,7 +64,7 @@ class WeightFile:
         return tensor.reshape(layer.shape)
 
     @staticmethod
-    def _candidates(layer: Layer) -> Iterator[str]:
+    def _candidates(layer: Layer, part: str) -> Iterator[str]:
         if layer.is_text:
             encoder, _, path = layer.name.partition(".")
             paths = path, path.removeprefix("text_model.")
@@ -66,7 +72,7 @@ class WeightFile:
         else:
             paths, prefixes = (layer.name, layer.compvis), UNET_PREFIXES
         for prefix in prefixes:
-            yield from (f"{prefix}{path}.weight" for path in paths)
+            yield from (f"{prefix}{path}.{part}" for path in paths)
 
 
 @dataclass
@@ -79,6 +85,8 @@ class Difference:
         not_held: of the square of all differences, the share in tensors that a LoRA cannot hold:
             norms, biases, embeddings.
         unchanged: layers that are in the file and equal to the base.
+        not_compared: tensors beside the layers that the base does not have by that name.
+        coarse_base: the base has fewer bits than the file, so the rounding of the base is in it.
     """
 
     changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -86,6 +94,8 @@ class Difference:
     not_held: float
     unchanged: int = 0
     ranks: list[int] = field(default_factory=list)
+    coarse_base: bool = False
+    not_compared: int = 0
 
 
 def difference(
@@ -119,8 +129,14 @@ def difference(
                 f"The base '{base.file.name}' lacks '{layer.name}', which '{edited.file.name}' "
                 "changes: give the whole model that the eraser began with."
             )
+        result.coarse_base |= before.element_size() < after.element_size()
         before = before.to(after.dtype).float()  # as the eraser saved what it left alone
         change = (after.float() - before).flatten(1)
+        if not torch.isfinite(change.norm()):
+            raise ForgetError(
+                f"'{edited.file.name}' or its base holds NaN or infinite values in '{layer.name}': "
+                "do not use it."
+            )
         squares += torch.stack([change.square().sum(), before.square().sum(), torch.zeros(())])
         if change.norm() <= NOT_CHANGED * before.norm():
             result.unchanged += 1
@@ -133,7 +149,8 @@ def difference(
     total, whole, lost = squares.tolist()
     _check_size(edited, base, result, total, whole)
     result.lost = (lost / total) ** 0.5
-    result.not_held = _not_held(edited, base, family, total)
+    square, result.not_compared = _not_held(edited, base, family)
+    result.not_held = square / (square + total)
     return result
 
 
@@ -191,56 +208,61 @@ def _check_size(
         )
 
 
-def _not_held(edited: WeightFile, base: WeightFile, family: Family, held: float) -> float:
-    """Share of the squares of all differences in norms, biases and embeddings."""
-    used = {edited.key_of(layer) for layer in (*layers(family), *text_layers(family))}
-    others = [key for key in edited.file.tensors if key not in used and key in base.file.tensors]
-    square = 0.0
-    for key in others:
-        after, before = edited.file.tensors[key], base.file.tensors[key]
+def _not_held(edited: WeightFile, base: WeightFile, family: Family) -> tuple[float, int]:
+    """(square of all differences in norms, biases and embeddings, tensors not in the base)."""
+    everything = (*layers(family), *text_layers(family))
+    pairs = [(edited.key_of(one, "bias"), base.key_of(one, "bias")) for one in everything]
+    known = {edited.key_of(one) for one in everything} | {own for own, _ in pairs}
+    by_name = {_bare(key): key for key in base.file.tensors}
+    pairs += [(key, by_name.get(_bare(key))) for key in edited.file.tensors if key not in known]
+    square, missing = 0.0, 0
+    for own, other in pairs:
+        if own is None:
+            continue
+        if other is None:
+            missing += 1
+            continue
+        after, before = edited.file.tensors[own], base.file.tensors[other]
         if after.shape == before.shape and after.is_floating_point():
-            square += float((after.float() - before.to(after.dtype).float()).square().sum())
-    return square / (square + held) if square + held else 0.0
+            change = after.float() - before.to(after.dtype).float()
+            square += float(change.nan_to_num(0, 0, 0).square().sum())
+    return square, missing
 
 
-def family_of_weights(file: WeightFile, families: Mapping[str, Family]) -> list[Family]:
-    """The families whose cross-attention keys and values a file holds, in their shapes."""
-    fits = []
-    for family in families.values():
-        readers = [layer for layer in layers(family) if layer.is_key_or_value]
-        keys = {key: layer.shape for layer in readers if (key := file.key_of(layer))}
-        shapes = {key: tuple(file.file.tensors[key].shape) for key in keys}
-        if keys and shapes == keys:
-            fits.append(family)
-    return fits
+def _bare(key: str) -> str:
+    """A key without what stands before the path of a layer in the U-Net or first text encoder."""
+    for prefix in (*UNET_PREFIXES[:-1], *TEXT_PREFIXES["text_encoder"][:-1]):
+        if key.startswith(prefix):
+            return key[len(prefix) :]
+    return key
+
+
+def families_of_weights(file: WeightFile, families: Iterable[Family]) -> list[Family]:
+    """The families that a file's weights fit: by keys and values of cross-attention, without them
+    by whatever other layers it holds (ESD-u), then by layers of the text encoder."""
+    for choose in (_readers, layers, text_layers):
+        for shape_of in (tuple, _matrix_shape):
+            fits = []
+            for family in families:
+                keys = {key: each.shape for each in choose(family) if (key := file.key_of(each))}
+                shapes = {key: file.file.tensors[key].shape for key in keys}
+                if keys and all(shape_of(shapes[key]) == shape_of(keys[key]) for key in keys):
+                    fits.append(family)
+            if fits:
+                return fits
+    return []
+
+
+def _readers(family: Family) -> Iterable[Layer]:
+    return [layer for layer in layers(family) if layer.is_key_or_value]
+
+
+def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The same of a Linear and of a Conv2d of kernel 1."""
+    return shape[0] if shape else 0, math.prod(shape[1:])
 
 
 def open_weights(path: str | Path) -> WeightFile:
     """The weights of a checkpoint file or of a diffusers folder's U-Net and text encoders."""
     path = Path(path)
     return WeightFile(read_folder(path) if path.is_dir() else read_foreign(path))
-
-
-def read_folder(path: Path) -> ForeignFile:
-    """A diffusers folder as one file, keys with the part's name in front.
-
-    Raises:
-        ForgetError: there are no weights in it.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    digest = ""
-    for part in ("unet", "text_encoder", "text_encoder_2"):
-        files = sorted(
-            file for ending in (".safetensors", ".bin") for file in path.glob(f"{part}/*{ending}")
-        )
-        plain = [file for file in files if not re.search(r"\.(fp16|bf16|non_ema)\.", file.name)]
-        for file in (plain or files)[:1]:
-            read = read_foreign(file)
-            tensors |= {f"{part}.{key}": read.tensors[key] for key in read.tensors}
-            digest = digest or read.sha256
-    if not tensors:
-        raise ForgetError(
-            f"'{path}' holds no weights of a U-Net or text encoder: give a diffusers folder, with "
-            "unet/diffusion_pytorch_model.safetensors in it, or a single file."
-        )
-    return ForeignFile(path.name, tensors, {}, digest)

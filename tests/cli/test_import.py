@@ -39,7 +39,7 @@ def test_edited_weights_become_a_patch(tmp_path, capsys):
 def test_refusals(tmp_path, capsys):
     file = edited(tmp_path / "esd-dog.pt")
     for arguments, words in (
-        ([str(file)], '--concept, perhaps "dog"'),
+        ([str(file)], '(--concept), perhaps "dog"'),
         ([str(file), "--concept", "dog"], "--base"),
         ([str(file), "--concept", "dog", "--rank", "-1"], "--rank is -1"),
         ([str(tmp_path / "none.pt"), "--concept", "dog"], "cannot be read"),

@@ -247,7 +247,7 @@ def test_what_cannot_be_imported_is_named(tmp_path, make, message):
 def test_missing_facts_are_asked_for(tmp_path):
     weights = demo_weights()
     file = write(tmp_path / "esd-van_gogh-x_1.pt", weights)
-    with pytest.raises(ForgetError, match='--concept, perhaps "van gogh"'):
+    with pytest.raises(ForgetError, match='--concept., perhaps "van gogh"'):
         import_patch(file, [])
     with pytest.raises(ForgetError, match="--base"):
         import_patch(file, DOG)
