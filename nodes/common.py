@@ -14,12 +14,14 @@ STABLE_DIFFUSION = "Stable Diffusion 1.x, 2.x or XL."
 MAX_SEED = 2**53  # a page's numbers are exact up to here
 
 
-def model_input(tooltip: str = STABLE_DIFFUSION) -> io.Input:
-    return io.Model.Input("model", tooltip=tooltip)
+def model_input(tooltip: str = STABLE_DIFFUSION, optional: bool = False) -> io.Input:
+    return io.Model.Input("model", tooltip=tooltip, optional=optional)
 
 
-def clip_input(tooltip: str = "The CLIP of the same checkpoint.") -> io.Input:
-    return io.Clip.Input("clip", tooltip=tooltip)
+def clip_input(
+    tooltip: str = "The CLIP of the same checkpoint.", optional: bool = False
+) -> io.Input:
+    return io.Clip.Input("clip", tooltip=tooltip, optional=optional)
 
 
 def vae_input() -> io.Input:

@@ -212,9 +212,7 @@ def _targets(options: argparse.Namespace, suite: "Suite") -> list["Target"]:
     return _of_split(targets, options.split)
 
 
-def _covered(
-    targets: list["Target"], methods: Sequence["Method"], named: bool
-) -> list["Target"]:
+def _covered(targets: list["Target"], methods: Sequence["Method"], named: bool) -> list["Target"]:
     """The targets that every folder of patches has one for; those named must be among them."""
     for method in filter(lambda one: one.files, methods):
         missing = [target.name for target in targets if target.name not in method.files]

@@ -188,7 +188,7 @@ def _columns(cells: list[str], place: str) -> list[str]:
         found = " ".join(", ".join(cells).split())
         raise ForgetError(
             f"{place}the first row has to name the columns, each once and with commas between "
-            f"them: name, and any of {', '.join(FIELDS[1:])}; this one has '{found:.80}'."
+            f"them: name, and any of {', '.join(FIELDS[1:])}; this one has '{found:.40}'."
         )
     return cells
 

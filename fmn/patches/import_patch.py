@@ -24,7 +24,6 @@ from .weight_difference import (
     WeightFile,
     difference,
     families_of_weights,
-    open_weights,
 )
 
 MAX_METADATA = 8_000  # letters of the original metadata that are kept
@@ -57,7 +56,7 @@ class Imported:
 def import_patch(
     path: str | Path,
     concepts: Sequence[Concept],
-    base: str | Path | WeightFile | None = None,
+    base: str | Path | ForeignFile | None = None,
     family: str | None = None,
     rank: int = 0,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
@@ -75,11 +74,10 @@ def import_patch(
     Raises:
         ForgetError: what it is cannot be imported, or something is missing; the message says what.
     """
-    path = Path(path)
-    file = read_folder(path) if path.is_dir() else read_foreign(path)
+    file = open_eraser(path)
     if not concepts:
         raise ForgetError(
-            f"What '{path.name}' forgets is not known: name it (--concept), perhaps "
+            f"What '{file.name}' forgets is not known: name it (--concept), perhaps "
             f'"{guess_concept(file)}".'
         )
     wanted = _family(family)
@@ -87,11 +85,13 @@ def import_patch(
         lora = read_lora(file, wanted)
         return _patch(file, lora.family, lora.changes, concepts, "LoRA", _unused(lora.unused))
     edited = WeightFile(file)
-    first = open_weights(base) if isinstance(base, str | Path) else base
+    if base is not None and not isinstance(base, ForeignFile):
+        base = open_eraser(base)
+    first = None if base is None else WeightFile(base)
     found = wanted or _identified(edited, first)
     if first is None:
         raise ForgetError(
-            f"'{path.name}' holds edited weights, not changes: give the model that it was made "
+            f"'{file.name}' holds edited weights, not changes: give the model that it was made "
             "from as the base (--base)."
         )
     change = difference(edited, first, found, rank, on_layer)
@@ -124,6 +124,16 @@ def _notes(change: Difference) -> list[str]:
             "the rounding is in the change; give that copy"
         )
     return notes
+
+
+def open_eraser(path: str | Path) -> ForeignFile:
+    """A file or folder that may be an eraser, or its base.
+
+    Raises:
+        ForgetError: as ``read_foreign`` and ``read_folder``.
+    """
+    path = Path(path)
+    return read_folder(path) if path.is_dir() else read_foreign(path)
 
 
 def guess_concept(file: ForeignFile) -> str:

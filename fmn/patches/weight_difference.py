@@ -8,14 +8,13 @@ would be a fifth of a small edit.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from ..errors import ForgetError
 from ..linalg import balanced_factors, product_svd
 from ..models.families import Family, Layer, layers, layers_by_name, text_layers
-from .foreign_file import ForeignFile, read_folder, read_foreign
+from .foreign_file import ForeignFile
 from .patch import MAX_RANK
 
 UNET_PREFIXES = "model.diffusion_model.", "unet.", "diffusion_model.", "model.", ""
@@ -130,7 +129,7 @@ def difference(
                 "changes: give the whole model that the eraser began with."
             )
         result.coarse_base |= before.element_size() < after.element_size()
-        before = before.to(after.dtype).float()  # as the eraser saved what it left alone
+        before = before.to(after).float()  # as the eraser saved what it left alone
         change = (after.float() - before).flatten(1)
         if not torch.isfinite(change.norm()):
             raise ForgetError(
@@ -224,7 +223,7 @@ def _not_held(edited: WeightFile, base: WeightFile, family: Family) -> tuple[flo
             continue
         after, before = edited.file.tensors[own], base.file.tensors[other]
         if after.shape == before.shape and after.is_floating_point():
-            change = after.float() - before.to(after.dtype).float()
+            change = after.float() - before.to(after).float()
             square += float(change.nan_to_num(0, 0, 0).square().sum())
     return square, missing
 
@@ -260,9 +259,3 @@ def _readers(family: Family) -> Iterable[Layer]:
 def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """The same of a Linear and of a Conv2d of kernel 1."""
     return shape[0] if shape else 0, math.prod(shape[1:])
-
-
-def open_weights(path: str | Path) -> WeightFile:
-    """The weights of a checkpoint file or of a diffusers folder's U-Net and text encoders."""
-    path = Path(path)
-    return WeightFile(read_folder(path) if path.is_dir() else read_foreign(path))
