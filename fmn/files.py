@@ -60,7 +60,7 @@ def open_safetensors(
         ) from error
     except (SafetensorError, EOFError) as error:
         raise ForgetError(
-            f"'{path.name}' is damaged or not a safetensors file ({error}): {remedy}."
+            f"'{path.name}' is damaged or not a safetensors file ({error!s:.100}): {remedy}."
         ) from error
 
 

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load, load_file
 
 from fmn.bench.reporting.columns import COLUMNS, Results
-from fmn.bench.running.cells import Cell, Method, Setup, plan
+from fmn.bench.running.cells import Cell, Method, Setup, parse_method, plan
 from fmn.bench.running.lab import Lab, read_controls, to_bytes
 from fmn.bench.running.store import Store
 from fmn.bench.running.worker import make_lab
 from fmn.bench.suite import parse_suite, read_suite
 from fmn.cli import main
+from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.models.families import DEMO, layers
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch
@@ -317,3 +318,27 @@ def test_cells_have_the_same_key_in_every_process(setup):
         capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert found.stdout.decode().split() == [cell.key(setup) for cell in cells]
+
+
+def test_a_folder_of_patches_is_one_method(finished, tmp_path, capsys):
+    """Each target gets the patch that forgets it: published erasers become a row of the table."""
+    folder = tmp_path / "uce-released"
+    folder.mkdir()
+    for name, size in (("dog", 1.0), ("car", 2.0)):
+        patch = noise_patch(size)
+        patch.info["concepts"] = [{"name": name, "kind": "object"}]
+        save_patch(patch, folder / f"{name}.safetensors")
+    method = parse_method(str(folder))
+    assert method.name == "uce-released" and set(method.files) == {"dog", "car"}
+    assert method.on("dog").settings != method.on("car").settings
+    given = ("--method", str(folder), "--measure", "pictures", "--out", str(finished))
+    assert bench(*given, "--target", "dog") == 0
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    assert ("dog", "uce-released") in [(row["target"], row["method"]) for row in report["rows"]]
+    assert bench(*given, "--target", "apple") == 2
+    assert "holds no patch for apple" in capsys.readouterr().err
+    save_patch(load_patch(folder / "dog.safetensors"), folder / "again.safetensors")
+    with pytest.raises(ForgetError, match="two patches that forget 'dog'"):
+        parse_method(str(folder))
+    with pytest.raises(ForgetError, match="holds no patches"):
+        parse_method(str(tmp_path))
