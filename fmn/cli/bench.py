@@ -144,7 +144,7 @@ def run_bench(options: argparse.Namespace) -> tuple[dict, str]:
     methods = [parse_method(text) for text in dict.fromkeys(options.method)]
     _check_names(methods)
     setup, suite = _make_setup(options)
-    targets = _covered(_targets(options, suite), methods, bool(options.target))
+    targets = covered(_targets(options, suite), methods, bool(options.target))
     if options.write_scores:
         targets = _scored_targets(targets, options, suite, methods)
     check_domains(judge_for(setup.judge, suite), targets)
@@ -212,7 +212,7 @@ def _targets(options: argparse.Namespace, suite: "Suite") -> list["Target"]:
     return _of_split(targets, options.split)
 
 
-def _covered(targets: list["Target"], methods: Sequence["Method"], named: bool) -> list["Target"]:
+def covered(targets: list["Target"], methods: Sequence["Method"], named: bool) -> list["Target"]:
     """The targets that every folder of patches has one for; those named must be among them."""
     for method in filter(lambda one: one.files, methods):
         missing = [target.name for target in targets if target.name not in method.files]

@@ -190,7 +190,7 @@ def _check_names(path: Path, start: bytes) -> None:
         for stream in streams:
             for operation, argument, _ in pickletools.genops(stream):
                 if operation.name in ("GLOBAL", "INST") and not (
-                    argument in NAMED or NAMED_TYPES.fullmatch(argument)
+                    argument in NAMED or NAMED_TYPES.fullmatch(str(argument))
                 ):
                     raise pickle.UnpicklingError(argument)
 

@@ -1,6 +1,5 @@
 """The node Import Eraser, through a real server."""
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,7 +8,7 @@ from fmn.hosts.diffusers.load import DEMO_FILE
 from fmn.models.families import DEMO, layers, text_layers
 
 from .server import PromptError
-from .workflows import demo_loader, drawing, node
+from .workflows import demo_loader, node
 
 KV = [layer for layer in layers(DEMO) if layer.is_key_or_value]
 TEXT = text_layers(DEMO)[0]
@@ -46,24 +45,18 @@ def importing(file, name="import", **inputs):
     }
 
 
-def test_edited_weights_and_loras_become_patches_that_work(server, files):
+def test_edited_weights_and_loras_become_patches(server, files):
     base = {"model": ["demo", 0], "clip": ["demo", 1]}
-    applied = node("FMN_ApplyForgetPatch", model=["demo", 0], patch=["esd", 0], strength=1.0)
     outputs = server.run(
         demo_loader()
         | importing("forget_imports/esd-robot.pt", "esd", **base)
         | importing("forget_imports/advunlearn.safetensors", "adv", rank=3, **base)
         | importing("loras/leco.safetensors", "leco")
-        | {"apply": applied}
-        | drawing(name="before")
-        | drawing(["apply", 0], name="after")
     )
     esd, adv, leco = (outputs[f"{name}_text"]["text"][0] for name in ("esd", "adv", "leco"))
     assert f"layers: {len(KV)}, rank" in esd and "edited weights from esd-robot.pt" in esd
     assert "layers: 1, rank 3" in adv and "LoRA from leco.safetensors" in leco
     assert all("robot (object)" in text for text in (esd, adv, leco))
-    before, after = server.image(outputs["before"]), server.image(outputs["after"])
-    assert np.abs(before - after).mean() > 0.02
 
 
 @pytest.mark.parametrize("file, inputs, message", [

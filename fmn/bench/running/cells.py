@@ -214,7 +214,8 @@ def plan(
     for method in [Method(UNTOUCHED, {}), *methods]:
         name = method.name
         for target in targets:
-            settings, needs = method.on(target).settings, ()
+            settings = method.on(target).settings
+            needs: tuple[str, ...] = ()
             if name != UNTOUCHED:
                 train = Cell("train", name, settings, (target,))
                 cells.append(train)
