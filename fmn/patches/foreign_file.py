@@ -84,7 +84,8 @@ def read_foreign(path: str | Path) -> ForeignFile:
     refuse_no_weights(path, start)
     tensors: Mapping[str, torch.Tensor]
     metadata: dict[str, str] = {}
-    if start.startswith(ZIP) or PICKLE.match(start):
+    # A safetensors header may be as long as a pickle's first bytes say, but then begins with {.
+    if start.startswith(ZIP) or (PICKLE.match(start) and start[8:9] != b"{"):
         tensors = _read_pickle(path, start)
     else:
         tensors, metadata = _read_safetensors(path, size, start)

@@ -310,6 +310,14 @@ def test_files_of_torch_before_1_6_and_compressed_ones(tmp_path):
         import_patch(tmp_path / "bomb.pt", DOG)
 
 
+def test_a_header_as_long_as_a_pickle_begins(tmp_path):
+    """640 bytes are 80 02 in the file, as the beginning of a pickle."""
+    entry = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    header = json.dumps(entry).encode().ljust(0x280)
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert list(read_foreign(tmp_path / "a.safetensors").tensors) == ["a"]
+
+
 @pytest.mark.parametrize("file, metadata, config", [
     ("a.safetensors", {"lora_adapter_metadata": '{"unet.lora_alpha": 8, "unet.r": 2}'}, None),
     ("adapter_model.safetensors", None, '{"lora_alpha": 8, "r": 2}'),
