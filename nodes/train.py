@@ -151,7 +151,7 @@ class _Previews:
             live.note(f"No previews: {missing}.")
             self.every = 0
             return
-        first = concepts[0].training_prompts()[0].text if concepts else ""
+        first = concepts[0].training_prompts()[0].words if concepts else ""
         prompts = options.forgotten_prompt.strip() or first, options.kept_prompt.strip()
         steps, seed = options.preview_steps, options.preview_seed
         self.pictures = Previews(host, filter(None, prompts), steps, seed)

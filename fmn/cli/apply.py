@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..concepts.concept import Prompt
+from ..concepts.prompt_syntax import prompt_text
 from ..errors import ForgetError
 from ..settings import MAX_SEED, Settings, setting
 from .options import MODEL, Commands, add_command, add_repeated, add_settings, given_options
@@ -84,6 +86,7 @@ def _draw(options: Namespace, drawing: Drawing, guided: bool) -> tuple[dict[str,
     from ..images import labelled_grid, to_image
     from ..models.families import DEMO
 
+    prompts = [Prompt(prompt_text(text), text, plain=False) for text in options.prompt]
     out = options.out or free_name(PICTURE)
     check_file(out, ".png")
     patches = _patches(options)
@@ -92,12 +95,12 @@ def _draw(options: Namespace, drawing: Drawing, guided: bool) -> tuple[dict[str,
     if model.family is DEMO and not guided:
         drawing = replace(drawing, guidance=DEMO_GUIDANCE)
     size = drawing.size or model.family.resolution
-    noise = model.initial_noise([drawing.seed] * len(options.prompt), size)
-    latents = model.sample_latents(options.prompt, noise, drawing.steps, drawing.guidance)
+    noise = model.initial_noise([drawing.seed] * len(prompts), size)
+    latents = model.sample_latents(prompts, noise, drawing.steps, drawing.guidance)
     images = [to_image(image) for image in model.decode(latents)]
     picture = images[0]
     if len(images) > 1:
-        rows = [(prompt, [image]) for prompt, image in zip(options.prompt, images)]
+        rows = [(prompt.text, [image]) for prompt, image in zip(prompts, images)]
         picture = labelled_grid(rows, [""], size)
     write_whole(out, lambda file: picture.save(file, format="PNG"))
     return {"picture": str(out)}, f"saved: {out}"

@@ -16,7 +16,7 @@ from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
 from ..models.families import layers
 from ..models.interface import UNetModel
-from ..models.token_positions import CHUNK, EOS_ID, flagged_positions
+from ..models.token_positions import CHUNK, EOS_ID, mentions
 from ..settings import setting
 
 ENERGY = 0.99  # share of the kept contexts' sum of squares that down is orthogonal to
@@ -110,10 +110,8 @@ def concept_moment(model: UNetModel, concepts: Sequence[Concept]) -> Tensor:
     encoder is causal, so those before it know nothing of the concept."""
     total = torch.zeros(model.family.context_dim, model.family.context_dim, dtype=torch.float64)
     for prompt in (prompt for concept in concepts for prompt in concept.training_prompts()):
-        ids = model.tokenize(prompt)
-        subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-        weights = position_weights(ids)
-        weights[: flagged_positions(prompt, ids, subject, "none")[0]] = 0
+        weights = position_weights(model.tokenize(prompt))
+        weights[: mentions(model.tokenize, prompt)[0][0]] = 0
         total += _weighted_gram(model.encode(prompt).context[0], weights)
     return total
 

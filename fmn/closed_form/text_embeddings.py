@@ -15,7 +15,7 @@ from ..concepts.keep_list import CHOICES
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..models.interface import Text, UNetModel
-from ..models.token_positions import CHUNK, EOS_ID, mentioned_positions, word_positions
+from ..models.token_positions import CHUNK, EOS_ID, mentions
 from ..settings import advanced, setting
 
 TOKENS = ("last", "from-last", "subject", "all")
@@ -200,7 +200,7 @@ def _encode_mentions(
     mentioned, short = {}, []
     for prompt in prompts:
         ids = model.tokenize(prompt)
-        start, last, first = _last_mention(model, prompt, ids)
+        start, last, first = _last_mention(model, prompt)
         if prompt.plain and len(ids) == CHUNK:
             short.append((prompt, CHUNK if whole else _first_end(ids) + 1, last, first))
         else:
@@ -212,17 +212,13 @@ def _encode_mentions(
     return mentioned
 
 
-def _last_mention(
-    model: EncodesText, prompt: Prompt, ids: Sequence[int | None]
-) -> tuple[int, int, int]:
+def _last_mention(model: EncodesText, prompt: Prompt) -> tuple[int, int, int]:
     """Where the chunk with a subject's last mention starts, and the mention ends and begins."""
     if not prompt.text:
         return 0, 0, 0
-    subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-    positions = mentioned_positions(prompt, ids, subject)
-    start = positions[-1] // CHUNK * CHUNK
-    first = positions[-len(word_positions(subject))] - start
-    return start, positions[-1] - start, max(first, 1)
+    mention = mentions(model.tokenize, prompt)[-1]
+    start = mention[-1] // CHUNK * CHUNK
+    return start, mention[-1] - start, max(mention[0] - start, 1)
 
 
 def first_tokens(model: EncodesText, texts: Sequence[str], lengths: Sequence[int]) -> list[Tensor]:

@@ -131,10 +131,8 @@ def patch_gate(model: UNetModel, patch: HasInfo, low: float = LOW, high: float =
     for name, kind in subjects_of(patch):
         for template in ("{}", TEMPLATES.get(kind, OTHER_TEMPLATE)):
             prompt = Prompt(template.replace("{}", name), name)
-            ids = model.tokenize(prompt)
-            subject = model.tokenize(prompt._replace(text=name))
             texts.append(prompt.text)
-            positions.append(flagged_positions(prompt, ids, subject, "none"))
+            positions.append(flagged_positions(model.tokenize, prompt, "none"))
     empty, *contexts = model.encode_all(["", *texts])
     probes = [(context - empty)[at] for context, at in zip(contexts, positions)]
     return Gate(probes, empty, low, high)

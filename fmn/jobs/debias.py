@@ -68,7 +68,7 @@ def balance(
         ForgetError: shares that do not add up, or labels that the judge lacks.
     """
     _check(desired, judge, domain)
-    texts = [prompt.text for prompt in concept.training_prompts()]
+    texts = [prompt.words for prompt in concept.training_prompts()]
     prompts = [texts[i % len(texts)] for i in range(pictures)]
     weights = dict.fromkeys(desired, 0.0)
     patches: list[ForgetPatch | None] = [None]

@@ -167,7 +167,7 @@ def _inverted(
             "set inverted to 0."
         )
     first = concept.training_prompts()[0]
-    template = first.text.replace("{", "").replace("}", "").replace(first.subject, "{}", 1)
+    template = first.words.replace("{", "").replace("}", "").replace(first.subject, "{}", 1)
     inversion = textual_inversion.Settings(
         tokens=settings.inverted, steps=settings.inversion_steps, lr=INVERTED_LR,
         seed=settings.seed, start=first.subject, templates=(template,),

@@ -5,6 +5,7 @@ Every model offers ``Model``: that is enough to train on its predictions, as ESD
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -39,10 +40,12 @@ class Text:
 
     @staticmethod
     def cat(texts: "Sequence[Text]") -> "Text":
-        """Several as one batch; their prompts must have the same number of tokens."""
+        """Several as one batch. Shorter ones are repeated, which changes no attention over them."""
         names = texts[0].vectors
         vectors = {name: torch.cat([text.vectors[name] for text in texts]) for name in names}
-        return Text(torch.cat([text.context for text in texts]), vectors)
+        length = math.lcm(*(text.context.shape[1] for text in texts))
+        contexts = [text.context.repeat(1, length // text.context.shape[1], 1) for text in texts]
+        return Text(torch.cat(contexts), vectors)
 
     def __getitem__(self, index: slice | Tensor) -> "Text":
         """Some of the batch."""

@@ -193,8 +193,8 @@ def test_the_model_comes_back_unchanged(model):
 
 
 REFUSED = {
-    "weights": (Concept("dog", prompts=("a (dog:1.2)",)), {}, "only ComfyUI understands"),
-    "no tokens": (Concept("dog", aliases=("<|endoftext|>",)), {}, "not in the encoded prompt"),
+    "no embedding": (Concept("dog", prompts=("a dog embedding:x",)), {}, "only ComfyUI reads"),
+    "no tokens": (Concept("dog", aliases=("<|endoftext|>",)), {}, "gives no tokens"),
 }
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...concepts.concept import Prompt
+from ...concepts.prompt_syntax import prompt_text
 from ...errors import ForgetError
 from ...models.adapters import LayerModule
 from ...models.families import Family, Layer, layers, layers_by_name
@@ -68,9 +69,9 @@ class ComfyHost:
         return comfy.utils.get_attr(self.patcher.model, self.key(layer.name))
 
     def _tokens(self, prompt: Prompt) -> dict[str, list]:
-        # The words of a plain prompt carry no weights.
-        options = {"disable_weights": True} if prompt.plain else {}
-        return self._need_clip().tokenize(prompt.text, **options)
+        if prompt.plain:  # its words carry no weights
+            return self._need_clip().tokenize(prompt.text, disable_weights=True)
+        return self._need_clip().tokenize(prompt_text(prompt.text))
 
     def _need_clip(self) -> CLIP:
         if self.clip is None:
