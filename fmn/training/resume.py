@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from ..concepts.concept_list import concept_of
 from ..errors import ForgetError
 from ..files import MAX_HEADER, STATE_ENDING, open_safetensors, write_whole
 from .loop import MAX_LOSS_SCALE, LoopState, Moments
@@ -109,7 +110,10 @@ class TrainingState:
             ("method", "the method"), ("concepts", "concepts"), ("family", "a model of family"),
             ("prediction", "a model of prediction"), ("fingerprint", "a base model of fingerprint"),
         ):  # fmt: skip
-            if record[key] != self.record[key]:
+            saved = self.record[key]
+            if key == "concepts":
+                saved = list(map(_normalised, saved))
+            if record[key] != saved:
                 raise ForgetError(
                     f"'{self.name}' was made with {what} {_shown(key, self.record[key])}, and this "
                     f"is {_shown(key, record[key])}: use the same, or start anew."
@@ -183,6 +187,14 @@ class TrainingState:
         }
         loss, step = self.record["best"]
         return Best(loss, step, kept)
+
+
+def _normalised(concept: Any) -> Any:
+    """A saved concept as names are read now; older versions kept invisible characters."""
+    try:
+        return concept_of(concept).describe()
+    except ForgetError:
+        return concept  # another one than is trained
 
 
 def _trained(tensors: Mapping[str, torch.Tensor]) -> set[str]:
