@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ForgetError
-from ..text import INVISIBLE
+from ..text import INVISIBLE, normalise
 from .prompt_syntax import escaped, plain_text, prompt_text, unescaped, words_of_prompt
 from .wordlists import unsafe_terms
 
@@ -200,6 +200,7 @@ def parse_concept(text: str, kind: str = "object", **more: Any) -> Concept:
     Raises:
         ForgetError: a word before a colon is not a kind, or the arrow points to nothing.
     """
+    plain_text(text)  # before {a|b} is cut
     text, arrow, anchor = MARK.sub("", text).partition(ARROW)
     if arrow:
         if not anchor.strip() or ARROW in anchor:
@@ -220,10 +221,11 @@ def kind_and_name(text: str, kind: str) -> tuple[str, str]:
     """Read ``KIND:NAME``, or the name alone, which is of the kind given: (kind, name).
 
     Raises:
-        ForgetError: one word stands before the first colon, and is not a kind.
+        ForgetError: one word stands before the first colon, and is not a kind; or it has weights.
     """
+    plain_text(text)  # the colon of a weight is no kind's
     prefix, colon, name = text.partition(":")
-    prefix = prefix.strip()
+    prefix = normalise(prefix)
     if not colon or len(prefix.split()) != 1:
         return kind, text.strip()
     if prefix.lower() in KINDS:

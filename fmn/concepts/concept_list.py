@@ -75,6 +75,7 @@ def parse_lines(text: str, kind: str = "object", place: str = "Line ") -> list[C
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise ForgetError(f"The list has more than {MAX_BYTES >> 20} MiB: make it shorter.")
+    text = text.removeprefix("\ufeff")
     if text.lstrip().startswith("["):  # as UCE keeps what it erased
         return _concepts(_json_entries(text, place), kind, place)
     return _concepts(_lines(text, place), kind, place)

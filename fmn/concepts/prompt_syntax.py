@@ -17,7 +17,7 @@ OTHERS = re.compile(  # of other programs: <lora:x:1>, {a|b}, [a:b:0.5], [a|b], 
     re.IGNORECASE,
 )
 CAPITALS = re.compile(r"(?<!\w)(?:BREAK|AND)(?!\w)")
-WEIGHTS = re.compile(r"(?<!\\)\((?:\(|[^()]*:\s*[\d.]+\s*\))")
+WEIGHTS = re.compile(r"(?<!\\)\((?:\(|.*?:\s*[\d.]+\s*\))")
 MAX_PARENTHESES = 200  # they nest
 OPEN, CLOSE = "\x01", "\x02"  # stand for parentheses that are letters; ``normalise`` leaves none
 

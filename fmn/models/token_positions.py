@@ -40,8 +40,8 @@ def mentions(tokenize: Tokenize, prompt: Prompt) -> list[list[int]]:
     Raises:
         ForgetError: the subject has no tokens, or the prompt's tokens do not contain them.
     """
-    ids, read = tokenize(prompt), []
-    words = word_positions(ids)
+    ids = tokenize(prompt)
+    words, read = word_positions(ids), list[TokenIds]()
     found: dict[tuple[int, ...], None] = {}
     for text in _with_punctuation(prompt):
         alone = tokenize(Prompt(text, text))

@@ -271,7 +271,8 @@ def names_of(found):
     [
         "- van gogh\n- picasso", "* van gogh\n* picasso", "1. van gogh\n2. picasso",
         "1) van gogh\n\n2) picasso", "\u2022 van gogh\n\u2022 picasso", "\u2013 van gogh\npicasso",
-        "van\u00a0gogh\u200b\n\ufeffpicasso", '["van gogh", "picasso"]',
+        "van\u00a0gogh\u200b\n\ufeffpicasso", "\ufeff- van gogh\n\u200bobject:picasso",
+        '["van gogh", "picasso"]',
     ],
 )  # fmt: skip
 def test_marks_of_a_list_are_no_part_of_a_name(text):

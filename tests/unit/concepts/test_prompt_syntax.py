@@ -2,7 +2,7 @@
 
 import pytest
 
-from fmn.concepts.concept import Concept, Prompt
+from fmn.concepts.concept import Concept, Prompt, parse_concept
 from fmn.concepts.keep_list import keep_for
 from fmn.concepts.prompt_syntax import escaped, plain_text, prompt_text, weighted, words_of_prompt
 from fmn.concepts.prompt_templates import blanked, sentences
@@ -63,7 +63,9 @@ def test_weights_that_are_none(text):
         prompt_text(text)
 
 
-@pytest.mark.parametrize("name", ["(dog:1.2)", "((dog))", "<lora:dog:1>", "a {dog|cat}"])
+@pytest.mark.parametrize(
+    "name", ["(dog:1.2)", "a (dog (pet):1.2)", "((dog))", "<lora:dog:1>", "a {dog|cat}"]
+)
 def test_a_name_is_plain_words(name):
     for make in (
         Concept,
@@ -72,6 +74,8 @@ def test_a_name_is_plain_words(name):
     ):
         with pytest.raises(ForgetError, match="has prompt syntax"):
             make(name)
+        with pytest.raises(ForgetError, match="has prompt syntax"):
+            parse_concept(name)
 
 
 def test_names_in_capitals_may_be_these_words():
