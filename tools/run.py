@@ -158,7 +158,8 @@ def run_tests(arguments):
     if code := check_types(python):
         return code
     # Files side by side: each process has its own server. Somebody who picks tests runs them here.
-    arguments = arguments or ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    side_by_side = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    arguments = arguments or [*side_by_side, "--no-loadscope-reorder"]
     return subprocess.run(
         [python, "-m", "pytest", *arguments], cwd=ROOT / "tests", env=env
     ).returncode

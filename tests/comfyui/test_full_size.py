@@ -60,12 +60,12 @@ def test_peak_memory_at_512_pixels(big_server):
 
 
 def test_train_save_apply_and_sample(big_server):
-    prompt = checkpoint_loader("sd15.safetensors") | training(steps=2, size=256) | saving("sd15")
+    prompt = checkpoint_loader("sd15.safetensors") | training(steps=2, size=64) | saving("sd15")
     prompt["apply"] = node(
         "FMN_ApplyForgetPatch", model=["demo", 0], patch=["train", 0], strength=1.0
     )
-    outputs = big_server.run(prompt | drawing(["apply", 0], steps=2, size=256))
-    assert big_server.image(outputs["image"]).shape == (256, 256, 3)
+    outputs = big_server.run(prompt | drawing(["apply", 0], steps=2, size=64))
+    assert big_server.image(outputs["image"]).shape == (64, 64, 3)
 
     name = outputs["save"]["text"][0]
     with safe_open(big_server.base / "output" / "forget_patches" / name, "pt") as file:
@@ -92,7 +92,7 @@ def test_the_command_line_trains_the_same_file_alike(
     checkpoint = big_server.base / "models" / "checkpoints" / f"{name}.safetensors"
     if not checkpoint.exists():
         make_checkpoint(big_server.base, name)
-    settings = "--method", "resteer", "--steps", "2", "--size", "256", "--lr", "0.002"
+    settings = "--method", "resteer", "--steps", "2", "--size", "64", "--lr", "0.002"
     done = subprocess.run(
         [sys.executable, "-m", "fmn", "forget", checkpoint, "dog", *settings, "--json",
          "--out", tmp_path / "dog.safetensors"],
@@ -100,7 +100,7 @@ def test_the_command_line_trains_the_same_file_alike(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = json.loads(done.stdout)["info"]
-    prompt = checkpoint_loader(checkpoint.name) | training(steps=2, size=256) | saving("alike")
+    prompt = checkpoint_loader(checkpoint.name) | training(steps=2, size=64) | saving("alike")
     file_name = big_server.run(prompt)["save"]["text"][0]
     if name != "sd15":
         checkpoint.unlink()
