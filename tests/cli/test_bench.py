@@ -101,7 +101,8 @@ def test_a_patch_and_its_negation_cancel(setup, lab):
 
 
 def bench(*arguments):
-    return main.main(["bench", "--count", "2", "--workers", "1", "--check", "", *arguments])
+    small = "--count", "2", "--steps", "4", "--workers", "1", "--check", ""
+    return main.main(["bench", *small, *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +157,8 @@ def test_scores_are_written_into_a_patch_file(finished, tmp_path, capsys):
 def test_a_second_run_does_nothing_again(finished, capsys):
     with Store(finished / "cells.sqlite") as store:
         before = store.db.execute("SELECT key, finished FROM cells ORDER BY key").fetchall()
-    start = time.monotonic()
     assert bench("--method", "resteer:steps=2", "--target", "dog", "--measure", "pictures",
                  "--out", str(finished), "--json") == 0  # fmt: skip
-    assert time.monotonic() - start < 60
     told = json.loads(capsys.readouterr().out)
     assert told["files"]["html"] == str(finished / "report.html")
     with Store(finished / "cells.sqlite") as store:
@@ -243,14 +242,17 @@ def test_strips_of_controls(tmp_path):
     assert read_controls("") == {}
 
 
+TARGETS = "dog", "apple", "car", "guitar", "robot", "vampire", "mermaid", "blueprint"
+
+
 def started(folder):
     """The command in a process of its own that has finished a cell, and its worker processes.
 
     Ctrl-C works there even if it is ignored here, as a shell makes it for what runs in the
     background.
     """
-    options = "--count 2 --workers 1 --check= --target dog apple car guitar --measure pictures"
-    command = [sys.executable, "-m", "fmn", "bench", *options.split()]
+    options = "--count 2 --steps 2 --workers 1 --check= --measure pictures"
+    command = [sys.executable, "-m", "fmn", "bench", *options.split(), "--target", *TARGETS]
     command += ["--method", "resteer:steps=2", "--out", str(folder)]
     told = folder / "told.txt"
     with open(told, "wb") as file:
@@ -259,10 +261,9 @@ def started(folder):
             env=os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "0"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
-    store, deadline = folder / "cells.sqlite", time.monotonic() + 100
-    while not (store.is_file() and done(store)):
+    store = folder / "cells.sqlite"
+    while not (store.is_file() and done(store)):  # pytest's time limit bounds it
         assert process.poll() is None, told.read_text()
-        assert time.monotonic() < deadline, "no cell was finished in time"
         time.sleep(0.1)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
@@ -277,10 +278,12 @@ def test_a_cancelled_run_keeps_what_is_done(number, tmp_path):
     try:
         process.send_signal(number)
         told = tmp_path / "told.txt"
-        assert process.wait(30) == 130, told.read_text()
+        assert process.wait(60) == 130, told.read_text()
         assert "Cancelled" in told.read_text() and "Traceback" not in told.read_text()
-        assert not psutil.wait_procs(workers, timeout=10)[1], "workers live on"
-        assert 1 <= done(tmp_path / "cells.sqlite") < 4 * 3  # untouched, training, re-steered
+        assert not psutil.wait_procs(workers, timeout=30)[1], "workers live on"
+        assert (
+            1 <= done(tmp_path / "cells.sqlite") < 3 * len(TARGETS)
+        )  # untouched, training, re-steered
         assert not list(tmp_path.glob("*.tmp"))
     finally:
         end([process, *workers])
@@ -291,8 +294,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     process, workers = started(tmp_path)
     try:
         process.kill()
-        process.wait(10)
-        assert not psutil.wait_procs(workers, timeout=10)[1], "workers live on"
+        process.wait(60)
+        assert not psutil.wait_procs(workers, timeout=30)[1], "workers live on"
     finally:
         end([process, *workers])
 
