@@ -1,5 +1,5 @@
-"""Every template in the real frontend, in both renderers, dark in one and light in the other: opened,
-looked at, and in one of the two run by the page's own button."""
+"""Every template in the real frontend, in both renderers, dark in one and light in the other:
+opened, looked at, and in one of the two run by the page's own button."""
 
 import pytest
 
