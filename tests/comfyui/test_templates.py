@@ -47,20 +47,27 @@ def titled(looks):
     return f"{'nodes 2' if nodes_2 else 'classic'}, {palette}"
 
 
+def test_the_templates_are_listed_with_a_thumbnail(server):
+    listed = server.get("/workflow_templates")["forget-me-not"]
+    assert sorted(listed) == sorted(path.stem for path in TEMPLATES)
+    assert "Forget a concept (demo)" in listed
+    for path in TEMPLATES:
+        assert path.with_suffix(".jpg").read_bytes()[:3] == b"\xff\xd8\xff"
+
+
 @pytest.fixture(scope="module")
-def looks(request, page):
+def wide(page):
     page.set_viewport_size({"width": 3100, "height": 1700})
-    dress(page, *request.param)
-    yield request.param
+    yield page
     dress(page, False, "dark")
 
 
 @pytest.mark.parametrize(
     "looks, path",
     [pytest.param(looks, path, id=f"{path.stem}, {titled(looks)}") for looks, path in CASES],
-    indirect=["looks"],
 )
-def test_a_template_in_the_page(page, server, looks, path):
+def test_a_template_in_the_page(wide, page, server, looks, path):
+    dress(page, *looks)
     page.fmn_errors.clear()
     page.fmn_console.clear()
     here = IN[path.stem][0] == looks
