@@ -107,4 +107,4 @@ def faults(page):
 
 
 def photograph(page, name):
-    page.screenshot(path=ARTEFACTS / f"{name}.png")
+    page.screenshot(path=ARTEFACTS / f"{name}.jpg", type="jpeg", quality=85)
