@@ -108,9 +108,7 @@ def test_sigint_that_the_parent_ignores_stays_ignored(folder):
 
 SHORT = {
     "--help": ("--help",),
-    "methods": ("methods",),
     "inspect": ("inspect", PATCH),
-    "inspect as JSON": ("inspect", PATCH, "--json"),
     "an error as JSON": ("inspect", "nothing", "--json"),
 }
 

@@ -6,7 +6,6 @@ what follows; that the numbers agree too is tested by test_hosts.py and test_tex
 
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -60,11 +59,11 @@ def test_a_file_holds_kohya_names_and_nothing_else(pack, family, layers):
 
 # ComfyUI tells 2.x from 1.x by the text's width alone; its names are those of 1.x.
 @pytest.mark.parametrize("family", ["sd1", "sdxl"], indirect=True)
-def test_comfyui_knows_every_unet_name(pack, family, layers):
+def test_comfyui_knows_every_unet_name(pack, monkeypatch, family, layers):
     import comfy.lora
     import comfy.supported_models
 
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import random_checkpoint
 
     kind, unet = {
