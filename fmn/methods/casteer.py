@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..closed_form.input_edit import Changes, solved_patch, weight_of
+from ..closed_form.input_edit import Changes, weight_of
 from ..closed_form.output_edit import PartProgress, proper_span, reflection
 from ..closed_form.text_embeddings import encode_chunk
 from ..concepts.concept import Concept, Prompt
@@ -23,10 +23,11 @@ from ..models.families import layers
 from ..models.interface import Text, UNet, UNetModel
 from ..models.sampling import ddim, guided, seeded_noise
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
-from ..settings import advanced, seed, setting, size
+from ..settings import advanced, setting
 from ..text import with_article
+from . import shared_settings as shared
 
 TITLE = "CASteer"
 REVISION = 1
@@ -73,8 +74,8 @@ class Settings(Base, method="casteer"):
         "Pairs drawn at once. More: faster on a GPU, and more memory.",
         limits=(1, 64),
     )
-    size: int = size()
-    seed: int = seed()
+    size: int = shared.size()
+    seed: int = shared.seed()
 
 
 PRESETS = {
@@ -110,23 +111,18 @@ def prompt_pairs(concept: Concept, words: Sequence[str], count: int) -> list[Pai
     return pairs
 
 
+@method_run(Settings)
 @torch.no_grad()
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-) -> ForgetPatch:
+def run(task: Task) -> ForgetPatch:
     """Measure directions and project them out; see ``methods.forget``.
 
     The losses of the record are the length of the concept's mean difference, over the layers,
     after each batch of pairs. Nothing protects kept words, so ``keep`` is always empty.
     """
-    fingerprint = model.fingerprint()
+    model, concepts, settings = task.model, task.concepts, task.settings
     names = [layer.name for layer in layers(model.family) if layer.name.endswith("attn2.to_out.0")]
     batches = -(-settings.pairs // settings.batch)
-    progress = PartProgress(on_step, batches * len(concepts))
+    progress = PartProgress(task.on_step, batches * len(concepts))
     changes: Changes = {}
     with model.borrow_denoiser() as denoiser:
         empty = encode_chunk(model, "")
@@ -141,7 +137,7 @@ def run(
             up, down = reflection(weight, basis, settings.strength)
             if up.shape[1]:
                 changes[name] = up.float(), down.float()
-    return solved_patch(model, fingerprint, concepts, settings, changes, progress.values)
+    return task.patch(changes, progress.values)
 
 
 def _words(concepts: Sequence[Concept], concept: Concept, settings: Settings) -> list[str]:

@@ -9,7 +9,7 @@ that adversaries learn at the same time (as in AdvUnlearn and STEREO). Kept prom
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from ...linalg import truncate_product
 from ...models.adapters import FixedAdapter, LowRankAdapter, Switch, attached
 from ...models.families import Family, layers
-from ...models.interface import Text, UNet, UNetModel
+from ...models.interface import Text, UNet
 from ...models.module_patching import checkpointed
 from ...models.sampling import expand, q_sample
 from ...patches.patch import ForgetPatch
-from ...progress import OnStep
+from ...patches.task import Task
 from ...training.loop import AdamWConfig, Moments, initial_loss_scale, load_moments
-from ...training.run import Adapters, Task, TrainingOptions, TrainingRun, adapter_parameters
+from ...training.run import Adapters, TrainingOptions, TrainingRun, adapter_parameters
 from .adversaries import Adversary, NewAdversary, adversaries
 from .training_images import Scene
 
@@ -51,7 +51,6 @@ def train_adversarially(
     kept: Scene,
     empty: Text,
     make_patch: Callable[[Changes, Sequence[float]], ForgetPatch],
-    on_step: OnStep,
 ) -> TrainingRun:
     """Train a patch further; the ``finish`` of the run gives it. See the module.
 
@@ -64,7 +63,7 @@ def train_adversarially(
     Raises:
         NonFiniteLoss: at once, so that nothing was learned.
     """
-    model, settings = cast(UNetModel, task.model), cast(Any, task.settings)
+    model, settings = task.model, task.settings
     names = trained_layers(model.family)
     generator = torch.Generator().manual_seed(settings.seed)
     adapters = {
@@ -81,6 +80,10 @@ def train_adversarially(
     rank = max(up.shape[1] for up, _ in changes.values())
     scale = initial_loss_scale(denoiser.module(names[0]))
     config = AdamWConfig(settings.robust_lr, weight_decay=0.0, linear_decay=True)
+
+    def finished(losses: Sequence[float]) -> ForgetPatch:
+        return make_patch(joined(changes, adapters, rank), losses)
+
     with (
         attached(applied, denoiser.module) as switch,
         attached(adapters, denoiser.module, switch),
@@ -92,13 +95,13 @@ def train_adversarially(
         )
         for _ in range(options.batches_drawn):
             loss.pick()
+        steps, module = settings.robust_steps * len(scenes), denoiser.module(names[0])
         run = TrainingRun(
-            task, adapters, switch, options, config, settings.robust_steps * len(scenes), scale,
-            denoiser, lambda losses: make_patch(joined(changes, adapters, rank), losses),
+            task, adapters, switch, options, config, steps, module, denoiser, finished,
             loss.extra_state,
         )  # fmt: skip
         loss.load_moments(run.extra_moments)
-        run.train(lambda index: loss(loss.pick()), on_step)
+        run.train(lambda index: loss(loss.pick()), task.on_step)
     return run
 
 

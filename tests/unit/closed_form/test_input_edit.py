@@ -11,7 +11,6 @@ from fmn.closed_form.input_edit import (
     compact,
     debiased_anchors,
     key_value_layers,
-    rank_setting,
     uce,
     weight_gram,
 )
@@ -20,6 +19,7 @@ from fmn.concepts.concept import Concept
 from fmn.linalg import truncate_product  # fmt: skip
 from fmn.methods import double_projections, rece, speed, trce
 from fmn.methods import uce as uce_method
+from fmn.methods.shared_settings import solved_rank
 from fmn.models.families import SD1, layers
 from fmn.patches.patch import MAX_RANK
 
@@ -195,4 +195,4 @@ def test_one_concept_of_stable_diffusion_1_takes_at_most_a_megabyte(module):
 
 
 def test_rank_is_checked_like_any_setting():
-    assert rank_setting().metadata["high"] == MAX_RANK
+    assert solved_rank().metadata["high"] == MAX_RANK
