@@ -21,15 +21,10 @@ from ..patches.patch import ForgetPatch
 
 @dataclass(frozen=True)
 class Round:
-    """What one round solved with, and what its images show.
+    """What one round solved with, and what its images show."""
 
-    Attributes:
-        weights: attribute -> r_a of ``closed_form.input_edit.debias``.
-        shares: attribute -> share of the images in which the judge prefers it, 0 to 1.
-    """
-
-    weights: dict[str, float]
-    shares: dict[str, float]
+    weights: dict[str, float]  # attribute -> r_a of ``debiased_anchors``
+    shares: dict[str, float]  # attribute -> share of the images in which the judge prefers it
 
     def error(self, desired: dict[str, float]) -> float:
         """The largest distance of a share from the desired one."""

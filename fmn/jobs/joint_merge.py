@@ -71,12 +71,11 @@ def joint_merge(
     prompts = [_prompts(forgotten, settings.prompts) for forgotten in concepts]
     kept = kept_texts(sum(concepts, []), keep, settings)
     names = list(dict.fromkeys(layer.name for patch, _ in entries for layer in patch.layers))
-    sampled = [_subsample(texts, settings.images_per_concept) for texts in (*prompts, kept)]
-    if not any(name.endswith(OUTPUT) for name in names):
-        sampled = []
-    progress = PartProgress(
-        on_step, sum(-(-len(texts) // AT_ONCE) for texts in sampled) + len(names)
-    )
+    sampled = []
+    if any(name.endswith(OUTPUT) for name in names):
+        sampled = [_subsample(texts, settings.images_per_concept) for texts in (*prompts, kept)]
+    batches = sum(-(-len(texts) // AT_ONCE) for texts in sampled)
+    progress = PartProgress(on_step, batches + len(names))
     with model.borrow_denoiser() as denoiser:
         reader = _InputReader(model, denoiser, settings, prompts, kept)
         if sampled:
@@ -128,13 +127,8 @@ def _concepts(patch: ForgetPatch) -> list[Concept]:
 
 def _prompts(concepts: list[Concept], count: int) -> list[str]:
     """Names and sentences of each concept, at most ``MAX_PROMPTS``."""
-    return [
-        text
-        for concept in concepts
-        for text in _subsample(
-            [*concept.subjects, *(text for text, _ in sentences(concept, count))], MAX_PROMPTS
-        )
-    ]
+    texts = ([*c.subjects, *(text for text, _ in sentences(c, count))] for c in concepts)
+    return [text for some in texts for text in _subsample(some, MAX_PROMPTS)]
 
 
 def _subsample(texts: list[str], count: int) -> list[str]:

@@ -112,16 +112,10 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt of a concept, encoded; all texts [1, T, D] with the same T.
+    """One prompt of a concept, encoded; all texts [1, T, D] with the same T."""
 
-    Attributes:
-        concept: c, the concept to erase.
-        source: c_from, the prompt that it is erased from; often the same object as ``concept``.
-        empty: the empty prompt.
-    """
-
-    concept: Text
-    source: Text
+    concept: Text  # c, the concept to erase
+    source: Text  # c_from, the prompt that it is erased from; often the same object as ``concept``
     empty: Text
 
 

@@ -23,17 +23,12 @@ Adapters = Mapping[str, LowRankAdapter | FullAdapter]  # by layer name
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a caller can ask of any method that trains, beside the method's settings.
+    """What a caller can ask of any method that trains, beside the method's settings."""
 
-    Attributes:
-        resume: state of an earlier run to resume.
-        keep_best: the patch is that of the step with the lowest mean of the last ``SMOOTHED``
-            losses; False: of the last step.
-        after_step: called after each step with the run itself, to save it or to draw with it.
-    """
-
-    resume: TrainingState | None = None
+    resume: TrainingState | None = None  # of an earlier run
+    # The patch is that of the step with the lowest mean of the last ``SMOOTHED`` losses.
     keep_best: bool = False
+    # Called after each step with the run itself, to save it or to draw with it.
     after_step: Callable[[StepProgress, TrainingRun], None] | None = None
 
     @property

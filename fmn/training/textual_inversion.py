@@ -21,26 +21,17 @@ from .loop import AdamWConfig, initial_loss_scale, train
 
 @dataclass(frozen=True)
 class Settings:
-    """Textual inversion's settings.
+    """Textual inversion's settings."""
 
-    Attributes:
-        tokens: how many input embeddings are learned; 1 to 64.
-        steps: optimiser steps.
-        lr: AdamW's learning rate, without weight decay.
-        batch: noised latents a step, at time steps spread over the whole schedule.
-        seed: for the start, the latents, the time steps and the noise.
-        start: words whose embeddings the tokens start from, repeated or cut to ``tokens``. Empty:
-            random directions with the mean length of the templates' words.
-        templates: prompts to learn in, {} for the tokens; one a step, drawn at random.
-    """
-
-    tokens: int = 2
+    tokens: int = 2  # how many input embeddings are learned; 1 to 64
     steps: int = 100
-    lr: float = 0.01
-    batch: int = 4
-    seed: int = 0
+    lr: float = 0.01  # AdamW's, without weight decay
+    batch: int = 4  # noised latents a step, at time steps spread over the whole schedule
+    seed: int = 0  # for the start, the latents, the time steps and the noise
+    # Words whose embeddings the tokens start from, repeated or cut to ``tokens``. Empty: random
+    # directions with the mean length of the templates' words.
     start: str = ""
-    templates: tuple[str, ...] = ("a photo of {}",)
+    templates: tuple[str, ...] = ("a photo of {}",)  # {} for the tokens; one a step, at random
 
     def __post_init__(self) -> None:
         limits = {"tokens": (1, 64), "steps": (1, 100_000), "batch": (1, 256)}
@@ -52,17 +43,11 @@ class Settings:
 
 @dataclass
 class Inverted:
-    """The learned tokens.
+    """The learned tokens."""
 
-    Attributes:
-        vectors: float32 [tokens, width] on the CPU, for ``TextEncoder.encode``.
-        start: the same before training.
-        losses: one a step.
-    """
-
-    vectors: torch.Tensor
-    start: torch.Tensor
-    losses: list[float]
+    vectors: torch.Tensor  # float32 [tokens, width] on the CPU, for ``TextEncoder.encode``
+    start: torch.Tensor  # the same before training
+    losses: list[float]  # one a step
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -115,8 +100,7 @@ def invert(
             return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
 
         key = denoiser.module(f"{cross_attention_names(model.family)[0]}.to_k")
-        config = AdamWConfig(settings.lr, weight_decay=0.0)
-        scale = initial_loss_scale(key)
+        config, scale = AdamWConfig(settings.lr, weight_decay=0.0), initial_loss_scale(key)
         losses = train([vectors], loss_at, settings.steps, config, on_step, scale)
         return Inverted(vectors.detach().cpu().clone(), start.cpu(), losses)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ...linalg import truncate_product
 from ...models.adapters import FixedAdapter, LowRankAdapter, Switch, attached
-from ...models.families import Family, layers
+from ...models.families import layers
 from ...models.interface import Text, UNet
 from ...models.module_patching import checkpointed
 from ...models.sampling import expand, q_sample
@@ -37,11 +37,6 @@ HALF = 4  # pictures of the concept a step, and as many kept ones
 Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer name -> (up, down)
 
 
-def trained_layers(family: Family) -> list[str]:
-    """Names of the layers that are trained."""
-    return [layer.name for layer in layers(family) if layer.name.endswith(ENDINGS)]
-
-
 def train_adversarially(
     task: Task,
     options: TrainingOptions,
@@ -58,20 +53,14 @@ def train_adversarially(
         task: with settings of ``reread``.
         changes: of the patch to begin with.
         scenes: one for each concept.
-        empty: the empty prompt.
 
     Raises:
         NonFiniteLoss: at once, so that nothing was learned.
     """
     model, settings = task.model, task.settings
-    names = trained_layers(model.family)
-    generator = torch.Generator().manual_seed(settings.seed)
-    adapters = {
-        name: LowRankAdapter(
-            denoiser.module(name), settings.robust_rank, generator, denoiser.device
-        )
-        for name in names
-    }
+    names = [layer.name for layer in layers(model.family) if layer.name.endswith(ENDINGS)]
+    given = settings.robust_rank, torch.Generator().manual_seed(settings.seed), denoiser.device
+    adapters = {name: LowRankAdapter(denoiser.module(name), *given) for name in names}
     # The patch itself stays as it is: trained along, it would be given up for what is kept.
     applied = {
         name: FixedAdapter([(*pair, 1.0)], denoiser.device) for name, pair in changes.items()
@@ -148,21 +137,15 @@ class Noising(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """All that is random in a step.
+    """All that is random in a step."""
 
-    Attributes:
-        scene, adversary: of the concept whose turn it is.
-        texts: functions without arguments that give a text each, for the pictures ``forgotten``.
-        blank: whether the pictures ``kept`` have the empty prompt.
-    """
-
-    scene: Scene
+    scene: Scene  # of the concept whose turn it is
     adversary: Adversary
     attacked: Noising
     forgotten: Noising
-    texts: list[Callable[[], Text]]
+    texts: list[Callable[[], Text]]  # each gives a text for one of the pictures ``forgotten``
     kept: Noising
-    blank: bool
+    blank: bool  # whether the pictures ``kept`` have the empty prompt
 
 
 class AdversarialLoss:
@@ -170,7 +153,6 @@ class AdversarialLoss:
 
     Args:
         scenes: one for each concept.
-        empty: the empty prompt.
         switch: of the patch and of the attached adapters.
         settings: of ``reread``.
         scale: of the adversaries' losses; see ``loop.Trainer``.

@@ -18,19 +18,13 @@ NO_TEXT = Text(torch.empty(0))
 
 @dataclass(frozen=True)
 class Scene:
-    """Noise-free latents [n, 4, h, w], and the texts they were drawn from; [n, 77, D] each.
-
-    Attributes:
-        other: the same texts without the concept; empty of kept scenes.
-        blanks: its prompts with ``PLACEHOLDER`` in place of the concept.
-        index: rows of the scene that this one was chosen from.
-    """
+    """Noise-free latents [n, 4, h, w], and the texts they were drawn from; [n, 77, D] each."""
 
     latents: torch.Tensor
     text: Text
-    other: Text = NO_TEXT
-    blanks: tuple[str, ...] = ()
-    index: torch.Tensor | None = None
+    other: Text = NO_TEXT  # the same without the concept; empty of kept scenes
+    blanks: tuple[str, ...] = ()  # its prompts with ``PLACEHOLDER`` in place of the concept
+    index: torch.Tensor | None = None  # rows of the scene that this one was chosen from
 
 
 def draw_scenes(
@@ -49,8 +43,6 @@ def draw_scenes(
         concepts: for each a ``Text`` [n, 77, D], the same without the concept, and its prompts
             with ``PLACEHOLDER`` in its place.
         styled: for each style to forget the kept prompts in that style.
-        empty: the empty prompt.
-        settings: of ``reread``.
         side: of a latent.
         on_batch: called ``batch_count`` times, after each batch of forward passes.
     """
