@@ -74,7 +74,7 @@ class Gate:
 
 
 class Gated:
-    """An adapter of ``fmn.models.adapters`` whose output is multiplied by each sample's gate [B]."""
+    """An adapter of ``fmn.models.adapters`` times each sample's gate [B]."""
 
     def __init__(
         self, adapter: Callable[[torch.nn.Module, Tensor], Tensor], amount: Tensor

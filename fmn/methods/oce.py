@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from ..closed_form.input_edit import Changes, key_value_layers, weight_of
-from ..closed_form.output_edit import PartProgress, reflection, span, truncate_to_tolerance
+from ..closed_form.output_edit import (
+    PartProgress,
+    proper_span,
+    reflection,
+    span,
+    truncate_to_tolerance,
+)
 from ..closed_form.text_embeddings import expanded_pairs, kept_contexts, words_of
 from ..concepts.keep_list import CHOICES, keep_for
 from ..errors import ForgetError
