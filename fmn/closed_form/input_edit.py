@@ -6,7 +6,7 @@ float64, serves every layer. Published codes store full matrices instead.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -126,7 +126,10 @@ class Distances:
     """
 
     def __init__(self, pairs: Pairs, left: Tensor):
-        targets, anchors = _compressed(pairs)
+        both = torch.cat(pairs, 1)
+        if len(both) > both.shape[1]:  # at most 2 D rows, with the same sums of squares
+            both = torch.linalg.qr(both).R
+        targets, anchors = both.chunk(2, 1)
         difference = (targets - anchors).mT
         coordinates = torch.linalg.lstsq(left, difference).solution
         rest = difference - left @ coordinates
@@ -153,27 +156,18 @@ class Distances:
         outputs = weight @ self.inputs.to(weight)
         up, down, lost = truncate_product(outputs[:, : self.rank], right.to(weight), rank)
         if right is not self.right:
-            self._set_right(right)
+            # Grams, in the coordinates of ``inputs``, of left right, c - c*, and
+            # (I + left right) c - c*.
+            whole, after = torch.zeros_like(self.before), self.difference.clone()
+            whole[: self.rank, : self.rank] = gram(right.mT)
+            after[: self.rank] += right @ self.targets
+            self.right, self.squares = right, (whole, self.before, gram(after.mT))
         output_gram = gram(outputs)
         sums = [(output_gram * square.to(weight)).sum() for square in self.squares]
         if lost:  # then W' c - W c* follows from the truncated factors
-            after = outputs @ self.difference.to(weight) + up @ (down @ self.targets.to(weight))
-            sums[2] = after.square().sum()
+            moved = outputs @ self.difference.to(weight) + up @ (down @ self.targets.to(weight))
+            sums[2] = moved.square().sum()
         return up, down, [lost, *map(float, sums)]
-
-    def _set_right(self, right: Tensor) -> None:
-        """Grams, in the coordinates of ``inputs``, of left right, c - c* and (I + left right) c -
-        c*."""
-        whole, after = torch.zeros_like(self.before), self.difference.clone()
-        whole[: self.rank, : self.rank] = gram(right.mT)
-        after[: self.rank] += right @ self.targets
-        self.right, self.squares = right, (whole, self.before, gram(after.mT))
-
-
-def _compressed(pairs: Pairs) -> Iterable[Tensor]:
-    """Pairs with the same sums of squares under any linear map, but at most 2 D of them."""
-    both = torch.cat(pairs, 1)
-    return (torch.linalg.qr(both).R if len(both) > both.shape[1] else both).chunk(2, 1)
 
 
 def input_patch(task: Task, pairs: Pairs, edit_of: Callable[[Denoiser], InputEdit]) -> ForgetPatch:

@@ -81,10 +81,8 @@ def protected_down(concept: Tensor, kept: Tensor, rank: int, energy: float = ENE
 
 
 def weighted_moment(model: UNetModel, texts: Sequence[str]) -> Tensor:
-    """Sum of w c c^T over the contexts c of texts of at most 75 tokens: [D, D] in float64.
-
-    The weights w are ``position_weights``.
-    """
+    """Sum of w c c^T over contexts c of texts of at most 75 tokens, with w their
+    ``position_weights``: [D, D] in float64."""
     total = torch.zeros(model.family.context_dim, model.family.context_dim, dtype=torch.float64)
     for i in range(0, len(texts), AT_ONCE):
         part = texts[i : i + AT_ONCE]

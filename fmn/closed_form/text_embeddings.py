@@ -111,11 +111,8 @@ def _prompt_pairs(concept: Concept, templates: Sequence[str]) -> list[tuple[Prom
 
 
 def _learned_pairs(model: Any, concept: Concept, tokens: str) -> list[Pairs]:
-    """Pairs of the embeddings that attacks learned, which stand alone in a prompt as a name would.
-
-    Args:
-        model: a ``UNetModel``.
-    """
+    """Pairs of the embeddings that attacks learned, which stand alone in a prompt as a name would;
+    of a ``UNetModel``."""
     if not concept.learned:
         return []
     anchor = Prompt(concept.anchor, concept.anchor)

@@ -129,11 +129,7 @@ def forget_each(
 
 
 def _targets(
-    model: Model,
-    concepts: Sequence[Concept],
-    settings: Settings,
-    folder: Path,
-    keep: Sequence[str],
+    model: Model, concepts: Sequence[Concept], settings: Settings, folder: Path, keep: Sequence[str]
 ) -> list[_Target]:
     """One for each different concept, in order."""
     model_hash, former_hash = hash_model(model), hash_model_0_1(model)

@@ -91,7 +91,13 @@ class ForgetMeNotTechnique:
         files = [file_and_strength(text) for text in config.patches or []]
         patches = [(load_patch(file), strength) for file, strength in files]
         concepts = [parse_concept(text) for text in config.concepts or []]
-        _check_device(config.device)
+        try:
+            torch.empty(1, device=config.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ForgetError(
+                f"The device '{config.device}' cannot be used ({str(error).splitlines()[0]}): name "
+                "another, or leave it out."
+            ) from error
         self.model = DiffusersModel.load(config.model or config.model_id, config.device)
         if guidance is None and self.model.family is DEMO:
             self.sampling = replace(self.sampling, guidance=DEMO_GUIDANCE)
@@ -168,13 +174,3 @@ def _check_texts(name: str, values: Any) -> None:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < SEEDS:
         raise ForgetError(f"seed is {seed}: use 0 to {SEEDS - 1}.")
-
-
-def _check_device(device: str | None) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ForgetError(
-            f"The device '{device}' cannot be used ({reason}): name another, or leave it out."
-        ) from error

@@ -82,23 +82,19 @@ def joint_merge(
             reader.record_queries(sampled, lambda: progress(1.0))
         changes, sums = {}, torch.zeros(3, dtype=torch.float64)
         for name in names:
-            parts = [_scaled(patch, name, strength) for patch, strength in entries]
+            # In float64, with the strength in the first factor; None if the layer is unchanged.
+            parts = [
+                (strength * patch.changes[name][0].double(), patch.changes[name][1].double())
+                if name in patch.changes
+                else None
+                for patch, strength in entries
+            ]
             changes[name], squares = joint_change(parts, reader.of(name))
             sums += torch.tensor(squares, dtype=torch.float64)
             progress(float(sums[1] / sums[2]))
     record = {"how": "joint", "budget": budget, "preserve": preserve, "damping": settings.damping}
     losses = (sums[:2] / sums[2]).tolist()
     return build_merged(entries, changes, record, budget, losses)
-
-
-def _scaled(
-    patch: ForgetPatch, name: str, strength: float
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A layer's factors in float64, the strength in the first; None if it is unchanged."""
-    if name not in patch.changes:
-        return None
-    up, down = patch.changes[name]
-    return strength * up.double(), down.double()
 
 
 def _check_layers(patch: ForgetPatch) -> None:
@@ -137,26 +133,17 @@ def _subsample(texts: list[str], count: int) -> list[str]:
 
 
 class _InputReader:
-    """What layers read for each patch's prompts, and for kept ones.
-
-    Args:
-        prompts: of each patch. kept: prompts to keep.
-    """
+    """What layers read for each patch's prompts, and for kept ones."""
 
     def __init__(
-        self,
-        model: UNetModel,
-        denoiser: UNet,
-        settings: Settings,
-        prompts: list[list[str]],
+        self, model: UNetModel, denoiser: UNet, settings: Settings, prompts: list[list[str]],
         kept: list[str],
-    ):
+    ):  # fmt: skip
         self.model, self.denoiser, self.settings = model, denoiser, settings
         self.contexts = [model.encode_all(texts) for texts in prompts]  # [N, T, D] each
         self.kept = model.encode_all(kept)
-        self.layers = {
-            layer.name: layer for layer in cross_attention_layers(denoiser, model.family)
-        }
+        layers = cross_attention_layers(denoiser, model.family)
+        self.layers = {layer.name: layer for layer in layers}
         self._text_inputs: LayerInputs | None = None
 
     def record_queries(self, prompts: list[list[str]], on_batch: Callable[[], None]) -> None:

@@ -6,8 +6,7 @@ U-Net stays as it is. Details follow a port of the released code, fmp453/erase-e
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice, zip_longest
 
@@ -114,8 +113,10 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
     options.check_steps(len(order))
     with model.borrow_text_encoder(words=False) as text_encoder:
         adapters = make_adapters(text_encoder, names, settings)
+        outputs: list[torch.Tensor] = []
+        projection = text_encoder.module(last_projection(model.family))
         with (
-            _outputs(text_encoder.module(last_projection(model.family))) as outputs,
+            projection.register_forward_hook(lambda module, args, out: outputs.append(out)),
             attached(adapters, text_encoder.module) as switch,
         ):
 
@@ -183,11 +184,3 @@ def _order(concepts: Sequence[Concept], settings: Settings) -> list[tuple[int, s
         count = settings.steps or published[0 if _to_noise(concept, settings) else 1]
         queues.append([(index, subject) for subject in islice(cycle(concept.subjects), count)])
     return [step for turn in zip_longest(*queues) for step in turn if step]
-
-
-@contextmanager
-def _outputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects a module's outputs, the newest last."""
-    outputs: list[torch.Tensor] = []
-    with module.register_forward_hook(lambda module, args, output: outputs.append(output)):
-        yield outputs

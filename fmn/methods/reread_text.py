@@ -160,7 +160,8 @@ class Lessons:
         self.metric = metric.to(encoder.device)
         texts = [text for text, _ in pairs], [other for _, other in pairs], [*kept, *given]
         ids = [encoder.ids_of(some) for some in texts]
-        length = min(max(int(_lengths(some).max()) for some in ids) + MARGIN, ids[0].shape[2])
+        ends = max(int((some == EOS_ID).int().argmax(2).max()) for some in ids)  # the first EOT
+        length = min(ends + 1 + MARGIN, ids[0].shape[2])
         self.concept, others, self.kept = (some[..., :length] for some in ids)
         self.first_given = len(kept)
         with torch.no_grad():
@@ -207,8 +208,3 @@ class Lessons:
 
     def _joined(self, rows: Sequence[Tensor]) -> Tensor:
         return torch.cat([share * some for share, some in zip(self.shares, rows)], 1)
-
-
-def _lengths(ids: Tensor) -> Tensor:
-    """Positions up to the first EOT, for each row of [N, E, 77]; the longest of its encoders."""
-    return (ids == EOS_ID).int().argmax(2).amax(1) + 1

@@ -14,7 +14,7 @@ import torch
 
 from ..closed_form.protected_subspace import protected_downs
 from ..concepts.concept import Concept, Prompt
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..models.adapters import Switch
 from ..models.attention import Watcher, watch_attention
@@ -172,14 +172,13 @@ def _inverted(
     )  # fmt: skip
     with model.borrow_denoiser() as denoiser:
         learned = textual_inversion.invert(model, denoiser, concept.images, inversion, on_step)
-    prompt = textual_inversion.fill(template, PLACEHOLDER)
+    prompt = fill(template, PLACEHOLDER)
     with model.borrow_text_encoder() as text_encoder, torch.no_grad():
         text, _ = text_encoder.encode(prompt, learned.vectors)
     ids = tokenize_with_placeholders(
-        lambda words: cast(list[int], model.tokenize(Prompt(words, words))),
-        prompt,
+        lambda words: cast(list[int], model.tokenize(Prompt(words, words))), prompt,
         settings.inverted,
-    )
+    )  # fmt: skip
     flags = torch.tensor([[token is None for token in ids]])
     flags[0, end_positions(ids, settings.end_tokens)] = True
     return Example(index, Text(text.context.float().cpu().clone(), text.vectors), flags)

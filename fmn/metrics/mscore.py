@@ -191,21 +191,17 @@ def plot(results: Mapping[str, Summary], compared: bool) -> Image.Image:
         x = _x(tick / 5)
         draw.line((x, HEAD, x, bottom), fill=PALE)
         draw.text((x - 8, bottom + 4), f"{tick / 5:.1f}", INK, font=load_default(11))
-    kinds = [("random", PALE), ("untouched", BEFORE), ("this model", AFTER)]
-    if not compared:
-        del kinds[1]
-    for i, (title, colour) in enumerate(kinds):
+    kinds = [("start", "random", PALE), ("before", "untouched", BEFORE)][: 2 if compared else 1]
+    kinds.append(("after", "this model", AFTER))
+    for i, (_, title, colour) in enumerate(kinds):
         left = LEFT + 110 * i
         draw.ellipse((left, 12, left + 8, 20), fill=colour, outline=INK)
         draw.text((left + 13, 9), title, INK, font=load_default(12))
     for row, (name, scores) in enumerate(results.items()):
         top = HEAD + row * ROW
         draw.text((10, top + ROW // 2 - 8), name[:24], INK, font=load_default(13))
-        lines = [scores["start"], scores["before"], scores["after"]]
-        if not compared:
-            del lines[1]
-        for i, (values, (_, colour)) in enumerate(zip(lines, kinds)):
-            _dots(draw, values, top + ROW * (i + 1) // (len(kinds) + 1), colour)
+        for i, (key, _, colour) in enumerate(kinds, 1):
+            _dots(draw, scores[key], top + ROW * i // (len(kinds) + 1), colour)  # type: ignore[literal-required]
     return picture
 
 

@@ -25,10 +25,10 @@ from .run import Adapters, TrainingOptions, TrainingRun, adapter_parameters
 
 T = TypeVar("T")
 SCOPES: dict[str, Callable[[Layer], bool]] = {
-    "kv": lambda layer: layer.is_key_or_value,
-    "attention": lambda layer: layer.is_cross_attention,
+    "kv": lambda layer: layer.is_key_or_value,  # of cross-attention
+    "attention": lambda layer: layer.is_cross_attention,  # all of it
     "not-attention": lambda layer: not layer.is_cross_attention,
-    "unet": lambda layer: True,
+    "unet": lambda layer: True,  # every Linear and Conv2d
 }
 # The first concept's attention is measured so many times a run, or every so many steps, if that is
 # more often. Each time costs a forward pass.
@@ -39,10 +39,7 @@ OpenLoss = Callable[[UNet, Switch, bool], AbstractContextManager[tuple[Draw, Los
 
 
 def in_scope(family: Family, scope: str) -> list[Layer]:
-    """The U-Net layers a scope trains, in forward order.
-
-    ``kv``: keys and values of cross-attention. ``attention``: all of cross-attention.
-    ``not-attention``: all but cross-attention. ``unet``: every Linear and Conv2d.
+    """The U-Net layers that one of ``SCOPES`` trains, in forward order.
 
     Raises:
         ForgetError: the layers of this part of the model are unknown.

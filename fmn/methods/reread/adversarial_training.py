@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ...linalg import truncate_product
 from ...models.adapters import FixedAdapter, LowRankAdapter, Switch, attached
-from ...models.families import layers
+from ...models.families import Family, layers
 from ...models.interface import Text, UNet
 from ...models.module_patching import checkpointed
 from ...models.sampling import expand, q_sample
@@ -24,6 +24,7 @@ from ...patches.patch import ForgetPatch
 from ...patches.task import Task
 from ...training.loop import AdamWConfig, Moments, initial_loss_scale, load_moments
 from ...training.run import Adapters, TrainingOptions, TrainingRun, adapter_parameters
+from ...training.textual_inversion import draw_noise
 from .adversaries import Adversary, NewAdversary, adversaries
 from .training_images import Scene
 
@@ -35,6 +36,10 @@ MAX_GAIN = 10.0  # that a small difference is multiplied by
 EMPTY = 6  # one step in so many keeps the predictions for the empty prompt
 HALF = 4  # pictures of the concept a step, and as many kept ones
 Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer name -> (up, down)
+
+
+def trained_layers(family: Family) -> list[str]:
+    return [layer.name for layer in layers(family) if layer.name.endswith(ENDINGS)]
 
 
 def train_adversarially(
@@ -58,7 +63,7 @@ def train_adversarially(
         NonFiniteLoss: at once, so that nothing was learned.
     """
     model, settings = task.model, task.settings
-    names = [layer.name for layer in layers(model.family) if layer.name.endswith(ENDINGS)]
+    names = trained_layers(model.family)
     given = settings.robust_rank, torch.Generator().manual_seed(settings.seed), denoiser.device
     adapters = {name: LowRankAdapter(denoiser.module(name), *given) for name in names}
     # The patch itself stays as it is: trained along, it would be given up for what is kept.
@@ -277,11 +282,7 @@ class AdversarialLoss:
         return F.mse_loss(self.denoiser.predict_noise(x_t, t, text).float(), frozen.float())
 
     def _noising(self, scene: Scene) -> Noising:
-        index = self._random(len(scene.latents), HALF)
-        share = (torch.arange(HALF) + torch.rand(HALF, generator=self.generator)) / HALF
-        t = (share * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
-        shape = HALF, *scene.latents.shape[1:]
-        return Noising(index, t, torch.randn(shape, generator=self.generator))
+        return Noising(*draw_noise(scene.latents, HALF, len(self.alphas), self.generator))
 
     def _noised(
         self, scene: Scene, noising: Noising

@@ -121,7 +121,6 @@ def record_queries(
 
     Args:
         texts: encoded prompts, [1, 77, D] each.
-        empty: the empty prompt.
         settings: has ``sampling_steps``, ``guidance``, ``query_positions`` and ``seed``.
         side: latents' height and width.
         on_batch: called after each batch, may raise.
