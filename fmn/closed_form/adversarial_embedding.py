@@ -56,14 +56,10 @@ def hardest(
 
 
 def hardest_contexts(patched: Tensor, cross: Tensor, contexts: Tensor, r: float) -> Tensor:
-    """c' = (r I + sum_l W'_l^T W'_l)^-1 (sum_l W'_l^T W_l) c, in float64.
+    """c' = (r I + sum_l W'_l^T W'_l)^-1 (sum_l W'_l^T W_l) c, in float64, of contexts c [..., D].
 
-    It minimises sum_l ||W'_l c' - W_l c||^2 + r ||c'||^2, RECE's objective with its closed form.
-
-    Args:
-        patched, cross: of ``grams``, [D, D].
-        contexts: c, [..., D].
-        r: above 0; the larger, the nearer c' is to zero.
+    It minimises sum_l ||W'_l c' - W_l c||^2 + r ||c'||^2, RECE's objective with its closed form:
+    the larger r, the nearer c' is to zero. The sums are those of ``grams``.
 
     Raises:
         ForgetError: r is not above 0.

@@ -68,12 +68,7 @@ def uce(
 def debiased_anchors(contexts: Tensor, attributes: Tensor, weights: Sequence[float]) -> Tensor:
     """The anchors of UCE's debiasing, as in its released code: v* = W c + sum_a r_a W c_a.
 
-    As W is linear, that is ``uce`` with c* = c + sum_a r_a c_a.
-
-    Args:
-        contexts: rows c, [n, D].
-        attributes: rows c_a, [a, D].
-        weights: the a numbers r_a.
+    As W is linear, that is ``uce`` with c* = c + sum_a r_a c_a, for rows c [n, D] and c_a [a, D].
     """
     return contexts + torch.tensor(weights, dtype=contexts.dtype) @ attributes
 

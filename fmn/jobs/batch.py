@@ -95,7 +95,6 @@ def forget_each(
     Args:
         folder: of the files; made if need be.
         on_progress: called before each concept and after each step.
-        keep: words or prompts to protect, see ``methods.forget``.
 
     Raises:
         ForgetError: there is no concept, or a file cannot be written. Errors of a single concept

@@ -51,8 +51,7 @@ def balance(
     solves from the unpatched model. That need not converge: the best round counts.
 
     Args:
-        desired: attribute -> share, 1 in total; the judge has these attributes as labels.
-        domain: the judge's, where these labels are.
+        desired: attribute -> share, 1 in total; labels of the judge in that domain.
         pictures: images a round, of the concept's prompts in turn, always from the same seeds.
         on_round: called after each round; may raise to cancel.
 

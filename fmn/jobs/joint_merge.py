@@ -52,10 +52,8 @@ def joint_merge(
     first for the sum of the patches, then for the solution.
 
     Args:
-        model: it comes back unchanged.
         sources: (patch or path of its file, strength).
         preserve: weight of kept prompts. budget: bytes that the file may have; 0: any.
-        on_step: called after each part of the work; may raise to cancel.
         keep: words or prompts to keep, beside the shipped lists.
 
     Raises:

@@ -232,13 +232,7 @@ class Batch(NamedTuple):
 
 class Batches:
     """Endless training batches: concepts and the pairs of each in shuffled orders, with a random
-    latent, time step and noise.
-
-    Args:
-        concepts: pairs by concept.
-        size: pairs a step.
-        split: each pair makes a batch of its own.
-    """
+    latent, time step and noise; of ``size`` pairs a step, or ``split``, of one."""
 
     def __init__(
         self,

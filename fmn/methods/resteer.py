@@ -47,6 +47,9 @@ ABOUT = (
 )
 
 
+REFERENCES = ("zeros", "samples")
+
+
 @dataclass(frozen=True)
 class Settings(Base, method="resteer"):
     trains = True
@@ -74,7 +77,7 @@ class Settings(Base, method="resteer"):
         "zeros",
         "What is noised for concepts without pictures. zeros: nothing, which is fastest. samples: "
         "pictures that the model draws of the concept first.",
-        choices=("zeros", "samples"),
+        choices=REFERENCES,
     )
     samples: int = advanced(
         4, "How many pictures a concept, if references is 'samples'.", limits=(1, 64)
@@ -136,9 +139,6 @@ def prepare(
     model: UNetModel, concepts: Sequence[Concept], settings: Settings, on_step: OnStep = ignore
 ) -> Data:
     """Encode prompts, find the tokens to forget, and get the latents to noise.
-
-    Args:
-        on_step: called after each step of textual inversion, if there is any.
 
     Raises:
         ForgetError: a concept's tokens are not in its prompt.

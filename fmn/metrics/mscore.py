@@ -66,11 +66,9 @@ def m_score(
     Args:
         denoiser: the model's; patches may be applied to it.
         images: pictures of the concept, [N, H, W, 3] in 0..1.
-        phrase: how prompts name the concept, e.g. "a dog".
+        phrase: how prompts name the concept, e.g. "a dog"; ``others`` those of other concepts.
         templates: to learn and to compare in, {} for the phrase.
-        seeds: one inversion each.
         settings: how to invert; its seed and templates are replaced.
-        others: phrases of other concepts, to compare with.
         on_step: called after each step of each inversion; may raise to cancel.
     """
     check(phrase, templates, seeds)

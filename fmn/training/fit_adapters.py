@@ -207,5 +207,5 @@ class _AttentionReport:
         measured = progress.index % self.every == 0 or progress.index == progress.total
         if self.probe and measured:
             self.now = self.probe.measure(self.denoiser)[0]
-        attention = {"attention_before": self.before, "attention_now": self.now}
-        self.on_step(replace(progress, memory=self.memory, **attention))
+        progress = replace(progress, attention_before=self.before, attention_now=self.now)
+        self.on_step(replace(progress, memory=self.memory))

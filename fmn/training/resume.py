@@ -169,7 +169,8 @@ class TrainingState:
             return None
         names = [name for name in self.tensors if name.startswith(BEST)]
         kept = {name.removeprefix(BEST): self.tensors[name] for name in names}
-        return Best(*self.record["best"], kept)
+        loss, step = self.record["best"]
+        return Best(loss, step, kept)
 
 
 def _trained(tensors: Mapping[str, torch.Tensor]) -> set[str]:

@@ -156,13 +156,10 @@ class TrainingRun:
 
 
 class SaveEvery:
-    """Saves the patch and the training state every some steps; use as ``after_step``.
+    """Saves the patch and the training state every so many steps, 0 never; use as ``after_step``.
 
     The state is several times as large as the patch, so only the newest of a run stays.
-
-    Args:
-        every: steps; 0 saves nothing.
-        path_of: function from a step's index to the file of the patch.
+    ``path_of`` gives the file of the patch for a step's index.
     """
 
     def __init__(self, every: int, path_of: Callable[[int], str | Path]):

@@ -117,9 +117,6 @@ def least_like(
     A model draws some style where it is asked for none. If that one is to be forgotten, such
     pictures would keep it. A diffusion classifier (Li et al. 2023, arXiv 2303.16203) recognises
     them: the frozen model's error |e(x_t, prompt) - noise|^2 with and without the style.
-
-    Args:
-        styled: the scene's prompts with the style.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     alphas, gain = denoiser.alphas_cumprod.cpu(), torch.zeros(len(scene.latents))
