@@ -270,8 +270,11 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
 
 def batched_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> torch.Tensor:
     """``attention_resteering`` of a step."""
-    watched = [watched_forward(denoiser, watch, batch) for batch in batches]
-    return attention_resteering([layer for layers in watched for layer in layers])
+    watched: list[torch.Tensor] = []  # the attention that flagged tokens get, [N, H, P] a layer
+    for batch in batches:
+        forward = partial(denoiser.predict_noise, batch.x_t, batch.t, batch.text)
+        watched += watch(batch.flags, forward)
+    return attention_resteering(watched)
 
 
 def split_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
@@ -286,8 +289,3 @@ def split_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> Iter
     for batch, norm in zip(batches, norms):
         half = batched_loss(denoiser, watch, [batch]).square() / (2 * whole)
         yield half + norm.square() / (2 * whole)
-
-
-def watched_forward(denoiser: UNet, watch: Watcher, batch: Batch) -> list[torch.Tensor]:
-    """The attention that the flagged tokens of a batch get, [N, H, P] a layer."""
-    return watch(batch.flags, lambda: denoiser.predict_noise(batch.x_t, batch.t, batch.text))

@@ -167,11 +167,13 @@ def train_patch(
 
         estimate_of = None
         if probe_inputs and family.known:
-            adapters = make_adapters(denoiser, names, settings, downs)
-            given = _estimated(family, denoiser, adapters, probe_inputs[0])
+            fresh = make_adapters(denoiser, names, settings, downs)
+            given = _estimated(family, denoiser, fresh, probe_inputs[0])
+            del fresh  # frees their memory
             estimate_of = partial(Estimate.of, *given, prompts=settings.batch, forwards=forwards)
         ordered = plans(settings.checkpointing, settings.batch)
-        return train_with_retry(train, ordered, estimate_of, denoiser.device).finish()
+        run = train_with_retry(train, ordered, estimate_of, denoiser.device)
+    return run.finish()
 
 
 def _estimated(
