@@ -148,10 +148,11 @@ def train_patch(
         # The first layer of inpainting and editing variants has another shape: it is not trained.
         shapes = {layer.name: tuple(layer.shape) for layer in in_scope(family, scope)}
         names = [n for n, shape in shapes.items() if denoiser.module(n).weight.shape == shape]
+        fresh = partial(make_adapters, denoiser, names, settings, downs)
         report = _AttentionReport(denoiser, probe_inputs, task.on_step, total)
 
         def train(plan: Plan, message: str) -> TrainingRun:
-            report.memory, adapters = message, make_adapters(denoiser, names, settings, downs)
+            report.memory, adapters = message, fresh()
             blocks = denoiser.checkpoint_blocks() if plan.checkpointing else []
             with (
                 attached(adapters, denoiser.module) as switch,
@@ -167,9 +168,7 @@ def train_patch(
 
         estimate_of = None
         if probe_inputs and family.known:
-            fresh = make_adapters(denoiser, names, settings, downs)
-            given = _estimated(family, denoiser, fresh, probe_inputs[0])
-            del fresh  # frees their memory
+            given = _estimated(family, denoiser, fresh(), probe_inputs[0])
             estimate_of = partial(Estimate.of, *given, prompts=settings.batch, forwards=forwards)
         ordered = plans(settings.checkpointing, settings.batch)
         run = train_with_retry(train, ordered, estimate_of, denoiser.device)
