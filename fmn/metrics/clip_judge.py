@@ -56,8 +56,7 @@ class ClipJudge:
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Embeddings of length 1, [N, F]."""
-        parts = [self._embed_images(part) for part in check_images(images).split(BATCH)]
-        return torch.cat(parts)
+        return torch.cat([self._embed_images(part) for part in check_images(images).split(BATCH)])
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """CLIP score of each picture with its prompt, [N]: 100 max(cos, 0).
@@ -119,9 +118,9 @@ def _load(folder: str | Path) -> tuple[Any, Any, Any]:  # classes of transformer
             "install it with 'pip install \"transformers>=5\"'."
         ) from error
     # Without these transformers makes a tokenizer that knows no word, and says nothing.
-    files = "tokenizer.json", "vocab.json", "merges.txt"
-    whole, vocabulary, merges = (Path(folder, file).is_file() for file in files)
-    if not (whole or (vocabulary and merges)):
+    if not Path(folder, "tokenizer.json").is_file() and not all(
+        Path(folder, file).is_file() for file in ("vocab.json", "merges.txt")
+    ):
         raise _unusable(folder, "it has neither tokenizer.json nor vocab.json with merges.txt")
     local = {"local_files_only": True}
     try:

@@ -73,7 +73,7 @@ class TrainingState:
         """The state of a run; its tensors are copies on the CPU.
 
         Args:
-            record: of ``run.Task.record``.
+            record: of ``Task.record``.
             parameters: by name, in the order of ``loop.moments``.
         """
         trained = {name: (p, m) for (name, p), m in zip(parameters.items(), loop.moments)}
@@ -103,7 +103,7 @@ class TrainingState:
         """Raise a ``ForgetError`` unless this is a state of what would be trained now.
 
         Args:
-            record: of ``run.Task.record``.
+            record: of ``Task.record``.
             current: function from saved settings to the same under their present names.
         """
         for key, what in (
@@ -128,21 +128,13 @@ class TrainingState:
                 )
 
     def restore(self, parameters: Mapping[str, torch.Tensor]) -> LoopState:
-        """Set parameters to their state.
-
-        Args:
-            parameters: by name, as in ``tensors``.
-        """
+        """Set parameters, by name as in ``tensors``, to their state."""
         moments = self._copy_into(parameters, extra=False)
         attempts, scale = self.record["tries"], self.record["scale"]
         return LoopState(self.losses, attempts, scale, list(moments.values()))
 
     def restore_extra(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Moments | None]:
-        """Set what else learns to its state, and return the moments of each.
-
-        Args:
-            tensors: by name, without "beside.".
-        """
+        """Set what else learns, by name, to its state; returns the moments of each."""
         tensors = {EXTRA + name: tensor for name, tensor in tensors.items()}
         moments = self._copy_into(tensors, extra=True)
         return {name.removeprefix(EXTRA): each for name, each in moments.items()}
@@ -170,21 +162,17 @@ class TrainingState:
     def _moments(self, name: str, device: torch.device) -> Moments | None:
         if f"{name}.step" not in self.tensors:
             return None
-        moments = {part: self.tensors[f"{name}.{part}"] for part in MOMENTS}
         # AdamW keeps its step count on the CPU.
         return {
-            part: tensor.clone() if part == "step" else tensor.to(device, copy=True)
-            for part, tensor in moments.items()
+            part: self.tensors[f"{name}.{part}"].to("cpu" if part == "step" else device, copy=True)
+            for part in MOMENTS
         }
 
     def best(self) -> Best | None:
         if self.record["best"] is None:
             return None
-        kept = {
-            name.removeprefix(BEST): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(BEST)
-        }
+        names = [name for name in self.tensors if name.startswith(BEST)]
+        kept = {name.removeprefix(BEST): self.tensors[name] for name in names}
         loss, step = self.record["best"]
         return Best(loss, step, kept)
 
