@@ -83,18 +83,11 @@ def size() -> Any:
 
 
 def checkpointing() -> Any:
-    return advanced(
-        False,
-        "On: save memory by computing some things twice, which takes longer.",
-    )
+    return advanced(False, "On: save memory by computing some things twice, which takes longer.")
 
 
 def seed() -> Any:
-    return advanced(
-        0,
-        "The same seed and settings give the same patch.",
-        limits=(0, MAX_SEED),
-    )
+    return advanced(0, "The same seed and settings give the same patch.", limits=(0, MAX_SEED))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from PIL import Image
 from ..fmn.bench.names import MEASURES, QUICK
 from ..fmn.bench.reporting.report import in_short, markdown_table, missing_plots
 from ..fmn.bench.running import runner
+from ..fmn.bench.running.cells import CellProgress, Setup, given, plan, trained
 from ..fmn.bench.running.cells import Method as MethodUnderTest
-from ..fmn.bench.running.cells import Setup, given, plan, trained
 from ..fmn.bench.running.lab import check_domains, make_setup, open_lab, to_bytes
 from ..fmn.bench.suite import SUITES, Suite, Target, parse_suite, read_suite
 from ..fmn.errors import ForgetError
@@ -36,14 +36,6 @@ from .progress import Progress, stop_if_cancelled
 from .types import Method, Patch
 
 KIND = "forget_suites"
-
-
-def _register_folder() -> None:
-    """Users' suites lie in models/forget_suites."""
-    paths, _ = folder_paths.folder_names_and_paths.get(KIND, ([], set()))
-    folder = os.path.join(folder_paths.models_dir, KIND)
-    paths = paths if folder in paths else [*paths, folder]
-    folder_paths.folder_names_and_paths[KIND] = (paths, {".yaml", ".yml"})
 
 
 class ConceptBench(io.ComfyNode):
@@ -82,7 +74,20 @@ class ConceptBench(io.ComfyNode):
             "FMN_ConceptBench",
             "ConceptBench",
             [
-                *_inputs_under_test(),
+                io.Model.Input("model"),
+                clip_input(),
+                vae_input(),
+                Patch.Input("patch", optional=True),
+                Method.Input("method", optional=True),
+                io.Combo.Input(
+                    "suite",
+                    options=[
+                        *sorted(file.stem for file in SUITES.glob("*.yaml")),
+                        *folder_paths.get_filename_list(KIND),
+                    ],
+                    default="demo",
+                ),
+                io.String.Input("targets", default="", multiline=True),
                 io.Combo.Input(
                     "measure",
                     options=["quick", "all", *MEASURES],
@@ -124,35 +129,15 @@ class ConceptBench(io.ComfyNode):
         measures = {"quick": QUICK, "all": MEASURES}.get(measure, (measure,))
         folder = below_output(name.strip() or "bench", "forget_bench")
         summary, paths = _run(host, setup, parsed, chosen, under_test, measures, folder)
-        report = f"{markdown_table(summary)}\n\n{paths['html']}"
-        text = f"{in_short(summary)}\n{paths['html']}"
-        if missing := missing_plots():
-            report, text = f"{report}\n\n{missing}", f"{text}\n{missing}"
+        notes = [str(paths["html"]), missing_plots()]
         if source is not None:
             scores.write_scores(source, *scores.scores_of(summary, setup, under_test.name))
-            written = f"scores written into {printable(source.path.name)}"
-            report, text = f"{report}\n\n{written}", f"{text}\n{written}"
+            notes.append(f"scores written into {printable(source.path.name)}")
+        notes = [note for note in notes if note]
+        report = "\n\n".join([markdown_table(summary), *notes])
+        text = "\n".join([in_short(summary), *notes])
         shown = _plot(paths, "bars"), _plot(paths, "erased-vs-kept")
         return io.NodeOutput(report, *shown, ui=text_output(text, report))
-
-
-def _inputs_under_test() -> list[io.Input]:
-    return [
-        io.Model.Input("model"),
-        clip_input(),
-        vae_input(),
-        Patch.Input("patch", optional=True),
-        Method.Input("method", optional=True),
-        io.Combo.Input(
-            "suite",
-            options=[
-                *sorted(file.stem for file in SUITES.glob("*.yaml")),
-                *folder_paths.get_filename_list(KIND),
-            ],
-            default="demo",
-        ),
-        io.String.Input("targets", default="", multiline=True),
-    ]
 
 
 def _plot(paths: dict[str, Path], name: str) -> torch.Tensor | ExecutionBlocker:
@@ -233,7 +218,7 @@ class _CellProgress:
             self.shown = time.monotonic()
             show_text(f"{self.text}; {self.units} pictures and steps so far")
 
-    def cell(self, progress: runner.CellProgress) -> None:
+    def cell(self, progress: CellProgress) -> None:
         """The callback after a cell."""
         if self.before is None:
             self.before = progress.done - 1
@@ -247,5 +232,7 @@ class _CellProgress:
         self.bar.show(progress.done, self.text, progress.total)
 
 
-_register_folder()
+# Users' suites.
+folder_paths.add_model_folder_path(KIND, os.path.join(folder_paths.models_dir, KIND))
+folder_paths.folder_names_and_paths[KIND][1].update({".yaml", ".yml"})
 NODES = [ConceptBench]

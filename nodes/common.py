@@ -27,15 +27,18 @@ def schema(
     """The schema of a node, with the texts of its docstring: what it does, then tooltips, those
     below ``Inputs:`` by name and those below ``Outputs:`` in their order."""
     above, _, below = (inspect.getdoc(node) or "").partition("\n\nOutputs:\n")
-    about, _, of_inputs = above.partition("\n\nInputs:\n")
-    about, tooltips = _one_line(about), dict(ENTRY.findall(of_inputs))
-    for each in inputs:
-        each.tooltip = _one_line(tooltips.get(each.id, each.tooltip))
+    about, inputs = _one_line(above.partition("\n\nInputs:\n")[0]), described(above, inputs)
     for output, (_, text) in zip(outputs, ENTRY.findall(below), strict=True):
         output.tooltip = _one_line(text)
-    return io.Schema(
-        node_id, title, CATEGORY, inputs, outputs, description=_one_line(about), **more
-    )
+    return io.Schema(node_id, title, CATEGORY, inputs, outputs, description=about, **more)
+
+
+def described(text: str, inputs: list[io.Input]) -> list[io.Input]:
+    """The same inputs, with the tooltips that stand below ``Inputs:`` in a docstring."""
+    tooltips = dict(ENTRY.findall(text.partition("\n\nInputs:\n")[2]))
+    for each in inputs:
+        each.tooltip = _one_line(tooltips.get(each.id, each.tooltip))
+    return inputs
 
 
 def _one_line(text: str) -> str:
@@ -67,9 +70,9 @@ def strength_input(optional: bool = False) -> io.Input:
     return io.Float.Input("strength", default=1.0, min=-4.0, max=4.0, step=0.05, optional=optional)
 
 
-def seed_input(name: str, most: int = MAX_SEED, tooltip: str = "") -> io.Input:
+def seed_input(name: str, most: int = MAX_SEED) -> io.Input:
     """Not called "seed": the page would change such a widget after every run."""
-    return io.Int.Input(name, default=0, min=0, max=most, tooltip=tooltip)
+    return io.Int.Input(name, default=0, min=0, max=most)
 
 
 def advanced(*inputs: io.Input) -> list[io.Input]:

@@ -22,7 +22,7 @@ from ..fmn.training.textual_inversion import Settings
 from .common import clip_input, image_of, lines_of, schema, seed_input, vae_input
 from .page import show_text, text_output
 from .progress import InversionProgress, stop_if_cancelled
-from .textual_inversion import DEFAULT, training_inputs
+from .textual_inversion import inversion_inputs
 from .types import Concepts
 
 
@@ -116,7 +116,7 @@ class MScore(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        steps, lr, batch = training_inputs(10_000)
+        tokens, steps, lr, batch, *_ = inversion_inputs(64, 10_000)
         return schema(
             cls,
             "FMN_MScore",
@@ -131,7 +131,7 @@ class MScore(io.ComfyNode):
                 io.Int.Input("inversions", default=3, min=1, max=100),
                 steps,
                 lr,
-                io.Int.Input("tokens", default=DEFAULT.tokens, min=1, max=64),
+                tokens,
                 batch,
                 io.Int.Input("pictures", default=10, min=1, max=200),
                 seed_input("measuring_seed"),

@@ -35,13 +35,12 @@ DEMO_PATCHES = {
 
 def _register_folders() -> None:
     """Patches live in models/ and output/; core's Load LoRA lists both too."""
-    folders = [os.path.join(folder_paths.models_dir, KIND), output_folder()]
-    known, extensions = folder_paths.folder_names_and_paths.get(KIND, ([], set()))
-    paths = [*known, *(folder for folder in folders if folder not in known)]
-    folder_paths.folder_names_and_paths[KIND] = (paths, extensions | {".safetensors"})
-    folder_paths.folder_names_and_paths[STATES] = (paths, {STATE_ENDING})
-    for folder in folders:
+    for folder in (os.path.join(folder_paths.models_dir, KIND), output_folder()):
+        folder_paths.add_model_folder_path(KIND, folder)
         folder_paths.add_model_folder_path("loras", folder)
+    paths, endings = folder_paths.folder_names_and_paths[KIND]
+    endings.add(".safetensors")
+    folder_paths.folder_names_and_paths[STATES] = (paths, {STATE_ENDING})
 
 
 def output_folder() -> str:

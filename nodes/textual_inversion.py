@@ -1,5 +1,6 @@
 """Textual inversion: words learned from pictures."""
 
+import inspect
 import os
 import re
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.patches.embedding_file import embedding_of, save_embedding
 from ..fmn.training.textual_inversion import Settings, invert
-from .common import clip_input, lines_of, schema, seed_input, vae_input
+from .common import clip_input, described, lines_of, schema, seed_input, vae_input
 from .page import text_output
 from .progress import InversionProgress
 from .types import Learned
@@ -24,7 +25,6 @@ from .types import Learned
 FOLDER = "embeddings"
 # What a prompt can name after "embedding:".
 NAME = re.compile(r"[A-Za-z0-9_-]{1,80}(/[A-Za-z0-9_-]{1,80})*")
-DEFAULT = Settings()
 
 
 class TextualInversion(io.ComfyNode):
@@ -79,62 +79,33 @@ class TextualInversion(io.ComfyNode):
         return io.NodeOutput(token, embedding, ui=text_output(text, token))
 
 
-def training_inputs(most_steps: int = 100_000) -> tuple[io.Input, io.Input, io.Input]:
-    """Steps, learning rate and batch size."""
-    steps = io.Int.Input(
-        "steps",
-        default=DEFAULT.steps,
-        min=1,
-        max=most_steps,
-        tooltip="Training steps of an inversion. 1: hardly more than the start. The default suits "
-        "the demo model; for Stable Diffusion 1.x, published settings are 3000 to 5000.",
-    )
-    lr = io.Float.Input(
-        "lr",
-        display_name="learning rate",
-        default=DEFAULT.lr,
-        min=1e-6,
-        max=1.0,
-        step=1e-6,
-        round=False,
-        tooltip="AdamW's learning rate. Too low: the tokens stay where they start. Too high: they "
-        "grow far longer than those of real words.",
-    )
-    batch = io.Int.Input(
-        "batch",
-        default=DEFAULT.batch,
-        min=1,
-        max=256,
-        tooltip="Noised pictures per step. 1: least memory, noisiest gradients.",
-    )
-    return steps, lr, batch
+def inversion_inputs(most_tokens: int = 8, most_steps: int = 100_000) -> list[io.Input]:
+    """The widgets of an inversion.
 
-
-def inversion_inputs() -> list[io.Input]:
-    return [
-        io.Int.Input(
-            "tokens",
-            default=DEFAULT.tokens,
-            min=1,
-            max=8,
-            tooltip="How many tokens are learned. 1: the least room. 8: can describe the most, "
-            "and needs more steps.",
-        ),
-        *training_inputs(),
-        io.String.Input(
-            "start",
-            default="",
-            tooltip="Words whose tokens training starts from, such as 'art'. Empty: random tokens.",
-        ),
-        io.String.Input(
-            "templates",
-            default="\n".join(DEFAULT.templates),
-            multiline=True,
-            tooltip="Prompts to learn in, one per line, each with one {} for the tokens. Name in "
-            "them what does not belong to the concept. Empty: 'a photo of {}'.",
-        ),
-        seed_input("training_seed", tooltip="The same seed and settings give the same tokens."),
+    Inputs:
+        tokens: How many tokens are learned. 1: the least room. 8: can describe the most, and needs
+            more steps.
+        steps: Training steps of an inversion. 1: hardly more than the start. The default suits the
+            demo model; for Stable Diffusion 1.x, published settings are 3000 to 5000.
+        lr: AdamW's learning rate. Too low: the tokens stay where they start. Too high: they grow
+            far longer than those of real words.
+        batch: Noised pictures per step. 1: least memory, noisiest gradients.
+        start: Words whose tokens training starts from, such as 'art'. Empty: random tokens.
+        templates: Prompts to learn in, one per line, each with one {} for the tokens. Name in them
+            what does not belong to the concept. Empty: 'a photo of {}'.
+        training_seed: The same seed and settings give the same tokens.
+    """
+    default, title = Settings(), "learning rate"
+    inputs = [
+        io.Int.Input("tokens", default=default.tokens, min=1, max=most_tokens),
+        io.Int.Input("steps", default=default.steps, min=1, max=most_steps),
+        io.Float.Input("lr", title, default=default.lr, min=1e-6, max=1.0, step=1e-6, round=False),
+        io.Int.Input("batch", default=default.batch, min=1, max=256),
+        io.String.Input("start", default=""),
+        io.String.Input("templates", default="\n".join(default.templates), multiline=True),
+        seed_input("training_seed"),
     ]
+    return described(inspect.getdoc(inversion_inputs) or "", inputs)
 
 
 def learned_outputs() -> list[io.Output]:

@@ -117,9 +117,12 @@ def _control(
 
 
 def _before_and_after(
-    trial: Trial, asks: list[Ask], prompts: list[str], pictures: torch.Tensor,
+    trial: Trial,
+    asks: list[Ask],
+    prompts: list[str],
+    pictures: torch.Tensor,
     settings: RelearnSettings,
-) -> tuple[torch.Tensor, torch.Tensor, list[float]]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Pictures before and after fine-tuning on prompts and pictures, and the losses."""
     sampler = trial.sampler
     before = trial.draw(asks)

@@ -66,12 +66,8 @@ def write_report(summary: Summary, folder: str | Path) -> dict[str, Path]:
     }
     files |= {plot.name: (f"{plot.name}.png", png) for plot, png in figures}
     for name, data in files.values():
-        write_whole(folder / name, partial(_write, data=data))
+        write_whole(folder / name, partial(Path.write_bytes, data=data))
     return {key: folder / name for key, (name, _) in files.items()}
-
-
-def _write(file: Path, data: bytes) -> None:
-    file.write_bytes(data)
 
 
 def missing_plots() -> str:

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
@@ -13,22 +13,10 @@ from typing import Protocol
 from ...errors import ForgetError, memory_ran_out
 from ..reporting.summary import Summary, summarise
 from ..suite import Suite
-from .cells import Cell, Method, Setup
+from .cells import Cell, CellProgress, Method, Setup
 from .lab import Lab, Outcome
 from .store import Store
 from .worker import start_process, work
-
-
-@dataclass(frozen=True)
-class CellProgress:
-    """What the callback gets after each cell."""
-
-    done: int  # cells of this run and earlier ones
-    total: int
-    cell: Cell
-    seconds: float | None  # None: it failed
-    error: str = ""
-
 
 OnCell = Callable[[CellProgress], object]
 
