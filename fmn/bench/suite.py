@@ -3,7 +3,6 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 from ..concepts.concept import Concept
 from ..concepts.prompt_templates import fill
@@ -11,7 +10,6 @@ from ..errors import ForgetError
 from ..models.sampling import Sampling
 from ..text import printable
 
-T = TypeVar("T")
 SUITES = Path(__file__).parent / "suites"
 KINDS = ("identity", "object", "style", "unsafe")
 DOMAINS = {"identity": "concept", "object": "concept", "style": "style", "unsafe": "unsafe"}
@@ -101,11 +99,11 @@ class Suite:
         return Concept(target.name, kind, target.aliases, prompts)
 
     def find(self, name: str) -> Target:
-        targets = {target.name: target for target in self.targets}
-        if name not in targets:
-            known = ", ".join(targets)
-            raise ForgetError(f"Suite '{self.name}' has no target '{name}': choose from {known}.")
-        return targets[name]
+        for target in self.targets:
+            if target.name == name:
+                return target
+        known = ", ".join(target.name for target in self.targets)
+        raise ForgetError(f"Suite '{self.name}' has no target '{name}': choose from {known}.")
 
     def targets_of(self, concepts: Collection[str]) -> list[Target]:
         """The targets among the names of a patch's concepts.
@@ -162,8 +160,9 @@ def parse_suite(data: object, name: str) -> Suite:
     for style, template in styles.items():
         if template.count("{}") != 1:
             raise check.error(f"style '{style}' is '{template}'", "write {} once, for the concept")
-    targets = check.typed(content.get("targets", []), list, "targets")
-    defaults = {key: check.text(content.get(key, ""), key) for key in ("model", "judge", "check")}
+    targets = content.get("targets", [])
+    if not isinstance(targets, list):
+        raise check.error(f"targets is {_type_of(targets)}", "write a list")
     suite = Suite(
         name=check.text(content.get("name", name), "name"),
         title=check.text(content.get("title", name), "title"),
@@ -173,7 +172,9 @@ def parse_suite(data: object, name: str) -> Suite:
         far=check.known(content.get("far", []), "far", concepts),
         targets=tuple(_target(check, target, concepts, styles) for target in targets),
         sampling=_sampling(check, content.get("sampling", {})),
-        **defaults,
+        model=check.text(content.get("model", ""), "model"),
+        judge=check.text(content.get("judge", ""), "judge"),
+        check=check.text(content.get("check", ""), "check"),
     )
     names = [target.name for target in suite.targets]
     if len(set(names)) < len(names):
@@ -189,37 +190,27 @@ SUITE_KEYS = (
 TARGET_KEYS = ("name", "kind", "near", "split", "aliases", "prompts", "together")
 
 
-NAMES: dict[type, str] = {dict: "a mapping", list: "a list", type(None): "empty"}
-FIXES: dict[type, str] = {
-    dict: "a mapping of names to values",
-    list: "a list",
-    str: "a text, in quotes if need be",
-}
-
-
-class _Check(NamedTuple):
+class _Check:
     """Checks the types of what YAML gave; ``place`` begins each message."""
 
-    place: str
+    def __init__(self, place: str):
+        self.place = place
 
     def error(self, what: str, fix: str) -> ForgetError:
         return ForgetError(f"{self.place}: {what}; {fix}.")
 
-    def typed(self, value: object, kind: type[T], name: str) -> T:
-        if not isinstance(value, kind):
-            got = NAMES.get(type(value), repr(value))
-            raise self.error(f"{name} is {got}", f"write {FIXES[kind]}")
-        return value
-
     def mapping(self, value: object, name: str, keys: Sequence[str] = ()) -> dict:
-        mapping = self.typed(value, dict, name)
-        unknown = [str(key) for key in mapping if keys and key not in keys]
+        if not isinstance(value, dict):
+            raise self.error(f"{name} is {_type_of(value)}", "write a mapping of names to values")
+        unknown = [str(key) for key in value if keys and key not in keys]
         if unknown:
             raise self.error(f"{name} has the unknown key '{unknown[0]}'", f"use {', '.join(keys)}")
-        return mapping
+        return value
 
     def text(self, value: object, name: str) -> str:
-        return self.typed(value, str, name)
+        if not isinstance(value, str):
+            raise self.error(f"{name} is {_type_of(value)}", "write a text, in quotes if need be")
+        return value
 
     def texts(self, value: object, name: str) -> dict[str, str]:
         return {
@@ -227,16 +218,22 @@ class _Check(NamedTuple):
             for key, text in self.mapping(value, name).items()
         }
 
-    def listed(self, value: object, name: str) -> tuple[str, ...]:
-        entries = self.typed(value, list, name)
-        return tuple(self.text(entry, f"an entry of {name}") for entry in entries)
+    def list(self, value: object, name: str) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            raise self.error(f"{name} is {_type_of(value)}", "write a list")
+        return tuple(self.text(entry, f"an entry of {name}") for entry in value)
 
     def known(self, value: object, name: str, names: Collection[str]) -> tuple[str, ...]:
-        listed = self.listed(value, name)
+        listed = self.list(value, name)
         unknown = [each for each in listed if each not in names]
         if unknown:
             raise self.error(f"{name} names '{unknown[0]}'", "list it under concepts or styles")
         return listed
+
+
+def _type_of(value: object) -> str:
+    known = ((dict, "a mapping"), (list, "a list"), (type(None), "empty"))
+    return next((name for kind, name in known if isinstance(value, kind)), repr(value))
 
 
 def _concepts(check: _Check, data: dict) -> tuple[dict[str, str], dict[str, str]]:
@@ -272,8 +269,8 @@ def _target(check: _Check, data: object, concepts: dict, styles: dict) -> Target
         kind=kind,
         near=check.known(data.get("near", []), f"{name}: near", same_domain or {}),
         split=split,
-        aliases=check.listed(data.get("aliases", []), f"{name}: aliases"),
-        prompts={key: check.listed(value, f"{name}: {key}") for key, value in prompts.items()},
+        aliases=check.list(data.get("aliases", []), f"{name}: aliases"),
+        prompts={key: check.list(value, f"{name}: {key}") for key, value in prompts.items()},
         together=tuple(together.items()),
     )
 

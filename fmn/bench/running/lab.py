@@ -10,9 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
-from PIL import Image
 
 from ...errors import ForgetError
 from ...files import DEMO_FOLDER
@@ -232,12 +230,17 @@ def read_controls(folder: str) -> dict[str, torch.Tensor]:
     Raises:
         ForgetError: a file is not such a strip.
     """
+    import numpy as np
+    from PIL import Image
+
     controls = {}
     for file in sorted(Path(folder).glob("*.png")) if folder else ():
         try:
             strip = np.array(Image.open(file).convert("RGB"))
         except OSError as error:
-            raise ForgetError(f"'{file}' is not a picture ({error}): replace it.") from error
+            raise ForgetError(
+                f"'{file}' is not a picture ({error}): remove or replace it."
+            ) from error
         height, width, _ = strip.shape
         if width % height:
             raise ForgetError(
