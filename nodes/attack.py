@@ -58,30 +58,26 @@ class ConceptInversionProbe(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         tokens, steps, *training = inversion_inputs()
-        return schema(
-            cls,
-            "FMN_ConceptInversionProbe",
-            "Concept Inversion Probe",
-            [
-                io.Model.Input("model"),
-                clip_input(),
-                vae_input(),
-                io.Image.Input("images"),
-                io.String.Input("words", default="dog"),
-                tokens,
-                steps,
-                *advanced(*training),
-                io.Int.Input("pictures", default=4, min=1, max=64),
-                io.String.Input("save_as", default=""),
-                Patch.Input("patch", optional=True),
-                strength_input(optional=True),
-            ],
-            [
-                io.Image.Output("LEARNED", "by learned tokens"),
-                io.Image.Output("NAMED", "by name"),
-                *learned_outputs(),
-            ],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            vae_input(),
+            io.Image.Input("images"),
+            io.String.Input("words", default="dog"),
+            tokens,
+            steps,
+            *advanced(*training),
+            io.Int.Input("pictures", default=4, min=1, max=64),
+            io.String.Input("save_as", default=""),
+            Patch.Input("patch", optional=True),
+            strength_input(optional=True),
+        ]
+        outputs = [
+            io.Image.Output("LEARNED", "by learned tokens"),
+            io.Image.Output("NAMED", "by name"),
+            *learned_outputs(),
+        ]
+        return schema(cls, "FMN_ConceptInversionProbe", "Concept Inversion Probe", inputs, outputs)
 
     @classmethod
     def execute(
@@ -152,23 +148,19 @@ class HardestEmbedding(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_HardestEmbedding",
-            "Hardest Embedding",
-            [
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
-                Patch.Input("patch"),
-                io.String.Input("prompt", default="a photo of a dog", multiline=True),
-                strength_input(),
-                io.Float.Input("r", default=0.1, min=1e-6, max=1000.0, step=1e-6, round=False),
-            ],
-            [
-                io.Conditioning.Output("CONDITIONING", "conditioning"),
-                io.String.Output("TEXT", "text"),
-            ],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            io.Clip.Input("clip"),
+            Patch.Input("patch"),
+            io.String.Input("prompt", default="a photo of a dog", multiline=True),
+            strength_input(),
+            io.Float.Input("r", default=0.1, min=1e-6, max=1000.0, step=1e-6, round=False),
+        ]
+        outputs = [
+            io.Conditioning.Output("CONDITIONING", "conditioning"),
+            io.String.Output("TEXT", "text"),
+        ]
+        return schema(cls, "FMN_HardestEmbedding", "Hardest Embedding", inputs, outputs)
 
     @classmethod
     def execute(

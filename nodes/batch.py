@@ -50,29 +50,31 @@ class TrainForgetPatches(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            Concepts.Input("concepts"),
+            io.String.Input("folder", default=FOLDER),
+            Method.Input(
+                "method",
+                optional=True,
+                tooltip=f"How to forget. Empty: {DEFAULT} with its defaults.",
+            ),
+            io.Vae.Input("vae", optional=True),
+            keep_input(),
+        ]
+        outputs = [
+            Patches.Output("PATCHES", "patches"),
+            io.String.Output("REPORT", "report"),
+            io.Int.Output("FINISHED", "finished"),
+            io.Int.Output("FAILED", "failed"),
+        ]
         return schema(
             cls,
             "FMN_TrainForgetPatches",
             "Train Forget Patches (Batch)",
-            [
-                io.Model.Input("model"),
-                clip_input(),
-                Concepts.Input("concepts"),
-                io.String.Input("folder", default=FOLDER),
-                Method.Input(
-                    "method",
-                    optional=True,
-                    tooltip=f"How to forget. Empty: {DEFAULT} with its defaults.",
-                ),
-                io.Vae.Input("vae", optional=True),
-                keep_input(),
-            ],
-            [
-                Patches.Output("PATCHES", "patches"),
-                io.String.Output("REPORT", "report"),
-                io.Int.Output("FINISHED", "finished"),
-                io.Int.Output("FAILED", "failed"),
-            ],
+            inputs,
+            outputs,
             is_output_node=True,
         )
 

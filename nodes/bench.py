@@ -69,45 +69,40 @@ class ConceptBench(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_ConceptBench",
-            "ConceptBench",
-            [
-                io.Model.Input("model"),
-                clip_input(),
-                vae_input(),
-                Patch.Input("patch", optional=True),
-                Method.Input("method", optional=True),
-                io.Combo.Input(
-                    "suite",
-                    options=[
-                        *sorted(file.stem for file in SUITES.glob("*.yaml")),
-                        *folder_paths.get_filename_list(KIND),
-                    ],
-                    default="demo",
-                ),
-                io.String.Input("targets", default="", multiline=True),
-                io.Combo.Input(
-                    "measure",
-                    options=["quick", "all", *MEASURES],
-                    default="quick",
-                    tooltip=f"quick: {' and '.join(QUICK)}, minutes on the demo model. all: every "
-                    "attack too, hours. Or a single measure.",
-                ),
-                io.String.Input("judge", default=""),
-                io.Int.Input("count", default=12, min=2, max=1000),
-                seed_input("bench_seed", 2**31 - 1),
-                io.String.Input("name", default="bench"),
-                io.Boolean.Input("write_scores", default=False, optional=True),
-            ],
-            [
-                io.String.Output("REPORT", "report"),
-                io.Image.Output("BARS", "bars"),
-                io.Image.Output("SCATTER", "erased and kept"),
-            ],
-            is_output_node=True,
-        )
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            vae_input(),
+            Patch.Input("patch", optional=True),
+            Method.Input("method", optional=True),
+            io.Combo.Input(
+                "suite",
+                options=[
+                    *sorted(file.stem for file in SUITES.glob("*.yaml")),
+                    *folder_paths.get_filename_list(KIND),
+                ],
+                default="demo",
+            ),
+            io.String.Input("targets", default="", multiline=True),
+            io.Combo.Input(
+                "measure",
+                options=["quick", "all", *MEASURES],
+                default="quick",
+                tooltip=f"quick: {' and '.join(QUICK)}, minutes on the demo model. all: every "
+                "attack too, hours. Or a single measure.",
+            ),
+            io.String.Input("judge", default=""),
+            io.Int.Input("count", default=12, min=2, max=1000),
+            seed_input("bench_seed", 2**31 - 1),
+            io.String.Input("name", default="bench"),
+            io.Boolean.Input("write_scores", default=False, optional=True),
+        ]
+        outputs = [
+            io.String.Output("REPORT", "report"),
+            io.Image.Output("BARS", "bars"),
+            io.Image.Output("SCATTER", "erased and kept"),
+        ]
+        return schema(cls, "FMN_ConceptBench", "ConceptBench", inputs, outputs, is_output_node=True)
 
     @classmethod
     def execute(

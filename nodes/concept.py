@@ -47,22 +47,18 @@ class ConceptNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_Concept",
-            "Concept to Forget",
-            [
-                io.String.Input("name", default="dog"),
-                io.Combo.Input("kind", options=list(KINDS), default="object"),
-                _text_input("aliases"),
-                _text_input("prompts"),
-                io.Image.Input("images", optional=True),
-                Concepts.Input("concepts", optional=True),
-                io.String.Input("anchor", default="", optional=True),
-                Learned.Input("learned", optional=True),
-            ],
-            [Concepts.Output("CONCEPTS", "concepts")],
-        )
+        inputs = [
+            io.String.Input("name", default="dog"),
+            io.Combo.Input("kind", options=list(KINDS), default="object"),
+            _text_input("aliases"),
+            _text_input("prompts"),
+            io.Image.Input("images", optional=True),
+            Concepts.Input("concepts", optional=True),
+            io.String.Input("anchor", default="", optional=True),
+            Learned.Input("learned", optional=True),
+        ]
+        outputs = [Concepts.Output("CONCEPTS", "concepts")]
+        return schema(cls, "FMN_Concept", "Concept to Forget", inputs, outputs)
 
     @classmethod
     def execute(
@@ -100,27 +96,23 @@ class ConceptListNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_ConceptList",
-            "Concepts to Forget (List)",
-            [
-                io.String.Input(
-                    "text", default="dog -> cat\nstyle:ink drawing\n# a comment", multiline=True
-                ),
-                io.Combo.Input(
-                    "kind",
-                    options=[kind for kind in KINDS if kind != "custom"],
-                    default="object",
-                    optional=True,
-                ),
-                Concepts.Input("concepts", optional=True),
-                io.Combo.Input(
-                    "file", options=[NO_FILE, *_list_files()], default=NO_FILE, optional=True
-                ),
-            ],
-            [Concepts.Output("CONCEPTS", "concepts")],
-        )
+        inputs = [
+            io.String.Input(
+                "text", default="dog -> cat\nstyle:ink drawing\n# a comment", multiline=True
+            ),
+            io.Combo.Input(
+                "kind",
+                options=[kind for kind in KINDS if kind != "custom"],
+                default="object",
+                optional=True,
+            ),
+            Concepts.Input("concepts", optional=True),
+            io.Combo.Input(
+                "file", options=[NO_FILE, *_list_files()], default=NO_FILE, optional=True
+            ),
+        ]
+        outputs = [Concepts.Output("CONCEPTS", "concepts")]
+        return schema(cls, "FMN_ConceptList", "Concepts to Forget (List)", inputs, outputs)
 
     @classmethod
     def fingerprint_inputs(cls, file: str = NO_FILE, **inputs: Any) -> str:
@@ -170,17 +162,13 @@ class KeepListNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_KeepList",
-            "Keep List",
-            [
-                Concepts.Input("concepts"),
-                io.Combo.Input("list", options=list(CHOICES), default="auto"),
-                _text_input("words"),
-            ],
-            [Keep.Output("KEEP", "keep")],
-        )
+        inputs = [
+            Concepts.Input("concepts"),
+            io.Combo.Input("list", options=list(CHOICES), default="auto"),
+            _text_input("words"),
+        ]
+        outputs = [Keep.Output("KEEP", "keep")]
+        return schema(cls, "FMN_KeepList", "Keep List", inputs, outputs)
 
     @classmethod
     def execute(cls, concepts: Sequence[Concept], list: str, words: str = "") -> io.NodeOutput:

@@ -111,13 +111,8 @@ class LoadDemoCheckpoint(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_LoadDemoCheckpoint",
-            "Load Demo Checkpoint",
-            [],
-            [io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
-        )
+        outputs = [io.Model.Output(), io.Clip.Output(), io.Vae.Output()]
+        return schema(cls, "FMN_LoadDemoCheckpoint", "Load Demo Checkpoint", [], outputs)
 
     @classmethod
     def execute(cls) -> io.NodeOutput:

@@ -52,35 +52,31 @@ class SafeLatentDiffusion(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = PRESETS["medium"]
-        return schema(
-            cls,
-            "FMN_SafeLatentDiffusion",
-            "Safe Latent Diffusion",
-            [
-                model_input(),
-                clip_input(),
-                io.String.Input("text", default=SAFETY_TEXT, multiline=True),
-                io.Combo.Input("preset", options=[*PRESETS, CUSTOM], default="medium"),
-                io.Int.Input("warmup", default=default.warmup, min=0, max=10000),
-                io.Float.Input("scale", default=default.scale, min=0.0, max=1e6, step=10.0),
-                io.Float.Input(
-                    "threshold",
-                    default=default.threshold,
-                    min=-100.0,
-                    max=100.0,
-                    step=0.005,
-                    round=False,
-                ),
-                io.Float.Input(
-                    "momentum_scale", default=default.momentum_scale, min=0.0, max=1.0, step=0.05
-                ),
-                io.Float.Input(
-                    "momentum_beta", default=default.momentum_beta, min=0.0, max=0.999, step=0.05
-                ),
-                Concepts.Input("concepts", optional=True),
-            ],
-            [io.Model.Output()],
-        )
+        inputs = [
+            model_input(),
+            clip_input(),
+            io.String.Input("text", default=SAFETY_TEXT, multiline=True),
+            io.Combo.Input("preset", options=[*PRESETS, CUSTOM], default="medium"),
+            io.Int.Input("warmup", default=default.warmup, min=0, max=10000),
+            io.Float.Input("scale", default=default.scale, min=0.0, max=1e6, step=10.0),
+            io.Float.Input(
+                "threshold",
+                default=default.threshold,
+                min=-100.0,
+                max=100.0,
+                step=0.005,
+                round=False,
+            ),
+            io.Float.Input(
+                "momentum_scale", default=default.momentum_scale, min=0.0, max=1.0, step=0.05
+            ),
+            io.Float.Input(
+                "momentum_beta", default=default.momentum_beta, min=0.0, max=0.999, step=0.05
+            ),
+            Concepts.Input("concepts", optional=True),
+        ]
+        outputs = [io.Model.Output()]
+        return schema(cls, "FMN_SafeLatentDiffusion", "Safe Latent Diffusion", inputs, outputs)
 
     @classmethod
     def execute(
@@ -117,19 +113,15 @@ class EraseByNegativePrompt(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_EraseByNegativePrompt",
-            "Erase by Negative Prompt",
-            [
-                model_input(),
-                clip_input(),
-                io.String.Input("text", default="", multiline=True),
-                io.Combo.Input("mode", options=list(MODES), default=MODES[0]),
-                Concepts.Input("concepts", optional=True),
-            ],
-            [io.Model.Output()],
-        )
+        inputs = [
+            model_input(),
+            clip_input(),
+            io.String.Input("text", default="", multiline=True),
+            io.Combo.Input("mode", options=list(MODES), default=MODES[0]),
+            Concepts.Input("concepts", optional=True),
+        ]
+        outputs = [io.Model.Output()]
+        return schema(cls, "FMN_EraseByNegativePrompt", "Erase by Negative Prompt", inputs, outputs)
 
     @classmethod
     def execute(
@@ -163,20 +155,16 @@ class ApplyGatedPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_ApplyGatedPatch",
-            "Apply Gated Patch",
-            [
-                model_input(),
-                io.Clip.Input("clip"),
-                Patch.Input("patch"),
-                strength_input(),
-                io.Float.Input("low", default=LOW, min=-1.0, max=1.0, step=0.01),
-                io.Float.Input("high", default=HIGH, min=-1.0, max=1.0, step=0.01),
-            ],
-            [io.Model.Output()],
-        )
+        inputs = [
+            model_input(),
+            io.Clip.Input("clip"),
+            Patch.Input("patch"),
+            strength_input(),
+            io.Float.Input("low", default=LOW, min=-1.0, max=1.0, step=0.01),
+            io.Float.Input("high", default=HIGH, min=-1.0, max=1.0, step=0.01),
+        ]
+        outputs = [io.Model.Output()]
+        return schema(cls, "FMN_ApplyGatedPatch", "Apply Gated Patch", inputs, outputs)
 
     @classmethod
     def execute(

@@ -49,21 +49,17 @@ class AttentionMap(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_AttentionMap",
-            "Attention Map",
-            [
-                io.Model.Input("model"),
-                clip_input(),
-                Concepts.Input("concepts"),
-                io.Vae.Input("vae", optional=True),
-                io.Combo.Input("references", options=list(resteer.REFERENCES), default="samples"),
-                seed_input("picture_seed"),
-                io.Float.Input("brightest", default=0.0, min=0.0, max=100.0, step=0.1),
-            ],
-            [io.Image.Output("IMAGE", "maps"), io.String.Output("TEXT", "text")],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            Concepts.Input("concepts"),
+            io.Vae.Input("vae", optional=True),
+            io.Combo.Input("references", options=list(resteer.REFERENCES), default="samples"),
+            seed_input("picture_seed"),
+            io.Float.Input("brightest", default=0.0, min=0.0, max=100.0, step=0.1),
+        ]
+        outputs = [io.Image.Output("IMAGE", "maps"), io.String.Output("TEXT", "text")]
+        return schema(cls, "FMN_AttentionMap", "Attention Map", inputs, outputs)
 
     @classmethod
     def execute(
@@ -117,28 +113,24 @@ class MScore(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         tokens, steps, lr, batch, *_ = inversion_inputs(64, 10_000)
-        return schema(
-            cls,
-            "FMN_MScore",
-            "M-Score",
-            [
-                io.Model.Input("model"),
-                clip_input(),
-                vae_input(),
-                Concepts.Input("concepts"),
-                io.Model.Input("untouched", optional=True),
-                io.String.Input("templates", default="", multiline=True),
-                io.Int.Input("inversions", default=3, min=1, max=100),
-                steps,
-                lr,
-                tokens,
-                batch,
-                io.Int.Input("pictures", default=10, min=1, max=200),
-                seed_input("measuring_seed"),
-                io.Clip.Input("untouched_clip", optional=True),
-            ],
-            [io.String.Output("TEXT", "text"), io.Image.Output("IMAGE", "plot")],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            vae_input(),
+            Concepts.Input("concepts"),
+            io.Model.Input("untouched", optional=True),
+            io.String.Input("templates", default="", multiline=True),
+            io.Int.Input("inversions", default=3, min=1, max=100),
+            steps,
+            lr,
+            tokens,
+            batch,
+            io.Int.Input("pictures", default=10, min=1, max=200),
+            seed_input("measuring_seed"),
+            io.Clip.Input("untouched_clip", optional=True),
+        ]
+        outputs = [io.String.Output("TEXT", "text"), io.Image.Output("IMAGE", "plot")]
+        return schema(cls, "FMN_MScore", "M-Score", inputs, outputs)
 
     @classmethod
     def execute(

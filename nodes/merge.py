@@ -42,13 +42,9 @@ class PatchList(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_PatchList",
-            "Patches to Merge",
-            [Patch.Input("patch"), strength_input(), Patches.Input("patches", optional=True)],
-            [Patches.Output("PATCHES", "patches")],
-        )
+        inputs = [Patch.Input("patch"), strength_input(), Patches.Input("patches", optional=True)]
+        outputs = [Patches.Output("PATCHES", "patches")]
+        return schema(cls, "FMN_PatchList", "Patches to Merge", inputs, outputs)
 
     @classmethod
     def execute(
@@ -87,25 +83,21 @@ class MergeForgetPatches(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_MergeForgetPatches",
-            "Merge Forget Patches",
-            [
-                io.Combo.Input("how", options=list(HOW), default=HOW[0]),
-                io.Int.Input("budget_kb", default=0, min=0, max=10_000_000),
-                strength_input(),
-                io.String.Input("files", default="", multiline=True),
-                Patches.Input("patches", optional=True),
-                io.Model.Input("model", optional=True),
-                io.Clip.Input("clip", optional=True),
-                Keep.Input("keep", optional=True),
-                io.Float.Input(
-                    "preserve", default=PRESERVE, min=0.0, max=1000.0, step=0.1, optional=True
-                ),
-            ],
-            [Patch.Output("PATCH", "patch"), io.String.Output("REPORT", "report")],
-        )
+        inputs = [
+            io.Combo.Input("how", options=list(HOW), default=HOW[0]),
+            io.Int.Input("budget_kb", default=0, min=0, max=10_000_000),
+            strength_input(),
+            io.String.Input("files", default="", multiline=True),
+            Patches.Input("patches", optional=True),
+            io.Model.Input("model", optional=True),
+            io.Clip.Input("clip", optional=True),
+            Keep.Input("keep", optional=True),
+            io.Float.Input(
+                "preserve", default=PRESERVE, min=0.0, max=1000.0, step=0.1, optional=True
+            ),
+        ]
+        outputs = [Patch.Output("PATCH", "patch"), io.String.Output("REPORT", "report")]
+        return schema(cls, "FMN_MergeForgetPatches", "Merge Forget Patches", inputs, outputs)
 
     @classmethod
     def fingerprint_inputs(cls, files: str = "", **inputs: Any) -> str:

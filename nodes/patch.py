@@ -94,17 +94,14 @@ class SaveForgetPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        inputs = [
+            Patch.Input("patch"),
+            io.String.Input("filename_prefix", default="patch"),
+            io.Image.Input("thumbnail", optional=True),
+        ]
+        outputs = [Patch.Output("PATCH", "patch"), io.String.Output("NAME", "file name")]
         return schema(
-            cls,
-            "FMN_SaveForgetPatch",
-            "Save Forget Patch",
-            [
-                Patch.Input("patch"),
-                io.String.Input("filename_prefix", default="patch"),
-                io.Image.Input("thumbnail", optional=True),
-            ],
-            [Patch.Output("PATCH", "patch"), io.String.Output("NAME", "file name")],
-            is_output_node=True,
+            cls, "FMN_SaveForgetPatch", "Save Forget Patch", inputs, outputs, is_output_node=True
         )
 
     @classmethod
@@ -131,17 +128,11 @@ class LoadForgetPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_LoadForgetPatch",
-            "Load Forget Patch",
-            [
-                io.Combo.Input(
-                    "file", options=[*folder_paths.get_filename_list(KIND), *DEMO_PATCHES]
-                )
-            ],
-            [Patch.Output("PATCH", "patch")],
-        )
+        inputs = [
+            io.Combo.Input("file", options=[*folder_paths.get_filename_list(KIND), *DEMO_PATCHES])
+        ]
+        outputs = [Patch.Output("PATCH", "patch")]
+        return schema(cls, "FMN_LoadForgetPatch", "Load Forget Patch", inputs, outputs)
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
@@ -194,18 +185,14 @@ class ApplyForgetPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_ApplyForgetPatch",
-            "Apply Forget Patch",
-            [
-                io.Model.Input("model"),
-                Patch.Input("patch"),
-                strength_input(),
-                io.Clip.Input("clip", optional=True),
-            ],
-            [io.Model.Output(), io.Clip.Output()],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            Patch.Input("patch"),
+            strength_input(),
+            io.Clip.Input("clip", optional=True),
+        ]
+        outputs = [io.Model.Output(), io.Clip.Output()]
+        return schema(cls, "FMN_ApplyForgetPatch", "Apply Forget Patch", inputs, outputs)
 
     @classmethod
     def execute(
@@ -248,12 +235,14 @@ class InspectForgetPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        inputs = [Patch.Input("patch")]
+        outputs = [io.String.Output("TEXT", "text")]
         return schema(
             cls,
             "FMN_InspectForgetPatch",
             "Inspect Forget Patch",
-            [Patch.Input("patch")],
-            [io.String.Output("TEXT", "text")],
+            inputs,
+            outputs,
             is_output_node=True,
         )
 

@@ -44,20 +44,17 @@ class TextualInversion(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            vae_input(),
+            io.Image.Input("images"),
+            io.String.Input("name", default="my-concept"),
+            *inversion_inputs(),
+        ]
+        outputs = learned_outputs()
         return schema(
-            cls,
-            "FMN_TextualInversion",
-            "Textual Inversion",
-            [
-                io.Model.Input("model"),
-                clip_input(),
-                vae_input(),
-                io.Image.Input("images"),
-                io.String.Input("name", default="my-concept"),
-                *inversion_inputs(),
-            ],
-            learned_outputs(),
-            is_output_node=True,
+            cls, "FMN_TextualInversion", "Textual Inversion", inputs, outputs, is_output_node=True
         )
 
     @classmethod

@@ -77,30 +77,26 @@ class TrainForgetPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_TrainForgetPatch",
-            "Train Forget Patch",
-            [
-                io.Model.Input("model"),
-                clip_input(),
-                Concepts.Input("concepts"),
-                Method.Input(
-                    "method",
-                    optional=True,
-                    tooltip=f"How to forget. Empty: {DEFAULT} with its defaults, or for more than "
-                    f"{MANY} concepts {DEFAULT_MANY}, whose patch changes the CLIP.",
-                ),
-                io.Vae.Input("vae", optional=True),
-                keep_input(),
-                Options.Input("options", optional=True),
-            ],
-            [
-                Patch.Output("PATCH", "patch"),
-                io.Custom("LORA_MODEL").Output("LORA", "lora"),
-                io.Custom("LOSS_MAP").Output("LOSS", "loss"),
-            ],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            Concepts.Input("concepts"),
+            Method.Input(
+                "method",
+                optional=True,
+                tooltip=f"How to forget. Empty: {DEFAULT} with its defaults, or for more than "
+                f"{MANY} concepts {DEFAULT_MANY}, whose patch changes the CLIP.",
+            ),
+            io.Vae.Input("vae", optional=True),
+            keep_input(),
+            Options.Input("options", optional=True),
+        ]
+        outputs = [
+            Patch.Output("PATCH", "patch"),
+            io.Custom("LORA_MODEL").Output("LORA", "lora"),
+            io.Custom("LOSS_MAP").Output("LOSS", "loss"),
+        ]
+        return schema(cls, "FMN_TrainForgetPatch", "Train Forget Patch", inputs, outputs)
 
     @classmethod
     def execute(
@@ -193,31 +189,27 @@ class TrainingOptionsNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            cls,
-            "FMN_TrainingOptions",
-            "Training Options",
-            [
-                io.Int.Input("preview_every", default=10, min=0, max=MAX_STEPS),
-                io.String.Input("forgotten_prompt", default=""),
-                io.String.Input("kept_prompt", default=KEPT_PROMPT),
-                *advanced(
-                    io.Int.Input("preview_steps", default=8, min=1, max=100),
-                    seed_input("preview_seed", 2**63 - 1),
-                ),
-                io.Int.Input("save_every", default=0, min=0, max=MAX_STEPS),
-                io.String.Input("filename_prefix", default="training"),
-                io.Boolean.Input(
-                    "keep_best",
-                    default=False,
-                    tooltip=f"On: the patch of the step at which the mean of the last {SMOOTHED} "
-                    "losses was lowest. Off: the patch of the last step. With fewer than "
-                    f"{SMOOTHED} steps both are the same.",
-                ),
-                io.Combo.Input("resume", options=[NO_STATE, *file_names(STATES)], default=NO_STATE),
-            ],
-            [Options.Output("OPTIONS", "options")],
-        )
+        inputs = [
+            io.Int.Input("preview_every", default=10, min=0, max=MAX_STEPS),
+            io.String.Input("forgotten_prompt", default=""),
+            io.String.Input("kept_prompt", default=KEPT_PROMPT),
+            *advanced(
+                io.Int.Input("preview_steps", default=8, min=1, max=100),
+                seed_input("preview_seed", 2**63 - 1),
+            ),
+            io.Int.Input("save_every", default=0, min=0, max=MAX_STEPS),
+            io.String.Input("filename_prefix", default="training"),
+            io.Boolean.Input(
+                "keep_best",
+                default=False,
+                tooltip=f"On: the patch of the step at which the mean of the last {SMOOTHED} "
+                "losses was lowest. Off: the patch of the last step. With fewer than "
+                f"{SMOOTHED} steps both are the same.",
+            ),
+            io.Combo.Input("resume", options=[NO_STATE, *file_names(STATES)], default=NO_STATE),
+        ]
+        outputs = [Options.Output("OPTIONS", "options")]
+        return schema(cls, "FMN_TrainingOptions", "Training Options", inputs, outputs)
 
     @classmethod
     def fingerprint_inputs(cls, resume: str = NO_STATE, **widgets: Any) -> str:
