@@ -1,7 +1,6 @@
 """Textual inversion: words learned from pictures."""
 
 import inspect
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.patches.embedding_file import embedding_of, save_embedding
 from ..fmn.training.textual_inversion import Settings, invert
-from .common import clip_input, described, lines_of, schema, seed_input, vae_input
+from .common import clip_input, described, file_names, lines_of, schema, seed_input, vae_input
 from .page import text_output
 from .progress import InversionProgress
 from .types import Learned
@@ -133,8 +132,7 @@ def embedding_path(name: str) -> Path:
             f"'{name:.60}' cannot name an embedding: use letters, digits, - and _, with / for "
             f"folders inside models/{FOLDER}."
         )
-    for file in folder_paths.get_filename_list(FOLDER):
-        file = file.replace(os.sep, "/")
+    for file in file_names(FOLDER):
         # ComfyUI looks for a name in subfolders too.
         if f"/{file.rpartition('.')[0]}".endswith(f"/{name}"):
             raise ForgetError(
