@@ -15,8 +15,6 @@ from PIL import Image
 from .types import CATEGORY, Keep
 
 MAX_SEED = 2**53  # a page's numbers are exact up to here
-
-
 ENTRY = re.compile(r"^    ([\w ]+): (.+(?:\n {8}.+)*)", re.MULTILINE)  # NAME: TEXT, in a docstring
 
 
