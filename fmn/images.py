@@ -5,16 +5,17 @@ import io
 import re
 import struct
 from collections.abc import Sequence
-from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import ForgetError
 from .files import AnyPath
+from .progress import ConceptAttention
 
 INK, PALE, ACCENT, PAPER = (40, 44, 52), (205, 209, 216), (214, 69, 65), (250, 250, 248)
-HEAT = (0.0, (12, 16, 60)), (0.5, (200, 50, 60)), (1.0, (255, 240, 150))  # value, colour
+HEAT = (0.0, 0.5, 1.0), ((12, 16, 60), (200, 50, 60), (255, 240, 150))  # values, their colours
 THUMBNAIL_SIZE = 512, 256  # pixels at most
 MOST_PICTURES = 4  # of a thumbnail
 MAX_BYTES = 8 << 20  # of a picture's file
@@ -22,15 +23,6 @@ MAX_URI = 1 << 20  # letters of a picture in a header
 MAX_PIXELS = 1 << 25
 FORMATS = "JPEG", "PNG", "WEBP"
 URI = re.compile(r"data:image/(?:jpeg|png|webp);base64,", re.ASCII)
-
-
-class AttentionMap(Protocol):
-    """``models.attention_maps.Attention``."""
-
-    @property
-    def share(self) -> float: ...
-    @property
-    def map(self) -> torch.Tensor: ...
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
@@ -77,26 +69,21 @@ def _jpeg(picture: Image.Image, size: tuple[int, int] = THUMBNAIL_SIZE) -> bytes
 
 def heat_map(values: torch.Tensor, side: int) -> Image.Image:
     """Values [h, w] in 0..1 as a picture: dark blue, over red, to pale yellow."""
-    image = Image.new("RGB", (values.shape[1], values.shape[0]))
-    image.putdata([_heat(value) for value in values.clamp(0, 1).flatten().tolist()])
+    levels, colours = HEAT
+    channels = [np.interp(values.clamp(0, 1), levels, channel) for channel in zip(*colours)]
+    image = Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def _heat(value: float) -> tuple[int, ...]:
-    (low, first), (high, second) = HEAT[:2] if value <= HEAT[1][0] else HEAT[1:]
-    part = (value - low) / (high - low)
-    return tuple(round(a + (b - a) * part) for a, b in zip(first, second))
-
-
-def maps_picture(before: AttentionMap, now: AttentionMap) -> Image.Image:
+def maps_picture(before: ConceptAttention, now: ConceptAttention) -> Image.Image:
     """A concept's attention maps before training and now, 448 x 248 pixels."""
     picture = Image.new("RGB", (448, 248), PAPER)
     draw = ImageDraw.Draw(picture)
     brightest = max(float(before.map.max()), 1e-9)
     for left, name, attention in ((12, "before", before), (236, "now", now)):
         picture.paste(heat_map(attention.map / brightest, 200), (left, 40))
-        draw.text((left, 4), f"{name}: {attention.share:.2%}", INK, font=_font(15))
-        draw.text((left, 22), "of attention on the concept", INK, font=_font(12))
+        draw.text((left, 4), f"{name}: {attention.share:.2%}", INK, font=ImageFont.load_default(15))
+        draw.text((left, 22), "of attention on the concept", INK, font=ImageFont.load_default(12))
     return picture
 
 
@@ -116,12 +103,8 @@ def loss_picture(losses: Sequence[float], total: int) -> Image.Image:
     else:
         x, y = points[0]
         draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=ACCENT)
-    draw.text((12, 8), f"loss {losses[-1]:.4g}", INK, font=_font(13))
+    draw.text((12, 8), f"loss {losses[-1]:.4g}", INK, font=ImageFont.load_default(13))
     return picture
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -143,7 +126,7 @@ def labelled_grid(
         rows: (label, pictures) of each row. columns: titles, one a picture of a row.
         side: pixels of a picture.
     """
-    font, label_width, head, gap = _font(13), 250, 26, 6
+    font, label_width, head, gap = ImageFont.load_default(13), 250, 26, 6
     width = label_width + len(columns) * (side + gap)
     grid = Image.new("RGB", (width, head + len(rows) * (side + gap)), PAPER)
     draw = ImageDraw.Draw(grid)

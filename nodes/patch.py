@@ -20,9 +20,9 @@ from ..fmn.images import thumbnail_uri
 from ..fmn.methods.describe import describe
 from ..fmn.patches.patch import ForgetPatch, load_patch, save_patch
 from ..fmn.text import printable
-from .common import file_stamp, model_input, strength_input
+from .common import file_stamp, listed_file, schema, strength_input
 from .page import text_output
-from .types import CATEGORY, Patch
+from .types import Patch
 
 KIND = "forget_patches"
 STATES = "forget_trainings"  # kind of the files beside patches that trainings resume from
@@ -35,13 +35,12 @@ DEMO_PATCHES = {
 
 def _register_folders() -> None:
     """Patches live in models/ and output/; core's Load LoRA lists both too."""
-    folders = [os.path.join(folder_paths.models_dir, KIND), output_folder()]
-    known, extensions = folder_paths.folder_names_and_paths.get(KIND, ([], set()))
-    paths = [*known, *(folder for folder in folders if folder not in known)]
-    folder_paths.folder_names_and_paths[KIND] = (paths, extensions | {".safetensors"})
-    folder_paths.folder_names_and_paths[STATES] = (paths, {STATE_ENDING})
-    for folder in folders:
+    for folder in (os.path.join(folder_paths.models_dir, KIND), output_folder()):
+        folder_paths.add_model_folder_path(KIND, folder)
         folder_paths.add_model_folder_path("loras", folder)
+    paths, endings = folder_paths.folder_names_and_paths[KIND]
+    endings.add(".safetensors")
+    folder_paths.folder_names_and_paths[STATES] = (paths, {STATE_ENDING})
 
 
 def output_folder() -> str:
@@ -79,39 +78,30 @@ def output_path(prefix: str) -> Path:
 
 
 class SaveForgetPatch(io.ComfyNode):
+    """Writes the patch to output/forget_patches. The file is a LoRA with the usual names: Load LoRA
+    lists it too, and diffusers reads it.
+
+    Inputs:
+        patch: The patch to save.
+        filename_prefix: Name of the file, with / for folders. A number is added.
+        thumbnail: Up to four pictures for the patch shelf, such as one before and one after. They
+            are stored small in the file, so whoever gets it sees them.
+
+    Outputs:
+        patch: The same patch, which now knows its file.
+        file name: Name of the file in output/forget_patches.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_SaveForgetPatch",
-            display_name="Save Forget Patch",
-            category=CATEGORY,
-            description=f"Writes the patch to output/{KIND}. The file is a LoRA with the usual "
-            "names: Load LoRA lists it too, and diffusers reads it.",
-            inputs=[
-                Patch.Input("patch", tooltip="The patch to save."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="patch",
-                    tooltip="Name of the file, with / for folders. A number is added.",
-                ),
-                io.Image.Input(
-                    "thumbnail",
-                    optional=True,
-                    tooltip="Up to four pictures for the patch shelf, such as one before and one "
-                    "after. They are stored small in the file, so whoever gets it sees them.",
-                ),
-            ],
-            outputs=[
-                Patch.Output(
-                    "PATCH",
-                    display_name="patch",
-                    tooltip="The same patch, which now knows its file.",
-                ),
-                io.String.Output(
-                    "NAME", display_name="file name", tooltip=f"Name of the file in output/{KIND}."
-                ),
-            ],
-            is_output_node=True,
+        inputs = [
+            Patch.Input("patch"),
+            io.String.Input("filename_prefix", default="patch"),
+            io.Image.Input("thumbnail", optional=True),
+        ]
+        outputs = [Patch.Output("PATCH", "patch"), io.String.Output("NAME", "file name")]
+        return schema(
+            cls, "FMN_SaveForgetPatch", "Save Forget Patch", inputs, outputs, is_output_node=True
         )
 
     @classmethod
@@ -127,29 +117,22 @@ class SaveForgetPatch(io.ComfyNode):
 
 
 class LoadForgetPatch(io.ComfyNode):
+    """Reads a patch from models/forget_patches or output/forget_patches and checks it.
+
+    Inputs:
+        file: Refresh (R) to see new files. Those in demo come with the pack, for the demo model.
+
+    Outputs:
+        patch: The patch, for Apply Forget Patch and others.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_LoadForgetPatch",
-            display_name="Load Forget Patch",
-            category=CATEGORY,
-            description=f"Reads a patch from models/{KIND} or output/{KIND} and checks it.",
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=[*folder_paths.get_filename_list(KIND), *DEMO_PATCHES],
-                    tooltip="Refresh (R) to see new files. Those in demo come with the pack, for "
-                    "the demo model.",
-                )
-            ],
-            outputs=[
-                Patch.Output(
-                    "PATCH",
-                    display_name="patch",
-                    tooltip="The patch, for Apply Forget Patch and others.",
-                )
-            ],
-        )
+        inputs = [
+            io.Combo.Input("file", options=[*folder_paths.get_filename_list(KIND), *DEMO_PATCHES])
+        ]
+        outputs = [Patch.Output("PATCH", "patch")]
+        return schema(cls, "FMN_LoadForgetPatch", "Load Forget Patch", inputs, outputs)
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
@@ -177,46 +160,39 @@ def _missing(name: str) -> str:
     )
 
 
-def _path_of(name: str) -> str | Path | None:
+def _path_of(name: str) -> Path | None:
     """The file of a name on the list, or None. A user's file goes before one of the pack."""
-    name = name.replace(os.sep, "/")
-    # ComfyUI's lookup strips what leads out of the folders, so only listed names are looked up.
-    listed = {each.replace(os.sep, "/"): each for each in folder_paths.get_filename_list(KIND)}
-    path = folder_paths.get_full_path(KIND, listed[name]) if name in listed else None
-    return path or DEMO_PATCHES.get(name)
+    return listed_file(KIND, name) or DEMO_PATCHES.get(name.replace(os.sep, "/"))
 
 
 class ApplyForgetPatch(io.ComfyNode):
+    """Applies a patch to the model. It is merged into the weights when the model is loaded, so
+    sampling is as fast as before. Chain several for several patches.
+
+    Inputs:
+        model: The model that should forget, of the family that the patch is for.
+        patch: The patch to apply.
+        strength: 0: the untouched model. 1: as trained. Above 1: forgets more and harms more. Below
+            0: draws towards the concept.
+        clip: Needed for patches that change the text encoder too; prompts must then be encoded with
+            the CLIP that comes out.
+
+    Outputs:
+        MODEL: The patched model. The input does not change.
+        CLIP: The CLIP to encode prompts with, changed by patches for the text encoder. Empty if
+            none is connected.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_ApplyForgetPatch",
-            display_name="Apply Forget Patch",
-            category=CATEGORY,
-            description="Applies a patch to the model. It is merged into the weights when the "
-            "model is loaded, so sampling is as fast as before. Chain several for several patches.",
-            inputs=[
-                model_input("The model that should forget, of the family that the patch is for."),
-                Patch.Input("patch", tooltip="The patch to apply."),
-                strength_input(
-                    "0: the untouched model. 1: as trained. Above 1: forgets more and harms more. "
-                    "Below 0: draws towards the concept."
-                ),
-                io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="Needed for patches that change the text encoder too; prompts must "
-                    "then be encoded with the CLIP that comes out.",
-                ),
-            ],
-            outputs=[
-                io.Model.Output(tooltip="The patched model. The input does not change."),
-                io.Clip.Output(
-                    tooltip="The CLIP to encode prompts with, changed by patches for the text "
-                    "encoder. Empty if none is connected."
-                ),
-            ],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            Patch.Input("patch"),
+            strength_input(),
+            io.Clip.Input("clip", optional=True),
+        ]
+        outputs = [io.Model.Output(), io.Clip.Output()]
+        return schema(cls, "FMN_ApplyForgetPatch", "Apply Forget Patch", inputs, outputs)
 
     @classmethod
     def execute(
@@ -248,19 +224,25 @@ def other_base_note(host: ComfyHost, patch: ForgetPatch) -> str:
 
 
 class InspectForgetPatch(io.ComfyNode):
+    """Describes what a patch forgets, how it was made, and on which base.
+
+    Inputs:
+        patch: The patch to describe.
+
+    Outputs:
+        text: The description, a few lines of text.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_InspectForgetPatch",
-            display_name="Inspect Forget Patch",
-            category=CATEGORY,
-            description="Describes what a patch forgets, how it was made, and on which base.",
-            inputs=[Patch.Input("patch", tooltip="The patch to describe.")],
-            outputs=[
-                io.String.Output(
-                    "TEXT", display_name="text", tooltip="The description, a few lines of text."
-                )
-            ],
+        inputs = [Patch.Input("patch")]
+        outputs = [io.String.Output("TEXT", "text")]
+        return schema(
+            cls,
+            "FMN_InspectForgetPatch",
+            "Inspect Forget Patch",
+            inputs,
+            outputs,
             is_output_node=True,
         )
 

@@ -70,11 +70,7 @@ class Bases:
     """What the model files are that loaders offer, each read once unless it changes."""
 
     def __init__(self) -> None:
-        @functools.lru_cache(maxsize=MOST_BASES)
-        def read(path: str, time: int, size: int) -> tuple[str, str]:
-            return base_of(path)
-
-        self._read = read
+        self._read = functools.lru_cache(MOST_BASES)(lambda path, time, size: base_of(path))
 
     def find(self, kind: str, name: str) -> tuple[str, str]:
         """(family, fingerprint) of a file; empty where the file does not say."""
