@@ -1,8 +1,11 @@
 """Files: opened as untrusted, written whole or not at all, and named so that every system takes
 the name."""
 
+import glob
 import os
+import re
 import secrets
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -28,6 +31,36 @@ RESERVED = {"con", "prn", "aux", "nul"} | {
     f"{port}{n}" for port in ("com", "lpt") for n in "123456789"
 }
 MAX_NAME = 180  # bytes; systems allow 255, and longer names lie beside it
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".sft", ".gguf")
+TEXTS = (".json", ".txt", ".yaml", ".yml", ".csv")
+ZIP = b"PK\x03\x04"
+# What is often saved in place of a file: its first bytes -> what it is and what to do.
+STAND_INS = (
+    (
+        rb"version https://(git-lfs|hawser)",
+        "a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository, or download "
+        "the file",
+    ),
+    (
+        rb"\s*<(!doctype|html|\?xml|head|body|!--)",
+        "a web page saved under that name: download the file itself",
+    ),
+    (
+        rb'\s*(\{\s*"(error|message|detail|status)"|(entry|repository|model) not found\b'
+        rb"|invalid username or password|access to model )",
+        "a server's error message saved under that name: download the file again, signed in if it "
+        "asks for that",
+    ),
+)
+# What weights may be in instead of safetensors: first bytes -> name.
+OTHER_KINDS = {
+    ZIP: "a torch file or zip archive", b"\x80\x02": "a pickle", b"\x80\x04": "a pickle",
+    b"GGUF": "a GGUF file", b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive",
+    b"\x80\x03": "a pickle", b"\x80\x05": "a pickle", b"Rar!": "a RAR archive",
+    b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
+    b"\0\5\x16\7": "what macOS keeps beside a file",
+}  # fmt: skip
 
 
 @contextmanager
@@ -47,21 +80,76 @@ def open_safetensors(
         ForgetError: the file is missing, unreadable, damaged, or of another format.
     """
     path = Path(path)
+    start = first_bytes(path)
     try:
-        with open(path, "rb") as start:
-            header = int.from_bytes(start.read(8), "little")
+        header = int.from_bytes(start[:8], "little")
         if header > max_header:
             raise EOFError(f"its header claims {header} bytes, and at most {max_header} are read")
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        raise ForgetError(
-            f"'{path}' cannot be read ({error.strerror or error}): check the name and its folder."
-        ) from error
+        raise _unreadable(path, error) from error
     except (SafetensorError, EOFError) as error:
+        reason = _reason(path, start, error)
         raise ForgetError(
-            f"'{path.name}' is damaged or not a safetensors file ({error}): {remedy}."
+            f"'{path.name}' is damaged or not a safetensors file ({reason}): {remedy}."
         ) from error
+
+
+def _reason(path: Path, start: bytes, error: Exception) -> str:
+    """Why a file is no safetensors file: as far as it can be told, in the user's words."""
+    if len(start) < 8:
+        return "it is empty" if not start else f"it has only {len(start)} bytes"
+    kind = next((kind for magic, kind in OTHER_KINDS.items() if start.startswith(magic)), None)
+    if start[8:9] not in (b"{", b""):
+        return f"it is {kind}" if kind else "it does not begin like one"
+    if "header length" in str(error) or "not fully covered" in str(error):
+        return f"its header does not fit its {os.stat(path).st_size} bytes: it may be cut off"
+    return str(error)
+
+
+def first_bytes(path: AnyPath) -> bytes:
+    """The first 512 bytes of a file, for which something else was often downloaded.
+
+    Raises:
+        ForgetError: it cannot be read, or is a Git LFS pointer, a web page or an error message.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise _unreadable(path, error) from error
+    text = start.removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").replace(b"\0", b"")
+    for beginning, what in STAND_INS:
+        if re.match(beginning, text, re.IGNORECASE):
+            raise ForgetError(f"'{path.name}' is {what}.")
+    return start
+
+
+def check_weights(path: Path) -> None:
+    """Refuse a file of weights that is something else or cut off, without loading tensors."""
+    if path.suffix.lower() == ".safetensors":
+        with open_safetensors(path):
+            return
+    start = first_bytes(path)
+    if not start or (start.startswith(ZIP) and not zipfile.is_zipfile(path)):
+        raise ForgetError(f"'{path}' is empty or cut off: download it again.")
+
+
+def check_parts(folder: Path) -> None:
+    """Refuse a model's folder in which a file is something else or cut off; for use after a
+    loader has failed, to name the cause."""
+    for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*")):
+        if path.is_file() and path.suffix.lower() in WEIGHTS:
+            check_weights(path)
+        elif path.is_file() and path.suffix.lower() in TEXTS:
+            first_bytes(path)
+
+
+def _unreadable(path: Path, error: Exception) -> ForgetError:
+    reason = getattr(error, "strerror", None) or error
+    return ForgetError(f"'{path}' cannot be read ({reason}): check the name and its folder.")
 
 
 def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
@@ -113,10 +201,11 @@ def check_file(path: AnyPath, ending: str, replaces: bool = False) -> None:
     path = Path(path)
     if os.path.isdir(path):
         raise ForgetError(f"'{path}' is a folder: name a file in it, as {path / ('dog' + ending)}.")
-    if path.suffix != ending:
+    if path.suffix.lower() != ending:
+        known = path.suffix.lower() in (*WEIGHTS, *PICTURES, *TEXTS)
         raise ForgetError(
             f"'{path.name:.80}' does not end in {ending}, the only kind written here: name it "
-            f"{path.stem + ending:.90}."
+            f"{(path.stem if known else path.name) + ending:.90}."
         )
     check_new(path) if not replaces else _check_place(path)
 
@@ -140,6 +229,8 @@ def check_folder(path: AnyPath) -> None:
 def _check_place(path: Path) -> None:
     """Write a file into the folder of ``path``, or into the one that it would be made in."""
     folder = next(parent for parent in path.parents if os.path.lexists(parent))
+    for new in path.relative_to(folder).parts if not os.path.lexists(path) else ():
+        check_portable(new)
     temporary = _temporary(folder / path.name)
     try:
         open(temporary, "xb").close()
@@ -166,21 +257,52 @@ def checked_stem(name: object, suffix: str) -> str:
     stem = name.strip() if isinstance(name, str) else ""
     if stem.lower().endswith(suffix):
         stem = stem[: -len(suffix)].rstrip()
+    if stem[:1] == "." or len(stem.encode("utf-8", "replace")) > MAX_NAME:
+        raise _refused_name(name)
+    check_portable(stem)
+    return stem
+
+
+def check_portable(name: str) -> None:
+    """Refuse a name of a file or folder that some system cannot have.
+
+    Windows reserves letters and whole names, drops dots at the end, and takes what follows a colon
+    for a stream inside the file; other systems would write what cannot be copied there.
+    """
     refused = (
-        not stem
-        or not stem.isprintable()
-        or set(stem) & FORBIDDEN
-        or "." in (stem[0], stem[-1])
-        or stem.split(".")[0].strip().lower() in RESERVED
-        or len(stem.encode()) > MAX_NAME
+        not name.strip()
+        or not name.isprintable()
+        or set(name) & FORBIDDEN
+        or name[-1] in ". "
+        or name.split(".")[0].strip().lower() in RESERVED
     )
     if refused:
-        raise ForgetError(
-            f"The name {name!r:.80} cannot be used on every system: use letters, digits, spaces, - "
-            f"and _, at most {MAX_NAME} bytes, no dot at either end, and no name that Windows "
-            "reserves, such as con."
-        )
-    return stem
+        raise _refused_name(name)
+
+
+def _refused_name(name: object) -> ForgetError:
+    return ForgetError(
+        f"The name {name!r:.80} cannot be used on every system: use letters, digits, spaces, - "
+        f"and _, at most {MAX_NAME} bytes, no dot at either end, and no name that Windows "
+        "reserves, such as con."
+    )
+
+
+def matching_files(pattern: str, ending: str) -> list[Path]:
+    """Files of that ending, in lower case, which a pattern of ``glob`` matches, sorted.
+
+    A plain name, or a pattern that exists as a name, is one file, whether it exists or not.
+    """
+    path = Path(pattern)
+    if path.exists() or not glob.has_magic(pattern):
+        return [path]
+    found = next(filter(None, map(glob.glob, readings(pattern))), [])
+    return [Path(name) for name in sorted(found) if name.lower().endswith(ending)]
+
+
+def readings(pattern: str) -> tuple[str, str]:
+    """A pattern with ``[`` as a letter, as in the folder "run [2]", and as it is."""
+    return pattern.replace("[", "[[]"), pattern
 
 
 def file_and_strength(text: str) -> tuple[str, float]:

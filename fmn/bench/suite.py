@@ -7,6 +7,7 @@ from pathlib import Path
 from ..concepts.concept import Concept
 from ..concepts.prompt_templates import fill
 from ..errors import ForgetError
+from ..files import first_bytes
 from ..models.sampling import Sampling
 from ..text import printable
 
@@ -141,6 +142,7 @@ def read_suite(name: str) -> dict:
     if path.stat().st_size > MAX_BYTES:
         raise ForgetError(f"'{path}' has more than {MAX_BYTES >> 20} MiB: that is not a suite.")
     try:
+        first_bytes(path)
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]

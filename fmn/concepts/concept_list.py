@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import ForgetError
+from ..files import first_bytes
 from .concept import Concept, kind_and_name, parse_concept
 from .wordlists import lines_of
 
@@ -76,6 +77,7 @@ def parse_lines(text: str, kind: str = "object", place: str = "Line ") -> list[C
 
 
 def _read(path: Path) -> str:
+    first_bytes(path)
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
