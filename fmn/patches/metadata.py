@@ -58,6 +58,8 @@ def other_base(first: Info, second: Info) -> str:
     """How the bases of two records differ, to follow "made on"; "" for the same base."""
     if first.get("base.fingerprint") == second.get("base.fingerprint"):
         return ""
+    if "base.fingerprint" not in first:
+        return "an unknown base"
     sketches = [info.get("base.sketch", []) for info in (first, second)]
     count = len(sketches[0])
     if not all(sketches) or count != len(sketches[1]):

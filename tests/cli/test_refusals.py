@@ -165,7 +165,7 @@ def test_a_picture_that_is_too_large_is_one_sentence(folder, monkeypatch, capsys
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
     assert main([*TRAIN, "--images", "folder"]) == 2
     error = capsys.readouterr().err
-    assert "A picture in 'folder' cannot be read: Image size (64 pixels)" in error
+    assert "a.png' cannot be read (Image size (64 pixels)" in error
     assert error.count("\n") == 1
 
 

@@ -221,7 +221,7 @@ BAD = {
     "web page": (bad("a.safetensors", b"<!DOCTYPE html><html>"), "web page"),
     "web page with space": (bad("a.ckpt", b"\n\n <HTML lang=en>"), "web page"),
     "empty": (bad("a.pt", b""), "empty"),
-    "noise": (bad("a.bin", bytes(range(1, 200))), "neither"),
+    "noise": (bad("a.bin", bytes(range(1, 200))), "not begin like one"),
     "cut zip": (bad("a.pt", b"PK\x03\x04" + bytes(90)), "damaged"),
     "raw pickle": (bad("a.pt", {"unet": Evil()}), "could run code"),
     "a tensor alone": (bad("a.pt", torch.ones(3)), "not layers by name"),
