@@ -3,7 +3,6 @@ the name."""
 
 import glob
 import os
-import re
 import secrets
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,9 +13,9 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from .downloads import ZIP, AnyPath, first_bytes, reason_of, unreadable
 from .errors import ForgetError
 
-AnyPath = str | os.PathLike[str]
 File = TypeVar("File")
 MAX_HEADER = 16 << 20  # bytes, of small untrusted files; SDXL's names take less than 1 MiB
 # The demo model, its judges and control pictures: in a wheel among the assets (setup.py), else in
@@ -34,33 +33,6 @@ MAX_NAME = 180  # bytes; systems allow 255, and longer names lie beside it
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".sft", ".gguf")
 TEXTS = (".json", ".txt", ".yaml", ".yml", ".csv")
-ZIP = b"PK\x03\x04"
-# What is often saved in place of a file: its first bytes -> what it is and what to do.
-STAND_INS = (
-    (
-        rb"version https://(git-lfs|hawser)",
-        "a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository, or download "
-        "the file",
-    ),
-    (
-        rb"\s*<(!doctype|html|\?xml|head|body|!--)",
-        "a web page saved under that name: download the file itself",
-    ),
-    (
-        rb'\s*(\{\s*"(error|message|detail|status)"|(entry|repository|model) not found\b'
-        rb"|invalid username or password|access to model )",
-        "a server's error message saved under that name: download the file again, signed in if it "
-        "asks for that",
-    ),
-)
-# What weights may be in instead of safetensors: first bytes -> name.
-OTHER_KINDS = {
-    ZIP: "a torch file or zip archive", b"\x80\x02": "a pickle", b"\x80\x04": "a pickle",
-    b"GGUF": "a GGUF file", b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive",
-    b"\x80\x03": "a pickle", b"\x80\x05": "a pickle", b"Rar!": "a RAR archive",
-    b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
-    b"\0\5\x16\7": "what macOS keeps beside a file",
-}  # fmt: skip
 
 
 @contextmanager
@@ -88,43 +60,12 @@ def open_safetensors(
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except (SafetensorError, EOFError) as error:
-        reason = _reason(path, start, error)
+        reason = reason_of(path, start, error)
         raise ForgetError(
             f"'{path.name}' is damaged or not a safetensors file ({reason}): {remedy}."
         ) from error
-
-
-def _reason(path: Path, start: bytes, error: Exception) -> str:
-    """Why a file is no safetensors file: as far as it can be told, in the user's words."""
-    if len(start) < 8:
-        return "it is empty" if not start else f"it has only {len(start)} bytes"
-    kind = next((kind for magic, kind in OTHER_KINDS.items() if start.startswith(magic)), None)
-    if start[8:9] not in (b"{", b""):
-        return f"it is {kind}" if kind else "it does not begin like one"
-    if "header length" in str(error) or "not fully covered" in str(error):
-        return f"its header does not fit its {os.stat(path).st_size} bytes: it may be cut off"
-    return str(error)
-
-
-def first_bytes(path: AnyPath) -> bytes:
-    """The first 512 bytes of a file, for which something else was often downloaded.
-
-    Raises:
-        ForgetError: it cannot be read, or is a Git LFS pointer, a web page or an error message.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            start = file.read(512)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise _unreadable(path, error) from error
-    text = start.removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").replace(b"\0", b"")
-    for beginning, what in STAND_INS:
-        if re.match(beginning, text, re.IGNORECASE):
-            raise ForgetError(f"'{path.name}' is {what}.")
-    return start
 
 
 def check_weights(path: Path) -> None:
@@ -137,19 +78,23 @@ def check_weights(path: Path) -> None:
         raise ForgetError(f"'{path}' is empty or cut off: download it again.")
 
 
+def check_texts(folder: Path) -> None:
+    """Refuse a model's folder in which a text is something else: a loader might not notice."""
+    for path in _parts(folder, TEXTS):
+        first_bytes(path)
+
+
 def check_parts(folder: Path) -> None:
-    """Refuse a model's folder in which a file is something else or cut off; for use after a
-    loader has failed, to name the cause."""
-    for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*")):
-        if path.is_file() and path.suffix.lower() in WEIGHTS:
-            check_weights(path)
-        elif path.is_file() and path.suffix.lower() in TEXTS:
-            first_bytes(path)
+    """Refuse a model's folder by the file in it that is something else or cut off; for use after
+    a loader has failed, to name the cause."""
+    for path in _parts(folder, WEIGHTS):
+        check_weights(path)
 
 
-def _unreadable(path: Path, error: Exception) -> ForgetError:
-    reason = getattr(error, "strerror", None) or error
-    return ForgetError(f"'{path}' cannot be read ({reason}): check the name and its folder.")
+def _parts(folder: Path, endings: Sequence[str]) -> list[Path]:
+    files = sorted((*folder.glob("*"), *folder.glob("*/*")))
+    visible = (file for file in files if not file.name.startswith("."))
+    return [file for file in visible if file.suffix.lower() in endings and file.is_file()]
 
 
 def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:

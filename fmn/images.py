@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from .downloads import AnyPath, first_bytes
 from .errors import ForgetError
-from .files import PICTURES, AnyPath, first_bytes
+from .files import PICTURES
 
 INK, PALE, ACCENT, PAPER = (40, 44, 52), (205, 209, 216), (214, 69, 65), (250, 250, 248)
 WHITE = (255, 255, 255)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..concepts.concept import Concept
 from ..concepts.prompt_templates import fill
+from ..downloads import first_bytes
 from ..errors import ForgetError
-from ..files import first_bytes
 from ..models.sampling import Sampling
 from ..text import printable
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..downloads import first_bytes
 from ..errors import ForgetError
-from ..files import first_bytes
 from .concept import Concept, kind_and_name, parse_concept
 from .wordlists import lines_of
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from ..downloads import ZIP, first_bytes
 from ..errors import ForgetError
-from ..files import ZIP, first_bytes, open_safetensors
+from ..files import open_safetensors
 
 MAX_HEADER = 64 << 20  # bytes; a whole SDXL checkpoint's header is about 0.5 MiB
 MAX_TENSORS = 100_000

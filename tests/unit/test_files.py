@@ -6,16 +6,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fmn.downloads import first_bytes
 from fmn.errors import ForgetError
 from fmn.files import (
     check_file,
     check_parts,
     check_portable,
+    check_texts,
     check_weights,
     checked_stem,
     chosen_files,
     file_and_strength,
-    first_bytes,
     free_name,
     matching_files,
     open_safetensors,
@@ -115,9 +116,11 @@ def test_parts_of_a_folder_are_checked(tmp_path, saved, name):
     (tmp_path / "vae").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{}")
     check_parts(tmp_path)
+    check_texts(tmp_path)
     (tmp_path / name).write_bytes(STAND_INS["LFS"][0])
+    check = check_parts if name.endswith(".safetensors") else check_texts
     with pytest.raises(ForgetError, match=f"'{name.rpartition('/')[2]}' is a Git LFS pointer"):
-        check_parts(tmp_path)
+        check(tmp_path)
 
 
 def test_a_missing_file_and_a_folder(tmp_path):

@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...errors import ForgetError, memory_ran_out
-from ...files import DEMO_FOLDER, check_parts, check_weights, open_safetensors
+from ...files import DEMO_FOLDER, check_parts, check_texts, check_weights, open_safetensors
 from ...models.families import DEMO, Family, UNetFamily
 from ...patches.checkpoint import UNET_PREFIX, checkpoint_family
 
@@ -110,6 +110,7 @@ def _check_parts(path: Path, family: UNetFamily) -> None:
 
 def _folder(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     try:
+        check_texts(path)
         _refuse_quantised_parts(path)
         return DiffusionPipeline.from_pretrained(
             path, torch_dtype=dtype, local_files_only=True, variant=_variant(path)
