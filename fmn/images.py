@@ -71,10 +71,11 @@ def read_picture(path: AnyPath, side: int | None = None) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as picture:
             # Cameras add further pictures to a JPEG, which is no animation.
-            if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+            frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+            if frames > 1:
                 raise ForgetError(
-                    f"The picture '{path}' is animated, with {picture.n_frames} frames: save the "
-                    "frame you mean as a picture of its own."
+                    f"The picture '{path}' is animated, with {frames} frames: save the frame you "
+                    "mean as a picture of its own."
                 )
             if not side:
                 return plain(picture)

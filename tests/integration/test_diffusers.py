@@ -109,7 +109,8 @@ def test_failed_downloads_in_a_folder_are_named(model, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.ckpt", None, "is no .safetensors checkpoint"), ("a.safetensors", LFS, "Git LFS pointer"),
+        ("a.ckpt", None, "is no .safetensors checkpoint"),
+        ("a.safetensors", LFS, "Git LFS pointer"),
         ("a.SAFETENSORS", LFS, "Git LFS pointer"), ("a.ckpt", LFS, "Git LFS pointer"),
         ("a.ckpt", b"PK\x03\x04", "empty or cut off"), ("none.ckpt", b"", "There is no model"),
     ],
