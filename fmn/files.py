@@ -202,7 +202,7 @@ def checked_stem(name: object, suffix: str) -> str:
     stem = name.strip() if isinstance(name, str) else ""
     if stem.lower().endswith(suffix):
         stem = stem[: -len(suffix)].rstrip()
-    if stem[:1] == "." or len(stem.encode("utf-8", "replace")) > MAX_NAME:
+    if stem[:1] == "." or not stem.isprintable() or len(stem.encode("utf-8", "replace")) > MAX_NAME:
         raise _refused_name(name)
     check_portable(stem)
     return stem
@@ -216,7 +216,7 @@ def check_portable(name: str) -> None:
     """
     refused = (
         not name.strip()
-        or not name.isprintable()
+        or min(name) < " "
         or set(name) & FORBIDDEN
         or name[-1] in ". "
         or name.split(".")[0].strip().lower() in RESERVED

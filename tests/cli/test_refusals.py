@@ -44,7 +44,7 @@ REFUSED = {
     "demo file": (["demo", "--out", "there.png"], "'there.png' is a file"),
     "below a file": ([*FORGET, "--out", "there.png/d.safetensors"], "could not be saved"),
     "long": ([*FORGET, "--out", f"{'d' * 250}.safetensors"], "could not be saved"),
-    "zero byte": ([*FORGET, "--out", "d\0.safetensors"], "could not be saved"),
+    "zero byte": ([*FORGET, "--out", "d\0.safetensors"], "cannot be used on every system"),
     "forget proc": ([*FORGET, "--out", "/proc/x.safetensors"], "could not be saved.*/proc"),
     "merge proc": (["merge", PATCH, "--out", "/proc/x.safetensors"], "could not be saved"),
     "checkpoint proc": ([*APPLY, "--checkpoint", "/proc/a/x.safetensors"], "could not be saved"),
