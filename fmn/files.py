@@ -64,7 +64,7 @@ def open_safetensors(
     except (SafetensorError, EOFError) as error:
         reason = reason_of(path, start, error)
         raise ForgetError(
-            f"'{path.name}' is damaged or not a safetensors file ({reason}): {remedy}."
+            f"'{path.name}' is damaged or not a safetensors file ({reason:.100}): {remedy}."
         ) from error
 
 
