@@ -238,10 +238,10 @@ def fingerprint(family: Family, weight_of: Callable[[Layer], Tensor]) -> Fingerp
     marking = [layer for layer in layers(family) if layer.is_key_or_value] or layers(family)
     every = math.ceil(len(marking) / SKETCHED)
     for index, layer in enumerate(marking):
-        rows = weight_of(layer)[:4].detach().cpu()
-        digest.update(rows.to(torch.float16).contiguous().numpy().tobytes())
+        rows = weight_of(layer)[:4].detach().to("cpu", torch.float16).contiguous().numpy()
+        digest.update(rows.tobytes())
         if index % every == 0:
-            numbers.append(_projection(rows.float().flatten()))
+            numbers.append(_projection(torch.from_numpy(rows).float().flatten()))
     mark = Fingerprint(digest.hexdigest()[:32])
     mark.sketch = tuple(numbers)
     return mark
