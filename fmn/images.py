@@ -5,16 +5,19 @@ import io
 import re
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from .downloads import AnyPath, first_bytes
 from .errors import ForgetError
-from .files import AnyPath
+from .files import PICTURES
 from .progress import ConceptAttention
 
 INK, PALE, ACCENT, PAPER = (40, 44, 52), (205, 209, 216), (214, 69, 65), (250, 250, 248)
+WHITE = (255, 255, 255)
 HEAT = (0.0, 0.5, 1.0), ((12, 16, 60), (200, 50, 60), (255, 240, 150))  # values, their colours
 THUMBNAIL_SIZE = 512, 256  # pixels at most
 MOST_PICTURES = 4  # of a thumbnail
@@ -22,12 +25,73 @@ MAX_BYTES = 8 << 20  # of a picture's file
 MAX_URI = 1 << 20  # letters of a picture in a header
 MAX_PIXELS = 1 << 25
 FORMATS = "JPEG", "PNG", "WEBP"
+# What PIL raises for files that are not what they claim to be.
+BROKEN = OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error
 URI = re.compile(r"data:image/(?:jpeg|png|webp);base64,", re.ASCII)
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
     """A PIL picture from floats [H, W, 3] in 0..1."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def picture_files(folder: AnyPath) -> list[Path]:
+    """The PNG, JPEG and WebP files of a folder, by name, without the hidden ones that other systems
+    leave there, such as ``._a.jpg``.
+
+    Raises:
+        ForgetError: there are none.
+    """
+    files = [
+        file
+        for file in sorted(Path(folder).glob("*"))
+        if file.suffix.lower() in PICTURES and not file.name.startswith(".") and file.is_file()
+    ]
+    if not files:
+        raise ForgetError(f"There are no pictures (PNG, JPEG, WebP) in '{folder}'.")
+    return files
+
+
+def read_picture(path: AnyPath, side: int | None = None) -> Image.Image:
+    """An untrusted picture file, ``plain``; with ``side``, its centred square of so many pixels.
+
+    Raises:
+        ForgetError: it cannot be read, moves, or has too many pixels.
+    """
+    path = Path(path)
+    first_bytes(path)
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            # Cameras add further pictures to a JPEG, which is no animation.
+            frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+            if frames > 1:
+                raise ForgetError(
+                    f"The picture '{path}' is animated, with {frames} frames: save the frame you "
+                    "mean as a picture of its own."
+                )
+            if not side:
+                return plain(picture)
+            picture.draft("RGB", (2 * side, 2 * side))  # large JPEGs decode faster
+            return ImageOps.fit(plain(picture), (side, side))
+    except (*BROKEN, Image.DecompressionBombError) as error:
+        reason = (
+            "it is no PNG, JPEG or WebP" if isinstance(error, UnidentifiedImageError) else error
+        )
+        raise ForgetError(
+            f"The picture '{path}' cannot be read ({reason!s:.120}): save it again, or take it out."
+        ) from error
+
+
+def plain(picture: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """A picture as it is meant to be seen: RGB of 8 bits, upright, what is transparent in the
+    colour of the background."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16-bit grey: PIL's own conversion cuts at 255
+        picture = picture.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    bare = Image.new("RGB", picture.size, background)  # and without the file's comments
+    bare.paste(picture, mask=picture if picture.mode == "RGBA" else None)
+    return bare
 
 
 def square(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -56,14 +120,11 @@ def jpeg_text(picture: Image.Image, side: int) -> str:
 
 
 def _jpeg(picture: Image.Image, size: tuple[int, int] = THUMBNAIL_SIZE) -> bytes:
-    """The picture, shrunk in place, as a JPEG without the comments and profiles it came with."""
-    picture = picture.convert("RGBA") if picture.mode in ("P", "LA", "PA") else picture
+    """The picture as a small JPEG, without the comments and profiles it came with."""
+    picture = plain(picture, PAPER)
     picture.thumbnail(size)
-    mask = picture.getchannel("A") if picture.mode == "RGBA" else None
-    bare = Image.new("RGB", picture.size, PAPER)
-    bare.paste(picture.convert("RGB"), mask=mask)
     buffer = io.BytesIO()
-    bare.save(buffer, "JPEG", quality=85)
+    picture.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
@@ -202,7 +263,7 @@ def thumbnail_of_bytes(data: bytes) -> bytes:
             # Large JPEGs decode faster at a fraction of their size.
             picture.draft("RGB", (2 * THUMBNAIL_SIZE[0], 2 * THUMBNAIL_SIZE[1]))
             return _jpeg(picture)
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise _unreadable(error) from error
 
 

@@ -132,7 +132,7 @@ class ConceptListNode(io.ComfyNode):
 
 def _list_files() -> list[str]:
     """Names of the lists in ComfyUI's input folder."""
-    files = Path(folder_paths.get_input_directory()).glob("*")
+    files = Path(folder_paths.get_input_directory()).glob("[!.]*")
     return sorted(path.name for path in files if path.suffix.lower() in SUFFIXES)
 
 

@@ -16,7 +16,7 @@ from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
-from ..fmn.files import DEMO_FOLDER
+from ..fmn.files import DEMO_FOLDER, check_weights
 from .common import schema
 
 FILE = DEMO_FOLDER / "fmn-demo.safetensors"
@@ -59,6 +59,7 @@ def load_demo_checkpoint(path: Path = FILE) -> tuple[ModelPatcher, CLIP, VAE]:
     """What core's checkpoint loader would give if it knew the demo model."""
     if not path.is_file():
         raise ForgetError(f"The demo model is missing at '{path}': install the pack again.")
+    check_weights(path)
     state = comfy.utils.load_torch_file(str(path), safe_load=True)
     config = DemoConfig(dict(UNET))
     return _load_unet(config, state), _load_clip(config, state), _load_vae(state)

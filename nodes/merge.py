@@ -11,7 +11,7 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
-from ..fmn.files import chosen_files
+from ..fmn.files import chosen_files, readings
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.jobs.joint_merge import joint_merge
 from ..fmn.patches.merge import merge_patches
@@ -132,7 +132,8 @@ def _matching(pattern: str) -> list[Path]:
     """Paths of the patch files whose names inside the patch folders match a pattern."""
     names = file_names(KIND)
     # A name may look like a pattern: "dog [v2]".
-    chosen = [pattern] if pattern in names else fnmatch.filter(names, pattern)
+    matches = (fnmatch.filter(names, reading) for reading in readings(pattern))
+    chosen = [pattern] if pattern in names else next(filter(None, matches), [])
     return [Path(folder_paths.get_full_path_or_raise(KIND, names[name])) for name in chosen]
 
 

@@ -3,7 +3,9 @@
 import glob
 import logging
 import os
+import re
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import folder_paths
@@ -13,11 +15,12 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
-from ..fmn.files import STATE_ENDING
+from ..fmn.files import STATE_ENDING, check_portable
 from ..fmn.hosts.comfyui.host import ComfyHost
 from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import thumbnail_uri
 from ..fmn.methods.describe import describe
+from ..fmn.patches.metadata import PRECISION, base_info, other_base
 from ..fmn.patches.patch import ForgetPatch, load_patch, save_patch
 from ..fmn.text import printable
 from .common import file_stamp, listed_file, schema, strength_input
@@ -26,6 +29,7 @@ from .types import Patch
 
 KIND = "forget_patches"
 STATES = "forget_trainings"  # kind of the files beside patches that trainings resume from
+DATE = re.compile("%date:([^%]*)%")
 # Made for the demo model. Only the Load node lists them: "*" in a merge means the user's files.
 DEMO_PATCHES = {
     f"demo/{path.name}": path
@@ -48,27 +52,49 @@ def output_folder() -> str:
 
 
 def below_output(name: str, kind: str = KIND) -> Path:
-    """The path of a name in a folder of output/.
+    """The path of a name in a folder of output/, with ComfyUI's variables such as %year% in it.
 
     Raises:
-        ForgetError: the name leads out of that folder.
+        ForgetError: the name leads out of that folder, or some system cannot have it.
     """
     root = Path(folder_paths.get_output_directory(), kind).resolve()
-    path = (root / name.strip()).resolve()
+    path = (root / with_date(name.strip())).resolve()
     if root not in path.parents:
         raise ForgetError(
             f"The name '{name}' leads out of output/{kind}: use a plain name, with / for "
             "folders inside it."
         )
+    for part in path.relative_to(root).parts:
+        check_portable(part)
     return path
 
 
-def output_path(prefix: str) -> Path:
-    """The next free ``PREFIX_00001.safetensors`` in output/forget_patches.
+def with_date(name: str) -> str:
+    """A name with what ComfyUI's savers replace: %year% and others by the server's function,
+    %date:yyyy-MM-dd%, which only the page knows for its own nodes, here."""
+    name = DATE.sub(lambda match: _formatted(match[1], datetime.now()), name)
+    if "%" not in name:
+        return name
+    # The function makes the folder of a name, and refuses one outside; a flat name has none.
+    folder, flat = folder_paths.get_output_directory(), name.replace("/", "\n")
+    return folder_paths.get_save_image_path(flat, folder)[4].replace("\n", "/")
 
-    Raises:
-        ForgetError: the name leads out of that folder.
-    """
+
+def _formatted(pattern: str, now: datetime) -> str:
+    """A date in the page's format letters: yyyy or yy, and M, d, h, m, s, doubled for a zero."""
+    parts = {"M": now.month, "d": now.day, "h": now.hour, "m": now.minute, "s": now.second}
+
+    def part(match: re.Match[str]) -> str:
+        letters = match[0]
+        if letters[0] == "y":
+            return str(now.year)[-len(letters) :]
+        return str(parts[letters[0]]).zfill(len(letters))
+
+    return re.sub("yyyy|yy|MM?|dd?|hh?|mm?|ss?", part, pattern)
+
+
+def output_path(prefix: str) -> Path:
+    """The next free ``PREFIX_00001.safetensors`` in output/forget_patches."""
     stem = below_output(prefix.strip() or "patch")
     pattern = f"{glob.escape(stem.name)}_*.safetensors"
     taken = stem.parent.glob(pattern) if stem.parent.is_dir() else ()
@@ -217,10 +243,11 @@ def names_of(patch: ForgetPatch) -> str:
 
 def other_base_note(host: ComfyHost, patch: ForgetPatch) -> str:
     """What to add for a patch that was trained on another base; "" for the same base."""
-    if patch.info.get("base.fingerprint") == host.fingerprint():
+    other = other_base(patch.info, base_info(host.fingerprint()))
+    if not other:
         return ""
-    logging.warning("Forget-Me-Not: the patch for %s is for another base", names_of(patch))
-    return "; trained on another base of this family, so check the result"
+    logging.warning("Forget-Me-Not: the patch for %s was made on %s", names_of(patch), other)
+    return f"; trained on {other}{'' if other == PRECISION else ', so check the result'}"
 
 
 class InspectForgetPatch(io.ComfyNode):

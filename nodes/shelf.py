@@ -80,7 +80,7 @@ class Bases:
             path = folder_paths.get_full_path(kind, name)
         else:
             raise ForgetError(f"There is no {kind!r:.40} {name!r:.200}: refresh the list.")
-        if path is None or not str(path).endswith(".safetensors"):
+        if path is None or not str(path).lower().endswith(".safetensors"):
             return UNKNOWN
         stat = os.stat(path)
         return self._read(str(path), stat.st_mtime_ns, stat.st_size)
@@ -117,8 +117,8 @@ def _add_reading(routes: web.RouteTableDef, shelf: Library, bases: Bases) -> Non
     @_errors_as_json
     async def base(request: web.Request) -> web.Response:
         asked = request.query.get("kind", ""), request.query.get("name", "")
-        family, fingerprint = await asyncio.to_thread(bases.find, *asked)
-        return _json({"family": family, "base": fingerprint})
+        family, base = await asyncio.to_thread(bases.find, *asked)
+        return _json({"family": family, "base": base, "sketch": getattr(base, "sketch", ())})
 
 
 def _add_changing(routes: web.RouteTableDef, shelf: Library) -> None:

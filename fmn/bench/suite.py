@@ -7,6 +7,7 @@ from pathlib import Path
 from ..concepts.concept import Concept
 from ..concepts.prompt_syntax import escaped, plain_text, prompt_text
 from ..concepts.prompt_templates import fill
+from ..downloads import first_bytes
 from ..errors import ForgetError
 from ..models.sampling import Sampling
 from ..text import printable
@@ -142,6 +143,7 @@ def read_suite(name: str) -> dict:
     if path.stat().st_size > MAX_BYTES:
         raise ForgetError(f"'{path}' has more than {MAX_BYTES >> 20} MiB: that is not a suite.")
     try:
+        first_bytes(path)
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]

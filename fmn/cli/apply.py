@@ -115,7 +115,7 @@ def _merge(options: Namespace) -> tuple[dict[str, str], str]:
     source = DEMO_FILE if options.model == "demo" else Path(options.model)
     target = options.checkpoint
     if source.is_dir():
-        if target.suffix in (".safetensors", ".ckpt"):
+        if target.suffix.lower() in (".safetensors", ".ckpt"):
             raise ForgetError(
                 f"'{source}' is a diffusers folder, so the merged model is one too: name a folder, "
                 f"not '{target.name}'."

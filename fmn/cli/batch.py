@@ -1,7 +1,7 @@
 """``python -m fmn batch`` and ``merge``."""
 
-import glob
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,15 @@ def run_batch(options: Namespace) -> tuple[dict[str, Any], str, bool]:
 
 def run_merge(options: Namespace) -> tuple[dict[str, Any], str]:
     """Returns the result and its text."""
-    from ..files import check_file, chosen_files, free_name
+    from ..files import check_file, chosen_files, free_name, matching_files
     from ..patches.merge import merge_patches
     from ..patches.patch import save_patch
 
     preserve = _check_merge(options)
     out = options.out or free_name(MERGED)
     check_file(out, ".safetensors")
-    sources = list(chosen_files(options.patch, _matching).items())
+    find = partial(matching_files, ending=".safetensors")
+    sources = list(chosen_files(options.patch, find).items())
     budget = options.budget_kb * 1000
     if options.how == "joint":
         from ..hosts.diffusers.model import DiffusersModel
@@ -145,11 +146,3 @@ def _check_merge(options: Namespace) -> float:
     if not 0 <= preserve <= 1000:
         raise ForgetError(f"--preserve is {preserve}: use 0 to 1000.")
     return preserve
-
-
-def _matching(pattern: str) -> list[Path]:
-    """Files that a pattern matches; a plain name is one, whether it exists or not."""
-    path = Path(pattern)
-    if path.exists() or not glob.has_magic(pattern):
-        return [path]
-    return [Path(name) for name in sorted(glob.glob(pattern)) if name.endswith(".safetensors")]

@@ -22,7 +22,6 @@ from .options import (
 if TYPE_CHECKING:  # these load torch, which --help does not need
     import torch
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SIDE = 1024  # pixels of a reference picture
 
 
@@ -129,20 +128,11 @@ def read_images(folder: str | Path) -> "torch.Tensor":
     """All PNG, JPEG and WebP pictures of a folder, cropped to squares: [N, H, W, 3] in 0..1."""
     import numpy as np
     import torch
-    from PIL import Image, ImageOps
 
-    files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ForgetError(f"There are no pictures (PNG, JPEG, WebP) in '{folder}'.")
-    try:
-        squares = [
-            # Cameras store pictures as they were held, with a tag that says how to turn them.
-            ImageOps.fit(ImageOps.exif_transpose(Image.open(file)).convert("RGB"), (SIDE, SIDE))
-            for file in files
-        ]
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ForgetError(f"A picture in '{folder}' cannot be read: {error}") from error
-    return torch.from_numpy(np.stack([np.asarray(square) for square in squares])).float() / 255
+    from ..images import picture_files, read_picture
+
+    squares = [np.asarray(read_picture(file, SIDE)) for file in picture_files(folder)]
+    return torch.from_numpy(np.stack(squares)).float() / 255
 
 
 def _check_used(options: Namespace, settings: Settings) -> None:

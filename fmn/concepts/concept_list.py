@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..downloads import first_bytes
 from ..errors import ForgetError
 from .concept import Concept, kind_and_name, parse_concept
 from .published_lists import leco_entry, mapping_entries, name_column, row_entry
@@ -101,6 +102,7 @@ def _lines(text: str, place: str) -> list[Entry]:
 
 
 def _read(path: Path) -> str:
+    first_bytes(path)
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from ..concepts.prompt_templates import fill
 from ..errors import ForgetError
+from ..files import check_parts, check_texts
 from ..images import to_image
 from .judge import check_images, labels_of
 
@@ -122,6 +123,7 @@ def _load(folder: str | Path) -> tuple[Any, Any, Any]:  # classes of transformer
         Path(folder, file).is_file() for file in ("vocab.json", "merges.txt")
     ):
         raise _unusable(folder, "it has neither tokenizer.json nor vocab.json with merges.txt")
+    check_texts(Path(folder))
     local = {"local_files_only": True}
     try:
         model, info = CLIPModel.from_pretrained(
@@ -131,6 +133,7 @@ def _load(folder: str | Path) -> tuple[Any, Any, Any]:  # classes of transformer
         # PIL's resizing is that of the original; torchvision's differs a little.
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        check_parts(Path(folder))
         raise _unusable(folder, str(error).strip().splitlines()[0].rstrip(".")) from error
     if info["missing_keys"]:  # transformers would go on with random numbers
         raise _unusable(folder, f"weights are missing, {min(info['missing_keys'])} for one")

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from ..downloads import ZIP, first_bytes
 from ..errors import ForgetError
+from ..files import open_safetensors
 
 MAX_HEADER = 64 << 20  # bytes; a whole SDXL checkpoint's header is about 0.5 MiB
 MAX_TENSORS = 100_000
 MAX_DEPTH = 6  # of dictionaries inside dictionaries
-LFS, ZIP = b"version https://git-lfs", b"PK\x03\x04"
+PICKLES = ZIP, *(bytes([0x80, protocol]) for protocol in range(2, 6))
 # Dictionaries that trainers put around their weights; the name says nothing about the layers.
 WRAPPERS = ("state_dict", "model", "module", "params", "weights", "lora", "network")
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -48,40 +49,17 @@ def read_foreign(path: str | Path) -> ForeignFile:
             more than tensors.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(512)
-    except OSError as error:
-        raise ForgetError(
-            f"'{path}' cannot be read ({error.strerror}): check the name and its folder."
-        ) from error
-    refuse_no_weights(path, start)
+    start = first_bytes(path)
     tensors: Mapping[str, torch.Tensor]
     metadata: dict[str, str] = {}
-    if start.startswith(ZIP) or start[:2] in (b"\x80\x02", b"\x80\x04"):
+    # A safetensors header may be as long as a pickle's first bytes say, but then begins with {.
+    if start.startswith(PICKLES) and start[8:9] != b"{":
         tensors = _read_pickle(path)
     else:
-        tensors, metadata = _read_safetensors(path, size, start)
+        tensors, metadata = _read_safetensors(path)
     if not tensors:
         raise ForgetError(f"'{path.name}' holds no tensors: it cannot change a model.")
     return ForeignFile(path.name, tensors, metadata, sha256_of(path))
-
-
-def refuse_no_weights(path: Path, start: bytes) -> None:
-    """Refuse by its first bytes what is often saved in place of a weight file."""
-    if start.startswith(LFS):
-        raise ForgetError(
-            f"'{path.name}' is a Git LFS pointer, not the file itself: run 'git lfs pull' in its "
-            "repository, or download it again."
-        )
-    text = start.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ForgetError(
-            f"'{path.name}' is a web page saved under that name: download the file itself."
-        )
-    if not start:
-        raise ForgetError(f"'{path.name}' is empty: download it again.")
 
 
 def sha256_of(path: str | Path) -> str:
@@ -112,20 +90,10 @@ class _Lazy(Mapping):
         return len(self._keys)
 
 
-def _read_safetensors(path: Path, size: int, start: bytes) -> tuple[_Lazy, dict[str, str]]:
-    header = int.from_bytes(start[:8], "little")
-    if size < 10 or start[8:9] != b"{" or header > MAX_HEADER:
-        raise ForgetError(
-            f"'{path.name}' is neither a safetensors file nor a torch file: give the eraser's "
-            "weights, such as a .safetensors, .pt, .bin or .ckpt file."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _Lazy(path, list(file.keys())), dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ForgetError(
-            f"'{path.name}' is cut short or damaged ({str(error)[:80]}): download it again."
-        ) from error
+def _read_safetensors(path: Path) -> tuple[_Lazy, dict[str, str]]:
+    remedy = "give the eraser's weights, whole, as a .safetensors, .pt, .bin or .ckpt file"
+    with open_safetensors(path, remedy, MAX_HEADER) as file:
+        return _Lazy(path, list(file.keys())), dict(file.metadata() or {})
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:

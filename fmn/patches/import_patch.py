@@ -13,11 +13,11 @@ from pathlib import Path
 from ..concepts.concept import Concept
 from ..errors import ForgetError
 from ..models.families import FAMILIES, Family, layers
-from ..models.interface import fingerprint
+from ..models.interface import Fingerprint, fingerprint
 from ..text import printable
 from .foreign_file import ForeignFile, read_foreign
 from .foreign_lora import is_lora, read_lora
-from .metadata import stamp
+from .metadata import base_info, stamp
 from .patch import ForgetPatch
 from .weight_difference import WeightFile, difference, family_of_weights, open_weights, read_folder
 
@@ -91,7 +91,7 @@ def import_patch(
     info: dict[str, object] = {"truncation_error": change.lost}
     mark = _fingerprint(first, found)
     if mark:
-        info["base.fingerprint"] = mark
+        info |= base_info(mark)
     notes = [
         f"{len(change.changes)} layers differ from the base, {change.unchanged} do not; "
         f"ranks {min(change.ranks)} to {max(change.ranks)}",
@@ -143,7 +143,7 @@ def _identified(file: ForeignFile, weights: WeightFile, wanted: Family | None) -
     )
 
 
-def _fingerprint(base: WeightFile, family: Family) -> str | None:
+def _fingerprint(base: WeightFile, family: Family) -> Fingerprint | None:
     """The base's fingerprint, or None if it lacks keys or values of cross-attention."""
     weights = {layer: base.weight(layer) for layer in layers(family) if layer.is_key_or_value}
     known = {layer: weight for layer, weight in weights.items() if weight is not None}

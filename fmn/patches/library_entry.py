@@ -14,6 +14,7 @@ from ..errors import ForgetError
 from ..files import MAX_HEADER, open_safetensors
 from ..models import unknown_family
 from ..models.families import FAMILIES
+from ..models.interface import SKETCHED
 from ..text import printable
 from .metadata import FORMAT, THUMBNAIL, Info, is_number, read_info
 from .scores import MOST_SCORES
@@ -63,6 +64,7 @@ def _fields(metadata: Mapping[str, str], info: Info) -> Iterator[tuple[str, obje
     yield "family", family if family in FAMILIES or unknown else ""
     yield "model", _text(metadata.get("fmn.base.model", "")) if unknown else ""
     yield "base", _text(info.get("base.fingerprint", ""))
+    yield "sketch", info.get("base.sketch", [])[:SKETCHED]
     yield "prediction", _text(info.get("base.prediction", ""))
     yield "rank", _text(metadata.get("ss_network_dim", ""))
     yield "loss", [info["loss"]["first"], info["loss"]["last"]] if info.get("loss") else []

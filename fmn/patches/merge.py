@@ -18,7 +18,7 @@ from ..linalg import product_svd
 from ..models.families import Family, Layer
 from ..models.unknown_family import UnknownFamily
 from .lora_keys import PARTS, file_name
-from .metadata import Info, loss_info, stamp
+from .metadata import BASE, PRECISION, Info, loss_info, other_base, stamp
 from .patch import MAX_RANK, Factors, ForgetPatch, file_size, load_patch, square_norm
 
 BYTES = 2  # of a number in a file
@@ -282,7 +282,7 @@ def _info(patches: Strengths, settings: dict[str, Any], losses: Sequence[float])
         for concept in info.get("concepts", []):
             concepts.setdefault((concept["name"], concept["kind"]), concept)
     bases = {info.get("base.fingerprint") for info in infos}
-    base = {"base.fingerprint": bases.pop()} if len(bases) == 1 and None not in bases else {}
+    base = {key: value for key, value in infos[0].items() if key in BASE and len(bases) == 1}
     return base | {
         "concepts": list(concepts.values()),
         "method": "merge",
@@ -303,9 +303,9 @@ def _info(patches: Strengths, settings: dict[str, Any], losses: Sequence[float])
 
 def _notes(patches: Strengths) -> list[str]:
     """Warnings: different bases, and concepts that several patches forget."""
-    bases = {patch.info.get("base.fingerprint") for patch, _ in patches}
     notes = []
-    if len(bases) > 1:
+    others = [other_base(patch.info, patches[0][0].info) for patch, _ in patches]
+    if any(each and each != PRECISION for each in others):
         notes.append("The patches were made on different bases of this family: look at the result.")
     seen: set[tuple[str, str]] = set()
     repeated: dict[str, None] = {}

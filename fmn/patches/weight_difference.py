@@ -231,7 +231,9 @@ def read_folder(path: Path) -> ForeignFile:
     digest = ""
     for part in ("unet", "text_encoder", "text_encoder_2"):
         files = sorted(
-            file for ending in (".safetensors", ".bin") for file in path.glob(f"{part}/*{ending}")
+            file
+            for ending in (".safetensors", ".bin")
+            for file in path.glob(f"{part}/[!.]*{ending}")
         )
         plain = [file for file in files if not re.search(r"\.(fp16|bf16|non_ema)\.", file.name)]
         for file in (plain or files)[:1]:

@@ -202,7 +202,8 @@ def state_path(path: str | Path) -> Path:
     path = Path(path)
     if path.name.endswith(STATE_ENDING):
         return path
-    return path.with_name(path.name.removesuffix(".safetensors") + STATE_ENDING)
+    stem = path.stem if path.suffix.lower() == ".safetensors" else path.name
+    return path.with_name(stem + STATE_ENDING)
 
 
 def save_state(state: TrainingState, path: str | Path) -> Path:

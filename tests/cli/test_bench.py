@@ -237,7 +237,7 @@ def test_strips_of_controls(tmp_path):
     with pytest.raises(ForgetError, match="20 x 8"):
         read_controls(tmp_path)
     (tmp_path / "odd.png").write_bytes(b"no")
-    with pytest.raises(ForgetError, match="not a picture"):
+    with pytest.raises(ForgetError, match="odd.png' cannot be read"):
         read_controls(tmp_path)
     assert read_controls("") == {}
 

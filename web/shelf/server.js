@@ -15,7 +15,7 @@ export async function patches() {
   return (await answerOf(await api.fetchApi(`${ROUTE}/shelf`, { cache: "no-store" }))).patches;
 }
 
-/** {family, base} of a checkpoint file; empty where the file does not say. */
+/** {family, base, sketch} of a checkpoint file; empty where the file does not say. */
 export async function baseOf(kind, name) {
   const query = new URLSearchParams({ kind, name });
   return answerOf(await api.fetchApi(`${ROUTE}/base?${query}`));

@@ -166,7 +166,7 @@ def _file_method(text: str) -> Method:
     file, strength = file_and_strength(text)
     path = Path(file)
     if not path.is_file():
-        if path.suffix != ".safetensors" and len(path.parts) < 2:
+        if path.suffix.lower() != ".safetensors" and len(path.parts) < 2:
             check_preset(text.partition(":")[0])
         raise ForgetError(f"There is no patch file '{file}': check the name and its folder.")
     source = load_patch(path).source  # refused now rather than in the middle of the run

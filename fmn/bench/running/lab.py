@@ -13,7 +13,8 @@ from typing import cast
 import torch
 
 from ...errors import ForgetError
-from ...files import DEMO_FOLDER
+from ...files import DEMO_FOLDER, PICTURES
+from ...images import picture_files, read_picture
 from ...methods import forget, settings_of
 from ...metrics.clip_judge import ClipJudge
 from ...metrics.judge import Judge
@@ -196,7 +197,7 @@ def check_domains(judge: Judge, targets: Iterable[Target]) -> None:
 
 
 SAMPLED = 1 << 20  # bytes of each end of a large file that are hashed, with its size
-WEIGHTS = (".safetensors", ".bin", ".onnx", ".json", ".png")
+HASHED = (".safetensors", ".bin", ".onnx", ".json", *PICTURES)
 
 
 def hash_of(paths: Iterable[Path]) -> str:
@@ -205,7 +206,7 @@ def hash_of(paths: Iterable[Path]) -> str:
     for path in paths:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
-            if file.is_file() and file.suffix in WEIGHTS:
+            if file.is_file() and file.suffix.lower() in HASHED:
                 size = file.stat().st_size
                 digest.update(f"{file.name}|{size}|".encode())
                 with open(file, "rb") as opened:
@@ -225,22 +226,16 @@ def read_controls(folder: str) -> dict[str, torch.Tensor]:
     """Pictures of things the model never knew: name -> [N, H, H, 3] in 0..1.
 
     Args:
-        folder: of PNG strips, square pictures side by side, named after what they show; or "".
+        folder: of strips, square pictures side by side, named after what they show; or "".
 
     Raises:
         ForgetError: a file is not such a strip.
     """
     import numpy as np
-    from PIL import Image
 
     controls = {}
-    for file in sorted(Path(folder).glob("*.png")) if folder else ():
-        try:
-            strip = np.array(Image.open(file).convert("RGB"))
-        except OSError as error:
-            raise ForgetError(
-                f"'{file}' is not a picture ({error}): remove or replace it."
-            ) from error
+    for file in picture_files(folder) if folder else ():
+        strip = np.array(read_picture(file))
         height, width, _ = strip.shape
         if width % height:
             raise ForgetError(

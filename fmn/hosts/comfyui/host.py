@@ -25,7 +25,7 @@ from ...concepts.prompt_syntax import prompt_text
 from ...errors import ForgetError
 from ...models.adapters import LayerModule
 from ...models.families import Family, Layer, layers, layers_by_name
-from ...models.interface import fingerprint
+from ...models.interface import Fingerprint, fingerprint
 from ...patches.patch import ForgetPatch
 from .denoiser import ALL_MEMORY
 from .text_encoder import FLOATS, load_whole, trainable, unpaged
@@ -56,7 +56,7 @@ class ComfyHost:
         """ComfyUI's key of a layer's weight."""
         return f"{PREFIX}{layers_by_name(self.family)[name].compvis}.weight"
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         def weight_of(layer: Layer) -> Tensor:
             key = self.key(layer.name)
             # While a patched model is loaded, the unpatched weights are in its backup.

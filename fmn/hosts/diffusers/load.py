@@ -6,6 +6,7 @@ Nothing is fetched: the configurations and the tokenizer's merges of the familie
 
 import inspect
 import json
+import pickle
 import re
 import tempfile
 from pathlib import Path
@@ -25,12 +26,13 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
 )
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...errors import ForgetError, memory_ran_out
-from ...files import DEMO_FOLDER, open_safetensors
+from ...files import DEMO_FOLDER, check_parts, check_texts, check_weights, open_safetensors
 from ...models.families import DEMO, Family, UNetFamily
 from ...patches.checkpoint import UNET_PREFIX, checkpoint_family
 
@@ -69,10 +71,16 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> Diffu
     path = Path(path)
     if path.is_dir():
         return _folder(path, dtype)
-    if path.suffix != ".safetensors" or not path.is_file():
+    if not path.is_file():
         raise ForgetError(
             f"There is no model '{path}': give demo, a .safetensors checkpoint, "
             "or a diffusers folder."
+        )
+    check_weights(path)
+    if path.suffix.lower() != ".safetensors":
+        raise ForgetError(
+            f"'{path.name}' is no .safetensors checkpoint, the only kind that is read here, since "
+            "others can run code: convert it, such as with ComfyUI's Save Checkpoint."
         )
     family = checkpoint_family(path)
     _check_parts(path, family)
@@ -102,11 +110,15 @@ def _check_parts(path: Path, family: UNetFamily) -> None:
 
 def _folder(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     try:
+        check_texts(path)
         _refuse_quantised_parts(path)
         return DiffusionPipeline.from_pretrained(
             path, torch_dtype=dtype, local_files_only=True, variant=_variant(path)
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        if memory_ran_out(error):
+            raise
+        check_parts(path)
         raise ForgetError(f"'{path}' is no complete diffusers folder: {error}") from error
 
 

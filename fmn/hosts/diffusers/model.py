@@ -21,7 +21,7 @@ from ...images import square
 from ...models.adapters import LayerModule, Patch, check_fits
 from ...models.clip_text_encoder import check_one_chunk, in_batches
 from ...models.families import check_input_channels, cross_attention_names, identify_unet
-from ...models.interface import Text, TextEncoder, fingerprint
+from ...models.interface import Fingerprint, Text, TextEncoder, fingerprint
 from ...models.module_patching import frozen
 from ...models.sampling import DRAWN_AT_ONCE, DDPMSchedule, seeded_noise
 from ...models.token_positions import CHUNK
@@ -103,7 +103,7 @@ class DiffusersModel:
     def device(self) -> torch.device:
         return self.unet.device
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         return fingerprint(self.family, lambda layer: self.unet.get_submodule(layer.name).weight)
 
     def tokenize(self, prompt: Prompt) -> list[int]:

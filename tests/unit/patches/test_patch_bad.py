@@ -82,7 +82,7 @@ DAMAGED = "is damaged or not a safetensors file"
 CONTENTS = {
     "empty": (lambda content: b"", DAMAGED),
     "text": (lambda content: b"I am a text file, not a patch.\n" * 20, DAMAGED),
-    "page": (lambda content: b"<!DOCTYPE html><html>Not found</html>", DAMAGED),
+    "page": (lambda content: b"<!DOCTYPE html><html>Not found</html>", "a web page"),
     "pickle": (pickled, DAMAGED),
     "zeros": (lambda content: bytes(4096), DAMAGED),
     "half a length": (lambda content: content[:4], DAMAGED),
