@@ -105,7 +105,7 @@ REFUSED = {
 def folder(tmp_path, monkeypatch):
     """Files that are in the way, and no model to be had."""
 
-    def load(*_):
+    def load(*_, **__):
         raise AssertionError("work was begun")
 
     (tmp_path / "folder").mkdir()
@@ -188,7 +188,7 @@ RAN_OUT = {
 def test_too_little_memory_is_one_sentence(case, folder, monkeypatch, capsys):
     error, told = RAN_OUT[case]
 
-    def load(*_):
+    def load(*_, **__):
         raise error
 
     monkeypatch.setattr(DiffusersModel, "load", load)
@@ -199,7 +199,7 @@ def test_too_little_memory_is_one_sentence(case, folder, monkeypatch, capsys):
 
 
 def test_a_fault_of_ours_is_no_lack_of_memory(folder, monkeypatch):
-    def load(*_):
+    def load(*_, **__):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(DiffusersModel, "load", load)

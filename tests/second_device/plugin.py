@@ -27,7 +27,9 @@ def on_the_second_device(request, monkeypatch):
 
         load_on = DiffusersModel.load
         monkeypatch.setattr(
-            DiffusersModel, "load", lambda path, device=None: load_on(path, device or CARD)
+            DiffusersModel,
+            "load",
+            lambda path, device=None, **how: load_on(path, device or CARD, **how),
         )
 
 
