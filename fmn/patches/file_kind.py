@@ -42,7 +42,7 @@ KINDS = {
     ),
     "an image encoder": re.compile(r"(^|\.)(vision_model|visual)\."),
     "a VAE": re.compile(
-        r"first_stage_model\.|(^|\.)((de|en)coder\.(conv_in|layers|up|down)|post_quant_conv)\."
+        r"first_stage_model\.|(^|\.)((de|en)coder\.(conv_in|layers|(up|down)(_blocks)?)|post_quant_conv)\."
     ),
     "an upscaler": re.compile(r"body\.\d+\.rdb|\.RDB\d|^model\.1\.sub\."),
 }

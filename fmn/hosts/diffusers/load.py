@@ -19,7 +19,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ...errors import ForgetError, memory_ran_out
 from ...files import DEMO_FOLDER
@@ -77,6 +79,8 @@ def load_pipeline(
     Raises:
         ForgetError: there is no such model, its family is unknown, or weights of it are missing.
     """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     path = DEMO_FILE if str(path) == "demo" else Path(path)
     if not path.exists():
         raise ForgetError(

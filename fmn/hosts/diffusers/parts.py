@@ -4,6 +4,7 @@ Every weight comes from the file: one that is missing, of another shape, or unkn
 refused, where diffusers would leave a missing one at random and drop an unknown one.
 """
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -178,8 +179,10 @@ def make_vae(file: ForeignFile, config: Config | None, dtype: torch.dtype) -> nn
         weights = _taesd_weights(weights)
     if config is None:
         raise ForgetError(f"'{file.name}' has no VAE for the demo model: leave --vae out.")
+    kind = VAES[config["_class_name"]]
+    named = inspect.signature(kind.__init__).parameters  # a tiny one saves more than it takes
     with torch.device("meta"):
-        vae = VAES[config["_class_name"]].from_config(config)
+        vae = kind.from_config({name: value for name, value in config.items() if name in named})
     if any(key.startswith("decoder.mid.") for key in weights):
         weights = convert_ldm_vae_checkpoint(weights, vae.config)
     weights = {OLD_NAMES.sub(lambda m: NEW_NAMES[m[0]], k): w for k, w in weights.items()}
