@@ -91,6 +91,8 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     save = SaveEvery(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
     resume = load_state(state) if state else None
     model = load_model(options)
+    if options.images:
+        model.need_vae()
     training = TrainingOptions(resume, options.keep_best, save)
     with StepBar() as bar:
         try:

@@ -100,7 +100,7 @@ def merge_into_checkpoint(
         patches: (patch, strength) of each. Changes are added in float32, then rounded to each
             weight's own precision.
     """
-    file = read_foreign(source)
+    file = read_foreign(Path(source))
     family, name = checkpoint_family(file), file.name
     for patch, _ in patches:
         patch.check_family(family)

@@ -74,7 +74,7 @@ def text_places(encoder: str, path: str) -> Iterator[Place]:
     Args:
         encoder: ComfyUI's name of the encoder.
     """
-    names = [(path, None), (path.removeprefix("text_model."), None)]
+    names: list[Place] = [(path, None), (path.removeprefix("text_model."), None)]
     if encoder != "clip_l":
         names.append(_openclip(path))
     for prefix in TEXT_PREFIXES[encoder]:

@@ -234,7 +234,7 @@ def _part_config(folder: Path, part: str) -> Config:
 
 
 def _scheduler(path: Path, config: Config) -> SchedulerMixin:
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ForgetError(
             f"'{path}' names the scheduler {config.get('_class_name')!s:.60}, which diffusers does "
@@ -269,6 +269,7 @@ def _folder_tokenizer(folder: Path, padding: str) -> CLIPTokenizer:
 
 def _other_vae(path: Path, config: dict[str, Config], dtype: torch.dtype) -> torch.nn.Module:
     """The VAE of a file, a diffusers folder, or the folder ``vae`` of one."""
+    given: Config | None
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         file, given = read_parts(str(path), {"": folder}), _part_config(folder, "vae")

@@ -33,11 +33,11 @@ TEXT_MODELS = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWith
 VAES = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
 # TAESD works on latents of unit variance times 0.18215; a checkpoint's own factor replaces it.
 SD_SCALE = 0.18215
-# Tensors that carry nothing for drawing: buffers, the parts of CLIP that see, EMA copies, the last
-# block of SD 2's text encoder, settings of samplers, and the VAE, which is read by itself.
+# Tensors that carry nothing for drawing: buffers, the parts of CLIP that see, EMA copies, settings
+# of samplers, and the VAE, which is read by itself.
 UNUSED = re.compile(
     r"position_ids|logit_scale|text_projection|vision_model|visual|first_stage_model\.|^vae\.|"
-    r"model_ema|(resblocks|layers)\.23\.|alphas_cumprod|^(v_pred|ztsnr|edm_|betas|sqrt_|log_one|"
+    r"model_ema|alphas_cumprod|^(v_pred|ztsnr|edm_|betas|sqrt_|log_one|"
     r"posterior_|logvar|lvlb|denoiser|global_step|epoch|scale_factor)"
 )
 # The attention of VAEs that older versions of diffusers saved.
@@ -151,6 +151,9 @@ def make_text_encoder(source: Source, config: Config, comfy: str, part: str) -> 
         return text_places(comfy, name if plain else f"text_model.{name}")
 
     source.fill(encoder, part, of)
+    if comfy == "clip_h":  # OpenCLIP's has one block more, whose output is never used
+        spare = re.compile(rf"\.(resblocks|layers)\.{encoder.config.num_hidden_layers}\.")
+        source.used |= set(filter(spare.search, source.tensors))
     embeddings = next(module for module in encoder.modules() if hasattr(module, "position_ids"))
     embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
     return encoder
