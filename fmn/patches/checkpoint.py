@@ -1,6 +1,7 @@
 """Checkpoint files, read and patched without loading the model they hold."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
