@@ -74,6 +74,11 @@ REFUSED = {
     "kind": (["forget", "demo", "person:elon musk"], "'person'.*kind.*identity"),
     "no model": (["batch", "list.txt"], "required: --model.*python -m fmn batch --help"),
     "joint without": (["merge", PATCH, "--how", "joint"], "--how joint.*--model"),
+    "vae of merge": (["merge", PATCH, "--vae", "v.safetensors"], "--vae is for --how joint"),
+    "vae not drawn": (
+        [*APPLY, "--checkpoint", "d.safetensors", "--vae", "v.safetensors"], "--vae.*--checkpoint",
+    ),
+    "prediction": ([*FORGET, "--prediction", "flow"], "'flow'.*epsilon.*v_prediction"),
     "for joint": (["merge", PATCH, "--model", "demo"], "--model is for --how joint"),
     "setting": ([*FORGET, "--steps", "10"], "reread.*'steps'.*fmn forget --method reread --help"),
     "of another": ([*FORGET, "--method", "uce", "--stop-at=0.5"], "uce.*'stop-at'"),
