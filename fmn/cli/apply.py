@@ -9,7 +9,16 @@ from ..concepts.concept import Prompt
 from ..concepts.prompt_syntax import prompt_text
 from ..errors import ForgetError
 from ..settings import MAX_SEED, Settings, setting
-from .options import MODEL, Commands, add_command, add_repeated, add_settings, given_options
+from .options import (
+    MODEL,
+    Commands,
+    add_command,
+    add_model_options,
+    add_repeated,
+    add_settings,
+    given_options,
+    load_model,
+)
 
 if TYPE_CHECKING:  # loads torch, which --help does not need
     from ..patches.patch import ForgetPatch
@@ -56,6 +65,7 @@ def add_apply(commands: Commands) -> None:
         metavar="PNG",
         help=f"the picture ({PICTURE}; with a number if it exists)",
     )
+    add_model_options(drawing)
     add_settings(drawing, Drawing())
 
 
@@ -64,7 +74,8 @@ def run_apply(options: Namespace) -> tuple[dict[str, str], str]:
     given = given_options(options)
     if not options.checkpoint:
         return _draw(options, Drawing(**given), "guidance" in given)
-    unused = next(iter(given), "out" if options.out else None)
+    names = "out", "vae", "prediction"
+    unused = next(iter(given), next((name for name in names if getattr(options, name)), None))
     if unused:
         raise ForgetError(
             f"--{unused} is for drawing, and --checkpoint draws nothing: leave one out."
@@ -82,7 +93,6 @@ def _patches(options: Namespace) -> list[tuple["ForgetPatch", float]]:
 
 def _draw(options: Namespace, drawing: Drawing, guided: bool) -> tuple[dict[str, str], str]:
     from ..files import check_file, free_name, write_whole
-    from ..hosts.diffusers.model import DiffusersModel
     from ..images import labelled_grid, to_image
     from ..models.families import DEMO
 
@@ -90,7 +100,9 @@ def _draw(options: Namespace, drawing: Drawing, guided: bool) -> tuple[dict[str,
     out = options.out or free_name(PICTURE)
     check_file(out, ".png")
     patches = _patches(options)
-    model = DiffusersModel.load(options.model).add_patches(patches)
+    model = load_model(options)
+    model.need_vae()
+    model.add_patches(patches)
     model.pipeline.set_progress_bar_config(disable=False, desc="drawing")
     if model.family is DEMO and not guided:
         drawing = replace(drawing, guidance=DEMO_GUIDANCE)

@@ -15,8 +15,10 @@ from .options import (
     add_command,
     add_kind,
     add_method,
+    add_model_options,
     add_repeated,
     given_settings,
+    load_model,
 )
 
 if TYPE_CHECKING:  # these load torch, which --help does not need
@@ -66,13 +68,13 @@ def add_forget(commands: Commands, asked: str | None) -> None:
         help="keep the step with the lowest mean of the last 10 losses, not the last step; for "
         "methods that train",
     )  # fmt: skip
+    add_model_options(forget)
     add_method(forget, asked)
 
 
 def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     """Returns the result and its text."""
     from ..files import free_name
-    from ..hosts.diffusers.model import DiffusersModel
     from ..methods import forget
     from ..methods.describe import describe
     from ..patches.patch import rescue, save_patch
@@ -87,7 +89,9 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     path = _target(options, concepts, state)
     save = SaveEvery(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
     resume = load_state(state) if state else None
-    model = DiffusersModel.load(options.model)
+    model = load_model(options)
+    if options.images:
+        model.need_vae()
     training = TrainingOptions(resume, options.keep_best, save)
     with StepBar() as bar:
         try:

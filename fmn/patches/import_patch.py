@@ -15,11 +15,12 @@ from ..errors import ForgetError
 from ..models.families import FAMILIES, Family, layers
 from ..models.interface import Fingerprint, fingerprint
 from ..text import printable
-from .foreign_file import ForeignFile, read_foreign
-from .foreign_lora import is_lora, read_lora
+from .file_kind import is_lora, kind_of
+from .foreign_file import ForeignFile, read_folder, read_foreign
+from .foreign_lora import read_lora
 from .metadata import base_info, stamp
 from .patch import ForgetPatch
-from .weight_difference import WeightFile, difference, family_of_weights, open_weights, read_folder
+from .weight_difference import WeightFile, difference, family_of_weights, open_weights
 
 MAX_METADATA = 8_000  # letters of the original metadata that are kept
 # Words of file names that say how it was made rather than what it forgets.
@@ -27,15 +28,6 @@ NOISE = re.compile(
     r"(?i)\b(esd|uce|rece|mace|speed|spm|leco|lora|unet|erased?|forget|concept|slider|alpha|rank|"
     r"x|u|strict|noxattn|xattn|last|final|delta|diffusers|model|weights?|[vr]?\d[\d.]*)\b"
 )
-VAE, CONTROLNET, EMBEDDING = "a VAE", "a ControlNet", "a textual inversion embedding"
-TRANSFORMER = "a diffusion transformer"
-OTHER_PARTS = {
-    "first_stage_model.": VAE, "decoder.conv_in.": VAE, "encoder.conv_in.": VAE,
-    "control_model.": CONTROLNET, "controlnet_": CONTROLNET,
-    "emb_params": EMBEDDING, "string_to_param": EMBEDDING,
-    "double_blocks.": TRANSFORMER, "transformer_blocks.0.attn.add": TRANSFORMER,
-    "joint_blocks.": TRANSFORMER, "layers.0.attention.": TRANSFORMER,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,13 +125,10 @@ def _identified(file: ForeignFile, weights: WeightFile, wanted: Family | None) -
             f"'{file.name}' fits {' and '.join(one.title for one in fits)}: say which with "
             "--family."
         )
-    what = next(
-        (what for part, what in OTHER_PARTS.items() if any(part in key for key in file.tensors)),
-        "no file that can be imported",
-    )
     raise ForgetError(
-        f"'{file.name}' is {what}: give an eraser's LoRA, its edited U-Net or text encoder "
-        "weights (with --family if it changes the text encoder alone), or its diffusers folder."
+        f"'{file.name}' is {kind_of(file.tensors) or 'no known file'}, and nothing to import: give "
+        "an eraser's LoRA, its edited U-Net or text encoder weights (with --family if it changes "
+        "the text encoder alone), or its diffusers folder."
     )
 
 

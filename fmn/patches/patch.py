@@ -14,6 +14,7 @@ from ..files import MAX_HEADER, AnyPath, open_safetensors, write_whole
 from ..linalg import full_change
 from ..models import unknown_family
 from ..models.families import FAMILIES, Family, Layer, layers_by_name
+from .file_kind import LORA, kind_of
 from .lora_keys import PARTS, file_name, known_names
 from .metadata import FORMAT, THUMBNAIL, Info, read_info
 from .scores import Source, tensor_hash
@@ -257,9 +258,12 @@ def _family(name: str, metadata: Mapping[str, str], slices: Slices) -> Family:
             "choose the patch beside it."
         )
     if "fmn.format" not in metadata:
+        kind = kind_of(slices)
+        what = f" but {kind}" if kind else ""
+        use = "Use Load LoRA, or 'python -m fmn import', for other LoRA files."
         raise ForgetError(
-            f"'{name}' is not a forget patch: it lacks our metadata. "
-            "Use Load LoRA for other LoRA files."
+            f"'{name}' is not a forget patch{what}: it lacks our metadata. "
+            f"{use if kind in (LORA, None) else 'Choose a file that Save Forget Patch wrote.'}"
         )
     if metadata["fmn.format"] != FORMAT:
         raise ForgetError(

@@ -5,8 +5,7 @@ from the base, rounded to the file's own precision first: against an unrounded b
 would be a fifth of a small edit.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,17 +14,10 @@ import torch
 from ..errors import ForgetError
 from ..linalg import balanced_factors, product_svd
 from ..models.families import Family, Layer, layers, layers_by_name, text_layers
-from .foreign_file import ForeignFile, read_foreign
+from .foreign_file import ForeignFile, read_folder, read_foreign
 from .patch import MAX_RANK
+from .weight_names import find, places, take
 
-UNET_PREFIXES = "model.diffusion_model.", "unet.", "diffusion_model.", "model.", ""
-TEXT_PREFIXES = {
-    "text_encoder": (
-        "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.",
-        "cond_stage_model.", "",
-    ),
-    "text_encoder_2": ("text_encoder_2.",),
-}  # fmt: skip
 NOT_CHANGED = 1e-7  # relative size of a difference that is rounding in float32
 TOO_LARGE = 0.5  # relative size, over all layers, that no edit of the same base has
 GAP = 3.0  # ratio of neighbouring singular values that counts as the end of an edit
@@ -41,32 +33,22 @@ class WeightFile:
 
     def key_of(self, layer: Layer) -> str | None:
         """The key of a layer's weight, or None."""
-        return next((key for key in self._candidates(layer) if key in self._keys), None)
+        place = find(self._keys, places(layer))
+        return place and place[0]
 
     def weight(self, layer: Layer) -> torch.Tensor | None:
         """A layer's weight in its shape, or None; Linear and 1x1 Conv2d stand for each other."""
-        key = self.key_of(layer)
-        if key is None:
+        place = find(self._keys, places(layer))
+        if place is None:
             return None
-        tensor = self.file.tensors[key]
+        tensor = take(self.file.tensors, place)
         fits = tensor.dim() >= 2 and tensor.numel() == torch.Size(layer.shape).numel()
         if not fits or tensor.shape[0] != layer.shape[0]:
             raise ForgetError(
-                f"'{self.file.name}' holds '{key:.80}' of shape {list(tensor.shape)}, and "
+                f"'{self.file.name}' holds '{place[0]:.80}' of shape {list(tensor.shape)}, and "
                 f"{list(layer.shape)} was expected: check the family and the base."
             )
         return tensor.reshape(layer.shape)
-
-    @staticmethod
-    def _candidates(layer: Layer) -> Iterator[str]:
-        if layer.is_text:
-            encoder, _, path = layer.name.partition(".")
-            paths = path, path.removeprefix("text_model.")
-            prefixes = TEXT_PREFIXES[encoder]
-        else:
-            paths, prefixes = (layer.name, layer.compvis), UNET_PREFIXES
-        for prefix in prefixes:
-            yield from (f"{prefix}{path}.weight" for path in paths)
 
 
 @dataclass
@@ -209,8 +191,7 @@ def family_of_weights(file: WeightFile, families: Mapping[str, Family]) -> list[
     for family in families.values():
         readers = [layer for layer in layers(family) if layer.is_key_or_value]
         keys = {key: layer.shape for layer in readers if (key := file.key_of(layer))}
-        shapes = {key: tuple(file.file.tensors[key].shape) for key in keys}
-        if keys and shapes == keys:
+        if keys and all(file.file.shape(key) == shape for key, shape in keys.items()):
             fits.append(family)
     return fits
 
@@ -219,30 +200,3 @@ def open_weights(path: str | Path) -> WeightFile:
     """The weights of a checkpoint file or of a diffusers folder's U-Net and text encoders."""
     path = Path(path)
     return WeightFile(read_folder(path) if path.is_dir() else read_foreign(path))
-
-
-def read_folder(path: Path) -> ForeignFile:
-    """A diffusers folder as one file, keys with the part's name in front.
-
-    Raises:
-        ForgetError: there are no weights in it.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    digest = ""
-    for part in ("unet", "text_encoder", "text_encoder_2"):
-        files = sorted(
-            file
-            for ending in (".safetensors", ".bin")
-            for file in path.glob(f"{part}/[!.]*{ending}")
-        )
-        plain = [file for file in files if not re.search(r"\.(fp16|bf16|non_ema)\.", file.name)]
-        for file in (plain or files)[:1]:
-            read = read_foreign(file)
-            tensors |= {f"{part}.{key}": read.tensors[key] for key in read.tensors}
-            digest = digest or read.sha256
-    if not tensors:
-        raise ForgetError(
-            f"'{path}' holds no weights of a U-Net or text encoder: give a diffusers folder, with "
-            "unet/diffusion_pytorch_model.safetensors in it, or a single file."
-        )
-    return ForeignFile(path.name, tensors, {}, digest)

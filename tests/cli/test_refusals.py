@@ -74,6 +74,11 @@ REFUSED = {
     "kind": (["forget", "demo", "person:elon musk"], "'person'.*kind.*identity"),
     "no model": (["batch", "list.txt"], "required: --model.*python -m fmn batch --help"),
     "joint without": (["merge", PATCH, "--how", "joint"], "--how joint.*--model"),
+    "vae of merge": (["merge", PATCH, "--vae", "v.safetensors"], "--vae is for --how joint"),
+    "vae not drawn": (
+        [*APPLY, "--checkpoint", "d.safetensors", "--vae", "v.safetensors"], "--vae.*--checkpoint",
+    ),
+    "prediction": ([*FORGET, "--prediction", "flow"], "'flow'.*epsilon.*v_prediction"),
     "for joint": (["merge", PATCH, "--model", "demo"], "--model is for --how joint"),
     "setting": ([*FORGET, "--steps", "10"], "reread.*'steps'.*fmn forget --method reread --help"),
     "of another": ([*FORGET, "--method", "uce", "--stop-at=0.5"], "uce.*'stop-at'"),
@@ -105,7 +110,7 @@ REFUSED = {
 def folder(tmp_path, monkeypatch):
     """Files that are in the way, and no model to be had."""
 
-    def load(*_):
+    def load(*_, **__):
         raise AssertionError("work was begun")
 
     (tmp_path / "folder").mkdir()
@@ -188,7 +193,7 @@ RAN_OUT = {
 def test_too_little_memory_is_one_sentence(case, folder, monkeypatch, capsys):
     error, told = RAN_OUT[case]
 
-    def load(*_):
+    def load(*_, **__):
         raise error
 
     monkeypatch.setattr(DiffusersModel, "load", load)
@@ -199,7 +204,7 @@ def test_too_little_memory_is_one_sentence(case, folder, monkeypatch, capsys):
 
 
 def test_a_fault_of_ours_is_no_lack_of_memory(folder, monkeypatch):
-    def load(*_):
+    def load(*_, **__):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(DiffusersModel, "load", load)

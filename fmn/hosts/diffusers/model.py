@@ -25,7 +25,7 @@ from ...models.interface import Fingerprint, Text, TextEncoder, fingerprint
 from ...models.module_patching import frozen
 from ...models.sampling import DRAWN_AT_ONCE, DDPMSchedule, seeded_noise
 from ...models.token_positions import CHUNK
-from .load import load_pipeline, text_to_image
+from .load import UNSUPPORTED, load_pipeline, text_to_image
 from .text_encoder import (
     borrow_text_encoder,
     chunks_of,
@@ -83,19 +83,22 @@ class DiffusersModel:
         unet = getattr(pipeline, "unet", None)
         family = identify_unet(unet)
         if unet is None or family is None:
-            raise ForgetError(
-                f"{type(pipeline).__name__} is an unsupported model: Stable Diffusion 1.x, 2.x and "
-                "XL are supported, and other models inside ComfyUI, by the method ESD."
-            )
+            raise ForgetError(type(pipeline).__name__ + UNSUPPORTED)
         self.family = family
         self.saved, self.pipeline, self.unet = pipeline, text_to_image(pipeline), unet
         self.prediction = _prediction(pipeline.scheduler)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str | None = None) -> DiffusersModel:
-        """Load ``demo``, a .safetensors checkpoint or a diffusers folder in float32."""
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        vae: str | Path | None = None,
+        prediction: str | None = None,
+    ) -> DiffusersModel:
+        """Load ``demo``, a checkpoint or a diffusers folder in float32; see ``load_pipeline``."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        pipeline = load_pipeline(path).to(device)
+        pipeline = load_pipeline(path, vae=vae, prediction=prediction).to(device)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline)
 
@@ -194,9 +197,22 @@ class DiffusersModel:
             for name, rows in given.items()
         }
 
+    def need_vae(self) -> Any:
+        """The VAE; few methods need one, so a model may lack it.
+
+        Raises:
+            ForgetError: it does.
+        """
+        if self.pipeline.vae is None:
+            raise ForgetError(
+                "Pictures are to be drawn or read, and the model has no VAE: give one with --vae "
+                "FILE, or use a checkpoint with VAE."
+            )
+        return self.pipeline.vae
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae, pictures = self.pipeline.vae, []
+        vae, pictures = self.need_vae(), []
         for part in latents.split(_pictures_at_once(latents.shape[2] * 8, latents.shape[3] * 8)):
             images = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
             pictures.append((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu())
@@ -204,7 +220,7 @@ class DiffusersModel:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, size: int) -> Tensor:
-        vae, latents = self.pipeline.vae, []
+        vae, latents = self.need_vae(), []
         for part in square(images, size).split(_pictures_at_once(size, size)):
             encoded = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1)
             tiny = hasattr(encoded, "latents")

@@ -190,7 +190,7 @@ NOT_FINITE = f"NaN or infinite values in '{PREFIX}'"
 METADATA = "metadata of '.*' is damaged"
 WRONG = "metadata of '.*' has values of the wrong type"
 TENSORS = {
-    "no metadata": (no_metadata, "not a forget patch: .* Use Load LoRA"),
+    "no metadata": (no_metadata, "not a forget patch but a LoRA: .* Use Load LoRA"),
     "no format": (lambda tensors, metadata: metadata.pop("fmn.format"), "not a forget patch"),
     "newer format": (tell("fmn.format", "2"), "has patch format '2', this version reads 1"),
     "odd format": (tell("fmn.format", "x" * 10**6), "update Forget-Me-Not"),
