@@ -1,13 +1,14 @@
 """Files: opened as untrusted, written whole or not at all, and named so that every system takes
 the name."""
 
+import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -62,6 +63,15 @@ def open_safetensors(
         raise ForgetError(
             f"'{path.name}' is damaged or not a safetensors file ({error}): {remedy}."
         ) from error
+
+
+def data_hash(file: BinaryIO) -> str:
+    """``modelspec.hash_sha256`` of a safetensors file: 0x and SHA-256 of all behind its header."""
+    file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return f"0x{digest.hexdigest()}"
 
 
 def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
