@@ -61,7 +61,9 @@ def test_zero_layers_are_written_and_not_read_back(tmp_path, family, names, expe
     assert sum(not tensor.any() for tensor in tensors.values()) == 2 * len(expected)
     loaded = load_patch(path)
     assert loaded.changes.keys() == patch.changes.keys()
-    assert all(loaded.change_of(name).eq(rank).all() for name in names)
+    for name in names:
+        change = loaded.change_of(name)
+        torch.testing.assert_close(change, torch.full_like(change, rank), rtol=2e-3, atol=0)
 
 
 def test_the_reader_comes_before_what_invokeai_takes_for_sdxl():
