@@ -51,6 +51,7 @@ async function check(patch, message, list) {
   } else {
     message.textContent = changed === null && patch.scores ? text("unchecked") : "";
   }
+  message.hidden = !message.textContent;
 }
 
 /** The notes, or the unsaved draft that is to replace them. */
@@ -90,7 +91,8 @@ export function details(patch, fit, draft, actions) {
     if (name === "scores" || name === "measured") for (const item of items) item.dataset.score = name;
     list.append(...items);
   }
-  const message = make("p", { className: "fmn-message", role: "status" }, patch.scores ? text("unchecked") : "");
+  const message = make("p", { className: "fmn-message" }, patch.scores ? text("unchecked") : "");
+  message.hidden = !message.textContent;
   if (!patch.problem) check(patch, message, list);
   return make(
     "section",
