@@ -2,6 +2,7 @@
 the name."""
 
 import glob
+import hashlib
 import os
 import secrets
 import zipfile
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -95,6 +96,15 @@ def _parts(folder: Path, endings: Sequence[str]) -> list[Path]:
     files = sorted((*folder.glob("*"), *folder.glob("*/*")))
     visible = (file for file in files if not file.name.startswith("."))
     return [file for file in visible if file.suffix.lower() in endings and file.is_file()]
+
+
+def data_hash(file: BinaryIO) -> str:
+    """``modelspec.hash_sha256`` of a safetensors file: 0x and SHA-256 of all behind its header."""
+    file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return f"0x{digest.hexdigest()}"
 
 
 def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:

@@ -163,7 +163,7 @@ def _scored_file(patch: ForgetPatch | None, targets: Sequence[Target]) -> scores
             f"'{path.name}' belongs to this pack, so nothing is written into it: copy it to "
             "models/forget_patches and load it from there, or turn write_scores off."
         )
-    scores.check_targets(path.name, patch.concepts, [target.name for target in targets])
+    scores.check_targets(path.name, patch.info, [target.name for target in targets])
     return patch.source
 
 

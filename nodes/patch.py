@@ -15,12 +15,13 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
-from ..fmn.files import STATE_ENDING, check_portable
+from ..fmn.files import STATE_ENDING, check_portable, write_whole
 from ..fmn.hosts.comfyui.host import ComfyHost
 from ..fmn.hosts.comfyui.unknown_model import host_of
-from ..fmn.images import thumbnail_uri
+from ..fmn.images import thumbnail_of_uri, thumbnail_uri
 from ..fmn.methods.describe import describe
-from ..fmn.patches.metadata import PRECISION, base_info, other_base
+from ..fmn.patches.metadata import CHANGED, PRECISION, base_info, other_base
+from ..fmn.patches.padding import lost_elsewhere
 from ..fmn.patches.patch import ForgetPatch, load_patch, save_patch
 from ..fmn.text import printable
 from .common import file_stamp, listed_file, schema, strength_input
@@ -137,7 +138,11 @@ class SaveForgetPatch(io.ComfyNode):
         picture = None if thumbnail is None else thumbnail_uri(thumbnail)
         path = save_patch(patch, output_path(filename_prefix), picture)
         name = path.relative_to(Path(output_folder()).resolve()).as_posix()
+        if picture:  # other programs look for one beside the file
+            jpeg = thumbnail_of_uri(picture)
+            write_whole(path.with_suffix(".jpg"), lambda file: file.write_bytes(jpeg))
         text = f"saved {name}, {path.stat().st_size / 1e6:.2f} MB, in output/{KIND}"
+        text = "\n".join([text, *lost_elsewhere(patch.family, patch.changes)])
         saved = replace(patch, source=load_patch(path).source)
         return io.NodeOutput(saved, name, ui=text_output(text, name))
 
@@ -234,6 +239,8 @@ class ApplyForgetPatch(io.ComfyNode):
         if patch.changes_text:
             clip = host.patched_clip(patch, strength)
         note = f"forgets {names_of(patch)} at strength {strength:g}{other_base_note(host, patch)}"
+        if patch.info.get("changed"):
+            note += f"; {CHANGED}"
         return io.NodeOutput(patched, clip, ui=text_output(note))
 
 

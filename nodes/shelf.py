@@ -93,6 +93,13 @@ def start(server: PromptServer) -> None:
     _add_changing(server.routes, shelf)
 
 
+def _file_of(request: web.Request) -> tuple[int, str]:
+    """A file's folder and name in a query, untrusted; the shelf checks them."""
+    folder = request.query.get("folder", "")
+    number = int(folder) if len(folder) < 4 and folder.isdecimal() else -1
+    return number, request.query.get("name", "")
+
+
 # Work on files is done in threads, off the event loop.
 
 
@@ -106,12 +113,15 @@ def _add_reading(routes: web.RouteTableDef, shelf: Library, bases: Bases) -> Non
     @routes.get(f"{ROUTE}/shelf/picture")
     @_errors_as_json
     async def picture(request: web.Request) -> web.Response:
-        folder = request.query.get("folder", "")
-        number = int(folder) if len(folder) < 4 and folder.isdecimal() else -1
-        jpeg = await asyncio.to_thread(shelf.picture, number, request.query.get("name", ""))
+        jpeg = await asyncio.to_thread(shelf.picture, *_file_of(request))
         # The address changes with the file.
         headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
         return web.Response(body=jpeg, content_type="image/jpeg", headers=headers)
+
+    @routes.get(f"{ROUTE}/shelf/changed")
+    @_errors_as_json
+    async def changed(request: web.Request) -> web.Response:
+        return _json({"changed": await asyncio.to_thread(shelf.is_changed, *_file_of(request))})
 
     @routes.get(f"{ROUTE}/base")
     @_errors_as_json

@@ -1,5 +1,6 @@
 """``python -m fmn apply``."""
 
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,10 +86,15 @@ def run_apply(options: Namespace) -> tuple[dict[str, str], str]:
 
 def _patches(options: Namespace) -> list[tuple["ForgetPatch", float]]:
     from ..files import file_and_strength
+    from ..patches.metadata import CHANGED
     from ..patches.patch import load_patch
 
     files = [file_and_strength(text) for text in options.patch]
-    return [(load_patch(file), strength) for file, strength in files]
+    patches = [(load_patch(file), strength) for file, strength in files]
+    for patch, _ in patches:
+        if patch.info.get("changed") and patch.source:
+            print(f"{patch.source.path.name}: {CHANGED}", file=sys.stderr)
+    return patches
 
 
 def _draw(options: Namespace, drawing: Drawing, guided: bool) -> tuple[dict[str, str], str]:

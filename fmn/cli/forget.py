@@ -77,6 +77,7 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     from ..files import free_name
     from ..methods import forget
     from ..methods.describe import describe
+    from ..patches.padding import lost_elsewhere
     from ..patches.patch import rescue, save_patch
     from ..training.resume import load_state
     from ..training.run import SaveEvery, TrainingOptions
@@ -101,7 +102,8 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     save_patch(patch, path)
     size = path.stat().st_size
     result = {"patch": str(path), "bytes": size, "info": patch.info}
-    return result, f"{describe(patch)}\nsaved: {path} ({size / 1e6:.2f} MB)"
+    lines = [describe(patch), *lost_elsewhere(patch.family, patch.changes)]
+    return result, "\n".join([*lines, f"saved: {path} ({size / 1e6:.2f} MB)"])
 
 
 def _concepts(options: Namespace) -> list[Concept]:

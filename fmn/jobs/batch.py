@@ -163,6 +163,8 @@ def _difference(path: Path, key: str, family: Family) -> str | None:
         return str(error)
     if patch.info.get("recipe") != key or not patch.family.is_same(family):
         return "another patch was there under this name."
+    if patch.info.get("changed"):
+        return "another program changed its weights."
     return None
 
 

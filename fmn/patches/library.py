@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from .. import images
 from ..errors import ForgetError
 from ..files import PICTURES, STATE_ENDING, AnyPath, checked_stem, write_whole
-from .library_entry import HIDDEN, UNREADABLE, describe_file, read_metadata
+from .library_entry import HIDDEN, UNREADABLE, describe_file, file_is_changed, read_metadata
 from .metadata import THUMBNAIL
 
 SUFFIX = ".safetensors"
@@ -133,6 +133,14 @@ class Library:
         raise ForgetError(
             f"There is no patch {name!r:.200} in these folders: refresh the list and choose again."
         )
+
+    def is_changed(self, folder: object, name: object) -> bool | None:
+        """``library_entry.file_is_changed`` of a patch.
+
+        Raises:
+            ForgetError: there is no such patch, or it cannot be read.
+        """
+        return file_is_changed(self.find(folder, name).path)
 
     def picture(self, folder: int, name: str) -> bytes:
         """The thumbnail as a small JPEG, where the last listing saw it.

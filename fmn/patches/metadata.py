@@ -19,11 +19,17 @@ COPY, NEAR = 0.004, 0.08
 BASE = "base.fingerprint", "base.sketch"
 OTHER = "another base of this family"
 PRECISION = "a copy of this base in another precision"
+HASH = "modelspec.hash_sha256"  # of ``files.data_hash``
+CHANGED = (
+    "the weights are not those that the record was written for: another program changed the file, "
+    "so its scores do not count and the rest may be wrong"
+)
 INFO_TYPES: dict[str, type | tuple[type, ...]] = {
     "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
     "base.sketch": list, "base.prediction": str, "loss": dict, "truncation_error": (int, float),
     "rounding_error": (int, float), "date": str, "version": str, "recipe": str,
     "merged": list, "scores": dict, "measured": dict, "imported": dict,
+    "changed": bool,
 }  # fmt: skip
 
 
@@ -106,6 +112,17 @@ def read_info(name: str, metadata: Mapping[str, str]) -> Info:
     if not all(isinstance(text, str) for text in texts) or not all(map(is_number, numbers)):
         raise ForgetError(f"The metadata of '{name}' has values of the wrong type: get it again.")
     return info
+
+
+def is_changed(metadata: Mapping[str, str], digest: str) -> bool | None:
+    """Whether a file's weights are others than its record was written for; None: it does not say.
+
+    Args:
+        digest: of ``files.data_hash``.
+    """
+    if HASH in metadata:
+        return metadata[HASH].lower().removeprefix("0x") != digest.removeprefix("0x")
+    return True if "sshs_model_hash" in metadata else None  # kohya's tools add it, we never did
 
 
 def _values(info: Info) -> tuple[list[object], list[object]]:

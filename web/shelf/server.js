@@ -21,6 +21,12 @@ export async function baseOf(kind, name) {
   return answerOf(await api.fetchApi(`${ROUTE}/base?${query}`));
 }
 
+/** Whether a patch's weights are not those of its record: true, false, or null if it does not say. */
+export async function isChanged({ folder, name }) {
+  const query = new URLSearchParams({ folder, name });
+  return (await answerOf(await api.fetchApi(`${ROUTE}/shelf/changed?${query}`, { cache: "no-store" }))).changed;
+}
+
 /** The address of a thumbnail, which changes with the file. */
 export function pictureOf({ folder, name, picture }) {
   return api.apiURL(`${ROUTE}/shelf/picture?${new URLSearchParams({ folder, name, v: picture })}`);
