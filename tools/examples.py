@@ -25,7 +25,7 @@ from tools.flows import BLUEPRINTS, EXAMPLES  # noqa: E402
 
 FOLDER = ROOT / "example_workflows"
 BLUEPRINT_FOLDER = ROOT / "subgraphs"
-VIEW = {"width": 1900, "height": 1100}
+VIEW = {"width": 1600, "height": 1000}
 SLOW = 240_000  # ms, for a page on a busy machine
 # What a node shows below its widgets once it has run, in pixels.
 ROOM = {
