@@ -6,6 +6,7 @@ from . import (
     attack,
     batch,
     bench,
+    compare,
     concept,
     demo,
     guidance,
@@ -22,7 +23,7 @@ from .page import running_server
 
 MODULES = (
     concept, methods, train, batch, merge, patch, measure, textual_inversion, attack, guidance,
-    bench, demo,
+    bench, compare, demo,
 )  # fmt: skip
 
 

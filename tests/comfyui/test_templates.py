@@ -19,6 +19,7 @@ from .template_page import (
 # What makes a run short. The outcome is not looked at, only that all nodes do their work.
 TINY = {
     "KSampler": {"steps": 2},
+    "FMN_CompareBeforeAfter": {"steps": 2},
     "EmptyLatentImage": {"batch_size": 1},
     "FMN_KeepList": {"list": "none"},
     "FMN_MethodUce": {"keep_list": "none"},
@@ -38,7 +39,8 @@ CASES = [(looks, path) for looks in LOOKS for path in TEMPLATES if looks in IN[p
 TELL = {  # types that always show a text once they have run
     "FMN_TrainForgetPatch", "FMN_TrainForgetPatches", "FMN_SaveForgetPatch",
     "FMN_InspectForgetPatch", "FMN_MergeForgetPatches", "FMN_ConceptBench", "FMN_MScore",
-    "FMN_AttentionMap", "FMN_ConceptInversionProbe", "FMN_SafeLatentDiffusion",
+    "FMN_AttentionMap", "FMN_CompareBeforeAfter", "FMN_ConceptInversionProbe",
+    "FMN_SafeLatentDiffusion",
 }  # fmt: skip
 
 
