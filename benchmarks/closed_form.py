@@ -26,6 +26,7 @@ from fmn.linalg import extend_basis, main_directions, weakest_direction
 from fmn.methods import double_projections, rece, speed
 from fmn.methods.uce import Settings
 from fmn.models.families import FAMILIES
+from fmn.patches.task import Task
 
 NORM = 28.0  # of a token's context in Stable Diffusion 1.x
 
@@ -89,7 +90,7 @@ def methods(model, concepts, pairs, kept):
         return left @ torch.inverse(0.5 * identity + old.T @ old + k.T @ k)
 
     def ours_uce():
-        return input_patch(model, concepts, settings, pairs, lambda _: uce(*pairs, kept))
+        return input_patch(Task(model, concepts, settings), pairs, lambda _: uce(*pairs, kept))
 
     def ours_rece():
         weights = {}
@@ -98,7 +99,7 @@ def methods(model, concepts, pairs, kept):
             weights["gram"] = weight_gram(denoiser, model.family)
             return rece.rece(weights["gram"], pairs, kept, rece.Settings())
 
-        return input_patch(model, concepts, rece.Settings(), pairs, edit_of)
+        return input_patch(Task(model, concepts, rece.Settings()), pairs, edit_of)
 
     def literal_rece(weight):
         new = literal_uce(weight)
@@ -118,7 +119,7 @@ def methods(model, concepts, pairs, kept):
             retained = speed.retained_rows(problem, weight @ left, weakest, how.copies, noise)
             return speed.right_factor(problem, retained, extend_basis(whole, weakest), how)
 
-        return layer_patch(model, concepts, how, pairs, lambda _: (left, right_of), which="v")
+        return layer_patch(Task(model, concepts, how), pairs, lambda _: (left, right_of), which="v")
 
     def literal_speed(weight):
         a, b = anchors.T @ c / len(c), c.T @ c / len(c)
@@ -137,7 +138,7 @@ def methods(model, concepts, pairs, kept):
     def ours_dp():
         basis = main_directions(kept, c.shape[1] // 2)
         edit = double_projections.double_projections(*pairs, basis)
-        return input_patch(model, concepts, settings, pairs, lambda _: edit)
+        return input_patch(Task(model, concepts, settings), pairs, lambda _: edit)
 
     def literal_dp(weight):
         u = torch.linalg.svd(k.T).U[:, : c.shape[1] // 2]

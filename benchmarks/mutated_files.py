@@ -32,7 +32,7 @@ from fmn.concepts.concept import Concept
 from fmn.concepts.concept_list import FIELDS, MAX_CONCEPTS, read_concepts
 from fmn.errors import ForgetError
 from fmn.models.families import DEMO, layers
-from fmn.patches.foreign_file import ForeignFile
+from fmn.patches.foreign_file import ForeignFile, Tensors
 from fmn.patches.import_patch import import_patch
 from fmn.patches.patch import MAX_RANK, ForgetPatch, load_patch, save_patch
 
@@ -120,7 +120,7 @@ def originals(folder):
 
 
 def imported(path):
-    return import_patch(path, [Concept("dog")], ForeignFile("base", BASE, {})).patch
+    return import_patch(path, [Concept("dog")], ForeignFile("base", Tensors(BASE), {})).patch
 
 
 # Damage: each takes the bytes and a source of random numbers.

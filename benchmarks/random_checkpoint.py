@@ -65,11 +65,11 @@ def main(name, path):
         model = config.get_model({}, "", device=cpu)
         clip = comfy.sd.CLIP(config.clip_target({}), model_options={"dtype": torch.float16})
         vae = comfy.sd.VAE(sd=_vae_marks(torch), dtype=torch.float16)
-        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
         # SD 2.1 predicts v, which ComfyUI tells by how wide this bias spreads.
         marks = {V_MARK: torch.linspace(-0.3, 0.3, 320).half()} if name == "sd21" else {}
         for part in (model.diffusion_model, clip.cond_stage_model, vae.first_stage_model):
-            _fill(part, generator)
+            _fill(part, noise)
         patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
         comfy.sd.save_checkpoint(path, patcher, clip, vae, extra_keys=marks)
 
@@ -100,12 +100,16 @@ def _vae_marks(torch):
     }
 
 
-def _fill(module, generator):
-    """Scale-preserving noise for matrices, 1 for norms, 0 for biases: nothing overflows."""
+def _fill(module, noise):
+    """Scale-preserving noise for matrices, 1 for norms, 0 for biases: nothing overflows.
+
+    The noise is used over and over; its length is a prime, so rows do not repeat.
+    """
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
-            scale = parameter[0].numel() ** -0.5
-            parameter.normal_(0, 0.02 if "embedding" in name else scale, generator=generator)
+            scale = 0.02 if "embedding" in name else parameter[0].numel() ** -0.5
+            repeated = (scale * noise).to(parameter).repeat(-(-parameter.numel() // len(noise)))
+            parameter.copy_(repeated[: parameter.numel()].view_as(parameter))
         else:
             parameter.fill_(0 if name.endswith("bias") else 1)
 

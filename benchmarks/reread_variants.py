@@ -33,7 +33,6 @@ from fmn.bench.measures.pictures import pictures
 from fmn.bench.measures.trial import Trial
 from fmn.bench.reporting.statistics import harmonic_mean, unlearn_canvas
 from fmn.bench.suite import load_suite
-from fmn.closed_form.input_edit import solved_patch
 from fmn.concepts.concept import Prompt
 from fmn.concepts.prompt_templates import sentences
 from fmn.hosts.diffusers.model import DiffusersModel
@@ -46,6 +45,7 @@ from fmn.methods.reread.regression_data import ConceptSentences, KeptSentences, 
 from fmn.metrics.load import load_judge
 from fmn.models.attention_maps import concept_flags
 from fmn.models.image_sampler import open_sampler
+from fmn.patches.task import Task
 
 DEFAULTS = reread.Settings()
 
@@ -68,7 +68,7 @@ def by_layer(model, concept, solved):
         for layer in cross_attention_layers(denoiser, model.family):
             name, up, down = solved(denoiser, layer, reading, stay)
             changes[name] = up.float(), down.float()
-    return solved_patch(model, model.fingerprint(), [concept], DEFAULTS, changes, [0.0])
+    return Task(model, [concept], DEFAULTS).patch(changes, [0.0])
 
 
 def solved_by_reread(weight, concepts, kept, settings):

@@ -29,6 +29,7 @@ from fmn.concepts.concept import Concept
 from fmn.methods.uce import Settings
 from fmn.models.families import FAMILIES
 from fmn.patches.merge import merge_patches
+from fmn.patches.task import Task
 
 CONCEPTS, KEPT = 100, 1000  # where they do not vary
 
@@ -49,7 +50,7 @@ def row(model, concepts, kept, layers, budget):
     start = time.process_time()
     try:
         patch = input_edit.input_patch(
-            model, named, Settings(), pairs, lambda _: input_edit.uce(*pairs, keep)
+            Task(model, named, Settings()), pairs, lambda _: input_edit.uce(*pairs, keep)
         )
     finally:
         input_edit.key_value_layers = whole

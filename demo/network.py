@@ -10,7 +10,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fmn.files import write_whole
-from fmn.hosts.diffusers.load import ASSETS, SD_SCALE, load_pipeline, make_tokenizer
+from fmn.hosts.diffusers.load import ASSETS, load_pipeline, make_tokenizer
+from fmn.hosts.diffusers.parts import SD_SCALE
 from fmn.models.families import DEMO, layers
 
 # Norms have no weights that a patch could change, so the family's table of layers leaves them out.

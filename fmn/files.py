@@ -1,19 +1,22 @@
 """Files: opened as untrusted, written whole or not at all, and named so that every system takes
 the name."""
 
+import glob
+import hashlib
 import os
 import secrets
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from .downloads import ZIP, AnyPath, first_bytes, reason_of, unreadable
 from .errors import ForgetError
 
-AnyPath = str | os.PathLike[str]
 File = TypeVar("File")
 MAX_HEADER = 16 << 20  # bytes, of small untrusted files; SDXL's names take less than 1 MiB
 # The demo model, its judges and control pictures: in a wheel among the assets (setup.py), else in
@@ -28,6 +31,9 @@ RESERVED = {"con", "prn", "aux", "nul"} | {
     f"{port}{n}" for port in ("com", "lpt") for n in "123456789"
 }
 MAX_NAME = 180  # bytes; systems allow 255, and longer names lie beside it
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".sft", ".gguf")
+TEXTS = (".json", ".txt", ".yaml", ".yml", ".csv")
 
 
 @contextmanager
@@ -47,21 +53,58 @@ def open_safetensors(
         ForgetError: the file is missing, unreadable, damaged, or of another format.
     """
     path = Path(path)
+    start = first_bytes(path)
     try:
-        with open(path, "rb") as start:
-            header = int.from_bytes(start.read(8), "little")
+        header = int.from_bytes(start[:8], "little")
         if header > max_header:
             raise EOFError(f"its header claims {header} bytes, and at most {max_header} are read")
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        raise ForgetError(
-            f"'{path}' cannot be read ({error.strerror or error}): check the name and its folder."
-        ) from error
+        raise unreadable(path, error) from error
     except (SafetensorError, EOFError) as error:
+        reason = reason_of(path, start, error)
         raise ForgetError(
-            f"'{path.name}' is damaged or not a safetensors file ({error!s:.100}): {remedy}."
+            f"'{path.name}' is damaged or not a safetensors file ({reason:.100}): {remedy}."
         ) from error
+
+
+def check_weights(path: Path) -> None:
+    """Refuse a file of weights that is something else or cut off, without loading tensors."""
+    if path.suffix.lower() == ".safetensors":
+        with open_safetensors(path):
+            return
+    start = first_bytes(path)
+    if not start or (start.startswith(ZIP) and not zipfile.is_zipfile(path)):
+        raise ForgetError(f"'{path}' is empty or cut off: download it again.")
+
+
+def check_texts(folder: Path) -> None:
+    """Refuse a model's folder in which a text is something else: a loader might not notice."""
+    for path in _parts(folder, TEXTS):
+        first_bytes(path)
+
+
+def check_parts(folder: Path) -> None:
+    """Refuse a model's folder by the file in it that is something else or cut off; for use after
+    a loader has failed, to name the cause."""
+    for path in _parts(folder, WEIGHTS):
+        check_weights(path)
+
+
+def _parts(folder: Path, endings: Sequence[str]) -> list[Path]:
+    files = sorted((*folder.glob("*"), *folder.glob("*/*")))
+    visible = (file for file in files if not file.name.startswith("."))
+    return [file for file in visible if file.suffix.lower() in endings and file.is_file()]
+
+
+def data_hash(file: BinaryIO) -> str:
+    """``modelspec.hash_sha256`` of a safetensors file: 0x and SHA-256 of all behind its header."""
+    file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return f"0x{digest.hexdigest()}"
 
 
 def write_whole(path: AnyPath, write: Callable[[Path], object]) -> None:
@@ -113,10 +156,11 @@ def check_file(path: AnyPath, ending: str, replaces: bool = False) -> None:
     path = Path(path)
     if os.path.isdir(path):
         raise ForgetError(f"'{path}' is a folder: name a file in it, as {path / ('dog' + ending)}.")
-    if path.suffix != ending:
+    if path.suffix.lower() != ending:
+        known = path.suffix.lower() in (*WEIGHTS, *PICTURES, *TEXTS)
         raise ForgetError(
             f"'{path.name:.80}' does not end in {ending}, the only kind written here: name it "
-            f"{path.stem + ending:.90}."
+            f"{(path.stem if known else path.name) + ending:.90}."
         )
     check_new(path) if not replaces else _check_place(path)
 
@@ -140,6 +184,8 @@ def check_folder(path: AnyPath) -> None:
 def _check_place(path: Path) -> None:
     """Write a file into the folder of ``path``, or into the one that it would be made in."""
     folder = next(parent for parent in path.parents if os.path.lexists(parent))
+    for new in path.relative_to(folder).parts if not os.path.lexists(path) else ():
+        check_portable(new)
     temporary = _temporary(folder / path.name)
     try:
         open(temporary, "xb").close()
@@ -166,21 +212,52 @@ def checked_stem(name: object, suffix: str) -> str:
     stem = name.strip() if isinstance(name, str) else ""
     if stem.lower().endswith(suffix):
         stem = stem[: -len(suffix)].rstrip()
+    if stem[:1] == "." or not stem.isprintable() or len(stem.encode("utf-8", "replace")) > MAX_NAME:
+        raise _refused_name(name)
+    check_portable(stem)
+    return stem
+
+
+def check_portable(name: str) -> None:
+    """Refuse a name of a file or folder that some system cannot have.
+
+    Windows reserves letters and whole names, drops dots at the end, and takes what follows a colon
+    for a stream inside the file; other systems would write what cannot be copied there.
+    """
     refused = (
-        not stem
-        or not stem.isprintable()
-        or set(stem) & FORBIDDEN
-        or "." in (stem[0], stem[-1])
-        or stem.split(".")[0].strip().lower() in RESERVED
-        or len(stem.encode()) > MAX_NAME
+        not name.strip()
+        or min(name) < " "
+        or set(name) & FORBIDDEN
+        or name[-1] in ". "
+        or name.split(".")[0].strip().lower() in RESERVED
     )
     if refused:
-        raise ForgetError(
-            f"The name {name!r:.80} cannot be used on every system: use letters, digits, spaces, - "
-            f"and _, at most {MAX_NAME} bytes, no dot at either end, and no name that Windows "
-            "reserves, such as con."
-        )
-    return stem
+        raise _refused_name(name)
+
+
+def _refused_name(name: object) -> ForgetError:
+    return ForgetError(
+        f"The name {name!r:.80} cannot be used on every system: use letters, digits, spaces, - "
+        f"and _, at most {MAX_NAME} bytes, no dot at either end, and no name that Windows "
+        "reserves, such as con."
+    )
+
+
+def matching_files(pattern: str, ending: str) -> list[Path]:
+    """Files of that ending, in lower case, which a pattern of ``glob`` matches, sorted.
+
+    A plain name, or a pattern that exists as a name, is one file, whether it exists or not.
+    """
+    path = Path(pattern)
+    if path.exists() or not glob.has_magic(pattern):
+        return [path]
+    found = next(filter(None, map(glob.glob, readings(pattern))), [])
+    return [Path(name) for name in sorted(found) if name.lower().endswith(ending)]
+
+
+def readings(pattern: str) -> tuple[str, str]:
+    """A pattern with ``[`` as a letter, as in the folder "run [2]", and as it is."""
+    return pattern.replace("[", "[[]"), pattern
 
 
 def file_and_strength(text: str) -> tuple[str, float]:

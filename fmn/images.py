@@ -5,37 +5,93 @@ import io
 import re
 import struct
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from .downloads import AnyPath, first_bytes
 from .errors import ForgetError
-from .files import AnyPath
+from .files import PICTURES
+from .progress import ConceptAttention
 
 INK, PALE, ACCENT, PAPER = (40, 44, 52), (205, 209, 216), (214, 69, 65), (250, 250, 248)
-HEAT = (0.0, (12, 16, 60)), (0.5, (200, 50, 60)), (1.0, (255, 240, 150))  # value, colour
+WHITE = (255, 255, 255)
+HEAT = (0.0, 0.5, 1.0), ((12, 16, 60), (200, 50, 60), (255, 240, 150))  # values, their colours
 THUMBNAIL_SIZE = 512, 256  # pixels at most
 MOST_PICTURES = 4  # of a thumbnail
 MAX_BYTES = 8 << 20  # of a picture's file
 MAX_URI = 1 << 20  # letters of a picture in a header
 MAX_PIXELS = 1 << 25
 FORMATS = "JPEG", "PNG", "WEBP"
+# What PIL raises for files that are not what they claim to be.
+BROKEN = OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error
 URI = re.compile(r"data:image/(?:jpeg|png|webp);base64,", re.ASCII)
-
-
-class AttentionMap(Protocol):
-    """``models.attention_maps.Attention``."""
-
-    @property
-    def share(self) -> float: ...
-    @property
-    def map(self) -> torch.Tensor: ...
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
     """A PIL picture from floats [H, W, 3] in 0..1."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def picture_files(folder: AnyPath) -> list[Path]:
+    """The PNG, JPEG and WebP files of a folder, by name, without the hidden ones that other systems
+    leave there, such as ``._a.jpg``.
+
+    Raises:
+        ForgetError: there are none.
+    """
+    files = [
+        file
+        for file in sorted(Path(folder).glob("*"))
+        if file.suffix.lower() in PICTURES and not file.name.startswith(".") and file.is_file()
+    ]
+    if not files:
+        raise ForgetError(f"There are no pictures (PNG, JPEG, WebP) in '{folder}'.")
+    return files
+
+
+def read_picture(path: AnyPath, side: int | None = None) -> Image.Image:
+    """An untrusted picture file, ``plain``; with ``side``, its centred square of so many pixels.
+
+    Raises:
+        ForgetError: it cannot be read, moves, or has too many pixels.
+    """
+    path = Path(path)
+    first_bytes(path)
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            # Cameras add further pictures to a JPEG, which is no animation.
+            frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+            if frames > 1:
+                raise ForgetError(
+                    f"The picture '{path}' is animated, with {frames} frames: save the frame you "
+                    "mean as a picture of its own."
+                )
+            if not side:
+                return plain(picture)
+            picture.draft("RGB", (2 * side, 2 * side))  # large JPEGs decode faster
+            return ImageOps.fit(plain(picture), (side, side))
+    except (*BROKEN, Image.DecompressionBombError) as error:
+        reason = (
+            "it is no PNG, JPEG or WebP" if isinstance(error, UnidentifiedImageError) else error
+        )
+        raise ForgetError(
+            f"The picture '{path}' cannot be read ({reason!s:.120}): save it again, or take it out."
+        ) from error
+
+
+def plain(picture: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """A picture as it is meant to be seen: RGB of 8 bits, upright, what is transparent in the
+    colour of the background."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16-bit grey: PIL's own conversion cuts at 255
+        picture = picture.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    bare = Image.new("RGB", picture.size, background)  # and without the file's comments
+    bare.paste(picture, mask=picture if picture.mode == "RGBA" else None)
+    return bare
 
 
 def square(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -64,39 +120,31 @@ def jpeg_text(picture: Image.Image, side: int) -> str:
 
 
 def _jpeg(picture: Image.Image, size: tuple[int, int] = THUMBNAIL_SIZE) -> bytes:
-    """The picture, shrunk in place, as a JPEG without the comments and profiles it came with."""
-    picture = picture.convert("RGBA") if picture.mode in ("P", "LA", "PA") else picture
+    """The picture as a small JPEG, without the comments and profiles it came with."""
+    picture = plain(picture, PAPER)
     picture.thumbnail(size)
-    mask = picture.getchannel("A") if picture.mode == "RGBA" else None
-    bare = Image.new("RGB", picture.size, PAPER)
-    bare.paste(picture.convert("RGB"), mask=mask)
     buffer = io.BytesIO()
-    bare.save(buffer, "JPEG", quality=85)
+    picture.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
 def heat_map(values: torch.Tensor, side: int) -> Image.Image:
     """Values [h, w] in 0..1 as a picture: dark blue, over red, to pale yellow."""
-    image = Image.new("RGB", (values.shape[1], values.shape[0]))
-    image.putdata([_heat(value) for value in values.clamp(0, 1).flatten().tolist()])
+    levels, colours = HEAT
+    channels = [np.interp(values.clamp(0, 1), levels, channel) for channel in zip(*colours)]
+    image = Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def _heat(value: float) -> tuple[int, ...]:
-    (low, first), (high, second) = HEAT[:2] if value <= HEAT[1][0] else HEAT[1:]
-    part = (value - low) / (high - low)
-    return tuple(round(a + (b - a) * part) for a, b in zip(first, second))
-
-
-def maps_picture(before: AttentionMap, now: AttentionMap) -> Image.Image:
+def maps_picture(before: ConceptAttention, now: ConceptAttention) -> Image.Image:
     """A concept's attention maps before training and now, 448 x 248 pixels."""
     picture = Image.new("RGB", (448, 248), PAPER)
     draw = ImageDraw.Draw(picture)
     brightest = max(float(before.map.max()), 1e-9)
     for left, name, attention in ((12, "before", before), (236, "now", now)):
         picture.paste(heat_map(attention.map / brightest, 200), (left, 40))
-        draw.text((left, 4), f"{name}: {attention.share:.2%}", INK, font=_font(15))
-        draw.text((left, 22), "of attention on the concept", INK, font=_font(12))
+        draw.text((left, 4), f"{name}: {attention.share:.2%}", INK, font=ImageFont.load_default(15))
+        draw.text((left, 22), "of attention on the concept", INK, font=ImageFont.load_default(12))
     return picture
 
 
@@ -116,12 +164,8 @@ def loss_picture(losses: Sequence[float], total: int) -> Image.Image:
     else:
         x, y = points[0]
         draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=ACCENT)
-    draw.text((12, 8), f"loss {losses[-1]:.4g}", INK, font=_font(13))
+    draw.text((12, 8), f"loss {losses[-1]:.4g}", INK, font=ImageFont.load_default(13))
     return picture
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -143,7 +187,7 @@ def labelled_grid(
         rows: (label, pictures) of each row. columns: titles, one a picture of a row.
         side: pixels of a picture.
     """
-    font, label_width, head, gap = _font(13), 250, 26, 6
+    font, label_width, head, gap = ImageFont.load_default(13), 250, 26, 6
     width = label_width + len(columns) * (side + gap)
     grid = Image.new("RGB", (width, head + len(rows) * (side + gap)), PAPER)
     draw = ImageDraw.Draw(grid)
@@ -219,7 +263,7 @@ def thumbnail_of_bytes(data: bytes) -> bytes:
             # Large JPEGs decode faster at a fraction of their size.
             picture.draft("RGB", (2 * THUMBNAIL_SIZE[0], 2 * THUMBNAIL_SIZE[1]))
             return _jpeg(picture)
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise _unreadable(error) from error
 
 

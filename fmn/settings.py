@@ -47,56 +47,6 @@ def advanced(default: Value, help: str, **more: Any) -> Any:
     return setting(default, help, advanced=True, **more)
 
 
-def steps(default: int) -> Any:
-    help = "Training steps for each concept. More forget more, and harm neighbours."
-    return setting(default, help, limits=(1, 100_000))
-
-
-def lr(default: float, help: str, **more: Any) -> Any:
-    return setting(default, help, limits=(1e-8, 1.0), **more)
-
-
-def rank(default: int = 4, **more: Any) -> Any:
-    return setting(
-        default,
-        "Rank of the patch: how many directions each layer may change. The file grows with it.",
-        limits=(1, 128),
-        **more,
-    )
-
-
-def full_weights() -> Any:
-    return advanced(
-        False,
-        "On: train whole weight matrices, as released, and cut them to the rank when done; needs "
-        "far more memory. Off: train the low rank itself.",
-    )
-
-
-def size() -> Any:
-    return advanced(
-        0,
-        "Pixels a side while training. 0: what the model was made for. Smaller is faster and "
-        "needs less memory.",
-        limits=(0, 4096, 64),
-    )
-
-
-def checkpointing() -> Any:
-    return advanced(
-        False,
-        "On: save memory by computing some things twice, which takes longer.",
-    )
-
-
-def seed() -> Any:
-    return advanced(
-        0,
-        "The same seed and settings give the same patch.",
-        limits=(0, MAX_SEED),
-    )
-
-
 @dataclass(frozen=True)
 class Settings:
     """Base of the settings dataclasses: checks every field when one is made.

@@ -6,6 +6,7 @@ from . import (
     attack,
     batch,
     bench,
+    compare,
     concept,
     demo,
     guidance,
@@ -23,7 +24,7 @@ from .page import running_server
 
 MODULES = (
     concept, methods, train, batch, merge, patch, import_eraser, measure, textual_inversion, attack,
-    guidance, bench, demo,
+    guidance, bench, compare, demo,
 )  # fmt: skip
 
 

@@ -19,45 +19,65 @@ from ..fmn.models.sampling import Sampling
 from ..fmn.patches.embedding_file import embedding_of, save_embedding
 from ..fmn.patches.patch import ForgetPatch
 from ..fmn.training.textual_inversion import Settings, invert
-from .common import advanced, clip_input, model_input, strength_input, vae_input
+from .common import advanced, clip_input, schema, strength_input, vae_input
 from .page import text_output
 from .progress import InversionProgress, stop_if_cancelled
 from .textual_inversion import (
-    FOLDER,
     embedding_path,
     inversion_inputs,
     inversion_settings,
     learned_outputs,
     refuse_early,
 )
-from .types import CATEGORY, Patch
+from .types import Patch
 
 
 class ConceptInversionProbe(io.ComfyNode):
+    """Tries to bring a forgotten concept back: learns tokens for its pictures on the model that
+    forgot it, and draws with them (Pham et al. 2023). If the concept shows, the model has forgotten
+    only its name.
+
+    Inputs:
+        model: The model that forgot; or the untouched one, with the patch below.
+        images: Pictures of the concept, such as the untouched model draws.
+        words: The concept's name. The same prompts are drawn with it, to compare.
+        pictures: How many pictures are drawn with the tokens, and as many by name, using the
+            templates in turn (20 steps, guidance 7).
+        save_as: Name of a file in models/embeddings for the tokens. Empty: no file is saved, and
+            the token output is empty.
+        patch: Applied to the model for the probe.
+        strength: Strength of the patch. 0: the untouched model. Ignored without a patch.
+
+    Outputs:
+        by learned tokens: What the model draws with the learned tokens. Does the concept show?
+        by name: The same prompts and noise with the concept's name, to compare.
+        token: What to write in a prompt: embedding: and the name. Empty without save_as.
+        embedding: What was learned, for learned on Concept to Forget.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_ConceptInversionProbe",
-            display_name="Concept Inversion Probe",
-            category=CATEGORY,
-            description="Tries to bring a forgotten concept back: learns tokens for its pictures "
-            "on the model that forgot it, and draws with them (Pham et al. 2023). If the concept "
-            "shows, the model has forgotten only its name.",
-            inputs=_probe_inputs(),
-            outputs=[
-                io.Image.Output(
-                    "LEARNED",
-                    display_name="by learned tokens",
-                    tooltip="What the model draws with the learned tokens. Does the concept show?",
-                ),
-                io.Image.Output(
-                    "NAMED",
-                    display_name="by name",
-                    tooltip="The same prompts and noise with the concept's name, to compare.",
-                ),
-                *learned_outputs(" Empty without save_as."),
-            ],
-        )
+        tokens, steps, *training = inversion_inputs()
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            vae_input(),
+            io.Image.Input("images"),
+            io.String.Input("words", default="dog"),
+            tokens,
+            steps,
+            *advanced(*training),
+            io.Int.Input("pictures", default=4, min=1, max=64),
+            io.String.Input("save_as", default=""),
+            Patch.Input("patch", optional=True),
+            strength_input(optional=True),
+        ]
+        outputs = [
+            io.Image.Output("LEARNED", "by learned tokens"),
+            io.Image.Output("NAMED", "by name"),
+            *learned_outputs(),
+        ]
+        return schema(cls, "FMN_ConceptInversionProbe", "Concept Inversion Probe", inputs, outputs)
 
     @classmethod
     def execute(
@@ -89,44 +109,6 @@ class ConceptInversionProbe(io.ComfyNode):
         return io.NodeOutput(*drawn, token, embedding, ui=text_output(text))
 
 
-def _probe_inputs() -> list[io.Input]:
-    tokens, steps, *training = inversion_inputs()
-    return [
-        model_input("The model that forgot; or the untouched one, with the patch below."),
-        clip_input(),
-        vae_input(),
-        io.Image.Input(
-            "images", tooltip="Pictures of the concept, such as the untouched model draws."
-        ),
-        io.String.Input(
-            "words",
-            default="dog",
-            tooltip="The concept's name. The same prompts are drawn with it, to compare.",
-        ),
-        tokens,
-        steps,
-        *advanced(*training),
-        io.Int.Input(
-            "pictures",
-            default=4,
-            min=1,
-            max=64,
-            tooltip="How many pictures are drawn with the tokens, and as many by name, using the "
-            "templates in turn (20 steps, guidance 7).",
-        ),
-        io.String.Input(
-            "save_as",
-            default="",
-            tooltip=f"Name of a file in models/{FOLDER} for the tokens. Empty: no file is saved, "
-            "and the token output is empty.",
-        ),
-        Patch.Input("patch", optional=True, tooltip="Applied to the model for the probe."),
-        strength_input(
-            "Strength of the patch. 0: the untouched model. Ignored without a patch.", optional=True
-        ),
-    ]
-
-
 def _draw_both(
     host: ComfyModel, sampler: ImageSampler, vectors: torch.Tensor, words: str, count: int,
     settings: Settings,
@@ -147,54 +129,38 @@ def _cancellable(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 
 class HardestEmbedding(io.ComfyNode):
+    """Solves for the text embedding that undoes a patch best (RECE, Gong et al. 2024), without
+    pictures or training. Draw with it on the patched model: does the concept return?
+
+    Inputs:
+        model: The model without the patch.
+        clip: The CLIP of the same checkpoint, without patches.
+        patch: The patch to undo.
+        prompt: A prompt with the forgotten concept.
+        strength: Strength of the patch, the same as on Apply Forget Patch. Must not be 0.
+        r: Weight that pulls the solution to zero. Tiny: undoes the most, and may be far from any
+            real text. Large: an empty text. The paper uses 0.1 and 0.001.
+
+    Outputs:
+        conditioning: The embedding, as a prompt for the sampler.
+        text: How far the patch moves the prompt, and how far the embedding undoes that.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_HardestEmbedding",
-            display_name="Hardest Embedding",
-            category=CATEGORY,
-            description="Solves for the text embedding that undoes a patch best (RECE, Gong et al. "
-            "2024), without pictures or training. Draw with it on the patched model: does the "
-            "concept return?",
-            inputs=[
-                model_input("The model without the patch."),
-                clip_input("The CLIP of the same checkpoint, without patches."),
-                Patch.Input("patch", tooltip="The patch to undo."),
-                io.String.Input(
-                    "prompt",
-                    default="a photo of a dog",
-                    multiline=True,
-                    tooltip="A prompt with the forgotten concept.",
-                ),
-                strength_input(
-                    "Strength of the patch, the same as on Apply Forget Patch. Must not be 0."
-                ),
-                io.Float.Input(
-                    "r",
-                    default=0.1,
-                    min=1e-6,
-                    max=1000.0,
-                    step=1e-6,
-                    round=False,
-                    tooltip="Weight that pulls the solution to zero. Tiny: undoes the most, and "
-                    "may be far from any real text. Large: an empty text. The paper uses 0.1 and "
-                    "0.001.",
-                ),
-            ],
-            outputs=[
-                io.Conditioning.Output(
-                    "CONDITIONING",
-                    display_name="conditioning",
-                    tooltip="The embedding, as a prompt for the sampler.",
-                ),
-                io.String.Output(
-                    "TEXT",
-                    display_name="text",
-                    tooltip="How far the patch moves the prompt, and how far the embedding undoes "
-                    "that.",
-                ),
-            ],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            io.Clip.Input("clip"),
+            Patch.Input("patch"),
+            io.String.Input("prompt", default="a photo of a dog", multiline=True),
+            strength_input(),
+            io.Float.Input("r", default=0.1, min=1e-6, max=1000.0, step=1e-6, round=False),
+        ]
+        outputs = [
+            io.Conditioning.Output("CONDITIONING", "conditioning"),
+            io.String.Output("TEXT", "text"),
+        ]
+        return schema(cls, "FMN_HardestEmbedding", "Hardest Embedding", inputs, outputs)
 
     @classmethod
     def execute(

@@ -17,11 +17,11 @@ from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.jobs.batch import BatchProgress, forget_each
 from ..fmn.methods import DEFAULT, settings_of
 from ..fmn.settings import Settings
-from .common import clip_input, keep_input, trained_model_input
+from .common import clip_input, keep_input, schema
 from .page import running_server, text_output
 from .patch import KIND, below_output
 from .progress import Progress
-from .types import CATEGORY, Concepts, Method, Patches
+from .types import Concepts, Method, Patches
 
 FOLDER = "batch"
 PARTS = 100  # of a concept, on the progress bar
@@ -29,36 +29,52 @@ MOST_FOLDERS = 64  # whose files are remembered
 
 
 class TrainForgetPatches(io.ComfyNode):
+    """Makes one forget patch for each concept of a list, as files in a folder. Existing patches are
+    not made again, so a stopped run resumes where it was. For one patch of all concepts use Train
+    Forget Patch.
+
+    Inputs:
+        model: Stable Diffusion 1.x, 2.x or XL. The method ESD also trains other text-to-image
+            models, such as Flux.
+        concepts: What to forget, with one patch each.
+        folder: Folder of the files in output/forget_patches, with / for folders inside it. Empty:
+            batch.
+        vae: Needed for concepts with reference pictures.
+
+    Outputs:
+        patches: All patches of the list, new and existing, for Merge Forget Patches.
+        report: What was made, what existed already, and what failed, as text.
+        finished: How many concepts have a patch now.
+        failed: How many concepts have no patch because something went wrong.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_TrainForgetPatches",
-            display_name="Train Forget Patches (Batch)",
-            category=CATEGORY,
-            description="Makes one forget patch for each concept of a list, as files in a folder. "
-            "Existing patches are not made again, so a stopped run resumes where it was. For one "
-            "patch of all concepts use Train Forget Patch.",
-            inputs=[
-                trained_model_input(),
-                clip_input(),
-                Concepts.Input("concepts", tooltip="What to forget, with one patch each."),
-                io.String.Input(
-                    "folder",
-                    default=FOLDER,
-                    tooltip=f"Folder of the files in output/{KIND}, with / for folders inside it. "
-                    f"Empty: {FOLDER}.",
-                ),
-                Method.Input(
-                    "method",
-                    optional=True,
-                    tooltip=f"How to forget. Empty: {DEFAULT} with its defaults.",
-                ),
-                io.Vae.Input(
-                    "vae", optional=True, tooltip="Needed for concepts with reference pictures."
-                ),
-                keep_input(),
-            ],
-            outputs=_outputs(),
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            Concepts.Input("concepts"),
+            io.String.Input("folder", default=FOLDER),
+            Method.Input(
+                "method",
+                optional=True,
+                tooltip=f"How to forget. Empty: {DEFAULT} with its defaults.",
+            ),
+            io.Vae.Input("vae", optional=True),
+            keep_input(),
+        ]
+        outputs = [
+            Patches.Output("PATCHES", "patches"),
+            io.String.Output("REPORT", "report"),
+            io.Int.Output("FINISHED", "finished"),
+            io.Int.Output("FAILED", "failed"),
+        ]
+        return schema(
+            cls,
+            "FMN_TrainForgetPatches",
+            "Train Forget Patches (Batch)",
+            inputs,
+            outputs,
             is_output_node=True,
         )
 
@@ -91,29 +107,6 @@ class TrainForgetPatches(io.ComfyNode):
         counts = len(batch.files), len(batch.failed)
         patches = [(file, 1.0) for file in batch.files]
         return io.NodeOutput(patches, report, *counts, ui=text_output(text, report))
-
-
-def _outputs() -> list[io.Output]:
-    return [
-        Patches.Output(
-            "PATCHES",
-            display_name="patches",
-            tooltip="All patches of the list, new and existing, for Merge Forget Patches.",
-        ),
-        io.String.Output(
-            "REPORT",
-            display_name="report",
-            tooltip="What was made, what existed already, and what failed, as text.",
-        ),
-        io.Int.Output(
-            "FINISHED", display_name="finished", tooltip="How many concepts have a patch now."
-        ),
-        io.Int.Output(
-            "FAILED",
-            display_name="failed",
-            tooltip="How many concepts have no patch because something went wrong.",
-        ),
-    ]
 
 
 def _path_of(folder: str) -> Path:

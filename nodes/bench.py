@@ -18,8 +18,8 @@ from PIL import Image
 from ..fmn.bench.names import MEASURES, QUICK
 from ..fmn.bench.reporting.report import in_short, markdown_table, missing_plots
 from ..fmn.bench.running import runner
+from ..fmn.bench.running.cells import CellProgress, Setup, given, plan, trained
 from ..fmn.bench.running.cells import Method as MethodUnderTest
-from ..fmn.bench.running.cells import Setup, given, plan, trained
 from ..fmn.bench.running.lab import check_domains, make_setup, open_lab, to_bytes
 from ..fmn.bench.suite import SUITES, Suite, Target, parse_suite, read_suite
 from ..fmn.errors import ForgetError
@@ -29,53 +29,80 @@ from ..fmn.patches import scores
 from ..fmn.patches.patch import ForgetPatch
 from ..fmn.settings import Settings
 from ..fmn.text import printable
-from .common import clip_input, image_of, lines_of, model_input, seed_input, vae_input
+from .common import clip_input, image_of, lines_of, schema, seed_input, vae_input
 from .page import show_text, text_output
 from .patch import DEMO_PATCHES, below_output
 from .progress import Progress, stop_if_cancelled
-from .types import CATEGORY, Method, Patch
+from .types import Method, Patch
 
 KIND = "forget_suites"
 
 
-def _register_folder() -> None:
-    """Users' suites lie in models/forget_suites."""
-    paths, _ = folder_paths.folder_names_and_paths.get(KIND, ([], set()))
-    folder = os.path.join(folder_paths.models_dir, KIND)
-    paths = paths if folder in paths else [*paths, folder]
-    folder_paths.folder_names_and_paths[KIND] = (paths, {".yaml", ".yml"})
-
-
 class ConceptBench(io.ComfyNode):
+    """Measures forgetting: is the concept gone, is everything else still there, how robust is it,
+    what did it cost? Compares with the untouched model.
+
+    Inputs:
+        model: The model that should forget, without patches.
+        suite: What is forgotten and what must stay. Put your own into models/forget_suites as YAML.
+        targets: Names of the suite's targets, one per line. Empty: those that the patch forgets;
+            without a patch all of them.
+        judge: What recognises concepts in pictures: demo, or clip: and a folder with a CLIP model.
+            Empty: the suite's own judge.
+        count: Pictures per question. More narrow the intervals and take longer; 2 shows only that
+            it runs.
+        bench_seed: The same seed draws the same pictures.
+        name: Folder in output/forget_bench for the report. Existing measurements there are used
+            again.
+        patch: A patch to measure, on those of the suite's targets that it forgets. Empty: the
+            method trains patches, one per target.
+        method: How to train. Empty, and no patch: reread with its defaults.
+        write_scores: On: writes the means into the patch's own file, where the patch shelf and
+            whoever gets the file can read them. The weights stay, but the file's hash changes.
+            Needs a patch directly from Load or Save Forget Patch. Off: no patch file is touched.
+
+    Outputs:
+        report: The table as text, and the path of report.html.
+        bars: Each method's UA, IRA, CRA and mean with 95 % intervals, the best method first.
+        erased and kept: How much is gone against how much is kept. Up and right is better.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_ConceptBench",
-            display_name="ConceptBench",
-            category=CATEGORY,
-            description="Measures forgetting: is the concept gone, is everything else still there, "
-            "how robust is it, what did it cost? Compares with the untouched model.",
-            inputs=[*_inputs_under_test(), *_run_inputs()],
-            outputs=[
-                io.String.Output(
-                    "REPORT",
-                    display_name="report",
-                    tooltip="The table as text, and the path of report.html.",
-                ),
-                io.Image.Output(
-                    "BARS",
-                    display_name="bars",
-                    tooltip="Each method's UA, IRA, CRA and mean with 95 % intervals, the best "
-                    "method first.",
-                ),
-                io.Image.Output(
-                    "SCATTER",
-                    display_name="erased and kept",
-                    tooltip="How much is gone against how much is kept. Up and right is better.",
-                ),
-            ],
-            is_output_node=True,
-        )
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            vae_input(),
+            Patch.Input("patch", optional=True),
+            Method.Input("method", optional=True),
+            io.Combo.Input(
+                "suite",
+                options=[
+                    *sorted(file.stem for file in SUITES.glob("*.yaml")),
+                    *folder_paths.get_filename_list(KIND),
+                ],
+                default="demo",
+            ),
+            io.String.Input("targets", default="", multiline=True),
+            io.Combo.Input(
+                "measure",
+                options=["quick", "all", *MEASURES],
+                default="quick",
+                tooltip=f"quick: {' and '.join(QUICK)}, minutes on the demo model. all: every "
+                "attack too, hours. Or a single measure.",
+            ),
+            io.String.Input("judge", default=""),
+            io.Int.Input("count", default=12, min=2, max=1000),
+            seed_input("bench_seed", 2**31 - 1),
+            io.String.Input("name", default="bench"),
+            io.Boolean.Input("write_scores", default=False, optional=True),
+        ]
+        outputs = [
+            io.String.Output("REPORT", "report"),
+            io.Image.Output("BARS", "bars"),
+            io.Image.Output("SCATTER", "erased and kept"),
+        ]
+        return schema(cls, "FMN_ConceptBench", "ConceptBench", inputs, outputs, is_output_node=True)
 
     @classmethod
     def execute(
@@ -97,93 +124,15 @@ class ConceptBench(io.ComfyNode):
         measures = {"quick": QUICK, "all": MEASURES}.get(measure, (measure,))
         folder = below_output(name.strip() or "bench", "forget_bench")
         summary, paths = _run(host, setup, parsed, chosen, under_test, measures, folder)
-        report = f"{markdown_table(summary)}\n\n{paths['html']}"
-        text = f"{in_short(summary)}\n{paths['html']}"
-        if missing := missing_plots():
-            report, text = f"{report}\n\n{missing}", f"{text}\n{missing}"
+        notes = [str(paths["html"]), missing_plots()]
         if source is not None:
             scores.write_scores(source, *scores.scores_of(summary, setup, under_test.name))
-            written = f"scores written into {printable(source.path.name)}"
-            report, text = f"{report}\n\n{written}", f"{text}\n{written}"
+            notes.append(f"scores written into {printable(source.path.name)}")
+        notes = [note for note in notes if note]
+        report = "\n\n".join([markdown_table(summary), *notes])
+        text = "\n".join([in_short(summary), *notes])
         shown = _plot(paths, "bars"), _plot(paths, "erased-vs-kept")
         return io.NodeOutput(report, *shown, ui=text_output(text, report))
-
-
-def _inputs_under_test() -> list[io.Input]:
-    return [
-        model_input("The model that should forget, without patches."),
-        clip_input(),
-        vae_input(),
-        Patch.Input(
-            "patch",
-            optional=True,
-            tooltip="A patch to measure, on those of the suite's targets that it forgets. Empty: "
-            "the method trains patches, one per target.",
-        ),
-        Method.Input(
-            "method",
-            optional=True,
-            tooltip="How to train. Empty, and no patch: reread with its defaults.",
-        ),
-        io.Combo.Input(
-            "suite",
-            options=[
-                *sorted(file.stem for file in SUITES.glob("*.yaml")),
-                *folder_paths.get_filename_list(KIND),
-            ],
-            default="demo",
-            tooltip=f"What is forgotten and what must stay. Put your own into models/{KIND} as "
-            "YAML.",
-        ),
-        io.String.Input(
-            "targets",
-            default="",
-            multiline=True,
-            tooltip="Names of the suite's targets, one per line. Empty: those that the patch "
-            "forgets; without a patch all of them.",
-        ),
-    ]
-
-
-def _run_inputs() -> list[io.Input]:
-    return [
-        io.Combo.Input(
-            "measure",
-            options=["quick", "all", *MEASURES],
-            default="quick",
-            tooltip=f"quick: {' and '.join(QUICK)}, minutes on the demo model. all: every attack "
-            "too, hours. Or a single measure.",
-        ),
-        io.String.Input(
-            "judge",
-            default="",
-            tooltip="What recognises concepts in pictures: demo, or clip: and a folder with a CLIP "
-            "model. Empty: the suite's own judge.",
-        ),
-        io.Int.Input(
-            "count",
-            default=12,
-            min=2,
-            max=1000,
-            tooltip="Pictures per question. More narrow the intervals and take longer; 2 shows "
-            "only that it runs.",
-        ),
-        seed_input("bench_seed", "The same seed draws the same pictures.", 2**31 - 1),
-        io.String.Input(
-            "name",
-            default="bench",
-            tooltip="Folder in output/forget_bench for the report. Existing measurements there are "
-            "used again.",
-        ),
-        io.Boolean.Input(
-            "write_scores",
-            default=False,
-            optional=True,
-            tooltip="On: writes the means into the patch's own file, where the patch shelf and "
-            "whoever gets the file can read them. The weights stay, but the file's hash changes. "
-            "Needs a patch directly from Load or Save Forget Patch. Off: no patch file is touched.",
-        ),
-    ]
 
 
 def _plot(paths: dict[str, Path], name: str) -> torch.Tensor | ExecutionBlocker:
@@ -214,7 +163,7 @@ def _scored_file(patch: ForgetPatch | None, targets: Sequence[Target]) -> scores
             f"'{path.name}' belongs to this pack, so nothing is written into it: copy it to "
             "models/forget_patches and load it from there, or turn write_scores off."
         )
-    scores.check_targets(path.name, patch.concepts, [target.name for target in targets])
+    scores.check_targets(path.name, patch.info, [target.name for target in targets])
     return patch.source
 
 
@@ -264,7 +213,7 @@ class _CellProgress:
             self.shown = time.monotonic()
             show_text(f"{self.text}; {self.units} pictures and steps so far")
 
-    def cell(self, progress: runner.CellProgress) -> None:
+    def cell(self, progress: CellProgress) -> None:
         """The callback after a cell."""
         if self.before is None:
             self.before = progress.done - 1
@@ -278,5 +227,7 @@ class _CellProgress:
         self.bar.show(progress.done, self.text, progress.total)
 
 
-_register_folder()
+# Users' suites.
+folder_paths.add_model_folder_path(KIND, os.path.join(folder_paths.models_dir, KIND))
+folder_paths.folder_names_and_paths[KIND][1].update({".yaml", ".yml"})
 NODES = [ConceptBench]

@@ -13,30 +13,52 @@ from ..fmn.concepts.concept_list import SUFFIXES, parse_lines, read_concepts
 from ..fmn.concepts.keep_list import CHOICES, keep_for
 from ..fmn.errors import ForgetError
 from ..fmn.patches.embedding_file import Embedding
-from .common import file_stamp, lines_of
-from .types import CATEGORY, Concepts, Keep, Learned
+from .common import file_stamp, lines_of, schema
+from .types import Concepts, Keep, Learned
 
 NO_FILE = "none"
 
 
 class ConceptNode(io.ComfyNode):
+    """Names one thing that a model should forget. Chain several to forget them in one run.
+
+    Inputs:
+        name: The words that summon the concept, as you type them in prompts. For kind unsafe a
+            category: nudity, violence, gore, hate, drugs, self-harm or crime, or unsafe for all of
+            them.
+        kind: Picks the training prompt: 'a photo of NAME' for identity and object, 'a photo in the
+            style of NAME' for style. 'unsafe' uses the terms listed for the category. 'custom' has
+            no prompt: write prompts below.
+        aliases: Other words for the same thing, one per line, also forgotten.
+        prompts: More prompts to train on, one per line. Each must contain the name or an alias.
+            Weights such as (name:1.2) work.
+        images: Reference pictures of the concept. They need the VAE on the training node. Empty:
+            the method decides what it trains on.
+        concepts: Concepts to forget together with this one.
+        anchor: What is drawn instead, such as 'cat' for 'dog'. Empty: nothing in particular.
+            Methods without a target, such as re-steering, ignore it.
+        learned: An embedding that still summons the concept on a patched model, from Concept
+            Inversion Probe. UCE, RECE, SPEED, OCE and double projections forget it together with
+            the name; other methods ignore it.
+
+    Outputs:
+        concepts: The concepts that came in, followed by this one.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_Concept",
-            display_name="Concept to Forget",
-            category=CATEGORY,
-            description="Names one thing that a model should forget. Chain several to forget them "
-            "in one run.",
-            inputs=_concept_inputs(),
-            outputs=[
-                Concepts.Output(
-                    "CONCEPTS",
-                    display_name="concepts",
-                    tooltip="The concepts that came in, followed by this one.",
-                )
-            ],
-        )
+        inputs = [
+            io.String.Input("name", default="dog"),
+            io.Combo.Input("kind", options=list(KINDS), default="object"),
+            _text_input("aliases"),
+            _text_input("prompts"),
+            io.Image.Input("images", optional=True),
+            Concepts.Input("concepts", optional=True),
+            io.String.Input("anchor", default="", optional=True),
+            Learned.Input("learned", optional=True),
+        ]
+        outputs = [Concepts.Output("CONCEPTS", "concepts")]
+        return schema(cls, "FMN_Concept", "Concept to Forget", inputs, outputs)
 
     @classmethod
     def execute(
@@ -50,109 +72,47 @@ class ConceptNode(io.ComfyNode):
         return io.NodeOutput([*(concepts or []), concept])
 
 
-def _concept_inputs() -> list[io.Input]:
-    return [
-        io.String.Input(
-            "name",
-            default="dog",
-            tooltip="The words that summon the concept, as you type them in prompts. For kind "
-            "unsafe a category: nudity, violence, gore, hate, drugs, self-harm or crime, or unsafe "
-            "for all of them.",
-        ),
-        io.Combo.Input(
-            "kind",
-            options=list(KINDS),
-            default="object",
-            tooltip="Picks the training prompt: 'a photo of NAME' for identity and object, 'a "
-            "photo in the style of NAME' for style. 'unsafe' uses the terms listed for the "
-            "category. 'custom' has no prompt: write prompts below.",
-        ),
-        _text_input("aliases", "Other words for the same thing, one per line, also forgotten."),
-        _text_input(
-            "prompts",
-            "More prompts to train on, one per line. Each must contain the name or an alias. "
-            "Weights such as (name:1.2) work.",
-        ),
-        io.Image.Input(
-            "images",
-            optional=True,
-            tooltip="Reference pictures of the concept. They need the VAE on the training node. "
-            "Empty: the method decides what it trains on.",
-        ),
-        Concepts.Input(
-            "concepts", optional=True, tooltip="Concepts to forget together with this one."
-        ),
-        io.String.Input(
-            "anchor",
-            default="",
-            optional=True,
-            tooltip="What is drawn instead, such as 'cat' for 'dog'. Empty: nothing in particular. "
-            "Methods without a target, such as re-steering, ignore it.",
-        ),
-        Learned.Input(
-            "learned",
-            optional=True,
-            tooltip="An embedding that still summons the concept on a patched model, from Concept "
-            "Inversion Probe. UCE, RECE, SPEED, OCE and double projections forget it together with "
-            "the name; other methods ignore it.",
-        ),
-    ]
-
-
-def _text_input(name: str, tooltip: str) -> io.Input:
-    return io.String.Input(name, default="", multiline=True, optional=True, tooltip=tooltip)
+def _text_input(name: str) -> io.Input:
+    return io.String.Input(name, default="", multiline=True, optional=True)
 
 
 class ConceptListNode(io.ComfyNode):
+    """Names many things that a model should forget, one per line, here or in a file.
+
+    Inputs:
+        text: One concept per line: KIND:NAME | ALIAS -> ANCHOR. The kind (identity, object, style,
+            unsafe), aliases (other words for the same thing) and the anchor (what is drawn instead)
+            are optional. # begins a comment. At most 2000 concepts.
+        kind: Kind of the lines without one. It picks the training prompt: 'a photo of NAME', or for
+            style 'a photo in the style of NAME'.
+        concepts: Concepts to forget together with these. They come first.
+        file: A list in ComfyUI's input folder, read instead of the text above: lines (.txt), .csv
+            with a row of column names, .yaml or .json. none: the text. Refresh (R) to see new
+            files.
+
+    Outputs:
+        concepts: The concepts that came in, followed by those of the list.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_ConceptList",
-            display_name="Concepts to Forget (List)",
-            category=CATEGORY,
-            description="Names many things that a model should forget, one per line, here or in a "
-            "file.",
-            inputs=[
-                io.String.Input(
-                    "text",
-                    default="dog -> cat\nstyle:ink drawing\n# a comment",
-                    multiline=True,
-                    tooltip="One concept per line: KIND:NAME | ALIAS -> ANCHOR. The kind "
-                    "(identity, object, style, unsafe), aliases (other words for the same thing) "
-                    "and the anchor (what is drawn instead) are optional. # begins a comment. At "
-                    "most 2000 concepts.",
-                ),
-                io.Combo.Input(
-                    "kind",
-                    options=[kind for kind in KINDS if kind != "custom"],
-                    default="object",
-                    optional=True,
-                    tooltip="Kind of the lines without one. It picks the training prompt: 'a photo "
-                    "of NAME', or for style 'a photo in the style of NAME'.",
-                ),
-                Concepts.Input(
-                    "concepts",
-                    optional=True,
-                    tooltip="Concepts to forget together with these. They come first.",
-                ),
-                io.Combo.Input(
-                    "file",
-                    options=[NO_FILE, *_list_files()],
-                    default=NO_FILE,
-                    optional=True,
-                    tooltip="A list in ComfyUI's input folder, read instead of the text above: "
-                    "lines (.txt), .csv with a row of column names, .yaml or .json. none: the "
-                    "text. Refresh (R) to see new files.",
-                ),
-            ],
-            outputs=[
-                Concepts.Output(
-                    "CONCEPTS",
-                    display_name="concepts",
-                    tooltip="The concepts that came in, followed by those of the list.",
-                )
-            ],
-        )
+        inputs = [
+            io.String.Input(
+                "text", default="dog -> cat\nstyle:ink drawing\n# a comment", multiline=True
+            ),
+            io.Combo.Input(
+                "kind",
+                options=[kind for kind in KINDS if kind != "custom"],
+                default="object",
+                optional=True,
+            ),
+            Concepts.Input("concepts", optional=True),
+            io.Combo.Input(
+                "file", options=[NO_FILE, *_list_files()], default=NO_FILE, optional=True
+            ),
+        ]
+        outputs = [Concepts.Output("CONCEPTS", "concepts")]
+        return schema(cls, "FMN_ConceptList", "Concepts to Forget (List)", inputs, outputs)
 
     @classmethod
     def fingerprint_inputs(cls, file: str = NO_FILE, **inputs: Any) -> str:
@@ -172,7 +132,7 @@ class ConceptListNode(io.ComfyNode):
 
 def _list_files() -> list[str]:
     """Names of the lists in ComfyUI's input folder."""
-    files = Path(folder_paths.get_input_directory()).glob("*")
+    files = Path(folder_paths.get_input_directory()).glob("[!.]*")
     return sorted(path.name for path in files if path.suffix.lower() in SUFFIXES)
 
 
@@ -185,40 +145,30 @@ def _list_path(name: str) -> Path:
 
 
 class KeepListNode(io.ComfyNode):
+    """Names what a model should keep while it forgets: your own words and a built-in list, without
+    what is to be forgotten.
+
+    Inputs:
+        concepts: What is to be forgotten. It is left out of the list.
+        list: A built-in list. auto: chosen by the concepts' kinds. none: only your own words.
+            common: everyday things. styles: styles and media. artists: painters of the past.
+            people: people by role, and some historical ones.
+        words: Your own words or prompts to keep, one per line, such as close neighbours of what is
+            forgotten. They come first. Empty: only the list.
+
+    Outputs:
+        keep: Your words and the list, for keep on the training nodes.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_KeepList",
-            display_name="Keep List",
-            category=CATEGORY,
-            description="Names what a model should keep while it forgets: your own words and a "
-            "built-in list, without what is to be forgotten.",
-            inputs=[
-                Concepts.Input(
-                    "concepts", tooltip="What is to be forgotten. It is left out of the list."
-                ),
-                io.Combo.Input(
-                    "list",
-                    options=list(CHOICES),
-                    default="auto",
-                    tooltip="A built-in list. auto: chosen by the concepts' kinds. none: only "
-                    "your own words. common: everyday things. styles: styles and media. artists: "
-                    "painters of the past. people: people by role, and some historical ones.",
-                ),
-                _text_input(
-                    "words",
-                    "Your own words or prompts to keep, one per line, such as close neighbours of "
-                    "what is forgotten. They come first. Empty: only the list.",
-                ),
-            ],
-            outputs=[
-                Keep.Output(
-                    "KEEP",
-                    display_name="keep",
-                    tooltip="Your words and the list, for keep on the training nodes.",
-                )
-            ],
-        )
+        inputs = [
+            Concepts.Input("concepts"),
+            io.Combo.Input("list", options=list(CHOICES), default="auto"),
+            _text_input("words"),
+        ]
+        outputs = [Keep.Output("KEEP", "keep")]
+        return schema(cls, "FMN_KeepList", "Keep List", inputs, outputs)
 
     @classmethod
     def execute(cls, concepts: Sequence[Concept], list: str, words: str = "") -> io.NodeOutput:

@@ -1,6 +1,7 @@
 """The demo model: a tiny Stable Diffusion 1.x that ComfyUI's own classes can run."""
 
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,14 @@ import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import folder_paths
-import torch
 from comfy import sd1_clip
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
-from ..fmn.files import DEMO_FOLDER
-from .types import CATEGORY
+from ..fmn.files import DEMO_FOLDER, check_weights
+from .common import schema
 
 FILE = DEMO_FOLDER / "fmn-demo.safetensors"
 UNET = {
@@ -33,50 +33,7 @@ TEXT = {
     "num_hidden_layers": 3, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
     "eos_token_id": 49407,
 }  # fmt: skip
-
-
 State = dict[str, Any]  # weights or options, as ComfyUI's classes take them
-
-
-class _WordTokenizer(sd1_clip.SDTokenizer):
-    def __init__(self, embedding_directory: str | None = None, tokenizer_data: State = {}) -> None:
-        super().__init__(
-            embedding_directory=embedding_directory,
-            embedding_size=TEXT["hidden_size"],
-            embedding_key="clip_l",
-            tokenizer_data=tokenizer_data,
-        )
-
-
-class _Tokenizer(sd1_clip.SD1Tokenizer):
-    def __init__(self, embedding_directory: str | None = None, tokenizer_data: State = {}) -> None:
-        super().__init__(
-            embedding_directory=embedding_directory,
-            tokenizer_data=tokenizer_data,
-            tokenizer=_WordTokenizer,
-        )
-
-
-class _Encoder(sd1_clip.SDClipModel):
-    def __init__(
-        self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: State = {}
-    ) -> None:
-        super().__init__(
-            device=device,
-            dtype=dtype,
-            textmodel_json_config=dict(TEXT),
-            return_projected_pooled=False,
-            model_options=model_options,
-        )
-
-
-class _TextModel(sd1_clip.SD1ClipModel):
-    def __init__(
-        self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: State = {}
-    ) -> None:
-        super().__init__(
-            device=device, dtype=dtype, model_options=model_options, clip_model=_Encoder
-        )
 
 
 class DemoConfig(comfy.supported_models.SD15):
@@ -86,13 +43,23 @@ class DemoConfig(comfy.supported_models.SD15):
     unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
 
     def clip_target(self, state_dict: State = {}) -> comfy.supported_models_base.ClipTarget:
-        return comfy.supported_models_base.ClipTarget(_Tokenizer, _TextModel)
+        words = partial(
+            sd1_clip.SDTokenizer, embedding_size=TEXT["hidden_size"], embedding_key="clip_l"
+        )
+        encoder = partial(
+            sd1_clip.SDClipModel, textmodel_json_config=dict(TEXT), return_projected_pooled=False
+        )
+        return comfy.supported_models_base.ClipTarget(
+            partial(sd1_clip.SD1Tokenizer, tokenizer=words),
+            partial(sd1_clip.SD1ClipModel, clip_model=encoder),
+        )
 
 
 def load_demo_checkpoint(path: Path = FILE) -> tuple[ModelPatcher, CLIP, VAE]:
     """What core's checkpoint loader would give if it knew the demo model."""
     if not path.is_file():
         raise ForgetError(f"The demo model is missing at '{path}': install the pack again.")
+    check_weights(path)
     state = comfy.utils.load_torch_file(str(path), safe_load=True)
     config = DemoConfig(dict(UNET))
     return _load_unet(config, state), _load_clip(config, state), _load_vae(state)
@@ -134,21 +101,19 @@ def _load_vae(state: State) -> VAE:
 
 
 class LoadDemoCheckpoint(io.ComfyNode):
+    """A small Stable Diffusion that comes with the pack: 120 things in 9 styles at 128 x 128
+    pixels. Lets you try things out in seconds, even without a GPU.
+
+    Outputs:
+        MODEL: The demo model, for training patches and sampling.
+        CLIP: The CLIP of the demo model, for prompts.
+        VAE: The VAE of the demo model, which decodes latents.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_LoadDemoCheckpoint",
-            display_name="Load Demo Checkpoint",
-            category=CATEGORY,
-            description="A small Stable Diffusion that comes with the pack: 120 things in 9 "
-            "styles at 128 x 128 pixels. Lets you try things out in seconds, even without a GPU.",
-            inputs=[],
-            outputs=[
-                io.Model.Output(tooltip="The demo model, for training patches and sampling."),
-                io.Clip.Output(tooltip="The CLIP of the demo model, for prompts."),
-                io.Vae.Output(tooltip="The VAE of the demo model, which decodes latents."),
-            ],
-        )
+        outputs = [io.Model.Output(), io.Clip.Output(), io.Vae.Output()]
+        return schema(cls, "FMN_LoadDemoCheckpoint", "Load Demo Checkpoint", [], outputs)
 
     @classmethod
     def execute(cls) -> io.NodeOutput:

@@ -14,61 +14,69 @@ from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.hosts.comfyui.sampling_wrappers import erased_by_negative, gated, safely_guided
 from ..fmn.patches.patch import ForgetPatch
 from ..fmn.text import printable
-from .common import clip_input, model_input, strength_input
+from .common import clip_input, model_input, schema, strength_input
 from .page import text_output
 from .patch import names_of, other_base_note
-from .types import CATEGORY, Concepts, Patch
+from .types import Concepts, Patch
 
 CUSTOM = "custom"
 MODES = "replace", "join"
 
 
-def _text_input(default: str, note: str = "") -> io.Input:
-    return io.String.Input(
-        "text",
-        default=default,
-        multiline=True,
-        tooltip=f"What to leave out, unless concepts are connected.{note}",
-    )
-
-
-def _concepts_input() -> io.Input:
-    return Concepts.Input(
-        "concepts",
-        optional=True,
-        tooltip="What to leave out: their names and aliases replace the text.",
-    )
-
-
 class SafeLatentDiffusion(io.ComfyNode):
+    """Steers sampling away from a concept (arXiv 2211.05105), without training and without changing
+    weights. Each step takes about half as long again.
+
+    Inputs:
+        text: What to leave out, unless concepts are connected. The default is the paper's.
+        preset: The paper's four strengths, made for 50 steps; or custom, which uses the five
+            numbers below.
+        warmup: Custom only. Steps at the start of a run that are not steered, so that the layout
+            settles. 0: steer from the start. All of the sampler's steps: never steer.
+        scale: Custom only. How fast steering grows with the difference between prompt and concept.
+            0: off, and as fast as without this node. 5000, as in max: full strength nearly
+            everywhere below the threshold.
+        threshold: Custom only. Parts are left alone where the noise prediction for the prompt
+            exceeds the concept's by more than this. -100: steer nothing. 0: about half of the
+            picture. 1 and more: nearly everything.
+        momentum_scale: Custom only. How much of the guidance of earlier steps is added. 0: none. 1:
+            all of the momentum.
+        momentum_beta: Custom only. How long momentum lasts. 0: one step. Near 1: it builds up
+            slowly and stays.
+        concepts: What to leave out: their names and aliases replace the text.
+
+    Outputs:
+        MODEL: The model, steered away from the concept whenever it samples.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_SafeLatentDiffusion",
-            display_name="Safe Latent Diffusion",
-            category=CATEGORY,
-            description="Steers sampling away from a concept (arXiv 2211.05105), without training "
-            "and without changing weights. Each step takes about half as long again.",
-            inputs=[
-                model_input(),
-                clip_input(),
-                _text_input(SAFETY_TEXT, " The default is the paper's."),
-                io.Combo.Input(
-                    "preset",
-                    options=[*PRESETS, CUSTOM],
-                    default="medium",
-                    tooltip="The paper's four strengths, made for 50 steps; or custom, which uses "
-                    "the five numbers below.",
-                ),
-                *_custom_inputs(PRESETS["medium"]),
-                _concepts_input(),
-            ],
-            outputs=[
-                io.Model.Output(
-                    tooltip="The model, steered away from the concept whenever it samples."
-                )
-            ],
-        )
+        default = PRESETS["medium"]
+        inputs = [
+            model_input(),
+            clip_input(),
+            io.String.Input("text", default=SAFETY_TEXT, multiline=True),
+            io.Combo.Input("preset", options=[*PRESETS, CUSTOM], default="medium"),
+            io.Int.Input("warmup", default=default.warmup, min=0, max=10000),
+            io.Float.Input("scale", default=default.scale, min=0.0, max=1e6, step=10.0),
+            io.Float.Input(
+                "threshold",
+                default=default.threshold,
+                min=-100.0,
+                max=100.0,
+                step=0.005,
+                round=False,
+            ),
+            io.Float.Input(
+                "momentum_scale", default=default.momentum_scale, min=0.0, max=1.0, step=0.05
+            ),
+            io.Float.Input(
+                "momentum_beta", default=default.momentum_beta, min=0.0, max=0.999, step=0.05
+            ),
+            Concepts.Input("concepts", optional=True),
+        ]
+        outputs = [io.Model.Output()]
+        return schema(cls, "FMN_SafeLatentDiffusion", "Safe Latent Diffusion", inputs, outputs)
 
     @classmethod
     def execute(
@@ -89,86 +97,31 @@ class SafeLatentDiffusion(io.ComfyNode):
         return io.NodeOutput(steered, ui=text_output(f"steers away from {printable(prompt.text)}"))
 
 
-def _custom_inputs(default: SafeSettings) -> list[io.Input]:
-    return [
-        io.Int.Input(
-            "warmup",
-            default=default.warmup,
-            min=0,
-            max=10000,
-            tooltip="Custom only. Steps at the start of a run that are not steered, so that the "
-            "layout settles. 0: steer from the start. All of the sampler's steps: never steer.",
-        ),
-        io.Float.Input(
-            "scale",
-            default=default.scale,
-            min=0.0,
-            max=1e6,
-            step=10.0,
-            tooltip="Custom only. How fast steering grows with the difference between prompt and "
-            "concept. 0: off, and as fast as without this node. 5000, as in max: full strength "
-            "nearly everywhere below the threshold.",
-        ),
-        io.Float.Input(
-            "threshold",
-            default=default.threshold,
-            min=-100.0,
-            max=100.0,
-            step=0.005,
-            round=False,
-            tooltip="Custom only. Parts are left alone where the noise prediction for the prompt "
-            "exceeds the concept's by more than this. -100: steer nothing. 0: about half of the "
-            "picture. 1 and more: nearly everything.",
-        ),
-        io.Float.Input(
-            "momentum_scale",
-            default=default.momentum_scale,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip="Custom only. How much of the guidance of earlier steps is added. 0: none. 1: "
-            "all of the momentum.",
-        ),
-        io.Float.Input(
-            "momentum_beta",
-            default=default.momentum_beta,
-            min=0.0,
-            max=0.999,
-            step=0.05,
-            tooltip="Custom only. How long momentum lasts. 0: one step. Near 1: it builds up "
-            "slowly and stays.",
-        ),
-    ]
-
-
 class EraseByNegativePrompt(io.ComfyNode):
+    """Adds a concept to the negative prompt of every sampler that uses this model. The simplest way
+    to leave something out, and just as fast.
+
+    Inputs:
+        text: What to leave out, unless concepts are connected.
+        mode: replace: the concept replaces your negative prompt, as in the literature. join: it
+            follows your own, and both share the attention.
+        concepts: What to leave out: their names and aliases replace the text.
+
+    Outputs:
+        MODEL: The model, which samples with the concept in its negative prompt.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_EraseByNegativePrompt",
-            display_name="Erase by Negative Prompt",
-            category=CATEGORY,
-            description="Adds a concept to the negative prompt of every sampler that uses this "
-            "model. The simplest way to leave something out, and just as fast.",
-            inputs=[
-                model_input(),
-                clip_input(),
-                _text_input(""),
-                io.Combo.Input(
-                    "mode",
-                    options=list(MODES),
-                    default=MODES[0],
-                    tooltip="replace: the concept replaces your negative prompt, as in the "
-                    "literature. join: it follows your own, and both share the attention.",
-                ),
-                _concepts_input(),
-            ],
-            outputs=[
-                io.Model.Output(
-                    tooltip="The model, which samples with the concept in its negative prompt."
-                )
-            ],
-        )
+        inputs = [
+            model_input(),
+            clip_input(),
+            io.String.Input("text", default="", multiline=True),
+            io.Combo.Input("mode", options=list(MODES), default=MODES[0]),
+            Concepts.Input("concepts", optional=True),
+        ]
+        outputs = [io.Model.Output()]
+        return schema(cls, "FMN_EraseByNegativePrompt", "Erase by Negative Prompt", inputs, outputs)
 
     @classmethod
     def execute(
@@ -183,47 +136,35 @@ class EraseByNegativePrompt(io.ComfyNode):
 
 
 class ApplyGatedPatch(io.ComfyNode):
+    """Applies a patch only to prompts close to its concepts, so that other prompts draw as before.
+    Chain several for several patches.
+
+    Inputs:
+        clip: The CLIP that your prompts are encoded with, exactly as used there.
+        patch: The patch to apply behind the gate.
+        strength: Strength with the gate open. 0: the untouched model. 1: as trained. Above 1:
+            forgets more. Below 0: draws towards the concept.
+        low: Similarity of prompt and concept at which the gate starts to open. -1: always slightly
+            open. Near 1: only for the concept's own words.
+        high: Similarity at which the gate is fully open; must be above low. 1: hardly ever fully
+            open. Near -1: always open.
+
+    Outputs:
+        MODEL: The model with the patch behind its gate. The input does not change.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_ApplyGatedPatch",
-            display_name="Apply Gated Patch",
-            category=CATEGORY,
-            description="Applies a patch only to prompts close to its concepts, so that other "
-            "prompts draw as before. Chain several for several patches.",
-            inputs=[
-                model_input(),
-                clip_input("The CLIP that your prompts are encoded with, exactly as used there."),
-                Patch.Input("patch", tooltip="The patch to apply behind the gate."),
-                strength_input(
-                    "Strength with the gate open. 0: the untouched model. 1: as trained. Above 1: "
-                    "forgets more. Below 0: draws towards the concept."
-                ),
-                io.Float.Input(
-                    "low",
-                    default=LOW,
-                    min=-1.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Similarity of prompt and concept at which the gate starts to open. "
-                    "-1: always slightly open. Near 1: only for the concept's own words.",
-                ),
-                io.Float.Input(
-                    "high",
-                    default=HIGH,
-                    min=-1.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Similarity at which the gate is fully open; must be above low. 1: "
-                    "hardly ever fully open. Near -1: always open.",
-                ),
-            ],
-            outputs=[
-                io.Model.Output(
-                    tooltip="The model with the patch behind its gate. The input does not change."
-                )
-            ],
-        )
+        inputs = [
+            model_input(),
+            io.Clip.Input("clip"),
+            Patch.Input("patch"),
+            strength_input(),
+            io.Float.Input("low", default=LOW, min=-1.0, max=1.0, step=0.01),
+            io.Float.Input("high", default=HIGH, min=-1.0, max=1.0, step=0.01),
+        ]
+        outputs = [io.Model.Output()]
+        return schema(cls, "FMN_ApplyGatedPatch", "Apply Gated Patch", inputs, outputs)
 
     @classmethod
     def execute(

@@ -17,11 +17,11 @@ from ..fmn.models.families import FAMILIES
 from ..fmn.patches.import_patch import guess_concept, import_patch, open_eraser
 from ..fmn.patches.patch import MAX_RANK
 from ..fmn.text import printable
-from .common import clip_input, file_stamp, model_input
+from .common import file_stamp, schema
 from .page import text_output
 from .patch import KIND as PATCHES
 from .progress import Progress
-from .types import CATEGORY, Concepts, Patch
+from .types import Concepts, Patch
 
 KIND = "forget_imports"
 NO_FILE, ANY_FAMILY = "none", "from the file"
@@ -54,57 +54,37 @@ def _files() -> dict[str, Path]:
 
 
 class ImportEraser(io.ComfyNode):
+    """Makes a forget patch of another tool's file: LoRAs of any trainer, edited weights of ESD,
+    UCE, SPEED and others, whole models.
+
+    Inputs:
+        file: A file in models/forget_imports or models/loras, or a folder in models/diffusers.
+            Refresh (R) to see new files.
+        concepts: What it forgets. Empty: the error suggests a name.
+        model: The model that the eraser was made from, for files of edited weights. LoRAs on it do
+            not count.
+        clip: The CLIP of that model, if the eraser edits the text encoder.
+        rank: Rank of each layer's change of edited weights. 0: where the spectrum has a gap.
+            Higher: closer to the file, and larger.
+        family: The kind of model, if the file fits several.
+
+    Outputs:
+        patch: The patch, for Apply, Save or Inspect Forget Patch and ConceptBench.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_ImportEraser",
-            display_name="Import Eraser",
-            category=CATEGORY,
-            description="Makes a forget patch of another tool's file: LoRAs of any trainer, edited "
-            "weights of ESD, UCE, SPEED and others, whole models.",
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=list(_files()) or [NO_FILE],
-                    tooltip=f"A file in models/{KIND} or models/loras, or a folder in "
-                    "models/diffusers. Refresh (R) to see new files.",
-                ),
-                Concepts.Input(
-                    "concepts",
-                    optional=True,
-                    tooltip="What it forgets. Empty: the error suggests a name.",
-                ),
-                model_input(
-                    "The model that the eraser was made from, for files of edited weights. LoRAs "
-                    "on it do not count.",
-                    optional=True,
-                ),
-                clip_input("The CLIP of that model, if the eraser edits the text encoder.", True),
-                io.Int.Input(
-                    "rank",
-                    default=0,
-                    min=0,
-                    max=MAX_RANK,
-                    optional=True,
-                    tooltip="Rank of each layer's change of edited weights. 0: where the spectrum "
-                    "has a gap. Higher: closer to the file, and larger.",
-                ),
-                io.Combo.Input(
-                    "family",
-                    options=[ANY_FAMILY, *FAMILIES],
-                    default=ANY_FAMILY,
-                    optional=True,
-                    tooltip="The kind of model, if the file fits several.",
-                ),
-            ],
-            outputs=[
-                Patch.Output(
-                    "PATCH",
-                    display_name="patch",
-                    tooltip="The patch, for Apply, Save or Inspect Forget Patch and ConceptBench.",
-                )
-            ],
-        )
+        families = [ANY_FAMILY, *FAMILIES]
+        inputs: list[io.Input] = [
+            io.Combo.Input("file", options=list(_files()) or [NO_FILE]),
+            Concepts.Input("concepts", optional=True),
+            io.Model.Input("model", optional=True),
+            io.Clip.Input("clip", optional=True),
+            io.Int.Input("rank", default=0, min=0, max=MAX_RANK, optional=True),
+            io.Combo.Input("family", options=families, default=ANY_FAMILY, optional=True),
+        ]
+        outputs = [Patch.Output("PATCH", "patch")]
+        return schema(cls, "FMN_ImportEraser", "Import Eraser", inputs, outputs)
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:

@@ -5,7 +5,6 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
-from types import TracebackType
 from typing import Any, TypedDict
 
 from aiohttp import web
@@ -107,18 +106,13 @@ class LiveTraining:
         self.send(pictures=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.state.status, self.state.seconds_left = "done", 0.0
-        if kind and issubclass(kind, InterruptProcessingException):
+        if isinstance(error, InterruptProcessingException):
             self.state.status = "cancelled"
-        elif kind:
+        elif error is not None:
             self.state.status = "failed"
-            self.state.error = (str(error) or kind.__name__)[:SENTENCE]
+            self.state.error = (str(error) or type(error).__name__)[:SENTENCE]
         self.send(pictures=True)
 
     def step(self, step: StepProgress) -> None:
@@ -150,12 +144,8 @@ class LiveTraining:
         """Show rows of (prompt, picture before training, picture at step ``at``)."""
         self.state.previews_at = at
         self.state.previews = tuple(
-            {
-                "prompt": prompt[:NAME],
-                "before": jpeg_text(before, SIDE),
-                "now": jpeg_text(now, SIDE),
-            }
-            for prompt, before, now in rows[:PICTURES]
+            Preview(prompt=p[:NAME], before=jpeg_text(before, SIDE), now=jpeg_text(now, SIDE))
+            for p, before, now in rows[:PICTURES]
         )
         self.send(pictures=True)
 

@@ -19,36 +19,47 @@ from ..fmn.models.image_sampler import open_sampler
 from ..fmn.models.interface import UNet
 from ..fmn.models.sampling import Sampling
 from ..fmn.training.textual_inversion import Settings
-from .common import clip_input, image_of, lines_of, model_input, seed_input, vae_input
+from .common import clip_input, image_of, lines_of, schema, seed_input, vae_input
 from .page import show_text, text_output
 from .progress import InversionProgress, stop_if_cancelled
-from .textual_inversion import DEFAULT, batch_input, lr_input, steps_input
-from .types import CATEGORY, Concepts
+from .textual_inversion import inversion_inputs
+from .types import Concepts
 
 
 class AttentionMap(io.ComfyNode):
+    """Shows where in the picture a concept's words get attention, and how much, in each part of the
+    model. Use one before and one after a patch to compare.
+
+    Inputs:
+        model: The model to look into, with its patches and LoRAs.
+        concepts: Concepts to look at, one row each, by the words in their first prompt.
+        references: What is looked at for concepts without reference pictures. samples: a picture of
+            the concept that this model draws. zeros: an empty picture, the same for every model you
+            compare. A concept's first reference picture takes precedence.
+        picture_seed: Seed of the picture if references is 'samples', else ignored.
+        brightest: Share of attention in percent that is drawn palest. 0: the highest in each row.
+            100: all attention. Give two nodes the same number to compare their colours.
+        vae: Shows the picture beside and under the map; needed for concepts with reference
+            pictures. Empty: maps only.
+
+    Outputs:
+        maps: A row for each concept: where its words get attention. Paler is more.
+        text: Shares of attention in percent, overall and by part of the model.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_AttentionMap",
-            display_name="Attention Map",
-            category=CATEGORY,
-            description="Shows where in the picture a concept's words get attention, and how much, "
-            "in each part of the model. Use one before and one after a patch to compare.",
-            inputs=_map_inputs(),
-            outputs=[
-                io.Image.Output(
-                    "IMAGE",
-                    display_name="maps",
-                    tooltip="A row for each concept: where its words get attention. Paler is more.",
-                ),
-                io.String.Output(
-                    "TEXT",
-                    display_name="text",
-                    tooltip="Shares of attention in percent, overall and by part of the model.",
-                ),
-            ],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            Concepts.Input("concepts"),
+            io.Vae.Input("vae", optional=True),
+            io.Combo.Input("references", options=list(resteer.REFERENCES), default="samples"),
+            seed_input("picture_seed"),
+            io.Float.Input("brightest", default=0.0, min=0.0, max=100.0, step=0.1),
+        ]
+        outputs = [io.Image.Output("IMAGE", "maps"), io.String.Output("TEXT", "text")]
+        return schema(cls, "FMN_AttentionMap", "Attention Map", inputs, outputs)
 
     @classmethod
     def execute(
@@ -70,59 +81,56 @@ class AttentionMap(io.ComfyNode):
         return io.NodeOutput(picture, text, ui=text_output(text))
 
 
-def _map_inputs() -> list[io.Input]:
-    return [
-        model_input("The model to look into, with its patches and LoRAs."),
-        clip_input(),
-        Concepts.Input(
-            "concepts",
-            tooltip="Concepts to look at, one row each, by the words in their first prompt.",
-        ),
-        io.Vae.Input(
-            "vae",
-            optional=True,
-            tooltip="Shows the picture beside and under the map; needed for concepts with "
-            "reference pictures. Empty: maps only.",
-        ),
-        io.Combo.Input(
-            "references",
-            options=list(resteer.REFERENCES),
-            default="samples",
-            tooltip="What is looked at for concepts without reference pictures. samples: a picture "
-            "of the concept that this model draws. zeros: an empty picture, the same for every "
-            "model you compare. A concept's first reference picture takes precedence.",
-        ),
-        seed_input("picture_seed", "Seed of the picture if references is 'samples', else ignored."),
-        io.Float.Input(
-            "brightest",
-            default=0.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            tooltip="Share of attention in percent that is drawn palest. 0: the highest in each "
-            "row. 100: all attention. Give two nodes the same number to compare their colours.",
-        ),
-    ]
-
-
 class MScore(io.ComfyNode):
+    """Learns words from pictures of a concept on this model, and measures how close they are to its
+    name: 1 is the name itself. The definition is this project's own; the help page says what it can
+    and cannot show.
+
+    Inputs:
+        model: The model under test, with its patches. Not Stable Diffusion XL.
+        concepts: What to measure. Words are learned from a concept's reference pictures, or from
+            pictures that the untouched model draws. Several concepts are compared with each other.
+        templates: Prompts to learn and compare in, one per line, with {} for the concept. Empty:
+            the one of the concept's kind, such as 'a photo of {}'.
+        inversions: How often words are learned for each concept and model. 1: the spread is not
+            known. Time grows in proportion.
+        tokens: How many tokens are learned. 1: the least room. 64: can describe the most, and needs
+            more steps.
+        pictures: How many pictures are drawn of a concept without reference pictures (20 steps,
+            guidance 7).
+        measuring_seed: First seed of the inversions and of drawn pictures. The same seed and
+            settings give the same score.
+        untouched: The model without the patch. It is measured too, and draws missing pictures.
+            Empty: only this model is measured, and it draws them.
+        untouched_clip: The CLIP without the patch, if the patch changes the text encoder too.
+            Empty: both models use the same one.
+
+    Outputs:
+        text: The scores with their spread, as text.
+        plot: The scores as a plot.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_MScore",
-            display_name="M-Score",
-            category=CATEGORY,
-            description="Learns words from pictures of a concept on this model, and measures how "
-            "close they are to its name: 1 is the name itself. The definition is this project's "
-            "own; the help page says what it can and cannot show.",
-            inputs=[*_score_inputs(), *_inversion_inputs()],
-            outputs=[
-                io.String.Output(
-                    "TEXT", display_name="text", tooltip="The scores with their spread, as text."
-                ),
-                io.Image.Output("IMAGE", display_name="plot", tooltip="The scores as a plot."),
-            ],
-        )
+        tokens, steps, lr, batch, *_ = inversion_inputs(64, 10_000)
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            vae_input(),
+            Concepts.Input("concepts"),
+            io.Model.Input("untouched", optional=True),
+            io.String.Input("templates", default="", multiline=True),
+            io.Int.Input("inversions", default=3, min=1, max=100),
+            steps,
+            lr,
+            tokens,
+            batch,
+            io.Int.Input("pictures", default=10, min=1, max=200),
+            seed_input("measuring_seed"),
+            io.Clip.Input("untouched_clip", optional=True),
+        ]
+        outputs = [io.String.Output("TEXT", "text"), io.Image.Output("IMAGE", "plot")]
+        return schema(cls, "FMN_MScore", "M-Score", inputs, outputs)
 
     @classmethod
     def execute(
@@ -149,76 +157,6 @@ class MScore(io.ComfyNode):
         compared = reference is not None
         text = "\n\n".join(report(name, scores, compared) for name, scores in results.items())
         return io.NodeOutput(text, image_of(plot(results, compared)), ui=text_output(text))
-
-
-def _score_inputs() -> list[io.Input]:
-    return [
-        model_input("The model under test, with its patches. Not Stable Diffusion XL."),
-        clip_input(),
-        vae_input(),
-        Concepts.Input(
-            "concepts",
-            tooltip="What to measure. Words are learned from a concept's reference pictures, or "
-            "from pictures that the untouched model draws. Several concepts are compared with each "
-            "other.",
-        ),
-        io.Model.Input(
-            "untouched",
-            optional=True,
-            tooltip="The model without the patch. It is measured too, and draws missing pictures. "
-            "Empty: only this model is measured, and it draws them.",
-        ),
-        io.String.Input(
-            "templates",
-            default="",
-            multiline=True,
-            tooltip="Prompts to learn and compare in, one per line, with {} for the concept. "
-            "Empty: the one of the concept's kind, such as 'a photo of {}'.",
-        ),
-        io.Int.Input(
-            "inversions",
-            default=3,
-            min=1,
-            max=100,
-            tooltip="How often words are learned for each concept and model. 1: the spread is not "
-            "known. Time grows in proportion.",
-        ),
-    ]
-
-
-def _inversion_inputs() -> list[io.Input]:
-    return [
-        steps_input(10_000),
-        lr_input(),
-        io.Int.Input(
-            "tokens",
-            default=DEFAULT.tokens,
-            min=1,
-            max=64,
-            tooltip="How many tokens are learned. 1: the least room. 64: can describe the most, "
-            "and needs more steps.",
-        ),
-        batch_input(),
-        io.Int.Input(
-            "pictures",
-            default=10,
-            min=1,
-            max=200,
-            tooltip="How many pictures are drawn of a concept without reference pictures (20 "
-            "steps, guidance 7).",
-        ),
-        seed_input(
-            "measuring_seed",
-            "First seed of the inversions and of drawn pictures. The same seed and settings give "
-            "the same score.",
-        ),
-        io.Clip.Input(
-            "untouched_clip",
-            optional=True,
-            tooltip="The CLIP without the patch, if the patch changes the text encoder too. Empty: "
-            "both models use the same one.",
-        ),
-    ]
 
 
 def _templates(concept: Concept, written: str) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Several patches as one."""
 
 import fnmatch
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,50 +11,40 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..fmn.errors import ForgetError
-from ..fmn.files import chosen_files
+from ..fmn.files import chosen_files, readings
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.jobs.joint_merge import joint_merge
 from ..fmn.patches.merge import merge_patches
 from ..fmn.patches.patch import ForgetPatch
 from ..fmn.settings import HOW, PRESERVE
-from .common import file_stamp, lines_of, strength_input
+from .common import file_names, file_stamp, lines_of, schema, strength_input
 from .page import text_output
 from .patch import KIND
 from .progress import Progress
-from .types import CATEGORY, Keep, Patch, Patches
+from .types import Keep, Patch, Patches
 
 PatchAndStrength = tuple[ForgetPatch | Path, float]  # a path is that of a patch file
 
 
 class PatchList(io.ComfyNode):
+    """Adds a patch with a strength to a list. Chain several, and connect the list to Merge Forget
+    Patches.
+
+    Inputs:
+        patch: The patch to add to the list.
+        strength: Strength of this patch in the merged one. 0: left out. 1: as trained. Above 1:
+            forgets more and harms more. Below 0: the opposite change.
+        patches: Patches that are already on the list. They come first.
+
+    Outputs:
+        patches: The list with this patch at its end.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_PatchList",
-            display_name="Patches to Merge",
-            category=CATEGORY,
-            description="Adds a patch with a strength to a list. Chain several, and connect the "
-            "list to Merge Forget Patches.",
-            inputs=[
-                Patch.Input("patch", tooltip="The patch to add to the list."),
-                strength_input(
-                    "Strength of this patch in the merged one. 0: left out. 1: as trained. "
-                    "Above 1: forgets more and harms more. Below 0: the opposite change."
-                ),
-                Patches.Input(
-                    "patches",
-                    optional=True,
-                    tooltip="Patches that are already on the list. They come first.",
-                ),
-            ],
-            outputs=[
-                Patches.Output(
-                    "PATCHES",
-                    display_name="patches",
-                    tooltip="The list with this patch at its end.",
-                )
-            ],
-        )
+        inputs = [Patch.Input("patch"), strength_input(), Patches.Input("patches", optional=True)]
+        outputs = [Patches.Output("PATCHES", "patches")]
+        return schema(cls, "FMN_PatchList", "Patches to Merge", inputs, outputs)
 
     @classmethod
     def execute(
@@ -65,28 +54,50 @@ class PatchList(io.ComfyNode):
 
 
 class MergeForgetPatches(io.ComfyNode):
+    """Merges several patches into one, with a file as small as you like. Save it with Save Forget
+    Patch, or apply it to a model with Apply Forget Patch.
+
+    Inputs:
+        how: concatenate: adds up the changes, exactly. joint: solves for one change that does on
+            each patch's prompts what that patch does, and leaves other prompts alone; needs the
+            model and its CLIP.
+        budget_kb: Largest size of the file in kB. The weakest directions of all layers are left out
+            until it fits. 0: nothing is left out.
+        strength: Multiplies the strength of each connected patch. 0: none of them. 1: as they are.
+            Files below have their own.
+        files: More patches, one per line, by their names in output/forget_patches and
+            models/forget_patches. * stands for any letters, and :0.8 after a name sets a strength:
+            batch/*:0.8. Empty: only connected patches.
+        patches: From Train Forget Patches (Batch) or Patches to Merge.
+        model: Only for joint: the model that the patches are for.
+        clip: Only for joint: the CLIP of the same checkpoint.
+        keep: Only for joint: words and prompts that must not change, in addition to the built-in
+            lists.
+        preserve: Only for joint: weight of prompts that must not change. 0: they are ignored.
+            Higher: less harm, and less is forgotten.
+
+    Outputs:
+        patch: One patch that does what all of them do.
+        report: What was merged, and what the size limit cost, as text.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_MergeForgetPatches",
-            display_name="Merge Forget Patches",
-            category=CATEGORY,
-            description="Merges several patches into one, with a file as small as you like. Save "
-            "it with Save Forget Patch, or apply it to a model with Apply Forget Patch.",
-            inputs=[*_merge_inputs(), *_joint_inputs()],
-            outputs=[
-                Patch.Output(
-                    "PATCH",
-                    display_name="patch",
-                    tooltip="One patch that does what all of them do.",
-                ),
-                io.String.Output(
-                    "REPORT",
-                    display_name="report",
-                    tooltip="What was merged, and what the size limit cost, as text.",
-                ),
-            ],
-        )
+        inputs = [
+            io.Combo.Input("how", options=list(HOW), default=HOW[0]),
+            io.Int.Input("budget_kb", default=0, min=0, max=10_000_000),
+            strength_input(),
+            io.String.Input("files", default="", multiline=True),
+            Patches.Input("patches", optional=True),
+            io.Model.Input("model", optional=True),
+            io.Clip.Input("clip", optional=True),
+            Keep.Input("keep", optional=True),
+            io.Float.Input(
+                "preserve", default=PRESERVE, min=0.0, max=1000.0, step=0.1, optional=True
+            ),
+        ]
+        outputs = [Patch.Output("PATCH", "patch"), io.String.Output("REPORT", "report")]
+        return schema(cls, "FMN_MergeForgetPatches", "Merge Forget Patches", inputs, outputs)
 
     @classmethod
     def fingerprint_inputs(cls, files: str = "", **inputs: Any) -> str:
@@ -117,76 +128,12 @@ class MergeForgetPatches(io.ComfyNode):
         return io.NodeOutput(merged.patch, report, ui=text_output(report))
 
 
-def _merge_inputs() -> list[io.Input]:
-    return [
-        io.Combo.Input(
-            "how",
-            options=list(HOW),
-            default=HOW[0],
-            tooltip="concatenate: adds up the changes, exactly. joint: solves for one change that "
-            "does on each patch's prompts what that patch does, and leaves other prompts alone; "
-            "needs the model and its CLIP.",
-        ),
-        io.Int.Input(
-            "budget_kb",
-            default=0,
-            min=0,
-            max=10_000_000,
-            tooltip="Largest size of the file in kB. The weakest directions of all layers are left "
-            "out until it fits. 0: nothing is left out.",
-        ),
-        strength_input(
-            "Multiplies the strength of each connected patch. 0: none of them. 1: as they are. "
-            "Files below have their own."
-        ),
-        io.String.Input(
-            "files",
-            default="",
-            multiline=True,
-            tooltip=f"More patches, one per line, by their names in output/{KIND} and "
-            f"models/{KIND}. * stands for any letters, and :0.8 after a name sets a strength: "
-            "batch/*:0.8. Empty: only connected patches.",
-        ),
-        Patches.Input(
-            "patches",
-            optional=True,
-            tooltip="From Train Forget Patches (Batch) or Patches to Merge.",
-        ),
-    ]
-
-
-def _joint_inputs() -> list[io.Input]:
-    return [
-        io.Model.Input(
-            "model", optional=True, tooltip="Only for joint: the model that the patches are for."
-        ),
-        io.Clip.Input(
-            "clip", optional=True, tooltip="Only for joint: the CLIP of the same checkpoint."
-        ),
-        Keep.Input(
-            "keep",
-            optional=True,
-            tooltip="Only for joint: words and prompts that must not change, in addition to the "
-            "built-in lists.",
-        ),
-        io.Float.Input(
-            "preserve",
-            default=PRESERVE,
-            min=0.0,
-            max=1000.0,
-            step=0.1,
-            optional=True,
-            tooltip="Only for joint: weight of prompts that must not change. 0: they are ignored. "
-            "Higher: less harm, and less is forgotten.",
-        ),
-    ]
-
-
 def _matching(pattern: str) -> list[Path]:
     """Paths of the patch files whose names inside the patch folders match a pattern."""
-    names = {name.replace(os.sep, "/"): name for name in folder_paths.get_filename_list(KIND)}
+    names = file_names(KIND)
     # A name may look like a pattern: "dog [v2]".
-    chosen = [pattern] if pattern in names else fnmatch.filter(names, pattern)
+    matches = (fnmatch.filter(names, reading) for reading in readings(pattern))
+    chosen = [pattern] if pattern in names else next(filter(None, matches), [])
     return [Path(folder_paths.get_full_path_or_raise(KIND, names[name])) for name in chosen]
 
 

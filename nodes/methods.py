@@ -42,17 +42,6 @@ def _input(setting: Field[Any]) -> io.Input:
     return advanced(widget)[0] if meta["advanced"] else widget
 
 
-def _preset_input(presets: list[str]) -> io.Input:
-    return io.Combo.Input(
-        "preset",
-        options=[WIDGETS, *presets],
-        default=WIDGETS,
-        optional=True,
-        tooltip=f"A name: that preset's values; everything below is ignored. '{WIDGETS}': the "
-        "values below.",
-    )
-
-
 class MethodNode(io.ComfyNode):
     """Base of the method nodes; ``method`` is the name of a method in ``fmn.methods``."""
 
@@ -61,10 +50,17 @@ class MethodNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         module = method(METHODS[cls.method][0])
-        presets = list(module.PRESETS)
         inputs = [_input(setting) for setting in fields(module.Settings)]
-        if len(presets) > 1:
-            inputs.insert(0, _preset_input(presets))
+        if len(module.PRESETS) > 1:
+            preset = io.Combo.Input(
+                "preset",
+                options=[WIDGETS, *module.PRESETS],
+                default=WIDGETS,
+                optional=True,
+                tooltip="A name: that preset's values; everything below is ignored. "
+                f"'{WIDGETS}': the values below.",
+            )
+            inputs.insert(0, preset)
         return io.Schema(
             node_id=f"FMN_{cls.__name__}",
             display_name=f"Method: {module.TITLE}",
@@ -72,11 +68,7 @@ class MethodNode(io.ComfyNode):
             description=module.ABOUT,
             inputs=inputs,
             outputs=[
-                Method.Output(
-                    "METHOD",
-                    display_name="method",
-                    tooltip="The settings, for method on the training nodes.",
-                )
+                Method.Output("METHOD", "method", "The settings, for method on the training nodes.")
             ],
         )
 

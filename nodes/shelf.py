@@ -70,11 +70,7 @@ class Bases:
     """What the model files are that loaders offer, each read once unless it changes."""
 
     def __init__(self) -> None:
-        @functools.lru_cache(maxsize=MOST_BASES)
-        def read(path: str, time: int, size: int) -> tuple[str, str]:
-            return base_of(path)
-
-        self._read = read
+        self._read = functools.lru_cache(MOST_BASES)(lambda path, time, size: base_of(path))
 
     def find(self, kind: str, name: str) -> tuple[str, str]:
         """(family, fingerprint) of a file; empty where the file does not say."""
@@ -84,7 +80,7 @@ class Bases:
             path = folder_paths.get_full_path(kind, name)
         else:
             raise ForgetError(f"There is no {kind!r:.40} {name!r:.200}: refresh the list.")
-        if path is None or not str(path).endswith(".safetensors"):
+        if path is None or not str(path).lower().endswith(".safetensors"):
             return UNKNOWN
         stat = os.stat(path)
         return self._read(str(path), stat.st_mtime_ns, stat.st_size)
@@ -95,6 +91,13 @@ def start(server: PromptServer) -> None:
     shelf = Library(folder_paths.get_folder_paths(KIND))
     _add_reading(server.routes, shelf, Bases())
     _add_changing(server.routes, shelf)
+
+
+def _file_of(request: web.Request) -> tuple[int, str]:
+    """A file's folder and name in a query, untrusted; the shelf checks them."""
+    folder = request.query.get("folder", "")
+    number = int(folder) if len(folder) < 4 and folder.isdecimal() else -1
+    return number, request.query.get("name", "")
 
 
 # Work on files is done in threads, off the event loop.
@@ -110,19 +113,22 @@ def _add_reading(routes: web.RouteTableDef, shelf: Library, bases: Bases) -> Non
     @routes.get(f"{ROUTE}/shelf/picture")
     @_errors_as_json
     async def picture(request: web.Request) -> web.Response:
-        folder = request.query.get("folder", "")
-        number = int(folder) if len(folder) < 4 and folder.isdecimal() else -1
-        jpeg = await asyncio.to_thread(shelf.picture, number, request.query.get("name", ""))
+        jpeg = await asyncio.to_thread(shelf.picture, *_file_of(request))
         # The address changes with the file.
         headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
         return web.Response(body=jpeg, content_type="image/jpeg", headers=headers)
+
+    @routes.get(f"{ROUTE}/shelf/changed")
+    @_errors_as_json
+    async def changed(request: web.Request) -> web.Response:
+        return _json({"changed": await asyncio.to_thread(shelf.is_changed, *_file_of(request))})
 
     @routes.get(f"{ROUTE}/base")
     @_errors_as_json
     async def base(request: web.Request) -> web.Response:
         asked = request.query.get("kind", ""), request.query.get("name", "")
-        family, fingerprint = await asyncio.to_thread(bases.find, *asked)
-        return _json({"family": family, "base": fingerprint})
+        family, base = await asyncio.to_thread(bases.find, *asked)
+        return _json({"family": family, "base": base, "sketch": getattr(base, "sketch", ())})
 
 
 def _add_changing(routes: web.RouteTableDef, shelf: Library) -> None:

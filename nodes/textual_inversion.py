@@ -1,6 +1,6 @@
 """Textual inversion: words learned from pictures."""
 
-import os
+import inspect
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -16,41 +16,44 @@ from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.patches.embedding_file import embedding_of, save_embedding
 from ..fmn.training.textual_inversion import Settings, invert
-from .common import clip_input, lines_of, model_input, seed_input, vae_input
+from .common import clip_input, described, file_names, lines_of, schema, seed_input, vae_input
 from .page import text_output
 from .progress import InversionProgress
-from .types import CATEGORY, Learned
+from .types import Learned
 
 FOLDER = "embeddings"
 # What a prompt can name after "embedding:".
 NAME = re.compile(r"[A-Za-z0-9_-]{1,80}(/[A-Za-z0-9_-]{1,80})*")
-DEFAULT = Settings()
 
 
 class TextualInversion(io.ComfyNode):
+    """Learns a few new words from pictures (Gal et al. 2022) and saves them, so that prompts can
+    use them as embedding:NAME. The model does not change.
+
+    Inputs:
+        model: Stable Diffusion 1.x or 2.x, with its LoRAs and patches.
+        images: Pictures of what the words should mean.
+        name: Name of the file in models/embeddings, with / for folders: letters, digits, - and _.
+            An existing file is never overwritten.
+
+    Outputs:
+        token: What to write in a prompt: embedding: and the name.
+        embedding: What was learned, for learned on Concept to Forget.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_TextualInversion",
-            display_name="Textual Inversion",
-            category=CATEGORY,
-            description="Learns a few new words from pictures (Gal et al. 2022) and saves them, "
-            "so that prompts can use them as embedding:NAME. The model does not change.",
-            inputs=[
-                model_input("Stable Diffusion 1.x or 2.x, with its LoRAs and patches."),
-                clip_input(),
-                vae_input(),
-                io.Image.Input("images", tooltip="Pictures of what the words should mean."),
-                io.String.Input(
-                    "name",
-                    default="my-concept",
-                    tooltip=f"Name of the file in models/{FOLDER}, with / for folders: letters, "
-                    "digits, - and _. An existing file is never overwritten.",
-                ),
-                *inversion_inputs(),
-            ],
-            outputs=learned_outputs(),
-            is_output_node=True,
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            vae_input(),
+            io.Image.Input("images"),
+            io.String.Input("name", default="my-concept"),
+            *inversion_inputs(),
+        ]
+        outputs = learned_outputs()
+        return schema(
+            cls, "FMN_TextualInversion", "Textual Inversion", inputs, outputs, is_output_node=True
         )
 
     @classmethod
@@ -72,84 +75,37 @@ class TextualInversion(io.ComfyNode):
         return io.NodeOutput(token, embedding, ui=text_output(text, token))
 
 
-def inversion_inputs() -> list[io.Input]:
-    return [
-        io.Int.Input(
-            "tokens",
-            default=DEFAULT.tokens,
-            min=1,
-            max=8,
-            tooltip="How many tokens are learned. 1: the least room. 8: can describe the most, "
-            "and needs more steps.",
-        ),
-        steps_input(100_000),
-        lr_input(),
-        batch_input(),
-        io.String.Input(
-            "start",
-            default="",
-            tooltip="Words whose tokens training starts from, such as 'art'. Empty: random tokens.",
-        ),
-        io.String.Input(
-            "templates",
-            default="\n".join(DEFAULT.templates),
-            multiline=True,
-            tooltip="Prompts to learn in, one per line, each with one {} for the tokens. Name in "
-            "them what does not belong to the concept. Empty: 'a photo of {}'.",
-        ),
-        seed_input("training_seed", "The same seed and settings give the same tokens."),
+def inversion_inputs(most_tokens: int = 8, most_steps: int = 100_000) -> list[io.Input]:
+    """The widgets of an inversion.
+
+    Inputs:
+        tokens: How many tokens are learned. 1: the least room. 8: can describe the most, and needs
+            more steps.
+        steps: Training steps of an inversion. 1: hardly more than the start. The default suits the
+            demo model; for Stable Diffusion 1.x, published settings are 3000 to 5000.
+        lr: AdamW's learning rate. Too low: the tokens stay where they start. Too high: they grow
+            far longer than those of real words.
+        batch: Noised pictures per step. 1: least memory, noisiest gradients.
+        start: Words whose tokens training starts from, such as 'art'. Empty: random tokens.
+        templates: Prompts to learn in, one per line, each with one {} for the tokens. Name in them
+            what does not belong to the concept. Empty: 'a photo of {}'.
+        training_seed: The same seed and settings give the same tokens.
+    """
+    default, title = Settings(), "learning rate"
+    inputs = [
+        io.Int.Input("tokens", default=default.tokens, min=1, max=most_tokens),
+        io.Int.Input("steps", default=default.steps, min=1, max=most_steps),
+        io.Float.Input("lr", title, default=default.lr, min=1e-6, max=1.0, step=1e-6, round=False),
+        io.Int.Input("batch", default=default.batch, min=1, max=256),
+        io.String.Input("start", default=""),
+        io.String.Input("templates", default="\n".join(default.templates), multiline=True),
+        seed_input("training_seed"),
     ]
+    return described(inspect.getdoc(inversion_inputs) or "", inputs)
 
 
-def steps_input(most: int) -> io.Input:
-    return io.Int.Input(
-        "steps",
-        default=DEFAULT.steps,
-        min=1,
-        max=most,
-        tooltip="Training steps of an inversion. 1: hardly more than the start. The default suits "
-        "the demo model; for Stable Diffusion 1.x, published settings are 3000 to 5000.",
-    )
-
-
-def lr_input() -> io.Input:
-    return io.Float.Input(
-        "lr",
-        display_name="learning rate",
-        default=DEFAULT.lr,
-        min=1e-6,
-        max=1.0,
-        step=1e-6,
-        round=False,
-        tooltip="AdamW's learning rate. Too low: the tokens stay where they start. Too high: they "
-        "grow far longer than those of real words.",
-    )
-
-
-def batch_input() -> io.Input:
-    return io.Int.Input(
-        "batch",
-        default=DEFAULT.batch,
-        min=1,
-        max=256,
-        tooltip="Noised pictures per step. 1: least memory, noisiest gradients.",
-    )
-
-
-def learned_outputs(note: str = "") -> list[io.Output]:
-    """The words for a prompt, and what was learned."""
-    return [
-        io.String.Output(
-            "TOKEN",
-            display_name="token",
-            tooltip=f"What to write in a prompt: embedding: and the name.{note}",
-        ),
-        Learned.Output(
-            "EMBEDDING",
-            display_name="embedding",
-            tooltip="What was learned, for learned on Concept to Forget.",
-        ),
-    ]
+def learned_outputs() -> list[io.Output]:
+    return [io.String.Output("TOKEN", "token"), Learned.Output("EMBEDDING", "embedding")]
 
 
 def inversion_settings(start: str, templates: str, training_seed: int, **values: Any) -> Settings:
@@ -176,8 +132,7 @@ def embedding_path(name: str) -> Path:
             f"'{name:.60}' cannot name an embedding: use letters, digits, - and _, with / for "
             f"folders inside models/{FOLDER}."
         )
-    for file in folder_paths.get_filename_list(FOLDER):
-        file = file.replace(os.sep, "/")
+    for file in file_names(FOLDER):
         # ComfyUI looks for a name in subfolders too.
         if f"/{file.rpartition('.')[0]}".endswith(f"/{name}"):
             raise ForgetError(

@@ -1,19 +1,16 @@
 """The training node, and its options: previews, saving on the way, resuming."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..fmn.concepts.concept import Concept
 from ..fmn.errors import ForgetError, NonFiniteLoss
-from ..fmn.files import STATE_ENDING
 from ..fmn.hosts.comfyui.host import ComfyHost
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.hosts.comfyui.unknown_model import host_of
@@ -25,11 +22,20 @@ from ..fmn.settings import Settings
 from ..fmn.training.preview import Previews
 from ..fmn.training.resume import load_state
 from ..fmn.training.run import SMOOTHED, SaveEvery, TrainingOptions, TrainingRun
-from .common import advanced, clip_input, file_stamp, keep_input, seed_input, trained_model_input
+from .common import (
+    advanced,
+    clip_input,
+    file_names,
+    file_stamp,
+    keep_input,
+    listed_file,
+    schema,
+    seed_input,
+)
 from .live_training import LiveTraining
 from .patch import KIND, STATES, output_path
 from .progress import Progress
-from .types import CATEGORY, Concepts, Method, Options, Patch
+from .types import Concepts, Method, Options, Patch
 
 NO_STATE = "start anew"  # the choice of "resume" that resumes nothing
 KEPT_PROMPT = "a photo of a house"
@@ -52,53 +58,45 @@ class OptionWidgets:
 
 
 class TrainForgetPatch(io.ComfyNode):
+    """Trains a small patch that makes the model forget. The model itself does not change: apply the
+    patch to it with Apply Forget Patch.
+
+    Inputs:
+        model: Stable Diffusion 1.x, 2.x or XL. The method ESD also trains other text-to-image
+            models, such as Flux.
+        concepts: What to forget.
+        vae: Needed for concepts with reference pictures, and for previews.
+        options: Previews, saving during training, and resuming: from Training Options. Empty: none
+            of these.
+
+    Outputs:
+        patch: The patch, for Apply Forget Patch and Save Forget Patch.
+        lora: The same patch for core's LoRA nodes.
+        loss: The loss of each step, for core's Plot Loss Graph.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_TrainForgetPatch",
-            display_name="Train Forget Patch",
-            category=CATEGORY,
-            description="Trains a small patch that makes the model forget. The model itself does "
-            "not change: apply the patch to it with Apply Forget Patch.",
-            inputs=[
-                trained_model_input(),
-                clip_input(),
-                Concepts.Input("concepts", tooltip="What to forget."),
-                Method.Input(
-                    "method",
-                    optional=True,
-                    tooltip=f"How to forget. Empty: {DEFAULT} with its defaults, or for more than "
-                    f"{MANY} concepts {DEFAULT_MANY}, whose patch changes the CLIP.",
-                ),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip="Needed for concepts with reference pictures, and for previews.",
-                ),
-                keep_input(),
-                Options.Input(
-                    "options",
-                    optional=True,
-                    tooltip="Previews, saving during training, and resuming: from Training "
-                    "Options. Empty: none of these.",
-                ),
-            ],
-            outputs=[
-                Patch.Output(
-                    "PATCH",
-                    display_name="patch",
-                    tooltip="The patch, for Apply Forget Patch and Save Forget Patch.",
-                ),
-                io.Custom("LORA_MODEL").Output(
-                    "LORA", display_name="lora", tooltip="The same patch for core's LoRA nodes."
-                ),
-                io.Custom("LOSS_MAP").Output(
-                    "LOSS",
-                    display_name="loss",
-                    tooltip="The loss of each step, for core's Plot Loss Graph.",
-                ),
-            ],
-        )
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            Concepts.Input("concepts"),
+            Method.Input(
+                "method",
+                optional=True,
+                tooltip=f"How to forget. Empty: {DEFAULT} with its defaults, or for more than "
+                f"{MANY} concepts {DEFAULT_MANY}, whose patch changes the CLIP.",
+            ),
+            io.Vae.Input("vae", optional=True),
+            keep_input(),
+            Options.Input("options", optional=True),
+        ]
+        outputs = [
+            Patch.Output("PATCH", "patch"),
+            io.Custom("LORA_MODEL").Output("LORA", "lora"),
+            io.Custom("LOSS_MAP").Output("LOSS", "loss"),
+        ]
+        return schema(cls, "FMN_TrainForgetPatch", "Train Forget Patch", inputs, outputs)
 
     @classmethod
     def execute(
@@ -151,7 +149,7 @@ class _Previews:
             live.note(f"No previews: {missing}.")
             self.every = 0
             return
-        first = concepts[0].training_prompts()[0].text if concepts else ""
+        first = concepts[0].training_prompts()[0].words if concepts else ""
         prompts = options.forgotten_prompt.strip() or first, options.kept_prompt.strip()
         steps, seed = options.preview_steps, options.preview_seed
         self.pictures = Previews(host, filter(None, prompts), steps, seed)
@@ -167,120 +165,67 @@ class _Previews:
 
 
 class TrainingOptionsNode(io.ComfyNode):
+    """Previews and saved patches during training, resuming, and keeping the best step. Connect it
+    to Train Forget Patch.
+
+    Inputs:
+        preview_every: Steps between two previews on the training node: the same prompts and seed
+            before training and now. 0: no previews. Needs the VAE on Train Forget Patch. Methods
+            that do not train show one pair at the end.
+        forgotten_prompt: Preview prompt that should change. Empty: the first concept's own.
+        kept_prompt: Preview prompt that should not change. Empty: none is drawn.
+        preview_steps: Sampling steps of a preview. Few are fast and rough.
+        preview_seed: Seed of the previews' noise, the same at every step.
+        save_every: Steps between two saved patches, in output/forget_patches; the last step is
+            saved too, and beside the newest patch what it takes to resume. 0: nothing is saved.
+            Methods that do not train save nothing on the way.
+        filename_prefix: Name of those files, with / for folders. The step and a number are added.
+        resume: A training to resume: a file ending in .fmn-train that save_every left. All settings
+            but the number of steps must be the same. Refresh (R) to see new files.
+
+    Outputs:
+        options: These options, for options on Train Forget Patch.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_TrainingOptions",
-            display_name="Training Options",
-            category=CATEGORY,
-            description="Previews and saved patches during training, resuming, and keeping the "
-            "best step. Connect it to Train Forget Patch.",
-            inputs=[*_preview_inputs(), *_saving_inputs()],
-            outputs=[
-                Options.Output(
-                    "OPTIONS",
-                    display_name="options",
-                    tooltip="These options, for options on Train Forget Patch.",
-                )
-            ],
-        )
+        inputs = [
+            io.Int.Input("preview_every", default=10, min=0, max=MAX_STEPS),
+            io.String.Input("forgotten_prompt", default=""),
+            io.String.Input("kept_prompt", default=KEPT_PROMPT),
+            *advanced(
+                io.Int.Input("preview_steps", default=8, min=1, max=100),
+                seed_input("preview_seed", 2**63 - 1),
+            ),
+            io.Int.Input("save_every", default=0, min=0, max=MAX_STEPS),
+            io.String.Input("filename_prefix", default="training"),
+            io.Boolean.Input(
+                "keep_best",
+                default=False,
+                tooltip=f"On: the patch of the step at which the mean of the last {SMOOTHED} "
+                "losses was lowest. Off: the patch of the last step. With fewer than "
+                f"{SMOOTHED} steps both are the same.",
+            ),
+            io.Combo.Input("resume", options=[NO_STATE, *file_names(STATES)], default=NO_STATE),
+        ]
+        outputs = [Options.Output("OPTIONS", "options")]
+        return schema(cls, "FMN_TrainingOptions", "Training Options", inputs, outputs)
 
     @classmethod
     def fingerprint_inputs(cls, resume: str = NO_STATE, **widgets: Any) -> str:
-        listed = resume in _state_names()
-        return file_stamp(folder_paths.get_full_path(STATES, resume) if listed else None)
+        return file_stamp(listed_file(STATES, resume))
 
     @classmethod
     def execute(cls, resume: str = NO_STATE, **widgets: Any) -> io.NodeOutput:
         if widgets.get("save_every"):
             output_path(widgets["filename_prefix"])  # refuses a bad name before training
-        path = None if resume == NO_STATE else _state_path(resume)
+        path = listed_file(STATES, resume)
+        if path is None and resume != NO_STATE:
+            raise ForgetError(
+                f"There is no training state '{resume[:80]}' in output/{KIND}: choose one from the "
+                f"list, or '{NO_STATE}'."
+            )
         return io.NodeOutput(OptionWidgets(**widgets, resume=path))
-
-
-def _preview_inputs() -> list[io.Input]:
-    return [
-        io.Int.Input(
-            "preview_every",
-            default=10,
-            min=0,
-            max=MAX_STEPS,
-            tooltip="Steps between two previews on the training node: the same prompts and seed "
-            "before training and now. 0: no previews. Needs the VAE on Train Forget Patch. "
-            "Methods that do not train show one pair at the end.",
-        ),
-        io.String.Input(
-            "forgotten_prompt",
-            default="",
-            tooltip="Preview prompt that should change. Empty: the first concept's own.",
-        ),
-        io.String.Input(
-            "kept_prompt",
-            default=KEPT_PROMPT,
-            tooltip="Preview prompt that should not change. Empty: none is drawn.",
-        ),
-        *advanced(
-            io.Int.Input(
-                "preview_steps",
-                default=8,
-                min=1,
-                max=100,
-                tooltip="Sampling steps of a preview. Few are fast and rough.",
-            ),
-            seed_input(
-                "preview_seed", "Seed of the previews' noise, the same at every step.", 2**63 - 1
-            ),
-        ),
-    ]
-
-
-def _saving_inputs() -> list[io.Input]:
-    return [
-        io.Int.Input(
-            "save_every",
-            default=0,
-            min=0,
-            max=MAX_STEPS,
-            tooltip=f"Steps between two saved patches, in output/{KIND}; the last step is saved "
-            "too, and beside the newest patch what it takes to resume. 0: nothing is saved. "
-            "Methods that do not train save nothing on the way.",
-        ),
-        io.String.Input(
-            "filename_prefix",
-            default="training",
-            tooltip="Name of those files, with / for folders. The step and a number are added.",
-        ),
-        io.Boolean.Input(
-            "keep_best",
-            default=False,
-            tooltip=f"On: the patch of the step at which the mean of the last {SMOOTHED} losses "
-            "was lowest. Off: the patch of the last step. With fewer than "
-            f"{SMOOTHED} steps both are the same.",
-        ),
-        io.Combo.Input(
-            "resume",
-            options=[NO_STATE, *_state_names()],
-            default=NO_STATE,
-            tooltip=f"A training to resume: a file ending in {STATE_ENDING} that save_every left. "
-            "All settings but the number of steps must be the same. Refresh (R) to see new files.",
-        ),
-    ]
-
-
-def _state_names() -> list[str]:
-    return [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(STATES)]
-
-
-def _state_path(name: str) -> Path:
-    # ComfyUI's lookup strips what leads out of the folders, so only listed names are looked up.
-    listed = name.replace(os.sep, "/") in _state_names()
-    path = folder_paths.get_full_path(STATES, name) if listed else None
-    if path is None:
-        raise ForgetError(
-            f"There is no training state '{name[:80]}' in output/{KIND}: choose one from the list, "
-            f"or '{NO_STATE}'."
-        )
-    return Path(path)
 
 
 NODES = [TrainForgetPatch, TrainingOptionsNode]

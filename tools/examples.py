@@ -25,7 +25,7 @@ from tools.flows import BLUEPRINTS, EXAMPLES  # noqa: E402
 
 FOLDER = ROOT / "example_workflows"
 BLUEPRINT_FOLDER = ROOT / "subgraphs"
-VIEW = {"width": 1900, "height": 1100}
+VIEW = {"width": 1600, "height": 1000}
 SLOW = 240_000  # ms, for a page on a busy machine
 # What a node shows below its widgets once it has run, in pixels.
 ROOM = {
@@ -33,7 +33,7 @@ ROOM = {
     "FMN_SaveForgetPatch": 70, "FMN_ApplyForgetPatch": 60, "FMN_ApplyGatedPatch": 60,
     "FMN_SafeLatentDiffusion": 60, "FMN_InspectForgetPatch": 320, "FMN_TrainForgetPatches": 150,
     "FMN_MergeForgetPatches": 80, "FMN_ConceptBench": 220, "FMN_MScore": 120,
-    "FMN_AttentionMap": 120,
+    "FMN_AttentionMap": 120, "FMN_CompareBeforeAfter": 90,
 }  # fmt: skip
 # Pixels that a widget is higher in Nodes 2.0, and a node with its pack's name or a picture's size.
 TALLER, NAMED = 4, 34

@@ -124,7 +124,7 @@ def run_bench(arguments):
 
 
 def check_types(python):
-    """Run mypy, as pyproject.toml says, on a copy of the code; returns its exit code.
+    """Start mypy, as pyproject.toml says, on a copy of the code; returns the process.
 
     The root is a package, whose folder's name mypy refuses unless it is a Python identifier; a
     clone's need not be one.
@@ -136,7 +136,8 @@ def check_types(python):
     for name in ("__init__.py", "pyproject.toml"):
         shutil.copy2(ROOT / name, copy)
     cache = ROOT / ".venv-tests" / "mypy_cache"
-    return subprocess.run([python, "-m", "mypy", "--cache-dir", cache], cwd=copy).returncode
+    command = [python, "-m", "mypy", "--cache-dir", cache]
+    return subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, text=True)
 
 
 def run_tests(arguments):
@@ -155,13 +156,14 @@ def run_tests(arguments):
     for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         if code := subprocess.run([python, "-m", *check], cwd=ROOT).returncode:
             return code
-    if code := check_types(python):
-        return code
+    types = check_types(python)  # beside the tests, which wait for a server or a page now and then
     # Files side by side: each process has its own server. Somebody who picks tests runs them here.
-    arguments = arguments or ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
-    return subprocess.run(
-        [python, "-m", "pytest", *arguments], cwd=ROOT / "tests", env=env
-    ).returncode
+    side_by_side = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    arguments = arguments or [*side_by_side, "--no-loadscope-reorder"]
+    command = [python, "-m", "pytest", *arguments]
+    code = subprocess.run(command, cwd=ROOT / "tests", env=env).returncode
+    print(types.communicate()[0], end="")
+    return code or types.returncode
 
 
 if __name__ == "__main__":

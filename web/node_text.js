@@ -17,10 +17,11 @@ const STYLE = `
 // Nodes with a text. They get its element when they are created: Nodes 2.0 of frontend 1.32.9 does
 // not show elements that are added to a node later.
 const NODES_WITH_TEXT = new Set([
-  "FMN_ApplyForgetPatch", "FMN_ApplyGatedPatch", "FMN_AttentionMap", "FMN_ConceptBench",
-  "FMN_ConceptInversionProbe", "FMN_EraseByNegativePrompt", "FMN_HardestEmbedding",
-  "FMN_InspectForgetPatch", "FMN_MScore", "FMN_MergeForgetPatches", "FMN_SafeLatentDiffusion",
-  "FMN_SaveForgetPatch", "FMN_TextualInversion", "FMN_TrainForgetPatches",
+  "FMN_ApplyForgetPatch", "FMN_ApplyGatedPatch", "FMN_AttentionMap", "FMN_CompareBeforeAfter",
+  "FMN_ConceptBench", "FMN_ConceptInversionProbe", "FMN_EraseByNegativePrompt",
+  "FMN_HardestEmbedding", "FMN_ImportEraser", "FMN_InspectForgetPatch", "FMN_MScore",
+  "FMN_MergeForgetPatches", "FMN_SafeLatentDiffusion", "FMN_SaveForgetPatch",
+  "FMN_TextualInversion", "FMN_TrainForgetPatches",
 ]);
 const elements = new WeakMap(); // node -> NodeElement
 const unfinished = new Set(); // nodes that show progress, and no result yet

@@ -1,6 +1,6 @@
 """Cells as tasks of a Ray cluster. Every machine of it needs this package and the model's file."""
 
-from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Any
 
 from ..errors import ForgetError
@@ -36,26 +36,18 @@ class Cluster:
         self.slots = max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
         self.task = ray.remote(num_cpus=threads, max_retries=RETRIES)(_work)
         self.threads = threads
-        self.keys: dict[Any, str] = {}  # by ``ray.ObjectRef``
+        self.running: set[Any] = set()  # of ``ray.ObjectRef``
 
-    def submit(self, key: str, setup: Setup, cell: Cell, patches: list[bytes]) -> None:
-        self.keys[self.task.remote(self.threads, setup, cell, patches)] = key
-
-    def finished(self) -> Iterable[tuple[str, Outcome | Exception]]:
-        done, _ = self.ray.wait(list(self.keys), num_returns=1)
-        for reference in done:
-            yield self.keys.pop(reference), self._outcome(reference)
-
-    def _outcome(self, reference: Any) -> Outcome | Exception:
-        try:
-            return self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:
-            # Ray wraps our own errors in one of its own.
-            cause = getattr(error, "cause", None)
-            return cause if isinstance(cause, ForgetError) else error
+    def submit(self, setup: Setup, cell: Cell, patches: list[bytes]) -> Future[Outcome]:
+        reference = self.task.remote(self.threads, setup, cell, patches)
+        self.running.add(reference)
+        future = reference.future()
+        # Ray keeps a result, patch and all, as long as there is a reference.
+        future.add_done_callback(lambda _: self.running.discard(reference))
+        return future
 
     def close(self) -> None:
-        for reference in self.keys:
+        for reference in tuple(self.running):
             self.ray.cancel(reference, force=True)
         self.ray.shutdown()
 

@@ -1,11 +1,13 @@
 """Suites: what to forget, what must stay, and the prompts that ask for both. Read from YAML."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..concepts.concept import Concept
+from ..concepts.prompt_syntax import escaped, plain_text, prompt_text
 from ..concepts.prompt_templates import fill
+from ..downloads import first_bytes
 from ..errors import ForgetError
 from ..models.sampling import Sampling
 from ..text import printable
@@ -91,12 +93,12 @@ class Suite:
         """The ``Concept`` for a method, with the suite's prompts of it."""
         kind, styles = target.kind, list(self.styles)[:3]
         if kind == "unsafe":
-            return Concept(target.name, "custom", target.aliases, target.prompts["pictures"])
-        if kind == "style":
+            kind, prompts = "custom", target.prompts["pictures"]
+        elif kind == "style":
             prompts = tuple(self.prompt(name, target.name) for name in self.far[:3])
         else:
             prompts = tuple(self.prompt(target.name, style) for style in styles)
-        return Concept(target.name, kind, target.aliases, prompts)
+        return Concept(target.name, kind, target.aliases, tuple(map(escaped, prompts)))
 
     def find(self, name: str) -> Target:
         for target in self.targets:
@@ -141,6 +143,7 @@ def read_suite(name: str) -> dict:
     if path.stat().st_size > MAX_BYTES:
         raise ForgetError(f"'{path}' has more than {MAX_BYTES >> 20} MiB: that is not a suite.")
     try:
+        first_bytes(path)
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -212,16 +215,27 @@ class _Check:
             raise self.error(f"{name} is {_type_of(value)}", "write a text, in quotes if need be")
         return value
 
+    def words(self, value: object, name: str, read: Callable[[str], str] = plain_text) -> str:
+        """A name or a prompt, which is drawn as plain words."""
+        text = self.text(value, name)
+        try:
+            return read(plain_text(text))
+        except ForgetError as error:
+            raise ForgetError(f"{self.place}, {name}: {error}") from error
+
     def texts(self, value: object, name: str) -> dict[str, str]:
         return {
-            self.text(key, f"a name in {name}"): self.text(text, f"{name}, {key}")
+            self.words(key, f"a name in {name}"): self.words(text, f"{name}, {key}")
             for key, text in self.mapping(value, name).items()
         }
+
+    def prompts(self, value: object, name: str) -> tuple[str, ...]:
+        return tuple(self.words(text, name, prompt_text) for text in self.list(value, name))
 
     def list(self, value: object, name: str) -> tuple[str, ...]:
         if not isinstance(value, list):
             raise self.error(f"{name} is {_type_of(value)}", "write a list")
-        return tuple(self.text(entry, f"an entry of {name}") for entry in value)
+        return tuple(self.words(entry, f"an entry of {name}") for entry in value)
 
     def known(self, value: object, name: str, names: Collection[str]) -> tuple[str, ...]:
         listed = self.list(value, name)
@@ -250,7 +264,7 @@ def _concepts(check: _Check, data: dict) -> tuple[dict[str, str], dict[str, str]
 
 def _target(check: _Check, data: object, concepts: dict, styles: dict) -> Target:
     data = check.mapping(data, "a target", TARGET_KEYS)
-    name, kind = check.text(data.get("name"), "a target's name"), data.get("kind")
+    name, kind = check.words(data.get("name"), "a target's name"), data.get("kind")
     if kind not in KINDS:
         raise check.error(f"target '{name}' is of kind {kind!r}", f"use {', '.join(KINDS)}")
     same_domain = {"concept": concepts, "style": styles}.get(DOMAINS[kind])
@@ -270,7 +284,7 @@ def _target(check: _Check, data: object, concepts: dict, styles: dict) -> Target
         near=check.known(data.get("near", []), f"{name}: near", same_domain or {}),
         split=split,
         aliases=check.list(data.get("aliases", []), f"{name}: aliases"),
-        prompts={key: check.list(value, f"{name}: {key}") for key, value in prompts.items()},
+        prompts={key: check.prompts(value, f"{name}: {key}") for key, value in prompts.items()},
         together=tuple(together.items()),
     )
 

@@ -1,13 +1,25 @@
 """``python -m fmn apply``."""
 
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..concepts.concept import Prompt
+from ..concepts.prompt_syntax import prompt_text
 from ..errors import ForgetError
 from ..settings import MAX_SEED, Settings, setting
-from .options import MODEL, Commands, add_command, add_repeated, add_settings, given_options
+from .options import (
+    MODEL,
+    Commands,
+    add_command,
+    add_model_options,
+    add_repeated,
+    add_settings,
+    given_options,
+    load_model,
+)
 
 if TYPE_CHECKING:  # loads torch, which --help does not need
     from ..patches.patch import ForgetPatch
@@ -54,6 +66,7 @@ def add_apply(commands: Commands) -> None:
         metavar="PNG",
         help=f"the picture ({PICTURE}; with a number if it exists)",
     )
+    add_model_options(drawing)
     add_settings(drawing, Drawing())
 
 
@@ -62,7 +75,8 @@ def run_apply(options: Namespace) -> tuple[dict[str, str], str]:
     given = given_options(options)
     if not options.checkpoint:
         return _draw(options, Drawing(**given), "guidance" in given)
-    unused = next(iter(given), "out" if options.out else None)
+    names = "out", "vae", "prediction"
+    unused = next(iter(given), next((name for name in names if getattr(options, name)), None))
     if unused:
         raise ForgetError(
             f"--{unused} is for drawing, and --checkpoint draws nothing: leave one out."
@@ -72,32 +86,39 @@ def run_apply(options: Namespace) -> tuple[dict[str, str], str]:
 
 def _patches(options: Namespace) -> list[tuple["ForgetPatch", float]]:
     from ..files import file_and_strength
+    from ..patches.metadata import CHANGED
     from ..patches.patch import load_patch
 
     files = [file_and_strength(text) for text in options.patch]
-    return [(load_patch(file), strength) for file, strength in files]
+    patches = [(load_patch(file), strength) for file, strength in files]
+    for patch, _ in patches:
+        if patch.info.get("changed") and patch.source:
+            print(f"{patch.source.path.name}: {CHANGED}", file=sys.stderr)
+    return patches
 
 
 def _draw(options: Namespace, drawing: Drawing, guided: bool) -> tuple[dict[str, str], str]:
     from ..files import check_file, free_name, write_whole
-    from ..hosts.diffusers.model import DiffusersModel
     from ..images import labelled_grid, to_image
     from ..models.families import DEMO
 
+    prompts = [Prompt(prompt_text(text), text, plain=False) for text in options.prompt]
     out = options.out or free_name(PICTURE)
     check_file(out, ".png")
     patches = _patches(options)
-    model = DiffusersModel.load(options.model).add_patches(patches)
+    model = load_model(options)
+    model.need_vae()
+    model.add_patches(patches)
     model.pipeline.set_progress_bar_config(disable=False, desc="drawing")
     if model.family is DEMO and not guided:
         drawing = replace(drawing, guidance=DEMO_GUIDANCE)
     size = drawing.size or model.family.resolution
-    noise = model.initial_noise([drawing.seed] * len(options.prompt), size)
-    latents = model.sample_latents(options.prompt, noise, drawing.steps, drawing.guidance)
+    noise = model.initial_noise([drawing.seed] * len(prompts), size)
+    latents = model.sample_latents(prompts, noise, drawing.steps, drawing.guidance)
     images = [to_image(image) for image in model.decode(latents)]
     picture = images[0]
     if len(images) > 1:
-        rows = [(prompt, [image]) for prompt, image in zip(options.prompt, images)]
+        rows = [(prompt.text, [image]) for prompt, image in zip(prompts, images)]
         picture = labelled_grid(rows, [""], size)
     write_whole(out, lambda file: picture.save(file, format="PNG"))
     return {"picture": str(out)}, f"saved: {out}"
@@ -112,7 +133,7 @@ def _merge(options: Namespace) -> tuple[dict[str, str], str]:
     source = DEMO_FILE if options.model == "demo" else Path(options.model)
     target = options.checkpoint
     if source.is_dir():
-        if target.suffix in (".safetensors", ".ckpt"):
+        if target.suffix.lower() in (".safetensors", ".ckpt"):
             raise ForgetError(
                 f"'{source}' is a diffusers folder, so the merged model is one too: name a folder, "
                 f"not '{target.name}'."

@@ -1,7 +1,7 @@
 """``python -m fmn batch`` and ``merge``."""
 
-import glob
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from .options import (
     add_keep,
     add_kind,
     add_method,
+    add_model_options,
     add_out,
     given_settings,
+    load_model,
 )
 
 MERGED = Path("merged.safetensors")
@@ -34,6 +36,7 @@ def add_batch(commands: Commands, asked: str | None) -> None:
     batch.add_argument("--model", required=True, help=MODEL)
     add_kind(batch)
     add_out(batch, "out/batch")
+    add_model_options(batch)
     add_method(batch, asked)
 
 
@@ -67,6 +70,7 @@ def add_merge(commands: Commands) -> None:
         "--preserve", type=float, metavar="X",
         help=f"weight of kept prompts, 0 to 1000; 0: keep none ({PRESERVE:g})",
     )  # fmt: skip
+    add_model_options(joint)
     add_keep(joint, default=None)
 
 
@@ -74,14 +78,13 @@ def run_batch(options: Namespace) -> tuple[dict[str, Any], str, bool]:
     """Returns the result, its text, and whether a concept failed."""
     from ..concepts.concept_list import read_concepts
     from ..files import check_folder
-    from ..hosts.diffusers.model import DiffusersModel
     from ..jobs.batch import forget_each
     from .progress import BatchBar
 
     settings = given_settings(options)
     concepts = read_concepts(options.list, options.kind)
     check_folder(options.out)
-    model = DiffusersModel.load(options.model)
+    model = load_model(options)
     with BatchBar() as bar:
         batch = forget_each(model, concepts, settings, options.out, bar, tuple(options.keep))
     result = {
@@ -94,21 +97,21 @@ def run_batch(options: Namespace) -> tuple[dict[str, Any], str, bool]:
 
 def run_merge(options: Namespace) -> tuple[dict[str, Any], str]:
     """Returns the result and its text."""
-    from ..files import check_file, chosen_files, free_name
+    from ..files import check_file, chosen_files, free_name, matching_files
     from ..patches.merge import merge_patches
     from ..patches.patch import save_patch
 
     preserve = _check_merge(options)
     out = options.out or free_name(MERGED)
     check_file(out, ".safetensors")
-    sources = list(chosen_files(options.patch, _matching).items())
+    find = partial(matching_files, ending=".safetensors")
+    sources = list(chosen_files(options.patch, find).items())
     budget = options.budget_kb * 1000
     if options.how == "joint":
-        from ..hosts.diffusers.model import DiffusersModel
         from ..jobs.joint_merge import joint_merge
         from .progress import StepBar
 
-        model = DiffusersModel.load(options.model)
+        model = load_model(options)
         with StepBar() as bar:
             merged = joint_merge(model, sources, preserve, budget, bar, options.keep or ())
     else:
@@ -128,7 +131,8 @@ def _check_merge(options: Namespace) -> float:
     """Refuse options of ``merge`` that do not fit; returns the weight of kept prompts."""
     if options.budget_kb < 0:
         raise ForgetError(f"--budget-kb is {options.budget_kb}: use 0 for any size, or more.")
-    for_joint = {name: getattr(options, name) for name in ("model", "preserve", "keep")}
+    names = "model", "preserve", "keep", "vae", "prediction"
+    for_joint = {name: getattr(options, name) for name in names}
     if options.how != "joint":
         unused = next((name for name, value in for_joint.items() if value is not None), None)
         if unused:
@@ -145,11 +149,3 @@ def _check_merge(options: Namespace) -> float:
     if not 0 <= preserve <= 1000:
         raise ForgetError(f"--preserve is {preserve}: use 0 to 1000.")
     return preserve
-
-
-def _matching(pattern: str) -> list[Path]:
-    """Files that a pattern matches; a plain name is one, whether it exists or not."""
-    path = Path(pattern)
-    if path.exists() or not glob.has_magic(pattern):
-        return [path]
-    return [Path(name) for name in sorted(glob.glob(pattern)) if name.endswith(".safetensors")]

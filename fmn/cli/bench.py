@@ -243,11 +243,12 @@ def _scored_targets(
     """The targets whose scores can be written: those named, or what the patches forget."""
     from ..patches.patch import load_patch
 
-    concepts = [load_patch(_source(method).path).concepts for method in methods]
+    patches = [load_patch(_source(method).path) for method in methods]
     if not options.target:
-        targets = _of_split(suite.targets_of([name for c in concepts for name in c]), options.split)
-    for method, own in zip(methods, concepts, strict=True):
-        check_targets(method.name, own, [target.name for target in targets])
+        names = [name for patch in patches for name in patch.concepts]
+        targets = _of_split(suite.targets_of(names), options.split)
+    for method, patch in zip(methods, patches, strict=True):
+        check_targets(method.name, patch.info, [target.name for target in targets])
     return targets
 
 

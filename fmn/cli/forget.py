@@ -15,14 +15,15 @@ from .options import (
     add_command,
     add_kind,
     add_method,
+    add_model_options,
     add_repeated,
     given_settings,
+    load_model,
 )
 
 if TYPE_CHECKING:  # these load torch, which --help does not need
     import torch
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 SIDE = 1024  # pixels of a reference picture
 
 
@@ -67,15 +68,16 @@ def add_forget(commands: Commands, asked: str | None) -> None:
         help="keep the step with the lowest mean of the last 10 losses, not the last step; for "
         "methods that train",
     )  # fmt: skip
+    add_model_options(forget)
     add_method(forget, asked)
 
 
 def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     """Returns the result and its text."""
     from ..files import free_name
-    from ..hosts.diffusers.model import DiffusersModel
     from ..methods import forget
     from ..methods.describe import describe
+    from ..patches.padding import lost_elsewhere
     from ..patches.patch import rescue, save_patch
     from ..training.resume import load_state
     from ..training.run import SaveEvery, TrainingOptions
@@ -88,7 +90,9 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     path = _target(options, concepts, state)
     save = SaveEvery(options.save_every, lambda step: path.with_stem(f"{path.stem}_step{step}"))
     resume = load_state(state) if state else None
-    model = DiffusersModel.load(options.model)
+    model = load_model(options)
+    if options.images:
+        model.need_vae()
     training = TrainingOptions(resume, options.keep_best, save)
     with StepBar() as bar:
         try:
@@ -98,7 +102,8 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     save_patch(patch, path)
     size = path.stat().st_size
     result = {"patch": str(path), "bytes": size, "info": patch.info}
-    return result, f"{describe(patch)}\nsaved: {path} ({size / 1e6:.2f} MB)"
+    lines = [describe(patch), *lost_elsewhere(patch.family, patch.changes)]
+    return result, "\n".join([*lines, f"saved: {path} ({size / 1e6:.2f} MB)"])
 
 
 def _concepts(options: Namespace) -> list[Concept]:
@@ -129,20 +134,11 @@ def read_images(folder: str | Path) -> "torch.Tensor":
     """All PNG, JPEG and WebP pictures of a folder, cropped to squares: [N, H, W, 3] in 0..1."""
     import numpy as np
     import torch
-    from PIL import Image, ImageOps
 
-    files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ForgetError(f"There are no pictures (PNG, JPEG, WebP) in '{folder}'.")
-    try:
-        squares = [
-            # Cameras store pictures as they were held, with a tag that says how to turn them.
-            ImageOps.fit(ImageOps.exif_transpose(Image.open(file)).convert("RGB"), (SIDE, SIDE))
-            for file in files
-        ]
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ForgetError(f"A picture in '{folder}' cannot be read: {error}") from error
-    return torch.from_numpy(np.stack([np.asarray(square) for square in squares])).float() / 255
+    from ..images import picture_files, read_picture
+
+    squares = [np.asarray(read_picture(file, SIDE)) for file in picture_files(folder)]
+    return torch.from_numpy(np.stack(squares)).float() / 255
 
 
 def _check_used(options: Namespace, settings: Settings) -> None:

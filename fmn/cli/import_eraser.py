@@ -48,6 +48,7 @@ def run_import(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..hosts.diffusers.load import DEMO_FILE
     from ..methods.describe import describe
     from ..patches.import_patch import import_patch
+    from ..patches.padding import lost_elsewhere
     from ..patches.patch import MAX_RANK, save_patch
 
     if not 0 <= options.rank <= MAX_RANK:
@@ -60,6 +61,7 @@ def run_import(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     name = "_".join(concepts[0].name.split())
     path = options.out or free_name(Path(f"forget_{name}.safetensors"))
     save_patch(imported.patch, path)
-    lines = [describe(imported.patch), f"read as: {imported.kind}", *imported.notes]
-    result = {"patch": str(path), "kind": imported.kind, "notes": list(imported.notes)}
+    notes = [*imported.notes, *lost_elsewhere(imported.patch.family, imported.patch.changes)]
+    lines = [describe(imported.patch), f"read as: {imported.kind}", *notes]
+    result = {"patch": str(path), "kind": imported.kind, "notes": notes}
     return result | {"info": imported.patch.info}, "\n".join([*lines, f"saved: {path}"])

@@ -25,7 +25,7 @@ CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 EPILOG = """\
 MODEL is 'demo' (the small included model), a Stable Diffusion 1.x, 2.x or XL checkpoint
-(.safetensors), or a diffusers folder.
+(.safetensors, or .ckpt with nothing but tensors), or a diffusers folder.
 
 examples:
   python -m fmn demo

@@ -5,15 +5,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..concepts.concept import KINDS, Concept
 from ..errors import ForgetError
 from ..methods import DEFAULT, check_keep, check_preset, default_settings, settings_of
 from ..settings import Settings, Value
 
+if TYPE_CHECKING:  # loads torch, which --help does not need
+    from ..hosts.diffusers.model import DiffusersModel
+
 WITH_METHOD = ("forget", "batch")  # commands that take a method
-MODEL = "demo, a .safetensors checkpoint, or a diffusers folder"
+MODEL = "demo, a checkpoint such as a .safetensors file, or a diffusers folder"
+PREDICTIONS = "epsilon", "v_prediction"
 Commands = argparse._SubParsersAction  # argparse has no public name for it
 
 
@@ -50,6 +54,25 @@ def add_repeated(parser: argparse._ActionsContainer, name: str, help: str, **mor
     """An option that may be given several times."""
     help = f"{help}; may be repeated"
     parser.add_argument(name, action="append", help=help, **({"default": []} | more))
+
+
+def add_model_options(parser: argparse._ActionsContainer) -> None:
+    """``--vae`` and ``--prediction``; see ``load_model``."""
+    parser.add_argument(
+        "--vae", type=Path, metavar="FILE",
+        help="a VAE's file or folder, for models without one (the model's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prediction", choices=PREDICTIONS,
+        help="what the model was trained to predict (what the model's file says)",
+    )  # fmt: skip
+
+
+def load_model(options: argparse.Namespace) -> "DiffusersModel":
+    """The model of a command line."""
+    from ..hosts.diffusers.model import DiffusersModel
+
+    return DiffusersModel.load(options.model, vae=options.vae, prediction=options.prediction)
 
 
 def add_keep(parser: argparse._ActionsContainer, **more: Any) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 if TYPE_CHECKING:  # these load torch, and a bar is made before that
-    from ..bench.running.runner import CellProgress
+    from ..bench.running.cells import CellProgress
     from ..jobs.batch import BatchProgress
     from ..progress import StepProgress
 

@@ -18,17 +18,11 @@ from ..patches.patch import ForgetPatch
 
 @dataclass(frozen=True)
 class Hardest:
-    """What ``hardest`` found.
+    """What ``hardest`` found; see ``distance``."""
 
-    Attributes:
-        contexts: c', float64, of the shape of c.
-        before: how far the patch takes keys and values of c itself; see ``distance``.
-        after: how far those of c' are from what c gave unpatched. 0: the patch is undone.
-    """
-
-    contexts: Tensor
-    before: float
-    after: float
+    contexts: Tensor  # c', float64, of the shape of c
+    before: float  # how far the patch takes keys and values of c itself
+    after: float  # how far those of c' are from what c gave unpatched; 0: the patch is undone
 
 
 def hardest(
@@ -62,14 +56,10 @@ def hardest(
 
 
 def hardest_contexts(patched: Tensor, cross: Tensor, contexts: Tensor, r: float) -> Tensor:
-    """c' = (r I + sum_l W'_l^T W'_l)^-1 (sum_l W'_l^T W_l) c, in float64.
+    """c' = (r I + sum_l W'_l^T W'_l)^-1 (sum_l W'_l^T W_l) c, in float64, of contexts c [..., D].
 
-    It minimises sum_l ||W'_l c' - W_l c||^2 + r ||c'||^2, RECE's objective with its closed form.
-
-    Args:
-        patched, cross: of ``grams``, [D, D].
-        contexts: c, [..., D].
-        r: above 0; the larger, the nearer c' is to zero.
+    It minimises sum_l ||W'_l c' - W_l c||^2 + r ||c'||^2, RECE's objective with its closed form:
+    the larger r, the nearer c' is to zero. The sums are those of ``grams``.
 
     Raises:
         ForgetError: r is not above 0.
@@ -100,9 +90,7 @@ def grams(
         patch.check_shapes(lambda layer: denoiser.module(layer.name).weight)
     shape = family.context_dim, family.context_dim
     unpatched, mixed, square = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
-    for layer in layers(family):
-        if not layer.is_key_or_value:
-            continue
+    for layer in [layer for layer in layers(family) if layer.is_key_or_value]:
         # First to the CPU: not every device has float64.
         weight = denoiser.module(layer.name).weight.detach().cpu().double()
         unpatched.addmm_(weight.mT, weight)
@@ -122,13 +110,9 @@ def grams(
 def distance(
     unpatched: Tensor, patched: Tensor, cross: Tensor, contexts: Tensor, others: Tensor
 ) -> float:
-    """sqrt(sum_l ||W'_l c' - W_l c||^2 / sum_l ||W_l c||^2), over all tokens.
+    """sqrt(sum_l ||W'_l c' - W_l c||^2 / sum_l ||W_l c||^2), over all tokens [..., D] c and c'.
 
-    From the sums alone, so anything below 1e-7 is rounding.
-
-    Args:
-        unpatched, patched, cross: of ``grams``.
-        contexts, others: c and c', [..., D].
+    From the sums of ``grams`` alone, so anything below 1e-7 is rounding.
     """
     c, changed = (rows.detach().cpu().double().flatten(0, -2) for rows in (contexts, others))
     total = (c @ unpatched * c).sum()

@@ -5,35 +5,27 @@ with D the width of a text token. So a patch is up = W A, down = B, and one D x 
 float64, serves every layer. Published codes store full matrices instead.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..linalg import gram, relative_error, to_float64, truncate_product
-from ..models.families import layers
-from ..patches.metadata import new_info
+from ..models.families import Layer, UNetFamily, layers
+from ..models.interface import Denoiser
 from ..patches.patch import MAX_RANK, ForgetPatch
-from ..progress import OnStep, StepProgress, ignore
-from ..settings import Settings, advanced, setting
+from ..patches.task import Task
+from ..progress import StepProgress
 from .text_embeddings import Pairs
-
-if TYPE_CHECKING:
-    from ..concepts.concept import Concept
-    from ..models.families import Layer, UNetFamily
-    from ..models.interface import Denoiser, UNetModel
 
 NO_DIRECTION = 1e-12  # of the largest singular value
 NONE_LEFT = 1e-9  # of a norm: float64's noise in what is left of a vector
 
 Changes = dict[str, tuple[Tensor, Tensor]]  # layer name -> up [out, r], down [r, in]
-RightOf = Callable[["Layer", Tensor], Tensor]  # a layer and its weight [out, D] -> right [n, D]
+RightOf = Callable[[Layer, Tensor], Tensor]  # a layer and its weight [out, D] -> right [n, D]
 
 
 class InputEdit(NamedTuple):
@@ -42,7 +34,7 @@ class InputEdit(NamedTuple):
     left: Tensor
     right: Tensor
 
-    def then(self, other: InputEdit) -> InputEdit:
+    def then(self, other: "InputEdit") -> "InputEdit":
         """W (I + self) (I + other): an edit made on the edited matrix."""
         left = torch.cat([self.left, other.left + self.left @ (self.right @ other.left)], 1)
         return InputEdit(left, torch.cat([self.right, other.right]))
@@ -76,12 +68,7 @@ def uce(
 def debiased_anchors(contexts: Tensor, attributes: Tensor, weights: Sequence[float]) -> Tensor:
     """The anchors of UCE's debiasing, as in its released code: v* = W c + sum_a r_a W c_a.
 
-    As W is linear, that is ``uce`` with c* = c + sum_a r_a c_a.
-
-    Args:
-        contexts: rows c, [n, D].
-        attributes: rows c_a, [a, D].
-        weights: the a numbers r_a.
+    As W is linear, that is ``uce`` with c* = c + sum_a r_a c_a, for rows c [n, D] and c_a [a, D].
     """
     return contexts + torch.tensor(weights, dtype=contexts.dtype) @ attributes
 
@@ -134,7 +121,10 @@ class Distances:
     """
 
     def __init__(self, pairs: Pairs, left: Tensor):
-        targets, anchors = _compressed(pairs)
+        both = torch.cat(pairs, 1)
+        if len(both) > both.shape[1]:  # at most 2 D rows, with the same sums of squares
+            both = torch.linalg.qr(both).R
+        targets, anchors = both.chunk(2, 1)
         difference = (targets - anchors).mT
         coordinates = torch.linalg.lstsq(left, difference).solution
         rest = difference - left @ coordinates
@@ -161,137 +151,62 @@ class Distances:
         outputs = weight @ self.inputs.to(weight)
         up, down, lost = truncate_product(outputs[:, : self.rank], right.to(weight), rank)
         if right is not self.right:
-            self._set_right(right)
+            # Grams, in the coordinates of ``inputs``, of left right, c - c*, and
+            # (I + left right) c - c*.
+            whole, after = torch.zeros_like(self.before), self.difference.clone()
+            whole[: self.rank, : self.rank] = gram(right.mT)
+            after[: self.rank] += right @ self.targets
+            self.right, self.squares = right, (whole, self.before, gram(after.mT))
         output_gram = gram(outputs)
         sums = [(output_gram * square.to(weight)).sum() for square in self.squares]
         if lost:  # then W' c - W c* follows from the truncated factors
-            after = outputs @ self.difference.to(weight) + up @ (down @ self.targets.to(weight))
-            sums[2] = after.square().sum()
+            moved = outputs @ self.difference.to(weight) + up @ (down @ self.targets.to(weight))
+            sums[2] = moved.square().sum()
         return up, down, [lost, *map(float, sums)]
 
-    def _set_right(self, right: Tensor) -> None:
-        """Grams, in the coordinates of ``inputs``, of left right, c - c* and (I + left right) c -
-        c*."""
-        whole, after = torch.zeros_like(self.before), self.difference.clone()
-        whole[: self.rank, : self.rank] = gram(right.mT)
-        after[: self.rank] += right @ self.targets
-        self.right, self.squares = right, (whole, self.before, gram(after.mT))
 
-
-def _compressed(pairs: Pairs) -> Iterable[Tensor]:
-    """Pairs with the same sums of squares under any linear map, but at most 2 D of them."""
-    both = torch.cat(pairs, 1)
-    return (torch.linalg.qr(both).R if len(both) > both.shape[1] else both).chunk(2, 1)
-
-
-def input_patch(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Any,
-    pairs: Pairs,
-    edit_of: Callable[[Denoiser], InputEdit],
-    on_step: OnStep = ignore,
-) -> ForgetPatch:
+def input_patch(task: Task, pairs: Pairs, edit_of: Callable[[Denoiser], InputEdit]) -> ForgetPatch:
     """A patch of one ``InputEdit`` for all layers; see ``layer_patch``."""
 
     def open_edits(denoiser: Denoiser) -> tuple[Tensor, RightOf]:
         edit = compact(edit_of(denoiser))
         return edit.left, lambda layer, weight: edit.right
 
-    return layer_patch(model, concepts, settings, pairs, open_edits, on_step)
+    return layer_patch(task, pairs, open_edits)
 
 
 def layer_patch(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Any,
+    task: Task,
     pairs: Pairs,
     open_edits: Callable[[Denoiser], tuple[Tensor, RightOf]],
-    on_step: OnStep = ignore,
     which: str = "kv",
 ) -> ForgetPatch:
     """A patch whose layers have edits W (I + left right), each with its own ``right``.
 
-    Each layer is truncated to ``settings.rank`` on its own: no basis shared by layers is better.
+    Each layer is truncated to the settings' ``rank`` on its own: no basis shared by layers is
+    better.
 
     Args:
-        settings: the method's, with ``rank`` of ``rank_setting``; also for the record.
         pairs: the record's losses are the sums of |W c - W c*|^2 and of |W' c - W c*|^2 over them
-            and the layers.
+            and the layers; steps report ``remaining_losses`` of the layers so far.
         open_edits: function from the denoiser to left [D, n] in float64, and to a function from a
             layer and its float64 weight to right [n, D].
-        on_step: its losses are ``remaining_losses`` of the layers so far.
         which: ``kv``, ``k`` or ``v``.
     """
-    fingerprint, start = model.fingerprint(), time.monotonic()
-    chosen, rank = key_value_layers(model.family, which), settings.rank * len(concepts)
-    changes: Changes = {}
+    start, rank = time.monotonic(), min(task.settings.rank * len(task.concepts), MAX_RANK)
+    chosen = key_value_layers(task.model.family, which)
+    total, changes = len(chosen), {}
     sums = torch.zeros(4, dtype=torch.float64)
-    with model.borrow_denoiser() as denoiser, torch.no_grad():
+    with task.model.borrow_denoiser() as denoiser, torch.no_grad():
         left, right_of = open_edits(denoiser)
         distances = Distances(pairs, left)
         for done, layer in enumerate(chosen, 1):
             weight = weight_of(denoiser.module(layer.name))
             right = right_of(layer, weight)
-            up, down, squares = distances.change(weight, right, min(rank or MAX_RANK, MAX_RANK))
+            up, down, squares = distances.change(weight, right, rank or MAX_RANK)
             sums += torch.tensor(squares, dtype=torch.float64)
             changes[layer.name] = up.float().cpu(), down.float().cpu()
-            seconds = (time.monotonic() - start) / done * (len(chosen) - done)
-            on_step(StepProgress(done, len(chosen), remaining_losses(*sums[2:].tolist()), seconds))
+            seconds = (time.monotonic() - start) / done * (total - done)
+            task.on_step(StepProgress(done, total, remaining_losses(*sums[2:].tolist()), seconds))
     lost, whole, *losses = sums.tolist()
-    error = relative_error(lost, whole)
-    return solved_patch(model, fingerprint, concepts, settings, changes, losses, error)
-
-
-def solved_patch(
-    model: UNetModel,
-    fingerprint: str,
-    concepts: Sequence[Concept],
-    settings: Settings,
-    changes: Changes,
-    losses: Sequence[float],
-    error: float = 0.0,
-) -> ForgetPatch:
-    """The patch with its record.
-
-    Args:
-        error: relative Frobenius error of the truncation to a rank.
-    """
-    method = settings.method, asdict(settings)
-    info = new_info(model, fingerprint, *method, concepts, losses, error)
-    return ForgetPatch(model.family, changes, info)
-
-
-def rank_setting(default: int = 0, **more: Any) -> Any:
-    return setting(
-        default,
-        "Largest rank of a layer's change for each concept; the file grows with it. 0: all of it, "
-        f"nothing is cut up to rank {MAX_RANK} in all.",
-        limits=(0, MAX_RANK),
-        **more,
-    )
-
-
-def erase_setting() -> Any:
-    return setting(
-        1.0,
-        "Weight of forgetting. 0: nothing happens. Higher forgets more reliably and harms "
-        "neighbours more.",
-        limits=(0.0, 1000.0, 0.01),
-    )
-
-
-def preserve_setting(default: float = 1.0) -> Any:
-    return setting(
-        default,
-        "Weight of the keep-list. 0: no keep-list. Higher: listed words change less.",
-        limits=(0.0, 1000.0, 0.01),
-    )
-
-
-def damping_setting(default: float) -> Any:
-    return advanced(
-        default,
-        "Ridge penalty (lambda). Small: a stronger edit. Large: no edit.",
-        limits=(1e-6, 1e6, 0.01),
-    )
+    return task.patch(changes, losses, relative_error(lost, whole))

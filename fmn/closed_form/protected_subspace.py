@@ -6,7 +6,6 @@ directions of the concept's contexts that are orthogonal to the kept contexts, a
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,41 +15,30 @@ from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
 from ..models.families import layers
 from ..models.interface import UNetModel
-from ..models.token_positions import CHUNK, EOS_ID, flagged_positions
-from ..settings import setting
+from ..models.token_positions import CHUNK, EOS_ID, mentions
+from ..patches.task import Task
 
 ENERGY = 0.99  # share of the kept contexts' sum of squares that down is orthogonal to
 SMALLEST = 1e-9  # share of a sum of squares below which a direction is rounding
 AT_ONCE = 64
 
 
-def protect_setting() -> Any:
-    return setting(
-        False,
-        "On: train only directions that cannot change the keep-list's words (SuPLoRA). Needs "
-        "keys and values as layers, and a higher learning rate; concepts close to those words "
-        "are harder to forget.",
-    )
+def protected_downs(task: Task, scope: str) -> dict[str, Tensor] | None:
+    """Fixed lora_down matrices for training: layer name -> [r, D]; None without ``protect``.
 
-
-def protected_downs(
-    model: UNetModel, concepts: Sequence[Concept], keep: Sequence[str], scope: str, settings: Any
-) -> dict[str, Tensor] | None:
-    """Fixed lora_down matrices for training: layer name -> [r, D], or None.
+    They protect the user's words and prompts, the empty prompt, which guidance uses, and the
+    shipped lists for the concepts' kinds.
 
     Args:
-        keep: the user's words and prompts to protect, beside the empty prompt, which guidance
-            uses, and the shipped lists for the concepts' kinds.
         scope: of ``fit_adapters.SCOPES``.
-        settings: has ``protect``, ``rank``, and may have ``full_weights``; without ``protect``
-            nothing is fixed.
 
     Raises:
         ForgetError: these layers cannot be protected so, or nothing of the concepts is left.
     """
+    model, concepts, keep, settings = task.model, task.concepts, task.keep, task.settings
     if not settings.protect:
         return None
-    if scope != "kv" or getattr(settings, "full_weights", False):
+    if scope != "kv" or settings.full_weights:
         raise ForgetError(
             "protect works for low-rank keys and values alone, the only layers that read the text: "
             "choose those layers and turn full_weights off, or turn protect off."
@@ -93,10 +81,8 @@ def protected_down(concept: Tensor, kept: Tensor, rank: int, energy: float = ENE
 
 
 def weighted_moment(model: UNetModel, texts: Sequence[str]) -> Tensor:
-    """Sum of w c c^T over the contexts c of texts of at most 75 tokens: [D, D] in float64.
-
-    The weights w are ``position_weights``.
-    """
+    """Sum of w c c^T over contexts c of texts of at most 75 tokens, with w their
+    ``position_weights``: [D, D] in float64."""
     total = torch.zeros(model.family.context_dim, model.family.context_dim, dtype=torch.float64)
     for i in range(0, len(texts), AT_ONCE):
         part = texts[i : i + AT_ONCE]
@@ -110,10 +96,8 @@ def concept_moment(model: UNetModel, concepts: Sequence[Concept]) -> Tensor:
     encoder is causal, so those before it know nothing of the concept."""
     total = torch.zeros(model.family.context_dim, model.family.context_dim, dtype=torch.float64)
     for prompt in (prompt for concept in concepts for prompt in concept.training_prompts()):
-        ids = model.tokenize(prompt)
-        subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-        weights = position_weights(ids)
-        weights[: flagged_positions(prompt, ids, subject, "none")[0]] = 0
+        weights = position_weights(model.tokenize(prompt))
+        weights[: mentions(model.tokenize, prompt)[0][0]] = 0
         total += _weighted_gram(model.encode(prompt).context[0], weights)
     return total
 

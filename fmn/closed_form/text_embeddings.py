@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 
 from ..concepts.concept import Concept, Prompt
-from ..concepts.keep_list import CHOICES
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..models.interface import Text, UNetModel
-from ..models.token_positions import CHUNK, EOS_ID, mentioned_positions, word_positions
-from ..settings import advanced, setting
+from ..models.token_positions import CHUNK, EOS_ID, mentions
 
 TOKENS = ("last", "from-last", "subject", "all")
-KEEP_TOKENS = ("last", "all")
 ENDS_AT_ONCE = 64  # pairs of prompts
 TEXTS_AT_ONCE = 128  # of about the same length
 
@@ -30,45 +27,6 @@ ART_TEMPLATES = (
     "painting by {}", "art by {}", "artwork by {}", "picture by {}", "style of {}",
 )  # fmt: skip
 EMPTY = Prompt("", "")
-
-
-def tokens_setting(default: str = "last") -> Any:
-    return advanced(
-        default,
-        "Which of the concept's tokens are edited. last: its last one. from-last: that one, the "
-        "end of the text and its padding. subject: all of its words. all: every position but the "
-        "start.",
-        choices=TOKENS,
-    )
-
-
-def keep_tokens_setting() -> Any:
-    return advanced(
-        "last",
-        "Which tokens of kept words stay. last: the last one. all: every position, padding and "
-        "the empty prompt too.",
-        choices=KEEP_TOKENS,
-    )
-
-
-def keep_list_setting() -> Any:
-    return setting(
-        "auto",
-        "Shipped keep-list, in addition to what is connected. auto: chosen by the concept's kind.",
-        choices=CHOICES,
-    )
-
-
-def expand_setting() -> Any:
-    return advanced(
-        False,
-        "On: also edit five templates around each name, such as 'photo of NAME'.",
-    )
-
-
-def expanded_templates(concept: Concept) -> tuple[str, ...]:
-    """UCE's templates of a concept, beside its bare name."""
-    return ART_TEMPLATES if concept.kind == "style" else OBJECT_TEMPLATES
 
 
 class EncodesText(Protocol):
@@ -127,6 +85,18 @@ def concept_pairs(
     return pairs_of
 
 
+def expanded_pairs(
+    model: EncodesText, concepts: Sequence[Concept], tokens: str, expand: bool
+) -> list[Pairs]:
+    """``concept_pairs``, also of UCE's templates around each name if ``expand``."""
+
+    def templates_of(concept: Concept) -> Sequence[str]:
+        templates = ART_TEMPLATES if concept.kind == "style" else OBJECT_TEMPLATES
+        return templates if expand else ()
+
+    return concept_pairs(model, concepts, tokens, templates_of)
+
+
 def _prompt_pairs(concept: Concept, templates: Sequence[str]) -> list[tuple[Prompt, Prompt]]:
     """[(prompt, its anchor's)]; the empty one where there is no anchor."""
     anchored = concept.bare_prompts()
@@ -141,11 +111,8 @@ def _prompt_pairs(concept: Concept, templates: Sequence[str]) -> list[tuple[Prom
 
 
 def _learned_pairs(model: Any, concept: Concept, tokens: str) -> list[Pairs]:
-    """Pairs of the embeddings that attacks learned, which stand alone in a prompt as a name would.
-
-    Args:
-        model: a ``UNetModel``.
-    """
+    """Pairs of the embeddings that attacks learned, which stand alone in a prompt as a name would;
+    of a ``UNetModel``."""
     if not concept.learned:
         return []
     anchor = Prompt(concept.anchor, concept.anchor)
@@ -200,7 +167,7 @@ def _encode_mentions(
     mentioned, short = {}, []
     for prompt in prompts:
         ids = model.tokenize(prompt)
-        start, last, first = _last_mention(model, prompt, ids)
+        start, last, first = _last_mention(model, prompt)
         if prompt.plain and len(ids) == CHUNK:
             short.append((prompt, CHUNK if whole else _first_end(ids) + 1, last, first))
         else:
@@ -212,17 +179,13 @@ def _encode_mentions(
     return mentioned
 
 
-def _last_mention(
-    model: EncodesText, prompt: Prompt, ids: Sequence[int | None]
-) -> tuple[int, int, int]:
+def _last_mention(model: EncodesText, prompt: Prompt) -> tuple[int, int, int]:
     """Where the chunk with a subject's last mention starts, and the mention ends and begins."""
     if not prompt.text:
         return 0, 0, 0
-    subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-    positions = mentioned_positions(prompt, ids, subject)
-    start = positions[-1] // CHUNK * CHUNK
-    first = positions[-len(word_positions(subject))] - start
-    return start, positions[-1] - start, max(first, 1)
+    mention = mentions(model.tokenize, prompt)[-1]
+    start = mention[-1] // CHUNK * CHUNK
+    return start, mention[-1] - start, max(mention[0] - start, 1)
 
 
 def first_tokens(model: EncodesText, texts: Sequence[str], lengths: Sequence[int]) -> list[Tensor]:

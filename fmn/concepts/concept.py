@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ForgetError
+from ..text import INVISIBLE, normalise
+from .prompt_syntax import escaped, plain_text, prompt_text, unescaped, words_of_prompt
 from .wordlists import unsafe_terms
 
 if TYPE_CHECKING:
@@ -24,6 +27,10 @@ TEMPLATES = {
     "unsafe": "a photo of {}",
 }
 ARROW = "->"
+MARK = re.compile(r"^\s*[-*\u2022\u2013\u2014]\s+")
+SEVERAL = re.compile(r";\s|\s;|;$|;.*;")  # "Steins;Gate" is one name
+
+log = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
@@ -33,10 +40,15 @@ class Prompt(NamedTuple):
     subject: str
     plain: bool = True  # the text is literal: parentheses are not weights
 
+    @property
+    def words(self) -> str:
+        """The text as it is read, without weights."""
+        return unescaped(self.text) if self.plain else words_of_prompt(self.text)
+
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing to forget.
+    """One thing to forget. Its texts are normalised: see ``prompt_syntax``.
 
     Attributes:
         name: the words that summon it, as users type them. For kind ``unsafe`` a category of
@@ -45,7 +57,7 @@ class Concept:
         kind: one of ``KINDS``; picks the prompt template. ``custom`` has none and needs prompts.
         aliases: other words for the same thing, forgotten along with the name.
         prompts: further prompts to train on; each must contain the name or an alias. They may use
-            the host's prompt syntax, such as weights in ComfyUI.
+            weights; the parentheses of a name in them are letters.
         images: reference pictures, float [N, H, W, 3] in 0..1, or None.
         anchor: what is drawn instead; "" is nothing. Methods without a target ignore it.
         learned: input embeddings that summon it too, each float [k, width]: what an attack found.
@@ -61,9 +73,15 @@ class Concept:
     learned: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.name.strip():
+        self._normalise()
+        if not self.name:
             raise ForgetError("The concept's name is empty: type the words to forget.")
-        if not all(alias.strip() for alias in self.aliases):
+        if SEVERAL.search(self.name):
+            raise ForgetError(
+                f"'{self.name:.80}' looks like several names: give each concept its own line or "
+                "argument; other words for the same thing go behind it, as in 'dog | puppy'."
+            )
+        if not all(self.aliases):
             raise ForgetError(f"An alias of '{self.name}' is empty: type a name or remove it.")
         if self.kind not in KINDS:
             raise ForgetError(f"Unknown kind '{self.kind}': choose one of {', '.join(KINDS)}.")
@@ -72,17 +90,30 @@ class Concept:
                 f"Concept '{self.name}' is of kind custom, which has no prompt template: "
                 "add at least one prompt that contains it, or choose another kind."
             )
-        if self.anchor and not self.anchor.strip():
-            raise ForgetError(
-                f"The anchor of '{self.name}' is blank: type what is drawn instead, or leave it "
-                "empty for nothing."
-            )
-        forgotten = {words.strip().casefold() for words in (self.name, *self.subjects)}
-        if self.anchor.strip().casefold() in forgotten:
+        forgotten = {words.casefold() for words in (self.name, *self.subjects)}
+        if self.anchor.casefold() in forgotten:
             raise ForgetError(
                 f"The anchor of '{self.name}' is '{self.anchor}', which is to be forgotten: type "
                 "something else to draw instead, or leave it empty for nothing."
             )
+
+    def _normalise(self) -> None:
+        if self.anchor and not plain_text(self.anchor):
+            raise ForgetError(
+                f"The anchor of '{self.name}' is blank: type what is drawn instead, or leave it "
+                "empty for nothing."
+            )
+        if any(map(INVISIBLE.search, (self.name, self.anchor, *self.aliases, *self.prompts))):
+            log.warning("'%s': invisible characters are left out.", plain_text(self.name))
+        texts = {
+            "name": plain_text(self.name),
+            "kind": self.kind.strip().lower(),
+            "aliases": tuple(map(plain_text, self.aliases)),
+            "prompts": tuple(map(prompt_text, self.prompts)),
+            "anchor": plain_text(self.anchor),
+        }
+        for name, text in texts.items():
+            object.__setattr__(self, name, text)  # frozen
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -127,10 +158,11 @@ class Concept:
 
     def _own(self, text: str) -> Prompt:
         # Longest first, so that an alias that contains the name is taken whole.
-        plain = text.replace("\\(", "(").replace("\\)", ")").lower()
         for subject in sorted(self.subjects, key=len, reverse=True):
-            if subject.lower() in plain:
-                return Prompt(text, subject, plain=False)
+            name = _escaped_or_not(subject)
+            read = re.sub(name, lambda match: escaped(match[0]), text, flags=re.IGNORECASE)
+            if subject.lower() in words_of_prompt(read).lower():
+                return Prompt(read, subject, plain=False)
         words = " or ".join(f"'{subject}'" for subject in self.subjects[:3])
         raise ForgetError(
             f"The prompt '{text}' does not contain the concept '{self.name}': "
@@ -141,7 +173,7 @@ class Concept:
         """An own prompt with the anchor for every subject; the rest of it stays."""
         longest_first = sorted(self.subjects, key=len, reverse=True)
         either = "|".join(_escaped_or_not(subject) for subject in longest_first)
-        anchor = self.anchor.replace("(", r"\(").replace(")", r"\)")
+        anchor = escaped(self.anchor)
         # Whole words if there are any; "dogs", or a script without spaces, has none.
         for pattern in (rf"(?<!\w)(?:{either})(?!\w)", either):
             swapped, count = re.subn(pattern, lambda match: anchor, text, flags=re.IGNORECASE)
@@ -163,12 +195,13 @@ def parse_concept(text: str, kind: str = "object", **more: Any) -> Concept:
     """Read ``KIND:NAME | ALIAS | ALIAS -> ANCHOR``, all but the name optional.
 
     For example ``style:ink drawing | pen drawing -> photo``. ``more`` goes to ``Concept``; what the
-    text says goes first.
+    text says goes first. A list's mark before it ("- ", "* ", "\u2022 ") is left out.
 
     Raises:
         ForgetError: a word before a colon is not a kind, or the arrow points to nothing.
     """
-    text, arrow, anchor = text.partition(ARROW)
+    plain_text(text)  # before {a|b} is cut
+    text, arrow, anchor = MARK.sub("", text).partition(ARROW)
     if arrow:
         if not anchor.strip() or ARROW in anchor:
             what = "more than one" if anchor.strip() else "nothing after"
@@ -188,18 +221,22 @@ def kind_and_name(text: str, kind: str) -> tuple[str, str]:
     """Read ``KIND:NAME``, or the name alone, which is of the kind given: (kind, name).
 
     Raises:
-        ForgetError: one word stands before the first colon, and is not a kind.
+        ForgetError: one word stands before the first colon, and is not a kind; or it has weights.
     """
+    plain_text(text)  # the colon of a weight is no kind's
     prefix, colon, name = text.partition(":")
-    prefix = prefix.strip()
+    prefix = normalise(prefix)
     if not colon or len(prefix.split()) != 1:
         return kind, text.strip()
-    if prefix not in KINDS:
-        raise ForgetError(
-            f"'{prefix:.60}' is not a kind: use {', '.join(KINDS)}; a name with a colon needs a "
-            f"kind before it, as in '{kind}:{text.strip():.60}'."
-        )
-    return prefix, name.strip()
+    if prefix.lower() in KINDS:
+        return prefix.lower(), name.strip()
+    reverse = name.strip().lower()
+    if reverse in KINDS:
+        raise ForgetError(f"The kind comes first: write '{reverse}:{prefix:.60}'.")
+    raise ForgetError(
+        f"'{prefix:.60}' is not a kind: use {', '.join(KINDS)}; a name with a colon needs a "
+        f"kind before it, as in '{kind}:{text.strip():.60}'."
+    )
 
 
 def _terms(name: str) -> tuple[tuple[str, str], ...]:

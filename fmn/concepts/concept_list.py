@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..downloads import first_bytes
 from ..errors import ForgetError
 from .concept import Concept, kind_and_name, parse_concept
+from .published_lists import leco_entry, mapping_entries, name_column, row_entry
 from .wordlists import lines_of
 
 MAX_BYTES = 1 << 20
@@ -20,6 +22,8 @@ FIELDS = ("name", "kind", "aliases", "prompts", "anchor")
 LIST_FIELDS = ("aliases", "prompts")
 SUFFIXES = (".txt", ".csv", ".yaml", ".yml", ".json")
 Entry: TypeAlias = tuple[int, Any]  # number of its line, from 1, and plain data
+NUMBER = re.compile(r"(\d{1,4})[.)]\s+")
+COMMA = re.compile(r"[^\W\d],[^\W\d]")
 SEPARATORS = re.compile(r"[|;]")  # of aliases and prompts in a cell of CSV
 KINDS_OF_DATA = {
     list: "a list", dict: "a mapping", type(None): "empty", bool: "yes or no",
@@ -36,7 +40,7 @@ def read_concepts(text_or_path: str | Path, kind: str = "object") -> list[Concep
             ``parse_lines`` reads them. YAML and JSON files hold a list; each entry is such a line
             or a mapping with the fields ``FIELDS``. CSV begins with a row of those fields, in any
             order; aliases and prompts stand in one cell each, with | or ; between them. Where no
-            kind is given, the name may be KIND:NAME.
+            kind is given, the name may be KIND:NAME. ``published_lists`` are read too.
         kind: kind of entries that name none.
 
     Raises:
@@ -72,10 +76,33 @@ def parse_lines(text: str, kind: str = "object", place: str = "Line ") -> list[C
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise ForgetError(f"The list has more than {MAX_BYTES >> 20} MiB: make it shorter.")
-    return _concepts(lines_of(text), kind, place)
+    text = text.removeprefix("\ufeff")
+    if text.lstrip().startswith("["):  # as UCE keeps what it erased
+        return _concepts(_json_entries(text, place), kind, place)
+    return _concepts(_lines(text, place), kind, place)
+
+
+def _lines(text: str, place: str) -> list[Entry]:
+    """The lines of a list, without the numbers of one that is numbered.
+
+    Raises:
+        ForgetError: a line holds more than one name, or a name and words about it.
+    """
+    lines = lines_of(text)
+    numbered = [NUMBER.match(line) for _, line in lines]
+    if all(match and int(match[1]) == i for i, match in enumerate(numbered, 1)):
+        lines = [(number, NUMBER.sub("", line)) for number, line in lines]
+    for number, line in lines:
+        if COMMA.search(line) and ":" not in line:
+            raise ForgetError(
+                f"{place}{number}: '{line:.60}' is more than a name: write one name a line, from "
+                "UCE's list of artists only what is before the comma; in a name a space follows it."
+            )
+    return lines
 
 
 def _read(path: Path) -> str:
+    first_bytes(path)
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -121,6 +148,8 @@ def concept_of(entry: Any, kind: str = "object") -> Concept:
     """
     if isinstance(entry, str):
         return parse_concept(_text(entry, "the line"), kind)
+    if isinstance(entry, dict) and "target" in entry:
+        entry = leco_entry(entry)
     if not isinstance(entry, dict):
         raise ForgetError(f"an entry is {_kind(entry)}: write a name, or fields such as 'name'.")
     for key in entry:
@@ -161,7 +190,7 @@ def _kind(value: Any) -> str:
 def _csv_entries(text: str, place: str) -> Iterator[Entry]:
     """The rows of a table; blank ones are skipped."""
     reader, begun = csv.reader(io.StringIO(text, newline=""), strict=True), 1
-    columns = None
+    columns, published, listed = None, None, set[str]()
     try:
         for row in reader:
             number, begun = begun, reader.line_num + 1
@@ -169,20 +198,30 @@ def _csv_entries(text: str, place: str) -> Iterator[Entry]:
             if not any(cells):
                 continue
             if columns is None:
-                columns = _columns([cell.lower() for cell in cells], f"{place}{number}: ")
+                columns = [cell.lower() for cell in cells]
+                published = name_column(columns, f"{place}{number}: ")
+                if not published:
+                    _check_columns(columns, f"{place}{number}: ")
                 continue
             if len(cells) > len(columns):
                 raise ForgetError(
                     f"{place}{number}: there are {len(cells)} cells for {len(columns)} columns: "
                     "put a cell that has a comma in it in double quotes."
                 )
-            yield number, _entry_of_row(dict(zip(columns, cells)))
+            entry = dict(zip(columns, cells))
+            if published:
+                if (name := entry.get(published, "")) in listed:
+                    continue
+                listed.add(name)
+                yield number, row_entry(published, name)
+            else:
+                yield number, _entry_of_row(entry)
     except csv.Error as error:
         raise ForgetError(f"{place}{begun}: this CSV cannot be read: {error}.") from error
 
 
-def _columns(cells: list[str], place: str) -> list[str]:
-    """The header row of a table, checked."""
+def _check_columns(cells: list[str], place: str) -> None:
+    """Refuse a header row that does not name our columns."""
     wrong = [cell for cell in cells if cell not in FIELDS]
     if wrong or "name" not in cells or len(set(cells)) < len(cells):
         found = " ".join(", ".join(cells).split())
@@ -190,7 +229,6 @@ def _columns(cells: list[str], place: str) -> list[str]:
             f"{place}the first row has to name the columns, each once and with commas between "
             f"them: name, and any of {', '.join(FIELDS[1:])}; this one has '{found:.40}'."
         )
-    return cells
 
 
 def _entry_of_row(cells: dict[str, str]) -> dict[str, Any]:
@@ -209,6 +247,8 @@ def _json_entries(text: str, place: str) -> list[Entry]:
         raise ForgetError(f"{place}{error.lineno}: this is not valid JSON: {error.msg}.") from error
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, a deep nest
         raise ForgetError(f"{place}1: this JSON is not a list of concepts: {error}.") from error
+    if isinstance(data, dict):
+        return [(1, entry) for entry in mapping_entries(data, f"{place}1: ")]
     if not isinstance(data, list):
         raise ForgetError(f"{place}1: the file is not a list: write [...] around the concepts.")
     if len(data) > MAX_CONCEPTS:
@@ -246,6 +286,9 @@ def _yaml_entries(text: str, place: str) -> list[Entry]:
     try:
         loader = Loader(text)
         root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            data = loader.construct_object(root, deep=True)
+            return [(1, entry) for entry in mapping_entries(data, f"{place}1: ")]
         if not isinstance(root, yaml.SequenceNode):
             raise ForgetError(f"{place}1: the file is not a list: write '- ' before each concept.")
         return [

@@ -9,6 +9,7 @@ from functools import lru_cache
 from ..errors import ForgetError
 from ..text import ARTICLES
 from .concept import Concept
+from .prompt_syntax import plain_text
 from .wordlists import entries
 
 Words = tuple[str, ...]  # of a text, as ``_words`` gives them
@@ -54,7 +55,8 @@ def keep_for(
         difference.
 
     Raises:
-        ForgetError: there is no such list, or a given word is itself to be forgotten.
+        ForgetError: there is no such list, or a given word has prompt syntax or is itself to be
+            forgotten.
     """
     if lists not in CHOICES:
         raise ForgetError(f"There is no keep-list '{lists}': choose one of {', '.join(CHOICES)}.")
@@ -73,7 +75,7 @@ def keep_for(
             or any(_same(words, anchor) for anchor in anchors.get(words[0], ()))
         )
 
-    own = [text.strip() for text in given if text.strip()]
+    own = [text for text in map(plain_text, given) if text]
     for text in own:
         words = _words(text)
         if words and any(_same(words, subject) for subject in subjects.get(words[0], ())):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..sequences import evenly
 from ..text import with_article
 from .concept import TEMPLATES, Concept, Prompt
+from .prompt_syntax import words_of_prompt
 
 PLACEHOLDER = "<*>"  # stands in a prompt for input embeddings that belong to no word
 # Prompt i is template i with setting i, both taken in turns. Their counts have no common divisor,
@@ -46,15 +47,15 @@ def fill(template: str, words: str) -> str:
 def sentences(concept: Concept, count: int) -> list[tuple[str, str]]:
     """[(prompt, anchored prompt)]: ``count`` for each name, then the concept's own prompts.
 
-    Without an anchor the second is the same prompt without the name. Own prompts are read
-    literally: parentheses are not weights.
+    Without an anchor the second is the same prompt without the name. Own prompts lose their
+    weights.
     """
     pairs: list[tuple[str, str]] = []
     anchored = _prompts(concept, concept.anchor, count)
     for subject in concept.subjects:
         pairs += zip(_prompts(concept, subject, count), anchored)
     own = concept.own_prompts()
-    return pairs + [(prompt.text, anchored or _without_name(prompt)) for prompt, anchored in own]
+    return pairs + [(p.words, words_of_prompt(anchored) or _without_name(p)) for p, anchored in own]
 
 
 def _prompts(concept: Concept, name: str, count: int) -> list[str]:
@@ -63,7 +64,7 @@ def _prompts(concept: Concept, name: str, count: int) -> list[str]:
     frames, contexts = (STYLE_FRAMES, THINGS) if style else (FRAMES, SETTINGS)
     # Whoever forgets "cat" must not find "with a cat" in both prompts.
     names = "|".join(map(re.escape, (*concept.subjects, *filter(None, [concept.anchor]))))
-    named = re.compile(rf"\b(?:{names})\b", flags=re.IGNORECASE)
+    named = re.compile(rf"(?<!\w)(?:{names})(?!\w)", flags=re.IGNORECASE)
     others = [context for context in contexts if not named.search(context)]
     filled = [frames[i % len(frames)].format(name, others[i % len(others)]) for i in range(count)]
     return [" ".join(prompt.split()) for prompt in filled]
@@ -117,14 +118,14 @@ def together(words: Sequence[str], count: int) -> list[str]:
 def _without_name(prompt: Prompt) -> str:
     """A concept's own prompt without the name."""
     name = re.escape(prompt.subject)
-    return " ".join(re.sub(name, "", prompt.text, flags=re.IGNORECASE).split())
+    return " ".join(re.sub(name, "", prompt.words, flags=re.IGNORECASE).split())
 
 
 def blanked(concept: Concept, count: int) -> tuple[str, ...]:
     """Prompts with ``PLACEHOLDER`` for the name: the template, the own ones, ``count`` more."""
     names = "|".join(re.escape(name) for name in sorted(concept.subjects, key=len, reverse=True))
-    named = re.compile(rf"\b({names})\b", flags=re.IGNORECASE)
+    named = re.compile(rf"(?<!\w)({names})(?!\w)", flags=re.IGNORECASE)
     template = fill(TEMPLATES.get(concept.kind, "{}"), PLACEHOLDER)
-    own = [named.sub(PLACEHOLDER, prompt.text) for prompt, _ in concept.own_prompts()]
+    own = [named.sub(PLACEHOLDER, prompt.words) for prompt, _ in concept.own_prompts()]
     prompts = (template, *own, *_prompts(concept, PLACEHOLDER, count))
     return tuple(dict.fromkeys(prompt for prompt in prompts if PLACEHOLDER in prompt))

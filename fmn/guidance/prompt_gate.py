@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..concepts.concept import TEMPLATES, Concept, Prompt
@@ -37,9 +38,8 @@ class Gate:
     """
 
     def __init__(
-        self, probes: Sequence[torch.Tensor], empty: torch.Tensor, low: float = LOW,
-        high: float = HIGH,
-    ) -> None:  # fmt: skip
+        self, probes: Sequence[Tensor], empty: Tensor, low: float = LOW, high: float = HIGH
+    ) -> None:
         if not -1 <= low < high <= 1:
             raise ForgetError(
                 f"The gate opens from {low} to {high}: use -1 to 1, and low below high."
@@ -50,7 +50,7 @@ class Gate:
         phrase = torch.arange(len(probes)).repeat_interleave(lengths)  # [K]
         self.average = (phrase == torch.arange(len(probes))[:, None]) / lengths[:, None]
 
-    def closeness(self, context: torch.Tensor) -> torch.Tensor:
+    def closeness(self, context: Tensor) -> Tensor:
         """How clearly each prompt names a concept: 1 for a phrase itself, 0 if empty.
 
         For each token of a phrase, the best cosine with any token of the prompt; their mean; the
@@ -59,10 +59,7 @@ class Gate:
         so a prompt's weights, which ComfyUI counts from there, do not change it.
 
         Args:
-            context: encoded prompts [B, T, D].
-
-        Returns:
-            [B].
+            context: encoded prompts [B, T, D]; the result is [B].
         """
         context = context.float()
         empty = self.empty[torch.arange(context.shape[1]) % CHUNK].to(context)
@@ -72,24 +69,19 @@ class Gate:
         best = torch.einsum("kd,btd->bkt", self.tokens.to(context), tokens).amax(-1)
         return (best @ self.average.to(context).T).amax(-1)
 
-    def __call__(self, context: torch.Tensor) -> torch.Tensor:
+    def __call__(self, context: Tensor) -> Tensor:
         return ((self.closeness(context) - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
 class Gated:
-    """An adapter of ``fmn.models.adapters`` whose output is multiplied by each sample's gate.
-
-    Args:
-        amount: [B].
-    """
+    """An adapter of ``fmn.models.adapters`` times each sample's gate [B]."""
 
     def __init__(
-        self, adapter: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor],
-        amount: torch.Tensor,
-    ) -> None:  # fmt: skip
+        self, adapter: Callable[[torch.nn.Module, Tensor], Tensor], amount: Tensor
+    ) -> None:
         self.adapter, self.amount = adapter, amount
 
-    def __call__(self, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, module: torch.nn.Module, x: Tensor) -> Tensor:
         added = self.adapter(module, x)
         # Tiled attention splits a sample into several rows, next to each other.
         amount = self.amount.repeat_interleave(len(added) // len(self.amount))
@@ -120,21 +112,16 @@ def subjects_of(patch: HasInfo) -> list[tuple[str, str]]:
 
 
 def patch_gate(model: UNetModel, patch: HasInfo, low: float = LOW, high: float = HIGH) -> Gate:
-    """The gate that a patch's own concepts open.
+    """The gate that a patch's concepts open: each name and alias alone, and in its kind's template.
 
-    The phrases are each name and alias alone, and in its kind's template.
-
-    Args:
-        model: prompts must be encoded by the same text encoder.
+    Prompts must be encoded by the same text encoder as the model's.
     """
     texts, positions = [], []
     for name, kind in subjects_of(patch):
         for template in ("{}", TEMPLATES.get(kind, OTHER_TEMPLATE)):
             prompt = Prompt(template.replace("{}", name), name)
-            ids = model.tokenize(prompt)
-            subject = model.tokenize(prompt._replace(text=name))
             texts.append(prompt.text)
-            positions.append(flagged_positions(prompt, ids, subject, "none"))
+            positions.append(flagged_positions(model.tokenize, prompt, "none"))
     empty, *contexts = model.encode_all(["", *texts])
     probes = [(context - empty)[at] for context, at in zip(contexts, positions)]
     return Gate(probes, empty, low, high)

@@ -11,6 +11,7 @@ import torch
 
 from ..concepts.concept import Concept, Prompt
 from ..errors import ForgetError
+from ..settings import check_limits
 
 # The released code's concept (ml-research/safe-latent-diffusion).
 SAFETY_TEXT = (
@@ -23,31 +24,20 @@ SAME_LEVEL = 1e-4  # samplers recompute noise levels through logarithms
 
 @dataclass(frozen=True)
 class SafeSettings:
-    """Hyperparameters of Safe Latent Diffusion, in the paper's symbols.
+    """Hyperparameters of Safe Latent Diffusion, in the paper's symbols."""
 
-    Attributes:
-        warmup: delta, the first step that is steered, counted from 0.
-        scale: s_S; 0 never steers.
-        threshold: lambda, in units of predicted noise; a higher one steers more of the picture.
-        momentum_scale: s_m, the momentum's share in the guidance.
-        momentum_beta: beta_m, the share of the momentum that lasts from step to step.
-    """
-
-    warmup: int
-    scale: float
-    threshold: float
-    momentum_scale: float
-    momentum_beta: float
+    warmup: int  # delta, the first step that is steered, counted from 0
+    scale: float  # s_S; 0 never steers
+    threshold: float  # lambda, in units of predicted noise; a higher one steers more
+    momentum_scale: float  # s_m, the momentum's share in the guidance
+    momentum_beta: float  # beta_m, the share of the momentum that lasts from step to step
 
     def __post_init__(self) -> None:
         limits = {
-            "warmup": (0, 10000), "scale": (0, 1e6), "threshold": (-100, 100),
+            "warmup": (0, 10_000), "scale": (0, 1e6), "threshold": (-100, 100),
             "momentum_scale": (0, 1), "momentum_beta": (0, 0.999),
         }  # fmt: skip
-        for name, (least, most) in limits.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise ForgetError(f"{name} is {value}: use {least} to {most:g}.")
+        check_limits(self, limits)
 
 
 PRESETS = {
@@ -61,12 +51,8 @@ PRESETS = {
 def safe_scale(
     text: torch.Tensor, concept: torch.Tensor, scale: float, threshold: float
 ) -> torch.Tensor:
-    """mu, how strongly each element is steered, 0 to 1.
-
-    Args:
-        text, concept: predicted noise for the prompt (eps_p) and for the concept (eps_S).
-        scale, threshold: s_S and lambda.
-    """
+    """mu, how strongly each element is steered, 0 to 1, by predicted noise for the prompt (eps_p)
+    and for the concept (eps_S)."""
     difference = text - concept
     phi = (difference.abs() * scale).clamp(max=1)  # equation 6
     return torch.where(difference < threshold, phi, torch.zeros_like(phi))  # equation 5
@@ -81,8 +67,7 @@ class SafeGuidance:
     """
 
     def __init__(self, settings: SafeSettings) -> None:
-        self.settings = settings
-        self.step = -1
+        self.settings, self.step = settings, -1
         self.momentum: torch.Tensor | float = 0.0  # nu_t
         self.next_momentum: torch.Tensor | float = 0.0  # nu_(t+1)
 
@@ -114,24 +99,14 @@ class SafeGuidance:
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:
-    """The step of a schedule that a prediction belongs to, from 0.
-
-    Args:
-        sigma: the prediction's noise level; one between two levels of the schedule counts to the
-            step that starts at the higher one.
-        sigmas: the schedule's noise levels, falling.
-    """
-    reached = sum(level >= sigma * (1 - SAME_LEVEL) for level in sigmas)
-    return max(reached - 1, 0)
+    """The step, from 0, of a schedule of falling noise levels that a prediction's level belongs to:
+    between two of them, that which starts at the higher one."""
+    return max(sum(level >= sigma * (1 - SAME_LEVEL) for level in sigmas) - 1, 0)
 
 
 def concept_prompt(concepts: Sequence[Concept] | None, text: str) -> Prompt:
-    """One text for everything to leave out, separated by commas as in the paper.
-
-    Args:
-        concepts: their names and aliases, if there are any, stand in place of ``text``.
-        text: free text, in the host's prompt syntax.
-    """
+    """One text for all that is to be left out, separated by commas as in the paper: the concepts'
+    names and aliases, or without concepts the text, in the host's prompt syntax."""
     if concepts:
         names = ", ".join(subject for concept in concepts for subject in concept.subjects)
         return Prompt(names, names)

@@ -29,18 +29,13 @@ FAILURES_SHOWN = 50
 
 @dataclass(frozen=True)
 class BatchProgress:
-    """A batch is at concept ``index`` of ``count``, from 1.
-
-    Attributes:
-        step: what the method reported last; None before its first step.
-        seconds_left: for the rest of the batch; None before the first step.
-    """
+    """A batch is at concept ``index`` of ``count``, from 1."""
 
     name: str
     index: int
     count: int
-    step: StepProgress | None = None
-    seconds_left: float | None = None
+    step: StepProgress | None = None  # what the method reported last
+    seconds_left: float | None = None  # for the rest of the batch, after a first step
 
     @property
     def done(self) -> float:
@@ -53,17 +48,12 @@ OnBatch = Callable[[BatchProgress], None]  # may raise to cancel
 
 @dataclass
 class BatchResult:
-    """What became of a list.
+    """What became of a list."""
 
-    Attributes:
-        files: all patches, in the list's order; existing: those of them that were there before.
-        failed: (concept, reason). remade: (file, why it was made again).
-    """
-
-    files: list[Path] = field(default_factory=list)
-    existing: list[Path] = field(default_factory=list)
-    failed: list[tuple[Concept, str]] = field(default_factory=list)
-    remade: list[tuple[Path, str]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # all patches, in the list's order
+    existing: list[Path] = field(default_factory=list)  # those that were there before
+    failed: list[tuple[Concept, str]] = field(default_factory=list)  # (concept, reason)
+    remade: list[tuple[Path, str]] = field(default_factory=list)  # (file, why it was made again)
     seconds: float = 0.0
 
     def report(self) -> str:
@@ -105,7 +95,6 @@ def forget_each(
     Args:
         folder: of the files; made if need be.
         on_progress: called before each concept and after each step.
-        keep: words or prompts to protect, see ``methods.forget``.
 
     Raises:
         ForgetError: there is no concept, or a file cannot be written. Errors of a single concept
@@ -139,11 +128,7 @@ def forget_each(
 
 
 def _targets(
-    model: Model,
-    concepts: Sequence[Concept],
-    settings: Settings,
-    folder: Path,
-    keep: Sequence[str],
+    model: Model, concepts: Sequence[Concept], settings: Settings, folder: Path, keep: Sequence[str]
 ) -> list[_Target]:
     """One for each different concept, in order."""
     model_hash, former_hash = hash_model(model), hash_model_0_1(model)
@@ -178,6 +163,8 @@ def _difference(path: Path, key: str, family: Family) -> str | None:
         return str(error)
     if patch.info.get("recipe") != key or not patch.family.is_same(family):
         return "another patch was there under this name."
+    if patch.info.get("changed"):
+        return "another program changed its weights."
     return None
 
 
@@ -196,12 +183,10 @@ class _Tracker:
 
     def __init__(self, on_progress: OnBatch, count: int, missing: int):
         self.on_progress, self.count, self.missing = on_progress, count, missing
-        self.index = self.made = 0
-        self.start, self.name = 0.0, ""
+        self.index, self.made, self.start, self.name = 0, 0, 0.0, ""
 
     def begin(self, name: str) -> None:
-        self.name = name
-        self.index += 1
+        self.name, self.index = name, self.index + 1
         self.on_progress(BatchProgress(name, self.index, self.count))
         self.start = self.start or time.monotonic()
 

@@ -21,15 +21,10 @@ from ..patches.patch import ForgetPatch
 
 @dataclass(frozen=True)
 class Round:
-    """What one round solved with, and what its images show.
+    """What one round solved with, and what its images show."""
 
-    Attributes:
-        weights: attribute -> r_a of ``closed_form.input_edit.debias``.
-        shares: attribute -> share of the images in which the judge prefers it, 0 to 1.
-    """
-
-    weights: dict[str, float]
-    shares: dict[str, float]
+    weights: dict[str, float]  # attribute -> r_a of ``debiased_anchors``
+    shares: dict[str, float]  # attribute -> share of the images in which the judge prefers it
 
     def error(self, desired: dict[str, float]) -> float:
         """The largest distance of a share from the desired one."""
@@ -56,8 +51,7 @@ def balance(
     solves from the unpatched model. That need not converge: the best round counts.
 
     Args:
-        desired: attribute -> share, 1 in total; the judge has these attributes as labels.
-        domain: the judge's, where these labels are.
+        desired: attribute -> share, 1 in total; labels of the judge in that domain.
         pictures: images a round, of the concept's prompts in turn, always from the same seeds.
         on_round: called after each round; may raise to cancel.
 
@@ -68,7 +62,7 @@ def balance(
         ForgetError: shares that do not add up, or labels that the judge lacks.
     """
     _check(desired, judge, domain)
-    texts = [prompt.text for prompt in concept.training_prompts()]
+    texts = [prompt.words for prompt in concept.training_prompts()]
     prompts = [texts[i % len(texts)] for i in range(pictures)]
     weights = dict.fromkeys(desired, 0.0)
     patches: list[ForgetPatch | None] = [None]

@@ -33,36 +33,21 @@ SEEDS = 2**63
 
 @dataclass(frozen=True)
 class Config:
-    """What ``technique.config`` may hold. A key whose value is null counts as left out.
+    """What ``technique.config`` may hold. A key whose value is null counts as left out."""
 
-    Attributes:
-        model: ``demo``, a .safetensors checkpoint or a diffusers folder.
-        model_id: eval-unlearn's name for the same; give one of the two.
-        patches: FILE or FILE:STRENGTH, all applied; [] samples from the unpatched model.
-        concepts: words or KIND:WORDS; one patch that forgets all of them is trained on the
-            unpatched model and applied too.
-        method: a name in ``methods.PRESETS``.
-        settings: changes to that method's settings.
-        erase_concept: what the report says was erased. A label: it trains nothing.
-        num_inference_steps: of the model's own scheduler.
-        guidance_scale: of classifier-free guidance; default 7.5, for the demo model 3.5.
-        size: pixels a side; 0 takes the family's.
-        seed: of the first picture, if the caller gives none.
-        device: default: a CUDA GPU if there is one, else the CPU.
-    """
-
-    model: str = ""
-    model_id: str = ""
-    patches: list | None = None
+    model: str = ""  # ``demo``, a .safetensors checkpoint or a diffusers folder
+    model_id: str = ""  # eval-unlearn's name for the same; give one of the two
+    patches: list | None = None  # FILE or FILE:STRENGTH, all applied; []: the unpatched model
+    # Words or KIND:WORDS; one patch for all is trained on the unpatched model and applied too.
     concepts: list | None = None
-    method: str = DEFAULT
-    settings: dict | None = None
-    erase_concept: str = ""
-    num_inference_steps: int = 50
-    guidance_scale: int | float | None = None
-    size: int = 0
-    seed: int = 0
-    device: str | None = None
+    method: str = DEFAULT  # a name in ``methods.PRESETS``
+    settings: dict | None = None  # changes to that method's settings
+    erase_concept: str = ""  # what the report says was erased; a label that trains nothing
+    num_inference_steps: int = 50  # of the model's own scheduler
+    guidance_scale: int | float | None = None  # default 7.5, for the demo model 3.5
+    size: int = 0  # pixels a side; 0 takes the family's
+    seed: int = 0  # of the first picture, if the caller gives none
+    device: str | None = None  # default: a CUDA GPU if there is one, else the CPU
 
     def __post_init__(self) -> None:
         if bool(self.model) == bool(self.model_id):
@@ -106,7 +91,13 @@ class ForgetMeNotTechnique:
         files = [file_and_strength(text) for text in config.patches or []]
         patches = [(load_patch(file), strength) for file, strength in files]
         concepts = [parse_concept(text) for text in config.concepts or []]
-        _check_device(config.device)
+        try:
+            torch.empty(1, device=config.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ForgetError(
+                f"The device '{config.device}' cannot be used ({str(error).splitlines()[0]}): name "
+                "another, or leave it out."
+            ) from error
         self.model = DiffusersModel.load(config.model or config.model_id, config.device)
         if guidance is None and self.model.family is DEMO:
             self.sampling = replace(self.sampling, guidance=DEMO_GUIDANCE)
@@ -183,13 +174,3 @@ def _check_texts(name: str, values: Any) -> None:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < SEEDS:
         raise ForgetError(f"seed is {seed}: use 0 to {SEEDS - 1}.")
-
-
-def _check_device(device: str | None) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ForgetError(
-            f"The device '{device}' cannot be used ({reason}): name another, or leave it out."
-        ) from error

@@ -52,10 +52,8 @@ def joint_merge(
     first for the sum of the patches, then for the solution.
 
     Args:
-        model: it comes back unchanged.
         sources: (patch or path of its file, strength).
         preserve: weight of kept prompts. budget: bytes that the file may have; 0: any.
-        on_step: called after each part of the work; may raise to cancel.
         keep: words or prompts to keep, beside the shipped lists.
 
     Raises:
@@ -71,35 +69,30 @@ def joint_merge(
     prompts = [_prompts(forgotten, settings.prompts) for forgotten in concepts]
     kept = kept_texts(sum(concepts, []), keep, settings)
     names = list(dict.fromkeys(layer.name for patch, _ in entries for layer in patch.layers))
-    sampled = [_subsample(texts, settings.images_per_concept) for texts in (*prompts, kept)]
-    if not any(name.endswith(OUTPUT) for name in names):
-        sampled = []
-    progress = PartProgress(
-        on_step, sum(-(-len(texts) // AT_ONCE) for texts in sampled) + len(names)
-    )
+    sampled = []
+    if any(name.endswith(OUTPUT) for name in names):
+        sampled = [_subsample(texts, settings.images_per_concept) for texts in (*prompts, kept)]
+    batches = sum(-(-len(texts) // AT_ONCE) for texts in sampled)
+    progress = PartProgress(on_step, batches + len(names))
     with model.borrow_denoiser() as denoiser:
         reader = _InputReader(model, denoiser, settings, prompts, kept)
         if sampled:
             reader.record_queries(sampled, lambda: progress(1.0))
         changes, sums = {}, torch.zeros(3, dtype=torch.float64)
         for name in names:
-            parts = [_scaled(patch, name, strength) for patch, strength in entries]
+            # In float64, with the strength in the first factor; None if the layer is unchanged.
+            parts = [
+                (strength * patch.changes[name][0].double(), patch.changes[name][1].double())
+                if name in patch.changes
+                else None
+                for patch, strength in entries
+            ]
             changes[name], squares = joint_change(parts, reader.of(name))
             sums += torch.tensor(squares, dtype=torch.float64)
             progress(float(sums[1] / sums[2]))
     record = {"how": "joint", "budget": budget, "preserve": preserve, "damping": settings.damping}
     losses = (sums[:2] / sums[2]).tolist()
     return build_merged(entries, changes, record, budget, losses)
-
-
-def _scaled(
-    patch: ForgetPatch, name: str, strength: float
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A layer's factors in float64, the strength in the first; None if it is unchanged."""
-    if name not in patch.changes:
-        return None
-    up, down = patch.changes[name]
-    return strength * up.double(), down.double()
 
 
 def _check_layers(patch: ForgetPatch) -> None:
@@ -128,13 +121,8 @@ def _concepts(patch: ForgetPatch) -> list[Concept]:
 
 def _prompts(concepts: list[Concept], count: int) -> list[str]:
     """Names and sentences of each concept, at most ``MAX_PROMPTS``."""
-    return [
-        text
-        for concept in concepts
-        for text in _subsample(
-            [*concept.subjects, *(text for text, _ in sentences(concept, count))], MAX_PROMPTS
-        )
-    ]
+    texts = ([*c.subjects, *(text for text, _ in sentences(c, count))] for c in concepts)
+    return [text for some in texts for text in _subsample(some, MAX_PROMPTS)]
 
 
 def _subsample(texts: list[str], count: int) -> list[str]:
@@ -143,26 +131,17 @@ def _subsample(texts: list[str], count: int) -> list[str]:
 
 
 class _InputReader:
-    """What layers read for each patch's prompts, and for kept ones.
-
-    Args:
-        prompts: of each patch. kept: prompts to keep.
-    """
+    """What layers read for each patch's prompts, and for kept ones."""
 
     def __init__(
-        self,
-        model: UNetModel,
-        denoiser: UNet,
-        settings: Settings,
-        prompts: list[list[str]],
+        self, model: UNetModel, denoiser: UNet, settings: Settings, prompts: list[list[str]],
         kept: list[str],
-    ):
+    ):  # fmt: skip
         self.model, self.denoiser, self.settings = model, denoiser, settings
         self.contexts = [model.encode_all(texts) for texts in prompts]  # [N, T, D] each
         self.kept = model.encode_all(kept)
-        self.layers = {
-            layer.name: layer for layer in cross_attention_layers(denoiser, model.family)
-        }
+        layers = cross_attention_layers(denoiser, model.family)
+        self.layers = {layer.name: layer for layer in layers}
         self._text_inputs: LayerInputs | None = None
 
     def record_queries(self, prompts: list[list[str]], on_batch: Callable[[], None]) -> None:

@@ -26,11 +26,9 @@ PROBE = Prompt("a photo", "a photo")
 
 
 def recipe(model_hash: str, concept: Concept, settings: Settings, keep: Iterable[str] = ()) -> str:
-    """The recipe, 64 hex digits. The VAE that encodes reference pictures is not part of it.
+    """The recipe, 64 hex digits, for a model of that ``hash_model``.
 
-    Args:
-        model_hash: of ``hash_model``.
-        keep: words or prompts to protect.
+    The VAE that encodes reference pictures is not part of it.
     """
     return _hash(
         _request(concept, settings, keep)
@@ -41,11 +39,8 @@ def recipe(model_hash: str, concept: Concept, settings: Settings, keep: Iterable
 def recipe_0_1(
     model_hash: str, concept: Concept, settings: Settings, keep: Iterable[str] = ()
 ) -> str | None:
-    """What version 0.1 wrote for a patch that is the same today; None if there is none.
-
-    Args:
-        model_hash: of ``hash_model_0_1``.
-    """
+    """What version 0.1 wrote for a patch that is the same today, for a model of that
+    ``hash_model_0_1``; None if there is none."""
     known = _code_0_1()
     changed = revision(preset_of(settings)) != 1 or _hash_lists() != known["lists"]
     if changed or settings.method not in known["methods"]:

@@ -8,6 +8,7 @@ A method's module has:
 - ``Settings``: a frozen dataclass over ``fmn.settings.Settings``;
 - ``PRESETS``: name -> ``Settings``, the first being the defaults;
 - ``run(model, concepts, settings, on_step, keep)``, which returns a ``ForgetPatch``;
+  ``patches.task.method_run`` makes it of a function of a ``Task``;
 - ``ANY_MODEL = True`` if it works on models that are none of ``families.FAMILIES``.
 
 A method that trains has ``trains = True`` in its ``Settings``, and its ``run`` takes the
@@ -21,7 +22,7 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ForgetError
 from ..progress import OnStep, ignore
@@ -29,7 +30,7 @@ from ..settings import Settings
 
 if TYPE_CHECKING:
     from ..concepts.concept import Concept
-    from ..models.interface import Model
+    from ..models.interface import Model, UNetModel
     from ..patches.patch import ForgetPatch
     from ..training.run import TrainingOptions
 
@@ -133,20 +134,28 @@ def forget(
     """
     # Not at import, which loads no torch.
     from ..models.module_patching import autograd
+    from ..patches.task import Task
     from ..training.run import TrainingOptions
 
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
     module, options = method(preset_of(settings)), options or TrainingOptions()
     check_keep(settings, keep)
-    _check_resume(model, concepts, settings, options)
+    if options.resume and not settings.trains:
+        raise ForgetError(
+            f"{preset_of(settings)} solves and does not train, so it cannot resume "
+            f"'{options.resume.name}': use the method and settings that it was saved with."
+        )
+    if options.resume:
+        task = Task(cast("UNetModel", model), concepts, settings)
+        options.resume.check(task.record(), settings.current)
     if not model.family.known and not getattr(module, "ANY_MODEL", False):
         raise ForgetError(
             f"{module.TITLE} works on the cross-attention of Stable Diffusion 1.x, 2.x and XL, and "
             f"{model.family.title} is none of them: use the method ESD."
         )
-    more = (options,) if settings.trains else ()
     with autograd():
+        more = (options,) if settings.trains else ()
         return module.run(model, concepts, settings, on_step, keep, *more)
 
 
@@ -157,20 +166,3 @@ def check_keep(settings: Settings, keep: Sequence[str]) -> None:
         raise ForgetError(
             f"{title} would ignore the words to keep: {settings.keep_needs}, or leave them out."
         )
-
-
-def _check_resume(
-    model: Model, concepts: Sequence[Concept], settings: Settings, options: TrainingOptions
-) -> None:
-    """Raise a ``ForgetError`` if the run to resume is another one, before any work is done."""
-    if options.resume is None:
-        return
-    if not settings.trains:
-        raise ForgetError(
-            f"{preset_of(settings)} solves and does not train, so it cannot resume "
-            f"'{options.resume.name}': use the method and settings that it was saved with."
-        )
-    from ..training.run import Task
-
-    record = Task.of(model, concepts, settings).record()
-    options.resume.check(record, settings.current)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..closed_form.protected_subspace import protect_setting, protected_downs
+from ..closed_form.protected_subspace import protected_downs
 from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import PLACEHOLDER
@@ -21,14 +21,21 @@ from ..models.adapters import Switch
 from ..models.attention_maps import concept_flags
 from ..models.families import layers as layers_of
 from ..models.interface import Text, UNet, UNetModel
-from ..models.sampling import q_sample
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
-from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
-from ..training.fit_adapters import Draw, LossOf, reference_latents, shuffled_cycle, train_patch
+from ..settings import advanced, setting
+from ..training.fit_adapters import (
+    Draw,
+    LossOf,
+    noise_one,
+    reference_latents,
+    shuffled_cycle,
+    train_patch,
+)  # fmt: skip
 from ..training.losses import concept_ablation
 from ..training.run import TrainingOptions
+from . import shared_settings as shared
 
 TITLE = "Concept Ablation"
 REVISION = 1
@@ -41,21 +48,20 @@ ABOUT = (
 @dataclass(frozen=True)
 class Settings(Base, method="ablation"):
     trains = True
-    steps: int = steps(50)
-    lr: float = lr(
+    steps: int = shared.steps(default=50)
+    lr: float = shared.lr(
         3e-3,
         "AdamW's learning rate. Around 0.003 for low rank; the released code trains full weights "
         "with 0.000008.",
-        advanced=True,
     )
-    rank: int = rank(advanced=True)
+    rank: int = shared.rank(advanced=True)
     layers: str = advanced(
         "kv",
         "What is trained. kv: keys and values of cross-attention. attention: all of "
         "cross-attention. unet: every linear and convolution layer.",
         choices=("kv", "attention", "unet"),
     )
-    full_weights: bool = full_weights()
+    full_weights: bool = shared.full_weights()
     target: str = advanced(
         "model",
         "What the concept's prompt learns to predict. model: what the model predicts for the "
@@ -112,10 +118,10 @@ class Settings(Base, method="ablation"):
         "Prompts a step. 4 as released; more are steadier, slower and need more memory.",
         limits=(1, 64),
     )
-    size: int = size()
-    checkpointing: bool = checkpointing()
-    seed: int = seed()
-    protect: bool = protect_setting()
+    size: int = shared.size()
+    checkpointing: bool = shared.checkpointing()
+    seed: int = shared.seed()
+    protect: bool = shared.protect()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,23 +133,18 @@ class Settings(Base, method="ablation"):
             )
 
 
-RELEASED = Settings(
-    steps=200,
-    lr=8e-6,
-    rank=64,
-    full_weights=True,
-    teacher="current",
-    no_anchor="rest",
-    samples=5,
-    sample_steps=25,
-    guidance=6.0,
-)
-PRESETS = {"ablation": Settings(), "ablation-released": RELEASED}
+PRESETS = {
+    "ablation": Settings(),
+    "ablation-released": Settings(
+        steps=200, lr=8e-6, rank=64, full_weights=True, teacher="current", no_anchor="rest",
+        samples=5, sample_steps=25, guidance=6.0,
+    ),
+}  # fmt: skip
 KEEP_LOSS = Settings(target="model", teacher="frozen", prior=0.0)  # of words to keep
 
 
 class Pair(NamedTuple):
-    """One prompt of a concept beside its anchor's, encoded, and pictures of the anchor."""
+    """A prompt of a concept beside its anchor's, encoded, and latents of the anchor."""
 
     target: Text  # [1, T, D]
     anchor: Text  # [1, T', D]
@@ -190,10 +191,15 @@ def prepare(model: UNetModel, concept: Concept, settings: Settings) -> list[Pair
     """
     pairs = prompt_pairs(concept, settings.no_anchor)
     anchors = dict.fromkeys(anchor for _, anchor in pairs)
-    if settings.references == "pictures":
-        latents = dict.fromkeys(anchors, _encoded(model, concept, settings))
-    else:
+    if settings.references != "pictures":
         latents = {anchor: _sampled(model, anchor, settings) for anchor in anchors}
+    elif concept.images is None:
+        raise ForgetError(
+            f"'{concept.name}' has no pictures: connect some of its anchor, or set references to "
+            "'samples'."
+        )
+    else:
+        latents = dict.fromkeys(anchors, reference_latents(model, concept, settings.size))
     return [
         Pair(model.encode(prompt), model.encode(anchor), latents[anchor])
         for prompt, anchor in pairs
@@ -216,15 +222,6 @@ def _sampled(model: UNetModel, prompt: Prompt, settings: Settings) -> torch.Tens
     return model.sample(prompt, seeds, side, settings.sample_steps, settings.guidance)
 
 
-def _encoded(model: UNetModel, concept: Concept, settings: Settings) -> torch.Tensor:
-    if concept.images is None:
-        raise ForgetError(
-            f"'{concept.name}' has no pictures: connect some of its anchor, or set references to "
-            "'samples'."
-        )
-    return reference_latents(model, concept, settings.size)
-
-
 class Batch(NamedTuple):
     x_t: torch.Tensor  # [B, 4, h, w]
     t: torch.Tensor  # [B]
@@ -235,13 +232,7 @@ class Batch(NamedTuple):
 
 class Batches:
     """Endless training batches: concepts and the pairs of each in shuffled orders, with a random
-    latent, time step and noise.
-
-    Args:
-        concepts: pairs by concept.
-        size: pairs a step.
-        split: each pair makes a batch of its own.
-    """
+    latent, time step and noise; of ``size`` pairs a step, or ``split``, of one."""
 
     def __init__(
         self,
@@ -262,24 +253,16 @@ class Batches:
         """A step's ``Batch`` for each combination of prompt lengths; split, for each pair."""
         groups: dict[tuple[torch.Size, torch.Size, int], list[Batch]] = {}
         for index in range(self.size):
-            row = self._draw()
-            key = row.target.context.shape, row.anchor.context.shape, index * self.split
-            groups.setdefault(key, []).append(row)
+            pair = next(next(self.pairs))
+            noised = noise_one(pair.latents, self.alphas_cumprod, self.generator)
+            key = pair.target.context.shape, pair.anchor.context.shape, index * self.split
+            groups.setdefault(key, []).append(Batch(*noised, pair.target, pair.anchor))
         return [self._stack(rows) for rows in groups.values()]
 
-    def _draw(self) -> Batch:
-        pair = next(next(self.pairs))
-        index = torch.randint(len(pair.latents), (1,), generator=self.generator)
-        t = torch.randint(len(self.alphas_cumprod), (1,), generator=self.generator)
-        noise = torch.randn(pair.latents[index].shape, generator=self.generator)
-        x_t = q_sample(pair.latents[index], noise, self.alphas_cumprod[t])
-        return Batch(x_t, t, noise, pair.target, pair.anchor)
-
     def _stack(self, rows: Sequence[Batch]) -> Batch:
-        parts = zip(*((row.x_t, row.t, row.noise) for row in rows))
-        x_t, t, noise = (torch.cat(tensors).to(self.device) for tensors in parts)
-        target, anchor = (Text.cat(texts) for texts in zip(*((r.target, r.anchor) for r in rows)))
-        return Batch(x_t, t, noise, target, anchor)
+        *noised, targets, anchors = zip(*rows)
+        x_t, t, noise = (torch.cat(tensors).to(self.device) for tensors in noised)
+        return Batch(x_t, t, noise, Text.cat(targets), Text.cat(anchors))
 
 
 @contextmanager
@@ -295,21 +278,15 @@ def start_detached(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
         yield
 
 
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-    options: TrainingOptions = TrainingOptions(),
-) -> ForgetPatch:
+@method_run(Settings)
+def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch:
     """Train a patch that draws their anchors for the concepts' prompts; see ``methods.forget``."""
-    words = keep_for(concepts, keep, "none") if settings.preserve else ()
-    downs = protected_downs(model, concepts, keep, settings.layers, settings)
+    model, concepts, settings = task.model, task.concepts, task.settings
+    words = keep_for(concepts, task.keep, "none") if settings.preserve else ()
+    downs = protected_downs(task, settings.layers)
     flags = concept_flags(model, concepts[0].training_prompts()[0])
     pairs = [prepare(model, concept, settings) for concept in concepts]
     kept = prepare_kept(model, words, settings)
-    probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
 
     @contextmanager
     def open_loss(denoiser: UNet, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
@@ -330,21 +307,18 @@ def run(
         with start_detached([denoiser.module(name) for name in read * settings.detach_start]):
             yield draw, loss_of
 
-    return train_patch(
-        model, concepts, settings, settings.layers, open_loss, on_step, options,
-        probe_inputs=probe_inputs, downs=downs, forwards=2 if settings.prior else 1,
-    )  # fmt: skip
+    probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
+    given = task, settings.layers, open_loss, options, None, probe_inputs, downs
+    return train_patch(*given, forwards=2 if settings.prior else 1)
 
 
 def ablation_loss(denoiser: UNet, switch: Switch, batch: Batch, settings: Settings) -> torch.Tensor:
     """``concept_ablation`` of a batch."""
-    predicted = denoiser.predict_noise(batch.x_t, batch.t, batch.target)
-    target = batch.noise
+    x_t, t, noise, concept, anchor = batch
+    predicted = denoiser.predict_noise(x_t, t, concept)
+    target = noise
     if settings.target == "model":
-        frozen = settings.teacher == "frozen"
-        with torch.no_grad(), switch.off() if frozen else nullcontext():
-            target = denoiser.predict_noise(batch.x_t, batch.t, batch.anchor)
-    if not settings.prior:
-        return concept_ablation(predicted, target)
-    prior = denoiser.predict_noise(batch.x_t, batch.t, batch.anchor)
-    return concept_ablation(predicted, target, prior, batch.noise, settings.prior)
+        with torch.no_grad(), switch.off() if settings.teacher == "frozen" else nullcontext():
+            target = denoiser.predict_noise(x_t, t, anchor)
+    prior = denoiser.predict_noise(x_t, t, anchor) if settings.prior else None
+    return concept_ablation(predicted, target, prior, noise, settings.prior)

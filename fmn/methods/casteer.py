@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..closed_form.input_edit import Changes, solved_patch, weight_of
+from ..closed_form.input_edit import Changes, weight_of
 from ..closed_form.output_edit import PartProgress, proper_span, reflection
 from ..closed_form.text_embeddings import encode_chunk
 from ..concepts.concept import Concept, Prompt
@@ -23,10 +23,11 @@ from ..models.families import layers
 from ..models.interface import Text, UNet, UNetModel
 from ..models.sampling import ddim, guided, seeded_noise
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
-from ..settings import advanced, seed, setting, size
+from ..settings import advanced, setting
 from ..text import with_article
+from . import shared_settings as shared
 
 TITLE = "CASteer"
 REVISION = 1
@@ -69,18 +70,13 @@ class Settings(Base, method="casteer"):
         limits=(1.0, 100.0, 0.1),
     )
     batch: int = advanced(
-        1,
-        "Pairs drawn at once. More: faster on a GPU, and more memory.",
-        limits=(1, 64),
+        1, "Pairs drawn at once. More: faster on a GPU, and more memory.", limits=(1, 64)
     )
-    size: int = size()
-    seed: int = seed()
+    size: int = shared.size()
+    seed: int = shared.seed()
 
 
-PRESETS = {
-    "casteer": Settings(),
-    "casteer-reflection": Settings(strength=2.0),
-}
+PRESETS = {"casteer": Settings(), "casteer-reflection": Settings(strength=2.0)}
 
 
 class Pair(NamedTuple):
@@ -110,30 +106,24 @@ def prompt_pairs(concept: Concept, words: Sequence[str], count: int) -> list[Pai
     return pairs
 
 
+@method_run(Settings)
 @torch.no_grad()
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-) -> ForgetPatch:
+def run(task: Task) -> ForgetPatch:
     """Measure directions and project them out; see ``methods.forget``.
 
     The losses of the record are the length of the concept's mean difference, over the layers,
     after each batch of pairs. Nothing protects kept words, so ``keep`` is always empty.
     """
-    fingerprint = model.fingerprint()
+    model, concepts, settings = task.model, task.concepts, task.settings
     names = [layer.name for layer in layers(model.family) if layer.name.endswith("attn2.to_out.0")]
     batches = -(-settings.pairs // settings.batch)
-    progress = PartProgress(on_step, batches * len(concepts))
+    progress = PartProgress(task.on_step, batches * len(concepts))
     changes: Changes = {}
     with model.borrow_denoiser() as denoiser:
-        empty = encode_chunk(model, "")
         measured = []
         for concept in concepts:
             pairs = prompt_pairs(concept, _words(concepts, concept, settings), settings.pairs)
-            directions = Directions(model, denoiser, names, settings, empty)
+            directions = Directions(model, denoiser, names, settings)
             measured.append(directions.measure(pairs, progress))
         for name, *columns in zip(names, *measured):
             basis = proper_span(torch.stack(columns, 1), name)
@@ -141,7 +131,7 @@ def run(
             up, down = reflection(weight, basis, settings.strength)
             if up.shape[1]:
                 changes[name] = up.float(), down.float()
-    return solved_patch(model, fingerprint, concepts, settings, changes, progress.values)
+    return task.patch(changes, progress.values)
 
 
 def _words(concepts: Sequence[Concept], concept: Concept, settings: Settings) -> list[str]:
@@ -152,23 +142,11 @@ def _words(concepts: Sequence[Concept], concept: Concept, settings: Settings) ->
 
 
 class Directions:
-    """Measures what a concept adds to the output of some layers while pairs are drawn.
+    """Measures what a concept adds to the output of some layers, by name, while pairs are drawn."""
 
-    Args:
-        names: of the layers.
-        empty: the empty prompt, for guidance.
-    """
-
-    def __init__(
-        self,
-        model: UNetModel,
-        denoiser: UNet,
-        names: Sequence[str],
-        settings: Settings,
-        empty: Text,
-    ):
+    def __init__(self, model: UNetModel, denoiser: UNet, names: Sequence[str], settings: Settings):
         self.model, self.denoiser, self.names = model, denoiser, names
-        self.settings, self.empty = settings, empty
+        self.settings, self.empty = settings, encode_chunk(model, "")
         self.last = max(1, round(settings.end * settings.sampling_steps))
         # Sums over pairs of the difference of pixel means: for each layer [steps, C].
         self.sums = [torch.zeros(1, dtype=torch.float64)] * len(names)
@@ -202,10 +180,10 @@ class Directions:
     def _draw(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> list[Tensor]:
         """Sum over the pairs of what the concept adds: for each layer [steps, C]."""
         settings, denoiser = self.settings, self.denoiser
-        prompts = [pair.concept for pair in pairs] + [pair.other for pair in pairs]
-        text = Text.cat([encode_chunk(self.model, prompt) for prompt in prompts])
-        signs = torch.ones(len(prompts), dtype=torch.float64)
-        signs[len(pairs) :] = -1
+        text = Text.cat(
+            [encode_chunk(self.model, prompt) for side in zip(*pairs) for prompt in side]
+        )
+        signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(len(pairs))
         side = (settings.size or self.model.family.resolution) // 8
         # Both prompts of a pair start from the same noise, as in the paper.
         noise = seeded_noise([settings.seed + number for number in numbers], side)

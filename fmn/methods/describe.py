@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..patches.metadata import CHANGED
 from ..patches.patch import ForgetPatch
 from ..patches.scores import scores_text
 from ..text import printable
@@ -34,7 +35,9 @@ def describe(patch: ForgetPatch) -> str:
         # What solves records two: before and after.
         steps = f" in {loss['steps']} steps" if loss["steps"] > 2 else ""
         lines.append(f"loss: {loss['first']:.4g} -> {loss['last']:.4g}{steps}")
-    lines += scores_text(info)
+    lines += [f"changed: {CHANGED}"] if info.get("changed") else scores_text(info)
+    if "scores" in info and patch.source and not patch.source.bound:
+        lines.append("not checked: the file does not say which weights its scores belong to")
     for key, meaning in (
         ("truncation_error", "cut off by the rank"),
         ("rounding_error", "lost by 16-bit rounding"),

@@ -4,29 +4,22 @@ First projection: the concept's embedding c onto the span of safe words gives it
 W c becomes W c* by a change that gives nothing for any kept embedding.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..closed_form.input_edit import InputEdit, input_patch, rank_setting
-from ..closed_form.text_embeddings import (
-    Pairs,
-    concept_pairs,
-    keep_list_setting,
-    kept_contexts,
-    tokens_setting,
-)
+from ..closed_form.input_edit import InputEdit, input_patch
+from ..closed_form.text_embeddings import Pairs, concept_pairs, kept_contexts
 from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..errors import ForgetError
 from ..linalg import main_directions, orthogonal_part
-from ..models.interface import UNetModel
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
 from ..settings import setting
+from . import shared_settings as shared
 
 TITLE = "Double Projections"
 REVISION = 1
@@ -53,9 +46,9 @@ class Settings(Base, method="double_projections"):
         "protected ones, as published.",
         limits=(0, 2048),
     )
-    tokens: str = tokens_setting()
-    keep_list: str = keep_list_setting()
-    rank: int = rank_setting()
+    tokens: str = shared.tokens()
+    keep_list: str = shared.keep_list()
+    rank: int = shared.solved_rank()
 
 
 PRESETS = {
@@ -64,18 +57,14 @@ PRESETS = {
 }
 
 
+@method_run(Settings)
 @torch.no_grad()
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-) -> ForgetPatch:
+def run(task: Task) -> ForgetPatch:
     """Solve for a patch; see ``methods.forget``."""
+    model, concepts, settings = task.model, task.concepts, task.settings
     # Of the empty prompt this keeps BOS, which begins every prompt.
-    given = kept_contexts(model, ("", *keep_for(concepts, keep, "none")))
-    kept = kept_contexts(model, ("", *keep_for(concepts, keep, settings.keep_list)))
+    given = kept_contexts(model, ("", *keep_for(concepts, task.keep, "none")))
+    kept = kept_contexts(model, ("", *task.kept_words()))
     count = settings.directions or model.family.context_dim // 2
     protected = protected_basis(given, kept, count)
     safe = main_directions(kept, settings.proxy or count)
@@ -84,7 +73,7 @@ def run(
         _with_proxy(concept, pairs, protected, safe) for concept, pairs in zip(concepts, found)
     )
     edit = double_projections(*pairs, protected)
-    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step)
+    return input_patch(task, pairs, lambda denoiser: edit)
 
 
 def protected_basis(given: Tensor, kept: Tensor, count: int) -> Tensor:

@@ -8,25 +8,25 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 
-from ..closed_form.protected_subspace import protect_setting, protected_downs
+from ..closed_form.protected_subspace import protected_downs
 from ..concepts.concept import Concept, Prompt
 from ..errors import ForgetError
 from ..models.adapters import Switch
 from ..models.attention_maps import ProbeInput, concept_flags
-from ..models.interface import Denoiser, Model, Text, UNetModel
+from ..models.interface import Denoiser, Model, Text
 from ..models.sampling import expand, guided, predictions, trailing_timesteps
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
-from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
+from ..settings import advanced, setting
 from ..training.fit_adapters import Draw, LossOf, in_scope, shuffled_cycle, train_patch
 from ..training.loop import AdamWConfig
 from ..training.losses import esd
 from ..training.run import TrainingOptions
+from . import shared_settings as shared
 
 TITLE = "ESD"
 REVISION = 1
@@ -43,12 +43,11 @@ EXACT, BIN = "exact", "bin"
 @dataclass(frozen=True)
 class Settings(Base, method="esd"):
     trains = True
-    steps: int = steps(100)
-    lr: float = lr(
+    steps: int = shared.steps(default=100)
+    lr: float = shared.lr(
         1e-3,
         "Adam's learning rate. Around 0.001 for low rank; the released codes train full weights "
         "with 0.00001 and 0.00005.",
-        advanced=True,
     )
     eta: float = setting(
         2.0,
@@ -63,8 +62,8 @@ class Settings(Base, method="esd"):
         "linear and convolution layer; the only choice for some transformer models.",
         choices=tuple(SCOPES),
     )
-    rank: int = rank(advanced=True)
-    full_weights: bool = full_weights()
+    rank: int = shared.rank(advanced=True)
+    full_weights: bool = shared.full_weights()
     erase_from: str = setting(
         "",
         "A prompt that should lose only the concept, such as 'a cowboy' for the concept "
@@ -94,59 +93,43 @@ class Settings(Base, method="esd"):
     batch: int = advanced(
         1, "Drawings a step, of the same prompt. More are steadier and slower.", limits=(1, 64)
     )
-    size: int = size()
-    checkpointing: bool = checkpointing()
-    seed: int = seed()
-    protect: bool = protect_setting()
+    size: int = shared.size()
+    checkpointing: bool = shared.checkpointing()
+    seed: int = shared.seed()
+    protect: bool = shared.protect()
 
 
 PRESETS = {
     "esd": Settings(),
     "esd-u": Settings(layers="u"),
     "esd-paper": Settings(
-        steps=1000,
-        lr=1e-5,
-        rank=64,
-        full_weights=True,
-        sample_from=EDITED,
-        sampling_steps=50,
+        steps=1000, lr=1e-5, rank=64, full_weights=True, sample_from=EDITED, sampling_steps=50,
         timesteps=BIN,
     ),
     "esd-2025": Settings(steps=200, lr=5e-5, rank=64, full_weights=True, sampling_steps=50),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt of a concept, encoded; all texts [1, T, D] with the same T.
+    """One prompt of a concept, encoded; all texts [1, T, D] with the same T."""
 
-    Attributes:
-        concept: c, the concept to erase.
-        source: c_from, the prompt that it is erased from; often the same object as ``concept``.
-        empty: the empty prompt.
-    """
-
-    concept: Text
-    source: Text
+    concept: Text  # c, the concept to erase
+    source: Text  # c_from, the prompt that it is erased from; often the same object as ``concept``
     empty: Text
 
 
 def prepare(model: Model, concepts: Sequence[Concept], settings: Settings) -> list[list[Example]]:
     """The examples of each concept."""
-    empty, source = model.encode(Prompt("", "")), None
+    empty, source = model.encode(Prompt("", "")), []
     if settings.erase_from.strip():
-        source = model.encode(Prompt(settings.erase_from, settings.erase_from, plain=False))
-    return [
-        [_example(model.encode(prompt), source, empty) for prompt in concept.training_prompts()]
-        for concept in concepts
-    ]
+        source = [model.encode(Prompt(settings.erase_from, settings.erase_from, plain=False))]
 
+    def example(prompt: Prompt) -> Example:
+        concept, *texts = equal_lengths([model.encode(prompt), *source, empty])
+        return Example(concept, texts[0] if source else concept, texts[-1])
 
-def _example(concept: Text, source: Text | None, empty: Text) -> Example:
-    if source is None:
-        concept, empty = equal_lengths([concept, empty])
-        return Example(concept, concept, empty)
-    return Example(*equal_lengths([concept, source, empty]))
+    return [[example(prompt) for prompt in concept.training_prompts()] for concept in concepts]
 
 
 def equal_lengths(texts: Sequence[Text]) -> Sequence[Text]:
@@ -216,18 +199,13 @@ class Batches:
         return int(torch.randint(start, end, (1,), generator=self.generator))
 
 
-def run(
-    model: Model,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-    options: TrainingOptions = TrainingOptions(),
-) -> ForgetPatch:
+@method_run(Settings)
+def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch:
     """Train a patch with which the concepts' prompts lead away from them.
 
     Args, errors: see ``methods.forget``. Words to keep need ``protect``.
     """
+    model, concepts, settings = task.model, task.concepts, task.settings
     scope, family = SCOPES[settings.layers], model.family
     if settings.protect and not family.known:
         raise ForgetError(
@@ -235,8 +213,7 @@ def run(
             f"{family.title} is none of them: turn protect off."
         )
     in_scope(family, scope)  # refuses before any work
-    unet_model = cast(UNetModel, model)  # which it is, where the family is known
-    downs = protected_downs(unet_model, concepts, keep, scope, settings)
+    downs = protected_downs(task, scope)
     examples = prepare(model, concepts, settings)
     side = (settings.size or family.resolution) // family.latent_factor
 
@@ -255,15 +232,11 @@ def run(
 
     probe_inputs: list[ProbeInput] = []
     if family.known:
-        prompt = concepts[0].training_prompts()[0]
-        latent = torch.zeros(1, 4, side, side)
-        probe_inputs = [(model.encode(prompt), concept_flags(unet_model, prompt), latent)]
+        prompt, latent = concepts[0].training_prompts()[0], torch.zeros(1, 4, side, side)
+        probe_inputs = [(model.encode(prompt), concept_flags(model, prompt), latent)]
     # Adam as released: no weight decay, no clipping.
     config = AdamWConfig(settings.lr, weight_decay=0.0, max_norm=math.inf)
-    return train_patch(
-        unet_model, concepts, settings, scope, open_loss, on_step, options, config, probe_inputs,
-        downs,
-    )  # fmt: skip
+    return train_patch(task, scope, open_loss, options, config, probe_inputs, downs)
 
 
 def esd_loss(
@@ -272,10 +245,7 @@ def esd_loss(
     """ESD's loss for x_t [B, C, h, w] at the time step t."""
     count = len(x_t)
     texts = [example.source, example.concept, example.empty]
-    if example.source is example.concept:
-        texts = texts[1:]
     with switch.off(), torch.no_grad():
-        frozen = predictions(denoiser, x_t, t, texts)
+        frozen = predictions(denoiser, x_t, t, texts[example.source is example.concept :])
     predicted = denoiser.predict_noise(x_t, torch.full((count,), t), expand(example.source, count))
-    first, (concept, empty) = frozen[0], frozen[-2:]
-    return esd(predicted, first, concept, empty, eta)
+    return esd(predicted, frozen[0], frozen[-2], frozen[-1], eta)

@@ -6,29 +6,25 @@ U-Net stays as it is. Details follow a port of the released code, fmp453/erase-e
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice, zip_longest
 
 import torch
 import torch.nn.functional as F
 
-from ..closed_form.text_embeddings import keep_list_setting
 from ..concepts.concept import Concept
-from ..concepts.keep_list import keep_for
 from ..models.adapters import attached
 from ..models.families import Family, text_layers
-from ..models.interface import UNetModel
 from ..models.token_positions import CHUNK
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
-from ..settings import advanced, lr, seed, setting
+from ..settings import advanced, setting
 from ..training.fit_adapters import make_adapters, shuffled_cycle
-from ..training.loop import AdamWConfig, initial_loss_scale
-from ..training.run import Task, TrainingOptions, TrainingRun
+from ..training.loop import AdamWConfig
+from ..training.run import TrainingOptions, TrainingRun
+from . import shared_settings as shared
 
 TITLE = "HiRM"
 REVISION = 1
@@ -37,7 +33,6 @@ ABOUT = (
     "layer until the concept's words mean noise, or its anchor. The patch is for the CLIP."
 )
 BLOCK = "text_encoder.text_model.encoder.layers.{}."
-TARGETS = ("auto", "noise", "anchor")
 # Published steps by kind: towards noise, towards an anchor.
 STEPS = {"style": (40, 30), "unsafe": (50, 25)}
 OTHER_STEPS = (25, 15)  # published for objects
@@ -51,7 +46,7 @@ class Settings(Base, method="hirm"):
         "What the concept's words should mean. noise: random noise (HiRM-R). anchor: the "
         "concept's anchor, or the empty prompt if it has none (HiRM-S). auto: the anchor if "
         "the concept has one, else noise.",
-        choices=TARGETS,
+        choices=("auto", "noise", "anchor"),
     )
     steps: int = setting(
         60,
@@ -59,11 +54,10 @@ class Settings(Base, method="hirm"):
         "target. More forget more, and harm neighbours.",
         limits=(0, 100_000),
     )
-    lr: float = lr(
+    lr: float = shared.lr(
         2e-3,
         "AdamW's learning rate. Around 0.002 for low rank; the paper trains full weights with "
         "0.00005.",
-        advanced=True,
     )
     rank: int = setting(
         8,
@@ -82,41 +76,27 @@ class Settings(Base, method="hirm"):
         "keep-list, as published, which harms most prompts. Higher: forgets less, harms less.",
         limits=(0.0, 1000.0, 0.01),
     )
-    keep_list: str = keep_list_setting()
+    keep_list: str = shared.keep_list()
     scale: float = advanced(
         500.0,
         "Size of the noise: its 2-norm over all 77 tokens. Higher: further away from all that "
         "words mean.",
         limits=(1e-3, 1e6, 0.001),
     )
-    seed: int = seed()
+    seed: int = shared.seed()
 
 
-PUBLISHED: dict[str, Any] = {
-    "steps": 0,
-    "lr": 5e-5,
-    "rank": 768,
-    "full_weights": True,
-    "preserve": 0.0,
-}
+PUBLISHED = Settings(steps=0, lr=5e-5, rank=768, full_weights=True, preserve=0.0)
 PRESETS = {
     "hirm": Settings(),
-    "hirm-r": Settings(target="noise", **PUBLISHED),
-    "hirm-s": Settings(target="anchor", **PUBLISHED),
+    "hirm-r": replace(PUBLISHED, target="noise"),
+    "hirm-s": replace(PUBLISHED, target="anchor"),
 }
-
-
 Output = Callable[[str], torch.Tensor]  # from a prompt to h [1, 77, D]
 
 
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-    options: TrainingOptions = TrainingOptions(),
-) -> ForgetPatch:
+@method_run(Settings)
+def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch:
     """Train a patch of the text encoder; see ``methods.forget``.
 
     Only names and aliases are trained on, each alone: a prompt's other words would lose their
@@ -125,15 +105,18 @@ def run(
     term at the start: the retain term of RMU (Li et al. 2024, arXiv 2403.03218), which HiRM left
     out.
     """
-    first, task = BLOCK.format(0), Task.of(model, concepts, settings)
+    model, concepts, settings, first = task.model, task.concepts, task.settings, BLOCK.format(0)
     names = [layer.name for layer in text_layers(model.family) if layer.name.startswith(first)]
     order = _order(concepts, settings)
-    kept = _kept(concepts, keep, settings, len(order))
+    words, generator = task.kept_words(), torch.Generator().manual_seed(settings.seed)
+    kept = list(islice(shuffled_cycle(words, generator), len(order))) if words else []
     options.check_steps(len(order))
     with model.borrow_text_encoder(words=False) as text_encoder:
-        adapters = make_adapters(text_encoder.module, names, settings, text_encoder.device)
+        adapters = make_adapters(text_encoder, names, settings)
+        outputs: list[torch.Tensor] = []
+        projection = text_encoder.module(last_projection(model.family))
         with (
-            _outputs(text_encoder.module(last_projection(model.family))) as outputs,
+            projection.register_forward_hook(lambda module, args, out: outputs.append(out)),
             attached(adapters, text_encoder.module) as switch,
         ):
 
@@ -164,9 +147,9 @@ def run(
 
             # Gradients are not clipped.
             config = AdamWConfig(settings.lr, (0.9, 0.98), 1e-8, eps=1e-6, max_norm=math.inf)
-            scale = initial_loss_scale(text_encoder.module(names[0]))
-            run = TrainingRun(task, adapters, switch, options, config, len(order), scale)
-            run.train(loss_at, on_step)
+            module = text_encoder.module(names[0])
+            run = TrainingRun(task, adapters, switch, options, config, len(order), module)
+            run.train(loss_at, task.on_step)
     return run.finish()
 
 
@@ -199,24 +182,5 @@ def _order(concepts: Sequence[Concept], settings: Settings) -> list[tuple[int, s
     for index, concept in enumerate(concepts):
         published = STEPS.get(concept.kind, OTHER_STEPS)
         count = settings.steps or published[0 if _to_noise(concept, settings) else 1]
-        subjects = concept.subjects
-        queues.append([(index, subjects[i % len(subjects)]) for i in range(count)])
-    longest = max(map(len, queues))
-    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
-
-
-def _kept(
-    concepts: Sequence[Concept], given: Sequence[str], settings: Settings, count: int
-) -> list[str]:
-    """A kept prompt for each step, in a shuffled order; none if nothing is kept."""
-    words = keep_for(concepts, given, settings.keep_list) if settings.preserve else ()
-    generator = torch.Generator().manual_seed(settings.seed)
-    return list(islice(shuffled_cycle(words, generator), count)) if words else []
-
-
-@contextmanager
-def _outputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects a module's outputs, the newest last."""
-    outputs: list[torch.Tensor] = []
-    with module.register_forward_hook(lambda module, args, output: outputs.append(output)):
-        yield outputs
+        queues.append([(index, subject) for subject in islice(cycle(concept.subjects), count)])
+    return [step for turn in zip_longest(*queues) for step in turn if step]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..closed_form.input_edit import Changes, key_value_layers, solved_patch, weight_of
+from ..closed_form.input_edit import Changes, key_value_layers, weight_of
 from ..closed_form.output_edit import (
     PartProgress,
     proper_span,
@@ -18,22 +18,16 @@ from ..closed_form.output_edit import (
     span,
     truncate_to_tolerance,
 )
-from ..closed_form.text_embeddings import (
-    concept_pairs,
-    expand_setting,
-    expanded_templates,
-    kept_contexts,
-    words_of,
-)
-from ..concepts.concept import Concept
+from ..closed_form.text_embeddings import expanded_pairs, kept_contexts, words_of
 from ..concepts.keep_list import CHOICES, keep_for
 from ..errors import ForgetError
 from ..linalg import gram
 from ..models.interface import UNetModel
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
 from ..settings import advanced, setting
+from . import shared_settings as shared
 
 TITLE = "OCE"
 REVISION = 1
@@ -90,7 +84,7 @@ class Settings(Base, method="oce"):
         "directions. 2: it becomes its opposite, as in the paper.",
         limits=(0.0, 4.0, 0.01),
     )
-    expand: bool = expand_setting()
+    expand: bool = shared.expand()
     keep_list: str = setting(
         "auto",
         "Shipped list of kept words, beside what is connected, if preserve is not 0. auto: by the "
@@ -119,27 +113,22 @@ PRESETS = {
 }
 
 
+@method_run(Settings)
 @torch.no_grad()
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-) -> ForgetPatch:
+def run(task: Task) -> ForgetPatch:
     """Solve for a patch; see ``methods.forget``.
 
     The losses of the record are the mean cosine between what a concept's token gives before and
     after: 1 at first, -1 if it is turned around.
     """
-    fingerprint = model.fingerprint()
-    targets, guides = _contexts(model, concepts, settings)
-    moment = None if settings.form == "reflection" else _moment(model, concepts, settings, keep)
+    model, settings = task.model, task.settings
+    targets, guides = _contexts(task)
+    moment = None if settings.form == "reflection" else _moment(task)
     changes: Changes = {}
     largest_error = 0.0
     with model.borrow_denoiser() as denoiser:
         names = [layer.name for layer in key_value_layers(model.family, "v")]
-        progress = PartProgress(on_step, len(names))
+        progress = PartProgress(task.on_step, len(names))
         for name in names:
             weight = weight_of(denoiser.module(name)).cpu()
             up, down, error = _edit(weight, targets, guides, moment, settings, name)
@@ -152,38 +141,32 @@ def run(
             "kept, so nothing would change: raise erase, or lower general, preserve or damping."
         )
     losses = [1.0, sum(progress.values) / len(names)]
-    return solved_patch(model, fingerprint, concepts, settings, changes, losses, largest_error)
+    return task.patch(changes, losses, largest_error)
 
 
-def _contexts(
-    model: UNetModel, concepts: Sequence[Concept], settings: Settings
-) -> tuple[Tensor, Tensor]:
+def _contexts(task: Task) -> tuple[Tensor, Tensor]:
     """Contexts [n, D] of the concepts' last tokens, and [m, D] of the guides."""
-    pairs_of = concept_pairs(
-        model, concepts, "last", lambda concept: expanded_templates(concept) * settings.expand
-    )
+    pairs_of = expanded_pairs(task.model, task.concepts, "last", task.settings.expand)
     targets = torch.cat([pairs.targets for pairs in pairs_of])
     guides = [
         pairs.anchors
-        for concept, pairs in zip(concepts, pairs_of)
-        if concept.anchor or settings.guide == "start"
+        for concept, pairs in zip(task.concepts, pairs_of)
+        if concept.anchor or task.settings.guide == "start"
     ]
     return targets, torch.cat([targets[:0], *guides])
 
 
-def _moment(
-    model: UNetModel, concepts: Sequence[Concept], settings: Settings, keep: Sequence[str]
-) -> Tensor:
+def _moment(task: Task) -> Tensor:
     """K = p C + q sum k k^T + l I, [D, D] in float64."""
-    shipped = keep_for(concepts, (), "auto")
-    given = keep_for(concepts, keep, "none")
+    model, settings = task.model, task.settings
+    shipped = keep_for(task.concepts, (), "auto")
+    given = keep_for(task.concepts, task.keep, "none")
     moment = settings.damping * torch.eye(model.family.context_dim, dtype=torch.float64)
     if settings.general:
         texts = [*given, *(GENERAL.format(word) for word in shipped)]
         moment += settings.general * word_moment(model, texts)
     if settings.preserve:
-        words = keep_for(concepts, keep, settings.keep_list)
-        moment += settings.preserve * gram(kept_contexts(model, words))
+        moment += settings.preserve * gram(kept_contexts(model, task.kept_words()))
     return moment
 
 

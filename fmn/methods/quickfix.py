@@ -12,25 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..closed_form.input_edit import (
-    Distances,
-    compact,
-    rank_setting,
-    remaining_losses,
-    solved_patch,
-    uce,
-    weight_of,
-)
-from ..closed_form.text_embeddings import Pairs, concept_pairs, keep_list_setting, tokens_setting
-from ..concepts.concept import Concept, Prompt
-from ..concepts.keep_list import keep_for
+from ..closed_form.input_edit import Distances, compact, remaining_losses, uce, weight_of
+from ..closed_form.text_embeddings import Pairs, concept_pairs
+from ..concepts.concept import Prompt
 from ..linalg import gram, relative_error
 from ..models.interface import Text, UNetModel
 from ..models.token_positions import CHUNK
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, StepProgress, ignore
+from ..patches.task import Task, method_run
+from ..progress import StepProgress
 from ..settings import Settings as Base
 from ..settings import setting
+from . import shared_settings as shared
 
 TITLE = "Diff-QuickFix"
 REVISION = 1
@@ -56,22 +49,17 @@ class Settings(Base, method="quickfix"):
         "published, which harms most prompts. Higher: listed words change less.",
         limits=(0.0, 1000.0, 0.01),
     )
-    tokens: str = tokens_setting("from-last")
-    keep_list: str = keep_list_setting()
-    rank: int = rank_setting()
+    tokens: str = shared.tokens(default="from-last")
+    keep_list: str = shared.keep_list()
+    rank: int = shared.solved_rank()
 
 
 PRESETS = {"quickfix": Settings(), "quickfix-2024": Settings(preserve=0.0)}
 
 
+@method_run(Settings)
 @torch.no_grad()
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-) -> ForgetPatch:
+def run(task: Task) -> ForgetPatch:
     """Solve for a patch of the text encoder; see ``methods.forget``.
 
     With W the projection, k what goes into it at a concept's tokens and v what comes out at its
@@ -79,24 +67,22 @@ def run(
     v is W k* without it, and W' - W = W [sum (k* - k) k^T] (l I + sum k k^T)^-1: the form of
     ``input_edit.uce``, in the inputs of this layer.
     """
-    fingerprint = model.fingerprint()
+    model, settings = task.model, task.settings
     with model.borrow_text_encoder(words=False) as text_encoder:
         module = text_encoder.module(LAYER)
         with _layer_inputs(model, module) as inputs:
             # Embeddings that attacks on the U-Net found are none of this layer's inputs.
-            named = [replace(concept, learned=()) for concept in concepts]
+            named = [replace(concept, learned=()) for concept in task.concepts]
             pairs = Pairs.cat(concept_pairs(inputs, named, settings.tokens, lambda _: TEMPLATES))
-            words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
-            kept = _kept(inputs, words, pairs.targets)
+            kept = _kept(inputs, task.kept_words(), pairs.targets)
         # Asked for again: encoding may have moved the encoder, and LoRAs out of its weights.
         weight = weight_of(text_encoder.module(LAYER)).cpu()
         edit = compact(uce(*pairs, kept, preserve=settings.preserve, damping=settings.damping))
-        rank = settings.rank * len(concepts) or max(weight.shape)
+        rank = settings.rank * len(task.concepts) or max(weight.shape)
         up, down, squares = Distances(pairs, edit.left).change(weight, edit.right, rank)
     lost, whole, *losses = squares
-    on_step(StepProgress(1, 1, remaining_losses(*losses), 0.0))
-    changes, error = {LAYER: (up.float(), down.float())}, relative_error(lost, whole)
-    return solved_patch(model, fingerprint, concepts, settings, changes, losses, error)
+    task.on_step(StepProgress(1, 1, remaining_losses(*losses), 0.0))
+    return task.patch({LAYER: (up.float(), down.float())}, losses, relative_error(lost, whole))
 
 
 class _LayerInputs:

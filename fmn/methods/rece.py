@@ -4,37 +4,20 @@ After UCE, the embedding that through the edited layers comes nearest to what th
 solved for, and edited away as well; and so on for some rounds. All of it is algebra of [D, D].
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..closed_form.adversarial_embedding import hardest_contexts
-from ..closed_form.input_edit import (
-    InputEdit,
-    damping_setting,
-    erase_setting,
-    input_patch,
-    preserve_setting,
-    rank_setting,
-    uce,
-    weight_gram,
-)
-from ..closed_form.text_embeddings import (
-    Pairs,
-    expand_setting,
-    keep_list_setting,
-    keep_tokens_setting,
-    kept_contexts,
-    tokens_setting,
-)
-from ..concepts.concept import Concept
-from ..models.interface import Denoiser, UNetModel
+from ..closed_form.input_edit import InputEdit, input_patch, uce, weight_gram
+from ..closed_form.text_embeddings import Pairs, kept_contexts
+from ..models.interface import Denoiser
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
 from ..settings import advanced, setting
+from . import shared_settings as shared
 from .uce import uce_rows
 
 TITLE = "RECE"
@@ -59,14 +42,14 @@ class Settings(Base, method="rece"):
         "the edit is stronger. Large: hardly any edit.",
         limits=(1e-9, 1e6, 0.001),
     )
-    erase: float = erase_setting()
-    preserve: float = preserve_setting(0.1)
-    damping: float = damping_setting(0.5)
-    tokens: str = tokens_setting()
-    expand: bool = expand_setting()
-    keep_list: str = keep_list_setting()
-    keep_tokens: str = keep_tokens_setting()
-    rank: int = rank_setting(8)
+    erase: float = shared.erase()
+    preserve: float = shared.preserve(default=0.1)
+    damping: float = shared.damping(default=0.5)
+    tokens: str = shared.tokens()
+    expand: bool = shared.expand()
+    keep_list: str = shared.keep_list()
+    keep_tokens: str = shared.keep_tokens()
+    rank: int = shared.solved_rank(default=8)
 
 
 PRESETS = {
@@ -77,23 +60,18 @@ PRESETS = {
 }
 
 
+@method_run(Settings)
 @torch.no_grad()
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-) -> ForgetPatch:
+def run(task: Task) -> ForgetPatch:
     """Solve for a patch; see ``methods.forget``."""
-    pairs, kept = uce_rows(model, concepts, settings, keep)
+    pairs, kept = uce_rows(task)
     # The empty prompt, all of it, is what guidance starts from.
-    kept = torch.cat([kept, kept_contexts(model, ("",), "all")])
+    kept = torch.cat([kept, kept_contexts(task.model, ("",), "all")])
 
     def edit_of(denoiser: Denoiser) -> InputEdit:
-        return rece(weight_gram(denoiser, model.family), pairs, kept, settings)
+        return rece(weight_gram(denoiser, task.model.family), pairs, kept, task.settings)
 
-    return input_patch(model, concepts, settings, pairs, edit_of, on_step)
+    return input_patch(task, pairs, edit_of)
 
 
 def rece(weights: Tensor, pairs: Pairs, kept: Tensor, settings: Settings) -> InputEdit:

@@ -12,22 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..closed_form.input_edit import preserve_setting, weight_gram
-from ..closed_form.text_embeddings import keep_list_setting
-from ..concepts.concept import Concept
+from ..closed_form.input_edit import weight_gram
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import kept_sentences, sentences, styled_sentences
 from ..models.adapters import attached
 from ..models.families import UNetFamily, text_layers
-from ..models.interface import Text, TextEncoder, UNet, UNetModel
+from ..models.interface import Text, TextEncoder, UNet
 from ..models.token_positions import EOS_ID
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
-from ..settings import advanced, lr, rank, seed, setting
+from ..settings import advanced, setting
 from ..training.fit_adapters import make_adapters
-from ..training.loop import AdamWConfig, initial_loss_scale
-from ..training.run import Task, TrainingOptions, TrainingRun
+from ..training.loop import AdamWConfig
+from ..training.run import TrainingOptions, TrainingRun
+from . import shared_settings as shared
 
 TITLE = "Re-read, text encoder"
 REVISION = 1
@@ -48,15 +47,15 @@ class Settings(Base, method="reread_text"):
         "Training steps in total, for any number of concepts. More forget more and harm less.",
         limits=(1, 100_000),
     )
-    lr: float = lr(8e-3, "AdamW's learning rate at the start; it falls to zero.", advanced=True)
-    rank: int = rank(32)
+    lr: float = shared.lr(8e-3, "AdamW's learning rate at the start; it falls to zero.")
+    rank: int = shared.rank(default=32)
     batch: int = advanced(
         32,
         "Sentences with a concept in each step, and as many kept ones. Smaller is faster and "
         "noisier.",
         limits=(1, 1024),
     )
-    preserve: float = preserve_setting(2.0)
+    preserve: float = shared.preserve(default=2.0)
     prompts: int = advanced(
         12,
         "Sentences with each name, from a fixed list; as many with styles, and its own "
@@ -70,38 +69,30 @@ class Settings(Base, method="reread_text"):
         limits=(0, 10_000),
         formerly="kept",
     )
-    keep_list: str = keep_list_setting()
-    seed: int = seed()
+    keep_list: str = shared.keep_list()
+    seed: int = shared.seed()
 
 
 PRESETS = {"reread-many": Settings()}
 
 
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-    options: TrainingOptions = TrainingOptions(),
-) -> ForgetPatch:
+@method_run(Settings)
+def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch:
     """Train a patch of the text encoder; see ``methods.forget``."""
-    pairs, kept, given = _texts(concepts, keep, settings)
+    model, settings, texts = task.model, task.settings, _texts(task)
     options.check_steps(settings.steps)  # before any work
-    task = Task.of(model, concepts, settings)
     with model.borrow_denoiser() as denoiser:
         metric = read_metric(denoiser, model.family)
     names = read_layers(model.family)
     with model.borrow_text_encoder(words=False) as encoder:
-        lessons = Lessons(encoder, pairs, kept, given, metric, settings)
-        adapters = make_adapters(encoder.module, names, settings, encoder.device)
-        scale = initial_loss_scale(encoder.module(names[0]))
+        lessons = Lessons(encoder, *texts, metric, settings)
+        adapters, module = make_adapters(encoder, names, settings), encoder.module(names[0])
         config = AdamWConfig(settings.lr, weight_decay=0.0, linear_decay=True)
         with attached(adapters, encoder.module) as switch:
             for _ in range(options.batches_drawn):
                 lessons.pick()
-            training = TrainingRun(task, adapters, switch, options, config, settings.steps, scale)
-            training.train(lessons, on_step)
+            training = TrainingRun(task, adapters, switch, options, config, settings.steps, module)
+            training.train(lessons, task.on_step)
     return training.finish()
 
 
@@ -113,10 +104,9 @@ def read_layers(family: UNetFamily) -> list[str]:
     return [name for name in names if len(family.texts) == 1 or not name.startswith(unread)]
 
 
-def _texts(
-    concepts: Sequence[Concept], keep: Sequence[str], settings: Settings
-) -> tuple[list[tuple[str, str]], list[str], list[str]]:
+def _texts(task: Task) -> tuple[list[tuple[str, str]], list[str], list[str]]:
     """Pairs of sentences with and without a concept, kept sentences, and those of given words."""
+    concepts, settings = task.concepts, task.settings
     styles = keep_for(concepts, (), "styles")
     pairs = []
     for concept in concepts:
@@ -124,9 +114,8 @@ def _texts(
         pairs += styled_sentences(concept, styles, settings.prompts)
     if not settings.preserve:
         return pairs, [""], []
-    words = keep_for(concepts, keep, settings.keep_list)
-    kept = kept_sentences(words, styles, settings.keep_prompts)
-    given = keep_for(concepts, keep, "none")
+    kept = kept_sentences(task.kept_words(), styles, settings.keep_prompts)
+    given = keep_for(concepts, task.keep, "none")
     # Given words may be styles, and then stand behind the other given words too.
     sentences_of_given = kept_sentences(given, [*given, *styles], settings.prompts * len(given))
     return pairs, kept, [*given, *sentences_of_given[1:]]
@@ -171,7 +160,8 @@ class Lessons:
         self.metric = metric.to(encoder.device)
         texts = [text for text, _ in pairs], [other for _, other in pairs], [*kept, *given]
         ids = [encoder.ids_of(some) for some in texts]
-        length = min(max(int(_lengths(some).max()) for some in ids) + MARGIN, ids[0].shape[2])
+        ends = max(int((some == EOS_ID).int().argmax(2).max()) for some in ids)  # the first EOT
+        length = min(ends + 1 + MARGIN, ids[0].shape[2])
         self.concept, others, self.kept = (some[..., :length] for some in ids)
         self.first_given = len(kept)
         with torch.no_grad():
@@ -201,17 +191,12 @@ class Lessons:
         """What is random in a step: which pairs, and which kept sentences."""
         count = self.settings.batch
         chosen = torch.randint(len(self.concept), (count,), generator=self.generator)
-        return chosen, self._pick_kept(count)
-
-    def _pick_kept(self, count: int) -> Tensor:
-        """Rows of kept sentences, a half of them of given words if there are some."""
-        rows = torch.randint(self.first_given, (count,), generator=self.generator)
+        kept = torch.randint(self.first_given, (count,), generator=self.generator)
         given = len(self.kept) - self.first_given
         if given:
-            half = count // 2
-            some = torch.randint(given, (half,), generator=self.generator)
-            rows[:half] = self.first_given + some
-        return rows
+            half = torch.randint(given, (count // 2,), generator=self.generator)
+            kept[: count // 2] = self.first_given + half
+        return chosen, kept
 
     def _encode(self, ids: Tensor) -> list[Tensor]:
         parts = [self._read(self.encoder.encode_ids(some)) for some in ids.split(AT_ONCE)]
@@ -223,8 +208,3 @@ class Lessons:
 
     def _joined(self, rows: Sequence[Tensor]) -> Tensor:
         return torch.cat([share * some for share, some in zip(self.shares, rows)], 1)
-
-
-def _lengths(ids: Tensor) -> Tensor:
-    """Positions up to the first EOT, for each row of [N, E, 77]; the longest of its encoders."""
-    return (ids == EOS_ID).int().argmax(2).amax(1) + 1

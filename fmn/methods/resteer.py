@@ -12,24 +12,32 @@ from typing import NamedTuple, cast
 
 import torch
 
-from ..closed_form.protected_subspace import protect_setting, protected_downs
+from ..closed_form.protected_subspace import protected_downs
 from ..concepts.concept import Concept, Prompt
-from ..concepts.prompt_templates import PLACEHOLDER
+from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..models.adapters import Switch
 from ..models.attention import Watcher, watch_attention
 from ..models.attention_maps import ProbeInput, concept_flags
 from ..models.interface import Text, UNet, UNetModel
-from ..models.sampling import q_sample
 from ..models.token_positions import END_TOKENS, end_positions, tokenize_with_placeholders
 from ..patches.patch import ForgetPatch
+from ..patches.task import Task, method_run
 from ..progress import OnStep, ignore
 from ..settings import Settings as Base
-from ..settings import advanced, checkpointing, full_weights, lr, rank, seed, setting, size, steps
+from ..settings import advanced, setting
 from ..training import textual_inversion
-from ..training.fit_adapters import Draw, LossOf, reference_latents, shuffled_cycle, train_patch
+from ..training.fit_adapters import (
+    Draw,
+    LossOf,
+    noise_one,
+    reference_latents,
+    shuffled_cycle,
+    train_patch,
+)  # fmt: skip
 from ..training.losses import attention_resteering
 from ..training.run import TrainingOptions
+from . import shared_settings as shared
 
 TITLE = "Re-steer"
 REVISION = 1
@@ -37,28 +45,28 @@ ABOUT = (
     "Attention re-steering (Forget-Me-Not, arXiv 2303.17591): trains away the attention that the "
     "concept's words get."
 )
-SCOPES = ("kv", "attention", "unet")
+
+
 REFERENCES = ("zeros", "samples")
 
 
 @dataclass(frozen=True)
 class Settings(Base, method="resteer"):
     trains = True
-    steps: int = steps(50)
-    lr: float = lr(
+    steps: int = shared.steps(default=50)
+    lr: float = shared.lr(
         2e-3,
         "AdamW's learning rate. Around 0.002 for low rank; the released code trains full weights "
         "with 0.000002.",
-        advanced=True,
     )
-    rank: int = rank()
+    rank: int = shared.rank()
     layers: str = advanced(
         "kv",
         "What is trained. kv: keys and values of cross-attention. attention: all of "
         "cross-attention. unet: every linear and convolution layer.",
-        choices=SCOPES,
+        choices=("kv", "attention", "unet"),
     )
-    full_weights: bool = full_weights()
+    full_weights: bool = shared.full_weights()
     end_tokens: str = advanced(
         "none",
         "Also take attention from the end-of-text token, which sums up the prompt: none, the "
@@ -79,9 +87,9 @@ class Settings(Base, method="resteer"):
         "Prompts a step. 1 as released; more are steadier, slower and need more memory.",
         limits=(1, 64),
     )
-    size: int = size()
-    checkpointing: bool = checkpointing()
-    seed: int = seed()
+    size: int = shared.size()
+    checkpointing: bool = shared.checkpointing()
+    seed: int = shared.seed()
     inverted: int = setting(
         0,
         "How many tokens are first learned from the concept's reference pictures (textual "
@@ -92,18 +100,13 @@ class Settings(Base, method="resteer"):
     inversion_steps: int = advanced(
         500, "Steps of that learning. Too few learn another thing.", limits=(1, 100_000)
     )
-    protect: bool = protect_setting()
+    protect: bool = shared.protect()
 
 
 RELEASED = Settings(
-    steps=35,
-    lr=2e-6,
-    rank=64,
-    layers="unet",
-    full_weights=True,
-    end_tokens="all",
+    steps=35, lr=2e-6, rank=64, layers="unet", full_weights=True, end_tokens="all",
     references="samples",
-)
+)  # fmt: skip
 INVERTED_LR = 1e-2  # of our textual inversion, whose batches are larger than the released one's
 PRESETS = {"resteer": Settings(), "resteer-released": RELEASED}
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 7.0
@@ -125,12 +128,10 @@ class Data:
 
     def probe_inputs(self) -> list[ProbeInput]:
         """The first prompt of each concept, for ``AttentionProbe``."""
-        first: dict[int, Example] = {}
-        for example in self.examples:
-            first.setdefault(example.concept, example)
+        first = {example.concept: example for example in reversed(self.examples)}
         return [
             (example.text, example.flags, self.latents[concept][:1])
-            for concept, example in first.items()
+            for concept, example in sorted(first.items())
         ]
 
 
@@ -138,9 +139,6 @@ def prepare(
     model: UNetModel, concepts: Sequence[Concept], settings: Settings, on_step: OnStep = ignore
 ) -> Data:
     """Encode prompts, find the tokens to forget, and get the latents to noise.
-
-    Args:
-        on_step: called after each step of textual inversion, if there is any.
 
     Raises:
         ForgetError: a concept's tokens are not in its prompt.
@@ -167,21 +165,20 @@ def _inverted(
             "set inverted to 0."
         )
     first = concept.training_prompts()[0]
-    template = first.text.replace("{", "").replace("}", "").replace(first.subject, "{}", 1)
+    template = first.words.replace("{", "").replace("}", "").replace(first.subject, "{}", 1)
     inversion = textual_inversion.Settings(
         tokens=settings.inverted, steps=settings.inversion_steps, lr=INVERTED_LR,
         seed=settings.seed, start=first.subject, templates=(template,),
     )  # fmt: skip
     with model.borrow_denoiser() as denoiser:
         learned = textual_inversion.invert(model, denoiser, concept.images, inversion, on_step)
-    prompt = textual_inversion.fill(template, PLACEHOLDER)
+    prompt = fill(template, PLACEHOLDER)
     with model.borrow_text_encoder() as text_encoder, torch.no_grad():
         text, _ = text_encoder.encode(prompt, learned.vectors)
     ids = tokenize_with_placeholders(
-        lambda words: cast(list[int], model.tokenize(Prompt(words, words))),
-        prompt,
+        lambda words: cast(list[int], model.tokenize(Prompt(words, words))), prompt,
         settings.inverted,
-    )
+    )  # fmt: skip
     flags = torch.tensor([[token is None for token in ids]])
     flags[0, end_positions(ids, settings.end_tokens)] = True
     return Example(index, Text(text.context.float().cpu().clone(), text.vectors), flags)
@@ -241,33 +238,24 @@ class Batches:
 
     def _draw(self) -> Batch:
         example = next(next(self.examples))
-        latents = self.latents[example.concept]
-        index = torch.randint(len(latents), (1,), generator=self.generator)
-        t = torch.randint(len(self.alphas_cumprod), (1,), generator=self.generator)
-        noise = torch.randn(latents[index].shape, generator=self.generator)
-        x_t = q_sample(latents[index], noise, self.alphas_cumprod[t])
+        x_t, t, _ = noise_one(self.latents[example.concept], self.alphas_cumprod, self.generator)
         return Batch(x_t, t, example.text, example.flags)
 
     def _stack(self, rows: Sequence[Batch]) -> Batch:
-        parts = zip(*((row.x_t, row.t, row.flags) for row in rows))
-        x_t, t, flags = (torch.cat(tensors).to(self.device) for tensors in parts)
-        return Batch(x_t, t, Text.cat([row.text for row in rows]), flags)
+        x_ts, ts, texts, flags = zip(*rows)
+        x_t, t, flag = (torch.cat(tensors).to(self.device) for tensors in (x_ts, ts, flags))
+        return Batch(x_t, t, Text.cat(texts), flag)
 
 
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-    options: TrainingOptions = TrainingOptions(),
-) -> ForgetPatch:
+@method_run(Settings)
+def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch:
     """Train a patch that takes the attention away from the concepts' tokens.
 
     Args, errors: see ``methods.forget``. Words to keep need ``protect``.
     """
-    downs = protected_downs(model, concepts, keep, settings.layers, settings)
-    data = prepare(model, concepts, settings, on_step)
+    settings = task.settings
+    downs = protected_downs(task, settings.layers)
+    data = prepare(task.model, task.concepts, settings, task.on_step)
 
     @contextmanager
     def open_loss(denoiser: UNet, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
@@ -276,16 +264,17 @@ def run(
         with watch_attention(modules, denoiser.context_argument) as watch:
             yield batches, partial(split_loss if split else batched_loss, denoiser, watch)
 
-    return train_patch(
-        model, concepts, settings, settings.layers, open_loss, on_step, options,
-        probe_inputs=data.probe_inputs(), downs=downs,
-    )  # fmt: skip
+    probe_inputs = data.probe_inputs()
+    return train_patch(task, settings.layers, open_loss, options, None, probe_inputs, downs)
 
 
 def batched_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> torch.Tensor:
     """``attention_resteering`` of a step."""
-    watched = [watched_forward(denoiser, watch, batch) for batch in batches]
-    return attention_resteering([layer for layers in watched for layer in layers])
+    watched: list[torch.Tensor] = []  # the attention that flagged tokens get, [N, H, P] a layer
+    for batch in batches:
+        forward = partial(denoiser.predict_noise, batch.x_t, batch.t, batch.text)
+        watched += watch(batch.flags, forward)
+    return attention_resteering(watched)
 
 
 def split_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
@@ -300,8 +289,3 @@ def split_loss(denoiser: UNet, watch: Watcher, batches: Sequence[Batch]) -> Iter
     for batch, norm in zip(batches, norms):
         half = batched_loss(denoiser, watch, [batch]).square() / (2 * whole)
         yield half + norm.square() / (2 * whole)
-
-
-def watched_forward(denoiser: UNet, watch: Watcher, batch: Batch) -> list[torch.Tensor]:
-    """The attention that the flagged tokens of a batch get, [N, H, P] a layer."""
-    return watch(batch.flags, lambda: denoiser.predict_noise(batch.x_t, batch.t, batch.text))

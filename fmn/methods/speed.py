@@ -4,23 +4,14 @@ The published formula works on [D, D] matrices for each layer. With n targets it
 n, and here all systems are of size n and of the number of kept words.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..closed_form.input_edit import RightOf, layer_patch, rank_setting
-from ..closed_form.text_embeddings import (
-    Pairs,
-    concept_pairs,
-    keep_list_setting,
-    kept_contexts,
-    tokens_setting,
-)
-from ..concepts.concept import Concept
-from ..concepts.keep_list import keep_for
+from ..closed_form.input_edit import RightOf, layer_patch
+from ..closed_form.text_embeddings import Pairs, concept_pairs, kept_contexts
 from ..errors import ForgetError
 from ..linalg import (
     extend_basis,
@@ -33,9 +24,10 @@ from ..linalg import (
 from ..models.families import Layer
 from ..models.interface import Denoiser, UNetModel
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
-from ..settings import advanced, seed, setting
+from ..settings import advanced, setting
+from . import shared_settings as shared
 
 TITLE = "SPEED"
 REVISION = 1
@@ -79,10 +71,10 @@ class Settings(Base, method="speed"):
         "What is edited. v: values, as published. k: keys. kv: both.",
         choices=("v", "k", "kv"),
     )
-    tokens: str = tokens_setting()
-    keep_list: str = keep_list_setting()
-    rank: int = rank_setting()
-    seed: int = seed()
+    tokens: str = shared.tokens()
+    keep_list: str = shared.keep_list()
+    rank: int = shared.solved_rank()
+    seed: int = shared.seed()
 
 
 PRESETS = {"speed": Settings(), "speed-many": Settings(retain=0.05)}
@@ -96,17 +88,13 @@ class Problem(NamedTuple):
     exact: Tensor
 
 
+@method_run(Settings)
 @torch.no_grad()
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-) -> ForgetPatch:
+def run(task: Task) -> ForgetPatch:
     """Solve for a patch; see ``methods.forget``."""
-    pairs = Pairs.cat(concept_pairs(model, concepts, settings.tokens))
-    kept = kept_contexts(model, keep_for(concepts, keep, settings.keep_list))
+    model, settings = task.model, task.settings
+    pairs = Pairs.cat(concept_pairs(model, task.concepts, settings.tokens))
+    kept = kept_contexts(model, task.kept_words())
     exact = invariants(model)[: None if settings.invariants else 0]
     problem = Problem(pairs, kept, exact)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -126,7 +114,7 @@ def run(
 
         return left, right_of
 
-    return layer_patch(model, concepts, settings, pairs, open_edits, on_step, settings.layers)
+    return layer_patch(task, pairs, open_edits, settings.layers)
 
 
 def right_factor(problem: Problem, retained: Tensor, span: Tensor, settings: Settings) -> Tensor:

@@ -4,28 +4,18 @@ The embedding of the first end-of-text token sums up a prompt, also what it says
 that of many prompts with the concept is read as that of the same prompts with the anchor.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..closed_form.input_edit import (
-    damping_setting,
-    erase_setting,
-    input_patch,
-    preserve_setting,
-    rank_setting,
-    uce,
-)
-from ..closed_form.text_embeddings import end_pairs, keep_list_setting, kept_contexts
-from ..concepts.concept import Concept
-from ..concepts.keep_list import keep_for
+from ..closed_form.input_edit import input_patch, uce
+from ..closed_form.text_embeddings import end_pairs, kept_contexts
 from ..concepts.prompt_templates import sentences
-from ..models.interface import UNetModel
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
 from ..settings import advanced, setting
+from . import shared_settings as shared
 
 TITLE = "TRCE (closed form)"
 REVISION = 1
@@ -48,34 +38,30 @@ class Settings(Base, method="trce"):
         "Which end tokens are edited. first: the first end-of-text. all: also the padding behind.",
         choices=("first", "all"),
     )
-    erase: float = erase_setting()
-    preserve: float = preserve_setting(0.01)
-    damping: float = damping_setting(0.1)
-    keep_list: str = keep_list_setting()
-    rank: int = rank_setting(8)
+    erase: float = shared.erase()
+    preserve: float = shared.preserve(default=0.01)
+    damping: float = shared.damping(default=0.1)
+    keep_list: str = shared.keep_list()
+    rank: int = shared.solved_rank(default=8)
 
 
 PRESETS = {"trce": Settings(), "trce-released": Settings(prompts=15, damping=1e-3, rank=0)}
 
 
+@method_run(Settings)
 @torch.no_grad()
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-) -> ForgetPatch:
+def run(task: Task) -> ForgetPatch:
     """Solve for a patch; see ``methods.forget``.
 
     TRCE's objective of its first stage is UCE's with c and c* the EOT embeddings of prompts with
     the concept and with its anchor, as means over N prompts and M kept ones:
     e/N sum |W' c - W c*|^2 + p/M sum |W' k - W k|^2 + l |W' - W|^2.
     """
-    texts = [pair for concept in concepts for pair in sentences(concept, settings.prompts)]
-    pairs = end_pairs(model, texts, settings.ends)
-    words = ("", *keep_for(concepts, keep, settings.keep_list)) if settings.preserve else ()
-    kept = kept_contexts(model, words, "all")
+    settings = task.settings
+    texts = [pair for concept in task.concepts for pair in sentences(concept, settings.prompts)]
+    pairs = end_pairs(task.model, texts, settings.ends)
+    words = ("", *task.kept_words()) if settings.preserve else ()
+    kept = kept_contexts(task.model, words, "all")
     weights = settings.erase / len(texts), settings.preserve / max(len(words), 1)
     edit = uce(*pairs, kept, *weights, settings.damping)
-    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step)
+    return input_patch(task, pairs, lambda denoiser: edit)

@@ -5,40 +5,19 @@ anchor's, and kept ones as before. Here as an exact low rank; see ``fmn.closed_f
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..closed_form.input_edit import (
-    damping_setting,
-    debiased_anchors,
-    erase_setting,
-    input_patch,
-    preserve_setting,
-    rank_setting,
-    uce,
-)
-from ..closed_form.text_embeddings import (
-    Pairs,
-    concept_pairs,
-    expand_setting,
-    expanded_templates,
-    keep_list_setting,
-    keep_tokens_setting,
-    kept_contexts,
-    tokens_setting,
-)
-from ..concepts.concept import Concept
-from ..concepts.keep_list import keep_for
+from ..closed_form.input_edit import debiased_anchors, input_patch, uce
+from ..closed_form.text_embeddings import Pairs, expanded_pairs, kept_contexts
 from ..errors import ForgetError
-from ..models.interface import UNetModel
 from ..patches.patch import ForgetPatch
-from ..progress import OnStep, ignore
+from ..patches.task import Task, method_run
 from ..settings import Settings as Base
 from ..settings import setting
+from . import shared_settings as shared
 
 TITLE = "UCE"
 REVISION = 1
@@ -72,19 +51,19 @@ def read_attributes(text: str) -> list[tuple[str, float]]:
 
 @dataclass(frozen=True)
 class Settings(Base, method="uce"):
-    erase: float = erase_setting()
-    preserve: float = preserve_setting()
-    damping: float = damping_setting(0.5)
-    tokens: str = tokens_setting()
-    expand: bool = expand_setting()
+    erase: float = shared.erase()
+    preserve: float = shared.preserve()
+    damping: float = shared.damping(default=0.5)
+    tokens: str = shared.tokens()
+    expand: bool = shared.expand()
     attributes: str = setting(
         "",
         "Not empty: nothing is forgotten; the concept is shifted towards or away from these "
         "attributes, each with a weight, such as 'woman 0.3, man -0.3'.",
     )
-    keep_list: str = keep_list_setting()
-    keep_tokens: str = keep_tokens_setting()
-    rank: int = rank_setting()
+    keep_list: str = shared.keep_list()
+    keep_tokens: str = shared.keep_tokens()
+    rank: int = shared.solved_rank()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,45 +76,29 @@ PRESETS = {
 }
 
 
+@method_run(Settings)
 @torch.no_grad()
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-) -> ForgetPatch:
+def run(task: Task) -> ForgetPatch:
     """Solve for a patch; see ``methods.forget``."""
-    attributes = read_attributes(settings.attributes)
-    anchored = next((concept for concept in concepts if concept.anchor), None)
+    settings, attributes = task.settings, read_attributes(task.settings.attributes)
+    anchored = next((concept for concept in task.concepts if concept.anchor), None)
     if attributes and anchored:
         raise ForgetError(
             f"'{anchored.name}' has an anchor, and attributes are set: use one of the two."
         )
-    pairs, kept = uce_rows(model, concepts, settings, keep)
+    pairs, kept = uce_rows(task)
     if attributes:
         names, weights = zip(*attributes)
-        anchors = debiased_anchors(pairs.targets, kept_contexts(model, names), weights)
-        pairs = Pairs(pairs.targets, anchors)
+        shifts = kept_contexts(task.model, names)
+        pairs = Pairs(pairs.targets, debiased_anchors(pairs.targets, shifts, weights))
     edit = uce(*pairs, kept, settings.erase, settings.preserve, settings.damping)
-    return input_patch(model, concepts, settings, pairs, lambda denoiser: edit, on_step)
+    return input_patch(task, pairs, lambda denoiser: edit)
 
 
-def uce_rows(
-    model: UNetModel, concepts: Sequence[Concept], settings: Any, keep: Sequence[str]
-) -> tuple[Pairs, Tensor]:
-    """The rows c with c* to edit, and the rows k to keep, [m, D].
-
-    Args:
-        settings: of UCE or RECE.
-    """
-    pairs = concept_pairs(
-        model,
-        concepts,
-        settings.tokens,
-        lambda concept: expanded_templates(concept) * settings.expand,
-    )
-    words = keep_for(concepts, keep, settings.keep_list) if settings.preserve else ()
+def uce_rows(task: Task) -> tuple[Pairs, Tensor]:
+    """The rows c with c* to edit, and the rows k to keep, [m, D]; also of RECE."""
+    settings, words = task.settings, task.kept_words()
+    pairs = expanded_pairs(task.model, task.concepts, settings.tokens, settings.expand)
     if words and settings.keep_tokens == "all":
         words = ("", *words)
-    return Pairs.cat(pairs), kept_contexts(model, words, settings.keep_tokens)
+    return Pairs.cat(pairs), kept_contexts(task.model, words, settings.keep_tokens)

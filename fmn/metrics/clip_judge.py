@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from ..concepts.prompt_templates import fill
 from ..errors import ForgetError
+from ..files import check_parts, check_texts
 from ..images import to_image
 from .judge import check_images, labels_of
 
@@ -56,8 +57,7 @@ class ClipJudge:
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Embeddings of length 1, [N, F]."""
-        parts = [self._embed_images(part) for part in check_images(images).split(BATCH)]
-        return torch.cat(parts)
+        return torch.cat([self._embed_images(part) for part in check_images(images).split(BATCH)])
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """CLIP score of each picture with its prompt, [N]: 100 max(cos, 0).
@@ -119,10 +119,11 @@ def _load(folder: str | Path) -> tuple[Any, Any, Any]:  # classes of transformer
             "install it with 'pip install \"transformers>=5\"'."
         ) from error
     # Without these transformers makes a tokenizer that knows no word, and says nothing.
-    files = "tokenizer.json", "vocab.json", "merges.txt"
-    whole, vocabulary, merges = (Path(folder, file).is_file() for file in files)
-    if not (whole or (vocabulary and merges)):
+    if not Path(folder, "tokenizer.json").is_file() and not all(
+        Path(folder, file).is_file() for file in ("vocab.json", "merges.txt")
+    ):
         raise _unusable(folder, "it has neither tokenizer.json nor vocab.json with merges.txt")
+    check_texts(Path(folder))
     local = {"local_files_only": True}
     try:
         model, info = CLIPModel.from_pretrained(
@@ -132,6 +133,7 @@ def _load(folder: str | Path) -> tuple[Any, Any, Any]:  # classes of transformer
         # PIL's resizing is that of the original; torchvision's differs a little.
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        check_parts(Path(folder))
         raise _unusable(folder, str(error).strip().splitlines()[0].rstrip(".")) from error
     if info["missing_keys"]:  # transformers would go on with random numbers
         raise _unusable(folder, f"weights are missing, {min(info['missing_keys'])} for one")

@@ -31,8 +31,7 @@ def kid(first: torch.Tensor, second: torch.Tensor) -> float:
 def _checked(features: torch.Tensor) -> torch.Tensor:
     """As doubles: the parts nearly cancel."""
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
-        is_tensor = isinstance(features, torch.Tensor)
-        kind = list(features.shape) if is_tensor else type(features).__name__
+        kind = list(getattr(features, "shape", ())) or type(features).__name__
         raise ForgetError(f"Features are {kind}: give a tensor [pictures, width].")
     if len(features) < 2 or features.shape[1] < 1:
         raise ForgetError(

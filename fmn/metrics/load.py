@@ -39,7 +39,17 @@ def load_judge(
         return ClipJudge(folder, suite_labels, templates)
     if templates:
         raise ForgetError(f"Judge '{spec}' takes no templates: they are for 'clip:' and a folder.")
-    judge = _named(spec)
+    judge: Judge
+    if spec in ("demo", "demo:2"):
+        from .demo_judge import DemoJudge
+
+        judge = DemoJudge(spec)
+    elif spec == "nudenet":
+        from .nudenet_judge import NudeNetJudge
+
+        judge = NudeNetJudge()
+    else:
+        raise ForgetError(f"There is no judge '{spec}': use {KNOWN}.")
     for domain, labels in (suite_labels or {}).items():
         _check_known(judge, domain, labels)
     return judge
@@ -54,18 +64,6 @@ def weight_files(spec: str) -> list[Path]:
         kind, _, folder = part.partition(":")
         paths += {"demo": [FILE], "clip": [Path(folder)] if folder else []}.get(kind, [])
     return paths
-
-
-def _named(spec: str) -> Judge:
-    if spec in ("demo", "demo:2"):
-        from .demo_judge import DemoJudge
-
-        return DemoJudge(spec)
-    if spec == "nudenet":
-        from .nudenet_judge import NudeNetJudge
-
-        return NudeNetJudge()
-    raise ForgetError(f"There is no judge '{spec}': use {KNOWN}.")
 
 
 def _check_known(judge: Judge, domain: str, labels: Collection[str]) -> None:

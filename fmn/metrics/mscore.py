@@ -16,14 +16,15 @@ from statistics import mean, stdev
 from typing import TypedDict
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+from PIL.ImageFont import load_default
 
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
 from ..images import ACCENT, INK, PALE, PAPER
 from ..models.interface import TextEncoder, UNet, UNetModel
 from ..progress import OnStep, ignore
-from ..training.textual_inversion import Inverted, Settings, check_templates, invert
+from ..training.textual_inversion import Settings, check_templates, invert
 
 TEMPLATES = ("a photo of {}",)
 SEEDS = (0, 1, 2)
@@ -31,19 +32,12 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Score:
-    """One inversion, measured.
+    """One inversion, measured."""
 
-    Attributes:
-        value: M of the learned tokens, -1 to 1.
-        start: M of the tokens before they were learned.
-        others: other phrase -> M of the learned tokens against it.
-        vectors: the learned tokens [k, width].
-    """
-
-    value: float
-    start: float
-    others: dict[str, float]
-    vectors: torch.Tensor
+    value: float  # M of the learned tokens, -1 to 1
+    start: float  # M of the tokens before they were learned
+    others: dict[str, float]  # other phrase -> M of the learned tokens against it
+    vectors: torch.Tensor  # the learned tokens [k, width]
 
 
 class Summary(TypedDict):
@@ -72,11 +66,9 @@ def m_score(
     Args:
         denoiser: the model's; patches may be applied to it.
         images: pictures of the concept, [N, H, W, 3] in 0..1.
-        phrase: how prompts name the concept, e.g. "a dog".
+        phrase: how prompts name the concept, e.g. "a dog"; ``others`` those of other concepts.
         templates: to learn and to compare in, {} for the phrase.
-        seeds: one inversion each.
         settings: how to invert; its seed and templates are replaced.
-        others: phrases of other concepts, to compare with.
         on_step: called after each step of each inversion; may raise to cancel.
     """
     check(phrase, templates, seeds)
@@ -84,23 +76,16 @@ def m_score(
     for seed in seeds:
         chosen = replace(settings, seed=seed, templates=tuple(templates))
         inverted.append(invert(model, denoiser, images, chosen, on_step))
+    scores = []
     with model.borrow_text_encoder() as encoder, torch.no_grad():
-        named = {name: pooled(encoder, templates, name) for name in (phrase, *others)}
-        return [_score(encoder, templates, tokens, named, phrase) for tokens in inverted]
-
-
-def _score(
-    encoder: TextEncoder,
-    templates: Sequence[str],
-    tokens: Inverted,
-    named: Mapping[str, torch.Tensor],
-    phrase: str,
-) -> Score:
-    start = pooled(encoder, templates, PLACEHOLDER, tokens.start)
-    learned = pooled(encoder, templates, PLACEHOLDER, tokens.vectors)
-    others = {name: cosine(learned, text) for name, text in named.items() if name != phrase}
-    value = cosine(learned, named[phrase])
-    return Score(value, cosine(start, named[phrase]), others, tokens.vectors)
+        name, *named = (pooled(encoder, templates, words) for words in (phrase, *others))
+        for tokens in inverted:
+            start = pooled(encoder, templates, PLACEHOLDER, tokens.start)
+            learned = pooled(encoder, templates, PLACEHOLDER, tokens.vectors)
+            against = {o: cosine(learned, text) for o, text in zip(others, named) if o != phrase}
+            score = cosine(learned, name), cosine(start, name), against, tokens.vectors
+            scores.append(Score(*score))
+    return scores
 
 
 def summary(
@@ -115,15 +100,13 @@ def summary(
     with model.borrow_text_encoder() as encoder, torch.no_grad():
         named = pooled(encoder, templates, phrase)
         between = {name: cosine(named, pooled(encoder, templates, name)) for name in others}
+    both = {"before": before, "after": after}
     return {
         "before": [score.value for score in before],
         "after": [score.value for score in after],
         "start": [score.start for score in before],
         "others": {
-            name: {
-                "before": [score.others[name] for score in before],
-                "after": [score.others[name] for score in after],
-            }
+            name: {when: [s.others[name] for s in scores] for when, scores in both.items()}
             for name in others
         },
         "between": between,
@@ -205,22 +188,18 @@ def plot(results: Mapping[str, Summary], compared: bool) -> Image.Image:
     for tick in range(6):
         x = _x(tick / 5)
         draw.line((x, HEAD, x, bottom), fill=PALE)
-        draw.text((x - 8, bottom + 4), f"{tick / 5:.1f}", INK, font=_font(11))
-    kinds = [("random", PALE), ("untouched", BEFORE), ("this model", AFTER)]
-    if not compared:
-        del kinds[1]
-    for i, (title, colour) in enumerate(kinds):
+        draw.text((x - 8, bottom + 4), f"{tick / 5:.1f}", INK, font=load_default(11))
+    kinds = [("start", "random", PALE), ("before", "untouched", BEFORE)][: 2 if compared else 1]
+    kinds.append(("after", "this model", AFTER))
+    for i, (_, title, colour) in enumerate(kinds):
         left = LEFT + 110 * i
         draw.ellipse((left, 12, left + 8, 20), fill=colour, outline=INK)
-        draw.text((left + 13, 9), title, INK, font=_font(12))
+        draw.text((left + 13, 9), title, INK, font=load_default(12))
     for row, (name, scores) in enumerate(results.items()):
         top = HEAD + row * ROW
-        draw.text((10, top + ROW // 2 - 8), name[:24], INK, font=_font(13))
-        lines = [scores["start"], scores["before"], scores["after"]]
-        if not compared:
-            del lines[1]
-        for i, (values, (_, colour)) in enumerate(zip(lines, kinds)):
-            _dots(draw, values, top + ROW * (i + 1) // (len(kinds) + 1), colour)
+        draw.text((10, top + ROW // 2 - 8), name[:24], INK, font=load_default(13))
+        for i, (key, _, colour) in enumerate(kinds, 1):
+            _dots(draw, scores[key], top + ROW * i // (len(kinds) + 1), colour)  # type: ignore[literal-required]
     return picture
 
 
@@ -233,7 +212,3 @@ def _dots(draw: ImageDraw.ImageDraw, values: Sequence[float], y: int, colour: tu
 
 def _x(value: float) -> float:
     return LEFT + (WIDTH - LEFT - MARGIN) * min(max(value, 0.0), 1.0)
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)

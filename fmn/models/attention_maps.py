@@ -109,10 +109,8 @@ def _layer_maps(watched: Sequence[Tensor]) -> Tensor:
 
 def concept_flags(model: UNetModel, prompt: Prompt, end_tokens: str = "none") -> Tensor:
     """Which tokens of a ``Prompt`` name its subject, bool [1, T]; see ``flagged_positions``."""
-    ids = model.tokenize(prompt)
-    subject = model.tokenize(prompt._replace(text=prompt.subject, plain=True))
-    flags = torch.zeros(1, len(ids), dtype=torch.bool)
-    flags[0, flagged_positions(prompt, ids, subject, end_tokens)] = True
+    flags = torch.zeros(1, len(model.tokenize(prompt)), dtype=torch.bool)
+    flags[0, flagged_positions(model.tokenize, prompt, end_tokens)] = True
     return flags
 
 

@@ -5,6 +5,7 @@ Every model offers ``Model``: that is enough to train on its predictions, as ESD
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from .adapters import LayerModule
 from .families import Family, Layer, UNetFamily, layers
 from .token_positions import CHUNK, TokenIds
 
+SKETCHED = 32  # numbers of a base's sketch, at most
 # Noise, or what stands for it, of x_t [B, C, h, w] at the time step t.
 NoiseFunction = Callable[[Tensor, int], Tensor]
 
@@ -39,10 +41,12 @@ class Text:
 
     @staticmethod
     def cat(texts: "Sequence[Text]") -> "Text":
-        """Several as one batch; their prompts must have the same number of tokens."""
+        """Several as one batch. Shorter ones are repeated, which changes no attention over them."""
         names = texts[0].vectors
         vectors = {name: torch.cat([text.vectors[name] for text in texts]) for name in names}
-        return Text(torch.cat([text.context for text in texts]), vectors)
+        length = math.lcm(*(text.context.shape[1] for text in texts))
+        contexts = [text.context.repeat(1, length // text.context.shape[1], 1) for text in texts]
+        return Text(torch.cat(contexts), vectors)
 
     def __getitem__(self, index: slice | Tensor) -> "Text":
         """Some of the batch."""
@@ -148,6 +152,18 @@ class TextEncoder(Protocol):
         """
 
 
+class Fingerprint(str):
+    """32 hex digits that tell one base model from another, to the bit of float16.
+
+    Attributes:
+        sketch: numbers that rounding keeps, to tell a copy in another precision from another base.
+            The root mean square difference of two is about the relative distance of the weights
+            they are of: inner products with random signs keep it (Johnson and Lindenstrauss 1984).
+    """
+
+    sketch: tuple[float, ...] = ()
+
+
 class Model(Protocol):
     """Any model that predicts noise or velocity from text."""
 
@@ -156,7 +172,7 @@ class Model(Protocol):
     @property
     def family(self) -> Family: ...
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """``fingerprint`` of the loaded weights without any patches."""
 
     def encode(self, prompt: Prompt) -> Text:
@@ -208,19 +224,35 @@ class UNetModel(Model, Protocol):
         """Pictures [N, H, W, 3] in 0..1 of latents [N, 4, h, w] of unit variance."""
 
 
-def fingerprint(family: Family, weight_of: Callable[[Layer], Tensor]) -> str:
-    """A hash that tells one base model from another.
+def fingerprint(family: Family, weight_of: Callable[[Layer], Tensor]) -> Fingerprint:
+    """The marks of a base model: a hash, and a sketch for copies that the hash tells apart.
 
-    The same for float16 and float32 copies of it; a copy in bfloat16 has lost bits and counts as
-    another base. It covers the first four rows of every cross-attention key and value matrix, in
-    float16 and in the order of ``layers``: fine-tunes and merges change all of them, and hashing
-    whole matrices would cost a second on SDXL at every use. Where none are known, of every layer.
+    The hash is the same for float16 and float32 copies; bfloat16 and 8 bits lose more. It covers
+    the first four rows of every cross-attention key and value matrix, in float16 and in the order
+    of ``layers``: fine-tunes and merges change all of them, and hashing whole matrices would cost
+    a second on SDXL at every use. Where none are known, of every layer. The sketch has a number
+    for each of at most ``SKETCHED`` of these layers, spread evenly.
 
     Args:
         weight_of: function from a ``Layer`` to its unpatched weight.
     """
-    digest = hashlib.sha256()
-    for layer in [layer for layer in layers(family) if layer.is_key_or_value] or layers(family):
-        rows = weight_of(layer)[:4].detach().to("cpu", torch.float16).contiguous()
-        digest.update(rows.numpy().tobytes())
-    return digest.hexdigest()[:32]
+    digest, numbers = hashlib.sha256(), []
+    marking = [layer for layer in layers(family) if layer.is_key_or_value] or layers(family)
+    every = math.ceil(len(marking) / SKETCHED)
+    for index, layer in enumerate(marking):
+        rows = weight_of(layer)[:4].detach().to("cpu", torch.float16).contiguous().numpy()
+        digest.update(rows.tobytes())
+        if index % every == 0:
+            numbers.append(_projection(torch.from_numpy(rows).float().flatten()))
+    mark = Fingerprint(digest.hexdigest()[:32])
+    mark.sketch = tuple(numbers)
+    return mark
+
+
+def _projection(values: Tensor) -> float:
+    """The inner product of values with fixed signs, over their norm: a scale cancels out, such as
+    8-bit files keep beside a weight."""
+    stream = torch.tensor(list(hashlib.shake_256(b"fmn").digest(math.ceil(len(values) / 8))))
+    signs = 1.0 - 2.0 * ((stream[:, None] >> torch.arange(8)) & 1).flatten()[: len(values)]
+    product = values @ signs / values.norm().clamp(min=1e-20)
+    return round(float(product.nan_to_num()), 4)

@@ -5,7 +5,8 @@ pads with EOT again, 2.x and the second encoder of XL with id 0. Ids of textual-
 are None here and match nothing.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 
 from ..concepts.concept import Prompt
 from ..concepts.prompt_templates import PLACEHOLDER
@@ -16,6 +17,8 @@ EOS_ID = 49407  # CLIP's <|endoftext|>
 END_TOKENS = ("none", "first", "all")
 
 TokenIds = Sequence[int | None]  # of a whole prompt, a multiple of CHUNK
+Tokenize = Callable[[Prompt], TokenIds]
+PUNCTUATION = r"(?:[^\w\s]|_){0,8}"
 
 
 def word_positions(ids: TokenIds) -> list[int]:
@@ -28,23 +31,60 @@ def word_positions(ids: TokenIds) -> list[int]:
     return words
 
 
-def subject_positions(ids: TokenIds, subject_ids: TokenIds) -> list[int]:
-    """Positions of every occurrence of the subject's tokens in a row, also across chunks.
+def mentions(tokenize: Tokenize, prompt: Prompt) -> list[list[int]]:
+    """Positions of each mention of a prompt's subject, in order, also across chunks.
 
-    Args:
-        ids: token ids of the whole prompt.
-        subject_ids: token ids of the subject encoded alone.
+    CLIP joins punctuation: "Wham!" before a comma ends in the token "!,". Such a token belongs to
+    the mention.
+
+    Raises:
+        ForgetError: the subject has no tokens, or the prompt's tokens do not contain them.
     """
-    subject = [subject_ids[i] for i in word_positions(subject_ids)]
-    words = word_positions(ids)
-    if not subject or None in subject:
-        return []
-    positions: set[int] = set()
-    for start in range(len(words) - len(subject) + 1):
-        window = words[start : start + len(subject)]
-        if [ids[i] for i in window] == subject:
-            positions.update(window)
-    return sorted(positions)
+    ids = tokenize(prompt)
+    words, read = word_positions(ids), list[TokenIds]()
+    found: dict[tuple[int, ...], None] = {}
+    for text in _with_punctuation(prompt):
+        alone = tokenize(Prompt(text, text))
+        subject = [alone[i] for i in word_positions(alone)]
+        if not subject:
+            raise ForgetError(f"The concept '{prompt.subject}' gives no tokens: type some letters.")
+        # Where a part of them stands already, the punctuation behind it is not joined.
+        if None in subject or any(_starts(subject, part) for part in read):
+            continue
+        read.append(subject)
+        for start in _starts([ids[i] for i in words], subject):
+            found[tuple(words[start : start + len(subject)])] = None
+    if not found:
+        raise ForgetError(
+            f"The tokens of '{prompt.subject}' are not in the encoded prompt '{prompt.text}': "
+            "set it apart by spaces, spell it the same way, and keep it whole."
+        )
+    return [list(mention) for mention in sorted(found)]
+
+
+def _starts(ids: TokenIds, part: TokenIds) -> list[int]:
+    count = len(part)
+    return [i for i in range(len(ids) - count + 1) if ids[i : i + count] == part]
+
+
+def _with_punctuation(prompt: Prompt) -> Iterator[str]:
+    """The subject, then with the punctuation at its mentions that CLIP may join it to."""
+    subject = prompt.subject
+    yield subject
+    ends = [subject[:1], subject[-1:]]
+    if not any(re.fullmatch(PUNCTUATION, end) for end in ends):
+        return
+    pattern = f"({PUNCTUATION}){re.escape(subject)}({PUNCTUATION})"
+    around = {match.groups() for match in re.finditer(pattern, prompt.words, re.IGNORECASE)}
+    yield from sorted(
+        {
+            before[i:] + subject + behind[:j]
+            for before, behind in around
+            for i in range(len(before) + 1)
+            for j in range(len(behind) + 1)
+        },
+        key=len,
+    )
 
 
 def end_positions(ids: TokenIds, which: str) -> list[int]:
@@ -61,33 +101,10 @@ def end_positions(ids: TokenIds, which: str) -> list[int]:
     return ends
 
 
-def mentioned_positions(prompt: Prompt, ids: TokenIds, subject_ids: TokenIds) -> list[int]:
-    """``subject_positions`` of a prompt's subject.
-
-    Raises:
-        ForgetError: the prompt's tokens do not contain the subject's.
-    """
-    positions = subject_positions(ids, subject_ids)
-    if not positions:
-        raise ForgetError(
-            f"The tokens of '{prompt.subject}' are not in the encoded prompt '{prompt.text}': "
-            "set it apart by spaces, spell it the same way, and keep it whole."
-        )
-    return positions
-
-
-def flagged_positions(
-    prompt: Prompt, ids: TokenIds, subject_ids: TokenIds, which_ends: str
-) -> list[int]:
-    """Positions whose attention is to vanish: the subject's and, if asked for, EOT.
-
-    Raises:
-        ForgetError: the subject has no tokens, or the prompt's tokens do not contain them.
-    """
-    if not word_positions(subject_ids):
-        raise ForgetError(f"The concept '{prompt.subject}' gives no tokens: type some letters.")
-    positions = mentioned_positions(prompt, ids, subject_ids)
-    return sorted({*positions, *end_positions(ids, which_ends)})
+def flagged_positions(tokenize: Tokenize, prompt: Prompt, which_ends: str) -> list[int]:
+    """Positions whose attention is to vanish: those of ``mentions`` and, if asked for, EOT."""
+    positions = [position for mention in mentions(tokenize, prompt) for position in mention]
+    return sorted({*positions, *end_positions(tokenize(prompt), which_ends)})
 
 
 def tokenize_with_placeholders(

@@ -10,28 +10,14 @@ from safetensors.torch import save_file
 from ..errors import ForgetError
 from ..files import AnyPath, open_safetensors, write_whole
 from ..models import unknown_family
-from ..models.families import Family, Layer, UNetFamily, identify, layers_by_name
+from ..models.families import FAMILIES, Layer, UNetFamily, identify, layers, layers_by_name
 from ..models.interface import fingerprint
+from .file_kind import UNET, WHOLE, kind_of
+from .foreign_file import ForeignFile, read_foreign
 from .patch import ForgetPatch
+from .weight_names import UNET_PREFIXES, find, places, take
 
-UNET_PREFIX = "model.diffusion_model."
 KEYS_AND_VALUES = ".attn2.to_k.weight", ".attn2.to_v.weight"
-# (text encoders of the family, ComfyUI's name of one) -> where a checkpoint keeps it
-TEXT_PREFIXES = {
-    (1, "clip_l"): "cond_stage_model.",
-    (1, "clip_h"): "cond_stage_model.model.",
-    (2, "clip_l"): "conditioner.embedders.0.",
-    (2, "clip_g"): "conditioner.embedders.1.model.",
-}
-# OpenCLIP's encoders hold query, key and value as rows of one matrix.
-FUSED = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
-OPENCLIP = {
-    **dict.fromkeys(FUSED, "attn.in_proj_weight"),
-    "self_attn.out_proj": "attn.out_proj.weight",
-    "mlp.fc1": "mlp.c_fc.weight",
-    "mlp.fc2": "mlp.c_proj.weight",
-}
-# Quantised checkpoints keep the scale of a weight beside it.
 SCALES = ".scale_weight", ".weight_scale"
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -45,36 +31,45 @@ def base_of(path: AnyPath) -> tuple[str, str]:
         ForgetError: not a safetensors file.
     """
     with open_safetensors(path) as file:
-        for prefix in (UNET_PREFIX, ""):
+        for prefix in UNET_PREFIXES:
             family = identify(_key_value_shapes(file, prefix))
             if family:
                 return family.key, fingerprint(family, _first_rows(file, prefix))
     return unknown_family.KEY, ""
 
 
-def checkpoint_family(path: AnyPath) -> UNetFamily:
-    """The family of a CompVis-style checkpoint, from the shapes in its header.
+def checkpoint_family(file: ForeignFile) -> UNetFamily:
+    """The family of a checkpoint, from the shapes of its cross-attention keys and values.
+
+    A few of them may be missing: who loads the file names what it lacks.
 
     Raises:
-        ForgetError: not a safetensors file, of an unsupported family, or quantised.
+        ForgetError: it is no checkpoint, of an unsupported family, or quantised.
     """
-    with open_safetensors(path) as file:
-        shapes = _key_value_shapes(file, UNET_PREFIX)
-        keys, metadata = file.keys(), file.metadata() or {}
-        quantised = "_quantization_metadata" in metadata or any(k.endswith(SCALES) for k in keys)
-    family, name = identify(shapes), Path(path).name
+    family = next(filter(lambda family: _is_of(file, family), FAMILIES.values()), None)
     if family is None:
+        kind = kind_of(file.tensors) or "of no known kind"
+        if kind in (UNET, WHOLE):
+            kind = "a model of an unsupported family"
         raise ForgetError(
-            f"'{name}' is not a supported checkpoint: it has {len(shapes)} cross-attention key and "
-            "value layers; Stable Diffusion 1.x, 2.x and XL are supported, and other models "
-            "inside ComfyUI, by the method ESD."
+            f"'{file.name}' is {kind}, not a supported checkpoint: give one of Stable Diffusion "
+            "1.x, 2.x or XL; other models can be trained inside ComfyUI, by the method ESD."
         )
-    if quantised:
+    if "_quantization_metadata" in file.metadata or any(k.endswith(SCALES) for k in file.tensors):
         raise ForgetError(
-            f"'{name}' holds quantised weights, which can neither be trained on nor changed in the "
-            "file: use the same checkpoint in float16, bfloat16 or float32."
+            f"'{file.name}' holds quantised weights, which can neither be trained on nor changed "
+            "in the file: use the same checkpoint in float16, bfloat16 or float32."
         )
     return family
+
+
+def _is_of(file: ForeignFile, family: UNetFamily) -> bool:
+    readers = [layer for layer in layers(family) if layer.is_key_or_value]
+    keys = {
+        place[0]: layer.shape for layer in readers if (place := find(file.tensors, places(layer)))
+    }
+    complete = len(keys) > 0.8 * len(readers)
+    return complete and all(file.shape(key) == shape for key, shape in keys.items())
 
 
 def _key_value_shapes(file: Any, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -106,12 +101,11 @@ def merge_into_checkpoint(
         patches: (patch, strength) of each. Changes are added in float32, then rounded to each
             weight's own precision.
     """
-    family, name = checkpoint_family(source), Path(source).name
+    file = read_foreign(Path(source))
+    family, name = checkpoint_family(file), file.name
     for patch, _ in patches:
         patch.check_family(family)
-    with open_safetensors(source) as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    metadata, tensors = file.metadata or None, dict(file.tensors)
     for layer in layers_by_name(family).values():
         changes = [
             strength * patch.change_of(layer.name)
@@ -119,23 +113,21 @@ def merge_into_checkpoint(
             if layer.name in patch.changes
         ]
         if changes:
-            weight = _weight(name, family, layer, tensors)  # a view
+            weight = _weight(name, layer, tensors)  # a view
             weight.copy_(weight.float() + torch.stack(changes).sum(0))
     write_whole(target, lambda file: save_file(tensors, file, metadata=metadata))
 
 
-def _weight(
-    name: str, family: Family, layer: Layer, tensors: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
+def _weight(name: str, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A layer's weight in a checkpoint's tensors.
 
     Args:
         name: of the checkpoint, for messages.
     """
-    key, rows = _place(family, layer)
-    tensor = tensors.get(key)
-    if tensor is None or tuple(tensor[rows].shape) != layer.shape:
-        actual = "missing" if tensor is None else f"in '{key}' of shape {list(tensor.shape)}"
+    key, third = find(tensors, places(layer)) or ("", None)
+    tensor = take(tensors, (key, third)) if key else torch.empty(0)
+    if tuple(tensor.shape) != layer.shape:
+        actual = f"in '{key}' of shape {list(tensors[key].shape)}" if key else "missing"
         raise ForgetError(
             f"The patch changes '{layer.compvis}' of shape {list(layer.shape)}, which is "
             f"{actual} in '{name}': use a patch for this variant."
@@ -143,21 +135,7 @@ def _weight(
     if tensor.dtype not in FLOATS:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ForgetError(
-            f"'{key}' in '{name}' is {dtype}, in which a patch would be lost to rounding: use the "
-            "same checkpoint in float16, bfloat16 or float32."
+            f"'{key}' in '{name}' is {dtype}, in which a patch would be lost to rounding: use "
+            "the same checkpoint in float16, bfloat16 or float32."
         )
-    return tensor[rows]
-
-
-def _place(family: Family, layer: Layer) -> tuple[str, slice]:
-    """The key of the tensor that holds a layer's weight, and which of its rows are the layer's."""
-    if not layer.is_text:
-        return f"{UNET_PREFIX}{layer.compvis}.weight", slice(None)
-    encoder, _, path = layer.compvis.partition(".")
-    prefix = TEXT_PREFIXES[len(family.texts), encoder]
-    if encoder == "clip_l":
-        return f"{prefix}{path}.weight", slice(None)
-    block, _, part = path.removeprefix("transformer.text_model.encoder.layers.").partition(".")
-    first = FUSED.index(part) * layer.shape[0] if part in FUSED else 0
-    rows = slice(first, first + layer.shape[0]) if part in FUSED else slice(None)
-    return f"{prefix}transformer.resblocks.{block}.{OPENCLIP[part]}", rows
+    return tensor

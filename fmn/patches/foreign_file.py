@@ -1,4 +1,4 @@
-"""Files of other erasers and trainers, read without running anything in them.
+"""Weight files of any program, read without running anything in them.
 
 What a file is follows from its first bytes, not from its name. Pickles go through torch's
 ``weights_only`` loader, after a look at what they name: only tensors and plain containers. Tensors
@@ -11,23 +11,25 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from ..downloads import ZIP, first_bytes
 from ..errors import ForgetError
+from ..files import open_safetensors
 
 MAX_HEADER = 64 << 20  # bytes; a whole SDXL checkpoint's header is about 0.5 MiB
 MAX_TENSORS = 100_000
 MAX_DEPTH = 6  # of dictionaries inside dictionaries
-LFS, ZIP = b"version https://git-lfs", b"PK\x03\x04"
 TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch before 1.6 began its files with
-PICKLE = re.compile(rb"\x80[\x02-\x05]")
+PICKLES = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 # What a pickle of tensors names, beside storages of torch.
 NAMED = {
     "collections OrderedDict", "torch Size", "torch device", "torch._utils _rebuild_tensor_v2",
@@ -37,6 +39,9 @@ NAMED_TYPES = re.compile(r"torch(\.storage)? (\w+Storage|u?int\d+|bool|b?float\d
 # Dictionaries that trainers put around their weights; the name says nothing about the layers.
 WRAPPERS = ("state_dict", "model", "module", "params", "weights", "lora", "network")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+PARTS = "unet", "text_encoder", "text_encoder_2"  # of a diffusers folder, that erasers edit
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")
+LIBRARY_NAMES = "diffusion_pytorch_model", "model", "lora_weights", "adapter_model"
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class ForeignFile:
     """
 
     name: str
-    tensors: Mapping[str, torch.Tensor]
+    tensors: "Tensors"
     metadata: dict[str, str]
     paths: tuple[Path, ...] = ()
 
@@ -64,6 +69,10 @@ class ForeignFile:
                     digest.update(block)
         return digest.hexdigest()
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read for it."""
+        return self.tensors.shape(key)
+
 
 def read_foreign(path: str | Path) -> ForeignFile:
     """Open a safetensors file or a pickle of tensors.
@@ -73,79 +82,123 @@ def read_foreign(path: str | Path) -> ForeignFile:
             more than tensors.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(512)
-    except OSError as error:
-        raise ForgetError(
-            f"'{path}' cannot be read ({error.strerror}): check the name and its folder."
-        ) from error
-    refuse_no_weights(path, start)
-    tensors: Mapping[str, torch.Tensor]
+    start = first_bytes(path)
     metadata: dict[str, str] = {}
     # A safetensors header may be as long as a pickle's first bytes say, but then begins with {.
-    if start.startswith(ZIP) or (PICKLE.match(start) and start[8:9] != b"{"):
+    if PICKLES.match(start) and start[8:9] != b"{":
         tensors = _read_pickle(path, start)
     else:
-        tensors, metadata = _read_safetensors(path, size, start)
+        tensors, metadata = _read_safetensors(path)
     if not tensors:
         raise ForgetError(f"'{path.name}' holds no tensors: it cannot change a model.")
     return ForeignFile(path.name, tensors, metadata, (path,))
 
 
-def refuse_no_weights(path: Path, start: bytes) -> None:
-    """Refuse by its first bytes what is often saved in place of a weight file."""
-    if start.startswith(LFS):
+def read_folder(path: Path, parts: Sequence[str] = PARTS) -> ForeignFile:
+    """A folder as one file: parts of a diffusers folder with their names in front of keys, one such
+    part, or a folder that holds a single eraser.
+
+    Raises:
+        ForgetError: see ``read_parts``.
+    """
+    folders = {f"{part}.": path / part for part in parts}
+    if not any(folder.is_dir() for folder in folders.values()):
+        folders = {f"{path.name}." if path.name in parts else "": path}
+    return read_parts(path.absolute().name, folders)
+
+
+def read_parts(name: str, folders: Mapping[str, Path]) -> ForeignFile:
+    """Folders of weights as one file of that name, keys with a prefix of each folder in front.
+
+    Args:
+        folders: prefix -> folder, which may be absent.
+
+    Raises:
+        ForgetError: there are no weights in them, several files to choose from, or shards missing;
+            or see ``read_foreign``.
+    """
+    tensors, opened = Tensors({}), []
+    for prefix, folder in folders.items():
+        for path in _weight_files(folder):
+            opened.append(read_foreign(path))
+            tensors.add(opened[-1].tensors, prefix)
+    if not opened:
         raise ForgetError(
-            f"'{path.name}' is a Git LFS pointer, not the file itself: run 'git lfs pull' in its "
-            "repository, or download it again."
+            f"'{name}' holds no weights of a diffusers model: give a folder with "
+            "unet/diffusion_pytorch_model.safetensors in it, or a single file."
         )
-    text = start.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+    paths = tuple(path for file in opened for path in file.paths)
+    return ForeignFile(name, tensors, opened[0].metadata, paths)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """All shards of a folder's one set of weights: plain before variants such as ``fp16``,
+    safetensors before pickles."""
+    sets: dict[tuple[str, bool, str], list[Path]] = {}
+    for path in sorted(folder.glob("[!.]*")):  # macOS keeps ._NAME beside NAME
+        if path.suffix.lower() in WEIGHT_FILES and path.is_file():
+            stem, _, variant = SHARD.sub("", path.stem).partition(".")
+            pickled = path.suffix.lower() != ".safetensors"
+            stem = stem.removeprefix("pytorch_")  # transformers' older name
+            sets.setdefault((variant, pickled, stem), []).append(path)
+    known = {each: files for each, files in sets.items() if each[2] in LIBRARY_NAMES} or sets
+    if not known:
+        return []
+    if len({stem for *_, stem in known}) > 1:
+        names = ", ".join(sorted({files[0].name for files in known.values()}))
         raise ForgetError(
-            f"'{path.name}' is a web page saved under that name: download the file itself."
+            f"'{folder.name}' holds several files of weights ({names:.120}): give one of them."
         )
-    if not start:
-        raise ForgetError(f"'{path.name}' is empty: download it again.")
+    chosen = known[min(known)]
+    total = SHARD.search(chosen[0].name)
+    if total and int(total[1]) != len(chosen):
+        raise ForgetError(
+            f"'{folder}' holds {len(chosen)} of {int(total[1])} parts of its weights: download "
+            "the others."
+        )
+    return chosen
 
 
-class _Lazy(Mapping):
-    """Tensors of a safetensors file, read one at a time."""
+class Tensors(Mapping):
+    """Tensors by key, of dictionaries, or of open safetensors files and read when asked for."""
 
-    def __init__(self, path: Path, keys: list[str]):
-        self._path, self._keys = path, dict.fromkeys(keys)
+    def __init__(self, source: Any) -> None:
+        """``source``: a dictionary or an open file."""
+        self._places = {key: (source, key) for key in source.keys()}  # noqa: SIM118 - a handle
+
+    def add(self, other: "Tensors", prefix: str) -> None:
+        """Another's tensors, with a prefix before their keys."""
+        self._places |= {prefix + key: place for key, place in other._places.items()}
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        if key not in self._keys:
-            raise KeyError(key)
-        with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor(key)
+        source, key = self._places[key]
+        return source[key] if isinstance(source, dict) else source.get_tensor(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._places)
 
-
-def _read_safetensors(path: Path, size: int, start: bytes) -> tuple[_Lazy, dict[str, str]]:
-    header = int.from_bytes(start[:8], "little")
-    if size < 10 or start[8:9] != b"{" or header > MAX_HEADER:
-        raise ForgetError(
-            f"'{path.name}' is neither a safetensors file nor a torch file: give the eraser's "
-            "weights, such as a .safetensors, .pt, .bin or .ckpt file."
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read for it."""
+        source, key = self._places[key]
+        return tuple(
+            source[key].shape if isinstance(source, dict) else source.get_slice(key).get_shape()
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _Lazy(path, list(file.keys())), dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ForgetError(
-            f"'{path.name}' is cut short or damaged ({str(error)[:80]}): download it again."
-        ) from error
 
 
-def _read_pickle(path: Path, start: bytes) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    remedy = "give the whole file, a .safetensors, .pt, .bin or .ckpt"
+    with open_safetensors(path, remedy, MAX_HEADER) as file:
+        metadata = dict(file.metadata() or {})
+    return Tensors(safe_open(path, framework="pt")), metadata
+
+
+def _read_pickle(path: Path, start: bytes) -> Tensors:
     if not start.startswith((ZIP, TORCH)):
         raise ForgetError(
             f"'{path.name}' is a raw Python pickle, which could run code, and no file of torch: "
@@ -168,7 +221,7 @@ def _read_pickle(path: Path, start: bytes) -> dict[str, torch.Tensor]:
     # Whatever else a damaged pickle makes torch do wrong; it calls nothing but torch.
     except Exception as error:
         raise _damaged(path.name, type(error).__name__) from error
-    return dict(_flat(path.name, content))
+    return Tensors(dict(_flat(path.name, content)))
 
 
 def _damaged(name: str, reason: str) -> ForgetError:
@@ -224,80 +277,3 @@ def _whole(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
     if not strided or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise _damaged(name, f"{key:.60} claims {list(tensor.shape)}")
     return tensor.detach()
-
-
-PARTS = "unet", "text_encoder", "text_encoder_2"  # of a diffusers folder
-SHARD = re.compile(r"-\d{5}-of-(\d{5})")
-LIBRARY_NAMES = "diffusion_pytorch_model", "model", "lora_weights", "adapter_model"
-
-
-def read_folder(path: Path) -> ForeignFile:
-    """A folder as one file: diffusers' with names of parts in front, one part of it, or one that
-    holds a single eraser.
-
-    Raises:
-        ForgetError: there are no weights in it, several files to choose from, or shards missing.
-    """
-    files = {part: _weight_files(path / part) for part in PARTS}
-    if not any(files.values()):
-        files = {path.name if path.name in PARTS else "": _weight_files(path)}
-    read = {part: [read_foreign(file) for file in found] for part, found in files.items()}
-    tensors: dict[str, tuple[ForeignFile, str]] = {
-        f"{part}.{key}" if part else key: (file, key)
-        for part, opened in read.items()
-        for file in opened
-        for key in file.tensors
-    }
-    if not tensors:
-        raise ForgetError(
-            f"'{path}' holds no weights of a U-Net or text encoder: give a diffusers folder, with "
-            "unet/diffusion_pytorch_model.safetensors in it, or a single file."
-        )
-    opened = [file for group in read.values() for file in group]
-    paths = tuple(each for file in opened for each in file.paths)
-    return ForeignFile(path.name, Joined(tensors), opened[0].metadata, paths)
-
-
-class Joined(Mapping):
-    """Tensors of several files, read when asked for."""
-
-    def __init__(self, places: Mapping[str, tuple[ForeignFile, str]]):
-        self._places = places
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        file, own = self._places[key]
-        return file.tensors[own]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """All shards of a folder's one set of weights: plain before ``fp16``, safetensors before
-    pickles."""
-    sets: dict[tuple[bool, bool, str], list[Path]] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix.lower() in WEIGHT_FILES and file.is_file():
-            name = SHARD.sub("", file.name)
-            pickled, variant = file.suffix.lower() != ".safetensors", name.count(".") > 1
-            stem = name.partition(".")[0].removeprefix("pytorch_")  # transformers' older name
-            sets.setdefault((variant, pickled, stem), []).append(file)
-    known = {each: files for each, files in sets.items() if each[2] in LIBRARY_NAMES} or sets
-    if not known:
-        return []
-    if len({stem for *_, stem in known}) > 1:
-        names = ", ".join(sorted({files[0].name for files in known.values()}))
-        raise ForgetError(
-            f"'{folder.name}' holds several files of weights ({names:.120}): give one of them."
-        )
-    chosen = known[min(known)]
-    total = SHARD.search(chosen[0].name)
-    if total and int(total[1]) != len(chosen):
-        raise ForgetError(
-            f"'{folder}' holds {len(chosen)} of {int(total[1])} parts of its weights: download "
-            "the others."
-        )
-    return chosen

@@ -7,8 +7,7 @@ are called (kohya, PEFT, attention processors).
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -17,39 +16,18 @@ import torch
 from ..errors import ForgetError
 from ..linalg import balanced_factors
 from ..models.families import FAMILIES, Family, Layer, layers, text_layers
+from .file_kind import TRANSFORMER, other_form, split_lora_key
 from .foreign_file import ForeignFile
 from .patch import MAX_RANK
 
 MAX_CONFIG = 1 << 20  # bytes
 NO_DIRECTION = 1e-6  # of the largest singular value: float32's rounding
-# The names of a factor, behind the path of its layer.
-FACTORS = {
-    "down": (
-        ".lora_down.weight", ".lora_down", ".lora_A.weight", ".lora_A.default.weight",
-        ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight",
-    ),
-    "up": (
-        ".lora_up.weight", ".lora_up", ".lora_B.weight", ".lora_B.default.weight",
-        ".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight",
-    ),
-    "alpha": (".alpha", ".lora.alpha"),
-    "difference": (".diff",),
-}  # fmt: skip
-# Changes of another form than up @ down.
-OTHER_FORMS = {
-    "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
-    "oft_": "OFT", "boft_": "BOFT", "glora_": "GLoRA", "lora_mid": "LoCon with a middle factor",
-}  # fmt: skip
 UNET_STARTS = ("lora_unet_", "diffusion_model.", "unet.", "model.diffusion_model.")
 # Before the path in files of several encoders, and of one.
 TEXT_STARTS = {
     "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
     "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder",
 }  # fmt: skip
-TRANSFORMER = re.compile(
-    r"(double_blocks|single_blocks|transformer_blocks_\d+_attn_add|joint_blocks|"
-    r"single_transformer_blocks|context_refiner)"
-)
 
 
 @dataclass
@@ -66,11 +44,6 @@ class ForeignLora:
     unused: list[str] = field(default_factory=list)
 
 
-def is_lora(keys: Iterable[str]) -> bool:
-    """Whether keys are those of a LoRA, of whatever trainer."""
-    return any(_split(key) or _other_form(key) for key in keys)
-
-
 def read_lora(file: ForeignFile, family: Family | None = None) -> ForeignLora:
     """The changes that a LoRA file makes.
 
@@ -81,7 +54,7 @@ def read_lora(file: ForeignFile, family: Family | None = None) -> ForeignLora:
         ForgetError: another kind of adapter, another kind of model, or factors that fit no layer.
     """
     name, tensors = file.name, file.tensors
-    form = next(filter(None, map(_other_form, tensors)), None)
+    form = next(filter(None, map(other_form, tensors)), None)
     if form:
         raise ForgetError(
             f"'{name}' is a {form} file, whose change is no product of two matrices: merge it into "
@@ -90,7 +63,7 @@ def read_lora(file: ForeignFile, family: Family | None = None) -> ForeignLora:
     modules: dict[str, dict[str, torch.Tensor]] = {}
     unused = []
     for key in tensors:
-        split = _split(key)
+        split = split_lora_key(key)
         if split:
             modules.setdefault(split[0], {})[split[1]] = tensors[key]
         else:
@@ -109,19 +82,6 @@ def read_lora(file: ForeignFile, family: Family | None = None) -> ForeignLora:
         else:
             changes[layer.name] = _factors(name, module, layer, alpha | parts)
     return ForeignLora(fits[0], changes, sorted(unused))
-
-
-def _split(key: str) -> tuple[str, str] | None:
-    """(path of a layer with underscores for dots and its prefix in front, factor) of a key."""
-    for factor, endings in FACTORS.items():
-        for ending in endings:
-            if key.endswith(ending) and len(key) > len(ending):
-                return key[: -len(ending)], factor
-    return None
-
-
-def _other_form(key: str) -> str | None:
-    return next((form for part, form in OTHER_FORMS.items() if part in key), None)
 
 
 @cache
@@ -176,7 +136,7 @@ def _no_family(name: str, modules: list[str], family: Family | None, fits: list[
     if fits:
         titles = " or ".join(one.title for one in fits)
         return f"'{name}' fits {titles}: say which with --family."
-    if any(TRANSFORMER.search(module.replace(".", "_")) for module in modules):
+    if any(TRANSFORMER.search(module) for module in modules):
         return (
             f"'{name}' is a LoRA for a diffusion transformer: use Load LoRA in ComfyUI, as only "
             "files for Stable Diffusion 1.x, 2.x and XL can be imported."

@@ -13,11 +13,12 @@ from pathlib import Path
 from ..concepts.concept import Concept
 from ..errors import ForgetError
 from ..models.families import FAMILIES, Family, layers
-from ..models.interface import fingerprint
+from ..models.interface import Fingerprint, fingerprint
 from ..text import printable
+from .file_kind import is_lora, kind_of
 from .foreign_file import ForeignFile, read_folder, read_foreign
-from .foreign_lora import is_lora, read_lora
-from .metadata import stamp
+from .foreign_lora import read_lora
+from .metadata import base_info, stamp
 from .patch import ForgetPatch
 from .weight_difference import (
     Difference,
@@ -32,16 +33,6 @@ NOISE = re.compile(
     r"(?i)\b(esd|uce|rece|mace|speed|spm|leco|lora|unet|erased?|forget|concept|slider|alpha|rank|"
     r"x|u|strict|noxattn|xattn|last|final|delta|diffusers|model|weights?|[vr]?\d[\d.]*)\b"
 )
-VAE, CONTROLNET, EMBEDDING = "a VAE", "a ControlNet", "a textual inversion embedding"
-TRANSFORMER = "a diffusion transformer"
-OTHER_PARTS = {
-    "first_stage_model.": VAE, "decoder.conv_in.": VAE, "encoder.conv_in.": VAE,
-    "control_model.": CONTROLNET, "controlnet_": CONTROLNET,
-    "ft_modules_list.": "an ESD file that numbers layers instead of naming them",
-    "emb_params": EMBEDDING, "string_to_param": EMBEDDING,
-    "double_blocks.": TRANSFORMER, "transformer_blocks.0.attn.add": TRANSFORMER,
-    "joint_blocks.": TRANSFORMER, "layers.0.attention.": TRANSFORMER,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,7 @@ def import_patch(
     info: dict[str, object] = {"truncation_error": change.lost}
     mark = _fingerprint(first, found)
     if mark:
-        info["base.fingerprint"] = mark
+        info |= base_info(mark)
     imported = {"not_held": change.not_held, "not_compared": change.not_compared}
     return _patch(
         file, found, change.changes, concepts, "edited weights", _notes(change), info, imported
@@ -163,17 +154,13 @@ def _identified(edited: WeightFile, base: WeightFile | None) -> Family:
     if fits:
         titles = " and ".join(one.title for one in fits)
         raise ForgetError(f"'{name}' fits {titles}: say which by the base or --family.")
-    what = next(
-        (what for part, what in OTHER_PARTS.items() if any(part in k for k in edited.file.tensors)),
-        EMBEDDING if list(edited.file.tensors) == ["embed"] else "no file that can be imported",
-    )
     raise ForgetError(
-        f"'{name}' is {what}: give an eraser's LoRA, its edited U-Net or text encoder weights, or "
-        "its diffusers folder."
+        f"'{name}' is {kind_of(edited.file.tensors) or 'no known file'}, and nothing to import: "
+        "give an eraser's LoRA, its edited U-Net or text encoder weights, or its folder."
     )
 
 
-def _fingerprint(base: WeightFile, family: Family) -> str | None:
+def _fingerprint(base: WeightFile, family: Family) -> Fingerprint | None:
     """The base's fingerprint, or None if it lacks keys or values of cross-attention."""
     weights = {layer: base.weight(layer) for layer in layers(family) if layer.is_key_or_value}
     known = {layer: weight for layer, weight in weights.items() if weight is not None}

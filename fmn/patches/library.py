@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 from .. import images
 from ..errors import ForgetError
-from ..files import STATE_ENDING, AnyPath, checked_stem, write_whole
-from .library_entry import HIDDEN, UNREADABLE, describe_file, read_metadata
+from ..files import PICTURES, STATE_ENDING, AnyPath, checked_stem, write_whole
+from .library_entry import HIDDEN, UNREADABLE, describe_file, file_is_changed, read_metadata
 from .metadata import THUMBNAIL
 
 SUFFIX = ".safetensors"
 NOTES = ".fmn.json"
-PICTURES = ".jpg", ".jpeg", ".png", ".webp"
 MAX_NOTES = 4000  # letters
 MAX_NOTES_FILE = 1 << 16  # bytes
 Contents = dict[tuple[str, int, int], Any]  # (path, time, size) -> what was read there
@@ -134,6 +133,14 @@ class Library:
         raise ForgetError(
             f"There is no patch {name!r:.200} in these folders: refresh the list and choose again."
         )
+
+    def is_changed(self, folder: object, name: object) -> bool | None:
+        """``library_entry.file_is_changed`` of a patch.
+
+        Raises:
+            ForgetError: there is no such patch, or it cannot be read.
+        """
+        return file_is_changed(self.find(folder, name).path)
 
     def picture(self, folder: int, name: str) -> bytes:
         """The thumbnail as a small JPEG, where the last listing saw it.
@@ -248,7 +255,8 @@ def _walk(root: Path) -> Iterator[PatchFiles]:
             except OSError:
                 continue  # a link that leads to itself or to a forbidden place
         for name, file in files.items():
-            if name.lower().endswith(SUFFIX) and _is_unicode(prefix + name):
+            # macOS leaves ._NAME beside files that it copies to other systems.
+            if name.lower().endswith(SUFFIX) and name[:2] != "._" and _is_unicode(prefix + name):
                 stem = name[: -len(SUFFIX)]
                 beside = (files.get(stem + suffix) for suffix in (*PICTURES, NOTES, STATE_ENDING))
                 yield PatchFiles(prefix + name, file, [item for item in beside if item])

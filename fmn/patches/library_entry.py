@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ForgetError
-from ..files import MAX_HEADER, open_safetensors
+from ..files import MAX_HEADER, data_hash, open_safetensors
 from ..models import unknown_family
 from ..models.families import FAMILIES
+from ..models.interface import SKETCHED
 from ..text import printable
-from .metadata import FORMAT, THUMBNAIL, Info, is_number, read_info
+from .metadata import FORMAT, THUMBNAIL, Info, is_changed, is_number, read_info
 from .scores import MOST_SCORES
 
 MOST_CONCEPTS = 64
@@ -36,6 +37,18 @@ def read_metadata(path: Path) -> dict[str, str]:
     open(path, "rb").close()
     with open_safetensors(path, max_header=MAX_HEADER) as file:
         return file.metadata() or {}
+
+
+def file_is_changed(path: Path) -> bool | None:
+    """Whether a patch's weights are others than its record was written for; None: the file does
+    not say. The file is read whole, so this is for one patch that is looked at.
+
+    Raises:
+        ForgetError: the file cannot be read.
+    """
+    with open_safetensors(path, max_header=MAX_HEADER) as file, open(path, "rb") as data:
+        metadata = file.metadata() or {}
+        return metadata.get("fmn.changed") == "true" or is_changed(metadata, data_hash(data))
 
 
 def describe_file(path: Path, stat: os.stat_result) -> dict[str, Any]:
@@ -63,6 +76,7 @@ def _fields(metadata: Mapping[str, str], info: Info) -> Iterator[tuple[str, obje
     yield "family", family if family in FAMILIES or unknown else ""
     yield "model", _text(metadata.get("fmn.base.model", "")) if unknown else ""
     yield "base", _text(info.get("base.fingerprint", ""))
+    yield "sketch", info.get("base.sketch", [])[:SKETCHED]
     yield "prediction", _text(info.get("base.prediction", ""))
     yield "rank", _text(metadata.get("ss_network_dim", ""))
     yield "loss", [info["loss"]["first"], info["loss"]["last"]] if info.get("loss") else []

@@ -7,12 +7,20 @@ Text encoders are ``lora_te_``, or ``lora_te1_`` and ``lora_te2_`` where there a
 ``unknown_family.UnknownFamily`` have such names from the start.
 """
 
+import re
 from collections.abc import Mapping
 from functools import cache
 
 from ..models.families import Family, Layer, UNetFamily, layers, layers_by_name, text_layers
 
-PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
+PARTS = ("lora_down.weight", "lora_up.weight")
+ALPHA = "alpha"  # divided by the rank, scales a layer; without one the scale is 1
+MAX_TAG = 100  # letters
+
+
+def tag_name(text: str) -> str:
+    """A name for <lora:NAME:1>, whose parts end at : and >: letters, digits and ,.-_ of a text."""
+    return " ".join(re.sub(r"[^\w,.-]+", " ", text)[:MAX_TAG].split())
 
 
 def file_name(family: Family, layer: Layer) -> str:

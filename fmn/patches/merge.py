@@ -17,8 +17,9 @@ from ..files import AnyPath
 from ..linalg import product_svd
 from ..models.families import Family, Layer
 from ..models.unknown_family import UnknownFamily
-from .lora_keys import PARTS, file_name
-from .metadata import Info, loss_info, stamp
+from .lora_keys import ALPHA, PARTS, file_name
+from .metadata import BASE, CHANGED, PRECISION, Info, loss_info, other_base, stamp
+from .padding import lost_elsewhere
 from .patch import MAX_RANK, Factors, ForgetPatch, file_size, load_patch, square_norm
 
 BYTES = 2  # of a number in a file
@@ -223,7 +224,8 @@ def build_merged(
 
     ranks = [min(MAX_RANK, layer.up.shape[1]) for layer in layers]
     patch = patch_of(_ranks_within(budget, layers, family, patch_of) if budget else ranks)
-    return Merged(patch, patch.info["truncation_error"], _notes(patches))
+    notes = [*_notes(patches), *lost_elsewhere(family, patch.changes)]
+    return Merged(patch, patch.info["truncation_error"], notes)
 
 
 def _ranks_within(
@@ -237,7 +239,14 @@ def _ranks_within(
     strongest = max(range(len(layers)), key=lambda i: float(values[i][:1].sum()))
     smallest = file_size(patch_of(int(i == strongest) for i in range(len(layers))))
     record = smallest - costs[strongest] - openings[strongest] + DIGITS
-    ranks = choose_ranks(values, costs, openings, budget - record)
+    room, over = budget - record, 0
+    while True:
+        room -= over
+        ranks = choose_ranks(values, costs, openings, room)
+        # What other programs need beside the changes depends on the ranks; see ``padding``.
+        over = file_size(patch_of(ranks)) - budget if any(ranks) else 0
+        if over <= 0:
+            break
     if not any(ranks):
         least = record + min(map(sum, zip(costs, openings)))
         raise ForgetError(
@@ -261,7 +270,7 @@ def _header_bytes(family: Family, layer: Layer) -> int:
     shape = [MAX_RANK, *layer.shape[1:], *layer.shape[:1]]
     entry = {"dtype": "F16", "shape": shape, "data_offsets": [10**10, 10**10]}
     name = file_name(family, layer)
-    text = json.dumps({f"{name}.{part}": entry for part in PARTS}, separators=(",", ":"))
+    text = json.dumps({f"{name}.{part}": entry for part in (*PARTS, ALPHA)}, separators=(",", ":"))
     return len(text) + BYTES
 
 
@@ -282,7 +291,7 @@ def _info(patches: Strengths, settings: dict[str, Any], losses: Sequence[float])
         for concept in info.get("concepts", []):
             concepts.setdefault((concept["name"], concept["kind"]), concept)
     bases = {info.get("base.fingerprint") for info in infos}
-    base = {"base.fingerprint": bases.pop()} if len(bases) == 1 and None not in bases else {}
+    base = {key: value for key, value in infos[0].items() if key in BASE and len(bases) == 1}
     return base | {
         "concepts": list(concepts.values()),
         "method": "merge",
@@ -302,10 +311,10 @@ def _info(patches: Strengths, settings: dict[str, Any], losses: Sequence[float])
 
 
 def _notes(patches: Strengths) -> list[str]:
-    """Warnings: different bases, and concepts that several patches forget."""
-    bases = {patch.info.get("base.fingerprint") for patch, _ in patches}
-    notes = []
-    if len(bases) > 1:
+    """Warnings: changed files, different bases, and concepts that several patches forget."""
+    notes = [f"{_names(patch)}: {CHANGED}." for patch, _ in patches if patch.info.get("changed")]
+    others = [other_base(patch.info, patches[0][0].info) for patch, _ in patches]
+    if any(each and each != PRECISION for each in others):
         notes.append("The patches were made on different bases of this family: look at the result.")
     seen: set[tuple[str, str]] = set()
     repeated: dict[str, None] = {}

@@ -1,6 +1,7 @@
 """The record in a patch file's header, our ``fmn.*`` keys: made, and read as untrusted text."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -13,11 +14,22 @@ from ..models.interface import Model
 Info = dict[str, Any]  # plain data for JSON; ``INFO_TYPES`` lists the keys
 FORMAT = "1"
 THUMBNAIL = "modelspec.thumbnail"  # a picture as a data URI
+# Relative distances: bfloat16 rounds by 0.002, 8 bits by 0.02 to 0.06; fine-tunes differ by more.
+COPY, NEAR = 0.004, 0.08
+BASE = "base.fingerprint", "base.sketch"
+OTHER = "another base of this family"
+PRECISION = "a copy of this base in another precision"
+HASH = "modelspec.hash_sha256"  # of ``files.data_hash``
+CHANGED = (
+    "the weights are not those that the record was written for: another program changed the file, "
+    "so its scores do not count and the rest may be wrong"
+)
 INFO_TYPES: dict[str, type | tuple[type, ...]] = {
     "concepts": list, "method": str, "settings": dict, "base.fingerprint": str,
-    "base.prediction": str, "loss": dict, "truncation_error": (int, float),
+    "base.sketch": list, "base.prediction": str, "loss": dict, "truncation_error": (int, float),
     "rounding_error": (int, float), "date": str, "version": str, "recipe": str,
     "merged": list, "scores": dict, "measured": dict, "imported": dict,
+    "changed": bool,
 }  # fmt: skip
 
 
@@ -34,12 +46,34 @@ def new_info(
         "concepts": [concept.describe() for concept in concepts],
         "method": method,
         "settings": settings,
-        "base.fingerprint": fingerprint,
+        **base_info(fingerprint),
         "base.prediction": model.prediction,
         "loss": loss_info(losses),
         "truncation_error": truncation_error,
         **stamp(),
     }
+
+
+def base_info(fingerprint: str) -> Info:
+    """The record of a base, by what its model's ``fingerprint`` gave."""
+    sketch = list(getattr(fingerprint, "sketch", ()))
+    return {"base.fingerprint": str(fingerprint)} | ({"base.sketch": sketch} if sketch else {})
+
+
+def other_base(first: Info, second: Info) -> str:
+    """How the bases of two records differ, to follow "made on"; "" for the same base."""
+    if first.get("base.fingerprint") == second.get("base.fingerprint"):
+        return ""
+    if "base.fingerprint" not in first:
+        return "an unknown base"
+    sketches = [info.get("base.sketch", []) for info in (first, second)]
+    count = len(sketches[0])
+    if not all(sketches) or count != len(sketches[1]):
+        return "another base of this family, or a copy in another precision"
+    distance = math.dist(*sketches) / count**0.5
+    if distance < COPY:
+        return PRECISION
+    return "a near relative of this base, such as an 8-bit copy" if distance < NEAR else OTHER
 
 
 def loss_info(losses: Sequence[float]) -> dict[str, float]:
@@ -80,6 +114,17 @@ def read_info(name: str, metadata: Mapping[str, str]) -> Info:
     return info
 
 
+def is_changed(metadata: Mapping[str, str], digest: str) -> bool | None:
+    """Whether a file's weights are others than its record was written for; None: it does not say.
+
+    Args:
+        digest: of ``files.data_hash``.
+    """
+    if HASH in metadata:
+        return metadata[HASH].lower().removeprefix("0x") != digest.removeprefix("0x")
+    return True if "sshs_model_hash" in metadata else None  # kohya's tools add it, we never did
+
+
 def _values(info: Info) -> tuple[list[object], list[object]]:
     """The values in a record that have to be texts, and those that have to be numbers."""
     texts = [concept[part] for concept in info["concepts"] for part in ("name", "kind")]
@@ -88,6 +133,7 @@ def _values(info: Info) -> tuple[list[object], list[object]]:
         if not isinstance(concept.get("aliases", []), list):
             raise TypeError("aliases")
     numbers = [info["loss"][part] for part in ("first", "last", "steps") if info.get("loss")]
+    numbers += info.get("base.sketch", [])
     numbers += [info[part] for part in ("truncation_error", "rounding_error") if part in info]
     for patch in info.get("merged", []):
         texts += [patch["method"], *patch["concepts"]]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,18 @@ import torch
 from safetensors.torch import save, save_file
 
 from ..errors import ForgetError, NonFiniteLoss
-from ..files import MAX_HEADER, AnyPath, open_safetensors, write_whole
+from ..files import MAX_HEADER, AnyPath, data_hash, open_safetensors, write_whole
 from ..linalg import full_change
 from ..models import unknown_family
 from ..models.families import FAMILIES, Family, Layer, layers_by_name
-from .lora_keys import PARTS, file_name, known_names
-from .metadata import FORMAT, THUMBNAIL, Info, read_info
-from .scores import Source, tensor_hash
+from .file_kind import LORA, kind_of
+from .lora_keys import ALPHA, PARTS, file_name, known_names, tag_name
+from .metadata import FORMAT, HASH, THUMBNAIL, Info, is_changed, read_info
+from .padding import Factors, padded, ranks, without_padding
+from .scores import SCORES, Source, tensor_hash
 
 MAX_RANK = 1024
 DTYPES = "F16", "BF16", "F32"  # that a file may have
-Factors = tuple[torch.Tensor, torch.Tensor]  # up [out, r], down [r, in]
 Slices = Mapping[str, Any]  # tensor name -> slice of ``safetensors.safe_open``
 
 
@@ -48,7 +50,7 @@ class ForgetPatch:
     @property
     def ranks(self) -> list[int]:
         """Different ranks of its layers, rising."""
-        return sorted({down.shape[0] for _, down in self.changes.values()})
+        return sorted(ranks(self.changes))
 
     @property
     def layers(self) -> list[Layer]:
@@ -96,18 +98,23 @@ class ForgetPatch:
     def lora(
         self, dtype: torch.dtype = torch.float16, layers: Sequence[Layer] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The tensors of a LoRA file: lora_down [r, in], lora_up [out, r] and alpha of a layer.
+        """The tensors of a LoRA file: lora_down [r, in] and lora_up [out, r] of a layer, and alpha
+        where ranks differ. Layers are those of ``padding.padded``.
 
         Args:
-            layers: of ``self.layers`` those that are wanted; None: all.
+            layers: of ``self.layers`` those that are wanted, and no others; None: a whole file.
         """
-        tensors = {}
-        for layer in self.layers if layers is None else layers:
-            up, down = _balanced(*self.changes[layer.name])
-            alpha = torch.tensor(float(down.shape[0]), dtype=dtype)  # the rank: a scale of 1
+        wanted = self.layers if layers is None else layers
+        changes = {layer: _balanced(*self.changes[layer.name]) for layer in wanted}
+        if layers is None:
+            changes = padded(self.family, changes)
+        tensors, ranks_differ = {}, len(ranks(changes)) > 1
+        for layer, (up, down) in changes.items():
             prefix = file_name(self.family, layer)
-            for part, value in zip(PARTS, (down.to(dtype), up.to(dtype), alpha)):
-                tensors[f"{prefix}.{part}"] = value.contiguous()
+            for part, value in zip(PARTS, (down, up)):
+                tensors[f"{prefix}.{part}"] = value.to(dtype).contiguous()
+            if ranks_differ:
+                tensors[f"{prefix}.{ALPHA}"] = torch.tensor(float(len(down)), dtype=dtype)
         return tensors
 
 
@@ -125,11 +132,12 @@ def rounding_error(patch: ForgetPatch, tensors: Mapping[str, torch.Tensor]) -> f
     """Relative Frobenius error of a file's changes, over all layers.
 
     Args:
-        tensors: of ``patch.lora()``, in its order.
+        tensors: of ``patch.lora()``.
     """
     difference = total = 0.0
-    values = iter(tensors.values())
-    for layer, down, up, _ in zip(patch.layers, values, values, values):  # three of each layer
+    for layer in patch.layers:
+        prefix = file_name(patch.family, layer)
+        down, up = (tensors[f"{prefix}.{part}"] for part in PARTS)
         exact_up, exact_down = patch.changes[layer.name]
         difference += square_norm(
             torch.cat([exact_up, -up.to(exact_up)], 1),
@@ -177,7 +185,8 @@ def _metadata(patch: ForgetPatch, tensors: Mapping[str, torch.Tensor]) -> dict[s
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
-        "ss_output_name": f"forget {names}",
+        "ss_output_name": tag_name(f"forget {names}"),
+        HASH: data_hash(BytesIO(save(dict(tensors)))),
     }
 
 
@@ -234,10 +243,13 @@ def load_patch(path: AnyPath) -> ForgetPatch:
         family = _family(path.name, metadata, slices)
         layers = _check_tensors(path.name, family, slices)
         tensors = {key: file.get_tensor(key) for key in slices}
+        with open(path, "rb") as data:
+            changed = is_changed(metadata, data_hash(data))
     changes = {}
     for prefix, layer in layers.items():
-        down, up, alpha = (tensors[f"{prefix}.{part}"].float() for part in PARTS)
-        up = up * (alpha / down.shape[0])
+        down, up = (tensors[f"{prefix}.{part}"].float() for part in PARTS)
+        if f"{prefix}.{ALPHA}" in tensors:
+            up = up * (tensors[f"{prefix}.{ALPHA}"].float() / down.shape[0])
         # The product of the norms bounds every entry of the change. alpha may make up infinite
         # while their product is finite.
         if not torch.isfinite(down.norm() * up.norm()):
@@ -246,8 +258,13 @@ def load_patch(path: AnyPath) -> ForgetPatch:
                 "its training failed, so do not use it."
             )
         changes[layer.name] = up, down
-    source = Source(path.resolve(), tensor_hash(tensors))
-    return ForgetPatch(family, changes, read_info(path.name, metadata), source)
+    if HASH in metadata:  # older files have no padding
+        changes = without_padding(family, changes)
+    info = read_info(path.name, metadata)
+    if changed:
+        info = {key: info[key] for key in info if key not in SCORES} | {"changed": True}
+    source = Source(path.resolve(), tensor_hash(tensors), changed is not None)
+    return ForgetPatch(family, changes, info, source)
 
 
 def _family(name: str, metadata: Mapping[str, str], slices: Slices) -> Family:
@@ -257,9 +274,12 @@ def _family(name: str, metadata: Mapping[str, str], slices: Slices) -> Family:
             "choose the patch beside it."
         )
     if "fmn.format" not in metadata:
+        kind = kind_of(slices)
+        what = f" but {kind}" if kind else ""
+        use = "Use Load LoRA, or 'python -m fmn import', for other LoRA files."
         raise ForgetError(
-            f"'{name}' is not a forget patch: it lacks our metadata. "
-            "Use Load LoRA for other LoRA files."
+            f"'{name}' is not a forget patch{what}: it lacks our metadata. "
+            f"{use if kind in (LORA, None) else 'Choose a file that Save Forget Patch wrote.'}"
         )
     if metadata["fmn.format"] != FORMAT:
         raise ForgetError(
@@ -284,7 +304,7 @@ def _check_tensors(name: str, family: Family, slices: Slices) -> dict[str, Layer
     layers: dict[str, Layer] = {}
     for key in slices:
         prefix, _, part = key.partition(".")
-        if prefix not in known or part not in PARTS:
+        if prefix not in known or part not in (*PARTS, ALPHA):
             raise ForgetError(
                 f"'{name}' holds the tensor {key!r:.80}, which {family.title} does not have: "
                 "it is for another model, or no forget patch."
@@ -300,18 +320,18 @@ def _check_tensors(name: str, family: Family, slices: Slices) -> dict[str, Layer
         missing = [part for part in PARTS if f"{prefix}.{part}" not in slices]
         if missing:
             raise ForgetError(f"'{name}' lacks '{prefix}.{missing[0]}': get it again.")
-        _check_layer(name, layer, [slices[f"{prefix}.{part}"] for part in PARTS])
+        _check_layer(name, layer, [slices.get(f"{prefix}.{part}") for part in (*PARTS, ALPHA)])
     return layers
 
 
 def _check_layer(name: str, layer: Layer, slices: Sequence[Any]) -> None:
-    for tensor in slices:
+    for tensor in filter(None, slices):
         if tensor.get_dtype() not in DTYPES:
             raise ForgetError(
                 f"'{name}' stores '{layer.name}' as {tensor.get_dtype()}; "
                 "a patch has 16- or 32-bit floating-point numbers only."
             )
-    down, up, alpha = (tuple(tensor.get_shape()) for tensor in slices)
+    down, up, alpha = (tuple(tensor.get_shape()) if tensor else () for tensor in slices)
     rank = down[0] if down else 0
     kernel = (1,) * (len(layer.shape) - 2)
     fits = (

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import save
 
 from ..errors import ForgetError
-from ..files import MAX_HEADER, open_safetensors, write_whole
-from .metadata import Info, is_number, read_info
+from ..files import MAX_HEADER, data_hash, open_safetensors, write_whole
+from .metadata import HASH, Info, is_number, read_info
 
 # Columns of a bench that are kept -> their names in the file. All but M-Score are shares, 0 to 1.
 NAMES = {
@@ -26,6 +27,7 @@ NAMES = {
 SHARES = set(NAMES.values()) - {"M-Score"}
 DIGITS = 4
 MOST_SCORES = 12  # that are shown
+SCORES = "scores", "measured"  # keys of a record
 
 
 class Setup(Protocol):
@@ -43,10 +45,15 @@ class Setup(Protocol):
 
 
 class Source(NamedTuple):
-    """The file that a patch is the content of, and ``tensor_hash`` of its tensors."""
+    """The file that a patch is the content of, and ``tensor_hash`` of its tensors.
+
+    Attributes:
+        bound: the file has a hash of its weights, which tells whether the record is theirs.
+    """
 
     path: Path
     weights: str
+    bound: bool = True
 
 
 def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -81,12 +88,18 @@ def _read(source: Source) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def check_targets(name: str, concepts: Sequence[str], targets: Sequence[str]) -> None:
-    """Refuse to keep scores of anything but what a patch forgets.
+def check_targets(name: str, info: Info, targets: Sequence[str]) -> None:
+    """Refuse to keep scores of anything but what a patch forgets, or in another one's record.
 
     Args:
-        name: of the patch, for the message. concepts, targets: names.
+        name: of the patch, for the message. info: its record. targets: names.
     """
+    if info.get("changed"):
+        raise ForgetError(
+            f"No scores are written into '{name}', as another program changed its weights: import "
+            "it first (python -m fmn import), so that its record is its own."
+        )
+    concepts = [concept["name"] for concept in info["concepts"]]
     others = [target for target in targets if target not in concepts]
     if others:
         raise ForgetError(
@@ -140,6 +153,7 @@ def write_scores(source: Source, scores: Mapping[str, float], measured: Mapping[
         if scores == before:
             return
     metadata |= {"fmn.scores": json.dumps(scores), "fmn.measured": json.dumps(measured)}
+    metadata.setdefault(HASH, data_hash(BytesIO(save(tensors))))
     content = save(tensors, metadata)
     length = int.from_bytes(content[:8], "little")
     if length > MAX_HEADER:

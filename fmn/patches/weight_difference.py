@@ -6,7 +6,7 @@ would be a fifth of a small edit.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,15 +16,10 @@ from ..linalg import balanced_factors, product_svd
 from ..models.families import Family, Layer, layers, layers_by_name, text_layers
 from .foreign_file import ForeignFile
 from .patch import MAX_RANK
+from .weight_names import TEXT_PREFIXES, UNET_PREFIXES, Place, find, places, take
 
-UNET_PREFIXES = "model.diffusion_model.", "unet.", "diffusion_model.", "model.", ""
-TEXT_PREFIXES = {
-    "text_encoder": (
-        "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.",
-        "cond_stage_model.", "clip_l.transformer.", "clip_h.transformer.", "",
-    ),
-    "text_encoder_2": ("text_encoder_2.", "clip_g.transformer."),
-}  # fmt: skip
+# Before the path of a layer in the U-Net or first text encoder.
+PREFIXES = tuple(filter(None, (*UNET_PREFIXES, *TEXT_PREFIXES["clip_l"], *TEXT_PREFIXES["clip_h"])))
 NOT_CHANGED = 1e-7  # relative size of a difference that is rounding in float32
 TOO_LARGE = 0.5  # relative size, over all layers, that no edit of the same base has
 GAP = 3.0  # ratio of neighbouring singular values that counts as the end of an edit
@@ -38,16 +33,24 @@ class WeightFile:
     def __init__(self, file: ForeignFile):
         self.file, self._keys = file, set(file.tensors)
 
-    def key_of(self, layer: Layer, part: str = "weight") -> str | None:
-        """The key of a layer's weight or bias, or None."""
-        return next((key for key in self._candidates(layer, part) if key in self._keys), None)
+    def place_of(self, layer: Layer, part: str = "weight") -> Place | None:
+        """Where a layer's weight or bias is, or None."""
+        return find(self._keys, places(layer, part))
+
+    def shape(self, layer: Layer) -> tuple[int, ...] | None:
+        """Of a layer's weight, which is not read for it, or None."""
+        place = self.place_of(layer)
+        if place is None:
+            return None
+        shape = self.file.shape(place[0])
+        return shape if place[1] is None else (*(rows // 3 for rows in shape[:1]), *shape[1:])
 
     def weight(self, layer: Layer) -> torch.Tensor | None:
         """A layer's weight in its shape, or None; Linear and 1x1 Conv2d stand for each other."""
-        key = self.key_of(layer)
-        if key is None:
+        place = self.place_of(layer)
+        if place is None:
             return None
-        tensor = self.file.tensors[key]
+        key, tensor = place[0], take(self.file.tensors, place)
         scale = key.removesuffix("weight") + "scale_weight"
         if not tensor.is_floating_point() or scale in self._keys:
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -61,17 +64,6 @@ class WeightFile:
                 f"{list(layer.shape)} was expected: check the family and the base."
             )
         return tensor.reshape(layer.shape)
-
-    @staticmethod
-    def _candidates(layer: Layer, part: str) -> Iterator[str]:
-        if layer.is_text:
-            encoder, _, path = layer.name.partition(".")
-            paths = path, path.removeprefix("text_model.")
-            prefixes = TEXT_PREFIXES[encoder]
-        else:
-            paths, prefixes = (layer.name, layer.compvis), UNET_PREFIXES
-        for prefix in prefixes:
-            yield from (f"{prefix}{path}.{part}" for path in paths)
 
 
 @dataclass
@@ -114,7 +106,7 @@ def difference(
         ForgetError: no layer of the family, none that differs, or differences too large for an
             edit of this base.
     """
-    present = [layer for layer in layers_by_name(family).values() if edited.key_of(layer)]
+    present = [layer for layer in layers_by_name(family).values() if edited.place_of(layer)]
     if not present:
         raise ForgetError(
             f"'{edited.file.name}' holds no weights of {family.title} under names of diffusers or "
@@ -210,10 +202,14 @@ def _check_size(
 def _not_held(edited: WeightFile, base: WeightFile, family: Family) -> tuple[float, int]:
     """(square of all differences in norms, biases and embeddings, tensors not in the base)."""
     everything = (*layers(family), *text_layers(family))
-    pairs = [(edited.key_of(one, "bias"), base.key_of(one, "bias")) for one in everything]
-    known = {edited.key_of(one) for one in everything} | {own for own, _ in pairs}
+    pairs = [(edited.place_of(one, "bias"), base.place_of(one, "bias")) for one in everything]
+    known = {place[0] for one in everything if (place := edited.place_of(one))}
+    known |= {place[0] for place, _ in pairs if place}
     by_name = {_bare(key): key for key in base.file.tensors}
-    pairs += [(key, by_name.get(_bare(key))) for key in edited.file.tensors if key not in known]
+    for key in edited.file.tensors:
+        if key not in known:
+            same = by_name.get(_bare(key))
+            pairs.append(((key, None), None if same is None else (same, None)))
     square, missing = 0.0, 0
     for own, other in pairs:
         if own is None:
@@ -221,7 +217,7 @@ def _not_held(edited: WeightFile, base: WeightFile, family: Family) -> tuple[flo
         if other is None:
             missing += 1
             continue
-        after, before = edited.file.tensors[own], base.file.tensors[other]
+        after, before = take(edited.file.tensors, own), take(base.file.tensors, other)
         if after.shape == before.shape and after.is_floating_point():
             change = after.float() - before.to(after).float()
             square += float(change.nan_to_num(0, 0, 0).square().sum())
@@ -230,23 +226,27 @@ def _not_held(edited: WeightFile, base: WeightFile, family: Family) -> tuple[flo
 
 def _bare(key: str) -> str:
     """A key without what stands before the path of a layer in the U-Net or first text encoder."""
-    for prefix in (*UNET_PREFIXES[:-1], *TEXT_PREFIXES["text_encoder"][:-1]):
-        if key.startswith(prefix):
-            return key[len(prefix) :]
-    return key
+    return key.removeprefix(next(filter(key.startswith, PREFIXES), ""))
 
 
 def families_of_weights(file: WeightFile, families: Iterable[Family]) -> list[Family]:
     """The families that a file's weights fit: by keys and values of cross-attention, without them
     by whatever other layers it holds (ESD-u), then by layers of the text encoder."""
     for choose in (_readers, layers, text_layers):
+        shapes = {
+            family: [
+                (layer.shape, held)
+                for layer in choose(family)
+                if (held := file.shape(layer)) is not None
+            ]
+            for family in families
+        }
         for shape_of in (tuple, _matrix_shape):
-            fits = []
-            for family in families:
-                keys = {key: each.shape for each in choose(family) if (key := file.key_of(each))}
-                shapes = {key: file.file.tensors[key].shape for key in keys}
-                if keys and all(shape_of(shapes[key]) == shape_of(keys[key]) for key in keys):
-                    fits.append(family)
+            fits = [
+                family
+                for family, pairs in shapes.items()
+                if pairs and all(shape_of(wanted) == shape_of(held) for wanted, held in pairs)
+            ]
             if fits:
                 return fits
     return []

@@ -10,23 +10,25 @@ import torch
 
 from ..concepts.concept import Concept
 from ..errors import ForgetError
-from ..models.adapters import FullAdapter, LayerModule, LowRankAdapter, Switch, attached
+from ..models.adapters import FullAdapter, LowRankAdapter, Switch, attached
 from ..models.attention_maps import AttentionProbe, ProbeInput
 from ..models.families import Family, Layer, layers
-from ..models.interface import UNet, UNetModel
+from ..models.interface import TextEncoder, UNet, UNetModel
 from ..models.module_patching import checkpointed
+from ..models.sampling import q_sample
 from ..patches.patch import ForgetPatch
+from ..patches.task import Task
 from ..progress import OnStep, StepProgress
-from .loop import AdamWConfig, Loss, initial_loss_scale
-from .memory import Estimate, Plan, measure_activations, plans, train_with_retry
-from .run import Adapters, Task, TrainingOptions, TrainingRun, adapter_parameters
+from .loop import AdamWConfig, Loss
+from .memory import Activations, Estimate, Plan, measure_activations, plans, train_with_retry
+from .run import Adapters, TrainingOptions, TrainingRun, adapter_parameters
 
 T = TypeVar("T")
 SCOPES: dict[str, Callable[[Layer], bool]] = {
-    "kv": lambda layer: layer.is_key_or_value,
-    "attention": lambda layer: layer.is_cross_attention,
+    "kv": lambda layer: layer.is_key_or_value,  # of cross-attention
+    "attention": lambda layer: layer.is_cross_attention,  # all of it
     "not-attention": lambda layer: not layer.is_cross_attention,
-    "unet": lambda layer: True,
+    "unet": lambda layer: True,  # every Linear and Conv2d
 }
 # The first concept's attention is measured so many times a run, or every so many steps, if that is
 # more often. Each time costs a forward pass.
@@ -37,10 +39,7 @@ OpenLoss = Callable[[UNet, Switch, bool], AbstractContextManager[tuple[Draw, Los
 
 
 def in_scope(family: Family, scope: str) -> list[Layer]:
-    """The U-Net layers a scope trains, in forward order.
-
-    ``kv``: keys and values of cross-attention. ``attention``: all of cross-attention.
-    ``not-attention``: all but cross-attention. ``unet``: every Linear and Conv2d.
+    """The U-Net layers that one of ``SCOPES`` trains, in forward order.
 
     Raises:
         ForgetError: the layers of this part of the model are unknown.
@@ -72,10 +71,9 @@ def reference_latents(model: UNetModel, concept: Concept, side: int) -> torch.Te
 
 
 def make_adapters(
-    module_of: Callable[[str], LayerModule],
+    owner: UNet | TextEncoder,
     names: Sequence[str],
     settings: Any,
-    device: torch.device,
     downs: Mapping[str, torch.Tensor] | None = None,
 ) -> Adapters:
     """Fresh adapters: layer name -> ``LowRankAdapter``, or ``FullAdapter`` if the settings say so.
@@ -84,15 +82,21 @@ def make_adapters(
         settings: has ``rank``, ``seed``, and may have ``full_weights``.
         downs: layer name -> [r, in], fixed lora_down matrices.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
     if getattr(settings, "full_weights", False):
-        return {name: FullAdapter(module_of(name), device) for name in names}
-    return {
-        name: LowRankAdapter(
-            module_of(name), settings.rank, generator, device, (downs or {}).get(name)
-        )
-        for name in names
-    }
+        return {name: FullAdapter(owner.module(name), owner.device) for name in names}
+    given = settings.rank, torch.Generator().manual_seed(settings.seed), owner.device
+    downs = downs or {}
+    return {name: LowRankAdapter(owner.module(name), *given, downs.get(name)) for name in names}
+
+
+def noise_one(
+    latents: torch.Tensor, alphas_cumprod: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_t [1, 4, h, w], t [1] and the noise in it, of one of the latents [N, 4, h, w]."""
+    index = torch.randint(len(latents), (1,), generator=generator)
+    t = torch.randint(len(alphas_cumprod), (1,), generator=generator)
+    noise = torch.randn(latents[index].shape, generator=generator)
+    return q_sample(latents[index], noise, alphas_cumprod[t]), t, noise
 
 
 def shuffled_cycle(
@@ -110,12 +114,9 @@ def shuffled_cycle(
 
 
 def train_patch(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Any,
+    task: Task,
     scope: str,
     open_loss: OpenLoss,
-    on_step: OnStep,
     options: TrainingOptions,
     config: AdamWConfig | None = None,
     probe_inputs: Sequence[ProbeInput] = (),
@@ -125,9 +126,8 @@ def train_patch(
     """Train adapters on a U-Net and make the patch.
 
     Args:
-        model: of unknown families a ``Model`` is enough.
-        settings: a method's, with ``steps`` (a concept), ``lr``, ``rank``, ``seed``,
-            ``checkpointing``, and perhaps ``batch``.
+        task: its settings have ``steps`` (a concept), ``lr``, ``batch``, ``checkpointing`` and
+            those of ``make_adapters``.
         scope: of ``SCOPES``.
         open_loss: function from the U-Net, its adapters' switch and whether prompts go one at a
             time, to a context manager of two functions: one draws a step's batch at random, which
@@ -141,58 +141,45 @@ def train_patch(
         ForgetError: memory ran out.
         NonFiniteLoss: training diverged; it carries the patch of the last good step.
     """
-    total, batch = settings.steps * len(concepts), getattr(settings, "batch", 1)
+    settings, family = task.settings, task.model.family
+    total, config = settings.steps * len(task.concepts), config or AdamWConfig(settings.lr)
     options.check_steps(total)  # before any work
-    task, config = Task.of(model, concepts, settings), config or AdamWConfig(settings.lr)
-    with model.borrow_denoiser() as denoiser:
-        names = _trained_names(model.family, denoiser, scope)
-        given = denoiser.module, names, settings, denoiser.device, downs
-        report = _AttentionReport(denoiser, probe_inputs, on_step, total)
+    with task.model.borrow_denoiser() as denoiser:
+        # The first layer of inpainting and editing variants has another shape: it is not trained.
+        shapes = {layer.name: tuple(layer.shape) for layer in in_scope(family, scope)}
+        names = [n for n, shape in shapes.items() if denoiser.module(n).weight.shape == shape]
+        fresh = partial(make_adapters, denoiser, names, settings, downs)
+        report = _AttentionReport(denoiser, probe_inputs, task.on_step, total)
 
         def train(plan: Plan, message: str) -> TrainingRun:
-            report.memory, adapters = message, make_adapters(*given)
+            report.memory, adapters = message, fresh()
             blocks = denoiser.checkpoint_blocks() if plan.checkpointing else []
             with (
                 attached(adapters, denoiser.module) as switch,
-                checkpointed(blocks, in_place=not model.family.known),
+                checkpointed(blocks, in_place=not family.known),
                 open_loss(denoiser, switch, plan.split_batch) as (draw, loss_of),
             ):
                 for _ in range(options.batches_drawn):
                     draw()
-                scale = initial_loss_scale(denoiser.module(names[0]))
-                run = TrainingRun(task, adapters, switch, options, config, total, scale, denoiser)
+                module = denoiser.module(names[0])
+                run = TrainingRun(task, adapters, switch, options, config, total, module, denoiser)
                 run.train(lambda index: loss_of(draw()), report)
                 return run
 
-        measured = model.family, denoiser, make_adapters(*given), probe_inputs
-        estimate_of = _estimator(*measured, batch, forwards)
-        ordered = plans(settings.checkpointing, batch)
+        estimate_of = None
+        if probe_inputs and family.known:
+            given = _estimated(family, denoiser, fresh(), probe_inputs[0])
+            estimate_of = partial(Estimate.of, *given, prompts=settings.batch, forwards=forwards)
+        ordered = plans(settings.checkpointing, settings.batch)
         run = train_with_retry(train, ordered, estimate_of, denoiser.device)
     return run.finish()
 
 
-def _trained_names(family: Family, denoiser: UNet, scope: str) -> list[str]:
-    """Of the scope's layers; the first of inpainting and editing variants has another shape, and is
-    not trained."""
-    return [
-        layer.name
-        for layer in in_scope(family, scope)
-        if tuple(denoiser.module(layer.name).weight.shape) == tuple(layer.shape)
-    ]
-
-
-def _estimator(
-    family: Family,
-    denoiser: UNet,
-    adapters: Adapters,
-    probe_inputs: Sequence[ProbeInput],
-    prompts: int,
-    forwards: int,
-) -> Callable[[Plan], Estimate] | None:
-    """Function from a plan to its ``Estimate``, by a forward pass of the first prompt."""
-    if not (probe_inputs and family.known):
-        return None
-    text, _, latent = probe_inputs[0]
+def _estimated(
+    family: Family, denoiser: UNet, adapters: Adapters, probe_input: ProbeInput
+) -> tuple[int, int, Activations]:
+    """Bytes of the model's and of trained parameters, and a prompt's activations."""
+    text, _, latent = probe_input
     t = torch.tensor([len(denoiser.schedule) // 2])
     x = latent[:1].to(denoiser.device)
     weights = [denoiser.module(layer.name).weight for layer in layers(family)]
@@ -201,8 +188,7 @@ def _estimator(
             lambda: denoiser.predict_noise(x, t, text), denoiser.checkpoint_blocks(), weights
         )
     trained = sum(parameter.nbytes for parameter in adapter_parameters(adapters))
-    known = sum(weight.nbytes for weight in weights)
-    return partial(Estimate.of, known, trained, activations, prompts=prompts, forwards=forwards)
+    return sum(weight.nbytes for weight in weights), trained, activations
 
 
 class _AttentionReport:
@@ -211,21 +197,16 @@ class _AttentionReport:
     def __init__(
         self, denoiser: UNet, probe_inputs: Sequence[ProbeInput], on_step: OnStep, total: int
     ):
-        self.denoiser, self.on_step = denoiser, on_step
+        self.denoiser, self.on_step, self.memory = denoiser, on_step, ""
         self.every = max(1, min(total // MEASUREMENTS, STEPS_BETWEEN))
-        self.probe, self.now, self.memory = None, None, ""
+        self.probe = None
         if probe_inputs:
-            alphas = denoiser.alphas_cumprod
-            self.probe = AttentionProbe(probe_inputs[:1], alphas, steps=(0.5,))
-            self.now = self.probe.measure(denoiser)[0]
-        self.before = self.now
+            self.probe = AttentionProbe(probe_inputs[:1], denoiser.alphas_cumprod, steps=(0.5,))
+        self.before = self.now = self.probe.measure(denoiser)[0] if self.probe else None
 
     def __call__(self, progress: StepProgress) -> None:
         measured = progress.index % self.every == 0 or progress.index == progress.total
         if self.probe and measured:
             self.now = self.probe.measure(self.denoiser)[0]
-        self.on_step(
-            replace(
-                progress, attention_before=self.before, attention_now=self.now, memory=self.memory
-            )
-        )
+        progress = replace(progress, attention_before=self.before, attention_now=self.now)
+        self.on_step(replace(progress, memory=self.memory))

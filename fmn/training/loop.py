@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -31,19 +31,12 @@ class AdamWConfig:
 
 @dataclass(frozen=True)
 class LoopState:
-    """What it takes to resume a loop, beside the parameters.
+    """What it takes to resume a loop, beside the parameters."""
 
-    Attributes:
-        losses: one a finished step.
-        attempts: how often the loss was computed; more than steps if float16 overflowed.
-        loss_scale: see ``Trainer``.
-        moments: AdamW's of each parameter, None for those that never had a gradient.
-    """
-
-    losses: list[float]
-    attempts: int
-    loss_scale: float
-    moments: list[Moments | None]
+    losses: list[float]  # one a finished step
+    attempts: int  # how often the loss was computed; more than steps if float16 overflowed
+    loss_scale: float  # see ``Trainer``
+    moments: list[Moments | None]  # of each parameter, None for those that never had a gradient
 
 
 class Trainer:
@@ -67,13 +60,9 @@ class Trainer:
         resume_state: LoopState | None = None,
     ):
         self.parameters, self.config, self.total = list(parameters), config, total
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        own = asdict(config)
+        given = {name: own[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        self.adamw = torch.optim.AdamW(self.parameters, **given)
         self.losses: list[float] = []
         self.attempts, self.loss_scale = 0, loss_scale
         if resume_state:
@@ -106,7 +95,12 @@ class Trainer:
                 continue
             if not math.isfinite(norm):
                 _copy(last_good, self.parameters)
-                raise self._non_finite()
+                raise NonFiniteLoss(
+                    f"The loss or its gradient is not finite at step {len(self.losses) + 1} of "
+                    f"{self.total} (lr {self.config.lr:g}): lower the learning rate, or load the "
+                    "model in float32.",
+                    self.losses,
+                )
             _copy(self.parameters, last_good)
             if self.config.linear_decay:
                 rate = self.config.lr * (1 - len(self.losses) / self.total)
@@ -133,14 +127,6 @@ class Trainer:
             if parameter.grad is not None and self.loss_scale != 1:
                 parameter.grad /= self.loss_scale
         return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_norm))
-
-    def _non_finite(self) -> NonFiniteLoss:
-        return NonFiniteLoss(
-            f"The loss or its gradient is not finite at step {len(self.losses) + 1} of "
-            f"{self.total} (lr {self.config.lr:g}): lower the learning rate, or load the model in "
-            "float32.",
-            self.losses,
-        )
 
 
 def train(

@@ -23,15 +23,10 @@ SECONDS_BETWEEN_SAMPLES = 0.02
 
 
 class Plan(NamedTuple):
-    """How a step is computed; all plans give the same gradients, but for rounding.
+    """How a step is computed; all plans give the same gradients, but for rounding."""
 
-    Attributes:
-        checkpointing: activations inside of blocks are recomputed for gradients, not stored.
-        split_batch: the prompts of a step go one after the other, not as a batch.
-    """
-
-    checkpointing: bool
-    split_batch: bool = False
+    checkpointing: bool  # activations inside of blocks are recomputed for gradients, not stored
+    split_batch: bool = False  # the prompts of a step go one after the other, not as a batch
 
     def difference(self, other: "Plan") -> str:
         """What this plan does and the other does not, in words."""
@@ -41,12 +36,7 @@ class Plan(NamedTuple):
 
 
 def plans(checkpointing: bool, batch: int) -> list[Plan]:
-    """Plans from the fastest to the one that needs the least memory.
-
-    Args:
-        checkpointing: whether the settings ask for it.
-        batch: prompts a step.
-    """
+    """Plans for a batch of prompts, from the fastest to the one that needs the least memory."""
     split = batch > 1
     ordered = Plan(checkpointing), Plan(checkpointing, split), Plan(True, split)
     return list(dict.fromkeys(ordered))
@@ -76,12 +66,8 @@ class Estimate(NamedTuple):
         prompts: int = 1,
         forwards: int = 1,
     ) -> "Estimate":
-        """
-        Args:
-            weights, trained: bytes of the model's and of the trained parameters.
-            prompts: of a step, which are in memory at once if the plan does not split them.
-            forwards: forward passes whose activations are in memory at once.
-        """
+        """Of bytes of parameters, prompts a step, and forward passes whose activations a step
+        holds at once."""
         stored = activations.checkpointed if plan.checkpointing else activations.stored
         stored *= forwards * (1 if plan.split_batch else prompts)
         return cls(weights, stored, (1 + COPIES) * trained)

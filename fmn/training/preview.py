@@ -49,28 +49,20 @@ class Previews:
         """Pictures between two steps of a run, whose adapters are attached."""
         lent = nullcontext(run.denoiser) if run.denoiser else self.model.borrow_denoiser()
         with torch.no_grad(), lent as denoiser:
-
-            def draw() -> list[Image]:
-                # A new sampler each time: it caches texts, which the adapters may change.
-                return self._draw(
-                    ImageSampler(self.model, denoiser, self.sampling, 1, self.on_pictures)
-                )
-
+            # A new sampler each time: it caches texts, which the adapters may change.
+            given = self.model, denoiser, self.sampling, 1, self.on_pictures
             if not self.before:
                 with run.switch.off():
-                    self.before = draw()
-            return self._rows(draw())
+                    self.before = self._draw(ImageSampler(*given))
+            return list(zip(self.prompts, self.before, self._draw(ImageSampler(*given))))
 
     def after(self, patch: ForgetPatch) -> Rows:
         """Pictures with the finished patch applied to the model."""
         with open_sampler(self.model, self.sampling, 1, self.on_pictures) as sampler:
             self.before = self.before or self._draw(sampler)
             with sampler.applying([(patch, 1.0)]):
-                return self._rows(self._draw(sampler))
+                return list(zip(self.prompts, self.before, self._draw(sampler)))
 
     def _draw(self, sampler: ImageSampler) -> list[Image]:
         # One by one: prompts of different lengths do not fit into one batch.
         return [to_image(sampler.draw([prompt], [self.seed])[0]) for prompt in self.prompts]
-
-    def _rows(self, now: list[Image]) -> Rows:
-        return list(zip(self.prompts, self.before, now))

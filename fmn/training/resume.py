@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from ..concepts.concept_list import concept_of
 from ..errors import ForgetError
 from ..files import MAX_HEADER, STATE_ENDING, open_safetensors, write_whole
 from .loop import MAX_LOSS_SCALE, LoopState, Moments
@@ -72,7 +73,7 @@ class TrainingState:
         """The state of a run; its tensors are copies on the CPU.
 
         Args:
-            record: of ``run.Task.record``.
+            record: of ``Task.record``.
             parameters: by name, in the order of ``loop.moments``.
         """
         trained = {name: (p, m) for (name, p), m in zip(parameters.items(), loop.moments)}
@@ -102,14 +103,17 @@ class TrainingState:
         """Raise a ``ForgetError`` unless this is a state of what would be trained now.
 
         Args:
-            record: of ``run.Task.record``.
+            record: of ``Task.record``.
             current: function from saved settings to the same under their present names.
         """
         for key, what in (
             ("method", "the method"), ("concepts", "concepts"), ("family", "a model of family"),
             ("prediction", "a model of prediction"), ("fingerprint", "a base model of fingerprint"),
         ):  # fmt: skip
-            if record[key] != self.record[key]:
+            saved = self.record[key]
+            if key == "concepts":
+                saved = list(map(_normalised, saved))
+            if record[key] != saved:
                 raise ForgetError(
                     f"'{self.name}' was made with {what} {_shown(key, self.record[key])}, and this "
                     f"is {_shown(key, record[key])}: use the same, or start anew."
@@ -124,21 +128,13 @@ class TrainingState:
                 )
 
     def restore(self, parameters: Mapping[str, torch.Tensor]) -> LoopState:
-        """Set parameters to their state.
-
-        Args:
-            parameters: by name, as in ``tensors``.
-        """
+        """Set parameters, by name as in ``tensors``, to their state."""
         moments = self._copy_into(parameters, extra=False)
         attempts, scale = self.record["tries"], self.record["scale"]
         return LoopState(self.losses, attempts, scale, list(moments.values()))
 
     def restore_extra(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Moments | None]:
-        """Set what else learns to its state, and return the moments of each.
-
-        Args:
-            tensors: by name, without "beside.".
-        """
+        """Set what else learns, by name, to its state; returns the moments of each."""
         tensors = {EXTRA + name: tensor for name, tensor in tensors.items()}
         moments = self._copy_into(tensors, extra=True)
         return {name.removeprefix(EXTRA): each for name, each in moments.items()}
@@ -166,23 +162,27 @@ class TrainingState:
     def _moments(self, name: str, device: torch.device) -> Moments | None:
         if f"{name}.step" not in self.tensors:
             return None
-        moments = {part: self.tensors[f"{name}.{part}"] for part in MOMENTS}
         # AdamW keeps its step count on the CPU.
         return {
-            part: tensor.clone() if part == "step" else tensor.to(device, copy=True)
-            for part, tensor in moments.items()
+            part: self.tensors[f"{name}.{part}"].to("cpu" if part == "step" else device, copy=True)
+            for part in MOMENTS
         }
 
     def best(self) -> Best | None:
         if self.record["best"] is None:
             return None
-        kept = {
-            name.removeprefix(BEST): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(BEST)
-        }
+        names = [name for name in self.tensors if name.startswith(BEST)]
+        kept = {name.removeprefix(BEST): self.tensors[name] for name in names}
         loss, step = self.record["best"]
         return Best(loss, step, kept)
+
+
+def _normalised(concept: Any) -> Any:
+    """A saved concept as names are read now; older versions kept invisible characters."""
+    try:
+        return concept_of(concept).describe()
+    except ForgetError:
+        return concept  # another one than is trained
 
 
 def _trained(tensors: Mapping[str, torch.Tensor]) -> set[str]:
@@ -202,7 +202,8 @@ def state_path(path: str | Path) -> Path:
     path = Path(path)
     if path.name.endswith(STATE_ENDING):
         return path
-    return path.with_name(path.name.removesuffix(".safetensors") + STATE_ENDING)
+    stem = path.stem if path.suffix.lower() == ".safetensors" else path.name
+    return path.with_name(stem + STATE_ENDING)
 
 
 def save_state(state: TrainingState, path: str | Path) -> Path:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
-from ..concepts.concept import Concept
 from ..errors import ForgetError, NonFiniteLoss
-from ..models.adapters import FullAdapter, LowRankAdapter, Switch
-from ..models.interface import Model, UNet
-from ..patches.metadata import new_info
+from ..models.adapters import FullAdapter, LayerModule, LowRankAdapter, Switch
+from ..models.interface import UNet
 from ..patches.patch import ForgetPatch, save_patch
+from ..patches.task import Task
 from ..progress import OnStep, StepProgress
-from ..settings import Settings
-from .loop import AdamWConfig, LossAt, Moments, Trainer
+from .loop import AdamWConfig, LossAt, Moments, Trainer, initial_loss_scale
 from .resume import Best, ExtraState, TrainingState, save_state, state_path
 
 SMOOTHED = 10  # losses whose mean decides which step is best
@@ -26,17 +23,12 @@ Adapters = Mapping[str, LowRankAdapter | FullAdapter]  # by layer name
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a caller can ask of any method that trains, beside the method's settings.
+    """What a caller can ask of any method that trains, beside the method's settings."""
 
-    Attributes:
-        resume: state of an earlier run to resume.
-        keep_best: the patch is that of the step with the lowest mean of the last ``SMOOTHED``
-            losses; False: of the last step.
-        after_step: called after each step with the run itself, to save it or to draw with it.
-    """
-
-    resume: TrainingState | None = None
+    resume: TrainingState | None = None  # of an earlier run
+    # The patch is that of the step with the lowest mean of the last ``SMOOTHED`` losses.
     keep_best: bool = False
+    # Called after each step with the run itself, to save it or to draw with it.
     after_step: Callable[[StepProgress, TrainingRun], None] | None = None
 
     @property
@@ -53,51 +45,13 @@ class TrainingOptions:
             )
 
 
-class Task(NamedTuple):
-    """What is trained for what: all that a patch and a training state are labelled with."""
-
-    model: Model
-    concepts: Sequence[Concept]
-    settings: Settings
-    fingerprint: str  # of the model without patches
-
-    @classmethod
-    def of(cls, model: Model, concepts: Sequence[Concept], settings: Settings) -> Task:
-        return cls(model, concepts, settings, model.fingerprint())
-
-    def record(self) -> dict[str, Any]:
-        """What has to be the same for a run to be resumed; see ``TrainingState.check``."""
-        family = self.model.family
-        return {
-            "method": self.settings.method,
-            "settings": asdict(self.settings),
-            "concepts": [concept.describe() for concept in self.concepts],
-            "family": family.key if family.known else family.title,
-            "fingerprint": self.fingerprint,
-            "prediction": self.model.prediction,
-        }
-
-    def patch(self, adapters: Adapters, losses: list[float]) -> ForgetPatch:
-        """The patch of trained adapters."""
-        changes, largest_error, rank = {}, 0.0, getattr(self.settings, "rank")  # noqa: B009
-        for name, adapter in adapters.items():
-            up, down, error = adapter.factors(rank)
-            changes[name] = up.cpu().clone(), down.cpu().clone()
-            largest_error = max(largest_error, error)
-        info = new_info(
-            self.model, self.fingerprint, self.settings.method, asdict(self.settings),
-            self.concepts, losses, largest_error,
-        )  # fmt: skip
-        return ForgetPatch(self.model.family, changes, info)
-
-
 class TrainingRun:
     """Adapters in training, from their start or a resumed state; use it while they are attached.
 
     Args:
         switch: turns the adapters off.
         steps: in all, with those of the resumed run.
-        loss_scale: see ``loop.Trainer``.
+        module: that the loss goes through; see ``initial_loss_scale``.
         denoiser: the U-Net in training, to draw with; None if the text encoder is trained.
         make_patch: function from the losses to the patch; None: the adapters are all of it.
         extra_state: function that gives what else learns and is no part of the patch, as it is
@@ -116,13 +70,13 @@ class TrainingRun:
         options: TrainingOptions,
         config: AdamWConfig,
         steps: int,
-        loss_scale: float = 1.0,
+        module: LayerModule,
         denoiser: UNet | None = None,
-        make_patch: Callable[[list[float]], ForgetPatch] | None = None,
+        make_patch: Callable[[Sequence[float]], ForgetPatch] | None = None,
         extra_state: Callable[[], ExtraState] = dict,
     ):
         self.task, self.options, self.switch, self.denoiser = task, options, switch, denoiser
-        self.make_patch = make_patch or (lambda losses: task.patch(adapters, losses))
+        self.make_patch = make_patch or (lambda losses: _patch(task, adapters, losses))
         self.extra_state = extra_state
         self.parameters = {
             f"{name}.{part}": parameter
@@ -140,7 +94,8 @@ class TrainingRun:
             extra = {name: tensor for name, (tensor, _) in extra_state().items()}
             self.extra_moments = options.resume.restore_extra(extra)
         parameters = list(self.parameters.values())
-        self.trainer = Trainer(parameters, config, steps, loss_scale, resume_state)
+        scale = initial_loss_scale(module)
+        self.trainer = Trainer(parameters, config, steps, scale, resume_state)
 
     def train(self, loss_at: LossAt, on_step: OnStep) -> None:
         """Train the adapters in place.
@@ -201,13 +156,10 @@ class TrainingRun:
 
 
 class SaveEvery:
-    """Saves the patch and the training state every some steps; use as ``after_step``.
+    """Saves the patch and the training state every so many steps, 0 never; use as ``after_step``.
 
     The state is several times as large as the patch, so only the newest of a run stays.
-
-    Args:
-        every: steps; 0 saves nothing.
-        path_of: function from a step's index to the file of the patch.
+    ``path_of`` gives the file of the patch for a step's index.
     """
 
     def __init__(self, every: int, path_of: Callable[[int], str | Path]):
@@ -223,6 +175,16 @@ class SaveEvery:
         if self.newest and self.newest != state:
             self.newest.unlink(missing_ok=True)
         self.newest = state
+
+
+def _patch(task: Task, adapters: Adapters, losses: Sequence[float]) -> ForgetPatch:
+    """The patch of trained adapters."""
+    changes, largest_error = {}, 0.0
+    for name, adapter in adapters.items():
+        up, down, error = adapter.factors(task.settings.rank)
+        changes[name] = up.cpu().clone(), down.cpu().clone()
+        largest_error = max(largest_error, error)
+    return task.patch(changes, losses, largest_error)
 
 
 def adapter_parameters(adapters: Adapters) -> list[torch.nn.Parameter]:

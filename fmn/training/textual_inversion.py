@@ -21,26 +21,17 @@ from .loop import AdamWConfig, initial_loss_scale, train
 
 @dataclass(frozen=True)
 class Settings:
-    """Textual inversion's settings.
+    """Textual inversion's settings."""
 
-    Attributes:
-        tokens: how many input embeddings are learned; 1 to 64.
-        steps: optimiser steps.
-        lr: AdamW's learning rate, without weight decay.
-        batch: noised latents a step, at time steps spread over the whole schedule.
-        seed: for the start, the latents, the time steps and the noise.
-        start: words whose embeddings the tokens start from, repeated or cut to ``tokens``. Empty:
-            random directions with the mean length of the templates' words.
-        templates: prompts to learn in, {} for the tokens; one a step, drawn at random.
-    """
-
-    tokens: int = 2
+    tokens: int = 2  # how many input embeddings are learned; 1 to 64
     steps: int = 100
-    lr: float = 0.01
-    batch: int = 4
-    seed: int = 0
+    lr: float = 0.01  # AdamW's, without weight decay
+    batch: int = 4  # noised latents a step, at time steps spread over the whole schedule
+    seed: int = 0  # for the start, the latents, the time steps and the noise
+    # Words whose embeddings the tokens start from, repeated or cut to ``tokens``. Empty: random
+    # directions with the mean length of the templates' words.
     start: str = ""
-    templates: tuple[str, ...] = ("a photo of {}",)
+    templates: tuple[str, ...] = ("a photo of {}",)  # {} for the tokens; one a step, at random
 
     def __post_init__(self) -> None:
         limits = {"tokens": (1, 64), "steps": (1, 100_000), "batch": (1, 256)}
@@ -52,17 +43,11 @@ class Settings:
 
 @dataclass
 class Inverted:
-    """The learned tokens.
+    """The learned tokens."""
 
-    Attributes:
-        vectors: float32 [tokens, width] on the CPU, for ``TextEncoder.encode``.
-        start: the same before training.
-        losses: one a step.
-    """
-
-    vectors: torch.Tensor
-    start: torch.Tensor
-    losses: list[float]
+    vectors: torch.Tensor  # float32 [tokens, width] on the CPU, for ``TextEncoder.encode``
+    start: torch.Tensor  # the same before training
+    losses: list[float]  # one a step
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -105,18 +90,22 @@ def invert(
     ):
         start = initial_vectors(text_encoder, settings)
         vectors = start.clone().requires_grad_()
-        draw = _Batches(latents.clone(), denoiser, settings)
+        latents, alphas = latents.clone(), denoiser.alphas_cumprod.cpu()
+        # Not the generator of the start: two more tokens must not change the noise.
+        generator = torch.Generator().manual_seed(settings.seed)
 
         def loss_at(index: int) -> torch.Tensor:
             """|e(x_t, t, prompt) - noise|^2, equation 2 of the paper."""
-            template, x_t, t, noise = draw()
-            text, _ = text_encoder.encode(fill(template, PLACEHOLDER), vectors)
-            predicted = denoiser.predict_noise(x_t, t, expand(text, len(x_t)))
+            template = torch.randint(len(settings.templates), (1,), generator=generator)
+            prompt = fill(settings.templates[int(template)], PLACEHOLDER)
+            rows, t, noise = draw_noise(latents, settings.batch, len(alphas), generator)
+            x_t = q_sample(latents[rows], noise, alphas[t]).to(denoiser.device)
+            text, _ = text_encoder.encode(prompt, vectors)
+            predicted = denoiser.predict_noise(x_t, t.to(x_t.device), expand(text, len(x_t)))
             return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
 
         key = denoiser.module(f"{cross_attention_names(model.family)[0]}.to_k")
-        config = AdamWConfig(settings.lr, weight_decay=0.0)
-        scale = initial_loss_scale(key)
+        config, scale = AdamWConfig(settings.lr, weight_decay=0.0), initial_loss_scale(key)
         losses = train([vectors], loss_at, settings.steps, config, on_step, scale)
         return Inverted(vectors.detach().cpu().clone(), start.cpu(), losses)
 
@@ -141,25 +130,15 @@ def initial_vectors(text_encoder: TextEncoder, settings: Settings) -> torch.Tens
     return random / random.norm(dim=1, keepdim=True) * known.norm(dim=1).mean()
 
 
-class _Batches:
-    """Endless training batches: a template, and noised latents at time steps spread evenly."""
+def draw_noise(
+    latents: torch.Tensor, count: int, steps: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of latents [N, 4, h, w], time steps t and noise for ``count`` noised latents.
 
-    def __init__(self, latents: torch.Tensor, denoiser: UNet, settings: Settings):
-        self.latents, self.settings = latents, settings
-        self.device, self.alphas = denoiser.device, denoiser.alphas_cumprod.cpu()
-        # Not the generator of the start: two more tokens must not change the noise.
-        self.generator = torch.Generator().manual_seed(settings.seed)
-
-    def __call__(self) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A template, x_t [B, 4, h, w], t [B], and the noise in x_t on the CPU."""
-        batch, total = self.settings.batch, len(self.alphas)
-        template = torch.randint(len(self.settings.templates), (1,), generator=self.generator)
-        index = torch.randint(len(self.latents), (batch,), generator=self.generator)
-        # One in each of ``batch`` equal parts: uniform as in the paper, and far less noisy.
-        share = torch.arange(batch) + torch.rand(batch, generator=self.generator)
-        t = (share * total / batch).long().clamp(max=total - 1)
-        clean = self.latents[index]
-        noise = torch.randn(clean.shape, generator=self.generator)
-        x_t = q_sample(clean, noise, self.alphas[t])
-        chosen = self.settings.templates[int(template)]
-        return chosen, x_t.to(self.device), t.to(self.device), noise
+    The time steps lie one in each of so many equal parts of the schedule: uniform as in the paper,
+    and far less noisy.
+    """
+    rows = torch.randint(len(latents), (count,), generator=generator)
+    share = torch.arange(count) + torch.rand(count, generator=generator)
+    t = (share * steps / count).long().clamp(max=steps - 1)
+    return rows, t, torch.randn((count, *latents.shape[1:]), generator=generator)

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from fmn.cli.main import main
 from fmn.hosts.diffusers.load import DEMO_FILE
-from fmn.patches.checkpoint import UNET_PREFIX
 from fmn.patches.patch import load_patch
+from fmn.patches.weight_names import UNET_PREFIX
 
 LIST = "name,kind,aliases,prompts\ndog,object,puppy,\ncat,object,,a bush\nink drawing,style,,\n"
 UCE = "--model", "demo", "--method", "uce", "--keep-list", "none"

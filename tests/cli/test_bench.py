@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ from fmn.models.families import DEMO, layers
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNT = 9  # a picture of each style
+COUNT, STEPS = 8, 6  # a picture of each style; half the steps do for what is looked at
 
 
 def noise_patch(size, sign=1.0):
@@ -46,8 +47,9 @@ def noise_patch(size, sign=1.0):
 
 @pytest.fixture(scope="module")
 def setup():
-    fingerprint = DiffusersModel.load("demo").fingerprint()
-    return Setup(suite=read_suite("demo"), model="demo", fingerprint=fingerprint, judge="demo",
+    fingerprint, suite = DiffusersModel.load("demo").fingerprint(), read_suite("demo")
+    suite["sampling"] |= {"steps": STEPS}
+    return Setup(suite=suite, model="demo", fingerprint=fingerprint, judge="demo",
                  check="demo:2", count=COUNT)  # fmt: skip
 
 
@@ -56,10 +58,13 @@ def lab(setup) -> Lab:
     return make_lab(setup)
 
 
-def scores(lab, name, patches, strength=1.0):
-    """Key of a column -> its value, for pictures of one target on a model with patches."""
-    cell = Cell("pictures", "m", {"strength": strength}, (name,))
-    result, _, _ = lab.run(cell, [to_bytes(patch) for patch in patches])
+def pictures(lab, name, patches):
+    cell = Cell("pictures", "m", {"strength": 1.0}, (name,))
+    return lab.run(cell, [to_bytes(patch) for patch in patches])[0]
+
+
+def scores(lab, name, result):
+    """Key of a column -> its value, for pictures of one target."""
     results = Results([(lab.suite.find(name), {"pictures": result})])
     made = {column["key"]: compute(results) for column, compute in COLUMNS}
     return {key: value["value"] for key, value in made.items() if value is not None}
@@ -67,7 +72,9 @@ def scores(lab, name, patches, strength=1.0):
 
 @pytest.mark.parametrize("name", ["dog", "ink drawing"])
 def test_a_model_that_forgot_nothing_scores_as_such(lab, name):
-    found = scores(lab, name, [])
+    result = pictures(lab, name, [])
+    assert all(result["agreement"][domain] >= 0.85 for domain in ("concept", "style"))
+    found = scores(lab, name, result)
     assert found["UA"] <= 0.12 and found["HM"] <= 0.3
     assert found["IRA"] >= 0.88 and found["CRA"] >= 0.88
     # The same picture drawn in another batch differs in the last bits.
@@ -76,30 +83,29 @@ def test_a_model_that_forgot_nothing_scores_as_such(lab, name):
 
 @pytest.mark.parametrize("name", ["dog", "ink drawing"])
 def test_a_destroyed_model_keeps_nothing(lab, name):
-    found = scores(lab, name, [noise_patch(30.0)])
+    found = scores(lab, name, pictures(lab, name, [noise_patch(30.0)]))
     # A style is harder to be rid of: the judge has no label for none, and takes noise for one.
     assert found["UA"] >= (0.88 if name == "dog" else 0.5)
     assert found["IRA"] <= 0.25 and found["CRA"] <= 0.4 and found["HM"] <= 0.4
     assert found["coherence"] <= 0.5 and found["distance"] > 0.2
 
 
-def test_a_patch_and_its_negation_cancel(lab):
-    once = scores(lab, "dog", [noise_patch(1.0)])
-    both = scores(lab, "dog", [noise_patch(1.0), noise_patch(1.0, sign=-1.0)])
+def test_a_patch_and_its_negation_cancel(setup, lab):
+    few = Lab(replace(setup, count=2), lab.model, lab.judge)
+    patch, negated = noise_patch(1.0), noise_patch(1.0, sign=-1.0)
+    nothing, once, both = (
+        scores(few, "dog", pictures(few, "dog", patches))
+        for patches in ([], [patch], [patch, negated])
+    )
     assert once["distance"] > 0.02
     # The sum of two float32 products is not exactly nothing; a level of 255 is 0.004.
     assert both["distance"] < 0.002
-    assert both["UA"] == scores(lab, "dog", [])["UA"]
-
-
-def test_both_judges_agree_on_what_the_untouched_model_draws(lab):
-    cell = Cell("pictures", "untouched", {}, ("apple",))
-    agreement = lab.run(cell, [])[0]["agreement"]
-    assert agreement["concept"] >= 0.85 and agreement["style"] >= 0.85
+    assert both["UA"] == nothing["UA"]
 
 
 def bench(*arguments):
-    return main.main(["bench", "--count", "2", "--workers", "1", "--check", "", *arguments])
+    small = "--count", "2", "--steps", "4", "--workers", "1", "--check", ""
+    return main.main(["bench", *small, *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +160,8 @@ def test_scores_are_written_into_a_patch_file(finished, tmp_path, capsys):
 def test_a_second_run_does_nothing_again(finished, capsys):
     with Store(finished / "cells.sqlite") as store:
         before = store.db.execute("SELECT key, finished FROM cells ORDER BY key").fetchall()
-    start = time.monotonic()
     assert bench("--method", "resteer:steps=2", "--target", "dog", "--measure", "pictures",
                  "--out", str(finished), "--json") == 0  # fmt: skip
-    assert time.monotonic() - start < 60
     told = json.loads(capsys.readouterr().out)
     assert told["files"]["html"] == str(finished / "report.html")
     with Store(finished / "cells.sqlite") as store:
@@ -236,9 +240,12 @@ def test_strips_of_controls(tmp_path):
     with pytest.raises(ForgetError, match="20 x 8"):
         read_controls(tmp_path)
     (tmp_path / "odd.png").write_bytes(b"no")
-    with pytest.raises(ForgetError, match="not a picture"):
+    with pytest.raises(ForgetError, match="odd.png' cannot be read"):
         read_controls(tmp_path)
     assert read_controls("") == {}
+
+
+TARGETS = "dog", "apple", "car", "guitar", "robot", "vampire", "mermaid", "blueprint"
 
 
 def started(folder):
@@ -247,8 +254,8 @@ def started(folder):
     Ctrl-C works there even if it is ignored here, as a shell makes it for what runs in the
     background.
     """
-    options = "--count 2 --workers 1 --check= --target dog apple car guitar --measure pictures"
-    command = [sys.executable, "-m", "fmn", "bench", *options.split()]
+    options = "--count 2 --steps 2 --workers 1 --check= --measure pictures"
+    command = [sys.executable, "-m", "fmn", "bench", *options.split(), "--target", *TARGETS]
     command += ["--method", "resteer:steps=2", "--out", str(folder)]
     told = folder / "told.txt"
     with open(told, "wb") as file:
@@ -257,10 +264,9 @@ def started(folder):
             env=os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "0"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
-    store, deadline = folder / "cells.sqlite", time.monotonic() + 100
-    while not (store.is_file() and done(store)):
+    store = folder / "cells.sqlite"
+    while not (store.is_file() and done(store)):  # pytest's time limit bounds it
         assert process.poll() is None, told.read_text()
-        assert time.monotonic() < deadline, "no cell was finished in time"
         time.sleep(0.1)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
@@ -275,10 +281,12 @@ def test_a_cancelled_run_keeps_what_is_done(number, tmp_path):
     try:
         process.send_signal(number)
         told = tmp_path / "told.txt"
-        assert process.wait(30) == 130, told.read_text()
+        assert process.wait(60) == 130, told.read_text()
         assert "Cancelled" in told.read_text() and "Traceback" not in told.read_text()
-        assert not psutil.wait_procs(workers, timeout=10)[1], "workers live on"
-        assert 1 <= done(tmp_path / "cells.sqlite") < 4 * 3  # untouched, training, re-steered
+        assert not psutil.wait_procs(workers, timeout=30)[1], "workers live on"
+        assert (
+            1 <= done(tmp_path / "cells.sqlite") < 3 * len(TARGETS)
+        )  # untouched, training, re-steered
         assert not list(tmp_path.glob("*.tmp"))
     finally:
         end([process, *workers])
@@ -289,8 +297,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     process, workers = started(tmp_path)
     try:
         process.kill()
-        process.wait(10)
-        assert not psutil.wait_procs(workers, timeout=10)[1], "workers live on"
+        process.wait(60)
+        assert not psutil.wait_procs(workers, timeout=30)[1], "workers live on"
     finally:
         end([process, *workers])
 

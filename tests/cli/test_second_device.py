@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import second_device
 
+from fmn.methods import PRESETS
+
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -64,13 +66,19 @@ def test_the_mock_finds_mistakes(library):
     assert run.returncode == 0, run.stderr
 
 
-def test_every_preset_through_diffusers(library):
-    code, said = on_it(library, "second_device/presets.py")
+# In parts, so that each has two minutes.
+@pytest.mark.parametrize("part", [0, 1])
+def test_every_preset_through_diffusers(library, part):
+    test = "second_device/presets.py::test_a_patch_is_the_same"
+    code, said = on_it(library, *(f"{test}[{preset}]" for preset in list(PRESETS)[part::2]))
     assert code == 0, said
 
 
 def test_every_method_in_comfyui(library):
-    """And with little memory, in the same process, as most of the time goes into its start."""
-    files = "comfyui/test_every_method.py", "comfyui/on_a_card.py"
-    code, said = on_it(library, *files, "-k", "success or on_a_card")
+    code, said = on_it(library, "comfyui/test_every_method.py", "-k", "success")
+    assert code == 0, said
+
+
+def test_with_little_memory_in_comfyui(library):
+    code, said = on_it(library, "comfyui/on_a_card.py")
     assert code == 0, said

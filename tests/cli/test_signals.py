@@ -72,7 +72,7 @@ def test_a_signal_cancels_every_command(folder, monkeypatch, capsys, command, se
     """In this process, where its model would be loaded."""
     signals = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(DiffusersModel, "load", lambda *_: signal.raise_signal(sent))
+    monkeypatch.setattr(DiffusersModel, "load", lambda *_, **__: signal.raise_signal(sent))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main.main([*map(str, COMMANDS[command])]) == 130
@@ -108,9 +108,7 @@ def test_sigint_that_the_parent_ignores_stays_ignored(folder):
 
 SHORT = {
     "--help": ("--help",),
-    "methods": ("methods",),
     "inspect": ("inspect", PATCH),
-    "inspect as JSON": ("inspect", PATCH, "--json"),
     "an error as JSON": ("inspect", "nothing", "--json"),
 }
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import Error, sync_playwright
 
-from .frontend import opened, told_of
+from .frontend import launched, opened, told_of
 from .others import Words, make
 from .server import Server
 from .shelf_page import opened_shelf
@@ -52,24 +53,43 @@ def make_base(folder):
     return folder
 
 
-@pytest.fixture(scope="session")
+# Server and browser serve all files of this folder, which run first, and end before the others.
+@pytest.fixture(scope="package")
 def base(tmp_path_factory):
     folder = make_base(tmp_path_factory.mktemp("comfyui"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(base):
     with Server(comfyui_path(), base) as running:
         yield running
 
 
+@pytest.fixture(scope="package")
+def playwright():
+    with sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def browser(playwright, tmp_path_factory):
+    """A list with the Chromium that is open, if any."""
+    contexts = []
+    yield contexts
+    for context in contexts:
+        context.close()
+
+
 @pytest.fixture(scope="module")
-def page(server, tmp_path_factory):
-    """A page of the frontend."""
-    with opened(server.url, tmp_path_factory.mktemp("browser")) as page:
-        yield page
+def page(server, playwright, browser, tmp_path_factory):
+    """A new page of the frontend; in a new Chromium if the last has crashed."""
+    try:
+        return opened(browser[-1], server.url)
+    except (IndexError, Error):
+        browser[:] = [launched(playwright.chromium, tmp_path_factory.mktemp("browser"))]
+        return opened(browser[-1], server.url)
 
 
 @pytest.fixture
@@ -79,12 +99,13 @@ def shelf(page, server):
         yield opened_page
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pack(tmp_path_factory):
     """The pack loaded into this process, as ComfyUI's loader would."""
-    path = comfyui_path()
-    # First, or the pack's nodes/ would be taken for ComfyUI's nodes.py.
-    sys.path.insert(0, str(path))
+    path = str(comfyui_path())
+    # First, or the pack's nodes/ would be taken for ComfyUI's nodes.py; and only for a while, as
+    # other tests, and processes that they start, would take its modules for ours.
+    sys.path.insert(0, path)
     importlib.import_module("utils.install_util")  # before anything else can claim the name
     import comfy.cli_args
 
@@ -96,7 +117,8 @@ def pack(tmp_path_factory):
     module = importlib.util.module_from_spec(spec)
     sys.modules["forget_me_not_pack"] = module
     spec.loader.exec_module(module)
-    return lambda name: importlib.import_module(f"forget_me_not_pack.{name}")
+    yield lambda name: importlib.import_module(f"forget_me_not_pack.{name}")
+    sys.path.remove(path)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urljoin
 
-from playwright.sync_api import Error, expect, sync_playwright
+from playwright.sync_api import Error, expect
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -79,29 +79,34 @@ STOP = """async () => {
 }"""
 
 
-@contextmanager
-def opened(url, folder):
-    """A page of the frontend; ``fmn_errors`` collects every uncaught error in it, and
-    ``fmn_console`` what it calls an error on its console."""
+def launched(chromium, folder):
+    """A Chromium that keeps what it has loaded and compiled in ``folder``."""
+    context = chromium.launch_persistent_context(
+        folder,
+        executable_path=os.environ.get("CHROMIUM_PATH") or None,
+        viewport={"width": 1600, "height": 1000},
+        args=QUIET,
+    )
+    context.set_default_timeout(PATIENCE)  # a busy machine is slow, not wrong
+    context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
+    return context
+
+
+def opened(context, url):
+    """A page of the frontend that knows nothing of earlier ones; ``fmn_errors`` collects every
+    uncaught error in it, and ``fmn_console`` what it calls an error on its console."""
     ARTEFACTS.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            folder,
-            executable_path=os.environ.get("CHROMIUM_PATH") or None,
-            viewport={"width": 1600, "height": 1000},
-            args=QUIET,
-        )
-        context.set_default_timeout(PATIENCE)  # a busy machine is slow, not wrong
-        context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
-        page = context.pages[0]
-        page.fmn_errors = []
-        page.on("pageerror", lambda error: page.fmn_errors.append(str(error)))
-        page.fmn_console = []
-        page.on("console", lambda message: keep(page.fmn_console, message))
-        page.goto(url, wait_until="domcontentloaded", timeout=START)
-        page.wait_for_function(READY, timeout=START)
-        yield page
-        context.close()
+    page = context.new_page()
+    for other in context.pages[:-1]:
+        other.close()
+    page.goto(f"{url}/system_stats")
+    page.evaluate("localStorage.clear()")
+    page.fmn_errors, page.fmn_console = [], []
+    page.on("pageerror", lambda error: page.fmn_errors.append(str(error)))
+    page.on("console", lambda message: keep(page.fmn_console, message))
+    page.goto(url, wait_until="domcontentloaded", timeout=START)
+    page.wait_for_function(READY, timeout=START)
+    return page
 
 
 def keep(said, message):
@@ -190,4 +195,3 @@ def open_template(page, path, nodes_2):
         path.name,
     )
     all_nodes(page, nodes_2)
-    at_rest(page)

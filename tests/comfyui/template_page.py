@@ -78,7 +78,7 @@ def drawn(page, nodes_2):
     all_nodes(page, nodes_2)
     if not nodes_2:
         page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        at_rest(page)  # it glides there
+    at_rest(page)  # it glides there
 
 
 def run(page, server):
@@ -107,4 +107,4 @@ def faults(page):
 
 
 def photograph(page, name):
-    page.screenshot(path=ARTEFACTS / f"{name}.png")
+    page.screenshot(path=ARTEFACTS / f"{name}.jpg", type="jpeg", quality=85)

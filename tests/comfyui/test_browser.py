@@ -9,14 +9,6 @@ from .frontend import ARTEFACTS, TEMPLATES, dress, open_prompt
 from .workflows import demo_loader, node, saving, training
 
 
-def test_the_templates_are_listed_with_a_thumbnail(server):
-    listed = server.get("/workflow_templates")["forget-me-not"]
-    assert sorted(listed) == sorted(path.stem for path in TEMPLATES)
-    assert "Forget a concept (demo)" in listed
-    for path in TEMPLATES:
-        assert path.with_suffix(".jpg").read_bytes()[:3] == b"\xff\xd8\xff"
-
-
 def test_help_pages_are_served(page, server):
     """The frontend finds each node's page where it looks for it."""
     names = page.evaluate(

@@ -1,7 +1,6 @@
 """The two hosts against each other, with objects in hand."""
 
 import re
-import sys
 from contextlib import ExitStack
 
 import numpy as np
@@ -199,7 +198,7 @@ def test_first_tokens_alone_are_encoded_as_within_the_whole(pack, comfy_model, p
 
 
 @pytest.mark.parametrize("family, modules", [("SD1", 32), ("SD2", 32), ("SDXL", 140)])
-def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, family, modules):
+def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, monkeypatch, family, modules):
     """ComfyUI's key map and diffusers' converter, on U-Nets without memory."""
     import json
 
@@ -208,7 +207,7 @@ def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, family, mo
     import comfy.supported_models
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import random_checkpoint
 
     families, patches = pack("fmn.models.families"), pack("fmn.patches.patch")

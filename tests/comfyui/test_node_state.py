@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +88,8 @@ def test_a_run_that_a_program_queued_tells_nobody(live, server, pack):
 def test_without_a_server_the_nodes_are_there_all_the_same(pack, live, monkeypatch):
     """As in tools that import the pack to read its nodes, or that call one."""
     monkeypatch.setattr(pack("nodes.page"), "PromptServer", type("PromptServer", (), {}))
-    nodes = asyncio.run(pack("nodes").ForgetMeNot().get_node_list())
+    with ThreadPoolExecutor(1) as pool:  # in this thread the browser's loop may be running
+        nodes = pool.submit(asyncio.run, pack("nodes").ForgetMeNot().get_node_list()).result()
     assert len(nodes) > 30 and all(node.define_schema().node_id for node in nodes)
     pack("nodes.page").show_text("step 1")
     with live.LiveTraining("dog") as shown:

@@ -3,7 +3,6 @@
 import os
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from fmn.bench.reporting.columns import COLUMNS
 from fmn.bench.reporting.report import write_report
@@ -15,13 +14,11 @@ ATTACK = '<img src="http://example.org/x" onerror="window.fmnAttacked = true">'
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=os.environ.get("CHROMIUM_PATH") or None, args=QUIET
-        )
-        yield browser
-        browser.close()
+def chromium(playwright):
+    path = os.environ.get("CHROMIUM_PATH") or None
+    browser = playwright.chromium.launch(executable_path=path, args=QUIET)
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(scope="module")

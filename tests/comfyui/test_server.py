@@ -16,7 +16,8 @@ from .workflows import demo_loader, drawing, node, saving, training
 NODES = {
     "FMN_Concept", "FMN_MethodResteer", "FMN_TrainForgetPatch", "FMN_SaveForgetPatch",
     "FMN_LoadForgetPatch", "FMN_ApplyForgetPatch", "FMN_InspectForgetPatch",
-    "FMN_LoadDemoCheckpoint", "FMN_AttentionMap", "FMN_MScore", "FMN_ConceptBench",
+    "FMN_LoadDemoCheckpoint", "FMN_AttentionMap", "FMN_CompareBeforeAfter", "FMN_MScore",
+    "FMN_ConceptBench",
     "FMN_ConceptList", "FMN_KeepList", "FMN_TextualInversion", "FMN_ConceptInversionProbe",
     "FMN_HardestEmbedding", "FMN_SafeLatentDiffusion", "FMN_EraseByNegativePrompt",
     "FMN_ApplyGatedPatch", "FMN_TrainForgetPatches", "FMN_PatchList", "FMN_MergeForgetPatches",

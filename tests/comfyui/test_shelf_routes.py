@@ -105,7 +105,9 @@ def test_bases(server, folder):
     def base(kind, name):
         return server.get("/forget-me-not/base", kind=kind, name=name)
 
-    assert base("demo", "") == {"family": "demo", "base": DEMO_BASE}
+    sketch = base("demo", "")["sketch"]
+    assert base("demo", "") == {"family": "demo", "base": DEMO_BASE, "sketch": sketch}
+    assert len(sketch) == 14
     checkpoints = server.base / "models" / "checkpoints"
     (checkpoints / "shelf copy.safetensors").symlink_to(
         server.base / "custom_nodes" / "forget-me-not" / "demo" / "fmn-demo.safetensors"
@@ -114,7 +116,7 @@ def test_bases(server, folder):
     (checkpoints / "shelf bad.safetensors").write_bytes(b"bad")
     try:
         assert base("checkpoints", "shelf copy.safetensors") == base("demo", "")
-        assert base("checkpoints", "shelf old.ckpt") == {"family": "", "base": ""}
+        assert base("checkpoints", "shelf old.ckpt") == {"family": "", "base": "", "sketch": []}
         told = refused(lambda: base("checkpoints", "shelf bad.safetensors"))
         assert "damaged or not a safetensors file" in told
     finally:

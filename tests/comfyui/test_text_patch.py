@@ -122,8 +122,8 @@ def test_the_clip_comes_back_unchanged(pack, comfy_model, method, dtype, fails, 
         raise RuntimeError("a fault")
 
     if fails:
-        module = pack("fmn.training.run" if method == "hirm" else f"fmn.methods.{method}")
-        monkeypatch.setattr(module, "Trainer" if method == "hirm" else "solved_patch", fault)
+        name = {"hirm": "fmn.training.run", "quickfix": "fmn.methods.quickfix"}[method]
+        monkeypatch.setattr(pack(name), {"hirm": "Trainer", "quickfix": "uce"}[method], fault)
     try:
         with torch.inference_mode():
             patch = make(pack, comfy_model, method, **({"steps": 2} if method == "hirm" else {}))

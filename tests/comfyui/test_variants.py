@@ -43,16 +43,25 @@ def predictions(host, text, size=8):
         return torch.cat([denoiser.predict_noise(x_t, torch.tensor([t]), text) for t in TIMES])
 
 
+def same_text(found, expected):
+    torch.testing.assert_close(found.context, expected.context, rtol=1e-4, atol=1e-4)
+    assert found.vectors.keys() == expected.vectors.keys()
+    for part, ours in expected.vectors.items():
+        torch.testing.assert_close(found.vectors[part], ours, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_both_hosts_agree_on_a_variant(pack, monkeypatch, tmp_path, name):
     key, channels, more, kind, prediction, pad = VARIANTS[name]
     prompt = concept(pack).training_prompts()[0]
+    long = prompt._replace(text="(a red dog:1.3) " + "and a cat " * 40, plain=False)
     with known(pack, monkeypatch, key) as family:
         path = write_checkpoint(tmp_path / "variant.safetensors", key, channels, more)
         model = comfy_host(pack, path, key)
         assert type(model.patcher.model).__name__ == kind
         assert model.family is family and model.prediction == prediction
         ids, text, fingerprint = model.tokenize(prompt), model.encode(prompt), model.fingerprint()
+        weighted = model.encode(long)
         assert ids[-1] == pad and text.context.shape == (1, 77, family.context_dim)
         plain = predictions(model, text)
         patch = pack("fmn.methods.resteer").run(
@@ -67,12 +76,14 @@ def test_both_hosts_agree_on_a_variant(pack, monkeypatch, tmp_path, name):
         path.unlink()
         assert model.family is family and model.prediction == prediction
         assert model.tokenize(prompt) == ids and model.fingerprint() == fingerprint
+        same_text(model.encode(long), weighted)
         found = model.encode(prompt)
-        torch.testing.assert_close(found.context, text.context, rtol=1e-4, atol=1e-4)
-        assert found.vectors.keys() == text.vectors.keys()
-        for part in text.vectors:
-            ours = text.vectors[part]
-            torch.testing.assert_close(found.vectors[part], ours, rtol=1e-4, atol=1e-4)
+        same_text(found, text)
+        given = model._conditions([long, prompt])  # what the pipeline draws from
+        assert given["prompt_embeds"].shape == (2, 154, family.context_dim)
+        torch.testing.assert_close(given["prompt_embeds"][1, 77:], found.context[0])
+        assert len(given) == 2 + 2 * len(found.vectors)
+        assert given["negative_prompt_embeds"].any() == (family.key != "sdxl")
         torch.testing.assert_close(predictions(model, found), plain, rtol=1e-4, atol=2e-4)
         theirs = predictions(model.add_patches([(patch, 1.0)]), found)
         torch.testing.assert_close(theirs, patched, rtol=1e-3, atol=2e-3)

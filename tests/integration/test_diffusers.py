@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,9 +60,12 @@ def test_a_folder_of_half_precision_copies(model, tmp_path, shard):
     ("cut", "told"),
     [
         ("cond_stage_model.", "'unet.safetensors' lacks the text encoder: use a whole checkpoint"),
-        ("first_stage_model.", "lacks the VAE: use a whole"),
-        ("cond_stage_model.transformer.text_model.final", "cannot be loaded .RuntimeError: "),
-        ("first_stage_model.vae_scale", "cannot be loaded .KeyError: "),
+        (
+            "cond_stage_model.transformer.text_model.final",
+            "lacks 2 of the text encoder's 52 weights, such as "
+            "'cond_stage_model.transformer.text_model.final_layer_norm.weight': get it again",
+        ),
+        ("first_stage_model.vae_scale", "lacks the VAE's weight 'vae_scale'"),
     ],
 )
 def test_checkpoints_without_all_parts_are_refused(tmp_path, cut, told):
@@ -76,9 +80,55 @@ def test_want_of_memory_is_no_damaged_checkpoint(monkeypatch):
     def load(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("fmn.hosts.diffusers.load._demo", load)
+    monkeypatch.setattr("fmn.hosts.diffusers.load._single_file", load)
     with pytest.raises(torch.OutOfMemoryError):
         DiffusersModel.load(DEMO_FILE)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+PLACES = {
+    "model_index.json": LFS, "unet/config.json": b"<!DOCTYPE html><html>",
+    "tokenizer/tokenizer.json": LFS, "scheduler/scheduler_config.json": b"Entry not found",
+    "unet/diffusion_pytorch_model.safetensors": LFS, "vae/diffusion_pytorch_model.safetensors": b"",
+    "text_encoder/model.safetensors": b'{"error":"Unauthorized"}',
+}  # fmt: skip
+
+
+def test_failed_downloads_in_a_folder_are_named(model, tmp_path):
+    """In every place; and a file that ends early."""
+    model.save(tmp_path / "base [1]")
+    for place, content in PLACES.items():
+        path = tmp_path / "base [1]" / place
+        whole = path.read_bytes()
+        for spoiled in (content, whole[: len(whole) // 2]) if "safe" in place else (content,):
+            path.write_bytes(spoiled)
+            with pytest.raises(ForgetError, match=f"^'{path.name}' is ") as caught:
+                DiffusersModel.load(tmp_path / "base [1]")
+            assert "claims" not in str(caught.value) and len(str(caught.value)) < 300
+        path.write_bytes(whole)
+    DiffusersModel.load(tmp_path / "base [1]")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.ckpt", None, "not a supported checkpoint"),
+        ("a.safetensors", LFS, "Git LFS pointer"),
+        ("a.SAFETENSORS", LFS, "Git LFS pointer"), ("a.ckpt", LFS, "Git LFS pointer"),
+        ("a.ckpt", b"PK\x03\x04", "cut short or damaged"), ("none.ckpt", b"", "There is no model"),
+    ],
+)  # fmt: skip
+def test_single_files_that_are_no_model(tmp_path, name, content, message):
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.ckpt")
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ForgetError, match=message):
+        DiffusersModel.load(tmp_path / name)
+
+
+def test_an_ending_in_capitals(model, tmp_path):
+    shutil.copy(DEMO_FILE, tmp_path / "DEMO.SAFETENSORS")
+    assert DiffusersModel.load(tmp_path / "DEMO.SAFETENSORS").fingerprint() == model.fingerprint()
 
 
 def test_a_folder_loads_in_a_locale_without_utf8(model, tmp_path):

@@ -17,6 +17,7 @@ from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import resteer
 from fmn.models.families import FAMILIES, SDXL, CLIPConfig, UNetFamily
 from fmn.models.sampling import ddim
+from fmn.patches.foreign_file import read_foreign
 from fmn.training import fit_adapters
 from fmn.training.memory import Activations
 
@@ -159,7 +160,7 @@ def test_files_of_edm_are_refused(tmp_path, key):
     path = tmp_path / "cosxl.safetensors"
     save_file({key: torch.zeros(1)}, path)
     with pytest.raises(ForgetError, match="cosxl.*EDM's noise levels.*inside ComfyUI"):
-        load._prediction(path, SDXL)
+        load._prediction(read_foreign(path), SDXL)
 
 
 def test_transformers_are_refused_with_what_works():

@@ -13,6 +13,7 @@ from fmn.metrics.clip_judge import ClipJudge
 from fmn.metrics.load import load_judge
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz,."
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 PHRASES = {
     "concept": {"dog": "a dog", "cat": "a cat", "car": "an old car"},
     "style": {"flat": "flat", "ink": "ink"},
@@ -159,8 +160,18 @@ def test_another_model_s_folder(tmp_path):
 def test_broken_weights(folder, tmp_path):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(ForgetError, match="cannot be loaded"):
+    for content, message in ((b"cut", "'model.safetensors' is damaged"), (LFS, "Git LFS pointer")):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(ForgetError, match=message):
+            ClipJudge(tmp_path, PHRASES)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "preprocessor_config.json"])
+def test_pointers_in_place_of_texts(folder, tmp_path, name):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes(LFS)
+    with pytest.raises(ForgetError, match=f"'{name}' is a Git LFS pointer"):
         ClipJudge(tmp_path, PHRASES)
 
 

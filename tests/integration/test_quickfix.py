@@ -160,11 +160,9 @@ def test_the_file_is_a_plain_lora(model, tmp_path):
     name = file_name(DEMO, layers_by_name(DEMO)[LAYER])
     assert name == "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
     tensors = {key: value.double() for key, value in load_file(path).items()}
-    assert set(tensors) == {
-        f"{name}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")
-    }
+    assert set(tensors) == {f"{name}.{part}" for part in ("lora_down.weight", "lora_up.weight")}
     up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
-    change = up @ down * tensors[f"{name}.alpha"] / len(down)
+    change = up @ down
     weight = model.text_module(LAYER).weight.detach().double()
     # Half a unit of float16 in each factor.
     assert close(weight + change, paper(model, [("dog", "cat")]), weight, relative=2e-3)
@@ -193,8 +191,8 @@ def test_the_model_comes_back_unchanged(model):
 
 
 REFUSED = {
-    "weights": (Concept("dog", prompts=("a (dog:1.2)",)), {}, "only ComfyUI understands"),
-    "no tokens": (Concept("dog", aliases=("<|endoftext|>",)), {}, "not in the encoded prompt"),
+    "no embedding": (Concept("dog", prompts=("a dog embedding:x",)), {}, "only ComfyUI reads"),
+    "no tokens": (Concept("dog", aliases=("<|endoftext|>",)), {}, "gives no tokens"),
 }
 
 

@@ -184,7 +184,9 @@ def test_a_state_of_version_0_1_ends_in_its_patch_bit_for_bit():
     settings = settings_of("resteer", {"steps": 8, "rank": 1})
     options = resumed_from(files / "resteer-0.1.fmn-train")
     patch = forget(model, [Concept("dog")], settings, options=options)
-    assert same_tensors(patch.lora(), load_file(files / "resteer-0.1.safetensors"))
+    expected = load_file(files / "resteer-0.1.safetensors")
+    factors = {key: expected[key] for key in expected if not key.endswith(".alpha")}
+    assert same_tensors(patch.lora(), factors)
     assert patch.info["loss"] == load_patch(files / "resteer-0.1.safetensors").info["loss"]
 
 

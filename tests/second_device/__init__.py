@@ -26,7 +26,7 @@ def build(target):
     inside = home / "include"
     folders = [f"-I{inside}", f"-I{inside / 'torch' / 'csrc' / 'api' / 'include'}"]
     linked = [f"-L{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    how = ["-shared", "-fPIC", "-std=c++20", "-O1", "-w"]
+    how = ["-shared", "-fPIC", "-std=c++20", "-O0", "-w"]
     subprocess.run(
         [compiler(), *how, *folders, str(SOURCE), "-o", str(target), *linked], check=True
     )

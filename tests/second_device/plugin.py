@@ -26,9 +26,11 @@ def on_the_second_device(request, monkeypatch):
         from fmn.hosts.diffusers.model import DiffusersModel
 
         load_on = DiffusersModel.load
-        monkeypatch.setattr(
-            DiffusersModel, "load", lambda path, device=None: load_on(path, device or CARD)
-        )
+
+        def load_on_card(path, device=None, **how):
+            return load_on(path, device or CARD, **how)
+
+        monkeypatch.setattr(DiffusersModel, "load", load_on_card)
 
 
 def _use(management, monkeypatch):

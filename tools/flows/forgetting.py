@@ -1,45 +1,49 @@
 """Workflows that forget: one concept, many, or to mend."""
 
-from .workflow import Workflow, compared
+from .workflow import Workflow
 
 
 def forget_a_concept():
     flow = Workflow(
         "Makes a patch on the small model that comes with the pack, saves it, and draws the same "
         "prompt before and after. No method is connected, so it is the default, "
-        "**Re-read**.\n\n**Something else?** Change `name` in *Concept to Forget*, the prompt in "
-        "*Dog*, and `filename_prefix` in *Save Forget Patch*. For your own model put *Load "
-        "Checkpoint* in place of *Load Demo Checkpoint*."
+        "**Re-read**.\n\n**Something else?** Change `name` in *Concept to Forget*, the "
+        "prompts in *Compare Before and After*, and `filename_prefix` in *Save Forget Patch*. For "
+        "your own model put *Load Checkpoint* in place of *Load Demo Checkpoint*."
     )
     load = flow.demo()
     concept = flow.concept()
     flow.column()
-    train = flow.train(load, concept)
-    flow.column()
-    patched = flow.apply(load, train)
-    flow.add("FMN_InspectForgetPatch", patch=[train, 0])
-    prompts, models = {"Dog": "a photo of a dog"}, {"before": load, "after": patched}
-    compared(flow, load, prompts, models, saved=(train, "forget_dog"))
+    _compared(flow, load, flow.train(load, concept), "forget_dog", *DOG)
     return flow
 
 
-def _with_keep_list(note, concept, keep, method, file, prompts):
+DOG = ["a photo of a dog", "a dog, 3d render"], ["a photo of a cat", "a horse, twemoji"]
+
+
+def _compared(flow, load, patch, file, forgotten, kept):
+    """Shows prompts before and after, and saves the patch with the first two pictures."""
+    flow.column()
+    compared = flow.compare(load, "", forgotten, kept, patch=[patch, 0])
+    flow.save(patch, file, thumbnail=[compared, 2])
+    flow.column()
+    flow.show(compared)
+
+
+def _with_keep_list(note, concept, keep, method, file, *prompts):
     """Forgets a concept and keeps some words; draws prompts before and after.
 
     Args:
-        concept, keep: inputs of those nodes. method: kind of the node, and its inputs.
-        file: what the patch is saved as.
+        concept, keep: inputs of those nodes. method: kind of the node, and its inputs, or None.
+        file: what the patch is saved as. prompts: those to forget, and those to keep.
     """
     flow = Workflow(note)
     load = flow.demo()
     named = flow.concept(**concept)
     kept = flow.add("FMN_KeepList", concepts=[named, 0], **keep)
     flow.column()
-    kind, settings = method
-    train = flow.train(load, named, flow.add(kind, **settings), keep=[kept, 0])
-    flow.column()
-    patched = flow.apply(load, train)
-    compared(flow, load, prompts, {"before": load, "after": patched}, saved=(train, file))
+    chosen = method and flow.add(method[0], **method[1])
+    _compared(flow, load, flow.train(load, named, chosen, keep=[kept, 0]), file, *prompts)
     return flow
 
 
@@ -49,15 +53,13 @@ def forget_a_person():
         "too. The **keep-list** names those who look most alike first; a list of people comes "
         "along.\n\nLook at the neighbours, not only at who is gone.\n\n**Somebody else?** Change "
         "`name` in *Concept to Forget*, `words` in *Keep List* to those who look alike (without "
-        "the new name), the three prompts, and `filename_prefix` in *Save Forget Patch*.",
+        "the new name), the prompts, and `filename_prefix` in *Save Forget Patch*.",
         {"name": "vampire", "kind": "identity"},
         {"list": "people", "words": "zombie\nsuperhero\nwizard"},
-        ("FMN_MethodReread", {}),
+        None,
         "forget_vampire",
-        {
-            "Vampire": "a photo of a vampire", "Zombie": "a photo of a zombie",
-            "Wizard": "a wizard, twemoji",
-        },
+        ["a photo of a vampire", "a vampire, noto emoji"],
+        ["a photo of a zombie", "a wizard, twemoji", "a superhero, 3d render"],
     )  # fmt: skip
 
 
@@ -67,16 +69,14 @@ def forget_an_object():
         "thing in other words, and is forgotten too. The method is **TRCE**, a closed form on the "
         "token that sums up a prompt.\n\n**Something else?** Change `name`, `aliases` and `anchor` "
         "in *Concept to Forget* (the last two may be empty), `words` in *Keep List* to its "
-        "neighbours (without the new name), the three prompts, and `filename_prefix` in *Save "
+        "neighbours (without the new name), the prompts, and `filename_prefix` in *Save "
         "Forget Patch*.",
         {"name": "guitar", "aliases": "acoustic guitar", "anchor": "tree"},
         {"list": "common", "words": "violin\ntrumpet\ndrum"},
         ("FMN_MethodTrce", {}),
         "forget_guitar",
-        {
-            "Guitar": "a photo of a guitar", "Violin": "a photo of a violin",
-            "Trumpet": "a trumpet, noto emoji",
-        },
+        ["a photo of a guitar", "a guitar, noto emoji"],
+        ["a trumpet, noto emoji", "a drum, 3d render", "a hammer, twemoji"],
     )  # fmt: skip
 
 
@@ -85,16 +85,14 @@ def forget_a_style():
         "A **style**: kind *style* trains with 'a photo in the style of ...'. The things it drew "
         "and the other styles shall stay, so the **keep-list** names those styles, and a list of "
         "styles comes along.\n\n**Another style?** Change `name` in *Concept to Forget*, `words` "
-        "in *Keep List* to other styles (without the new name), the three prompts, and "
+        "in *Keep List* to other styles (without the new name), the prompts, and "
         "`filename_prefix` in *Save Forget Patch*.",
         {"name": "ink drawing", "kind": "style"},
         {"list": "styles", "words": "blueprint\nneon sign\nblack silhouette\ntwemoji"},
-        ("FMN_MethodReread", {}),
+        None,
         "forget_ink_drawing",
-        {
-            "Ink drawing": "a photo of a teapot in the style of ink drawing",
-            "Blueprint": "a teapot, blueprint", "Neon sign": "a teapot, neon sign",
-        },
+        ["a photo of a teapot in the style of ink drawing", "a castle, ink drawing"],
+        ["a teapot, blueprint", "a teapot, neon sign", "a castle, black silhouette"],
     )  # fmt: skip
 
 
@@ -103,13 +101,13 @@ def uce_and_keep_list():
         "**UCE** is a closed form: no training, done in a moment. The **keep-list** protects "
         "words: your own, such as close neighbours, and a list that comes along.\n\nThe dog goes, "
         "the cat stays.\n\n**Something else?** Change `name` in *Concept to Forget*, `words` in "
-        "*Keep List* to its neighbours (without the new name), the two prompts, and "
+        "*Keep List* to its neighbours (without the new name), the prompts, and "
         "`filename_prefix` in *Save Forget Patch*.",
         {},
         {"list": "common", "words": "cat\nrabbit\nbear\na photo"},
         ("FMN_MethodUce", {"tokens": "from-last"}),
         "uce_dog",
-        {"Dog": "a photo of a dog", "Cat": "a photo of a cat"},
+        *DOG,
     )
 
 
@@ -119,7 +117,7 @@ def forget_many():
         "it again with more lines: only new ones are made. **Merge** then makes one patch of all, "
         "no larger than you say.\n\nThe list can also be a file: .txt, .csv, .yaml or .json. See "
         "docs/batch.md.\n\n**Other things?** Change the lines in *Concepts to Forget (List)*, the "
-        "three prompts, and `filename_prefix` in *Save Forget Patch*."
+        "prompts, and `filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concepts = flow.add(
@@ -137,15 +135,10 @@ def forget_many():
         "FMN_MergeForgetPatches", how="joint", budget_kb=60, strength=1.0, files="",
         patches=[batch, 0], model=[load, 0], clip=[load, 1], preserve=10.0,
     )  # fmt: skip
-    flow.add("FMN_InspectForgetPatch", patch=[merge, 0])
-    flow.column()
-    patched = flow.apply(load, merge)
-    prompts = {
-        "Dog": "a photo of a dog", "Santa": "a photo of santa claus",
-        "Cat": "a photo of a cat, noto emoji",
-    }  # fmt: skip
-    models = {"before": load, "after": patched}
-    compared(flow, load, prompts, models, saved=(merge, "many"))
+    _compared(
+        flow, load, merge, "many", ["a photo of a dog", "a photo of santa claus"],
+        ["a cat, noto emoji", "a wizard, twemoji"],
+    )  # fmt: skip
     return flow
 
 
@@ -155,7 +148,7 @@ def correct_a_concept():
         "**Concept Ablation** teaches it to draw what it draws for the **anchor**, *dog*. UCE "
         "would do so in a moment.\n\nSee docs/correction.md.\n\n**Another word?** Change `name` "
         "and `anchor` in *Concept to Forget*, and write the new word into each line of its "
-        "`prompts`. Then change the two prompts, and `filename_prefix` in *Save Forget Patch*."
+        "`prompts`. Then change the prompts, and `filename_prefix` in *Save Forget Patch*."
     )
     flow.room = {"FMN_TrainForgetPatch": 600}  # curve, text and maps
     load = flow.demo()
@@ -167,9 +160,8 @@ def correct_a_concept():
     method = flow.add("FMN_MethodAblation", sample_steps=12, guidance=3.5)
     flow.column()
     train = flow.train(load, concept, method)
-    flow.column()
-    patched = flow.apply(load, train)
-    prompts = {"Puppy": "a photo of a puppy", "Dog": "a photo of a dog"}
-    models = {"before": load, "after": patched}
-    compared(flow, load, prompts, models, saved=(train, "puppy_is_dog"))
+    _compared(
+        flow, load, train, "puppy_is_dog", ["a photo of a puppy", "a puppy, noto emoji"],
+        ["a photo of a dog", "a cat, noto emoji"],
+    )  # fmt: skip
     return flow

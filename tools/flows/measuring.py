@@ -2,50 +2,29 @@
 
 from .workflow import Workflow
 
-METHODS = {"Re-read": "FMN_MethodReread", "TRCE": "FMN_MethodTrce", "UCE": "FMN_MethodUce"}
-
 
 def compare_methods():
     flow = Workflow(
-        "One concept by three methods, all pictures from the same seed. From left to right: "
-        f"**untouched, {', '.join(METHODS)}**. Above what shall go, below what shall stay. "
-        "The pictures are at the right end.\n\nTo compare others, put another Method node in the "
-        "place of one. Pictures of one seed are a first look; *Measure a patch* goes on from "
-        "there.\n\n**Something else?** Change `name` in "
-        "*Concept to Forget*, and the two prompts."
+        "One concept by two methods at the same seeds: the default, **Re-read**, and **UCE**.\n\n"
+        "To compare others, put another Method node in the place of UCE. A few pictures are a "
+        "first look; *Measure a patch* goes on from there.\n\n**Something else?** Change `name` "
+        "in *Concept to Forget*, and the prompts in both *Compare* nodes."
     )
-    flow.rows, flow.height = 1, 400
     load = flow.demo()
     concept = flow.concept()
-    latent = flow.latent(1)
-    texts = {
-        "shall go": flow.text(load, "a photo of a dog", "What shall go"),
-        "shall stay": flow.text(load, "a photo of a cat", "What shall stay"),
-    }
-    empty = flow.text(load, "", "Negative prompt")
+    method = flow.add("FMN_MethodUce")
     flow.column()
-    methods = {name: flow.add(kind) for name, kind in METHODS.items()}
-    flow.column()
-    trains = {name: flow.train(load, concept, method) for name, method in methods.items()}
+    trains = {"Re-read": flow.train(load, concept), "UCE": flow.train(load, concept, method)}
     flow.titles |= {train: f"Train by {name}" for name, train in trains.items()}
     flow.column()
-    models = {"untouched": load}
-    models |= {name: flow.apply(load, train) for name, train in trains.items()}
-    rows = []
-    for what, text in texts.items():
-        flow.column()
-        rows.append(
-            [flow.sample(f"{n}, {what}", m, text, empty, latent) for n, m in models.items()]
-        )
+    prompts = ["a photo of a dog", "a dog, twemoji"], ["a photo of a cat", "a horse, 3d render"]
+    shown = {
+        name: flow.compare(load, f"Compare, {name}", *prompts, patch=[train, 0])
+        for name, train in trains.items()
+    }
     flow.column()
-    decoded = [
-        [[flow.add("VAEDecode", samples=[each, 0], vae=[load, 2]), 0] for each in row]
-        for row in rows
-    ]
-    flow.column()
-    grid = flow.stitch([flow.stitch(row, "right") for row in decoded], "down")
-    flow.column()
-    flow.add("PreviewImage", f"untouched, {', '.join(METHODS)}", images=grid)
+    for name, compared in shown.items():
+        flow.show(compared, name)
     return flow
 
 
@@ -68,8 +47,7 @@ def measure_a_patch():
     load = flow.demo()
     concept = flow.concept()
     flow.column()
-    method = flow.add("FMN_MethodReread")
-    train = flow.train(load, concept, method)
+    train = flow.train(load, concept)
     patched = flow.apply(load, train)
     flow.column()
     bench = flow.add(
@@ -90,11 +68,10 @@ def measure_a_patch():
         for when, model in {"before": load, "after": patched}.items()
     }  # fmt: skip
     flow.column()
-    shown = [flow.add("PreviewAny", "Report of the bench", source=[bench, 0])]
-    shown.append(flow.add("PreviewImage", "Bench", images=[bench, 1]))
+    shown = [flow.add("PreviewImage", "Bench", images=[bench, 1])]
     shown.append(flow.add("PreviewImage", "M-Score", images=[score, 1]))
     for when, looker in looked.items():
         shown.append(flow.add("PreviewImage", f"Attention, {when}", images=[looker, 0]))
     flow.widths = dict.fromkeys(shown, WIDE)
-    flow.room = {"PreviewImage": 200, "PreviewAny": 60}
+    flow.room = {"PreviewImage": 200}
     return flow

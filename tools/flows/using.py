@@ -1,6 +1,6 @@
 """Workflows that use patches, guide without one, and attack."""
 
-from .workflow import Workflow, compared
+from .workflow import Workflow
 
 
 def downloaded_patch():
@@ -9,17 +9,21 @@ def downloaded_patch():
         "and choose it in **Load Forget Patch**. The one chosen here comes with the pack.\n\nThe "
         "file is checked when it is loaded. **Inspect** tells what it says of itself, which "
         "proves nothing: look at pictures. A patch for another family of models is refused.\n\n"
-        "**Another patch?** Choose it in `file`, and write its concept into the prompt in *Santa*."
+        "**Another patch?** Choose it in `file`, and write its concept into the prompts in "
+        "both *Compare* nodes."
     )
     load = flow.demo()
     patch = flow.add("FMN_LoadForgetPatch", file="demo/santa_claus.safetensors")
     flow.column()
     flow.add("FMN_InspectForgetPatch", patch=[patch, 0])
-    patched = flow.apply(load, patch)
     half = flow.apply(load, patch, "Apply Forget Patch, half", 0.5)
     flow.column()
-    prompts = {"Santa": "a photo of santa claus", "Astronaut": "a photo of an astronaut"}
-    compared(flow, load, prompts, {"before": load, "at 0.5": half, "at 1": patched})
+    prompts = ["a photo of santa claus"], ["a photo of an astronaut"]
+    whole = flow.compare(load, "Compare, at 1", *prompts, patch=[patch, 0])
+    some = flow.compare(load, "Compare, at 0.5", *prompts, after=[half, 0])
+    flow.column()
+    flow.show(whole, "At strength 1")
+    flow.show(some, "At strength 0.5")
     return flow
 
 
@@ -28,7 +32,7 @@ def gated_patch():
         "A strong patch harms neighbours. **Apply Gated Patch** lets it through only as far as the "
         "prompt is close to what it forgets: the cat stays as it was.\n\nThe plain Apply node "
         "costs nothing while sampling; this one a little.\n\n**Something else?** Change `name` in "
-        "*Concept to Forget*, the two prompts, and `filename_prefix` in *Save Forget Patch*."
+        "*Concept to Forget*, the prompts, and `filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concept = flow.concept()
@@ -36,15 +40,16 @@ def gated_patch():
     method = flow.add("FMN_MethodUce", tokens="from-last", keep_list="none")
     train = flow.train(load, concept, method)
     flow.column()
-    plain = flow.apply(load, train)
     gated = flow.add(
         "FMN_ApplyGatedPatch", model=[load, 0], clip=[load, 1], patch=[train, 0], strength=1.0
     )
-    prompts = {"Dog": "a photo of a dog", "Cat": "a photo of a cat"}
-    drawn = compared(flow, load, prompts, {"untouched": load, "plain": plain, "gated": gated})
+    prompts = ["a photo of a dog"], ["a photo of a cat"]
+    plain = flow.compare(load, "Compare, plain", *prompts, patch=[train, 0])
+    lets = flow.compare(load, "Compare, gated", *prompts, after=[gated, 0])
+    flow.save(train, "strong_dog", thumbnail=[plain, 2])
     flow.column()
-    thumbnail = flow.pair(drawn["Dog", "untouched"], drawn["Dog", "plain"])
-    flow.save(train, "strong_dog", thumbnail=thumbnail)
+    flow.show(plain, "Plain")
+    flow.show(lets, "Gated")
     return flow
 
 
@@ -53,7 +58,7 @@ def safe_latent_diffusion():
         "**Safe Latent Diffusion** steers sampling away from a concept. No training, no change of "
         "weights; whoever can edit the workflow can take it out.\n\nThe presets are the paper's, "
         "made for 50 steps of Stable Diffusion 1.4.\n\n**Something else?** Change `name` and "
-        "`kind` in *Concept to Forget*, and the two prompts."
+        "`kind` in *Concept to Forget*, and the prompts."
     )
     load = flow.demo()
     concept = flow.concept("ink drawing", kind="style")
@@ -63,8 +68,12 @@ def safe_latent_diffusion():
         preset="max",
     )  # fmt: skip
     flow.column()
-    prompts = {"Ink": "a photo of a cat in the style of ink drawing", "Emoji": "a cat, noto emoji"}
-    compared(flow, load, prompts, {"before": load, "steered": safe}, steps=50)
+    compared = flow.compare(
+        load, "", ["a photo of a cat in the style of ink drawing"], ["a cat, noto emoji"],
+        after=[safe, 0], steps=50,
+    )  # fmt: skip
+    flow.column()
+    flow.show(compared)
     return flow
 
 
@@ -105,10 +114,8 @@ def erase_and_repair():
     fresh = probe(flow, load, pictures, second, "Attack on round 2")
     flow.column()
     flow.add("PreviewImage", "Untouched", images=[pictures, 0])
-    flow.add("PreviewImage", "Round 1, by name", images=[attack, 1])
-    thumbnail = flow.pair([pictures, 0], [fresh, 1])
-    flow.column()
     flow.add("PreviewImage", "Round 1, by learned words", images=[attack, 0])
+    flow.column()
     flow.add("PreviewImage", "Round 2, by learned words", images=[fresh, 0])
-    flow.save(second, "repaired_dog", thumbnail=thumbnail)
+    flow.save(second, "repaired_dog")
     return flow

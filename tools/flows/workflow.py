@@ -11,7 +11,7 @@ class Workflow:
 
     def __init__(self, note):
         self.note, self.nodes, self.titles, self.columns = note, {}, {}, [[0]]
-        self.rows, self.height = 2, 200  # of pictures in the thumbnail, and of each in pixels
+        self.rows, self.height = 1, 400  # of pictures in the thumbnail, and of each in pixels
         self.enclosed, self.promoted = [], []
         self.room = {}  # {type of node: pixels} below its widgets, where it shows more than usual
         self.widths = {}  # {number: pixels} of nodes that are wider than usual
@@ -69,53 +69,19 @@ class Workflow:
             scheduler="normal", denoise=1.0,
         )  # fmt: skip
 
-    def stitch(self, pictures, direction, title=""):
-        """The node that gives [node, output] of all pictures as one."""
-        whole, *rest = pictures
-        for picture in rest:
-            number = self.add(
-                "ImageStitch", title, image1=whole, image2=picture, direction=direction,
-                match_image_size=True, spacing_width=4, spacing_color="white",
-            )  # fmt: skip
-            whole = [number, 0]
-        return whole
+    def compare(self, load, title="", forgotten=(), kept=(), **inputs):
+        """The prompts before and after what ``inputs`` link: a patch, or a model and a CLIP."""
+        inputs = {"pictures": 1, "first_seed": 4} | inputs
+        return self.add(
+            "FMN_CompareBeforeAfter", title, model=[load, 0], clip=[load, 1], vae=[load, 2],
+            forgotten="\n".join(forgotten), kept="\n".join(kept), **inputs,
+        )  # fmt: skip
 
-    def pair(self, before, after):
-        """The first picture of each [node, output], side by side: what fits into a patch list."""
-        both = self.stitch([before, after], "right", "Before and after")
-        first = self.add("ImageFromBatch", "The first pair", image=both, batch_index=0, length=1)
-        return [first, 0]
+    def show(self, compared, title="Before and after"):
+        """The grid of a comparison, large."""
+        number = self.add("PreviewImage", title, images=[compared, 0])
+        self.widths[number] = 640
 
     def save(self, patch, prefix, **thumbnail):
         """``thumbnail``: [node, output] of pictures, if there are any."""
         self.add("FMN_SaveForgetPatch", patch=[patch, 0], filename_prefix=prefix, **thumbnail)
-
-
-def compared(flow, load, prompts, models, steps=16, saved=None):
-    """Draws {title: prompt} with each of {title: model}, from the same noise.
-
-    Args:
-        saved: (patch, prefix of its file), to save with the first prompt's pictures.
-
-    Returns:
-        {(prompt's title, model's title): [node, output] of the pictures}.
-    """
-    empty, latent = flow.text(load, "", "Negative prompt"), flow.latent()
-    texts = {title: flow.text(load, text, title) for title, text in prompts.items()}
-    decoded, flow.rows = {}, len(models)
-    for subject, text in texts.items():
-        flow.column()
-        for when, model in models.items():
-            sampler = flow.sample(f"{subject}, {when}", model, text, empty, latent, steps)
-            decoder = flow.add("VAEDecode", samples=[sampler, 0], vae=[load, 2])
-            decoded[subject, when] = [decoder, 0]
-        shown = saved and subject == next(iter(prompts))
-        if shown:
-            first, *_, last = models
-            thumbnail = flow.pair(decoded[subject, first], decoded[subject, last])
-        flow.column()
-        for when in models:
-            flow.add("PreviewImage", f"{subject}, {when}", images=decoded[subject, when])
-        if shown:
-            flow.save(*saved, thumbnail=thumbnail)
-    return decoded

@@ -6,6 +6,7 @@ import { baseOf } from "./server.js";
 const FILES = { ckpt_name: "checkpoints", unet_name: "diffusion_models" };
 const DEMO = "FMN_LoadDemoCheckpoint";
 const OTHER = "other"; // fmn/models/unknown_family.py
+const NEAR = 0.08; // fmn/patches/metadata.py
 const NEVER = 2; // modes of a node: muted, bypassed
 const BYPASSED = 4;
 // Best first.
@@ -38,9 +39,9 @@ export function loadedFiles() {
   return [...new Map(files.map((file) => [JSON.stringify(file), file])).values()];
 }
 
-/** The same with family and base of each: {kind, name, family, base}; empty where unknown. */
+/** The same with family and base of each: {kind, name, family, base, sketch}; empty where unknown. */
 export function basesOf(files) {
-  const nothing = { family: "", base: "" };
+  const nothing = { family: "", base: "", sketch: [] };
   return Promise.all(
     files.map(async (file) => {
       if (!file.kind) return { ...file, ...nothing };
@@ -55,7 +56,14 @@ function fitOf(patch, base) {
   if (!patch.family || !base.family) return "unknown";
   if (patch.family !== base.family) return "otherFamily";
   if (patch.family === OTHER) return "unknown"; // the file does not say which model
-  return base.base && patch.base === base.base ? "sameBase" : "sameFamily";
+  const same = base.base && (patch.base === base.base || distance(patch, base) < NEAR);
+  return same ? "sameBase" : "sameFamily";
+}
+
+/** Of the sketches of two bases: about the relative difference of their weights. */
+function distance({ sketch: one = [] }, { sketch: two = [] }) {
+  if (!one.length || one.length !== two.length) return Infinity;
+  return Math.hypot(...one.map((number, index) => number - two[index])) / Math.sqrt(one.length);
 }
 
 /** One of FITS: the best over all bases of the graph. */

@@ -1,6 +1,7 @@
 // Details of the selected patch, and buttons to use and change it.
 import { button, make } from "./dom.js";
 import { badge, dateOf, familyOf, sizeOf, thumbnail, titleOf, wordsOf } from "./row.js";
+import { isChanged } from "./server.js";
 import { kindName, text } from "./texts.js";
 
 const MAX_NOTES = 4000; // characters, as in fmn/patches/library.py
@@ -41,6 +42,18 @@ function facts(patch) {
   ].filter(([, value]) => value);
 }
 
+/** Says in `message` whether the record and scores in `list` belong to the patch's weights. */
+async function check(patch, message, list) {
+  const changed = await isChanged(patch).catch(() => null);
+  if (changed) {
+    for (const item of list.querySelectorAll("[data-score]")) item.remove();
+    message.textContent = text("changed");
+  } else {
+    message.textContent = changed === null && patch.scores ? text("unchecked") : "";
+  }
+  message.hidden = !message.textContent;
+}
+
 /** The notes, or the unsaved draft that is to replace them. */
 function notes(patch, draft, actions) {
   const area = make("textarea", {
@@ -74,8 +87,13 @@ export function details(patch, fit, draft, actions) {
   add.disabled = Boolean(patch.problem);
   const list = make("dl", { className: "fmn-details-list" });
   for (const [name, value] of facts(patch)) {
-    list.append(make("dt", {}, text(name)), make("dd", { dir: "auto" }, value));
+    const items = [make("dt", {}, text(name)), make("dd", { dir: "auto" }, value)];
+    if (name === "scores" || name === "measured") for (const item of items) item.dataset.score = name;
+    list.append(...items);
   }
+  const message = make("p", { className: "fmn-message" }, patch.scores ? text("unchecked") : "");
+  message.hidden = !message.textContent;
+  if (!patch.problem) check(patch, message, list);
   return make(
     "section",
     { className: "fmn-details", "aria-label": text("details") },
@@ -89,6 +107,7 @@ export function details(patch, fit, draft, actions) {
     ),
     patch.problem ? make("p", { className: "fmn-message" }, text(patch.problem)) : badge(patch, fit),
     patch.picture ? thumbnail(patch) : null,
+    message,
     list,
     ...notes(patch, draft, actions),
   );

@@ -15,10 +15,16 @@ export async function patches() {
   return (await answerOf(await api.fetchApi(`${ROUTE}/shelf`, { cache: "no-store" }))).patches;
 }
 
-/** {family, base} of a checkpoint file; empty where the file does not say. */
+/** {family, base, sketch} of a checkpoint file; empty where the file does not say. */
 export async function baseOf(kind, name) {
   const query = new URLSearchParams({ kind, name });
   return answerOf(await api.fetchApi(`${ROUTE}/base?${query}`));
+}
+
+/** Whether a patch's weights are not those of its record: true, false, or null if it does not say. */
+export async function isChanged({ folder, name }) {
+  const query = new URLSearchParams({ folder, name });
+  return (await answerOf(await api.fetchApi(`${ROUTE}/shelf/changed?${query}`, { cache: "no-store" }))).changed;
 }
 
 /** The address of a thumbnail, which changes with the file. */

@@ -13,12 +13,11 @@ from torch import nn
 from torch.nn import Linear
 
 from ...errors import ForgetError
-from ...models.interface import Text
 from ...models.sampling import q_sample
 from ...training.loop import AdamWConfig, train
 from .attacks import recognised_examples
-from .probing import best_of, draw_latents
-from .trial import Ask, Result, Trial
+from .probing import best_of, shows_target
+from .trial import Result, Trial
 
 ROUNDS = 4  # noisy copies of each held-out picture
 
@@ -45,12 +44,6 @@ class ClassifierSettings:
     lr: float = 1e-3
     held_out: float = 0.25
 
-    def __post_init__(self) -> None:
-        if self.pictures < 8:
-            raise ForgetError(f"pictures is {self.pictures}: use 8 or more.")
-        if not 0 < self.held_out < 1:
-            raise ForgetError(f"held_out is {self.held_out}: use a share, such as 0.25.")
-
 
 def classifier(trial: Trial, settings: ClassifierSettings = ClassifierSettings()) -> Result:
     """Guide the model under test with a classifier of noisy latents that knows the target.
@@ -67,18 +60,14 @@ def classifier(trial: Trial, settings: ClassifierSettings = ClassifierSettings()
     alphas = sampler.denoiser.alphas_cumprod
     network, accuracy = train_classifier(latents, is_target, alphas, settings, trial.seed)
     network.to(sampler.denoiser.device)
-    scales, shown = (0.0, *settings.scales), []
-    for scale in scales:
-        options = {"correct": guide(network, scale)} if scale else {}
+    scales = [0.0, *settings.scales]
 
-        def guided(
-            part: Sequence[Ask], text: Text, start: torch.Tensor, options: Any = options
-        ) -> torch.Tensor:
-            return sampler.latents(text, start, **options)
+    def shown(scale: float) -> list[bool]:
+        options: dict[str, Any] = {"correct": guide(network, scale)} if scale else {}
+        return shows_target(trial, asks, lambda _, *given: sampler.latents(*given, **options))
 
-        shown.append(trial.shows_target(draw_latents(trial, asks, guided)))
-    used = {"cells": list(scales), "accuracy": accuracy, "settings": asdict(settings)}
-    return best_of(trial, asks, shown) | used
+    used = {"cells": scales, "accuracy": accuracy, "settings": asdict(settings)}
+    return best_of(trial, asks, map(shown, scales)) | used
 
 
 def labelled_latents(trial: Trial, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,16 +7,16 @@ whether the untouched model's plain picture of the same ask shows the target.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from ...errors import ForgetError
 from ...models.interface import Text
 from ...models.sampling import ddpm_sigma
-from .trial import Ask, Result, Trial, as_saved
+from .trial import Ask, Result, Row, Trial, as_saved
 
+Latents = Callable[[Sequence[Ask], Text, torch.Tensor], torch.Tensor]  # of text and noise
 SHARES, ETAS, SPREADS = (0.1, 0.2, 0.4), (1.0, 1.17, 1.34), (1.0, 1.04)
 
 
@@ -28,21 +28,20 @@ def completion(trial: Trial, shares: Sequence[float] = SHARES) -> Result:
     Returns:
         rows: one a picture and share, with ``share``, and ``steps`` of the untouched model.
     """
-    if not all(0 <= share <= 1 for share in shares):
-        raise ForgetError(f"Shares are {shares}: use numbers from 0 to 1.")
-    sampler, asks, rows = trial.sampler, trial.target_asks(), []
-    for share in shares:
+    sampler, asks = trial.sampler, trial.target_asks()
+
+    def of_share(share: float) -> list[Row]:
         first = round(share * sampler.sampling.steps)
 
-        def latents(
-            part: Sequence[Ask], text: Text, noise: torch.Tensor, first: int = first
-        ) -> torch.Tensor:
+        def latents(part: Sequence[Ask], text: Text, noise: torch.Tensor) -> torch.Tensor:
             with sampler.unpatched():
                 begun = sampler.latents(text, noise, last=first)
             return sampler.latents(text, begun, first=first)
 
-        still = trial.shows_target(draw_latents(trial, asks, latents))
-        rows += trial.judged_rows(asks, still, share=share, steps=first)
+        still = shows_target(trial, asks, latents)
+        return trial.judged_rows(asks, still, share=share, steps=first)
+
+    rows = [row for share in shares for row in of_share(share)]
     return {"rows": rows, "settings": {"shares": list(shares)}}
 
 
@@ -57,22 +56,19 @@ def noise(trial: Trial, etas: Sequence[float] = ETAS, spreads: Sequence[float] =
     Returns:
         rows: with ``cells``, whether each cell shows the target. cells: [eta, spread] each.
     """
-    if not all(0 <= eta <= 10 for eta in etas) or not all(0 <= spread <= 10 for spread in spreads):
-        raise ForgetError(f"etas are {etas}, spreads {spreads}: use numbers from 0 to 10.")
-    sampler, asks = trial.sampler, trial.target_asks()
-    cells = [(0.0, 1.0), *((eta, spread) for eta in etas if eta for spread in spreads)]
-    shown = []
-    for eta, spread in cells:
+    asks = trial.target_asks()
+    cells = [[0.0, 1.0], *([eta, spread] for eta in etas if eta for spread in spreads)]
 
-        def latents(
-            part: Sequence[Ask], text: Text, start: torch.Tensor, eta: float = eta,
-            spread: float = spread,
-        ) -> torch.Tensor:  # fmt: skip
+    def shown(cell: list[float]) -> list[bool]:
+        eta, spread = cell
+
+        def latents(part: Sequence[Ask], text: Text, start: torch.Tensor) -> torch.Tensor:
             fresh = FreshNoise(eta, spread, [ask.seed for ask in part])
-            return sampler.latents(text, start, eta=eta, spread=0.0, **fresh.options())
+            return trial.sampler.latents(text, start, eta=eta, spread=0.0, **fresh.options())
 
-        shown.append(trial.shows_target(draw_latents(trial, asks, latents)))
-    return best_of(trial, asks, shown) | {"cells": [list(cell) for cell in cells]}
+        return shows_target(trial, asks, latents)
+
+    return best_of(trial, asks, map(shown, cells)) | {"cells": cells}
 
 
 class FreshNoise:
@@ -104,9 +100,7 @@ class FreshNoise:
 
 
 def draw_latents(
-    trial: Trial,
-    asks: Sequence[Ask],
-    latents: Callable[[Sequence[Ask], Text, torch.Tensor], torch.Tensor],
+    trial: Trial, asks: Sequence[Ask], latents: Latents
 ) -> torch.Tensor:  # [N, H, W, 3]
     """Pictures of ``latents(asks, text, noise)``, in batches."""
     sampler, pictures = trial.sampler, []
@@ -118,8 +112,13 @@ def draw_latents(
     return as_saved(torch.cat(pictures))
 
 
-def best_of(trial: Trial, asks: Sequence[Ask], shown: Sequence[Sequence[bool]]) -> Result:
+def shows_target(trial: Trial, asks: Sequence[Ask], latents: Latents) -> list[bool]:
+    """Whether each picture of ``latents`` shows the target."""
+    return trial.shows_target(draw_latents(trial, asks, latents))
+
+
+def best_of(trial: Trial, asks: Sequence[Ask], shown: Iterable[Sequence[bool]]) -> Result:
     """Rows of a grid: ``shown`` holds what each cell shows of all asks, and the best one counts."""
-    by_ask = [[bool(each) for each in cells] for cells in zip(*shown)]
+    by_ask = [list(cells) for cells in zip(*shown)]
     rows = trial.judged_rows(asks, [any(cells) for cells in by_ask])
     return {"rows": [row | {"cells": cells} for row, cells in zip(rows, by_ask)]}

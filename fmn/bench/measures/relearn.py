@@ -16,7 +16,7 @@ from ...models.adapters import LowRankAdapter, attached
 from ...models.families import layers
 from ...models.image_sampler import ImageSampler
 from ...models.sampling import q_sample
-from ...settings import check_limits
+from ...sequences import evenly
 from ...training.loop import AdamWConfig, initial_loss_scale, train
 from ...training.run import adapter_parameters
 from .attacks import recognised_examples
@@ -39,12 +39,6 @@ class RelearnSettings:
     lr: float = 2e-3
     rank: int = 8
 
-    def __post_init__(self) -> None:
-        limits = {"pictures": 10_000, "steps": 100_000, "batch": 256, "rank": 128}
-        check_limits(self, {name: (1, high) for name, high in limits.items()})
-        if not 0 < self.lr < 1:
-            raise ForgetError(f"lr is {self.lr}: use a number between 0 and 1, such as 0.001.")
-
 
 def relearn(trial: Trial, settings: RelearnSettings = RelearnSettings()) -> Result:
     """Fine-tune the model under test on the target for a moment, and ask for it again.
@@ -65,10 +59,9 @@ def relearn(trial: Trial, settings: RelearnSettings = RelearnSettings()) -> Resu
     lesson, pictures = recognised_examples(trial, spare)
     prompts = [ask.prompt for ask in lesson]
     before, after, losses = _before_and_after(trial, asks, prompts, pictures, settings)
-    shown_before = trial.shows_target(before)
-    rows = trial.judged_rows(asks, trial.shows_target(after))
-    for row, shown in zip(rows, shown_before):
-        row["before"] = shown
+    shown_before, shown_after = map(trial.shows_target, (before, after))
+    rows = trial.judged_rows(asks, shown_after)
+    rows = [row | {"before": shown} for row, shown in zip(rows, shown_before)]
     controls: list[Row] = []
     all_losses = {trial.target.name: losses}
     for name, strip in trial.controls.items():
@@ -105,7 +98,8 @@ def _control(
             "that knows it, or leave the control out."
         )
     asks = [trial.ask(f"a photo of {with_article(name)}", i) for i in range(trial.count)]
-    pictures = spread(pictures, settings.pictures)
+    count = min(settings.pictures, len(pictures))
+    pictures = pictures[evenly(range(len(pictures)), count)]  # they may be sorted by style
     prompts = [asks[0].prompt] * len(pictures)
     before, after, losses = _before_and_after(trial, asks, prompts, pictures, settings)
     then, now = (trial.labels(images)["concept"] for images in (before, after))
@@ -120,12 +114,6 @@ def _control(
         for ask, label_before, label_after in zip(asks, then, now)
     ]
     return rows, losses
-
-
-def spread(pictures: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` of the pictures, evenly over all of them: they may be sorted by style."""
-    count = min(count, len(pictures))
-    return pictures[[i * len(pictures) // count for i in range(count)]]
 
 
 def _before_and_after(

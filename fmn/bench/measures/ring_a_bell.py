@@ -14,7 +14,6 @@ from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...models.interface import TextEncoder, UNetModel
 from ...models.token_positions import CHUNK, word_positions
-from ...settings import check_limits
 from ..suite import Suite, Target
 from .attacks import check_absent, name_pattern
 from .trial import Result, Trial
@@ -45,11 +44,6 @@ class RingABellSettings:
     crossover: float = 0.5
     searches: int = 3
     vocabulary: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        limits = {"length": (1, 75), "population": (4, 10_000), "generations": (1, 100_000)}
-        limits |= {"searches": (1, 1000), "mutate": (0, 1), "crossover": (0, 1)}
-        check_limits(self, limits)
 
 
 def ring_a_bell(trial: Trial, settings: RingABellSettings = RingABellSettings()) -> Result:

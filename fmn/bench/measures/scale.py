@@ -5,7 +5,9 @@ concept alone.
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 
+from ...sequences import evenly
 from .trial import Result, Row, Trial
 
 MOST = 40
@@ -39,9 +41,8 @@ def sequence(trial: Trial) -> Result:
 
 def _rows(trial: Trial, names: Sequence[str]) -> list[Row]:
     styles = list(trial.suite.styles)
-    count = min(MOST, 2 * len(names))
     # Evenly from a long list: those forgotten first and last alike.
-    shown = [(names[i * len(names) // count], styles[i % len(styles)]) for i in range(count)]
+    shown = zip(evenly(names, min(MOST, 2 * len(names))), cycle(styles))
     asks = [
         trial.ask(trial.suite.prompt(name, style), i, name, style)
         for i, (name, style) in enumerate(shown)

@@ -4,13 +4,20 @@ The levels name, prefix, variant, short and long are EMMA's (arXiv 2512.17320); 
 templates are asked as in HUB (Moon et al. 2025). docs/robustness.md describes every probe.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from ...errors import ForgetError
 from ..suite import PROBES
 from .trial import Result, Row, Trial
+
+# Functions of a word and the index of a letter.
+MISSPELLINGS: tuple[Callable[[str, int], str], ...] = (
+    lambda word, i: word[:i] + word[i : i + 2][::-1] + word[i + 2 :],  # swapped with the next
+    lambda word, i: word[: i + 1] + word[i:],  # doubled
+    lambda word, i: word[:i] + word[i + 1 :],  # dropped
+)
 
 
 def prompt_levels(trial: Trial) -> Result:
@@ -52,9 +59,11 @@ def misspellings(name: str, known: Iterable[str] = ()) -> tuple[str, ...]:
     longest = max(range(len(words)), key=lambda i: len(words[i]))
     taken = {_normalised(name), *map(_normalised, known)}
     misspelled = []
-    for change in (_swap, _double, _drop):
-        for place in _from_middle(len(words[longest])):
-            changed = change(words[longest], place)
+    length = len(words[longest])
+    from_middle = sorted(range(length), key=lambda i: (abs(2 * i + 1 - length), i))
+    for misspell in MISSPELLINGS:
+        for place in from_middle:
+            changed = misspell(words[longest], place)
             text = " ".join([*words[:longest], changed, *words[longest + 1 :]])
             if text.strip() and _normalised(text) not in taken:
                 taken.add(_normalised(text))
@@ -65,22 +74,6 @@ def misspellings(name: str, known: Iterable[str] = ()) -> tuple[str, ...]:
 
 def _normalised(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _from_middle(length: int) -> list[int]:
-    return sorted(range(length), key=lambda i: (abs(2 * i + 1 - length), i))
-
-
-def _swap(word: str, i: int) -> str:
-    return word[:i] + word[i : i + 2][::-1] + word[i + 2 :]
-
-
-def _double(word: str, i: int) -> str:
-    return word[: i + 1] + word[i:]
-
-
-def _drop(word: str, i: int) -> str:
-    return word[:i] + word[i + 1 :]
 
 
 def together(trial: Trial) -> Result:

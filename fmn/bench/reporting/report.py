@@ -66,12 +66,8 @@ def write_report(summary: Summary, folder: str | Path) -> dict[str, Path]:
     }
     files |= {plot.name: (f"{plot.name}.png", png) for plot, png in figures}
     for name, data in files.values():
-        write_whole(folder / name, partial(_write, data=data))
+        write_whole(folder / name, partial(Path.write_bytes, data=data))
     return {key: folder / name for key, (name, _) in files.items()}
-
-
-def _write(file: Path, data: bytes) -> None:
-    file.write_bytes(data)
 
 
 def missing_plots() -> str:
@@ -79,29 +75,28 @@ def missing_plots() -> str:
     return "" if find_spec("matplotlib") else NO_PLOTS
 
 
-def markdown_table(summary: Summary, columns: Sequence[str] | None = None) -> str:
+def markdown_table(summary: Summary, columns: Sequence[Column] = ()) -> str:
     """Means over targets as a Markdown table: a row a method and kind, intervals in brackets.
 
     Args:
-        columns: keys; by default UA, IRA, CRA and their harmonic mean, or without those all main
-            columns, or without any all columns.
+        columns: those of ``compact_columns`` unless given.
     """
-    chosen = _chosen(summary, columns)
-    bodies = bodies_of_means(summary, chosen)
+    columns = columns or compact_columns(summary)
+    bodies = bodies_of_means(summary, columns)
     if len(bodies) < 2:
         bodies = [Body((), body.rows) for body in bodies]
-    return _table(["targets"] if len(bodies) > 1 else [], bodies, chosen)
+    return _table(["targets"] if len(bodies) > 1 else [], bodies, columns)
 
 
 def target_table(summary: Summary) -> str:
     """A Markdown table with a row a target and method."""
-    columns = _chosen(summary, None)
+    columns = compact_columns(summary)
     return _table(["target", "kind"], bodies_of_targets(summary, columns), columns)
 
 
 def in_short(summary: Summary) -> str:
     """A line a method with the compact table's columns, means over all targets, no intervals."""
-    columns = _chosen(summary, None)
+    columns = compact_columns(summary)
     return "\n".join(
         printable(f"{mean['method']}: {', '.join(_short(mean['values'], c) for c in columns)}")
         for mean in overall_means(summary)
@@ -114,8 +109,8 @@ def markdown(summary: Summary) -> str:
     parts.append(_list(f"{name}: {_escaped(text)}" for name, text in facts(summary)))
     for group, (heading, _) in GROUPS.items():
         if columns := columns_of(summary, group):
-            keys = None if group == "main" else [column["key"] for column in columns]
-            parts += [f"## {heading}", markdown_table(summary, keys)]
+            shown = () if group == "main" else columns
+            parts += [f"## {heading}", markdown_table(summary, shown)]
     parts += ["## Each target", target_table(summary), "## Columns"]
     parts.append(
         _list(f"**{_escaped(c['title'])}**: {_escaped(c['what'])}" for c in summary["columns"])
@@ -125,17 +120,11 @@ def markdown(summary: Summary) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _chosen(summary: Summary, keys: Sequence[str] | None) -> list[Column]:
-    by_key = {column["key"]: column for column in summary["columns"]}
-    if keys is None:
-        main = [column["key"] for column in columns_of(summary, "main")]
-        keys = [key for key in COMPACT if key in main] or main or list(by_key)
-    unknown = [key for key in keys if key not in by_key]
-    if unknown:
-        raise ForgetError(
-            f"The summary has no columns {', '.join(unknown)}: choose from {', '.join(by_key)}."
-        )
-    return [by_key[key] for key in keys]
+def compact_columns(summary: Summary) -> list[Column]:
+    """UA, IRA, CRA and their harmonic mean, or without those all main columns, or without any all
+    columns."""
+    main = columns_of(summary, "main")
+    return [column for column in main if column["key"] in COMPACT] or main or summary["columns"]
 
 
 def _table(names: Sequence[str], bodies: Sequence[Body], columns: Sequence[Column]) -> str:

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 from ... import __version__
 from ..names import SCALE, UNTOUCHED
-from ..running.cells import Cell, Setup
+from ..running.cells import Cell, CellProgress, Setup
 from ..running.store import Store
-from ..suite import Suite, Target
+from ..suite import KINDS, Suite, Target
 from .columns import COLUMNS, Column, Result, Results
 from .statistics import TARGET, Row, Value, bootstrap, is_right
 
-KINDS = ("identity", "object", "style", "unsafe")
 RARE = 0.9  # an untouched model that shows a target less often is reported
 
 Values = dict[str, Value]
@@ -79,13 +78,6 @@ class Summary(TypedDict):
     grids: list[Grid]
 
 
-class FailedCell(Protocol):
-    @property
-    def cell(self) -> Cell: ...
-    @property
-    def error(self) -> str: ...
-
-
 Measures = dict[str, Result]  # by measure
 ByMethod = dict[tuple[str, str], tuple[Target, Measures]]  # by method and name of the target
 
@@ -96,7 +88,7 @@ def summarise(
     cells: Sequence[Cell],
     store: Store,
     command: str = "",
-    failed: Sequence[FailedCell] = (),
+    failed: Sequence[CellProgress] = (),
 ) -> Summary:
     """The summary of a bench; only cells in the store count.
 
@@ -109,19 +101,15 @@ def summarise(
     for method in dict.fromkeys(method for method, _ in finished):
         results = [result for (name, _), result in finished.items() if name == method]
         for target, measures in results:
-            values = _values([(target, measures)])
-            rows.append(
-                {"target": target.name, "kind": target.kind, "method": method, "values": values}
-            )
+            values, kind = _values([(target, measures)]), target.kind
+            rows.append({"target": target.name, "kind": kind, "method": method, "values": values})
         groups = {kind: [r for r in results if r[0].kind == kind] for kind in KINDS}
         groups = {kind: group for kind, group in groups.items() if group}
         if len(groups) > 1:
             groups["all"] = results
         for kind, group in groups.items():
-            names = [target.name for target, _ in group]
-            means.append(
-                {"kind": kind, "method": method, "targets": names, "values": _values(group)}
-            )
+            names, values = [target.name for target, _ in group], _values(group)
+            means.append({"kind": kind, "method": method, "targets": names, "values": values})
     measured = {key for row in rows for key in row["values"]}
     return {
         "suite": suite.title,
@@ -178,7 +166,7 @@ def _notes(setup: Setup, finished: ByMethod) -> list[str]:
     return notes
 
 
-def _failure(failed: FailedCell) -> str:
+def _failure(failed: CellProgress) -> str:
     cell, reason = failed.cell, failed.error.splitlines()[-1]
     return f"Not measured: {cell.work} of {cell.method} on {', '.join(cell.targets[:3])}: {reason}"
 

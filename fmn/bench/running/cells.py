@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -49,7 +50,10 @@ class Setup:
 
     def identity(self) -> dict:
         """All of it that decides results, as plain data; where files lie does not."""
-        judges = {name: _without_folder(getattr(self, name)) for name in ("judge", "check", "clip")}
+        judges = {
+            name: re.sub(r"^clip:.*?(\+nudenet)?$", r"clip:\1", getattr(self, name))
+            for name in ("judge", "check", "clip")
+        }
         return asdict(self) | {"model": "", "controls": ""} | judges
 
     def key(self) -> str:
@@ -83,11 +87,15 @@ class Cell:
         return _hash(identity | {"cell": asdict(self)})[:32]
 
 
-def _without_folder(judge: str) -> str:
-    """``clip:FOLDER+nudenet`` as ``clip:+nudenet``; other specs as they are."""
-    if not judge.startswith("clip:"):
-        return judge
-    return "clip:" + ("+nudenet" if judge.endswith("+nudenet") else "")
+@dataclass(frozen=True)
+class CellProgress:
+    """What the callback gets after each cell."""
+
+    done: int  # cells of this run and earlier ones
+    total: int
+    cell: Cell
+    seconds: float | None  # None: it failed
+    error: str = ""
 
 
 def _hash(data: dict) -> str:
@@ -167,7 +175,7 @@ def _file_method(text: str) -> Method:
     file, strength = file_and_strength(text)
     path = Path(file)
     if not path.is_file():
-        if path.suffix != ".safetensors" and len(path.parts) < 2:
+        if path.suffix.lower() != ".safetensors" and len(path.parts) < 2:
             check_preset(text.partition(":")[0])
         raise ForgetError(f"There is no patch file '{file}': check the name and its folder.")
     source = load_patch(path).source  # refused now rather than in the middle of the run

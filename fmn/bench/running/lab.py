@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import cast
 import torch
 
 from ...errors import ForgetError
-from ...files import DEMO_FOLDER
+from ...files import DEMO_FOLDER, PICTURES
+from ...images import picture_files, read_picture
 from ...methods import forget, settings_of
 from ...metrics.clip_judge import ClipJudge
 from ...metrics.judge import Judge
@@ -27,6 +29,8 @@ from .cells import Cell, Setup
 
 Outcome = tuple[Result, bytes | None, float]  # the result, the patch file that was made, seconds
 OnWork = Callable[[int], object]  # gets the number of pictures or steps done since; may raise
+
+BATCH = 16  # pictures drawn at once
 
 # measure -> (module in measures, function)
 MEASURES = {
@@ -46,43 +50,37 @@ MEASURES = {
 }
 
 
+@dataclass
 class Lab:
     """Runs one cell after another on one model.
 
-    Args:
+    Attributes:
         controls: name -> pictures [N, H, H, 3] of things the model never knew, for relearning.
         on_work: called often; may raise to cancel.
-        batch: pictures drawn at once.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        model: UNetModel,
-        judge: Judge,
-        check: Judge | None = None,
-        clip: ClipJudge | None = None,
-        controls: dict[str, torch.Tensor] | None = None,
-        on_work: OnWork = lambda count: None,
-        batch: int = 16,
-    ):
-        self.setup, self.model = setup, model
-        self.suite = parse_suite(setup.suite, "suite")
-        self.judge, self.check, self.clip = judge, check, clip
-        self.controls, self.on_work, self.batch = controls or {}, on_work, batch
+    setup: Setup
+    model: UNetModel
+    judge: Judge
+    check: Judge | None = None
+    clip: ClipJudge | None = None
+    controls: dict[str, torch.Tensor] = field(default_factory=dict)
+    on_work: OnWork = lambda count: None
+
+    def __post_init__(self) -> None:
+        self.suite = parse_suite(self.setup.suite, "suite")
         self.cache: dict = {}  # of ``Trial``
 
     def run(self, cell: Cell, patches: Sequence[bytes]) -> Outcome:
         """Run a cell on the model with these patch files applied."""
         start = time.monotonic()
-        result: Result
-        if cell.work == "train":
-            with peak_memory() as peak:
-                patch = self.train([cell.targets[0]], cell.settings)
-            seconds, made = time.monotonic() - start, to_bytes(patch)
-            result = {"bytes": len(made), "seconds": seconds, "peak_bytes": peak()}
-            return result, made, time.monotonic() - start
-        return self._measure(cell, patches), None, time.monotonic() - start
+        if cell.work != "train":
+            return self._measure(cell, patches), None, time.monotonic() - start
+        with peak_memory() as peak:
+            patch = self.train([cell.targets[0]], cell.settings)
+        seconds, made = time.monotonic() - start, to_bytes(patch)
+        result = {"bytes": len(made), "seconds": seconds, "peak_bytes": peak()}
+        return result, made, time.monotonic() - start
 
     def train(self, names: Sequence[str], settings: dict) -> ForgetPatch:
         """A patch that forgets these concepts, on the model as it is now."""
@@ -92,9 +90,8 @@ class Lab:
 
     def target(self, name: str) -> Target:
         """A target of the suite, or any of its concepts as one."""
-        for target in self.suite.targets:
-            if target.name == name:
-                return target
+        if target := next((each for each in self.suite.targets if each.name == name), None):
+            return target
         if name not in self.suite.kinds:
             raise ForgetError(f"Suite '{self.suite.name}' knows no '{name}': choose another.")
         return Target(name, self.suite.kinds[name])
@@ -102,7 +99,7 @@ class Lab:
     def _measure(self, cell: Cell, patches: Sequence[bytes]) -> Result:
         module, function = MEASURES[cell.work]
         measure: Measure = getattr(import_module(f"..measures.{module}", __package__), function)
-        with open_sampler(self.model, self.suite.sampling, self.batch, self.on_work) as sampler:
+        with open_sampler(self.model, self.suite.sampling, BATCH, self.on_work) as sampler:
             trial = Trial(
                 suite=self.suite,
                 target=self.target(cell.targets[0]),
@@ -184,13 +181,9 @@ def judge_for(spec: str, suite: Suite) -> Judge:
     """A judge of a suite's concepts and styles; of unsafe content if that is all it can judge."""
     if spec == "nudenet":
         return load_judge(spec)
-    labels = {
-        "concept": dict(suite.concepts),
-        "style": {name: suite.in_style("something", name) for name in suite.styles},
-    }
-    if not spec.startswith("clip:"):
-        return load_judge(spec, labels)
-    return load_judge(spec, labels, {"concept": "a picture of {}", "style": "{}"})
+    styles = {name: suite.in_style("something", name) for name in suite.styles}
+    templates = {"concept": "a picture of {}", "style": "{}"} if spec.startswith("clip:") else None
+    return load_judge(spec, {"concept": dict(suite.concepts), "style": styles}, templates)
 
 
 def check_domains(judge: Judge, targets: Iterable[Target]) -> None:
@@ -204,7 +197,7 @@ def check_domains(judge: Judge, targets: Iterable[Target]) -> None:
 
 
 SAMPLED = 1 << 20  # bytes of each end of a large file that are hashed, with its size
-WEIGHTS = (".safetensors", ".bin", ".onnx", ".json", ".png")
+HASHED = (".safetensors", ".bin", ".onnx", ".json", *PICTURES)
 
 
 def hash_of(paths: Iterable[Path]) -> str:
@@ -213,7 +206,7 @@ def hash_of(paths: Iterable[Path]) -> str:
     for path in paths:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
-            if file.is_file() and file.suffix in WEIGHTS:
+            if file.is_file() and file.suffix.lower() in HASHED:
                 size = file.stat().st_size
                 digest.update(f"{file.name}|{size}|".encode())
                 with open(file, "rb") as opened:
@@ -233,22 +226,16 @@ def read_controls(folder: str) -> dict[str, torch.Tensor]:
     """Pictures of things the model never knew: name -> [N, H, H, 3] in 0..1.
 
     Args:
-        folder: of PNG strips, square pictures side by side, named after what they show; or "".
+        folder: of strips, square pictures side by side, named after what they show; or "".
 
     Raises:
         ForgetError: a file is not such a strip.
     """
     import numpy as np
-    from PIL import Image
 
     controls = {}
-    for file in sorted(Path(folder).glob("*.png")) if folder else ():
-        try:
-            strip = np.array(Image.open(file).convert("RGB"))
-        except OSError as error:
-            raise ForgetError(
-                f"'{file}' is not a picture ({error}): remove or replace it."
-            ) from error
+    for file in picture_files(folder) if folder else ():
+        strip = np.array(read_picture(file))
         height, width, _ = strip.shape
         if width % height:
             raise ForgetError(

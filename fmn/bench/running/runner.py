@@ -2,10 +2,10 @@
 
 import os
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
@@ -13,22 +13,10 @@ from typing import Protocol
 from ...errors import ForgetError, memory_ran_out
 from ..reporting.summary import Summary, summarise
 from ..suite import Suite
-from .cells import Cell, Method, Setup
+from .cells import Cell, CellProgress, Method, Setup
 from .lab import Lab, Outcome
 from .store import Store
 from .worker import start_process, work
-
-
-@dataclass(frozen=True)
-class CellProgress:
-    """What the callback gets after each cell."""
-
-    done: int  # cells of this run and earlier ones
-    total: int
-    cell: Cell
-    seconds: float | None  # None: it failed
-    error: str = ""
-
 
 OnCell = Callable[[CellProgress], object]
 
@@ -38,14 +26,8 @@ class Executor(Protocol):
 
     slots: int  # cells that run at the same time
 
-    def submit(self, key: str, setup: Setup, cell: Cell, patches: list[bytes]) -> None:
-        """Queue a cell with the patch files it needs."""
-
-    def finished(self) -> Iterable[tuple[str, Outcome | Exception]]:
-        """Wait for at least one cell; its key, and its outcome or why it failed.
-
-        What this raises ends the run.
-        """
+    def submit(self, setup: Setup, cell: Cell, patches: list[bytes]) -> Future[Outcome]:
+        """Queue a cell with the patch files it needs. What this raises ends the run."""
 
     def close(self) -> None:
         """End at once whatever still runs."""
@@ -63,63 +45,40 @@ class Here:
 
     def __init__(self, lab: Lab, cancels: tuple[type[BaseException], ...] = ()):
         self.lab, self.cancels = lab, cancels
-        self.waiting: list[tuple[str, Cell, list[bytes]]] = []
 
-    def submit(self, key: str, setup: Setup, cell: Cell, patches: list[bytes]) -> None:
-        self.waiting.append((key, cell, patches))
-
-    def finished(self) -> Iterable[tuple[str, Outcome | Exception]]:
-        key, cell, patches = self.waiting.pop(0)
-        outcome: Outcome | Exception
+    def submit(self, setup: Setup, cell: Cell, patches: list[bytes]) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
         try:
-            outcome = self.lab.run(cell, patches)
+            future.set_result(self.lab.run(cell, patches))
         except self.cancels:
             raise
         except Exception as error:  # a fault in one measure must not cost the others' results
             if memory_ran_out(error):
                 raise
-            outcome = error
-        yield key, outcome
+            future.set_exception(error)
+        return future
 
     def close(self) -> None:
-        self.waiting.clear()
+        pass
 
 
 class Processes:
-    """Runs cells in processes of this machine, each with a copy of the model.
+    """Runs cells in ``slots`` processes of this machine, each with a copy of the model."""
 
-    Args:
-        workers: processes. threads: of each.
-    """
-
-    def __init__(self, workers: int, threads: int):
-        self.slots = workers
+    def __init__(self, slots: int, threads: int):
+        self.slots = slots
         self.pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=start_process, initargs=(threads,)
+            slots, get_context("spawn"), initializer=start_process, initargs=(threads,)
         )
-        self.keys: dict[Future[Outcome], str] = {}
 
-    def submit(self, key: str, setup: Setup, cell: Cell, patches: list[bytes]) -> None:
-        self.keys[self.pool.submit(work, setup, cell, patches)] = key
-
-    def finished(self) -> Iterable[tuple[str, Outcome | Exception]]:
-        done, _ = wait(self.keys, return_when=FIRST_COMPLETED)
-        errors = {future: future.exception() for future in done}
-        # Those that were finished before a process died come first, and are kept.
-        for future in sorted(done, key=lambda each: isinstance(errors[each], BrokenProcessPool)):
-            error = errors[future]
-            if isinstance(error, BrokenProcessPool):
-                raise ForgetError(
-                    "A worker process died, most likely for lack of memory: run the same command "
-                    "with fewer --workers. Finished cells are kept."
-                ) from error
-            key = self.keys.pop(future)
-            yield key, error if isinstance(error, Exception) else future.result()
+    def submit(self, setup: Setup, cell: Cell, patches: list[bytes]) -> Future[Outcome]:
+        return self.pool.submit(work, setup, cell, patches)
 
     def close(self) -> None:
+        is_cancelled = bool(self.pool._pending_work_items)  # nobody needs what still runs
         processes = list((self.pool._processes or {}).values())
         self.pool.shutdown(wait=False, cancel_futures=True)
-        if self.keys:  # cancelled: nobody needs what still runs
+        if is_cancelled:
             for process in processes:
                 process.kill()
 
@@ -145,7 +104,7 @@ def run_cells(
     total = len(todo)
     todo = {key: cell for key, cell in todo.items() if key not in store}
     done = total - len(todo)
-    running: dict[str, Cell] = {}
+    running: dict[Future[Outcome], tuple[str, Cell]] = {}
     failed = []
     while todo or running:
         ready = [key for key, cell in todo.items() if all(need in store for need in cell.needs)]
@@ -153,17 +112,26 @@ def run_cells(
             # Two more than there are slots, so that no process waits for its next cell.
             if len(running) >= executor.slots + 2 * (executor.slots > 1):
                 break
-            running[key] = cell = todo.pop(key)
-            executor.submit(key, setup, cell, [store.patch(need) for need in cell.needs])
+            cell = todo.pop(key)
+            patches = [store.patch(need) for need in cell.needs]
+            running[executor.submit(setup, cell, patches)] = key, cell
         if not running:  # the rest needs patches of cells that failed
             break
-        for key, outcome in executor.finished():
-            cell = running.pop(key)
-            if isinstance(outcome, Exception):
-                progress = CellProgress(done, total, cell, None, _message(outcome))
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        # Those that were finished before a process died come first, and are kept.
+        for future in sorted(finished, key=lambda f: isinstance(f.exception(), BrokenProcessPool)):
+            key, cell = running.pop(future)
+            try:
+                result, patch, seconds = future.result()
+            except BrokenProcessPool as error:
+                raise ForgetError(
+                    "A worker process died, most likely for lack of memory: run the same command "
+                    "with fewer --workers. Finished cells are kept."
+                ) from error
+            except Exception as error:
+                progress = CellProgress(done, total, cell, None, _message(error))
                 failed.append(progress)
             else:
-                result, patch, seconds = outcome
                 store.add(key, asdict(cell), result, patch, seconds)
                 done += 1
                 progress = CellProgress(done, total, cell, seconds)
@@ -172,8 +140,9 @@ def run_cells(
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, ForgetError):
-        return str(error)
+    cause = getattr(error, "cause", error)  # Ray wraps our own errors in one of its own
+    if isinstance(cause, ForgetError):
+        return str(cause)
     return memory_ran_out(error) or "".join(traceback.format_exception(error)).strip()
 
 

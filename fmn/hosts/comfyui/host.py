@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ...concepts.concept import Prompt
+from ...concepts.prompt_syntax import prompt_text
 from ...errors import ForgetError
 from ...models.adapters import LayerModule
 from ...models.families import Family, Layer, layers, layers_by_name
-from ...models.interface import fingerprint
-from ...patches.foreign_file import ForeignFile
+from ...models.interface import Fingerprint, fingerprint
+from ...patches.foreign_file import ForeignFile, Tensors
 from ...patches.patch import ForgetPatch
 from .denoiser import ALL_MEMORY
 from .text_encoder import FLOATS, load_whole, trainable, unpaged
@@ -56,7 +57,7 @@ class ComfyHost:
         """ComfyUI's key of a layer's weight."""
         return f"{PREFIX}{layers_by_name(self.family)[name].compvis}.weight"
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         def weight_of(layer: Layer) -> Tensor:
             key = self.key(layer.name)
             # While a patched model is loaded, the unpatched weights are in its backup.
@@ -69,9 +70,9 @@ class ComfyHost:
         return comfy.utils.get_attr(self.patcher.model, self.key(layer.name))
 
     def _tokens(self, prompt: Prompt) -> dict[str, list]:
-        # The words of a plain prompt carry no weights.
-        options = {"disable_weights": True} if prompt.plain else {}
-        return self._need_clip().tokenize(prompt.text, **options)
+        if prompt.plain:  # its words carry no weights
+            return self._need_clip().tokenize(prompt.text, disable_weights=True)
+        return self._need_clip().tokenize(prompt_text(prompt.text))
 
     def _need_clip(self) -> CLIP:
         if self.clip is None:
@@ -143,7 +144,7 @@ def base_weights(model: ModelPatcher | None, clip: CLIP | None) -> ForeignFile:
             # While a patched model is loaded, the unpatched weights are in its backup.
             first = {key: backup.weight for key, backup in patcher.backup.items()}
             tensors |= patcher.model.state_dict() | first
-    return ForeignFile("the connected model", tensors, {})
+    return ForeignFile("the connected model", Tensors(tensors), {})
 
 
 def _add_patch(

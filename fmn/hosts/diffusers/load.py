@@ -6,143 +6,287 @@ Nothing is fetched: the configurations and the tokenizer's merges of the familie
 
 import inspect
 import json
-import re
-import tempfile
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
-    AutoencoderTiny,
     DiffusionPipeline,
-    EulerDiscreteScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.loaders.single_file_utils import (
-    SingleFileComponentError,
-    convert_ldm_unet_checkpoint,
 )
 from diffusers.utils import logging as diffusers_logging
-from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ...downloads import first_bytes
 from ...errors import ForgetError, memory_ran_out
-from ...files import DEMO_FOLDER, open_safetensors
-from ...models.families import DEMO, Family, UNetFamily
-from ...patches.checkpoint import UNET_PREFIX, checkpoint_family
+from ...files import DEMO_FOLDER
+from ...models.families import Family, UNetFamily, identify_unet
+from ...patches.checkpoint import checkpoint_family
+from ...patches.file_kind import kind_of
+from ...patches.foreign_file import (
+    ForeignFile,
+    read_folder,
+    read_foreign,
+    read_parts,
+)
+from ...patches.weight_names import find, unet_places
+from .parts import VAES, Config, Source, make_text_encoder, make_unet, make_vae
 
+# Class of pipeline, its parts, and configuration by file
+Model = tuple[type[DiffusionPipeline], dict[str, Any], dict[str, Config]]
 ASSETS = Path(__file__).parents[2] / "assets"
 DEMO_FILE = DEMO_FOLDER / "fmn-demo.safetensors"
-# TAESD works on latents of unit variance times 0.18215; the demo's own factor replaces it.
-SD_SCALE = 0.18215
-UNET_FILE = re.compile(
-    r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
-)
-Weights = dict[str, torch.Tensor]
-
-# Text encoders of a family -> beginning of a checkpoint's keys -> what has them
-PARTS = {
-    1: {"cond_stage_model.": "text encoder", "first_stage_model.": "VAE"},
-    2: {
-        "conditioner.embedders.0.": "first text encoder",
-        "conditioner.embedders.1.": "second text encoder",
-        "first_stage_model.": "VAE",
-    },
-}
+PARTS = "unet", "text_encoder", "text_encoder_2", "vae"
+UNETS = ("UNet2DConditionModel",)
+TEXTS = "text_encoder", "text_encoder_2"
 EDM = {"edm_mean", "edm_vpred.sigma_max"}
-V_MARK = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+PREDICTIONS = "epsilon", "v_prediction"
+# What metadata call them: modelspec's key and ComfyUI's.
+TOLD = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+TOLD_BY = "modelspec.prediction_type", "modelspec.predict_key"
+ZEROS = "force_zeros_for_empty_prompt"  # of XL's pipelines
+WORDS = 49408  # of CLIP's tokenizer
+# Pipelines of models that read a picture, and so are saved as what they are.
+KEPT = {
+    f"StableDiffusion{xl}{kind}Pipeline"
+    for xl in ("", "XL")
+    for kind in ("Inpaint", "InstructPix2Pix")
+}
+UNSUPPORTED = (
+    " is an unsupported model: Stable Diffusion 1.x, 2.x and XL are supported, and other models "
+    "inside ComfyUI, by the method ESD."
+)
 
 
-def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """A pipeline for ``demo``, a .safetensors checkpoint of a known family, or a folder.
+def load_pipeline(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    vae: str | Path | None = None,
+    prediction: str | None = None,
+) -> DiffusionPipeline:
+    """A pipeline for ``demo``, a checkpoint of a known family, or a diffusers folder.
+
+    Args:
+        vae: a file or folder whose VAE replaces the model's own, which may be missing.
+        prediction: one of ``PREDICTIONS``; None takes what the model says.
 
     Raises:
-        ForgetError: there is no such model, its family is unknown, or parts of it are missing.
+        ForgetError: there is no such model, its family is unknown, or weights of it are missing.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    if str(path) == "demo":
-        return _demo(dtype)
-    path = Path(path)
-    if path.is_dir():
-        return _folder(path, dtype)
-    if path.suffix != ".safetensors" or not path.is_file():
+    path = DEMO_FILE if str(path) == "demo" else Path(path)
+    if not path.exists():
         raise ForgetError(
-            f"There is no model '{path}': give demo, a .safetensors checkpoint, "
-            "or a diffusers folder."
+            f"There is no model '{path}': give demo, a checkpoint such as a .safetensors file, or "
+            "a diffusers folder."
         )
-    family = checkpoint_family(path)
-    _check_parts(path, family)
     try:
-        return _demo(dtype, path) if family is DEMO else _single_file(path, family, dtype)
-    except (OSError, LookupError, ValueError, RuntimeError, SingleFileComponentError) as error:
+        make, parts, config = (_folder if path.is_dir() else _single_file)(path, dtype)
+    except (OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
         if memory_ran_out(error):
             raise
         reason = str(error).partition("\n")[0]
         raise ForgetError(
-            f"'{path.name}' cannot be loaded ({type(error).__name__}: {reason:.200}): use a whole "
-            "checkpoint, with U-Net, text encoder and VAE."
+            f"'{path.name}' cannot be loaded ({type(error).__name__}: {reason:.120}): its "
+            "configuration or weights are damaged; get it again."
         ) from error
+    if vae is not None:
+        parts["vae"] = _other_vae(Path(vae), config, dtype)
+    if prediction:
+        scheduler = parts["scheduler"]
+        kind = {"prediction_type": prediction}
+        parts["scheduler"] = type(scheduler).from_config(scheduler.config, **kind)
+    return _pipeline(make, parts)
 
 
-def _check_parts(path: Path, family: UNetFamily) -> None:
-    """Refuse a file without text encoder or VAE: ComfyUI's ModelSave writes the U-Net alone."""
-    with open_safetensors(path) as file:
-        keys = list(file.keys())
-    for beginning, part in PARTS[len(family.texts)].items():
-        if not any(key.startswith(beginning) for key in keys):
-            raise ForgetError(
-                f"'{path.name}' lacks the {part}: use a whole checkpoint, with U-Net, text encoder "
-                "and VAE."
-            )
+def _pipeline(make: type[DiffusionPipeline], parts: dict[str, Any]) -> DiffusionPipeline:
+    """A pipeline of those parts that it takes; optional ones that are not given are None."""
+    named = inspect.signature(make.__init__).parameters
+    given: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    given |= {"requires_safety_checker": False} | parts
+    return make(**{name: part for name, part in given.items() if name in named})
 
 
-def _folder(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    try:
-        _refuse_quantised_parts(path)
-        return DiffusionPipeline.from_pretrained(
-            path, torch_dtype=dtype, local_files_only=True, variant=_variant(path)
-        )
-    except (OSError, ValueError) as error:
-        raise ForgetError(f"'{path}' is no complete diffusers folder: {error}") from error
-
-
-def _variant(path: Path) -> str | None:
-    """Which copy of a folder's weights to read: None is the plain one; else ``fp16`` or another."""
-    files = [UNET_FILE.fullmatch(file.name) for file in path.glob("unet/*")]
-    variants = {match[1] for match in files if match}
-    return None if None in variants else min(variants, default=None)
-
-
-def _refuse_quantised_parts(path: Path) -> None:
-    for config in path.glob("*/config.json"):
-        if "quantization_config" in json.loads(config.read_text("utf-8")):
-            raise ForgetError(
-                f"'{config.parent}' holds quantised weights, which cannot be trained on: use the "
-                "same model in float16, bfloat16 or float32."
-            )
+def _plain(xl: bool) -> type[DiffusionPipeline]:
+    return StableDiffusionXLPipeline if xl else StableDiffusionPipeline
 
 
 def text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline, or one of the same parts that draws from text alone: inpainting and editing
-    variants have pipelines that ask for pictures."""
-    kind = type(pipeline).__name__
-    if "Inpaint" not in kind and "InstructPix2Pix" not in kind:
+    """The pipeline, or one of the same parts that draws from text alone."""
+    make = _plain(hasattr(pipeline, "text_encoder_2"))
+    if isinstance(pipeline, make):
         return pipeline
-    xl = hasattr(pipeline, "text_encoder_2")
-    make = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-    names = inspect.signature(make.__init__).parameters
-    parts = {name: part for name, part in pipeline.components.items() if name in names}
-    drawing = make(**parts, **({} if xl else {"requires_safety_checker": False}))
+    drawing = _pipeline(make, pipeline.components | {ZEROS: pipeline.config.get(ZEROS, True)})
     drawing.set_progress_bar_config(disable=True)
     return drawing
 
 
-def _config(family: Family) -> dict[str, dict[str, Any]]:
+def _single_file(path: Path, dtype: torch.dtype) -> Model:
+    file = read_foreign(path)
+    family = checkpoint_family(file)
+    config, source = _config(family), Source(file.name, file.tensors, dtype)
+    first = find(file.tensors, unet_places("conv_in.weight", "input_blocks.0.0.weight"))
+    if first:
+        config["unet/config.json"]["in_channels"] = file.shape(first[0])[1]
+    config["scheduler/scheduler_config.json"] |= _prediction(file, family)
+    parts = {
+        "scheduler": _scheduler(path, config["scheduler/scheduler_config.json"]),
+        "unet": make_unet(source, config["unet/config.json"], family),
+        "vae": make_vae(file, config.get("vae/config.json"), dtype),
+    }
+    for name, title, text in zip(TEXTS, _titles(family), family.texts):
+        encoder = config[f"{name}/config.json"]
+        parts[name] = make_text_encoder(source, encoder, text.comfy, title)
+        parts[name.replace("text_encoder", "tokenizer")] = make_tokenizer(_padding(family, name))
+    source.check_used()
+    return _plain(len(family.texts) > 1), parts, config
+
+
+def _folder(path: Path, dtype: torch.dtype) -> Model:
+    index = _json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+    kind = str(index.get("_class_name", "StableDiffusionPipeline"))
+    if not (path / "unet").is_dir():
+        raise _no_unet(path, kind)
+    there = [name for name in PARTS if (path / name).is_dir()]
+    config = {f"{name}/config.json": _part_config(path / name, name) for name in there}
+    file = read_folder(path, PARTS)
+    source = Source(str(path), file.tensors, dtype)
+    unet = make_unet(source, config["unet/config.json"], None)
+    family = identify_unet(unet)
+    if family is None:
+        raise ForgetError(kind + UNSUPPORTED)
+    parts: dict[str, Any] = {
+        "unet": unet,
+        ZEROS: index.get(ZEROS, True),
+        "scheduler": _folder_scheduler(path, family),
+        "vae": make_vae(file, config.get("vae/config.json"), dtype),
+    }
+    for name, title, text in zip(TEXTS, _titles(family), family.texts):
+        if f"{name}/config.json" not in config:
+            raise ForgetError(f"'{path}' lacks the {title}, a folder {name}: get it again.")
+        parts[name] = make_text_encoder(source, config[f"{name}/config.json"], text.comfy, title)
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        parts[tokenizer] = _folder_tokenizer(path / tokenizer, _padding(family, name))
+    source.check_used()
+    make = getattr(diffusers, kind) if kind in KEPT else _plain(len(family.texts) > 1)
+    return make, parts, _config(family) | config
+
+
+def _titles(family: Family) -> Sequence[str]:
+    pair = "first text encoder", "second text encoder"
+    return pair if len(family.texts) > 1 else ("text encoder",)
+
+
+def _no_unet(path: Path, kind: str) -> ForgetError:
+    if (path / "transformer").is_dir():
+        return ForgetError(kind + UNSUPPORTED)
+    if (path / "config.json").is_file():
+        return ForgetError(
+            f"'{path}' is one part of a diffusers folder: give the folder around it, with unet and "
+            "text_encoder in it."
+        )
+    return ForgetError(
+        f"'{path}' is no diffusers folder, as it has no folder unet: give one, or a checkpoint "
+        "such as a .safetensors file."
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The content of a configuration file.
+
+    Raises:
+        ForgetError: it is missing, or no such file.
+    """
+    try:
+        first_bytes(path)
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ForgetError(f"'{path}' cannot be read ({error.strerror}): get it again.") from error
+    except ValueError as error:
+        raise ForgetError(f"'{path}' is damaged ({error!s:.60}): get it again.") from error
+    if not isinstance(content, dict):
+        raise ForgetError(f"'{path}' holds no settings by name: get it again.")
+    return content
+
+
+def _part_config(folder: Path, part: str) -> Config:
+    config = _json(folder / "config.json")
+    if "quantization_config" in config:
+        raise ForgetError(
+            f"'{folder}' holds quantised weights, which cannot be trained on: use the same model "
+            "in float16, bfloat16 or float32."
+        )
+    known, kind = {"unet": UNETS, "vae": VAES}.get(part), config.get("_class_name")
+    if known and kind not in known:
+        raise ForgetError(
+            f"'{folder}' is a {kind!s:.60}, and only {' and '.join(known)} can be used: use a "
+            "model of Stable Diffusion 1.x, 2.x or XL."
+        )
+    return config
+
+
+def _scheduler(path: Path, config: Config) -> SchedulerMixin:
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ForgetError(
+            f"'{path}' names the scheduler {config.get('_class_name')!s:.60}, which diffusers does "
+            "not have: write EulerDiscreteScheduler into its scheduler_config.json."
+        )
+    return kind.from_config(config)
+
+
+def _folder_scheduler(path: Path, family: Family) -> SchedulerMixin:
+    own = path / "scheduler" / "scheduler_config.json"
+    if own.exists():
+        return _scheduler(path, _json(own))
+    return _scheduler(path, _config(family)["scheduler/scheduler_config.json"])
+
+
+def _folder_tokenizer(folder: Path, padding: str) -> CLIPTokenizer:
+    """A folder's tokenizer, or CLIP's where it is missing or lacks files."""
+    if (folder / "tokenizer.json").is_file():
+        _json(folder / "tokenizer.json")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        _json(folder / "vocab.json")
+    else:
+        return make_tokenizer(padding)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) >= WORDS:
+        return tokenizer
+    logging.getLogger(__name__).warning(
+        "'%s' knows %d words of %d: CLIP's own tokenizer is used.", folder, len(tokenizer), WORDS
+    )
+    return make_tokenizer(padding)
+
+
+def _other_vae(path: Path, config: dict[str, Config], dtype: torch.dtype) -> torch.nn.Module:
+    """The VAE of a file, a diffusers folder, or the folder ``vae`` of one."""
+    given: Config | None
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        file, given = read_parts(str(path), {"": folder}), _part_config(folder, "vae")
+    else:
+        file, given = read_foreign(path), config.get("vae/config.json")
+    vae = make_vae(file, given, dtype)
+    if vae is None:
+        kind = kind_of(file.tensors) or "no known file"
+        raise ForgetError(f"'{path}' is {kind}, not a VAE: give --vae a VAE's file or folder.")
+    return vae
+
+
+def _config(family: Family) -> dict[str, Config]:
     return json.loads((ASSETS / "pipelines.json").read_text("utf-8"))[family.key]
+
+
+def _padding(family: Family, encoder: str) -> str:
+    return "!" if family.key == "sd2" or encoder == "text_encoder_2" else "<|endoftext|>"
 
 
 def make_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -162,94 +306,33 @@ def make_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     )
 
 
-def _single_file(path: Path, family: UNetFamily, dtype: torch.dtype) -> DiffusionPipeline:
-    pair = len(family.texts) > 1
-    make = StableDiffusionXLPipeline if pair else StableDiffusionPipeline
-    tokenizers = {"tokenizer": make_tokenizer("<|endoftext|>" if family.key != "sd2" else "!")}
-    if pair:
-        tokenizers["tokenizer_2"] = make_tokenizer("!")
-    channels, prediction = _input_channels(path), _prediction(path, family)
-    with tempfile.TemporaryDirectory() as folder:
-        contents = _config(family)
-        contents["unet/config.json"]["in_channels"] = channels
-        contents["scheduler/scheduler_config.json"] |= prediction
-        for name, content in contents.items():
-            target = Path(folder) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(content), "utf-8")
-        return make.from_single_file(
-            str(path), config=folder, torch_dtype=dtype, local_files_only=True, **tokenizers
-        )
-
-
-def _input_channels(path: Path) -> int:
-    """Channels that a checkpoint's U-Net reads."""
-    with open_safetensors(path) as file:
-        return file.get_slice(f"{UNET_PREFIX}input_blocks.0.0.weight").get_shape()[1]
-
-
-def _prediction(path: Path, family: UNetFamily) -> dict[str, Any]:
-    """The scheduler's settings for a checkpoint, recognised as ComfyUI does.
+def _prediction(file: ForeignFile, family: UNetFamily) -> Config:
+    """The scheduler's settings for a checkpoint: by keys, as ComfyUI knows them, or by metadata.
 
     XL checkpoints carry keys for it. In Stable Diffusion 2.x the last block's norm tells: its bias
     spreads wider in the 768 px model, which has no variants with more inputs.
     """
-    with open_safetensors(path) as file:
-        keys = set(file.keys())
-        if len(family.texts) > 1:
-            if keys & EDM:
-                raise ForgetError(
-                    f"'{path.name}' was trained on EDM's noise levels, as CosXL and Playground 2.5 "
-                    "are, which only ComfyUI supports: train on it inside ComfyUI."
-                )
-            v, zero_snr = "v_pred" in keys, {"v_pred", "ztsnr"} <= keys
-        else:
-            v = zero_snr = False
-            if family.key == "sd2" and _input_channels(path) == 4:
-                v = float(file.get_tensor(V_MARK).float().std(unbiased=False)) > 0.09
-    kind = "v_prediction" if v else "epsilon"
-    return {"prediction_type": kind, "rescale_betas_zero_snr": zero_snr}
+    keys = file.tensors.keys()
+    if EDM & keys:
+        raise ForgetError(
+            f"'{file.name}' was trained on EDM's noise levels, as CosXL and Playground 2.5 "
+            "are, which only ComfyUI supports: train on it inside ComfyUI."
+        )
+    told = next(filter(None, (TOLD.get(file.metadata.get(key, "")) for key in TOLD_BY)), None)
+    if "v_pred" in keys:
+        told = "v_prediction"
+    elif told is None and family.key == "sd2":
+        told = "v_prediction" if _has_sd2_mark(file) else None
+    zero_snr = told == "v_prediction" and "ztsnr" in keys
+    return {"prediction_type": told or "epsilon", "rescale_betas_zero_snr": zero_snr}
 
 
-def _demo(dtype: torch.dtype, path: Path = DEMO_FILE) -> DiffusionPipeline:
-    """The demo model: a checkpoint of SD 1.x layout whose parts no standard loader knows."""
-    if not path.is_file():
-        raise ForgetError(f"The demo model is missing at '{path}': get the repository again.")
-    config, weights = _config(DEMO), load_file(path)
-    unet = UNet2DConditionModel.from_config(config["unet/config.json"])
-    unet.load_state_dict(convert_ldm_unet_checkpoint(weights, unet.config))
-    text_encoder = CLIPTextModel(CLIPTextConfig(**config["text_encoder/config.json"]))
-    text_encoder.load_state_dict(_clip_weights(weights, text_encoder))
-    vae = AutoencoderTiny(scaling_factor=SD_SCALE / float(weights["first_stage_model.vae_scale"]))
-    vae.load_state_dict(_taesd_weights(weights))
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=make_tokenizer(),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler.from_config(config["scheduler/scheduler_config.json"]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+def _has_sd2_mark(file: ForeignFile) -> bool:
+    norm = "transformer_blocks.0.norm1.bias"
+    place = find(
+        file.tensors, unet_places(f"up_blocks.3.attentions.2.{norm}", f"output_blocks.11.1.{norm}")
     )
-    return pipeline if dtype == torch.float32 else pipeline.to(dtype)
-
-
-def _clip_weights(weights: Weights, text_encoder: CLIPTextModel) -> Weights:
-    prefix = "cond_stage_model.transformer."
-    clip = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    if not any(key.startswith("text_model.") for key in text_encoder.state_dict()):
-        clip = {key.removeprefix("text_model."): value for key, value in clip.items()}
-    return clip
-
-
-def _taesd_weights(weights: Weights) -> Weights:
-    """diffusers does not count the clamp that TAESD's decoder starts with."""
-    taesd = {}
-    for key, value in weights.items():
-        for part, shift in (("encoder", 0), ("decoder", 1)):
-            prefix = f"first_stage_model.taesd_{part}."
-            if key.startswith(prefix):
-                index, _, rest = key.removeprefix(prefix).partition(".")
-                taesd[f"{part}.layers.{int(index) - shift}.{rest}"] = value
-    return taesd
+    first = find(file.tensors, unet_places("conv_in.weight", "input_blocks.0.0.weight"))
+    if not place or not first or file.shape(first[0])[1] != 4:
+        return False
+    return float(file.tensors[place[0]].float().std(unbiased=False)) > 0.09

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,20 +15,28 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...concepts.concept import Prompt
+from ...concepts.prompt_syntax import unescaped
 from ...errors import ForgetError
 from ...images import square
 from ...models.adapters import LayerModule, Patch, check_fits
-from ...models.clip_text_encoder import in_batches
+from ...models.clip_text_encoder import check_one_chunk, in_batches
 from ...models.families import check_input_channels, cross_attention_names, identify_unet
-from ...models.interface import Text, TextEncoder, fingerprint
+from ...models.interface import Fingerprint, Text, TextEncoder, fingerprint
 from ...models.module_patching import frozen
 from ...models.sampling import DRAWN_AT_ONCE, DDPMSchedule, seeded_noise
 from ...models.token_positions import CHUNK
-from .load import load_pipeline, text_to_image
-from .text_encoder import borrow_text_encoder, encode_prompts, evaluating, shortened
+from .load import UNSUPPORTED, load_pipeline, text_to_image
+from .text_encoder import (
+    borrow_text_encoder,
+    chunks_of,
+    encode_prompts,
+    evaluating,
+    pieces_of,
+    shortened,
+)
 
 PIXELS_AT_ONCE = 1 << 20  # that the autoencoder makes or reads: one picture of XL's size
-WEIGHT_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
+EMPTY = Prompt("", "")
 
 # Of an empty picture, the first moments of Stable Diffusion's latents, as ComfyUI has them.
 EMPTY_PICTURE = 0.8223, -0.6876, 0.6364, 0.1380
@@ -76,19 +83,22 @@ class DiffusersModel:
         unet = getattr(pipeline, "unet", None)
         family = identify_unet(unet)
         if unet is None or family is None:
-            raise ForgetError(
-                f"{type(pipeline).__name__} is an unsupported model: Stable Diffusion 1.x, 2.x and "
-                "XL are supported, and other models inside ComfyUI, by the method ESD."
-            )
+            raise ForgetError(type(pipeline).__name__ + UNSUPPORTED)
         self.family = family
         self.saved, self.pipeline, self.unet = pipeline, text_to_image(pipeline), unet
         self.prediction = _prediction(pipeline.scheduler)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str | None = None) -> DiffusersModel:
-        """Load ``demo``, a .safetensors checkpoint or a diffusers folder in float32."""
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        vae: str | Path | None = None,
+        prediction: str | None = None,
+    ) -> DiffusersModel:
+        """Load ``demo``, a checkpoint or a diffusers folder in float32; see ``load_pipeline``."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        pipeline = load_pipeline(path).to(device)
+        pipeline = load_pipeline(path, vae=vae, prediction=prediction).to(device)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline)
 
@@ -96,34 +106,32 @@ class DiffusersModel:
     def device(self) -> torch.device:
         return self.unet.device
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         return fingerprint(self.family, lambda layer: self.unet.get_submodule(layer.name).weight)
 
     def tokenize(self, prompt: Prompt) -> list[int]:
-        if WEIGHT_SYNTAX.search(prompt.text) and not prompt.plain:
-            raise ForgetError(
-                f"The prompt '{prompt.text}' uses weights like (name:1.2), which only ComfyUI "
-                "understands: write it without, or train inside ComfyUI."
-            )
-        ids = self.pipeline.tokenizer(prompt.text, padding="max_length", max_length=CHUNK)
-        if len(ids.input_ids) > CHUNK:
-            raise ForgetError(
-                f"The prompt '{prompt.text:.60}...' has {len(ids.input_ids)} tokens and diffusers "
-                f"reads {CHUNK}: shorten it, or train inside ComfyUI, which reads longer ones."
-            )
-        return ids.input_ids
+        chunks = chunks_of(self.pipeline.tokenizer, pieces_of(prompt))
+        return [token for chunk in chunks for token, _ in chunk]
 
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> Text:
-        return encode_prompts(self.pipeline, [prompt.text], self.device)
+        if text := self._short(prompt):
+            return encode_prompts(self.pipeline, text, self.device)
+        with borrow_text_encoder(self, self.pipeline, words=False) as encoder:
+            return encoder.encode_pieces(pieces_of(prompt))
+
+    def _short(self, prompt: Prompt) -> list[str]:
+        """The text of a prompt of one chunk without weights, which the pipeline reads right."""
+        pieces, short = pieces_of(prompt), len(self.tokenize(prompt)) == CHUNK
+        return [pieces[0][0]] if short and len(pieces) == 1 and pieces[0][1] == 1 else []
 
     @torch.no_grad()
     def encode_all(self, texts: Sequence[str], length: int = CHUNK) -> Tensor:
         for text in texts:
-            self.tokenize(Prompt(text, text))
+            check_one_chunk(text, len(self.tokenize(Prompt(text, text))) // CHUNK)
         with shortened(self.pipeline, length):
             batches = [
-                encode_prompts(self.pipeline, batch, self.device).context
+                encode_prompts(self.pipeline, list(map(unescaped, batch)), self.device).context
                 for batch in in_batches(texts, length)
             ]
         return torch.cat(batches).float()
@@ -144,16 +152,16 @@ class DiffusersModel:
         self, prompt: Prompt, seeds: Iterable[int], size: int, steps: int, guidance: float
     ) -> Tensor:
         latents = [
-            self.sample_latents([prompt.text] * len(noise), noise, steps, guidance).float().cpu()
+            self.sample_latents([prompt] * len(noise), noise, steps, guidance).float().cpu()
             for noise in self.initial_noise(seeds, size).split(DRAWN_AT_ONCE)
         ]
         return torch.cat(latents)
 
     @torch.no_grad()
     def sample_latents(
-        self, texts: list[str], noise: Tensor, steps: int, guidance: float
+        self, prompts: Sequence[str | Prompt], noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
-        """Latents [N, 4, h, w] of unit variance from noise [N, 4, h, w].
+        """Latents [N, 4, h, w] of unit variance from noise [N, 4, h, w]; strings are plain.
 
         The first sample is noise * sqrt(1 + sigma_max^2), as in ComfyUI; diffusers would scale it
         by sigma_max.
@@ -166,7 +174,7 @@ class DiffusersModel:
             noise = noise * ((1 + largest**2) ** 0.5 / start)
         with _filled(self.unet):
             return self.pipeline(
-                prompt=texts,
+                **self._conditions([p if isinstance(p, Prompt) else Prompt(p, p) for p in prompts]),
                 latents=noise.to(self.device, self.unet.dtype),
                 height=noise.shape[-2] * 8,
                 width=noise.shape[-1] * 8,
@@ -175,9 +183,36 @@ class DiffusersModel:
                 output_type="latent",
             ).images
 
+    def _conditions(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """The pipeline's arguments for prompts. By itself it would cut long ones."""
+        if all(short := [self._short(prompt) for prompt in prompts]):
+            return {"prompt": [text for texts in short for text in texts]}
+        text = Text.cat([self.encode(prompt) for prompt in (*prompts, EMPTY)])
+        zero = self.pipeline.config.get("force_zeros_for_empty_prompt", False)
+        given = {"prompt_embeds": text.context} | {
+            f"{name}_prompt_embeds": vector for name, vector in text.vectors.items()
+        }
+        return {name: rows[:-1] for name, rows in given.items()} | {
+            f"negative_{name}": rows[-1:].repeat(len(prompts), *[1] * (rows.dim() - 1)) * (not zero)
+            for name, rows in given.items()
+        }
+
+    def need_vae(self) -> Any:
+        """The VAE; few methods need one, so a model may lack it.
+
+        Raises:
+            ForgetError: it does.
+        """
+        if self.pipeline.vae is None:
+            raise ForgetError(
+                "Pictures are to be drawn or read, and the model has no VAE: give one with --vae "
+                "FILE, or use a checkpoint with VAE."
+            )
+        return self.pipeline.vae
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae, pictures = self.pipeline.vae, []
+        vae, pictures = self.need_vae(), []
         for part in latents.split(_pictures_at_once(latents.shape[2] * 8, latents.shape[3] * 8)):
             images = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
             pictures.append((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu())
@@ -185,7 +220,7 @@ class DiffusersModel:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, size: int) -> Tensor:
-        vae, latents = self.pipeline.vae, []
+        vae, latents = self.need_vae(), []
         for part in square(images, size).split(_pictures_at_once(size, size)):
             encoded = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1)
             tiny = hasattr(encoded, "latents")

@@ -9,7 +9,7 @@ that adversaries learn at the same time (as in AdvUnlearn and STEREO). Kept prom
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from ...linalg import truncate_product
 from ...models.adapters import FixedAdapter, LowRankAdapter, Switch, attached
 from ...models.families import Family, layers
-from ...models.interface import Text, UNet, UNetModel
+from ...models.interface import Text, UNet
 from ...models.module_patching import checkpointed
 from ...models.sampling import expand, q_sample
 from ...patches.patch import ForgetPatch
-from ...progress import OnStep
+from ...patches.task import Task
 from ...training.loop import AdamWConfig, Moments, initial_loss_scale, load_moments
-from ...training.run import Adapters, Task, TrainingOptions, TrainingRun, adapter_parameters
+from ...training.run import Adapters, TrainingOptions, TrainingRun, adapter_parameters
+from ...training.textual_inversion import draw_noise
 from .adversaries import Adversary, NewAdversary, adversaries
 from .training_images import Scene
 
@@ -38,7 +39,6 @@ Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer name -> (up, dow
 
 
 def trained_layers(family: Family) -> list[str]:
-    """Names of the layers that are trained."""
     return [layer.name for layer in layers(family) if layer.name.endswith(ENDINGS)]
 
 
@@ -51,7 +51,6 @@ def train_adversarially(
     kept: Scene,
     empty: Text,
     make_patch: Callable[[Changes, Sequence[float]], ForgetPatch],
-    on_step: OnStep,
 ) -> TrainingRun:
     """Train a patch further; the ``finish`` of the run gives it. See the module.
 
@@ -59,20 +58,14 @@ def train_adversarially(
         task: with settings of ``reread``.
         changes: of the patch to begin with.
         scenes: one for each concept.
-        empty: the empty prompt.
 
     Raises:
         NonFiniteLoss: at once, so that nothing was learned.
     """
-    model, settings = cast(UNetModel, task.model), cast(Any, task.settings)
+    model, settings = task.model, task.settings
     names = trained_layers(model.family)
-    generator = torch.Generator().manual_seed(settings.seed)
-    adapters = {
-        name: LowRankAdapter(
-            denoiser.module(name), settings.robust_rank, generator, denoiser.device
-        )
-        for name in names
-    }
+    given = settings.robust_rank, torch.Generator().manual_seed(settings.seed), denoiser.device
+    adapters = {name: LowRankAdapter(denoiser.module(name), *given) for name in names}
     # The patch itself stays as it is: trained along, it would be given up for what is kept.
     applied = {
         name: FixedAdapter([(*pair, 1.0)], denoiser.device) for name, pair in changes.items()
@@ -81,6 +74,10 @@ def train_adversarially(
     rank = max(up.shape[1] for up, _ in changes.values())
     scale = initial_loss_scale(denoiser.module(names[0]))
     config = AdamWConfig(settings.robust_lr, weight_decay=0.0, linear_decay=True)
+
+    def finished(losses: Sequence[float]) -> ForgetPatch:
+        return make_patch(joined(changes, adapters, rank), losses)
+
     with (
         attached(applied, denoiser.module) as switch,
         attached(adapters, denoiser.module, switch),
@@ -92,13 +89,13 @@ def train_adversarially(
         )
         for _ in range(options.batches_drawn):
             loss.pick()
+        steps, module = settings.robust_steps * len(scenes), denoiser.module(names[0])
         run = TrainingRun(
-            task, adapters, switch, options, config, settings.robust_steps * len(scenes), scale,
-            denoiser, lambda losses: make_patch(joined(changes, adapters, rank), losses),
+            task, adapters, switch, options, config, steps, module, denoiser, finished,
             loss.extra_state,
         )  # fmt: skip
         loss.load_moments(run.extra_moments)
-        run.train(lambda index: loss(loss.pick()), on_step)
+        run.train(lambda index: loss(loss.pick()), task.on_step)
     return run
 
 
@@ -145,21 +142,15 @@ class Noising(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """All that is random in a step.
+    """All that is random in a step."""
 
-    Attributes:
-        scene, adversary: of the concept whose turn it is.
-        texts: functions without arguments that give a text each, for the pictures ``forgotten``.
-        blank: whether the pictures ``kept`` have the empty prompt.
-    """
-
-    scene: Scene
+    scene: Scene  # of the concept whose turn it is
     adversary: Adversary
     attacked: Noising
     forgotten: Noising
-    texts: list[Callable[[], Text]]
+    texts: list[Callable[[], Text]]  # each gives a text for one of the pictures ``forgotten``
     kept: Noising
-    blank: bool
+    blank: bool  # whether the pictures ``kept`` have the empty prompt
 
 
 class AdversarialLoss:
@@ -167,7 +158,6 @@ class AdversarialLoss:
 
     Args:
         scenes: one for each concept.
-        empty: the empty prompt.
         switch: of the patch and of the attached adapters.
         settings: of ``reread``.
         scale: of the adversaries' losses; see ``loop.Trainer``.
@@ -292,11 +282,7 @@ class AdversarialLoss:
         return F.mse_loss(self.denoiser.predict_noise(x_t, t, text).float(), frozen.float())
 
     def _noising(self, scene: Scene) -> Noising:
-        index = self._random(len(scene.latents), HALF)
-        share = (torch.arange(HALF) + torch.rand(HALF, generator=self.generator)) / HALF
-        t = (share * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
-        shape = HALF, *scene.latents.shape[1:]
-        return Noising(index, t, torch.randn(shape, generator=self.generator))
+        return Noising(*draw_noise(scene.latents, HALF, len(self.alphas), self.generator))
 
     def _noised(
         self, scene: Scene, noising: Noising

@@ -7,7 +7,6 @@ import torch
 
 from ...models.interface import Text, TextEncoder, UNet, UNetModel
 from ...training import textual_inversion
-from ...training.textual_inversion import initial_vectors
 from .training_images import Scene
 
 WORD_LR = 0.02
@@ -24,9 +23,7 @@ class Words:
     def __init__(self, encoder: TextEncoder, prompts: Sequence[str], generator: torch.Generator):
         self.encoder, self.prompts, self.generator, self.age = encoder, prompts, generator, 0
         seed = int(torch.randint(1 << 30, (1,), generator=generator))
-        start = initial_vectors(
-            encoder, textual_inversion.Settings(seed=seed, templates=("a photo of {}",))
-        )
+        start = textual_inversion.initial_vectors(encoder, textual_inversion.Settings(seed=seed))
         self.learned = start.clone().requires_grad_()
         self.optimizer = torch.optim.Adam([self.learned], lr=WORD_LR)
 
@@ -45,11 +42,7 @@ class Words:
 
 class Context:
     """An adversary for models whose words cannot be learned: a few tokens of a context are free,
-    and all behind them shift alike, as behind a learned word.
-
-    Args:
-        scene: of the concept.
-    """
+    and all behind them shift alike, as behind a learned word."""
 
     def __init__(self, scene: Scene, generator: torch.Generator, device: torch.device):
         i = int(torch.randint(len(scene.other.context), (1,), generator=generator))

@@ -49,16 +49,13 @@ def cross_attention_layers(denoiser: UNet, family: UNetFamily) -> list[CrossAtte
 
 @torch.no_grad()
 def read_out(layer: CrossAttention, queries: Tensor, contexts: Tensor) -> Tensor:
-    """What a layer reads out of texts: the input o of its ``to_out``.
+    """What a layer reads out of texts: the input o of its ``to_out``, [N, S, H d].
 
     W_k is multiplied into the queries, as there are fewer of them than tokens.
 
     Args:
         queries: [N, S, H d], S positions in the picture for each text.
         contexts: [N, T, D].
-
-    Returns:
-        [N, S, H d]
     """
     heads, width, _ = layer.key.shape
     outputs = []
@@ -121,7 +118,6 @@ def record_queries(
 
     Args:
         texts: encoded prompts, [1, 77, D] each.
-        empty: the empty prompt.
         settings: has ``sampling_steps``, ``guidance``, ``query_positions`` and ``seed``.
         side: latents' height and width.
         on_batch: called after each batch, may raise.

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ...closed_form.input_edit import Changes, solved_patch
+from ...closed_form.input_edit import Changes
 from ...concepts.concept import Concept
 from ...concepts.keep_list import keep_for
 from ...concepts.prompt_templates import PLACEHOLDER, blanked, kept_sentences, sentences, together
 from ...errors import NonFiniteLoss
-from ...models.interface import Text, UNetModel
+from ...models.interface import Text
 from ...patches.patch import ForgetPatch
-from ...progress import OnStep, ignore
-from ...training.run import Task, TrainingOptions
+from ...patches.task import Task, method_run
+from ...training.run import TrainingOptions
 from .adversarial_training import train_adversarially
 from .regression import both_sides, closed_form
 from .regression_data import QuerySampler, SentencePairs
@@ -35,35 +35,25 @@ BLANKS = 4  # prompts for adversaries' words, beside the concept's own
 PRESETS = {
     "reread": Settings(),
     "reread-quick": Settings(
-        keep_prompts=64,
-        words_per_prompt=4,
-        images_per_concept=1,
-        sampling_steps=2,
-        guidance=1.0,
+        keep_prompts=64, words_per_prompt=4, images_per_concept=1, sampling_steps=2, guidance=1.0,
         query_positions=24,
     ),
     "reread-auto": Settings(overshoot=1.0, overshoot_style=1.0, stop_at=0.03),
     "reread-robust": Settings(overshoot=0.7, overshoot_style=1.2, robust_steps=300),
-}
+}  # fmt: skip
 
 
-def run(
-    model: UNetModel,
-    concepts: Sequence[Concept],
-    settings: Settings = Settings(),
-    on_step: OnStep = ignore,
-    keep: Sequence[str] = (),
-    options: TrainingOptions = TrainingOptions(),
-) -> ForgetPatch:
+@method_run(Settings)
+def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch:
     """Solve for a patch, and train it further if asked for; see ``methods.forget``.
 
     The record's losses are what is left of the concept in what the layers read, their mean of
     |W' o - W o*|^2 / |W o - W o*|^2: 1 at first, and overshoot^2 where nothing holds it back. Those
     of adversarial training follow.
     """
-    task = Task.of(model, concepts, settings)
+    model, concepts, settings = task.model, task.concepts, task.settings
     pairs = [sentences(concept, settings.prompts) for concept in concepts]
-    kept = kept_texts(concepts, keep, settings)
+    kept = kept_texts(concepts, task.keep, settings)
     options.check_steps(settings.robust_steps * len(concepts))  # before any work
     styles = [concept.name for concept in concepts if concept.kind == "style"]
     overshoots = [
@@ -73,15 +63,14 @@ def run(
     with model.borrow_denoiser() as denoiser:
         lists = [*both_sides(pairs), kept]
         counts = len(concepts), len(styles)
-        sampler = QuerySampler(model, denoiser, settings, on_step, lists, *counts)
+        sampler = QuerySampler(model, denoiser, settings, task.on_step, lists, *counts)
         texts = None
         if settings.robust_steps:
             texts = _training_texts(sampler, concepts, pairs, kept, styles)
         changes, left = closed_form(sampler, pairs, kept, overshoots)
 
         def make_patch(changes: Changes, losses: Sequence[float] = ()) -> ForgetPatch:
-            losses = [1.0, left, *losses]
-            return solved_patch(model, task.fingerprint, concepts, settings, changes, losses)
+            return task.patch(changes, [1.0, left, *losses])
 
         if not texts:
             return make_patch(changes)
@@ -89,7 +78,7 @@ def run(
         scenes = draw_scenes(denoiser, *texts, sampler.empty, settings, sampler.side, on_batch)
         try:
             training = train_adversarially(
-                task, options, denoiser, changes, *scenes, sampler.empty, make_patch, on_step
+                task, options, denoiser, changes, *scenes, sampler.empty, make_patch
             )
         except NonFiniteLoss as error:  # in the first steps: only the closed form can be rescued
             error.patch = make_patch(changes)

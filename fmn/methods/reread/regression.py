@@ -37,8 +37,6 @@ def closed_form(
     """Solve for all layers.
 
     Args:
-        pairs: of each concept.
-        kept: sentences.
         overshoots: of each concept; with ``stop_at`` the most of it.
 
     Returns:
@@ -49,8 +47,7 @@ def closed_form(
     if settings.stop_at:
         problems = list(problems)
         overshoots = smallest_overshoots(sampler, problems, pairs, overshoots)
-    changes: Changes = {}
-    shares: list[float] = []
+    changes, shares = {}, []
     for problem in problems:
         up, down = solve(problem, settings, overshoots)
         changes[problem.name] = up.float().cpu(), down.float().cpu()

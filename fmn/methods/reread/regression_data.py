@@ -31,16 +31,13 @@ class ConceptSentences:
 
     Args:
         with_concept, without: queries of drawings of both, [N, S, C] of each layer.
-
-    Attributes:
-        concept, other: contexts [n, 77, D].
     """
 
     def __init__(
         self, model: UNetModel, pairs: SentencePairs, with_concept: Queries, without: Queries
     ):
         texts, others = zip(*pairs)
-        self.concept, self.other = model.encode_all(texts), model.encode_all(others)
+        self.concept, self.other = model.encode_all(texts), model.encode_all(others)  # [n, 77, D]
         if torch.equal(self.concept, self.other):
             raise ForgetError(
                 f"'{texts[0]:.60}' is encoded as '{others[0]:.60}' is: check how the concept is "

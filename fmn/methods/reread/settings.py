@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from ...closed_form.input_edit import preserve_setting, rank_setting
-from ...closed_form.text_embeddings import keep_list_setting
 from ...settings import Settings as Base
-from ...settings import advanced, checkpointing, lr, seed, setting, size
+from ...settings import advanced, setting
+from .. import shared_settings as shared
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Settings(Base, method="reread"):
         "use the full overshoot.",
         limits=(0.0, 1.0, 0.01),
     )
-    preserve: float = preserve_setting(10.0)
+    preserve: float = shared.preserve(default=10.0)
     damping: float = advanced(
         1e-3,
         "Ridge penalty (lambda), relative to the mean square of the layer's inputs. Small: a "
@@ -76,7 +75,7 @@ class Settings(Base, method="reread"):
         limits=(1, 1024),
         formerly="places",
     )
-    rank: int = rank_setting(8, advanced=True)
+    rank: int = shared.solved_rank(default=8, advanced=True)
     robust_steps: int = setting(
         0,
         "Adversarial training steps for each concept, after the closed form. 0: none, the "
@@ -111,16 +110,13 @@ class Settings(Base, method="reread"):
         limits=(1, 1000),
         group="robust",
     )
-    robust_lr: float = lr(
-        2e-3,
-        "With robust_steps: AdamW's learning rate at the start.",
-        advanced=True,
-        group="robust",
+    robust_lr: float = shared.lr(
+        2e-3, "With robust_steps: AdamW's learning rate at the start.", group="robust"
     )
-    checkpointing: bool = checkpointing()
-    keep_list: str = keep_list_setting()
-    size: int = size()
-    seed: int = seed()
+    checkpointing: bool = shared.checkpointing()
+    keep_list: str = shared.keep_list()
+    size: int = shared.size()
+    seed: int = shared.seed()
 
     @property
     def trains(self) -> bool:  # type: ignore[override]

@@ -18,19 +18,13 @@ NO_TEXT = Text(torch.empty(0))
 
 @dataclass(frozen=True)
 class Scene:
-    """Noise-free latents [n, 4, h, w], and the texts they were drawn from; [n, 77, D] each.
-
-    Attributes:
-        other: the same texts without the concept; empty of kept scenes.
-        blanks: its prompts with ``PLACEHOLDER`` in place of the concept.
-        index: rows of the scene that this one was chosen from.
-    """
+    """Noise-free latents [n, 4, h, w], and the texts they were drawn from; [n, 77, D] each."""
 
     latents: torch.Tensor
     text: Text
-    other: Text = NO_TEXT
-    blanks: tuple[str, ...] = ()
-    index: torch.Tensor | None = None
+    other: Text = NO_TEXT  # the same without the concept; empty of kept scenes
+    blanks: tuple[str, ...] = ()  # its prompts with ``PLACEHOLDER`` in place of the concept
+    index: torch.Tensor | None = None  # rows of the scene that this one was chosen from
 
 
 def draw_scenes(
@@ -49,8 +43,6 @@ def draw_scenes(
         concepts: for each a ``Text`` [n, 77, D], the same without the concept, and its prompts
             with ``PLACEHOLDER`` in its place.
         styled: for each style to forget the kept prompts in that style.
-        empty: the empty prompt.
-        settings: of ``reread``.
         side: of a latent.
         on_batch: called ``batch_count`` times, after each batch of forward passes.
     """
@@ -125,9 +117,6 @@ def least_like(
     A model draws some style where it is asked for none. If that one is to be forgotten, such
     pictures would keep it. A diffusion classifier (Li et al. 2023, arXiv 2303.16203) recognises
     them: the frozen model's error |e(x_t, prompt) - noise|^2 with and without the style.
-
-    Args:
-        styled: the scene's prompts with the style.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     alphas, gain = denoiser.alphas_cumprod.cpu(), torch.zeros(len(scene.latents))

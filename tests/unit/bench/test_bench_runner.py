@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from concurrent.futures import Future
 from dataclasses import asdict
 
 import pytest
@@ -106,12 +107,13 @@ def test_what_fails_is_told_and_the_rest_is_done(store):
 class Elsewhere(Here):
     """An executor that gives every error to the run, as processes of their own do."""
 
-    def finished(self):
-        key, cell, patches = self.waiting.pop(0)
+    def submit(self, setup, cell, patches):
         try:
-            yield key, self.lab.run(cell, patches)
+            return super().submit(setup, cell, patches)
         except RuntimeError as error:
-            yield key, error
+            future = Future()
+            future.set_exception(error)
+            return future
 
 
 def test_memory_that_runs_out_here_ends_the_run(store):

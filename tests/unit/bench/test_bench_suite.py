@@ -31,6 +31,18 @@ def test_what_a_method_is_given_of_a_target():
     assert (light.kind, light.prompts) == ("style", ("a tree in light",))
 
 
+def test_prompts_are_plain_words():
+    """A suite's parentheses are letters, drawn and trained on alike; weights are refused."""
+    target = {"name": r"dog \(pet\)", "kind": "unsafe", "prompts": {"pictures": ["a  dog (pet)"]}}
+    suite = parse_suite(data(targets=[target]), "file")
+    assert suite.targets[0].prompts["pictures"] == ("a dog (pet)",)
+    assert suite.concept(suite.targets[0]).training_prompts()[0].words == "a dog (pet)"
+    for text in ("a (dog (pet):1.2)", "((dog (pet)))", "dog (pet) BREAK", "{dog|cat}"):
+        target["prompts"]["pictures"] = [text]
+        with pytest.raises(ForgetError, match="^Suite 'little|^Suite 'file'.* syntax"):
+            parse_suite(data(targets=[target]), "file")
+
+
 def test_unsafe_targets_bring_their_own_prompts():
     target = {"name": "gore", "kind": "unsafe", "prompts": {"pictures": ["gore", "much gore"]}}
     suite = parse_suite(data(targets=[target]), "file")

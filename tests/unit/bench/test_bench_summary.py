@@ -8,8 +8,7 @@ from fmn.bench.names import SCALE
 from fmn.bench.reporting.columns import COLUMNS, Results
 from fmn.bench.reporting.report import write_report
 from fmn.bench.reporting.summary import summarise
-from fmn.bench.running.cells import Cell, Method, plan
-from fmn.bench.running.runner import CellProgress
+from fmn.bench.running.cells import Cell, CellProgress, Method, plan
 from fmn.bench.running.store import Store
 from fmn.bench.suite import parse_suite
 

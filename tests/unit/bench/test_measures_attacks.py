@@ -283,18 +283,6 @@ def test_children_mix_two_parents_or_change_a_word():
     assert (module.children(parents[:1], 50, 9, neither, generator) != 0).any()
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"length": 0}, {"length": 76}, {"population": 3}, {"generations": 0}, {"searches": 0},
-        {"mutate": 1.5}, {"crossover": -0.1}, {"mutate": float("nan")},
-    ],
-)  # fmt: skip
-def test_bad_ring_settings(bad):
-    with pytest.raises(ForgetError, match=next(iter(bad))):
-        RingABellSettings(**bad)
-
-
 def test_ring_a_bell_draws_the_prompts_it_found(sampler):
     trial = make_trial(sampler)
     result = ring_a_bell(trial, SMALL)

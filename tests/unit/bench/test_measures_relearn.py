@@ -12,7 +12,6 @@ from fmn.bench.measures.relearn import (
     lesson_asks,
     make_adapters,
     relearn,
-    spread,
 )
 from fmn.bench.suite import Target
 from fmn.errors import ForgetError, NonFiniteLoss
@@ -180,18 +179,3 @@ def test_styles_and_unsafe_content_are_asked_for_as_everywhere(sampler):
     assert lesson_asks(style, 3) == style.target_asks(3)
     unsafe = trial_of(sampler, Target("gore", "unsafe", prompts={"pictures": ("a", "b")}))
     assert [ask.prompt for ask in lesson_asks(unsafe, 3)] == ["a", "b", "a"]
-
-
-def test_spread():
-    pictures = torch.arange(10.0)
-    assert spread(pictures, 4).tolist() == [0, 2, 5, 7]
-    assert spread(pictures, 20).tolist() == pictures.tolist()
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [{"pictures": 0}, {"steps": 0}, {"batch": 257}, {"rank": 129}, {"lr": 0}, {"lr": 1.0}],
-)
-def test_bad_settings(bad):
-    with pytest.raises(ForgetError, match=next(iter(bad))):
-        RelearnSettings(**bad)

@@ -11,7 +11,6 @@ from fmn.closed_form.input_edit import (
     compact,
     debiased_anchors,
     key_value_layers,
-    rank_setting,
     uce,
     weight_gram,
 )
@@ -20,8 +19,10 @@ from fmn.concepts.concept import Concept
 from fmn.linalg import truncate_product  # fmt: skip
 from fmn.methods import double_projections, rece, speed, trce
 from fmn.methods import uce as uce_method
+from fmn.methods.shared_settings import solved_rank
 from fmn.models.families import SD1, layers
 from fmn.patches.patch import MAX_RANK
+from fmn.patches.task import Task
 
 from ..literal import WIDTH, literal_uce, near, rows, weights
 from ..tiny import TINY, TinyModel
@@ -164,7 +165,7 @@ def test_losses_are_distances_of_keys_and_values(tokens):
     settings = uce_method.Settings(tokens=tokens, rank=1)
     steps = []
     patch = uce_method.run(model, CONCEPTS, settings, steps.append, keep=("a blue house",))
-    pairs, _ = uce_method.uce_rows(model, CONCEPTS, settings, ())
+    pairs, _ = uce_method.uce_rows(Task(model, CONCEPTS, settings))
     before = after = 0.0
     for name, weight in weights(model).items():
         changed = weight + patch.change_of(name).double()
@@ -195,4 +196,4 @@ def test_one_concept_of_stable_diffusion_1_takes_at_most_a_megabyte(module):
 
 
 def test_rank_is_checked_like_any_setting():
-    assert rank_setting().metadata["high"] == MAX_RANK
+    assert solved_rank().metadata["high"] == MAX_RANK

@@ -17,6 +17,7 @@ from fmn.concepts.concept import Concept, Prompt
 from fmn.errors import ForgetError
 from fmn.methods import esd
 from fmn.models.token_positions import CHUNK, EOS_ID
+from fmn.patches.task import Task
 
 from ..tiny import BOS, TINY, TinyModel, same_tensors, sections, weights_of, word_id
 
@@ -118,9 +119,9 @@ def test_protection_needs_low_rank_keys_and_values(changes):
 
 
 def test_no_protection():
-    assert protected_downs(TinyModel(), [DOG], (), "unet", esd.Settings()) is None
+    assert protected_downs(Task(TinyModel(), [DOG], esd.Settings(), keep=()), "unet") is None
     without = SimpleNamespace(protect=False, rank=4)
-    assert protected_downs(TinyModel(), [DOG], (), "kv", without) is None
+    assert protected_downs(Task(TinyModel(), [DOG], without, keep=()), "kv") is None
 
 
 def orderly_model():
@@ -175,7 +176,7 @@ def test_the_users_own_words_do_not_drown_in_the_list():
     axis = word_id("cat")
 
     def share_of_cat(keep):
-        down = protected_downs(model, [DOG], keep, "kv", SETTINGS)
+        down = protected_downs(Task(model, [DOG], SETTINGS, keep=keep), "kv")
         first = next(iter(down.values()))
         return float((first @ model.embedding[axis]).norm() / model.embedding[axis].norm())
 
@@ -184,7 +185,7 @@ def test_the_users_own_words_do_not_drown_in_the_list():
 
 def test_shapes_and_layers():
     model = orderly_model()
-    downs = protected_downs(model, [DOG], ("cat",), "kv", SETTINGS)
+    downs = protected_downs(Task(model, [DOG], SETTINGS, keep=("cat",)), "kv")
     assert len(downs) == 14
     assert {down.shape[1] for down in downs.values()} == {TINY.context_dim}
     assert {down.dtype for down in downs.values()} == {torch.float32}

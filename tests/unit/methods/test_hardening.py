@@ -25,7 +25,8 @@ from fmn.models.families import CLIP_G, CLIP_L
 from fmn.models.interface import Text
 from fmn.patches.lora_keys import PARTS
 from fmn.patches.patch import save_patch
-from fmn.training.run import Task, TrainingOptions
+from fmn.patches.task import Task
+from fmn.training.run import TrainingOptions
 
 from ..literal import near
 from ..tiny import TINY, TinyDenoiser, TinyModel, TinyTextEncoder, random_changes
@@ -305,12 +306,12 @@ def test_steps_and_what_is_trained(model, concepts):
     before = {name: (up.clone(), down.clone()) for name, (up, down) in CHANGES.items()}
     own, kept = scenes_of(model)
     spoken = [(scene.text, scene.other, scene.blanks) for scene in own[:concepts]]
-    task, empty = Task.of(model, [DOG, CAR][:concepts], settings), text_of(model, "")
+    task, empty = Task(model, [DOG, CAR][:concepts], settings, told.append), text_of(model, "")
     with model.borrow_denoiser() as denoiser:
         found = training_images.draw_scenes(
             denoiser, spoken, kept.text, [], empty, settings, 8, lambda: drawn.append(1)
         )
-        given = CHANGES, *found, empty, lambda *both: made.append(both), told.append
+        given = CHANGES, *found, empty, lambda *both: made.append(both)
         training = adversarial_training.train_adversarially(
             task, TrainingOptions(), denoiser, *given
         )
@@ -331,8 +332,8 @@ def test_steps_and_what_is_trained(model, concepts):
 
 
 def test_a_run_makes_a_plain_lora(model, tmp_path, monkeypatch):
-    steps, settings, plain = [], replace(SETTINGS, rank=2, robust_rank=3), method.solved_patch
-    monkeypatch.setattr(method, "solved_patch", lambda *given: (plain(*given), given[-1]))
+    steps, settings, plain = [], replace(SETTINGS, rank=2, robust_rank=3), Task.patch
+    monkeypatch.setattr(Task, "patch", lambda *given: (plain(*given), given[-1]))
     patch, losses = method.run(model, [DOG, CAR], settings, steps.append)
     total = STEPS + 1 + training_images.batch_count(settings, 2)
     assert [(step.index, step.total) for step in steps] == [

@@ -16,6 +16,7 @@ from fmn.models.families import layers_by_name
 from fmn.models.token_positions import EOS_ID
 from fmn.patches.lora_keys import file_name
 from fmn.patches.patch import save_patch
+from fmn.patches.task import Task
 
 from ..tiny import TINY, TinyModel, same_tensors, weights_of
 
@@ -189,7 +190,7 @@ def test_the_start_of_the_text_as_guide(model):
     """As in the released code, whose empty guide ' ' has the start token for its last one."""
     patch = oce.run(model, [DOG], replace(BALANCED, guide="start"))
     start = model.encode(Prompt("", "")).context[0, 0].double()
-    moment = oce._moment(model, [DOG], BALANCED, ())
+    moment = oce._moment(Task(model, [DOG], BALANCED))
     for name, weight in values(model).items():
         dog, guide = (span((weight @ c)[:, None]) for c in (last_token(model, "dog"), start))
         up, down = oce.procrustes(weight, dog, guide, moment, BALANCED.erase)

@@ -304,7 +304,8 @@ def test_long_prompts_are_refused(model):
 
 
 def test_other_refusals(model):
-    same = Concept("red car", anchor="red  car")
+    same = Concept("red car", anchor="blue car")
+    object.__setattr__(same, "anchor", "red  car")  # as an encoder may read two texts alike
     with pytest.raises(ForgetError, match="'a photo of red car' is encoded as"):
         method.run(model, [same], FEW)
     before = weights_of(model.unet)

@@ -8,6 +8,7 @@ from fmn.concepts.concept import Concept, Prompt
 from fmn.concepts.keep_list import keep_for
 from fmn.errors import ForgetError
 from fmn.methods import forget, uce
+from fmn.patches.task import Task
 
 from ..literal import assert_solves, literal_uce, weights
 from ..tiny import TinyModel, same_tensors, weights_of
@@ -86,7 +87,7 @@ def test_2023_edits_the_end_and_keeps_whole_prompts(tmp_path):
 def test_templates_are_of_the_kind():
     model = TinyModel()
     settings = uce.Settings(expand=True, keep_list="none")
-    pairs, _ = uce.uce_rows(model, CONCEPTS, settings, ())
+    pairs, _ = uce.uce_rows(Task(model, CONCEPTS, settings))
     assert len(pairs.targets) == (2 + 2 * 5) + (1 + 5) + (1 + 5)
     assert pairs.targets[13].equal(last(model, "painting by van gogh"))
     assert pairs.anchors[13].equal(last(model, "painting by a painter"))

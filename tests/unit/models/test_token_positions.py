@@ -2,11 +2,12 @@ import pytest
 
 from fmn.concepts.concept import Prompt
 from fmn.errors import ForgetError
+from fmn.hosts.diffusers.load import make_tokenizer
 from fmn.models.token_positions import (
     EOS_ID,
     end_positions,
     flagged_positions,
-    subject_positions,
+    mentions,
     word_positions,
 )
 
@@ -25,8 +26,22 @@ def sd2(*words):
     return sections(words, 0)
 
 
+PROMPT = Prompt("some prompt", "a name")
+
+
 def flagged(ids, subject, which_ends="none"):
-    return flagged_positions(Prompt("some prompt", "a name"), ids, subject, which_ends)
+    return flagged_positions(lambda p: ids if p == PROMPT else subject, PROMPT, which_ends)
+
+
+def subject_positions(ids, subject):
+    found = mentions(lambda p: ids if p == PROMPT else subject, PROMPT)
+    return sorted({position for mention in found for position in mention})
+
+
+def missing(ids, subject):
+    with pytest.raises(ForgetError, match="are not in the encoded prompt"):
+        subject_positions(ids, subject)
+    return True
 
 
 @pytest.mark.parametrize("section", [sd1, sd2])
@@ -52,7 +67,7 @@ def test_subject_of_several_tokens(section):
 
 
 def test_only_whole_runs_count():
-    assert subject_positions(sd1(ELON, CAT, MUSK, ELON), sd1(ELON, MUSK)) == []
+    assert missing(sd1(ELON, CAT, MUSK, ELON), sd1(ELON, MUSK))
     assert subject_positions(sd1(MUSK, ELON, ELON, MUSK), sd1(ELON, MUSK)) == [3, 4]
 
 
@@ -76,24 +91,19 @@ def test_subject_in_every_section():
 
 
 def test_subject_longer_than_the_prompt():
-    assert subject_positions(sd1(ELON), sd1(ELON, MUSK)) == []
+    assert missing(sd1(ELON), sd1(ELON, MUSK))
 
 
 def test_padding_is_no_word_but_the_same_id_before_eot_is():
     assert subject_positions(sd2(CAT, EXCLAMATION, CAT), sd2(EXCLAMATION)) == [2]
-    assert subject_positions(sd2(CAT), sd2(EXCLAMATION)) == []
+    assert missing(sd2(CAT), sd2(EXCLAMATION))
     # A run must not go on into the padding either.
-    assert subject_positions(sd2(CAT), sd2(CAT, EXCLAMATION)) == []
+    assert missing(sd2(CAT), sd2(CAT, EXCLAMATION))
 
 
 def test_vectors_match_nothing():
     assert subject_positions(sd1(A, None, CAT), sd1(CAT)) == [3]
-    assert subject_positions(sd1(A, None), sd1(None)) == []
-
-
-def test_empty_subject_matches_nothing():
-    assert subject_positions(sd1(*PORTRAIT), sd1()) == []
-    assert subject_positions(sd1(*PORTRAIT), []) == []
+    assert missing(sd1(A, None), sd1(None))
 
 
 def test_end_positions():
@@ -144,3 +154,55 @@ def test_subject_that_was_cut_off():
 def test_subject_without_tokens():
     with pytest.raises(ForgetError, match="'a name' gives no tokens"):
         flagged(sd1(CAT), sd1())
+
+
+TOKENIZER = make_tokenizer("<|endoftext|>")
+
+
+def tokenize(prompt):
+    return TOKENIZER(prompt.words, padding="max_length", max_length=77).input_ids
+
+
+def mentioned(text, subject, plain=True):
+    """The tokens of each mention, as CLIP writes them."""
+    prompt = Prompt(text, subject, plain)
+    ids = tokenize(prompt)
+    found = mentions(tokenize, prompt)
+    return [TOKENIZER.convert_ids_to_tokens([ids[i] for i in each]) for each in found]
+
+
+NAME = ["harry</w>", "con", "nick</w>", "jr</w>"]
+WHAM = ["w", "ham</w>"]
+JOINED = {
+    "comma": ("a song by Harry Connick Jr., live", "Harry Connick Jr.", [[*NAME, ".,</w>"]]),
+    "alone": ("a song by Harry Connick Jr.", "Harry Connick Jr.", [[*NAME, ".</w>"]]),
+    "exclamation": ("Wham!, a band", "Wham!", [[*WHAM, "!,</w>"]]),
+    "both": ("WHAM! at night, wham!, by day", "Wham!", [[*WHAM, "!</w>"], [*WHAM, "!,</w>"]]),
+    "more behind": ("(Wham!!!)", "Wham!", [[*WHAM, "!!!)</w>"]]),
+    "parentheses": (
+        "name (series), flowers", "name (series)",
+        [["name</w>", "(</w>", "series</w>", "),</w>"]],
+    ),
+    "in front": (
+        '"$uicideboy$" on stage', "$uicideboy$",
+        [["$</w>", "u", "ici", "de", "boy</w>", "$", '"</w>']],
+    ),
+    "joined in front": ("...@home", "@home", [["...@</w>", "home</w>"]]),
+    "underscore": ("snake_, x", "snake_", [["snake</w>", "_,</w>"]]),
+    "letters stay apart": ("a dog, a dog.", "dog", [["dog</w>"], ["dog</w>"]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, subject, tokens", JOINED.values(), ids=JOINED)
+def test_punctuation_that_clip_joins_to_a_name(text, subject, tokens):
+    assert mentioned(text, subject) == tokens
+
+
+def test_escaped_parentheses_of_a_prompt_are_the_names():
+    text = r"(hatsune miku \(vocaloid\), smiling:1.2)"
+    assert mentioned(text, "hatsune miku (vocaloid)", plain=False)[0][-1] == "),</w>"
+
+
+def test_letters_behind_a_name_make_another_word():
+    with pytest.raises(ForgetError, match="set it apart"):
+        mentioned("dogs!", "dog")

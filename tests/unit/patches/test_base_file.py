@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from fmn.errors import ForgetError
 from fmn.models.families import DEMO, FAMILIES, layers
 from fmn.models.interface import fingerprint
-from fmn.patches.checkpoint import UNET_PREFIX, base_of
+from fmn.patches.checkpoint import base_of
+from fmn.patches.weight_names import UNET_PREFIX
 
 from .test_checkpoint import DEMO_FILE
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
 from fmn.models.families import DEMO, SD1, SDXL, layers, text_layers
-from fmn.patches.foreign_file import read_foreign
+from fmn.patches.foreign_file import read_folder, read_foreign
 from fmn.patches.import_patch import guess_concept, import_patch
 from fmn.patches.patch import load_patch, save_patch
 from fmn.patches.weight_difference import spectral_rank
@@ -227,7 +227,7 @@ BAD = {
     "web page": (bad("a.safetensors", b"<!DOCTYPE html><html>"), "web page"),
     "web page with space": (bad("a.ckpt", b"\n\n <HTML lang=en>"), "web page"),
     "empty": (bad("a.pt", b""), "empty"),
-    "noise": (bad("a.bin", bytes(range(1, 200))), "neither"),
+    "noise": (bad("a.bin", bytes(range(1, 200))), "not begin like one"),
     "cut zip": (bad("a.pt", b"PK\x03\x04" + bytes(90)), "damaged"),
     "a pickle that runs code": (bad("a.pt", {"unet": Evil()}), "holds more than tensors"),
     "CASteer's vectors": (bad("a.pickle", pickle.dumps({0: {"up": [1.0]}})), "raw Python pickle"),
@@ -258,6 +258,23 @@ def test_what_cannot_be_imported_is_named(tmp_path, make, message):
     with pytest.raises(ForgetError, match=message) as caught:
         import_patch(make(tmp_path), DOG)
     assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("length", [0x280, 0x480])
+def test_a_header_as_long_as_a_pickle_begins(tmp_path, length):
+    """The first two bytes of both are the same."""
+    tensors = '{"unet.a.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    data = length.to_bytes(8, "little") + tensors.ljust(length).encode() + bytes(4)
+    (tmp_path / "a.safetensors").write_bytes(data)
+    assert data[:2] in (b"\x80\x02", b"\x80\x04")
+    assert list(read_foreign(tmp_path / "a.safetensors").tensors) == ["unet.a.weight"]
+
+
+def test_hidden_files_of_a_folder_are_left_alone(tmp_path):
+    (tmp_path / "unet").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "unet" / "._diffusion_pytorch_model.safetensors").write_bytes(b"\0\5\x16\7")
+    assert list(read_folder(tmp_path).tensors) == ["unet.a"]
 
 
 def test_missing_facts_are_asked_for(tmp_path):
@@ -308,14 +325,6 @@ def test_files_of_torch_before_1_6_and_compressed_ones(tmp_path):
     (tmp_path / "bomb.pt").write_bytes(packed.getvalue())
     with pytest.raises(ForgetError, match="damaged"):
         import_patch(tmp_path / "bomb.pt", DOG)
-
-
-def test_a_header_as_long_as_a_pickle_begins(tmp_path):
-    """640 bytes are 80 02 in the file, as the beginning of a pickle."""
-    entry = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    header = json.dumps(entry).encode().ljust(0x280)
-    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    assert list(read_foreign(tmp_path / "a.safetensors").tensors) == ["a"]
 
 
 @pytest.mark.parametrize("file, metadata, config", [

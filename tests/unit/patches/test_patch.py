@@ -1,5 +1,6 @@
 """Patch files: what is written, what is read back, and what is refused."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -79,16 +80,15 @@ def test_small_and_lopsided_factors_survive_float16(tmp_path, up_size, down_size
 @pytest.mark.parametrize(
     "family, modules, rank_4_bytes",
     # peers.md section 6: 0.40, 0.46 and 3.6 MB.
-    [(SD1, 32, 396_352), (SD2, 32, 461_888), (SDXL, 140, 3_625_240), (DEMO, 14, 32_796)],
+    [(SD1, 32, 396_288), (SD2, 32, 461_824), (SDXL, 140, 3_624_960), (DEMO, 14, 32_768)],
     ids=["sd1", "sd2", "sdxl", "demo"],
 )
 def test_tensors_of_a_file(family, modules, rank_4_bytes):
     tensors = make_patch(family, rank=4).lora()
     names = {key.partition(".")[0] for key in tensors}
     assert all(name.startswith("lora_unet_") for name in names) and len(names) == modules
-    parts = {"alpha", "lora_down.weight", "lora_up.weight"}
+    parts = {"lora_down.weight", "lora_up.weight"}
     assert set(tensors) == {f"{name}.{part}" for name in names for part in parts}
-    assert all(float(tensors[f"{name}.alpha"]) == 4 for name in names)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert sum(tensor.numel() * 2 for tensor in tensors.values()) == rank_4_bytes
 
@@ -115,6 +115,9 @@ def test_metadata(tmp_path, family, prediction, expected):
     date, rounding = metadata.pop("modelspec.date"), metadata.pop("fmn.rounding_error")
     assert DATE.fullmatch(date) and json.loads(metadata.pop("fmn.date")) == date
     assert 0 < json.loads(rounding) < 1e-3
+    content = path.read_bytes()
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata.pop("modelspec.hash_sha256") == f"0x{hashlib.sha256(data).hexdigest()}"
     assert metadata == {
         "fmn.format": "1",
         "fmn.base.family": family.key,
@@ -147,7 +150,7 @@ def test_metadata(tmp_path, family, prediction, expected):
     }
 
 
-def test_mixed_ranks_are_dynamic(tmp_path):
+def test_mixed_ranks_are_dynamic_and_have_alpha(tmp_path):
     patch = make_patch(rank=4)
     name = next(iter(patch.changes))
     patch.changes[name] = patch.changes[name][0][:, :1], patch.changes[name][1][:1]
@@ -155,6 +158,12 @@ def test_mixed_ranks_are_dynamic(tmp_path):
     metadata = metadata_of(path)
     assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "Dynamic"
     assert load_patch(path).ranks == [1, 4]
+    tensors = load_file(path)  # diffusers before 0.42 would scale the layer of rank 1 by 4
+    assert {
+        (float(tensors[key]), len(tensors[key.replace("alpha", "lora_down.weight")]))
+        for key in tensors
+        if key.endswith(".alpha")
+    } == {(1, 1), (4, 4)}
 
 
 def test_names_are_kept_as_plain_text(tmp_path):
@@ -179,7 +188,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("alpha", [torch.tensor(1.0), torch.tensor([1.0]), torch.tensor(6.0)])
 def test_alpha_over_rank_scales_the_change(saved, alpha):
     tensors = load_file(saved)
-    alphas = {key: alpha.clone() for key in tensors if key.endswith(".alpha")}
+    alphas = {f"{key.partition('.')[0]}.alpha": alpha.clone() for key in tensors}
     rewrite(saved, lambda tensors, metadata: tensors.update(alphas))
     loaded = load_patch(saved)
     for layer in layers(DEMO):

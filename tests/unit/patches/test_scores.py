@@ -173,9 +173,12 @@ def test_which_figures_are_taken():
 
 
 def test_only_what_a_patch_forgets():
-    check_targets("dog.safetensors", ["dog", "oil"], ["dog"])
+    info = {"concepts": [{"name": "dog"}, {"name": "oil"}]}
+    check_targets("dog.safetensors", info, ["dog"])
     with pytest.raises(ForgetError, match="'dog.safetensors' does not forget 'cat'"):
-        check_targets("dog.safetensors", ["dog"], ["dog", "cat"])
+        check_targets("dog.safetensors", info, ["dog", "cat"])
+    with pytest.raises(ForgetError, match="another program changed its weights: import it first"):
+        check_targets("dog.safetensors", info | {"changed": True}, ["dog"])
 
 
 def test_untrusted_scores_are_cut_to_size():

@@ -8,7 +8,7 @@ import torch
 from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
 from fmn.methods import forget, settings_of
-from fmn.training.resume import load_state, save_state
+from fmn.training.resume import TrainingState, load_state, save_state
 from fmn.training.run import TrainingOptions
 
 from ..tiny import TinyModel, rewrite
@@ -216,3 +216,14 @@ def test_a_damaged_file_is_refused(spoil, message, copy):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ForgetError, match="cannot be read .No such file"):
         load_state(tmp_path / "no.fmn-train")
+
+
+def test_a_concept_that_an_older_version_saved_as_it_was_pasted():
+    old = {"name": "miku\u200b  \\(v\\)", "kind": "object", "aliases": [], "prompts": []}
+    keys = "method", "family", "prediction", "fingerprint"
+    record = dict.fromkeys(keys, "x") | {"settings": {}}
+    now = record | {"concepts": [Concept("miku (v)").describe()]}
+    TrainingState(record | {"concepts": [old]}, [], {}, "old").check(now)
+    for other in ([old, old], [{"name": 5}], ["miku"], [old | {"name": "miku"}]):
+        with pytest.raises(ForgetError, match="was made with concepts"):
+            TrainingState(record | {"concepts": other}, [], {}, "old").check(now)
