@@ -12,12 +12,13 @@ from ...closed_form.input_edit import Changes, solved_patch
 from ...concepts.concept import Concept
 from ...concepts.keep_list import keep_for
 from ...concepts.prompt_templates import PLACEHOLDER, blanked, kept_sentences, sentences, together
-from ...errors import NonFiniteLoss
+from ...errors import ForgetError, NonFiniteLoss
 from ...models.interface import Text, UNetModel
 from ...patches.patch import ForgetPatch
 from ...progress import OnStep, ignore
 from ...training.run import Task, TrainingOptions
 from .adversarial_training import train_adversarially
+from .recorded import recorded_form
 from .regression import both_sides, closed_form
 from .regression_data import QuerySampler, SentencePairs
 from .settings import Settings
@@ -29,6 +30,7 @@ ABOUT = (
     "Re-read, this pack's own closed form: makes cross-attention read prompts as if the "
     "concept were not in them, and other prompts as before. Trains only with robust_steps."
 )
+TRANSFORMERS = True
 ADVERSARY = "a a"  # as long as the words that an adversary learns
 BLANKS = 4  # prompts for adversaries' words, beside the concept's own
 
@@ -70,6 +72,14 @@ def run(
         settings.overshoot_style if concept.kind == "style" else settings.overshoot
         for concept in concepts
     ]
+    if not model.family.known:
+        if settings.robust_steps:
+            raise ForgetError(
+                f"robust_steps trains cross-attention, which {model.family.title} does not have: "
+                "set it to 0."
+            )
+        changes, left = recorded_form(model, pairs, kept, overshoots, settings, on_step)
+        return solved_patch(model, task.fingerprint, concepts, settings, changes, [1.0, left])
     with model.borrow_denoiser() as denoiser:
         lists = [*both_sides(pairs), kept]
         counts = len(concepts), len(styles)
