@@ -1,9 +1,12 @@
 """The demo model: a tiny Stable Diffusion 1.x that ComfyUI's own classes can run."""
 
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import comfy.latent_formats
+import comfy.model_detection
 import comfy.model_management as mm
 import comfy.supported_models
 import comfy.supported_models_base
@@ -20,6 +23,8 @@ from ..fmn.files import DEMO_FOLDER
 from .types import CATEGORY
 
 FILE = DEMO_FOLDER / "fmn-demo.safetensors"
+TRANSFORMER_FILE = DEMO_FOLDER / "fmn-demo-dit.safetensors"
+U_NET, TRANSFORMER = "U-Net", "transformer"
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64,
     "context_dim": 128, "channel_mult": [1, 2, 3], "num_res_blocks": [1, 1, 1],
@@ -28,6 +33,13 @@ UNET = {
     "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False,
     "adm_in_channels": None, "use_temporal_attention": False,
 }  # fmt: skip
+FLUX = {
+    "image_model": "flux", "in_channels": 4, "out_channels": 4, "patch_size": 2, "vec_in_dim": 128,
+    "context_in_dim": 128, "hidden_size": 192, "mlp_ratio": 4.0, "num_heads": 6, "depth": 2,
+    "depth_single_blocks": 4, "axes_dim": [8, 12, 12], "theta": 10000, "qkv_bias": True,
+    "guidance_embed": False,
+}  # fmt: skip
+TOKENS = 24  # of a prompt that the transformer reads
 TEXT = {
     "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4,
     "num_hidden_layers": 3, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
@@ -39,8 +51,14 @@ State = dict[str, Any]  # weights or options, as ComfyUI's classes take them
 
 
 class _WordTokenizer(sd1_clip.SDTokenizer):
-    def __init__(self, embedding_directory: str | None = None, tokenizer_data: State = {}) -> None:
+    def __init__(
+        self,
+        embedding_directory: str | None = None,
+        tokenizer_data: State = {},
+        max_length: int = 77,
+    ) -> None:
         super().__init__(
+            max_length=max_length,
             embedding_directory=embedding_directory,
             embedding_size=TEXT["hidden_size"],
             embedding_key="clip_l",
@@ -59,10 +77,15 @@ class _Tokenizer(sd1_clip.SD1Tokenizer):
 
 class _Encoder(sd1_clip.SDClipModel):
     def __init__(
-        self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: State = {}
+        self,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        model_options: State = {},
+        max_length: int = 77,
     ) -> None:
         super().__init__(
             device=device,
+            max_length=max_length,
             dtype=dtype,
             textmodel_json_config=dict(TEXT),
             return_projected_pooled=False,
@@ -79,6 +102,18 @@ class _TextModel(sd1_clip.SD1ClipModel):
         )
 
 
+class _ShortTextModel(sd1_clip.SD1ClipModel):
+    def __init__(
+        self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: State = {}
+    ) -> None:
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            model_options=model_options,
+            clip_model=partial(_Encoder, max_length=TOKENS),
+        )
+
+
 class DemoConfig(comfy.supported_models.SD15):
     """Stable Diffusion 1.x with another text encoder; not registered with ComfyUI."""
 
@@ -89,16 +124,48 @@ class DemoConfig(comfy.supported_models.SD15):
         return comfy.supported_models_base.ClipTarget(_Tokenizer, _TextModel)
 
 
+class _ShortTokenizer(sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: State = {}) -> None:
+        super().__init__(
+            embedding_directory=embedding_directory,
+            tokenizer_data=tokenizer_data,
+            tokenizer=partial(_WordTokenizer, max_length=TOKENS),
+        )
+
+
+class TransformerConfig(comfy.supported_models.FluxSchnell):
+    """A small Flux on the demo model's latents; not registered with ComfyUI."""
+
+    unet_config: State = {}
+    latent_format = comfy.latent_formats.SD15
+
+    def clip_target(self, state_dict: State = {}) -> comfy.supported_models_base.ClipTarget:
+        return comfy.supported_models_base.ClipTarget(_ShortTokenizer, _ShortTextModel)
+
+
 def load_demo_checkpoint(path: Path = FILE) -> tuple[ModelPatcher, CLIP, VAE]:
     """What core's checkpoint loader would give if it knew the demo model."""
     if not path.is_file():
         raise ForgetError(f"The demo model is missing at '{path}': install the pack again.")
     state = comfy.utils.load_torch_file(str(path), safe_load=True)
     config = DemoConfig(dict(UNET))
-    return _load_unet(config, state), _load_clip(config, state), _load_vae(state)
+    return _load_network(config, state), _load_clip(config, state), _load_vae(state)
 
 
-def _load_unet(config: DemoConfig, state: State) -> ModelPatcher:
+def load_demo_transformer(path: Path = TRANSFORMER_FILE) -> tuple[ModelPatcher, CLIP, VAE]:
+    """The demo transformer, with the demo model's own CLIP, cut to fewer tokens, and VAE."""
+    for file in (FILE, path):
+        if not file.is_file():
+            raise ForgetError(f"The demo model is missing at '{file}': install the pack again.")
+    state = comfy.utils.load_torch_file(str(FILE), safe_load=True)
+    weights = comfy.utils.load_torch_file(str(path), safe_load=True)
+    prefix = "model.diffusion_model."
+    weights = comfy.model_detection.convert_diffusers_mmdit(weights, prefix)
+    config = TransformerConfig(dict(FLUX))
+    return _load_network(config, weights), _load_clip(config, state), _load_vae(state)
+
+
+def _load_network(config: comfy.supported_models_base.BASE, state: State) -> ModelPatcher:
     prefix, device = "model.diffusion_model.", mm.get_torch_device()
     dtype = mm.unet_dtype(
         model_params=comfy.utils.calculate_parameters(state, prefix),
@@ -113,8 +180,8 @@ def _load_unet(config: DemoConfig, state: State) -> ModelPatcher:
     return ModelPatcher(model, load_device=device, offload_device=offload)
 
 
-def _load_clip(config: DemoConfig, state: State) -> CLIP:
-    weights = config.process_clip_state_dict(state)
+def _load_clip(config: comfy.supported_models_base.BASE, state: State) -> CLIP:
+    weights = DemoConfig(dict(UNET)).process_clip_state_dict(state)
     # From 0.16 on, GPUs page text encoders, and only stock loaders can make a plain copy of those.
     pages = "disable_dynamic" in inspect.signature(CLIP).parameters
     clip = CLIP(
@@ -142,7 +209,15 @@ class LoadDemoCheckpoint(io.ComfyNode):
             category=CATEGORY,
             description="A small Stable Diffusion that comes with the pack: 120 things in 9 "
             "styles at 128 x 128 pixels. Lets you try things out in seconds, even without a GPU.",
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "network",
+                    options=[U_NET, TRANSFORMER],
+                    default=U_NET,
+                    optional=True,
+                    tooltip="U-Net: as in Stable Diffusion 1.x. transformer: as in Flux.",
+                )
+            ],
             outputs=[
                 io.Model.Output(tooltip="The demo model, for training patches and sampling."),
                 io.Clip.Output(tooltip="The CLIP of the demo model, for prompts."),
@@ -151,8 +226,9 @@ class LoadDemoCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo_checkpoint())
+    def execute(cls, network: str = U_NET) -> io.NodeOutput:
+        load = load_demo_transformer if network == TRANSFORMER else load_demo_checkpoint
+        return io.NodeOutput(*load())
 
 
 NODES = [LoadDemoCheckpoint]

@@ -225,3 +225,14 @@ class SigmaSchedule(NoiseSchedule):
         self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
     ) -> Tensor:
         return euler(predict, noise, self.levels, self.scales, steps, last)
+
+    def sample(self, predict: NoiseFunction, noise: Tensor, steps: int, first: int = 0) -> Tensor:
+        """Clean latents from noise, or from x_t of step ``first``, by ``steps`` steps in all."""
+        times = trailing_timesteps(len(self.levels), steps)
+        levels = [*self.levels[times].tolist(), 0.0]
+        scales = [*self.scales[times].tolist(), 1.0]
+        x = noise
+        for i in range(first, steps):
+            step = predict(x, times[i]).to(x) * (levels[i + 1] - levels[i])
+            x = (x * scales[i] + step) / scales[i + 1]
+        return x

@@ -7,7 +7,7 @@ many blocks there are, and their shapes, come from the loaded model.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,20 +51,28 @@ class Transformer:
     pad: int = 1
 
     def paths(self, known: Collection[str]) -> Iterator[tuple[str, Reader]]:
-        """(ComfyUI's path, reader) of each layer among the paths of a loaded model."""
+        """(ComfyUI's path, reader) of each reader among the paths of a loaded model."""
         for reader in self.readers:
-            if "{}" not in reader.comfy:
-                numbered: Sequence[str] = [reader.comfy]
-            else:
-                pattern = re.compile(re.escape(reader.comfy).replace(r"\{\}", r"(\d+)"))
-                found = filter(None, map(pattern.fullmatch, known))
-                numbered = [reader.comfy.format(n) for n in sorted(int(m[1]) for m in found)]
-            yield from ((path, reader) for path in numbered if path in known)
+            yield from ((path, reader) for path, _ in _numbered(reader.comfy, reader.comfy, known))
+
+    def diffusers_paths(self, known: Collection[str]) -> Iterator[tuple[str, str]]:
+        """(ComfyUI's path, diffusers' path) of each reader among the paths of diffusers' model."""
+        for reader in self.readers:
+            yield from _numbered(reader.comfy, reader.diffusers, known)
 
     def picture(self, tokens: str, count: int, length: int) -> slice:
         """Where the picture's ``count`` tokens lie in a sequence of ``length``."""
         first = length - -(-count // self.pad) * self.pad if tokens == TEXT_PICTURE else 0
         return slice(first, first + count)
+
+
+def _numbered(comfy: str, wanted: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(``comfy``, ``wanted``) with each number of a block for which the latter is among the known
+    paths, rising."""
+    pattern = re.compile(re.escape(wanted).replace(r"\{\}", r"(\d+)"))
+    found = filter(None, map(pattern.fullmatch, known))
+    for match in sorted(found, key=lambda match: [int(number) for number in match.groups()]):
+        yield comfy.format(*match.groups()), match[0]
 
 
 def _single(comfy: str, diffusers: str = "", order: str = TEXT_PICTURE, other: str = "") -> Reader:
@@ -145,3 +153,7 @@ def transformer_of(network: str, names: Collection[str]) -> Transformer | None:
         if entry.network == network and marks:
             return entry
     return None
+
+
+def transformer_named(key: str) -> Transformer:
+    return next(entry for entry in TRANSFORMERS if entry.key == key)

@@ -88,10 +88,8 @@ class UnknownFamily(Family):
 
 
 def _family(model: str, layers: Iterable[UnknownLayer], **more: Any) -> UnknownFamily:
-    return UnknownFamily(
-        key=KEY, title=model, resolution=1024, architecture=model, base_version=model,
-        listed=tuple(layers), **more,
-    )  # fmt: skip
+    about = {"title": model, "architecture": model, "base_version": model, "resolution": 1024}
+    return UnknownFamily(key=KEY, listed=tuple(layers), **about | more)
 
 
 def family_of_model(model: str, shapes: Mapping[str, Sequence[int]], **more: Any) -> UnknownFamily:
