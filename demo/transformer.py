@@ -6,20 +6,12 @@ the line from a picture (sigma 0) to noise (sigma 1) it predicts the velocity, n
 
 import torch
 from diffusers import FluxTransformer2DModel
-from einops import rearrange
 from torch import nn
 
 from demo.diffusion import Task
 from demo.network import Networks
 from demo.optim import Optimiser
-
-CONFIG = {
-    "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 4,
-    "attention_head_dim": 32, "num_attention_heads": 6, "joint_attention_dim": 128,
-    "pooled_projection_dim": 128, "guidance_embeds": False, "axes_dims_rope": [8, 12, 12],
-}  # fmt: skip
-TOKENS = 24  # of a prompt; CLIP is causal, so the states of the first ones are those of all 77
-END = 49407
+from fmn.hosts.diffusers.transformer import CONFIG, END, TOKENS, velocity
 
 
 class DemoTransformer(nn.Module):
@@ -35,18 +27,7 @@ class DemoTransformer(nn.Module):
 
     def forward(self, latents, sigmas, context, pooled):
         """Velocity, as ``latents``; sigmas [N], context [N, T, 128], pooled [N, 128]."""
-        _, _, high, wide = latents.shape
-        grid = torch.cartesian_prod(torch.zeros(1), *map(torch.arange, (high // 2, wide // 2)))
-        (found,) = self.flux(
-            hidden_states=rearrange(latents, "n c (h p) (w q) -> n (h w) (c p q)", p=2, q=2),
-            encoder_hidden_states=context,
-            pooled_projections=pooled,
-            timestep=sigmas,
-            img_ids=grid.to(latents.device),
-            txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
-            return_dict=False,
-        )
-        return rearrange(found, "n (h w) (c p q) -> n c (h p) (w q)", p=2, q=2, h=high // 2)
+        return velocity(self.flux, latents, sigmas, context, pooled)
 
 
 class TransformerNetworks(Networks):

@@ -47,7 +47,9 @@ def velocity(
         context: [B, T, D]. pooled: [B, P].
     """
     high, wide = latents.shape[2] // 2, latents.shape[3] // 2
-    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(high), torch.arange(wide))
+    grid = torch.cartesian_prod(
+        torch.zeros(1), torch.arange(float(high)), torch.arange(float(wide))
+    )
     (found,) = flux(
         hidden_states=rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
         encoder_hidden_states=context,
