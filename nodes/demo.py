@@ -40,9 +40,10 @@ FLUX = {
     "guidance_embed": False,
 }  # fmt: skip
 TOKENS = 24  # of a prompt that the transformer reads
+POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
 TEXT = {
     "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4,
-    "num_hidden_layers": 3, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+    "num_hidden_layers": 3, "hidden_act": "quick_gelu",
     "eos_token_id": 49407,
 }  # fmt: skip
 
@@ -87,7 +88,7 @@ class _Encoder(sd1_clip.SDClipModel):
             device=device,
             max_length=max_length,
             dtype=dtype,
-            textmodel_json_config=dict(TEXT),
+            textmodel_json_config=TEXT | {"max_position_embeddings": max_length},
             return_projected_pooled=False,
             model_options=model_options,
         )
@@ -158,6 +159,7 @@ def load_demo_transformer(path: Path = TRANSFORMER_FILE) -> tuple[ModelPatcher, 
         if not file.is_file():
             raise ForgetError(f"The demo model is missing at '{file}': install the pack again.")
     state = comfy.utils.load_torch_file(str(FILE), safe_load=True)
+    state[POSITIONS] = state[POSITIONS][:TOKENS]  # CLIP is causal: nothing before changes
     weights = comfy.utils.load_torch_file(str(path), safe_load=True)
     prefix = "model.diffusion_model."
     weights = comfy.model_detection.convert_diffusers_mmdit(weights, prefix)

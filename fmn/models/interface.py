@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,10 @@ class NoiseSchedule(ABC):
         self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
     ) -> Tensor:
         """x_t after the first ``last`` of ``steps`` sampling steps from noise [B, C, h, w]."""
+
+    @abstractmethod
+    def sample(self, predict: NoiseFunction, noise: Tensor, steps: int, **options: Any) -> Tensor:
+        """Clean latents from noise [B, C, h, w]; options of the schedule's sampler."""
 
 
 class Denoiser(Protocol):

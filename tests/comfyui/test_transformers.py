@@ -24,7 +24,7 @@ def test_reread_solves_from_recorded_rows(pack, other_host, name, layers):
         patch = pack("fmn.methods").forget(
             model, [concept(pack)], reread_settings(pack), steps.append
         )
-    assert len(patch.changes) == layers and patch.info["losses"][1] < 0.9
+    assert len(patch.changes) == layers and patch.info["loss"]["last"] < 0.9
     after = model.patcher.model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not any(m._forward_hooks for m in model.patcher.model.modules())

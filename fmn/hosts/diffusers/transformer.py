@@ -175,3 +175,9 @@ def _family(flux: FluxTransformer2DModel) -> tuple[UnknownFamily, dict[str, str]
     shapes = {comfy: known[path].weight.shape for comfy, path in paths.items()}
     family = family_of_model("Flux", shapes, latent_channels=4, entry=entry, resolution=128)
     return family, {layer.name: paths[layer.compvis] for layer in layers(family)}
+
+
+def open_model(path: str | Path, device: torch.device | str | None = None) -> DiffusersModel:
+    """``DiffusersTransformer`` for ``demo-dit``, else ``DiffusersModel.load``."""
+    make = DiffusersTransformer if str(path) == "demo-dit" else DiffusersModel
+    return make.load(DEMO_TRANSFORMER if str(path) == "demo-dit" else path, device)
