@@ -14,6 +14,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy import sd1_clip
+from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
@@ -163,7 +164,9 @@ def load_demo_transformer(path: Path = TRANSFORMER_FILE) -> tuple[ModelPatcher, 
     weights = comfy.utils.load_torch_file(str(path), safe_load=True)
     prefix = "model.diffusion_model."
     weights = comfy.model_detection.convert_diffusers_mmdit(weights, prefix)
-    config = TransformerConfig(dict(FLUX))
+    # Newer versions of ComfyUI ask for the text's positions too.
+    more = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    config = TransformerConfig(FLUX | more)
     return _load_network(config, weights), _load_clip(config, state), _load_vae(state)
 
 
