@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import comfy.lora
+import comfy.model_management
 import comfy.model_sampling
 import comfy.utils
 import torch
@@ -108,7 +109,7 @@ class ComfyHost:
         patcher = unpaged(self.patcher)
         self._check_precision(patcher.model)
         load_whole(patcher, ALL_MEMORY)
-        with trainable(patcher.model):
+        with trainable(patcher.model), kernels_with_gradient():
             yield patcher
 
     def check_fits(self, patch: ForgetPatch) -> None:
@@ -132,6 +133,21 @@ class ComfyHost:
         names = comfy.lora.model_lora_keys_clip(clone.cond_stage_model, {})
         _add_patch(clone, names, patch, strength, True)
         return clone
+
+
+@contextmanager
+def kernels_with_gradient() -> Iterator[None]:
+    """Let newer versions of ComfyUI use no kernels without a backward, for a while."""
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)
+    if before is None:
+        yield
+        return
+    management.in_training = True
+    try:
+        yield
+    finally:
+        management.in_training = before
 
 
 def _add_patch(
