@@ -57,27 +57,29 @@ class Task:
         self.odds = odds(self.rows, derived)
         self.latents, self.levels = latents, signal_levels().to(networks.unet.device)
 
-    def loss(self, generator):
-        """Mean error of x0 on this process's part of a random batch.
-
-        All choices are made on the CPU, by each process for the whole batch.
-        """
-        networks, device = self.networks, self.networks.unet.device
+    def examples(self, generator):
+        """Latents and captions of a random batch: chosen on the CPU, by each process for all."""
         chosen = torch.multinomial(self.odds, self.batch, replacement=True, generator=generator)
         rows = [self.rows[i] for i in chosen.tolist()]
         variants = torch.randint(len(self.latents), (self.batch,), generator=generator)
-        latents = self.latents[variants, [row["index"] for row in rows]].float() * networks.scale
+        latents = self.latents[variants, [row["index"] for row in rows]].float()
         captions = [caption(row["concept"], row["style"], generator) for row in rows]
+        return latents * self.networks.scale, captions
+
+    def part(self, *values):
+        """This process's part of tensors, on the device, and of lists."""
+        part, device = slice(self.team.rank, None, self.team.count), self.networks.unet.device
+        return [v[part].to(device) if isinstance(v, torch.Tensor) else v[part] for v in values]
+
+    def loss(self, generator):
+        """Mean error of x0 on this process's part of a random batch."""
+        networks = self.networks
+        latents, captions = self.examples(generator)
         times = draw_times(self.batch, generator)
         noise = torch.randn(latents.shape, generator=generator)
         pure = torch.rand(self.batch, generator=generator) < self.pure_share
         times[pure] = STEPS - 1
-
-        part = slice(self.team.rank, None, self.team.count)
-        captions = captions[part]
-        latents, times, noise, pure = (
-            values[part].to(device) for values in (latents, times, noise, pure)
-        )
+        latents, times, noise, pure, captions = self.part(latents, times, noise, pure, captions)
         mixed, target = noised(latents, times, noise, self.levels, pure)
         mixed = mixed.contiguous(memory_format=torch.channels_last)
         found = networks.unet(mixed, times, self._context(captions)).sample

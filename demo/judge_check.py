@@ -8,7 +8,7 @@ from random import Random
 from demo import pictures
 from fmn.errors import ForgetError
 from fmn.files import write_whole
-from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.hosts.diffusers.transformer import open_model
 from fmn.metrics.demo_judge import ARCHITECTURES, FILE, DemoJudge
 from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling
@@ -54,7 +54,7 @@ def draw(path, pairs, seeds, sampling):
         done += count
         print(f"\r{done} of {len(rows)} pictures", end="", file=sys.stderr, flush=True)
 
-    with open_sampler(DiffusersModel.load(path), sampling, on_pictures=show) as sampler:
+    with open_sampler(open_model(path), sampling, on_pictures=show) as sampler:
         prompts = [f"a {row['concept']}, {row['style']}" for row in rows]
         images = sampler.draw(prompts, [row["seed"] for row in rows])
     print(file=sys.stderr)

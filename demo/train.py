@@ -5,6 +5,8 @@
     python demo/train.py autoencoder          the autoencoder, if it is to be trained as well
     python demo/train.py export               build/demo/model/fmn-demo.safetensors
     python demo/train.py all                  all stages in their order
+    python demo/train.py transformer          the demo transformer, on the others' frozen weights
+    python demo/train.py export-transformer   build/demo/model/fmn-demo-dit.safetensors
     python demo/train.py quality              how well the autoencoder keeps each style
 
 Everything starts from ``--start`` (the checkpoint in this folder) or ``--from-scratch``. Pictures
@@ -13,12 +15,16 @@ are expected in ``--data`` as ``demo/pictures.py build`` leaves them.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("autoencoder", "latents", "unet", "export", "all", "quality")
+STAGES = (
+    "autoencoder", "latents", "unet", "export", "all", "transformer", "export-transformer",
+    "quality",
+)  # fmt: skip
 
 
 def networks_for(given):
@@ -69,36 +75,71 @@ def make_latents(given):
 
 def unet_loop(given, team=None):
     """(networks, loop) of the main stage, where the last run left it."""
-    from demo import diffusion, pictures
-    from demo.loop import Loop, Schedule
+    from demo import diffusion
+
+    latents, rows = read_latents(given)
+    networks = networks_for(given).for_training()
+    optimiser = diffusion.optimiser_for(networks, rows, given.muon_lr, given.adam_lr)
+    task = diffusion.Task(networks, latents, rows, given.batch, team, given.derived)
+    return networks, begun(given, "unet", optimiser, task.loss, team)
+
+
+def read_latents(given):
+    from demo import pictures
 
     path = given.out / "latents.pt"
     if not path.exists():
         sys.exit(f"{path} is missing: run 'python demo/train.py latents' first.")
-    _, rows = pictures.load(given.data)
-    networks = networks_for(given).for_training()
-    optimiser = diffusion.optimiser_for(networks, rows, given.muon_lr, given.adam_lr)
-    latents = torch.load(path, weights_only=True)
-    task = diffusion.Task(networks, latents, rows, given.batch, team, given.derived)
+    return torch.load(path, weights_only=True), pictures.load(given.data)[1]
+
+
+def begun(given, name, optimiser, loss_of, team):
+    """A loop where its last run left it, with the schedule that is asked for now."""
+    from demo.loop import Loop, Schedule
+
     schedule = Schedule(given.steps or 4000, decay=given.decay)
-    loop = Loop("unet", given.out, optimiser, task.loss, schedule, given.seed, team)
+    loop = Loop(name, given.out, optimiser, loss_of, schedule, given.seed, team)
     loop.resume()
     if given.steps:
-        loop.schedule = Schedule(given.steps, decay=given.decay)
+        loop.schedule = schedule
     if given.decay_now:
         loop.schedule = Schedule(loop.step + given.decay, decay=given.decay)
-    return networks, loop
+    return loop
+
+
+def transformer_loop(given, team=None):
+    """(networks, loop) of the transformer, where the last run left it."""
+    from safetensors.torch import load_file
+
+    from demo import transformer
+
+    latents, rows = read_latents(given)
+    torch.manual_seed(given.seed)
+    weights = load_file(given.transformer) if given.transformer else None
+    networks = transformer.TransformerNetworks.from_demo(given.start, weights).to(given.device)
+    optimiser = transformer.optimiser_for(networks, given.muon_lr, given.adam_lr)
+    task = transformer.FlowTask(networks, latents, rows, given.batch, team, given.derived)
+    return networks, begun(given, "transformer", optimiser, task.loss, team)
 
 
 def train_unet(given):
+    return train_together(given, unet_loop)
+
+
+def train_transformer(given):
+    return train_together(given, transformer_loop)
+
+
+def train_together(given, make_loop):
     from demo.parallel import processes
 
-    with processes(given.processes, train_part, given) as team:
-        return train_part(given, team)
+    work = partial(train_part, make_loop)
+    with processes(given.processes, work, given) as team:
+        return work(given, team)
 
 
-def train_part(given, team):
-    _, loop = unet_loop(given, team)
+def train_part(make_loop, given, team):
+    _, loop = make_loop(given, team)
     return loop.run(given.minutes, given.save_minutes)
 
 
@@ -111,6 +152,21 @@ def export(given):
     diffusion.whole_embedding(networks)
     path = given.out / "fmn-demo.safetensors"
     network.export(networks, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, step {loop.step} of {loop.schedule.steps}")
+    return True
+
+
+def export_transformer(given):
+    """Write the transformer's averaged weights, under diffusers' names."""
+    from safetensors.torch import save_file
+
+    from fmn.files import write_whole
+
+    networks, loop = transformer_loop(given)
+    loop.optimiser.averaged()
+    weights = {k: v.half().contiguous() for k, v in networks.unet.flux.state_dict().items()}
+    path = given.out / "fmn-demo-dit.safetensors"
+    write_whole(path, lambda file: save_file(weights, file))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, step {loop.step} of {loop.schedule.steps}")
     return True
 
@@ -130,6 +186,8 @@ RUN = {
     "latents": make_latents,
     "unet": train_unet,
     "export": export,
+    "transformer": train_transformer,
+    "export-transformer": export_transformer,
     "quality": show_quality,
 }
 
@@ -143,6 +201,7 @@ def parse(arguments=None):
     add("--data", type=Path, default=ROOT / "build/demo", help="folder of the pictures")
     add("--out", type=Path, default=ROOT / "build/demo/model", help="folder of states and results")
     add("--start", default="demo", help="checkpoint to start from; 'demo' is the one beside this")
+    add("--transformer", type=Path, help="its weights to start from, if not random ones")
     add("--from-scratch", action="store_true", help="start from random weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)

@@ -15,38 +15,68 @@ from ..fmn.metrics.judge import Judge
 from ..fmn.metrics.load import load_judge
 from ..fmn.models.families import DEMO, Family
 from ..fmn.patches.patch import ForgetPatch
-from .common import advanced, clip_input, image_of, lines_of, model_input, seed_input, vae_input
+from .common import advanced, clip_input, image_of, lines_of, schema, seed_input, vae_input
 from .page import text_output
 from .progress import Progress
-from .types import CATEGORY, Patch
+from .types import Patch
 
 AUTO = "auto"
 
 
 class CompareBeforeAfter(io.ComfyNode):
+    """Draws prompts before and after forgetting, at equal seeds, in one labelled grid: is the
+    concept gone, and is everything else still there?
+
+    Inputs:
+        model: The model before forgetting.
+        patch: The patch to compare with and without.
+        after: Instead of a patch: the model after forgetting, from any node.
+        after_clip: Instead of a patch: the CLIP after forgetting, if that changed it.
+        forgotten: Prompts whose concept should be gone, one per line.
+        kept: Prompts that should look as before, one per line. Take near ones.
+        pictures: Pictures of each prompt, each with its own seed.
+        first_seed: Seed of a prompt's first picture; the next ones count up.
+        steps: Sampling steps (euler).
+        guidance: Guidance scale (cfg). 0: 3.5 for the demo model, 7 for Stable Diffusion, 1 for
+            others. 1: none, as distilled models need.
+        size: Pixels of a picture's sides. 0: what the model was trained at.
+        judge: What says what the pictures show. auto: the demo's judge for the demo model, none for
+            others. none: nothing. 'clip:' and a folder of a CLIP model: which of the prompts a
+            picture looks like.
+
+    Outputs:
+        grid: A row a picture: before, after, and where they differ.
+        text: The result in words.
+        thumbnail: The first prompt before and after, for Save Forget Patch.
+    """
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FMN_CompareBeforeAfter",
-            display_name="Compare Before and After",
-            category=CATEGORY,
-            description="Draws prompts before and after forgetting, at equal seeds, in one "
-            "labelled grid: is the concept gone, and is everything else still there?",
-            inputs=[*_models(), *_prompts(), *advanced(*_drawing())],
-            outputs=[
-                io.Image.Output(
-                    "IMAGE",
-                    display_name="grid",
-                    tooltip="A row a picture: before, after, and where they differ.",
-                ),
-                io.String.Output("TEXT", display_name="text", tooltip="The result in words."),
-                io.Image.Output(
-                    "THUMBNAIL",
-                    display_name="thumbnail",
-                    tooltip="The first prompt before and after, for Save Forget Patch.",
-                ),
-            ],
-        )
+        drawing = [
+            io.Int.Input("steps", default=12, min=1, max=150, optional=True),
+            io.Float.Input("guidance", default=0.0, min=0.0, max=30.0, step=0.1, optional=True),
+            io.Int.Input("size", default=0, min=0, max=2048, step=64, optional=True),
+            io.String.Input("judge", default=AUTO, optional=True),
+        ]
+        inputs = [
+            io.Model.Input("model"),
+            clip_input(),
+            vae_input(),
+            Patch.Input("patch", optional=True),
+            io.Model.Input("after", optional=True),
+            io.Clip.Input("after_clip", optional=True),
+            io.String.Input("forgotten", default="a photo of a dog", multiline=True),
+            io.String.Input("kept", default="a photo of a cat", multiline=True),
+            io.Int.Input("pictures", default=1, min=1, max=8),
+            seed_input("first_seed"),
+            *advanced(*drawing),
+        ]
+        outputs = [
+            io.Image.Output("IMAGE", "grid"),
+            io.String.Output("TEXT", "text"),
+            io.Image.Output("THUMBNAIL", "thumbnail"),
+        ]
+        return schema(cls, "FMN_CompareBeforeAfter", "Compare Before and After", inputs, outputs)
 
     @classmethod
     def execute(
@@ -116,85 +146,6 @@ def _judge(name: str, family: Family, prompts: list[str]) -> Judge | None:
         return load_judge("demo") if family is DEMO else None
     labels = {"prompt": {text: text for text in dict.fromkeys(prompts)}}
     return load_judge(name.strip(), labels if name.startswith("clip:") else None)
-
-
-def _models() -> list[io.Input]:
-    return [
-        model_input("The model before forgetting."),
-        clip_input(),
-        vae_input(),
-        Patch.Input("patch", optional=True, tooltip="The patch to compare with and without."),
-        io.Model.Input(
-            "after",
-            optional=True,
-            tooltip="Instead of a patch: the model after forgetting, from any node.",
-        ),
-        io.Clip.Input(
-            "after_clip",
-            optional=True,
-            tooltip="Instead of a patch: the CLIP after forgetting, if that changed it.",
-        ),
-    ]
-
-
-def _prompts() -> list[io.Input]:
-    return [
-        io.String.Input(
-            "forgotten",
-            default="a photo of a dog",
-            multiline=True,
-            tooltip="Prompts whose concept should be gone, one per line.",
-        ),
-        io.String.Input(
-            "kept",
-            default="a photo of a cat",
-            multiline=True,
-            tooltip="Prompts that should look as before, one per line. Take near ones.",
-        ),
-        io.Int.Input(
-            "pictures",
-            default=1,
-            min=1,
-            max=8,
-            tooltip="Pictures of each prompt, each with its own seed.",
-        ),
-        seed_input("first_seed", "Seed of a prompt's first picture; the next ones count up."),
-    ]
-
-
-def _drawing() -> list[io.Input]:
-    return [
-        io.Int.Input(
-            "steps", default=12, min=1, max=150, optional=True, tooltip="Sampling steps (euler)."
-        ),
-        io.Float.Input(
-            "guidance",
-            default=0.0,
-            min=0.0,
-            max=30.0,
-            step=0.1,
-            optional=True,
-            tooltip="Guidance scale (cfg). 0: 3.5 for the demo model, 7 for Stable Diffusion, 1 "
-            "for others. 1: none, as distilled models need.",
-        ),
-        io.Int.Input(
-            "size",
-            default=0,
-            min=0,
-            max=2048,
-            step=64,
-            optional=True,
-            tooltip="Pixels of a picture's sides. 0: what the model was trained at.",
-        ),
-        io.String.Input(
-            "judge",
-            default=AUTO,
-            optional=True,
-            tooltip="What says what the pictures show. auto: the demo's judge for the demo model, "
-            "none for others. none: nothing. 'clip:' and a folder of a CLIP model: which of the "
-            "prompts a picture looks like.",
-        ),
-    ]
 
 
 NODES = [CompareBeforeAfter]

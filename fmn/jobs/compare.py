@@ -21,7 +21,7 @@ class Pair(NamedTuple):
     forgotten: bool  # its concept should go; else it should stay
     before: Tensor  # [H, W, 3] in 0..1
     after: Tensor
-    seen: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # by the judge, before and after
+    seen: tuple[tuple[str, ...], ...] = ()  # by the judge, before and after
 
     @property
     def change(self) -> float:

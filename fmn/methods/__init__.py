@@ -9,7 +9,8 @@ A method's module has:
 - ``PRESETS``: name -> ``Settings``, the first being the defaults;
 - ``run(model, concepts, settings, on_step, keep)``, which returns a ``ForgetPatch``;
   ``patches.task.method_run`` makes it of a function of a ``Task``;
-- ``ANY_MODEL = True`` if it works on models that are none of ``families.FAMILIES``.
+- ``ANY_MODEL = True`` if it works on models that are none of ``families.FAMILIES``, or
+  ``TRANSFORMERS = True`` if it works on those of ``transformers.TRANSFORMERS``.
 
 A method that trains has ``trains = True`` in its ``Settings``, and its ``run`` takes the
 ``TrainingOptions`` after that.
@@ -149,14 +150,25 @@ def forget(
     if options.resume:
         task = Task(cast("UNetModel", model), concepts, settings)
         options.resume.check(task.record(), settings.current)
-    if not model.family.known and not getattr(module, "ANY_MODEL", False):
-        raise ForgetError(
-            f"{module.TITLE} works on the cross-attention of Stable Diffusion 1.x, 2.x and XL, and "
-            f"{model.family.title} is none of them: use the method ESD."
-        )
+    _check_family(model, module)
     with autograd():
         more = (options,) if settings.trains else ()
         return module.run(model, concepts, settings, on_step, keep, *more)
+
+
+def _check_family(model: Model, module: ModuleType) -> None:
+    family = model.family
+    follows_text = getattr(family, "entry", None) is not None
+    if (
+        family.known
+        or getattr(module, "ANY_MODEL", False)
+        or (follows_text and getattr(module, "TRANSFORMERS", False))
+    ):
+        return
+    raise ForgetError(
+        f"{module.TITLE} works on the cross-attention of Stable Diffusion 1.x, 2.x and XL, and "
+        f"{family.title} is none of them: use the method {'Re-read' if follows_text else 'ESD'}."
+    )
 
 
 def check_keep(settings: Settings, keep: Sequence[str]) -> None:

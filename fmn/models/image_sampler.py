@@ -10,7 +10,7 @@ from torch import Tensor
 from ..concepts.concept import Prompt
 from .adapters import Device, FixedAdapter, LayerModule, Patch, Switch, attached, check_fits
 from .interface import NoiseFunction, Text, UNet, UNetModel
-from .sampling import Sampling, ddim, guided, seeded_noise
+from .sampling import Sampling, guided, seeded_noise
 
 CACHED_TEXTS = 4096
 
@@ -84,17 +84,20 @@ class ImageSampler:
 
     def noise(self, seeds: Iterable[int]) -> Tensor:
         """``seeded_noise`` [B, 4, h, w] of the pictures' size."""
-        return seeded_noise(seeds, self.sampling.size // 8)
+        family = self.model.family
+        side = self.sampling.size // family.latent_factor
+        return seeded_noise(seeds, side, family.latent_channels)
 
     def predictor(self, text: Text) -> NoiseFunction:
         """``sampling.guided`` for encoded prompts, with the sampler's guidance."""
         return guided(self.denoiser, text, self.text(""), self.sampling.guidance)
 
     def latents(self, text: Text, x: Tensor, **options: Any) -> Tensor:
-        """``sampling.ddim`` from x [B, 4, h, w], on the CPU; options as there."""
-        x = x.to(self.denoiser.device)
-        alphas = self.denoiser.alphas_cumprod
-        return ddim(self.predictor(text), x, alphas, self.sampling.steps, **options).float().cpu()
+        """Latents from x [B, C, h, w], on the CPU; options of the schedule's ``sample``."""
+        x, schedule = x.to(self.denoiser.device), self.denoiser.schedule
+        return (
+            schedule.sample(self.predictor(text), x, self.sampling.steps, **options).float().cpu()
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, H, W, 3] in 0..1."""

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,10 @@ class NoiseSchedule(ABC):
         self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
     ) -> Tensor:
         """x_t after the first ``last`` of ``steps`` sampling steps from noise [B, C, h, w]."""
+
+    @abstractmethod
+    def sample(self, predict: NoiseFunction, noise: Tensor, steps: int, **options: Any) -> Tensor:
+        """Clean latents from noise [B, C, h, w]; options of the schedule's sampler."""
 
 
 class Denoiser(Protocol):
@@ -164,6 +168,28 @@ class Fingerprint(str):
     sketch: tuple[float, ...] = ()
 
 
+class Watched(Protocol):
+    """A loaded network that is only run, while ``Model.watch`` lasts.
+
+    Nothing is frozen, copied or converted, so its weights may have any precision, and lie anywhere.
+    Methods may hook its modules and must unhook them again.
+    """
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    def module(self, name: str) -> nn.Module:
+        """The module of a ``Layer.name``; its weight may be quantised."""
+
+    def predict_each(self, x_t: Tensor, t: int, texts: Sequence[Text]) -> Tensor:
+        """Predicted noise or velocity for x_t [B, C, h, w] at the time step t.
+
+        Args:
+            texts: B of one prompt each, of any lengths. Those that follow each other share a
+                forward where they can; the batch's order is kept.
+        """
+
+
 class Model(Protocol):
     """Any model that predicts noise or velocity from text."""
 
@@ -180,6 +206,9 @@ class Model(Protocol):
 
     def borrow_denoiser(self) -> AbstractContextManager[Denoiser]:
         """The network, ready for autograd while the context lasts and unchanged after it."""
+
+    def watch(self, batch: int, side: int) -> AbstractContextManager[Watched]:
+        """The network as for sampling ``batch`` latents of that side, while the context lasts."""
 
 
 class UNetModel(Model, Protocol):

@@ -6,6 +6,7 @@ predicted noise on the way, to draw from learned embeddings, and to do the same 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,6 +211,9 @@ class DDPMSchedule(NoiseSchedule):
     ) -> Tensor:
         return ddim(predict, noise, self.levels, steps, last=last)
 
+    def sample(self, predict: NoiseFunction, noise: Tensor, steps: int, **options: Any) -> Tensor:
+        return ddim(predict, noise, self.levels, steps, **options)
+
 
 @dataclass(frozen=True)
 class SigmaSchedule(NoiseSchedule):
@@ -225,3 +229,18 @@ class SigmaSchedule(NoiseSchedule):
         self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
     ) -> Tensor:
         return euler(predict, noise, self.levels, self.scales, steps, last)
+
+    def sample(self, predict: NoiseFunction, noise: Tensor, steps: int, **options: Any) -> Tensor:
+        """By Euler's method to sigma 0.
+
+        Args:
+            options: ``first``, the step to start at, from its x_t.
+        """
+        times = trailing_timesteps(len(self.levels), steps)
+        levels = [*self.levels[times].tolist(), 0.0]
+        scales = [*self.scales[times].tolist(), 1.0]
+        x = noise
+        for i in range(options.get("first", 0), steps):
+            step = predict(x, times[i]).to(x) * (levels[i + 1] - levels[i])
+            x = (x * scales[i] + step) / scales[i + 1]
+        return x

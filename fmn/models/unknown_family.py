@@ -9,9 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ForgetError
 from .families import Family, Layer
+from .transformers import Reader, Transformer
 
 KEY = "other"
 PREFIX = "lora_unet_"
@@ -61,9 +63,13 @@ class UnknownLayer(Layer):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UnknownFamily(Family):
-    """One model: ``listed`` are its layers, or, of a patch file, those it changes."""
+    """One model: ``listed`` are its layers, or, of a patch file, those it changes.
+
+    ``entry`` is what we know of it; of a patch file, nothing.
+    """
 
     listed: tuple[UnknownLayer, ...]
+    entry: Transformer | None = None
 
     implementation = "https://github.com/comfyanonymous/ComfyUI"
 
@@ -74,24 +80,25 @@ class UnknownFamily(Family):
     def denoiser_layers(self) -> tuple[Layer, ...]:
         return self.listed
 
-
-def _family(
-    model: str, layers: Iterable[UnknownLayer], channels: int = 4, factor: int = 8
-) -> UnknownFamily:
-    return UnknownFamily(
-        key=KEY, title=model, resolution=1024, architecture=model, base_version=model,
-        latent_channels=channels, latent_factor=factor, listed=tuple(layers),
-    )  # fmt: skip
+    def readers(self) -> dict[str, Reader]:
+        """Name of each layer through which text reaches the picture -> its ``Reader``."""
+        names = {layer.compvis: layer.name for layer in self.listed}
+        found = () if self.entry is None else self.entry.paths(names)
+        return {names[path]: reader for path, reader in found}
 
 
-def family_of_model(
-    model: str, shapes: Mapping[str, Sequence[int]], latent_channels: int, latent_factor: int
-) -> UnknownFamily:
+def _family(model: str, layers: Iterable[UnknownLayer], **more: Any) -> UnknownFamily:
+    about = {"title": model, "architecture": model, "base_version": model, "resolution": 1024}
+    return UnknownFamily(key=KEY, listed=tuple(layers), **about | more)
+
+
+def family_of_model(model: str, shapes: Mapping[str, Sequence[int]], **more: Any) -> UnknownFamily:
     """The family of a loaded model.
 
     Args:
         model: name of its class.
         shapes: path of each Linear and Conv2d -> shape of its weight, in the model's order.
+        more: fields of the family.
 
     Raises:
         ForgetError: there are no such layers, or two of them have one name in a LoRA file.
@@ -109,7 +116,7 @@ def family_of_model(
             "without quantisation, or use another model."
         )
     layers = [UnknownLayer(names[path], path, tuple(shape)) for path, shape in shapes.items()]
-    return _family(model, layers, latent_channels, latent_factor)
+    return _family(model, layers, **more)
 
 
 def family_of_file(

@@ -49,8 +49,11 @@ def make(name, changes):
     """A MODEL of a class by its name, with some of its config changed."""
     import comfy.model_patcher
     import comfy.supported_models
+    from comfy.ldm.flux.model import FluxParams
 
     config = CONFIGS[name] | {"dtype": torch.float32} | changes
+    if name == "Flux" and "txt_ids_dims" in FluxParams.__dataclass_fields__:  # ComfyUI 0.33
+        config = {"txt_ids_dims": []} | config
     # As in a running server.
     with torch.inference_mode():
         model = getattr(comfy.supported_models, name)(config).get_model({}, device="cpu")

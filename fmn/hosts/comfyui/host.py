@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import comfy.lora
+import comfy.model_management
 import comfy.model_sampling
 import comfy.utils
 import torch
@@ -109,7 +110,7 @@ class ComfyHost:
         patcher = unpaged(self.patcher)
         self._check_precision(patcher.model)
         load_whole(patcher, ALL_MEMORY)
-        with trainable(patcher.model):
+        with trainable(patcher.model), kernels_with_gradient():
             yield patcher
 
     def check_fits(self, patch: ForgetPatch) -> None:
@@ -145,6 +146,21 @@ def base_weights(model: ModelPatcher | None, clip: CLIP | None) -> ForeignFile:
             first = {key: backup.weight for key, backup in patcher.backup.items()}
             tensors |= patcher.model.state_dict() | first
     return ForeignFile("the connected model", Tensors(tensors), {})
+
+
+@contextmanager
+def kernels_with_gradient() -> Iterator[None]:
+    """Let newer versions of ComfyUI use no kernels without a backward, for a while."""
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)
+    if before is None:
+        yield
+        return
+    management.in_training = True
+    try:
+        yield
+    finally:
+        management.in_training = before
 
 
 def _add_patch(

@@ -6,12 +6,13 @@ its encoding of a prompt. Only the method ESD asks for no more than that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.model_sampling
+import comfy.samplers
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
@@ -21,6 +22,7 @@ from ...errors import ForgetError
 from ...models.families import Family, layers_by_name
 from ...models.interface import Text
 from ...models.sampling import SigmaSchedule
+from ...models.transformers import transformer_of
 from ...models.unknown_family import UnknownFamily, family_of_model
 from .denoiser import Denoiser
 from .host import ComfyHost
@@ -81,6 +83,15 @@ class UnknownModel(ComfyHost):
         with self._loaded() as patcher, allow_mutation_on_saved_tensors():
             yield UnknownDenoiser(self.family, patcher)
 
+    @contextmanager
+    def watch(self, batch: int, side: int) -> Iterator[WatchedModel]:
+        """Load the model as for sampling a batch of latents of that side; see ``Watched``."""
+        self._check_latents()
+        model = self.patcher.model
+        shape = [batch, self.family.latent_channels, side, side]
+        comfy.model_management.load_models_gpu([self.patcher], model.memory_required(shape))
+        yield WatchedModel(self.family, self.patcher)
+
     def _check_latents(self) -> None:
         model = self.patcher.model
         latents, kind = model.latent_format, type(model.latent_format).__name__
@@ -122,12 +133,59 @@ class UnknownDenoiser(Denoiser):
         return list(_blocks(self.model.diffusion_model))
 
 
+class WatchedModel(UnknownDenoiser):
+    """``fmn.models.interface.Watched``: weights stay where and as they are, in any precision."""
+
+    def _reload(self) -> None:
+        pass  # ComfyUI brings each weight to where it is needed
+
+    def module(self, name: str) -> Any:
+        return self.model.diffusion_model.get_submodule(layers_by_name(self.family)[name].compvis)
+
+    def predict_each(self, x_t: Tensor, t: int, texts: Sequence[Text]) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        x, sigma = x_t.to(self.device) * self.scales[t], self.sigmas[t]
+        found = []
+        with torch.inference_mode():
+            inputs = [self._conds(x[i : i + 1], text) for i, text in enumerate(texts)]
+            first = 0
+            for last in range(1, len(inputs) + 1):
+                if last < len(inputs) and _fit(inputs[first], inputs[last]):
+                    continue
+                part = x[first:last]
+                joined = comfy.samplers.cond_cat(inputs[first:last])
+                clean = self.model.apply_model(part, sigma.expand(len(part)), **joined)
+                found.append((part - clean) / sigma)
+                first = last
+        return torch.cat(found)
+
+    def _conds(self, x: Tensor, text: Text) -> dict[str, Any]:
+        conds = self.model.extra_conds(**self._conditions(x, text))
+        return {
+            name: value.process_cond(batch_size=1, device=self.device, area=None)
+            for name, value in conds.items()
+        }
+
+
+def _fit(first: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether ComfyUI's sampler would put both prompts into one forward."""
+    same = first.keys() == other.keys()
+    return same and all(value.can_concat(other[name]) for name, value in first.items())
+
+
 def _family_of(model: Any) -> UnknownFamily:
-    modules = getattr(model, "diffusion_model", nn.Module()).named_modules()
-    shapes = {path: module.weight.shape for path, module in modules if _is_layer(module)}
-    latents = model.latent_format
-    factor = FACTORS.get(type(latents).__name__, 8)
-    return family_of_model(type(model).__name__, shapes, latents.latent_channels, factor)
+    network, latents = getattr(model, "diffusion_model", nn.Module()), model.latent_format
+    modules = dict(network.named_modules())
+    shapes = {path: module.weight.shape for path, module in modules.items() if _is_layer(module)}
+    return family_of_model(
+        type(model).__name__,
+        shapes,
+        latent_channels=latents.latent_channels,
+        latent_factor=FACTORS.get(type(latents).__name__, 8),
+        entry=transformer_of(
+            type(network).__name__, {*modules, *(name for name, _ in network.named_parameters())}
+        ),
+    )
 
 
 def _is_layer(module: nn.Module) -> bool:

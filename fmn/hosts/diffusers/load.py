@@ -100,7 +100,7 @@ def load_pipeline(
     if vae is not None:
         parts["vae"] = _other_vae(Path(vae), config, dtype)
     if prediction:
-        scheduler = parts["scheduler"]
+        scheduler: Any = parts["scheduler"]
         kind = {"prediction_type": prediction}
         parts["scheduler"] = type(scheduler).from_config(scheduler.config, **kind)
     return _pipeline(make, parts)
@@ -233,8 +233,8 @@ def _part_config(folder: Path, part: str) -> Config:
 
 
 def _scheduler(path: Path, config: Config) -> SchedulerMixin:
-    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), object)
+    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
         raise ForgetError(
             f"'{path}' names the scheduler {config.get('_class_name')!s:.60}, which diffusers does "
             "not have: write EulerDiscreteScheduler into its scheduler_config.json."

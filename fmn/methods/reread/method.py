@@ -18,6 +18,7 @@ from ...patches.patch import ForgetPatch
 from ...patches.task import Task, method_run
 from ...training.run import TrainingOptions
 from .adversarial_training import train_adversarially
+from .recorded import recorded_patch
 from .regression import both_sides, closed_form
 from .regression_data import QuerySampler, SentencePairs
 from .settings import Settings
@@ -29,6 +30,7 @@ ABOUT = (
     "Re-read, this pack's own closed form: makes cross-attention read prompts as if the "
     "concept were not in them, and other prompts as before. Trains only with robust_steps."
 )
+TRANSFORMERS = True
 ADVERSARY = "a a"  # as long as the words that an adversary learns
 BLANKS = 4  # prompts for adversaries' words, beside the concept's own
 
@@ -60,6 +62,8 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
         settings.overshoot_style if concept.kind == "style" else settings.overshoot
         for concept in concepts
     ]
+    if not model.family.known:
+        return recorded_patch(task, pairs, kept, overshoots)
     with model.borrow_denoiser() as denoiser:
         lists = [*both_sides(pairs), kept]
         counts = len(concepts), len(styles)

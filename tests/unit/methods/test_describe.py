@@ -14,7 +14,9 @@ from ..tiny import make_patch
 
 def test_control_characters_do_not_reach_a_terminal():
     assert printable("a\x1b[2Jb\x07") == "a?[2Jb?"
-    text = describe(make_patch(concepts=[Concept("dog\x1b[2J\nforged: line")]))
+    patch = make_patch()
+    patch.info["concepts"][0]["name"] = "dog\x1b[2J\nforged: line"  # of a file from elsewhere
+    text = describe(patch)
     assert "\x1b" not in text and "dog?[2J?forged: line" in text
 
 

@@ -344,7 +344,7 @@ def test_a_run_makes_a_plain_lora(model, tmp_path, monkeypatch):
     ranks = {name: len(down) for name, (_, down) in patch.changes.items()}
     assert ranks == {name: 4 if "attn2" in name else 3 for name in NAMES}
     file = load_file(save_patch(patch, tmp_path / "patch.safetensors"))
-    assert sorted(key.partition(".")[2] for key in file) == sorted(PARTS * len(NAMES))
+    assert sorted(key.partition(".")[2] for key in file) == sorted((*PARTS, "alpha") * len(NAMES))
     assert losses == [1.0, steps[STEPS].losses[-1], *steps[-1].losses]
     again, _ = method.run(model, [DOG, CAR], replace(settings, checkpointing=True))
     for name in NAMES:

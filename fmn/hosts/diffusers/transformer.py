@@ -1,0 +1,183 @@
+"""diffusers' Flux as a host: the demo transformer, with the demo model's text encoder and VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...concepts.concept import Prompt
+from ...errors import ForgetError
+from ...files import DEMO_FOLDER
+from ...models.adapters import LayerModule
+from ...models.families import layers, layers_by_name
+from ...models.interface import Text, fingerprint
+from ...models.module_patching import frozen
+from ...models.sampling import SigmaSchedule, guided
+from ...models.transformers import transformer_named
+from ...models.unknown_family import UnknownFamily, family_of_model
+from .load import load_pipeline
+from .model import DiffusersModel
+from .text_encoder import evaluating
+
+DEMO_TRANSFORMER = DEMO_FOLDER / "fmn-demo-dit.safetensors"
+CONFIG = {
+    "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 4,
+    "attention_head_dim": 32, "num_attention_heads": 6, "joint_attention_dim": 128,
+    "pooled_projection_dim": 128, "guidance_embeds": False, "axes_dims_rope": [8, 12, 12],
+}  # fmt: skip
+TOKENS = 24  # of a prompt
+END = 49407
+LEVELS = 1000
+
+
+def velocity(
+    flux: FluxTransformer2DModel, latents: Tensor, sigmas: Tensor, context: Tensor, pooled: Tensor
+) -> Tensor:
+    """Velocity, noise - picture, of latents [B, C, h, w] at sigmas [B] in 0..1.
+
+    Args:
+        context: [B, T, D]. pooled: [B, P].
+    """
+    high, wide = latents.shape[2] // 2, latents.shape[3] // 2
+    grid = torch.cartesian_prod(
+        torch.zeros(1), torch.arange(float(high)), torch.arange(float(wide))
+    )
+    (found,) = flux(
+        hidden_states=rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
+        encoder_hidden_states=context,
+        pooled_projections=pooled,
+        timestep=sigmas,
+        img_ids=grid.to(latents),
+        txt_ids=torch.zeros(context.shape[1], 3).to(latents),
+        return_dict=False,
+    )
+    return rearrange(found, "b (h w) (c p q) -> b c (h p) (w q)", p=2, q=2, h=high)
+
+
+class DiffusersTransformer(DiffusersModel):
+    """``fmn.models.interface.Model`` over the demo transformer."""
+
+    def __init__(self, flux: FluxTransformer2DModel, pipeline: Any) -> None:
+        self.flux, self.pipeline, self.saved = flux.eval().requires_grad_(False), pipeline, None
+        self.family, self.paths = _family(flux)
+        self.prediction = "flow"
+
+    @classmethod
+    def load(
+        cls, path: str | Path = DEMO_TRANSFORMER, device: torch.device | str | None = None
+    ) -> DiffusersTransformer:
+        """The demo transformer, in float32."""
+        if not Path(path).is_file():
+            raise ForgetError(
+                f"The demo transformer is missing at '{path}': install the pack again."
+            )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        flux = FluxTransformer2DModel(**CONFIG)
+        flux.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+        return cls(flux.to(device), load_pipeline("demo").to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.flux.device
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.family, lambda layer: self._module(layer.name).weight)
+
+    def _module(self, name: str) -> LayerModule:
+        if name not in layers_by_name(self.family):
+            raise ForgetError(
+                f"The patch changes '{name}', which this {self.family.title} does not have: use a "
+                "patch made for this variant."
+            )
+        return self.flux.get_submodule(self.paths[name])
+
+    @torch.no_grad()
+    def encode(self, prompt: Prompt) -> Text:
+        return self.encode_texts([prompt.text])
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Text:
+        """Texts as one batch: the first tokens' states and, as pooled text, that of the end."""
+        ids = self.pipeline.tokenizer(
+            list(texts), padding="max_length", max_length=TOKENS, return_tensors="pt"
+        ).input_ids
+        if ids.shape[1] > TOKENS:
+            raise ForgetError(
+                f"A prompt has {ids.shape[1]} tokens, the demo transformer reads {TOKENS}: "
+                f"shorten '{max(texts, key=len):.60}'."
+            )
+        states = self.pipeline.text_encoder(ids.to(self.device))[0]
+        ends = (ids == END).int().argmax(1)
+        return Text(states, {"pooled_output": states[torch.arange(len(ids)), ends]})
+
+    @torch.no_grad()
+    def sample_latents(
+        self, texts: list[str], noise: Tensor, steps: int, guidance: float
+    ) -> Tensor:
+        denoiser = _Denoiser(self)
+        predict = guided(denoiser, self.encode_texts(texts), self.encode_texts([""]), guidance)
+        return denoiser.schedule.sample(predict, noise.to(self.device), steps)
+
+    @contextmanager
+    def borrow_denoiser(self) -> Iterator[_Denoiser]:
+        with evaluating([self.flux]), frozen([self.flux]):
+            yield _Denoiser(self)
+
+    @contextmanager
+    def watch(self, batch: int, side: int) -> Iterator[_Denoiser]:
+        yield _Denoiser(self)
+
+    def save(self, folder: str | Path) -> None:
+        raise ForgetError(
+            "The demo transformer cannot be saved as a diffusers folder: keep the patch, and apply "
+            "it when you draw."
+        )
+
+
+class _Denoiser:
+    """``fmn.models.interface.Denoiser`` and ``Watched`` over a Flux."""
+
+    def __init__(self, model: DiffusersTransformer) -> None:
+        self.model, self.device = model, model.device
+        levels = torch.linspace(1 / LEVELS, 1, LEVELS)
+        self.schedule = SigmaSchedule(levels, torch.ones(LEVELS))
+
+    def module(self, name: str) -> LayerModule:
+        return self.model._module(name)
+
+    def predict_noise(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        pooled = text.vectors["pooled_output"].to(self.device)
+        sigmas = self.schedule.levels.to(self.device)[t.to(self.device)]
+        context = text.context.to(self.device)
+        return velocity(self.model.flux, x_t.to(self.device), sigmas, context, pooled)
+
+    @torch.no_grad()
+    def predict_each(self, x_t: Tensor, t: int, texts: Sequence[Text]) -> Tensor:
+        return self.predict_noise(x_t, torch.full((len(x_t),), t), Text.cat(texts))
+
+    def checkpoint_blocks(self) -> list[nn.Module]:
+        flux = self.model.flux
+        return [*flux.transformer_blocks, *flux.single_transformer_blocks]
+
+
+def _family(flux: FluxTransformer2DModel) -> tuple[UnknownFamily, dict[str, str]]:
+    """The family, of the layers that both hosts have, and the path of each by its name."""
+    entry, known = transformer_named("flux"), dict(flux.named_modules())
+    paths = dict(entry.diffusers_paths(known))
+    shapes = {comfy: known[path].weight.shape for comfy, path in paths.items()}
+    family = family_of_model("Flux", shapes, latent_channels=4, entry=entry, resolution=128)
+    return family, {layer.name: paths[layer.compvis] for layer in layers(family)}
+
+
+def open_model(path: str | Path, device: torch.device | str | None = None) -> DiffusersModel:
+    """``DiffusersTransformer`` for ``demo-dit``, else ``DiffusersModel.load``."""
+    make = DiffusersTransformer if str(path) == "demo-dit" else DiffusersModel
+    return make.load(DEMO_TRANSFORMER if str(path) == "demo-dit" else path, device)

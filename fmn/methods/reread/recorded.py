@@ -1,0 +1,191 @@
+"""Re-read for transformers: ridge regression on what layers were seen to get and give.
+
+In joint attention the text's tokens change from block to block, so what a layer reads out of a
+prompt cannot be computed from the prompt alone. It is recorded, by forwards only: at some of the
+picture's tokens the inputs o and outputs y of each block's attention output projection, for prompts
+with the concept, and the outputs y* for the same noise without it. No weight is read, so weights
+may have any precision.
+
+Pure noise is where the text alone decides; later the picture shows the concept, too. As each edit
+changes what the blocks behind it get, rows with the concept are recorded again with the edits so
+far and solved again, ``passes`` times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...closed_form.input_edit import Changes
+from ...closed_form.output_edit import PartProgress
+from ...closed_form.reduced_rank import reduced_rank_ridge
+from ...concepts.concept import Prompt
+from ...errors import ForgetError
+from ...linalg import to_float64
+from ...models.adapters import FixedAdapter, attached
+from ...models.interface import Model, Text, Watched
+from ...models.recording import Recorder, Rows
+from ...models.sampling import seeded_noise
+from ...models.unknown_family import UnknownFamily
+from ...patches.patch import ForgetPatch
+from ...patches.task import Task
+from .regression_data import SentencePairs
+from .settings import Settings
+
+TOKENS_AT_ONCE = 2304  # of pictures in a forward: 4 pictures of 384 pixels
+SIDE = 384  # pixels at which models of a higher resolution are recorded
+SEEDS = 2  # of noise for each sentence with a concept
+KEPT_POSITIONS = 4  # of each kept sentence
+
+RowsByLayer = dict[str, Rows]
+
+
+class Batch(NamedTuple):
+    """Encoded prompts, each with its noise and the positions in the picture to record."""
+
+    texts: list[Text]
+    noise: Tensor  # [B, C, h, w]
+    positions: Tensor  # [B, P]
+
+
+class Prompts:
+    """Encodes all prompts, before the model is loaded: text encoders may be as large."""
+
+    def __init__(self, model: Model, texts: Sequence[str], settings: Settings) -> None:
+        family = model.family
+        self.channels = family.latent_channels
+        self.side = (settings.size or min(SIDE, family.resolution)) // family.latent_factor
+        self.tokens = (self.side // family.entry.patch) ** 2
+        self.at_once = max(1, TOKENS_AT_ONCE // self.tokens)
+        self.seed = settings.seed
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.texts = {text: model.encode(Prompt(text, "")) for text in dict.fromkeys(texts)}
+
+    def batch(self, texts: Sequence[str], positions: int) -> Batch:
+        """Each text with noise of its own, and so many positions at random."""
+        seeds = range(self.seed, self.seed + len(texts))
+        chosen = [torch.randperm(self.tokens, generator=self.generator)[:positions] for _ in texts]
+        return Batch(
+            [self.texts[text] for text in texts],
+            seeded_noise(seeds, self.side, self.channels),
+            torch.stack(chosen),
+        )
+
+    def pair(self, sentences: SentencePairs, positions: int) -> tuple[Batch, Batch]:
+        """Sentences with a concept and those without it, at the same noise and positions."""
+        repeated = [pair for pair in sentences for _ in range(SEEDS)]
+        with_concept = self.batch([text for text, _ in repeated], positions)
+        return with_concept, with_concept._replace(texts=[self.texts[t] for _, t in repeated])
+
+    def forwards(self, batch: Batch) -> int:
+        return -(-len(batch.texts) // self.at_once)
+
+
+class RowSampler:
+    """Runs a watched model on prompts at pure noise and gives the rows of its readers."""
+
+    def __init__(
+        self, family: UnknownFamily, watched: Watched, prompts: Prompts, progress: PartProgress
+    ) -> None:
+        self.entry, self.readers = family.entry, family.readers()
+        self.watched, self.prompts, self.progress = watched, prompts, progress
+        self.modules = {name: watched.module(name) for name in self.readers}
+
+    def rows(self, batch: Batch, edits: Changes) -> RowsByLayer:
+        """Rows by layer while the edits are in place; a layer's outputs are without its own."""
+        recorder = Recorder(self.entry, batch.positions, self.prompts.tokens)
+        adapters = {
+            name: FixedAdapter([(up, down, 1.0)], self.watched.device)
+            for name, (up, down) in edits.items()
+        }
+        last = len(self.watched.schedule) - 1
+        with recorder.attached(self.readers, self.modules), attached(adapters, self.modules.get):
+            for first in range(0, len(batch.texts), self.prompts.at_once):
+                part = slice(first, first + self.prompts.at_once)
+                self.watched.predict_each(batch.noise[part], last, batch.texts[part])
+                self.progress(1.0)
+        return recorder.taken()
+
+
+def recorded_patch(
+    task: Task, pairs: Sequence[SentencePairs], kept: Sequence[str], overshoots: Sequence[float]
+) -> ForgetPatch:
+    """Solve for all readers of a transformer; its losses are 1 and what is left, see ``solve``.
+
+    Args:
+        pairs: of each concept, sentences with it and without.
+        kept: sentences.
+        overshoots: of each concept.
+
+    Raises:
+        ForgetError: a setting is not for transformers; the model gives numbers that are not finite.
+    """
+    model, settings = task.model, task.settings
+    if settings.robust_steps or settings.stop_at:
+        raise ForgetError(
+            f"robust_steps and stop_at are for U-Nets, and {model.family.title} is none: set both "
+            "to 0."
+        )
+    texts = [text for some in pairs for pair in some for text in pair]
+    prompts = Prompts(model, [*texts, *kept], settings)
+    concepts = [prompts.pair(some, settings.query_positions) for some in pairs]
+    kept_batch = prompts.batch(kept, KEPT_POSITIONS)
+    forwards = prompts.forwards(kept_batch)
+    forwards += (1 + settings.passes) * sum(prompts.forwards(batch) for batch, _ in concepts)
+    with model.watch(prompts.at_once, prompts.side) as watched:
+        progress = PartProgress(task.on_step, forwards)
+        sampler = RowSampler(model.family, watched, prompts, progress)
+        targets = [sampler.rows(without, {}) for _, without in concepts]
+        others = sampler.rows(kept_batch, {})
+        changes: Changes = {}
+        for _ in range(settings.passes):
+            seen = [sampler.rows(batch, changes) for batch, _ in concepts]
+            changes, left = solve(seen, targets, others, overshoots, settings)
+    return task.patch(changes, [1.0, left])
+
+
+def solve(
+    seen: Sequence[RowsByLayer],
+    targets: Sequence[RowsByLayer],
+    others: RowsByLayer,
+    overshoots: Sequence[float],
+    settings: Settings,
+) -> tuple[Changes, float]:
+    """The change of each layer that moves its outputs y to y + (1 + b) (y* - y).
+
+    Rows of kept prompts and those without the concepts stay; b is the overshoot.
+
+    Args:
+        seen, targets: rows (o, y) with each concept and (o*, y*) without it. others: kept rows.
+
+    Returns:
+        changes, and the mean over layers and concepts of |dW o - (y* - y)|^2 / |y* - y|^2.
+    """
+    changes, shares = {}, []
+    for name in others:
+        with_concept, without = ([_flat(rows[name]) for rows in some] for some in (seen, targets))
+        kept, _ = _flat(others[name])
+        moves = [star - y for (_, y), (_, star) in zip(with_concept, without)]
+        if not all(move.isfinite().all() for move in (*moves, kept)):
+            raise ForgetError(
+                f"'{name}' gave numbers that are not finite: load the model in bfloat16 or float32."
+            )
+        up, down = reduced_rank_ridge(
+            [(o, (1 + b) * move) for (o, _), move, b in zip(with_concept, moves, overshoots)],
+            torch.cat([kept, *(o for o, _ in without)]),
+            settings.preserve,
+            settings.damping,
+            settings.rank * len(seen),
+        )
+        changes[name] = up.float(), down.float()
+        for (o, _), move in zip(with_concept, moves):
+            after = o @ down.mT @ up.mT - move
+            shares.append(float(after.square().sum() / move.square().sum()))
+    return changes, sum(shares) / len(shares)
+
+
+def _flat(rows: Rows) -> tuple[Tensor, Tensor]:
+    return to_float64(rows.inputs).flatten(0, 1), to_float64(rows.outputs).flatten(0, 1)

@@ -1,0 +1,159 @@
+"""The diffusion transformers whose text we can follow: through which layers it reaches the picture.
+
+Paths are those of ComfyUI's modules, with ``{}`` for the number of a block, and of diffusers'. How
+many blocks there are, and their shapes, come from the loaded model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# The tokens that pass through a layer, in the order of the sequence.
+PICTURE, TEXT_PICTURE, PICTURE_TEXT = "picture", "text_picture", "picture_text"
+POOLED = "pooled"  # no tokens: one vector of the whole prompt
+
+
+class Reader(NamedTuple):
+    """An output projection of attention, by which text changes the picture's tokens, or the first
+    layer that reads the pooled text."""
+
+    comfy: str
+    diffusers: str
+    tokens: str = PICTURE
+    diffusers_tokens: str = ""  # if its order of tokens is another
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A family of diffusion transformers.
+
+    Attributes:
+        network: ComfyUI's class of the network.
+        marks: modules or parameters that it has, to tell it from others of the class; those with
+            "!" in front it has not.
+        readers: in the order of a forward pass.
+        architecture: modelspec's name.
+        file: how layers are named in a file so that most programs read it; see ``lora_keys``.
+        pad: the picture's tokens are padded to a multiple of this.
+    """
+
+    key: str
+    title: str
+    network: str
+    readers: tuple[Reader, ...]
+    architecture: str
+    marks: tuple[str, ...] = ()
+    file: str = "path"
+    patch: int = 2
+    pad: int = 1
+
+    def paths(self, known: Collection[str]) -> Iterator[tuple[str, Reader]]:
+        """(ComfyUI's path, reader) of each reader among the paths of a loaded model."""
+        for reader in self.readers:
+            yield from ((path, reader) for path, _ in _numbered(reader.comfy, reader.comfy, known))
+
+    def diffusers_paths(self, known: Collection[str]) -> Iterator[tuple[str, str]]:
+        """(ComfyUI's path, diffusers' path) of each reader among the paths of diffusers' model."""
+        for reader in self.readers:
+            yield from _numbered(reader.comfy, reader.diffusers, known)
+
+    def picture(self, tokens: str, count: int, length: int) -> slice:
+        """Where the picture's ``count`` tokens lie in a sequence of ``length``."""
+        first = length - -(-count // self.pad) * self.pad if tokens == TEXT_PICTURE else 0
+        return slice(first, first + count)
+
+
+def _numbered(comfy: str, wanted: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(``comfy``, ``wanted``) with each number of a block for which the latter is among the known
+    paths, rising."""
+    pattern = re.compile(re.escape(wanted).replace(r"\{\}", r"(\d+)"))
+    found = filter(None, map(pattern.fullmatch, known))
+    for match in sorted(found, key=lambda match: [int(number) for number in match.groups()]):
+        yield comfy.format(*match.groups()), match[0]
+
+
+def _single(comfy: str, diffusers: str = "", order: str = TEXT_PICTURE, other: str = "") -> Reader:
+    return Reader(comfy, diffusers or comfy, order, other)
+
+
+FLUX = (
+    Reader("double_blocks.{}.img_attn.proj", "transformer_blocks.{}.attn.to_out.0"),
+    _single("single_blocks.{}.linear2", "single_transformer_blocks.{}.proj_out"),
+)
+POOLED_FLUX = Reader("vector_in.in_layer", "time_text_embed.text_embedder.linear_1", POOLED)
+POOLED_HIDREAM = Reader(*["p_embedder.pooled_embedder.linear_1"] * 2, POOLED)
+TRANSFORMERS = (
+    Transformer(
+        "z_image", "Z-Image", "NextDiT",
+        (_single("layers.{}.attention.out", "layers.{}.attention.to_out.0", TEXT_PICTURE,
+                 PICTURE_TEXT),),
+        "z-image", ("x_pad_token",), "kohya", pad=32,
+    ),
+    Transformer(
+        "lumina2", "Lumina 2", "NextDiT",
+        (_single("layers.{}.attention.out", "layers.{}.attn.to_out.0"),),
+        "lumina-2", ("!x_pad_token", "!clip_text_pooled_proj"), "kohya",
+    ),
+    Transformer(
+        "flux", "Flux.1", "Flux", (POOLED_FLUX, *FLUX),
+        "flux-1-dev", ("vector_in.in_layer",), "peft",
+    ),
+    Transformer("flux2", "Flux.2", "Flux", FLUX, "flux-2-dev", ("!vector_in.in_layer",), "kohya"),
+    Transformer("chroma", "Chroma", "Chroma", FLUX, "chroma", (), "peft"),
+    Transformer(
+        "qwen_image", "Qwen-Image", "QwenImageTransformer2DModel",
+        (Reader("transformer_blocks.{}.attn.to_out.0", "transformer_blocks.{}.attn.to_out.0"),),
+        "qwen-image", (), "kohya",
+    ),
+    Transformer(
+        "krea2", "Krea 2", "Krea2", (_single("blocks.{}.attn.wo"),), "krea-2",
+    ),
+    Transformer(
+        "anima", "Anima", "Anima",
+        (Reader("blocks.{}.cross_attn.output_proj", "transformer_blocks.{}.attn2.to_out.0"),),
+        "anima",
+    ),
+    Transformer(
+        "sd3", "Stable Diffusion 3", "OpenAISignatureMMDITWrapper",
+        (Reader("y_embedder.mlp.0", "time_text_embed.text_embedder.linear_1", POOLED),
+         Reader("joint_blocks.{}.x_block.attn.proj", "transformer_blocks.{}.attn.to_out.0")),
+        "stable-diffusion-v3-medium", (), "peft",
+    ),
+    Transformer(
+        "hidream", "HiDream", "HiDreamImageTransformer2DModel",
+        (POOLED_HIDREAM,
+         Reader("double_stream_blocks.{}.block.attn1.to_out",
+                "double_stream_blocks.{}.block.attn1.to_out"),
+         _single("single_stream_blocks.{}.block.attn1.to_out", order=PICTURE_TEXT)),
+        "hidream-i1",
+    ),
+    Transformer(
+        "ernie", "Ernie Image", "ErnieImageModel",
+        (_single("layers.{}.self_attention.to_out.0", order=PICTURE_TEXT),), "ernie-image",
+    ),
+    Transformer(
+        "wan", "Wan", "WanModel",
+        (Reader("blocks.{}.cross_attn.o", "blocks.{}.attn2.to_out.0"),), "wan-2.1",
+    ),
+)  # fmt: skip
+
+
+def transformer_of(network: str, names: Collection[str]) -> Transformer | None:
+    """The family of a loaded network, or None.
+
+    Args:
+        network: name of its class in ComfyUI.
+        names: paths of its modules and parameters.
+    """
+    for entry in TRANSFORMERS:
+        marks = all((mark.lstrip("!") in names) != mark.startswith("!") for mark in entry.marks)
+        if entry.network == network and marks:
+            return entry
+    return None
+
+
+def transformer_named(key: str) -> Transformer:
+    return next(entry for entry in TRANSFORMERS if entry.key == key)

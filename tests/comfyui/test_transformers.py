@@ -1,0 +1,57 @@
+"""Re-read on diffusion transformers: ComfyUI's own classes, tiny and with random weights.
+
+The text side is a mock, ``others.Words``: random conditioning in the shape that the model's own
+text encoders give.
+"""
+
+import pytest
+import torch
+
+from .parts import concept
+
+
+def reread_settings(pack, **more):
+    changes = {"prompts": 2, "keep_prompts": 6, "query_positions": 4, "size": 64, "passes": 2}
+    return pack("fmn.methods.reread.settings").Settings(**changes | more)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("Flux", 4), ("SD3", 3), ("Lumina2", 1)])
+def test_reread_solves_from_recorded_rows(pack, other_host, name, layers):
+    model = other_host(name)
+    before = {key: value.clone() for key, value in model.patcher.model.state_dict().items()}
+    steps = []
+    with torch.inference_mode():
+        patch = pack("fmn.methods").forget(
+            model, [concept(pack)], reread_settings(pack), steps.append
+        )
+    assert len(patch.changes) == layers and patch.info["loss"]["last"] < 0.9
+    after = model.patcher.model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(m._forward_hooks for m in model.patcher.model.modules())
+    assert [step.index for step in steps] == list(range(1, steps[0].total + 1))
+
+
+def test_both_hosts_solve_for_the_same_patch(pack):
+    """The demo transformer, forgotten in ComfyUI and in diffusers."""
+    settings = reread_settings(pack, size=0)
+    with torch.inference_mode():
+        host_of = pack("fmn.hosts.comfyui.unknown_model").host_of
+        ours = host_of(*pack("nodes.demo").load_demo_transformer())
+    theirs = pack("fmn.hosts.diffusers.transformer").DiffusersTransformer.load()
+    forget = pack("fmn.methods").forget
+    first, second = (forget(model, [concept(pack)], settings) for model in (ours, theirs))
+    assert first.changes.keys() == second.changes.keys() and len(first.changes) == 7
+    assert first.info["base.fingerprint"] == second.info["base.fingerprint"]
+    for name in first.changes:
+        torch.testing.assert_close(
+            first.change_of(name), second.change_of(name), rtol=1e-2, atol=1e-4
+        )
+
+
+def test_kernels_have_a_gradient_while_a_model_is_borrowed(pack, other_host, monkeypatch):
+    import comfy.model_management as management
+
+    monkeypatch.setattr(management, "in_training", False, raising=False)
+    with torch.inference_mode(False), other_host("Flux").borrow_denoiser():
+        assert management.in_training
+    assert not management.in_training
