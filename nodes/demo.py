@@ -111,7 +111,7 @@ def load_demo_transformer(path: Path = TRANSFORMER_FILE) -> tuple[ModelPatcher, 
     prefix = "model.diffusion_model."
     weights = comfy.model_detection.convert_diffusers_mmdit(weights, prefix)
     # Newer versions of ComfyUI ask for the text's positions too.
-    more = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    more: State = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     config = TransformerConfig(FLUX | more)
     return _load_network(config, weights), _load_clip(config, state), _load_vae(state)
 

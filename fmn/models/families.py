@@ -6,7 +6,7 @@ A U-Net layer has two names. CompVis/Stability code and ComfyUI count blocks
 checked before any model is loaded.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, ClassVar
@@ -86,6 +86,11 @@ class Family:
     def denoiser_layers(self) -> "tuple[Layer, ...]":
         """See ``layers``."""
         raise NotImplementedError
+
+    def marking(self) -> "Sequence[Layer]":
+        """The layers that tell one base model from another; see ``interface.fingerprint``."""
+        every = self.denoiser_layers()
+        return [layer for layer in every if layer.is_key_or_value] or every
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..concepts.concept import Prompt
 from .adapters import LayerModule
-from .families import Family, Layer, UNetFamily, layers
+from .families import Family, Layer, UNetFamily
 from .token_positions import CHUNK, TokenIds
+from .unknown_family import UnknownFamily
 
 SKETCHED = 32  # numbers of a base's sketch, at most
 # Noise, or what stands for it, of x_t [B, C, h, w] at the time step t.
@@ -175,11 +176,13 @@ class Watched(Protocol):
     Methods may hook its modules and must unhook them again.
     """
 
+    device: torch.device
+
     @property
     def schedule(self) -> NoiseSchedule: ...
 
-    def module(self, name: str) -> nn.Module:
-        """The module of a ``Layer.name``; its weight may be quantised."""
+    def module(self, name: str) -> LayerModule:
+        """The module of a ``Layer.name``, which may be another class with a quantised weight."""
 
     def predict_each(self, x_t: Tensor, t: int, texts: Sequence[Text]) -> Tensor:
         """Predicted noise or velocity for x_t [B, C, h, w] at the time step t.
@@ -206,6 +209,13 @@ class Model(Protocol):
 
     def borrow_denoiser(self) -> AbstractContextManager[Denoiser]:
         """The network, ready for autograd while the context lasts and unchanged after it."""
+
+
+class TransformerModel(Model, Protocol):
+    """A diffusion transformer of ``transformers.TRANSFORMERS``."""
+
+    @property
+    def family(self) -> UnknownFamily: ...
 
     def watch(self, batch: int, side: int) -> AbstractContextManager[Watched]:
         """The network as for sampling ``batch`` latents of that side, while the context lasts."""
@@ -259,14 +269,15 @@ def fingerprint(family: Family, weight_of: Callable[[Layer], Tensor]) -> Fingerp
     The hash is the same for float16 and float32 copies; bfloat16 and 8 bits lose more. It covers
     the first four rows of every cross-attention key and value matrix, in float16 and in the order
     of ``layers``: fine-tunes and merges change all of them, and hashing whole matrices would cost
-    a second on SDXL at every use. Where none are known, of every layer. The sketch has a number
-    for each of at most ``SKETCHED`` of these layers, spread evenly.
+    a second on SDXL at every use. Of transformers it covers the layers through which text reaches
+    the picture, and where nothing is known all layers. The sketch has a number for each of at most
+    ``SKETCHED`` of these layers, spread evenly.
 
     Args:
         weight_of: function from a ``Layer`` to its unpatched weight.
     """
     digest, numbers = hashlib.sha256(), []
-    marking = [layer for layer in layers(family) if layer.is_key_or_value] or layers(family)
+    marking = family.marking()
     every = math.ceil(len(marking) / SKETCHED)
     for index, layer in enumerate(marking):
         rows = weight_of(layer)[:4].detach().to("cpu", torch.float16).contiguous().numpy()

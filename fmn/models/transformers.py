@@ -84,7 +84,9 @@ FLUX = (
     _single("single_blocks.{}.linear2", "single_transformer_blocks.{}.proj_out"),
 )
 POOLED_FLUX = Reader("vector_in.in_layer", "time_text_embed.text_embedder.linear_1", POOLED)
-POOLED_HIDREAM = Reader(*["p_embedder.pooled_embedder.linear_1"] * 2, POOLED)
+POOLED_HIDREAM = Reader(
+    "p_embedder.pooled_embedder.linear_1", "p_embedder.pooled_embedder.linear_1", POOLED
+)
 TRANSFORMERS = (
     Transformer(
         "z_image", "Z-Image", "NextDiT",

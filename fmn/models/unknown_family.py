@@ -80,6 +80,10 @@ class UnknownFamily(Family):
     def denoiser_layers(self) -> tuple[Layer, ...]:
         return self.listed
 
+    def marking(self) -> Sequence[Layer]:
+        readers = self.readers()
+        return [layer for layer in self.listed if layer.name in readers] or super().marking()
+
     def readers(self) -> dict[str, Reader]:
         """Name of each layer through which text reaches the picture -> its ``Reader``."""
         names = {layer.compvis: layer.name for layer in self.listed}
@@ -88,8 +92,8 @@ class UnknownFamily(Family):
 
 
 def _family(model: str, layers: Iterable[UnknownLayer], **more: Any) -> UnknownFamily:
-    about = {"title": model, "architecture": model, "base_version": model, "resolution": 1024}
-    return UnknownFamily(key=KEY, listed=tuple(layers), **about | more)
+    about: dict[str, Any] = dict.fromkeys(("title", "architecture", "base_version"), model)
+    return UnknownFamily(key=KEY, listed=tuple(layers), **about | {"resolution": 1024} | more)
 
 
 def family_of_model(model: str, shapes: Mapping[str, Sequence[int]], **more: Any) -> UnknownFamily:

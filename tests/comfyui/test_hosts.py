@@ -243,7 +243,7 @@ def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, monkeypatc
 def test_both_hosts_draw_the_same_picture_with_the_transformer(pack):
     import comfy.sample
 
-    theirs = pack("fmn.hosts.diffusers.transformer").DiffusersTransformer.load()
+    theirs = pack("fmn.hosts.diffusers.transformer").DiffusersTransformer.load_demo()
     noise = theirs.initial_noise([3], 128)
     with torch.inference_mode():
         model, clip, vae = pack("nodes.demo").load_demo_transformer()

@@ -37,7 +37,7 @@ def test_both_hosts_solve_for_the_same_patch(pack):
     with torch.inference_mode():
         host_of = pack("fmn.hosts.comfyui.unknown_model").host_of
         ours = host_of(*pack("nodes.demo").load_demo_transformer())
-    theirs = pack("fmn.hosts.diffusers.transformer").DiffusersTransformer.load()
+    theirs = pack("fmn.hosts.diffusers.transformer").DiffusersTransformer.load_demo()
     forget = pack("fmn.methods").forget
     first, second = (forget(model, [concept(pack)], settings) for model in (ours, theirs))
     assert first.changes.keys() == second.changes.keys() and len(first.changes) == 7

@@ -233,8 +233,8 @@ def _part_config(folder: Path, part: str) -> Config:
 
 
 def _scheduler(path: Path, config: Config) -> SchedulerMixin:
-    kind: Any = getattr(diffusers, str(config.get("_class_name")), object)
-    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ForgetError(
             f"'{path}' names the scheduler {config.get('_class_name')!s:.60}, which diffusers does "
             "not have: write EulerDiscreteScheduler into its scheduler_config.json."

@@ -18,7 +18,7 @@ from ...errors import ForgetError
 from ...files import DEMO_FOLDER
 from ...models.adapters import LayerModule
 from ...models.families import layers, layers_by_name
-from ...models.interface import Text, fingerprint
+from ...models.interface import Fingerprint, Text, fingerprint
 from ...models.module_patching import frozen
 from ...models.sampling import SigmaSchedule, guided
 from ...models.transformers import transformer_named
@@ -65,30 +65,31 @@ def velocity(
 class DiffusersTransformer(DiffusersModel):
     """``fmn.models.interface.Model`` over the demo transformer."""
 
+    family: UnknownFamily  # type: ignore[assignment]
+
     def __init__(self, flux: FluxTransformer2DModel, pipeline: Any) -> None:
         self.flux, self.pipeline, self.saved = flux.eval().requires_grad_(False), pipeline, None
         self.family, self.paths = _family(flux)
         self.prediction = "flow"
 
     @classmethod
-    def load(
-        cls, path: str | Path = DEMO_TRANSFORMER, device: torch.device | str | None = None
-    ) -> DiffusersTransformer:
+    def load_demo(cls, device: torch.device | str | None = None) -> DiffusersTransformer:
         """The demo transformer, in float32."""
-        if not Path(path).is_file():
+        if not DEMO_TRANSFORMER.is_file():
             raise ForgetError(
-                f"The demo transformer is missing at '{path}': install the pack again."
+                f"The demo transformer is missing at '{DEMO_TRANSFORMER}': install again."
             )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         flux = FluxTransformer2DModel(**CONFIG)
-        flux.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+        weights = load_file(DEMO_TRANSFORMER)
+        flux.load_state_dict({key: value.float() for key, value in weights.items()})
         return cls(flux.to(device), load_pipeline("demo").to(device))
 
     @property
     def device(self) -> torch.device:
         return self.flux.device
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         return fingerprint(self.family, lambda layer: self._module(layer.name).weight)
 
     def _module(self, name: str) -> LayerModule:
@@ -120,14 +121,15 @@ class DiffusersTransformer(DiffusersModel):
 
     @torch.no_grad()
     def sample_latents(
-        self, texts: list[str], noise: Tensor, steps: int, guidance: float
+        self, texts: Sequence[str | Prompt], noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
         denoiser = _Denoiser(self)
-        predict = guided(denoiser, self.encode_texts(texts), self.encode_texts([""]), guidance)
+        plain = [text if isinstance(text, str) else text.text for text in texts]
+        predict = guided(denoiser, self.encode_texts(plain), self.encode_texts([""]), guidance)
         return denoiser.schedule.sample(predict, noise.to(self.device), steps)
 
     @contextmanager
-    def borrow_denoiser(self) -> Iterator[_Denoiser]:
+    def borrow_denoiser(self) -> Iterator[_Denoiser]:  # type: ignore[override]
         with evaluating([self.flux]), frozen([self.flux]):
             yield _Denoiser(self)
 
@@ -177,7 +179,10 @@ def _family(flux: FluxTransformer2DModel) -> tuple[UnknownFamily, dict[str, str]
     return family, {layer.name: paths[layer.compvis] for layer in layers(family)}
 
 
-def open_model(path: str | Path, device: torch.device | str | None = None) -> DiffusersModel:
-    """``DiffusersTransformer`` for ``demo-dit``, else ``DiffusersModel.load``."""
-    make = DiffusersTransformer if str(path) == "demo-dit" else DiffusersModel
-    return make.load(DEMO_TRANSFORMER if str(path) == "demo-dit" else path, device)
+def open_model(
+    path: str | Path, device: torch.device | str | None = None, **options: Any
+) -> DiffusersModel:
+    """The demo transformer for ``demo-dit``, else ``DiffusersModel.load``."""
+    if str(path) == "demo-dit":
+        return DiffusersTransformer.load_demo(device)
+    return DiffusersModel.load(path, device, **options)

@@ -14,7 +14,7 @@ far and solved again, ``passes`` times.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...linalg import to_float64
 from ...models.adapters import FixedAdapter, attached
-from ...models.interface import Model, Text, Watched
+from ...models.interface import Text, TransformerModel, Watched
 from ...models.recording import Recorder, Rows
 from ...models.sampling import seeded_noise
+from ...models.transformers import Transformer
 from ...models.unknown_family import UnknownFamily
 from ...patches.patch import ForgetPatch
 from ...patches.task import Task
@@ -43,6 +44,12 @@ KEPT_POSITIONS = 4  # of each kept sentence
 RowsByLayer = dict[str, Rows]
 
 
+def known(family: UnknownFamily) -> Transformer:
+    """What is known of a family that ``methods.forget`` let through."""
+    assert family.entry is not None
+    return family.entry
+
+
 class Batch(NamedTuple):
     """Encoded prompts, each with its noise and the positions in the picture to record."""
 
@@ -54,11 +61,11 @@ class Batch(NamedTuple):
 class Prompts:
     """Encodes all prompts, before the model is loaded: text encoders may be as large."""
 
-    def __init__(self, model: Model, texts: Sequence[str], settings: Settings) -> None:
+    def __init__(self, model: TransformerModel, texts: Sequence[str], settings: Settings) -> None:
         family = model.family
         self.channels = family.latent_channels
         self.side = (settings.size or min(SIDE, family.resolution)) // family.latent_factor
-        self.tokens = (self.side // family.entry.patch) ** 2
+        self.tokens = (self.side // known(family).patch) ** 2
         self.at_once = max(1, TOKENS_AT_ONCE // self.tokens)
         self.seed = settings.seed
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -90,7 +97,7 @@ class RowSampler:
     def __init__(
         self, family: UnknownFamily, watched: Watched, prompts: Prompts, progress: PartProgress
     ) -> None:
-        self.entry, self.readers = family.entry, family.readers()
+        self.entry, self.readers = known(family), family.readers()
         self.watched, self.prompts, self.progress = watched, prompts, progress
         self.modules = {name: watched.module(name) for name in self.readers}
 
@@ -102,7 +109,10 @@ class RowSampler:
             for name, (up, down) in edits.items()
         }
         last = len(self.watched.schedule) - 1
-        with recorder.attached(self.readers, self.modules), attached(adapters, self.modules.get):
+        with (
+            recorder.attached(self.readers, self.modules),
+            attached(adapters, self.modules.__getitem__),
+        ):
             for first in range(0, len(batch.texts), self.prompts.at_once):
                 part = slice(first, first + self.prompts.at_once)
                 self.watched.predict_each(batch.noise[part], last, batch.texts[part])
@@ -123,7 +133,7 @@ def recorded_patch(
     Raises:
         ForgetError: a setting is not for transformers; the model gives numbers that are not finite.
     """
-    model, settings = task.model, task.settings
+    model, settings = cast(TransformerModel, task.model), task.settings
     if settings.robust_steps or settings.stop_at:
         raise ForgetError(
             f"robust_steps and stop_at are for U-Nets, and {model.family.title} is none: set both "
