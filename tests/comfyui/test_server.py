@@ -21,7 +21,7 @@ NODES = {
     "FMN_ConceptList", "FMN_KeepList", "FMN_TextualInversion", "FMN_ConceptInversionProbe",
     "FMN_HardestEmbedding", "FMN_SafeLatentDiffusion", "FMN_EraseByNegativePrompt",
     "FMN_ApplyGatedPatch", "FMN_TrainForgetPatches", "FMN_PatchList", "FMN_MergeForgetPatches",
-    "FMN_TrainingOptions",
+    "FMN_TrainingOptions", "FMN_ImportEraser",
 } | {
     f"FMN_Method{''.join(word.capitalize() for word in name.split('_'))}" for name in METHODS
 }  # fmt: skip
