@@ -27,6 +27,7 @@ def _compared(flow, load, patch, file, forgotten, kept):
     compared = flow.compare(load, "", forgotten, kept, patch=[patch, 0])
     flow.save(patch, file, thumbnail=[compared, 2])
     flow.column()
+    flow.room["PreviewImage"] = 600
     flow.show(compared)
 
 
@@ -155,7 +156,7 @@ def correct_a_concept():
         "`prompts`. Then change the prompts in `forgotten` and `kept`, and `filename_prefix` in "
         "*Save Forget Patch*."
     )
-    flow.room = {"FMN_TrainForgetPatch": 600}  # curve, text and maps
+    flow.room["FMN_TrainForgetPatch"] = 600  # curve, text and maps
     load = flow.demo()
     concept = flow.concept(
         "puppy", kind="custom", anchor="dog",
