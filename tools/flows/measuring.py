@@ -43,7 +43,7 @@ def measure_a_patch():
         "another target of the suite, such as apple, car or guitar, and `name` in *ConceptBench*, "
         "which is the report's folder."
     )
-    flow.rows = 4
+    flow.rows, flow.height = 4, 180
     load = flow.demo()
     concept = flow.concept()
     flow.column()
