@@ -182,6 +182,7 @@ def _family_of(model: Any) -> UnknownFamily:
         shapes,
         latent_channels=latents.latent_channels,
         latent_factor=FACTORS.get(type(latents).__name__, 8),
+        resolution=getattr(model.model_config, "resolution", 1024),  # the demo transformer has one
         entry=transformer_of(
             type(network).__name__, {*modules, *(name for name, _ in network.named_parameters())}
         ),
