@@ -14,8 +14,8 @@ import torch
 from ..errors import ForgetError
 from ..linalg import balanced_factors, product_svd
 from ..models.families import Family, Layer, layers, layers_by_name, text_layers
+from .file_check import MAX_RANK
 from .foreign_file import ForeignFile, read_folder, read_foreign
-from .patch import MAX_RANK
 from .weight_names import find, places, take
 
 NOT_CHANGED = 1e-7  # relative size of a difference that is rounding in float32
