@@ -117,7 +117,8 @@ TRANSFORMERS = (
         "flux-1-dev", ("vector_in.in_layer",), "peft",
     ),
     Transformer(
-        "flux2", "Flux.2", "Flux", FLUX, "flux-2-dev", ("!vector_in.in_layer",), "kohya", patch=1,
+        "flux2", "Flux.2", "Flux", FLUX, "flux-2-dev", ("double_stream_modulation_img",), "kohya",
+        patch=1,
     ),
     Transformer("chroma", "Chroma", "Chroma", FLUX, "chroma", (), "peft"),
     Transformer(
@@ -126,7 +127,9 @@ TRANSFORMERS = (
         "qwen-image", (), "kohya",
     ),
     Transformer(
-        "krea2", "Krea 2", "SingleStreamDiT", (_single("blocks.{}.attn.wo"),), "krea-2",
+        "krea2", "Krea 2", "SingleStreamDiT",
+        (_single("blocks.{}.attn.wo", "transformer_blocks.{}.attn.to_out.0"),),
+        "krea-2", ("txtfusion",),
     ),
     Transformer(
         "anima", "Anima", "Anima",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FLOWS = comfy.model_sampling.CONST, comfy.model_sampling.COSMOS_RFLOW
 # Pixels a side for one of the latent, where that is not 8.
-FACTORS = {"Flux2": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
+FACTORS = {"Flux2": 16, "Wan22": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
 NO_PICTURES = "SC_Prior", "SC_B", "SD_X4", "ACEAudio"  # Stable Cascade, an upscaler, sound
 
 
@@ -131,7 +131,8 @@ class UnknownDenoiser(Denoiser):
         # As comfy.samplers.encode_model_conds does.
         size = {"height": x.shape[-2] * 8, "width": x.shape[-1] * 8, "prompt_type": "positive"}
         inputs = {"cross_attn": text.context, "noise": x, "device": self.device}
-        return size | text.vectors | inputs
+        # Flux.2 and Chroma look for a pooled text although their text encoders give none.
+        return {"pooled_output": None} | size | text.vectors | inputs
 
     def checkpoint_blocks(self) -> list[nn.Module]:
         """The members of the outermost module lists: a transformer's blocks."""
