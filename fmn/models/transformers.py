@@ -92,9 +92,14 @@ def _single(comfy: str, diffusers: str = "", order: str = TEXT_PICTURE, other: s
     return Reader(comfy, diffusers or comfy, order, other)
 
 
+DOUBLE_FLUX = Reader("double_blocks.{}.img_attn.proj", "transformer_blocks.{}.attn.to_out.0")
 FLUX = (
-    Reader("double_blocks.{}.img_attn.proj", "transformer_blocks.{}.attn.to_out.0"),
+    DOUBLE_FLUX,
     _single("single_blocks.{}.linear2", "single_transformer_blocks.{}.proj_out"),
+)
+FLUX2 = (
+    DOUBLE_FLUX,
+    _single("single_blocks.{}.linear2", "single_transformer_blocks.{}.attn.to_out"),
 )
 POOLED_FLUX = Reader("vector_in.in_layer", "time_text_embed.text_embedder.linear_1", POOLED)
 POOLED_HIDREAM = Reader(
@@ -117,7 +122,7 @@ TRANSFORMERS = (
         "flux-1-dev", ("vector_in.in_layer",), "peft",
     ),
     Transformer(
-        "flux2", "Flux.2", "Flux", FLUX, "flux-2-dev", ("double_stream_modulation_img",), "kohya",
+        "flux2", "Flux.2", "Flux", FLUX2, "flux-2-dev", ("double_stream_modulation_img",), "kohya",
         patch=1,
     ),
     Transformer("chroma", "Chroma", "Chroma", FLUX, "chroma", (), "peft"),
