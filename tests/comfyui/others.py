@@ -80,6 +80,12 @@ CONFIGS = {
 }  # fmt: skip
 
 
+NEWER = {
+    "Flux": {"txt_ids_dims": []}, "Flux2": {"txt_ids_dims": [3]},
+    "Chroma": {"txt_ids_dims": [], "vec_in_dim": None},
+}  # fmt: skip
+
+
 class Words:
     """A mock of CLIP: random conditioning that depends on the text alone, a token a word.
 
@@ -130,8 +136,8 @@ def make(name, changes):
     if not hasattr(comfy.supported_models, name):
         pytest.skip(f"This ComfyUI has no {name}.")
     config = CONFIGS[name] | {"dtype": torch.float32} | changes
-    if name in ("Flux", "Flux2") and "txt_ids_dims" in FluxParams.__dataclass_fields__:
-        config = {"txt_ids_dims": [3] if name == "Flux2" else []} | config  # ComfyUI 0.33
+    if name in NEWER and "txt_ids_dims" in FluxParams.__dataclass_fields__:  # ComfyUI 0.33
+        config = NEWER[name] | config
     # As in a running server.
     with torch.inference_mode(), small_adapter() if name == "Anima" else nullcontext():
         model = getattr(comfy.supported_models, name)(config).get_model({}, device="cpu")

@@ -64,7 +64,7 @@ def test_hooks_fire_once_and_in_order(pack, other_host, name):
         texts = encoded(pack, host, "a dog", "a cat", "a picture of a big tree")
         x = latents(host, 3)
         together = watched.predict_each(x, len(watched.schedule) - 1, texts)
-        forwards = 1 if name == "Flux2" else 2  # which pads all texts to one length
+        forwards = 1 if name in ("Flux2", "Anima") else 2  # these pad all texts to one length
         assert calls == list(readers) * forwards
         assert {reader.tokens for reader in readers.values()} >= {
             reader.tokens for reader in host.family.entry.readers
@@ -134,7 +134,8 @@ def test_reread_by_every_way_of_loading(pack, other_host, tmp_path, name):
     }
     ways = [predictions(type(host)(way), x, texts) for way in (host.patched(loaded, 1.0), stock)]
     ways.append(predictions(host, x, texts, fixed, adapter))
-    assert (ways[0] - plain).norm() > 1e-3 * plain.norm()
+    change, rounding = (ways[0] - plain).norm(), 1e-6 * plain.norm()
+    assert change > 100 * rounding
     for way in ways[1:]:
-        assert (way - ways[0]).norm() < 1e-3 * (ways[0] - plain).norm()
+        assert (way - ways[0]).norm() < 1e-3 * change + rounding
     assert torch.equal(predictions(host, x, texts), plain)
