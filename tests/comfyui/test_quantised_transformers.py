@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .others import Words, esd_settings, make
+from .others import WIDTH, Words, esd_settings, make
 from .parts import concept
 from .test_quantised import FP8, loaded, written_as
 from .test_transformer_table import encoded, latents, predictions
@@ -23,7 +23,11 @@ def quantised(request, pack, tmp_path):
     kind = request.param
     if kind == "int8" and "int8_tensorwise" not in QUANT_ALGOS:
         pytest.skip("This ComfyUI has no int8.")
-    weights = {k: v.clone() for k, v in make("SD3", {}).model.diffusion_model.state_dict().items()}
+    # The loader takes a model to have as many blocks as its width has 64.
+    context = {"in_features": WIDTH, "out_features": 128}
+    embedder = {"target": "torch.nn.Linear", "params": context}
+    whole = make("SD3", {"depth": 2, "context_embedder_config": embedder}).model.diffusion_model
+    weights = {key: value.clone() for key, value in whole.state_dict().items()}
     path = written_as("plain" if kind == "fp8" else kind, weights, tmp_path)
     patcher = loaded(path, FP8 if kind == "fp8" else None)
     return KINDS[kind], pack("fmn.hosts.comfyui.unknown_model").host_of(patcher, Words())

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 FLOWS = comfy.model_sampling.CONST, comfy.model_sampling.COSMOS_RFLOW
 # Pixels a side for one of the latent, where that is not 8.
 FACTORS = {"Flux2": 16, "Wan22": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
+NO_GRADIENT = "no autograd formula"  # in torch's words
 NO_PICTURES = "SC_Prior", "SC_B", "SD_X4", "ACEAudio"  # Stable Cascade, an upscaler, sound
 
 
@@ -80,8 +81,16 @@ class UnknownModel(ComfyHost):
         """Load the model so that autograd can use it; see ``host``."""
         self._check_latents()
         # Many models add in place to tensors that backward needs; those are copied before.
-        with self._loaded() as patcher, allow_mutation_on_saved_tensors():
-            yield UnknownDenoiser(self.family, patcher)
+        try:
+            with self._loaded() as patcher, allow_mutation_on_saved_tensors():
+                yield UnknownDenoiser(self.family, patcher)
+        except RuntimeError as error:
+            if NO_GRADIENT not in str(error):
+                raise
+            raise ForgetError(
+                f"This ComfyUI computes {self.family.title} by functions without a gradient, so it "
+                "cannot be trained on: use Re-read, which needs none and knows most transformers."
+            ) from error
 
     @contextmanager
     def watch(self, batch: int, side: int) -> Iterator[WatchedModel]:
