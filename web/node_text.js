@@ -19,9 +19,9 @@ const STYLE = `
 const NODES_WITH_TEXT = new Set([
   "FMN_ApplyForgetPatch", "FMN_ApplyGatedPatch", "FMN_AttentionMap", "FMN_CompareBeforeAfter",
   "FMN_ConceptBench", "FMN_ConceptInversionProbe", "FMN_EraseByNegativePrompt",
-  "FMN_HardestEmbedding", "FMN_InspectForgetPatch", "FMN_MScore", "FMN_MergeForgetPatches",
-  "FMN_SafeLatentDiffusion", "FMN_SaveForgetPatch", "FMN_TextualInversion",
-  "FMN_TrainForgetPatches",
+  "FMN_HardestEmbedding", "FMN_ImportEraser", "FMN_InspectForgetPatch", "FMN_MScore",
+  "FMN_MergeForgetPatches", "FMN_SafeLatentDiffusion", "FMN_SaveForgetPatch",
+  "FMN_TextualInversion", "FMN_TrainForgetPatches",
 ]);
 const elements = new WeakMap(); // node -> NodeElement
 const unfinished = new Set(); // nodes that show progress, and no result yet

@@ -94,12 +94,8 @@ class UnknownFamily(Family):
 def _family(
     model: str, layers: Iterable[UnknownLayer], entry: Transformer | None, **more: Any
 ) -> UnknownFamily:
-    about: dict[str, Any] = {
-        "title": model,
-        "architecture": entry.architecture if entry else model,
-        "base_version": model,
-        "resolution": 1024,
-    }
+    about: dict[str, Any] = dict.fromkeys(("title", "architecture", "base_version"), model)
+    about |= {"resolution": 1024} | ({"architecture": entry.architecture} if entry else {})
     return UnknownFamily(key=KEY, listed=tuple(layers), entry=entry, **about | more)
 
 
@@ -177,8 +173,8 @@ def _claimed(
     shape = (*up[:1], *down[1:])
     if len(down) not in (2, 4) or len(up) != len(down) or not 0 < math.prod(shape) <= MAX_ENTRIES:
         raise ForgetError(
-            f"'{file}' has lora_down {list(down)} and lora_up {list(up)} for '{name:.80}', which "
-            f"make no weight of 1 to {MAX_ENTRIES} numbers: get it again."
+            f"'{file}' has lora_down {list(down)!s:.40} and lora_up {list(up)!s:.40} for "
+            f"'{name:.80}', which make no weight of 1 to {MAX_ENTRIES} numbers: get it again."
         )
     return UnknownLayer(PREFIX + path.replace(".", "_").removeprefix(PREFIX), path, shape)
 
