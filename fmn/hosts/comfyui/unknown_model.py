@@ -98,7 +98,8 @@ class UnknownModel(ComfyHost):
         self._check_latents()
         model = self.patcher.model
         shape = [batch, self.family.latent_channels, side, side]
-        comfy.model_management.load_models_gpu([self.patcher], model.memory_required(shape))
+        with torch.inference_mode():  # as ComfyUI does; LoRAs on 8-bit weights need it
+            comfy.model_management.load_models_gpu([self.patcher], model.memory_required(shape))
         yield WatchedModel(self.family, self.patcher)
 
     def _check_latents(self) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
 from fmn.models.transformers import BY_KEY, TRANSFORMERS
 from fmn.models.unknown_family import family_of_model
 from fmn.patches.file_kind import kind_of, split_lora_key
-from fmn.patches.foreign_lora import read_lora
+from fmn.patches.import_patch import import_patch
 from fmn.patches.merge import merge_patches
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch
 
@@ -67,7 +68,7 @@ def test_each_family_in_each_style(tmp_path, entry, style):
     assert all(key.startswith(STARTS[entry.file]) for key in again)
     assert kind_of(again) == "a LoRA" and all(map(split_lora_key, again))
     with pytest.raises(ForgetError, match="a LoRA for a diffusion transformer: use Load LoRA"):
-        read_lora("x", again)
+        import_patch(tmp_path / "again.safetensors", [Concept("dog")])
 
 
 @pytest.mark.parametrize("key", EXAMPLES)
