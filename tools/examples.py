@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.comfyui.conftest import comfyui_path, make_base  # noqa: E402
-from tests.comfyui.frontend import at_rest, opened  # noqa: E402
+from tests.comfyui.frontend import at_rest, opened_alone  # noqa: E402
 from tests.comfyui.server import Server  # noqa: E402
 from tools.flows import BLUEPRINTS, EXAMPLES  # noqa: E402
 
@@ -27,14 +27,8 @@ FOLDER = ROOT / "example_workflows"
 BLUEPRINT_FOLDER = ROOT / "subgraphs"
 VIEW = {"width": 1600, "height": 1000}
 SLOW = 240_000  # ms, for a page on a busy machine
-# What a node shows below its widgets once it has run, in pixels.
-ROOM = {
-    "PreviewImage": 330, "FMN_TrainForgetPatch": 330, "FMN_ConceptInversionProbe": 330,
-    "FMN_SaveForgetPatch": 70, "FMN_ApplyForgetPatch": 60, "FMN_ApplyGatedPatch": 60,
-    "FMN_SafeLatentDiffusion": 60, "FMN_InspectForgetPatch": 320, "FMN_TrainForgetPatches": 150,
-    "FMN_MergeForgetPatches": 80, "FMN_ConceptBench": 220, "FMN_MScore": 120,
-    "FMN_AttentionMap": 120, "FMN_CompareBeforeAfter": 90,
-}  # fmt: skip
+# Pixels below a node's widgets for what it shows once it has run; our own nodes say it themselves.
+ROOM = {"PreviewImage": 330}
 # Pixels that a widget is higher in Nodes 2.0, and a node with its pack's name or a picture's size.
 TALLER, NAMED = 4, 34
 LAYOUT = """
@@ -55,15 +49,17 @@ LAYOUT = """
       } else {
         node = byId(id);
         const size = node.computeSize();
-        node.setSize([Math.max(size[0], widths[id] ?? 310), size[1] + (room[node.type] ?? 0)]);
+        const own = node.widgets?.find(widget => widget.type?.startsWith('FMN_'))?.options.room;
+        const below = room[node.type] ?? own ?? 0;
+        node.setSize([Math.max(size[0], widths[id] ?? 310), size[1] + below]);
         node.title = titles[id] ?? node.constructor.title;
         for (const widget of node.widgets ?? [])
           if (widget.name === 'control_after_generate') widget.value = 'fixed';
       }
       node.pos = [x, y];
       y += node.size[1] + 60 + taller * (node.widgets?.length ?? 0);
-      const own = node.type.startsWith('FMN_') && !room[node.type];
-      if (own || node.type === 'PreviewImage') y += named;
+      const isBare = !node.widgets?.some(widget => widget.options?.room);
+      if (node.type.startsWith('FMN_') && isBare || node.type === 'PreviewImage') y += named;
       width = Math.max(width, node.size[0]);
     }
     x += width + 50;
@@ -76,7 +72,12 @@ ENCLOSE = """
 ([numbers, widgets, description]) => {
   const enclosed = new Set(numbers.map(id => app.graph.getNodeById(id)));
   const { node } = app.graph.convertToSubgraph(enclosed);
-  node.properties.proxyWidgets = widgets.map(([id, name]) => [String(id), name]);
+  node.properties.proxyWidgets = [];  // it would name inner nodes, which newer pages renumber
+  for (const [id, name] of widgets) {
+    const inner = node.subgraph.nodes.find(each => each.id == id);
+    const slot = inner.inputs.find(each => each.widget?.name === name);
+    node.subgraph.addInput(name, String(slot.type)).connect(slot, inner);
+  }
   node.pos = [0, 0];
   node.setSize(node.computeSize());
   const { nodes, subgraphs } = app.canvas._serializeItems([node]);
@@ -168,7 +169,7 @@ def main(names):
         base = make_base(Path(folder) / "base")
         with (
             Server(comfyui_path(), base) as server,
-            opened(server.url, Path(folder) / "browser") as page,
+            opened_alone(server.url, Path(folder) / "browser") as page,
         ):
             page.set_viewport_size(VIEW)
             page.set_default_timeout(SLOW)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.comfyui.conftest import comfyui_path, make_base  # noqa: E402
-from tests.comfyui.frontend import at_rest, opened  # noqa: E402
+from tests.comfyui.frontend import at_rest, opened_alone  # noqa: E402
 from tests.comfyui.server import Server  # noqa: E402
 
 FOLDER = ROOT / "web" / "docs" / "images"
@@ -96,7 +96,7 @@ def main(names):
         base = make_base(Path(folder) / "base")
         with (
             Server(comfyui_path(), base) as server,
-            opened(server.url, Path(folder) / "browser") as page,
+            opened_alone(server.url, Path(folder) / "browser") as page,
         ):
             page.evaluate(PREPARE, SETTINGS)
             known = page.evaluate(NAMES)

@@ -7,6 +7,7 @@ from .frontend import TEMPLATES, at_rest, dress, open_template
 from .template_page import (
     PICTURES,
     SET,
+    SIZES,
     TEXTS,
     choose_template,
     drawn,
@@ -87,11 +88,13 @@ def test_a_template_in_the_page(wide, page, server, looks, path):
     if here:
         page.evaluate(SET, {} if path.stem == AS_IT_IS else TINY)
         prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+        sizes = page.evaluate(SIZES)
         told, cached, seconds = run(page, server)
         assert seconds < 120
         everything_came(server, page, prompt, told, cached)
         at_rest(page)
         photograph(page, f"{name}, run")
+        assert page.evaluate(SIZES) == sizes
         assert faults(page) == []
     assert page.fmn_errors == [] and page.fmn_console == []
 
