@@ -27,8 +27,9 @@ FOLDER = ROOT / "example_workflows"
 BLUEPRINT_FOLDER = ROOT / "subgraphs"
 VIEW = {"width": 1600, "height": 1000}
 SLOW = 240_000  # ms, for a page on a busy machine
-# Pixels below a node's widgets for what it shows once it has run; our own nodes say it themselves.
-ROOM = {"PreviewImage": 330}
+# Pixels below a node's widgets for what it shows once it has run; our own nodes ask for theirs, and
+# a training without previews needs less.
+ROOM = {"PreviewImage": 330, "FMN_TrainForgetPatch": 330}
 # Pixels that a widget is higher in Nodes 2.0, and a node with its pack's name or a picture's size.
 TALLER, NAMED = 4, 34
 LAYOUT = """
