@@ -118,6 +118,8 @@ def make(page, server, name, flow):
     page.evaluate(FIT, SMALLEST)
     at_rest(page)
     saved = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
+    if flow.form:
+        saved["extra"]["linearData"] = flow.form
     del saved["id"]  # each opening gets its own, or the page would show an earlier one's curves
     (FOLDER / f"{name}.json").write_text(json.dumps(saved) + "\n", encoding="utf-8")
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")

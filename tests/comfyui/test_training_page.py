@@ -31,6 +31,7 @@ SAVED = """() => { const own = Object.entries(sessionStorage)
     text => text.includes(app.graph.id)); }"""
 
 
+NO_ID = "00000000-0000-0000-0000-000000000000"
 # A training that the server has in its cache shows no curve.
 SEEDS = count(401)
 
@@ -117,6 +118,8 @@ def test_a_workflow_without_an_id_is_known_by_its_nodes(page, server):
     view = page.locator(VIEW)
     opened_graph(page, False, own_id=False, steps=3000, preview_every=0)
     graph = page.evaluate("() => app.graph.serialize()")
+    if graph["id"] != NO_ID:
+        pytest.skip("this frontend gives it an id at once")
     start(page)
     view.get_by_text("running: dog").wait_for()
     other = [node for node in graph["nodes"] if node["type"] != "FMN_InspectForgetPatch"]

@@ -14,7 +14,9 @@ def forget_a_concept():
     load = flow.demo()
     concept = flow.concept()
     flow.column()
-    _compared(flow, load, flow.train(load, concept), "forget_dog", *DOG)
+    compared, shown = _compared(flow, load, flow.train(load, concept), "forget_dog", *DOG)
+    prompts = [(compared, "forgotten"), (compared, "kept")]
+    flow.app([(concept, "name"), (concept, "kind"), *prompts], [shown])
     return flow
 
 
@@ -27,7 +29,7 @@ def _compared(flow, load, patch, file, forgotten, kept):
     compared = flow.compare(load, "", forgotten, kept, patch=[patch, 0])
     flow.save(patch, file, thumbnail=[compared, 2])
     flow.column()
-    flow.show(compared)
+    return compared, flow.show(compared)
 
 
 def _with_keep_list(note, concept, keep, method, file, *prompts):
