@@ -64,7 +64,7 @@ def reason_of(path: Path, start: bytes, error: Exception) -> str:
         return f"it is {kind}" if kind else "it does not begin like one"
     if "header length" in str(error) or "not fully covered" in str(error):
         return f"its header does not fit its {os.stat(path).st_size} bytes: it may be cut off"
-    return str(error)
+    return str(error).removeprefix("Error while deserializing header: ")
 
 
 def unreadable(path: Path, error: Exception) -> ForgetError:

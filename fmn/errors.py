@@ -11,8 +11,14 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
+LONG = re.compile(r"'[^'\n]{120,}'|\S{120,}")  # names that a file gave, which may have any length
+
+
 class ForgetError(Exception):
     """Unusable input or an unusable model; the message says what to change."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(LONG.sub(lambda name: f"{name[0][:60]}...{name[0][-30:]}", message))
 
 
 class NonFiniteLoss(ForgetError):

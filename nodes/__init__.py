@@ -10,6 +10,7 @@ from . import (
     concept,
     demo,
     guidance,
+    import_eraser,
     live_training,
     measure,
     merge,
@@ -22,8 +23,8 @@ from . import (
 from .page import running_server
 
 MODULES = (
-    concept, methods, train, batch, merge, patch, measure, textual_inversion, attack, guidance,
-    bench, compare, demo,
+    concept, methods, train, batch, merge, patch, import_eraser, measure, textual_inversion, attack,
+    guidance, bench, compare, demo,
 )  # fmt: skip
 
 

@@ -14,12 +14,13 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.comfyui.conftest import comfyui_path, make_base  # noqa: E402
-from tests.comfyui.frontend import at_rest, opened_alone  # noqa: E402
+from tests.comfyui.frontend import at_rest, launched, opened  # noqa: E402
 from tests.comfyui.server import Server  # noqa: E402
 from tools.flows import BLUEPRINTS, EXAMPLES  # noqa: E402
 
@@ -172,8 +173,10 @@ def main(names):
         base = make_base(Path(folder) / "base")
         with (
             Server(comfyui_path(), base) as server,
-            opened_alone(server.url, Path(folder) / "browser") as page,
+            sync_playwright() as playwright,
+            launched(playwright.chromium, Path(folder) / "browser") as browser,
         ):
+            page = opened(browser, server.url)
             page.set_viewport_size(VIEW)
             page.set_default_timeout(SLOW)
             for name in names or known:

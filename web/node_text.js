@@ -20,9 +20,10 @@ const STYLE = `
 const NODES_WITH_TEXT = new Map(Object.entries({
   FMN_ApplyForgetPatch: 60, FMN_ApplyGatedPatch: 60, FMN_AttentionMap: 120,
   FMN_CompareBeforeAfter: 90, FMN_ConceptBench: 220, FMN_ConceptInversionProbe: 330,
-  FMN_EraseByNegativePrompt: 60, FMN_HardestEmbedding: 120, FMN_InspectForgetPatch: 320,
-  FMN_MScore: 120, FMN_MergeForgetPatches: 80, FMN_SafeLatentDiffusion: 60,
-  FMN_SaveForgetPatch: 70, FMN_TextualInversion: 120, FMN_TrainForgetPatches: 150,
+  FMN_EraseByNegativePrompt: 60, FMN_HardestEmbedding: 120, FMN_ImportEraser: 120,
+  FMN_InspectForgetPatch: 320, FMN_MScore: 120, FMN_MergeForgetPatches: 80,
+  FMN_SafeLatentDiffusion: 60, FMN_SaveForgetPatch: 70, FMN_TextualInversion: 120,
+  FMN_TrainForgetPatches: 150,
 }));
 const MIN_WIDTH = 300; // of a new node, in pixels: shorter lines would make it higher
 const elements = new WeakMap(); // node -> NodeElement

@@ -14,6 +14,7 @@ from ..errors import ForgetError
 from ..methods import DEFAULT
 from ..patches.scores import Source, check_targets, scores_of, write_scores
 from ..settings import MAX_SEED
+from ..text import printable
 
 if TYPE_CHECKING:  # these load torch, which --help does not need
     from ..bench.running.cells import Method, Setup
@@ -22,14 +23,17 @@ if TYPE_CHECKING:  # these load torch, which --help does not need
 
 EPILOG = """\
 SUITE is demo, stable-diffusion, or a .yaml file. METHOD is a preset, with settings if you like
-(resteer, resteer-released, "resteer:steps=100,lr=0.001"), or a patch file, FILE or FILE:STRENGTH,
-that is tried on every target named. The untouched model is always measured too.
+(resteer, resteer-released, "resteer:steps=100,lr=0.001"), a patch file, FILE or FILE:STRENGTH, that
+is tried on every target named, or a FOLDER of patches, each tried on what it forgets: other tools'
+erasers, made into patches by 'import', become a row of the table. The untouched model is always
+measured too.
 
 Finished pieces are kept in OUT/cells.sqlite: run the same command again to go on after a stop.
 
 examples:
   python -m fmn bench --target "santa claus" dog "ink drawing"
   python -m fmn bench --method dog.safetensors --write-scores
+  python -m fmn bench --method reread uce published/uce
   python -m fmn bench --measure all --scale many sequence --out out/full
   python -m fmn bench --suite stable-diffusion --model sd15.safetensors --judge clip:clip-vit-large
 """
@@ -140,7 +144,7 @@ def run_bench(options: argparse.Namespace) -> tuple[dict, str]:
     methods = [parse_method(text) for text in dict.fromkeys(options.method)]
     _check_names(methods)
     setup, suite = _make_setup(options)
-    targets = _targets(options, suite)
+    targets = covered(_targets(options, suite), methods, bool(options.target))
     if options.write_scores:
         targets = _scored_targets(targets, options, suite, methods)
     check_domains(judge_for(setup.judge, suite), targets)
@@ -206,6 +210,20 @@ def _check_names(methods: Sequence["Method"]) -> None:
 def _targets(options: argparse.Namespace, suite: "Suite") -> list["Target"]:
     targets = [suite.find(name) for name in dict.fromkeys(options.target)] or list(suite.targets)
     return _of_split(targets, options.split)
+
+
+def covered(targets: list["Target"], methods: Sequence["Method"], named: bool) -> list["Target"]:
+    """The targets that every folder of patches has one for; those named must be among them."""
+    for method in filter(lambda one: one.files, methods):
+        missing = [target.name for target in targets if target.name not in method.files]
+        if missing and (named or len(missing) == len(targets)):
+            known = printable(", ".join(method.files))
+            raise ForgetError(
+                f"'{method.name:.60}' holds no patch for {', '.join(missing):.60}: name targets of "
+                f"the suite that it forgets ({known:.80})."
+            )
+        targets = [target for target in targets if target.name in method.files]
+    return targets
 
 
 def _of_split(targets: list["Target"], split: str | None) -> list["Target"]:

@@ -8,9 +8,10 @@ from ..models.families import FAMILIES
 from .options import Commands, add_command
 
 DESCRIPTION = """\
-Reads LoRAs of any trainer (kohya, PEFT, LECO, SPM, sliders), edited U-Net or text encoder weights
-(ESD, UCE, SPEED, RECE, concept ablation), whole checkpoints, and diffusers folders. Pickles are
-read without running code in them.
+Reads LoRAs of any trainer (kohya, PEFT, LECO, SPM, sliders, traintrain), edited U-Net or text
+encoder weights (ESD, UCE, OCE, SPEED, RECE, concept ablation, AdvUnlearn), whole checkpoints, and
+folders (MACE, EraseFlow, Forget-Me-Not). Pickles are read without running code in them. A folder of
+the patches made here is a method of 'bench'.
 """
 
 

@@ -227,7 +227,7 @@ def _check_columns(cells: list[str], place: str) -> None:
         found = " ".join(", ".join(cells).split())
         raise ForgetError(
             f"{place}the first row has to name the columns, each once and with commas between "
-            f"them: name, and any of {', '.join(FIELDS[1:])}; this one has '{found:.80}'."
+            f"them: name, and any of {', '.join(FIELDS[1:])}; this one has '{found:.40}'."
         )
 
 

@@ -41,7 +41,7 @@ def plain_text(text: str) -> str:
     text = normalise(text)
     if found := OTHERS.search(text) or WEIGHTS.search(text):
         raise ForgetError(
-            f"'{text:.80}' has prompt syntax, '{found[0]:.40}', and is read as plain words: write "
+            f"'{text:.40}' has prompt syntax, '{found[0]:.20}', and is read as plain words: write "
             r"the words alone, and \( and \) for parentheses that belong to them."
         )
     return unescaped(text)

@@ -92,13 +92,8 @@ class UnknownFamily(Family):
 
 
 def _family(model: str, layers: Iterable[UnknownLayer], **more: Any) -> UnknownFamily:
-    about: dict[str, Any] = {
-        "title": model,
-        "architecture": model,
-        "base_version": model,
-        "resolution": 1024,
-    }
-    return UnknownFamily(key=KEY, listed=tuple(layers), **about | more)
+    about: dict[str, Any] = dict.fromkeys(("title", "architecture", "base_version"), model)
+    return UnknownFamily(key=KEY, listed=tuple(layers), **about | {"resolution": 1024} | more)
 
 
 def family_of_model(model: str, shapes: Mapping[str, Sequence[int]], **more: Any) -> UnknownFamily:

@@ -30,11 +30,12 @@ TRANSFORMER = re.compile(  # also in LoRA files, which may have no dots
 )
 # Kind -> a part of its keys; the first that is found counts.
 KINDS = {
+    "an ESD file that numbers layers instead of naming them": re.compile(r"^ft_modules_list\."),
     "a diffusion transformer": TRANSFORMER,
     "a ControlNet": re.compile(r"control_model\.|controlnet|input_hint_block|zero_convs"),
     "an IP-Adapter": re.compile(r"ip_adapter\.|image_proj"),
     "a textual inversion embedding": re.compile(
-        r"^(emb_params|clip_[lg]|<[^<>]+>|string_to_(param|token).*)$"
+        r"^(emb_params|embed|clip_[lg]|<[^<>]+>|string_to_(param|token).*)$"
     ),
     UNET: re.compile(r"(^|\.)(input|down)_blocks\.\d.*\.attn2\."),
     "a text encoder": re.compile(

@@ -5,6 +5,7 @@ what stands before it (``lora_unet_``, ``unet.``, ``base_model.model.``), and wh
 are called (kohya, PEFT, attention processors).
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from ..errors import ForgetError
 from ..linalg import balanced_factors
 from ..models.families import FAMILIES, Family, Layer, layers, text_layers
 from .file_kind import TRANSFORMER, other_form, split_lora_key
+from .foreign_file import ForeignFile
 from .patch import MAX_RANK
 
+MAX_CONFIG = 1 << 20  # bytes
 NO_DIRECTION = 1e-6  # of the largest singular value: float32's rounding
 UNET_STARTS = ("lora_unet_", "diffusion_model.", "unet.", "model.diffusion_model.")
 # Before the path in files of several encoders, and of one.
@@ -41,17 +44,16 @@ class ForeignLora:
     unused: list[str] = field(default_factory=list)
 
 
-def read_lora(
-    name: str, tensors: Mapping[str, torch.Tensor], family: Family | None = None
-) -> ForeignLora:
+def read_lora(file: ForeignFile, family: Family | None = None) -> ForeignLora:
     """The changes that a LoRA file makes.
 
     Args:
-        name: of the file, for errors. family: None takes the one whose layers fit.
+        family: None takes the one whose layers fit.
 
     Raises:
         ForgetError: another kind of adapter, another kind of model, or factors that fit no layer.
     """
+    name, tensors = file.name, file.tensors
     form = next(filter(None, map(other_form, tensors)), None)
     if form:
         raise ForgetError(
@@ -69,13 +71,16 @@ def read_lora(
     fits = [one for one in ([family] if family else FAMILIES.values()) if _fits(one, modules)]
     if len(fits) != 1:
         raise ForgetError(_no_family(name, list(modules), family, fits))
-    changes = {}
+    changes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    alpha = _alpha_beside(file)
     for module, parts in modules.items():
         layer = _layer(fits[0], module)
         if layer is None:
             unused += [f"{module}.{part}" for part in parts]
+        elif layer.name in changes:
+            raise ForgetError(f"'{name}' changes '{module:.80}' twice: get another file.")
         else:
-            changes[layer.name] = _factors(name, module, layer, parts)
+            changes[layer.name] = _factors(name, module, layer, alpha | parts)
     return ForeignLora(fits[0], changes, sorted(unused))
 
 
@@ -143,6 +148,31 @@ def _no_family(name: str, modules: list[str], family: Family | None, fits: list[
     )
 
 
+def _alpha_beside(file: ForeignFile) -> dict[str, torch.Tensor]:
+    """The alpha that PEFT keeps beside its tensors, in adapter_config.json, and diffusers in the
+    header; kohya's is among the tensors."""
+    text = file.metadata.get("lora_adapter_metadata", "")
+    config = file.paths[0].with_name("adapter_config.json") if file.paths else None
+    if config and file.paths[0].stem == "adapter_model" and config.is_file():
+        text = config.read_bytes()[:MAX_CONFIG].decode("utf-8", "replace")
+    if not text:
+        return {}
+    try:
+        found = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
+        alpha = torch.tensor(float(found["lora_alpha"]))
+        patterns = found.get("alpha_pattern") or found.get("use_rslora")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ForgetError(
+            f"The PEFT settings of '{file.name}' do not say its lora_alpha: get the file again."
+        ) from error
+    if patterns:
+        raise ForgetError(
+            f"'{file.name}' scales its layers by alpha_pattern or use_rslora of PEFT: merge it "
+            "into a model with PEFT, and import that with --base."
+        )
+    return {"alpha": alpha}
+
+
 def _exact_factors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of a full difference at the rank it has, at most ``MAX_RANK``."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -154,6 +184,11 @@ def _factors(
     name: str, module: str, layer: Layer, parts: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(up, down) in the layer's own dimensions, alpha / rank taken into up."""
+    if not all(part.is_floating_point() for key, part in parts.items() if key != "alpha"):
+        raise ForgetError(
+            f"'{name}' holds '{module:.80}' in numbers that are no floating point: use a copy in "
+            "16 or 32 bits."
+        )
     if "difference" in parts:
         up, down = _exact_factors(parts["difference"].float().flatten(1))
     else:
@@ -163,8 +198,14 @@ def _factors(
                 f"'{name}' has factors of ranks {up.shape[1]} and {len(down)} for '{module:.80}': "
                 "download it again."
             )
-        alpha = float(parts["alpha"]) if "alpha" in parts else float(len(down))
-        up = up * (alpha / len(down))
+        alpha = parts.get("alpha", torch.tensor(len(down)))
+        if alpha.numel() != 1 or not 0 < len(down) <= MAX_RANK:
+            raise ForgetError(
+                f"'{name}' has rank {len(down)} and an alpha of shape {list(alpha.shape)} in "
+                f"'{module:.80}'; a rank of 1 to {MAX_RANK} and one number were expected: get it "
+                "again."
+            )
+        up = up * (float(alpha) / len(down))
     if not torch.isfinite(down.norm() * up.norm()):
         raise ForgetError(
             f"'{name}' holds NaN or infinite values in '{module:.80}': do not use it."

@@ -20,7 +20,12 @@ from .foreign_file import ForeignFile, read_folder, read_foreign
 from .foreign_lora import read_lora
 from .metadata import base_info, stamp
 from .patch import ForgetPatch
-from .weight_difference import WeightFile, difference, family_of_weights, open_weights
+from .weight_difference import (
+    Difference,
+    WeightFile,
+    difference,
+    families_of_weights,
+)
 
 MAX_METADATA = 8_000  # letters of the original metadata that are kept
 # Words of file names that say how it was made rather than what it forgets.
@@ -42,7 +47,7 @@ class Imported:
 def import_patch(
     path: str | Path,
     concepts: Sequence[Concept],
-    base: str | Path | None = None,
+    base: str | Path | ForeignFile | None = None,
     family: str | None = None,
     rank: int = 0,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
@@ -50,40 +55,48 @@ def import_patch(
     """Read an eraser of any tool.
 
     Args:
-        path: a LoRA, a file of edited weights, a checkpoint, or a diffusers folder.
+        path: a LoRA, a file of edited weights, a checkpoint, or a folder.
         concepts: what it forgets, by the user's word.
-        base: the model it was made from, a checkpoint or folder; needed for edited weights.
+        base: the model it was made from, a checkpoint or folder or its weights; needed for edited
+            weights.
         family: key of ``FAMILIES``; None finds out.
         rank: of each layer's change of edited weights; 0 cuts at the gap of the spectrum.
 
     Raises:
         ForgetError: what it is cannot be imported, or something is missing; the message says what.
     """
-    path = Path(path)
-    file = read_folder(path) if path.is_dir() else read_foreign(path)
+    file = open_eraser(path)
     if not concepts:
         raise ForgetError(
-            f"What '{path.name}' forgets is not known: name it with --concept, perhaps "
+            f"What '{file.name}' forgets is not known: name it (--concept), perhaps "
             f'"{guess_concept(file)}".'
         )
     wanted = _family(family)
     if is_lora(file.tensors):
-        lora = read_lora(file.name, file.tensors, wanted)
-        notes = _unused(lora.unused)
-        return _patch(file, lora.family, lora.changes, concepts, "LoRA", notes)
+        lora = read_lora(file, wanted)
+        return _patch(file, lora.family, lora.changes, concepts, "LoRA", _unused(lora.unused))
     edited = WeightFile(file)
-    found = _identified(file, edited, wanted)
-    if base is None:
+    if base is not None and not isinstance(base, ForeignFile):
+        base = open_eraser(base)
+    first = None if base is None else WeightFile(base)
+    found = wanted or _identified(edited, first)
+    if first is None:
         raise ForgetError(
-            f"'{path.name}' holds edited weights, not changes: name the model it was made from "
-            "with --base, a checkpoint or a diffusers folder."
+            f"'{file.name}' holds edited weights, not changes: give the model that it was made "
+            "from as the base (--base)."
         )
-    first = open_weights(base)
     change = difference(edited, first, found, rank, on_layer)
     info: dict[str, object] = {"truncation_error": change.lost}
     mark = _fingerprint(first, found)
     if mark:
         info |= base_info(mark)
+    imported = {"not_held": change.not_held, "not_compared": change.not_compared}
+    return _patch(
+        file, found, change.changes, concepts, "edited weights", _notes(change), info, imported
+    )
+
+
+def _notes(change: Difference) -> list[str]:
     notes = [
         f"{len(change.changes)} layers differ from the base, {change.unchanged} do not; "
         f"ranks {min(change.ranks)} to {max(change.ranks)}",
@@ -94,7 +107,24 @@ def import_patch(
             f"norms, biases and embeddings hold {change.not_held:.2%} of the squared change, which "
             "a LoRA cannot hold"
         )
-    return _patch(file, found, change.changes, concepts, "edited weights", notes, info)
+    if change.not_compared:
+        notes.append(f"{change.not_compared} tensors have other names in the base: not compared")
+    if change.coarse_base and not change.unchanged and change.lost > 0.01:
+        notes.append(
+            "the base has fewer bits than the file: if the eraser began with a finer copy of it, "
+            "the rounding is in the change; give that copy"
+        )
+    return notes
+
+
+def open_eraser(path: str | Path) -> ForeignFile:
+    """A file or folder that may be an eraser, or its base.
+
+    Raises:
+        ForgetError: as ``read_foreign`` and ``read_folder``.
+    """
+    path = Path(path)
+    return read_folder(path) if path.is_dir() else read_foreign(path)
 
 
 def guess_concept(file: ForeignFile) -> str:
@@ -114,21 +144,19 @@ def _family(key: str | None) -> Family | None:
     return FAMILIES[key]
 
 
-def _identified(file: ForeignFile, weights: WeightFile, wanted: Family | None) -> Family:
-    if wanted:
-        return wanted
-    fits = family_of_weights(weights, FAMILIES)
+def _identified(edited: WeightFile, base: WeightFile | None) -> Family:
+    fits = families_of_weights(edited, FAMILIES.values())
+    if len(fits) > 1 and base is not None:  # a text encoder, or layers that two families share
+        fits = families_of_weights(base, fits) or fits
     if len(fits) == 1:
         return fits[0]
+    name = edited.file.name
     if fits:
-        raise ForgetError(
-            f"'{file.name}' fits {' and '.join(one.title for one in fits)}: say which with "
-            "--family."
-        )
+        titles = " and ".join(one.title for one in fits)
+        raise ForgetError(f"'{name}' fits {titles}: say which by the base or --family.")
     raise ForgetError(
-        f"'{file.name}' is {kind_of(file.tensors) or 'no known file'}, and nothing to import: give "
-        "an eraser's LoRA, its edited U-Net or text encoder weights (with --family if it changes "
-        "the text encoder alone), or its diffusers folder."
+        f"'{name}' is {kind_of(edited.file.tensors) or 'no known file'}, and nothing to import: "
+        "give an eraser's LoRA, its edited U-Net or text encoder weights, or its folder."
     )
 
 
@@ -153,6 +181,7 @@ def _patch(
     kind: str,
     notes: Sequence[str],
     info: dict | None = None,
+    imported: dict | None = None,
 ) -> Imported:
     original = "\n".join(f"{key}: {value}" for key, value in sorted(file.metadata.items()))
     record = {
@@ -166,6 +195,7 @@ def _patch(
             "file": printable(file.name)[:200],
             "sha256": file.sha256,
             "metadata": printable(original.replace("\n", "; "))[:MAX_METADATA],
+            **(imported or {}),
         },
     }
     return Imported(ForgetPatch(family, changes, record | (info or {})), kind, tuple(notes))

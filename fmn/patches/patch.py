@@ -343,5 +343,6 @@ def _check_layer(name: str, layer: Layer, slices: Sequence[Any]) -> None:
     if not fits:
         raise ForgetError(
             f"'{name}' does not fit '{layer.name}' of shape {list(layer.shape)}: "
-            f"it has lora_down {list(down)}, lora_up {list(up)}, alpha {list(alpha)}."
+            f"it has lora_down {list(down)!s:.40}, lora_up {list(up)!s:.40}, alpha "
+            f"{list(alpha)!s:.40}."
         )

@@ -5,19 +5,21 @@ from the base, rounded to the file's own precision first: against an unrounded b
 would be a fifth of a small edit.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from ..errors import ForgetError
 from ..linalg import balanced_factors, product_svd
 from ..models.families import Family, Layer, layers, layers_by_name, text_layers
-from .foreign_file import ForeignFile, read_folder, read_foreign
+from .foreign_file import ForeignFile
 from .patch import MAX_RANK
-from .weight_names import find, places, take
+from .weight_names import TEXT_PREFIXES, UNET_PREFIXES, Place, find, places, take
 
+# Before the path of a layer in the U-Net or first text encoder.
+PREFIXES = tuple(filter(None, (*UNET_PREFIXES, *TEXT_PREFIXES["clip_l"], *TEXT_PREFIXES["clip_h"])))
 NOT_CHANGED = 1e-7  # relative size of a difference that is rounding in float32
 TOO_LARGE = 0.5  # relative size, over all layers, that no edit of the same base has
 GAP = 3.0  # ratio of neighbouring singular values that counts as the end of an edit
@@ -31,21 +33,34 @@ class WeightFile:
     def __init__(self, file: ForeignFile):
         self.file, self._keys = file, set(file.tensors)
 
-    def key_of(self, layer: Layer) -> str | None:
-        """The key of a layer's weight, or None."""
-        place = find(self._keys, places(layer))
-        return place and place[0]
+    def place_of(self, layer: Layer, part: str = "weight") -> Place | None:
+        """Where a layer's weight or bias is, or None."""
+        return find(self._keys, places(layer, part))
+
+    def shape(self, layer: Layer) -> tuple[int, ...] | None:
+        """Of a layer's weight, which is not read for it, or None."""
+        place = self.place_of(layer)
+        if place is None:
+            return None
+        shape = self.file.shape(place[0])
+        return shape if place[1] is None else (*(rows // 3 for rows in shape[:1]), *shape[1:])
 
     def weight(self, layer: Layer) -> torch.Tensor | None:
         """A layer's weight in its shape, or None; Linear and 1x1 Conv2d stand for each other."""
-        place = find(self._keys, places(layer))
+        place = self.place_of(layer)
         if place is None:
             return None
-        tensor = take(self.file.tensors, place)
+        key, tensor = place[0], take(self.file.tensors, place)
+        scale = key.removesuffix("weight") + "scale_weight"
+        if not tensor.is_floating_point() or scale in self._keys:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ForgetError(
+                f"'{self.file.name}' holds '{key:.80}' as {kind}: use a copy in 16 or 32 bits."
+            )
         fits = tensor.dim() >= 2 and tensor.numel() == torch.Size(layer.shape).numel()
         if not fits or tensor.shape[0] != layer.shape[0]:
             raise ForgetError(
-                f"'{self.file.name}' holds '{place[0]:.80}' of shape {list(tensor.shape)}, and "
+                f"'{self.file.name}' holds '{key:.80}' of shape {list(tensor.shape)}, and "
                 f"{list(layer.shape)} was expected: check the family and the base."
             )
         return tensor.reshape(layer.shape)
@@ -61,6 +76,8 @@ class Difference:
         not_held: of the square of all differences, the share in tensors that a LoRA cannot hold:
             norms, biases, embeddings.
         unchanged: layers that are in the file and equal to the base.
+        not_compared: tensors beside the layers that the base does not have by that name.
+        coarse_base: the base has fewer bits than the file, so the rounding of the base is in it.
     """
 
     changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -68,6 +85,8 @@ class Difference:
     not_held: float
     unchanged: int = 0
     ranks: list[int] = field(default_factory=list)
+    coarse_base: bool = False
+    not_compared: int = 0
 
 
 def difference(
@@ -87,7 +106,7 @@ def difference(
         ForgetError: no layer of the family, none that differs, or differences too large for an
             edit of this base.
     """
-    present = [layer for layer in layers_by_name(family).values() if edited.key_of(layer)]
+    present = [layer for layer in layers_by_name(family).values() if edited.place_of(layer)]
     if not present:
         raise ForgetError(
             f"'{edited.file.name}' holds no weights of {family.title} under names of diffusers or "
@@ -101,8 +120,14 @@ def difference(
                 f"The base '{base.file.name}' lacks '{layer.name}', which '{edited.file.name}' "
                 "changes: give the whole model that the eraser began with."
             )
-        before = before.to(after.dtype).float()  # as the eraser saved what it left alone
+        result.coarse_base |= before.element_size() < after.element_size()
+        before = before.to(after).float()  # as the eraser saved what it left alone
         change = (after.float() - before).flatten(1)
+        if not torch.isfinite(change.norm()):
+            raise ForgetError(
+                f"'{edited.file.name}' or its base holds NaN or infinite values in '{layer.name}': "
+                "do not use it."
+            )
         squares += torch.stack([change.square().sum(), before.square().sum(), torch.zeros(())])
         if change.norm() <= NOT_CHANGED * before.norm():
             result.unchanged += 1
@@ -115,7 +140,8 @@ def difference(
     total, whole, lost = squares.tolist()
     _check_size(edited, base, result, total, whole)
     result.lost = (lost / total) ** 0.5
-    result.not_held = _not_held(edited, base, family, total)
+    square, result.not_compared = _not_held(edited, base, family)
+    result.not_held = square / (square + total)
     return result
 
 
@@ -173,30 +199,63 @@ def _check_size(
         )
 
 
-def _not_held(edited: WeightFile, base: WeightFile, family: Family, held: float) -> float:
-    """Share of the squares of all differences in norms, biases and embeddings."""
-    used = {edited.key_of(layer) for layer in (*layers(family), *text_layers(family))}
-    others = [key for key in edited.file.tensors if key not in used and key in base.file.tensors]
-    square = 0.0
-    for key in others:
-        after, before = edited.file.tensors[key], base.file.tensors[key]
+def _not_held(edited: WeightFile, base: WeightFile, family: Family) -> tuple[float, int]:
+    """(square of all differences in norms, biases and embeddings, tensors not in the base)."""
+    everything = (*layers(family), *text_layers(family))
+    pairs = [(edited.place_of(one, "bias"), base.place_of(one, "bias")) for one in everything]
+    known = {place[0] for one in everything if (place := edited.place_of(one))}
+    known |= {place[0] for place, _ in pairs if place}
+    by_name = {_bare(key): key for key in base.file.tensors}
+    for key in edited.file.tensors:
+        if key not in known:
+            same = by_name.get(_bare(key))
+            pairs.append(((key, None), None if same is None else (same, None)))
+    square, missing = 0.0, 0
+    for own, other in pairs:
+        if own is None:
+            continue
+        if other is None:
+            missing += 1
+            continue
+        after, before = take(edited.file.tensors, own), take(base.file.tensors, other)
         if after.shape == before.shape and after.is_floating_point():
-            square += float((after.float() - before.to(after.dtype).float()).square().sum())
-    return square / (square + held) if square + held else 0.0
+            change = after.float() - before.to(after).float()
+            square += float(change.nan_to_num(0, 0, 0).square().sum())
+    return square, missing
 
 
-def family_of_weights(file: WeightFile, families: Mapping[str, Family]) -> list[Family]:
-    """The families whose cross-attention keys and values a file holds, in their shapes."""
-    fits = []
-    for family in families.values():
-        readers = [layer for layer in layers(family) if layer.is_key_or_value]
-        keys = {key: layer.shape for layer in readers if (key := file.key_of(layer))}
-        if keys and all(file.file.shape(key) == shape for key, shape in keys.items()):
-            fits.append(family)
-    return fits
+def _bare(key: str) -> str:
+    """A key without what stands before the path of a layer in the U-Net or first text encoder."""
+    return key.removeprefix(next(filter(key.startswith, PREFIXES), ""))
 
 
-def open_weights(path: str | Path) -> WeightFile:
-    """The weights of a checkpoint file or of a diffusers folder's U-Net and text encoders."""
-    path = Path(path)
-    return WeightFile(read_folder(path) if path.is_dir() else read_foreign(path))
+def families_of_weights(file: WeightFile, families: Iterable[Family]) -> list[Family]:
+    """The families that a file's weights fit: by keys and values of cross-attention, without them
+    by whatever other layers it holds (ESD-u), then by layers of the text encoder."""
+    for choose in (_readers, layers, text_layers):
+        shapes = {
+            family: [
+                (layer.shape, held)
+                for layer in choose(family)
+                if (held := file.shape(layer)) is not None
+            ]
+            for family in families
+        }
+        for shape_of in (tuple, _matrix_shape):
+            fits = [
+                family
+                for family, pairs in shapes.items()
+                if pairs and all(shape_of(wanted) == shape_of(held) for wanted, held in pairs)
+            ]
+            if fits:
+                return fits
+    return []
+
+
+def _readers(family: Family) -> Iterable[Layer]:
+    return [layer for layer in layers(family) if layer.is_key_or_value]
+
+
+def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The same of a Linear and of a Conv2d of kernel 1."""
+    return shape[0] if shape else 0, math.prod(shape[1:])

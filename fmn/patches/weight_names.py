@@ -20,14 +20,15 @@ TEXT_PREFIXES = {
     "clip_l": (
         "cond_stage_model.transformer.", "cond_stage_model.model.transformer.",
         "cond_stage_model.model.", "cond_stage_model.", "conditioner.embedders.0.transformer.",
-        "text_encoder.", "",
+        "text_encoder.", "clip_l.transformer.", "",
     ),
     "clip_h": (
         "cond_stage_model.model.", "cond_stage_model.transformer.", "cond_stage_model.",
-        "conditioner.embedders.0.model.", "text_encoder.", "",
+        "conditioner.embedders.0.model.", "text_encoder.", "clip_h.transformer.", "",
     ),
     "clip_g": (
         "conditioner.embedders.1.model.", "conditioner.embedders.1.transformer.", "text_encoder_2.",
+        "clip_g.transformer.",
     ),
 }  # fmt: skip
 FUSED = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
@@ -52,12 +53,12 @@ NORMS = {
 }
 
 
-def places(layer: Layer) -> Iterator[Place]:
-    """Where a file may keep a layer's weight, likeliest first."""
+def places(layer: Layer, part: str = "weight") -> Iterator[Place]:
+    """Where a file may keep a layer's weight or bias, likeliest first."""
     if layer.is_text:
         encoder, _, path = layer.compvis.partition(".transformer.")
-        return text_places(encoder, f"{path}.weight")
-    return unet_places(f"{layer.name}.weight", f"{layer.compvis}.weight")
+        return text_places(encoder, f"{path}.{part}")
+    return unet_places(f"{layer.name}.{part}", f"{layer.compvis}.{part}")
 
 
 def unet_places(name: str, compvis: str | None) -> Iterator[Place]:
@@ -99,9 +100,10 @@ def find(keys: Collection[str], candidates: Iterator[Place]) -> Place | None:
 def take(tensors: Mapping[str, torch.Tensor], place: Place) -> torch.Tensor:
     """The tensor at a place, a view of the file's own."""
     key, third = place
+    tensor = tensors[key]
     if key.endswith("text_projection"):
-        return tensors[key].mT
-    return tensors[key] if third is None else tensors[key].chunk(3)[third]
+        return tensor.mT
+    return tensor.tensor_split(3)[third] if third is not None and tensor.dim() else tensor
 
 
 @cache

@@ -119,11 +119,11 @@ class TrainingState:
                     f"is {_shown(key, record[key])}: use the same, or start anew."
                 )
         then, now = current(self.record["settings"]), record["settings"]
-        for key in sorted(then.keys() | now.keys()):
+        for key in sorted(then):  # a setting that it lacks is newer
             # More steps may be added. Any other change gives another training.
-            if then.get(key) != now.get(key) and not (key in RAISABLE and now.get(key)):
+            if then[key] != now.get(key) and not (key in RAISABLE and now.get(key)):
                 raise ForgetError(
-                    f"'{self.name}' was made with {key[:40]} {str(then.get(key, 'unset'))[:40]}, "
+                    f"'{self.name}' was made with {key[:40]} {str(then[key])[:40]}, "
                     f"and this is {str(now.get(key, 'unset'))[:40]}: only steps may differ."
                 )
 

@@ -16,12 +16,15 @@ import torch
 from safetensors.torch import load, load_file
 
 from fmn.bench.reporting.columns import COLUMNS, Results
-from fmn.bench.running.cells import Cell, Method, Setup, plan
+from fmn.bench.running.cells import Cell, Method, Setup, parse_method, plan
 from fmn.bench.running.lab import Lab, read_controls, to_bytes
+from fmn.bench.running.runner import store_patches
 from fmn.bench.running.store import Store
 from fmn.bench.running.worker import make_lab
 from fmn.bench.suite import parse_suite, read_suite
 from fmn.cli import main
+from fmn.cli.bench import covered
+from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.models.families import DEMO, layers
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch
@@ -325,3 +328,33 @@ def test_cells_have_the_same_key_in_every_process(setup):
         capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert found.stdout.decode().split() == [cell.key(setup) for cell in cells]
+
+
+def test_a_folder_of_patches_is_one_method(setup, tmp_path):
+    """Each target gets the patch that forgets it: published erasers become a row of the table."""
+    folder = tmp_path / "uce-released"
+    folder.mkdir()
+    for name, size in (("dog", 1.0), ("car", 2.0)):
+        patch = noise_patch(size)
+        patch.info["concepts"] = [{"name": name, "kind": "object"}]
+        save_patch(patch, folder / f"{name}.safetensors")
+    method, suite = parse_method(str(folder)), parse_suite(read_suite("demo"), "demo")
+    cells = plan(setup, suite, ["car", "dog"], [method], ["pictures"])
+    trains = [cell for cell in cells if cell.work == "train"]
+    assert [(cell.method, cell.targets) for cell in trains] == [
+        ("uce-released", ("car",)), ("uce-released", ("dog",)),
+    ]  # fmt: skip
+    with Store(tmp_path / "cells.sqlite") as store:
+        store_patches(setup, cells, store, [method])
+        for cell in trains:
+            file = folder / f"{cell.targets[0]}.safetensors"
+            assert store.patch(cell.key(setup)) == file.read_bytes()
+    targets = [suite.find(name) for name in ("dog", "apple", "car")]
+    assert [target.name for target in covered(targets, [method], False)] == ["dog", "car"]
+    with pytest.raises(ForgetError, match="holds no patch for apple"):
+        covered(targets, [method], True)
+    save_patch(load_patch(folder / "dog.safetensors"), folder / "again.safetensors")
+    with pytest.raises(ForgetError, match="two patches that forget 'dog'"):
+        parse_method(str(folder))
+    with pytest.raises(ForgetError, match="holds no patches"):
+        parse_method(str(tmp_path))

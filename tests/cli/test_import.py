@@ -38,12 +38,13 @@ def test_edited_weights_become_a_patch(tmp_path, capsys):
 
 def test_refusals(tmp_path, capsys):
     file = edited(tmp_path / "esd-dog.pt")
+    (tmp_path / "x").mkdir()
     for arguments, words in (
-        ([str(file)], '--concept, perhaps "dog"'),
+        ([str(file)], '(--concept), perhaps "dog"'),
         ([str(file), "--concept", "dog"], "--base"),
         ([str(file), "--concept", "dog", "--rank", "-1"], "--rank is -1"),
         ([str(tmp_path / "none.pt"), "--concept", "dog"], "cannot be read"),
-        ([str(tmp_path), "--concept", "dog"], "no weights"),
+        ([str(tmp_path / "x"), "--concept", "dog"], "no weights"),
         ([str(file), "--concept", "dog", "--base", "demo", "--out", "x.pt"], "safetensors"),
     ):
         assert main(["import", *arguments]) == BAD_INPUT

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urljoin
 
-from playwright.sync_api import Error, expect, sync_playwright
+from playwright.sync_api import Error, expect
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -107,15 +107,6 @@ def opened(context, url):
     page.goto(url, wait_until="domcontentloaded", timeout=START)
     page.wait_for_function(READY, timeout=START)
     return page
-
-
-@contextmanager
-def opened_alone(url, folder):
-    """For tools: a page in a Chromium of its own."""
-    with sync_playwright() as running:
-        context = launched(running.chromium, folder)
-        yield opened(context, url)
-        context.close()
 
 
 def keep(said, message):

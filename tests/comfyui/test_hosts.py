@@ -218,7 +218,7 @@ def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, monkeypatc
         if layer.is_key_or_value
     }
     lora = patches.ForgetPatch(family, changes, {"concepts": []}).lora()
-    assert len(lora) == 3 * modules
+    assert len(lora) == 2 * modules
 
     if family is not families.SD2:  # ComfyUI tells SD 2.x from 1.x by the text width alone
         config = {"sd1": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}

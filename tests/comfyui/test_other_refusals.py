@@ -12,10 +12,13 @@ from .parts import concept
 def test_other_methods_and_options_refuse(pack, other_host):
     methods, model = pack("fmn.methods"), other_host("Flux")
     for name in methods.METHODS:
-        if name != "esd":
+        if name not in ("esd", "reread"):
             preset = methods.METHODS[name][0]
-            with pytest.raises(pack("fmn.errors").ForgetError, match="Flux is none .*method ESD"):
+            with pytest.raises(pack("fmn.errors").ForgetError, match="Flux is none .*Re-read"):
                 methods.forget(model, [concept(pack)], methods.settings_of(preset, {}))
+    robust = methods.settings_of("reread-robust", {})
+    with pytest.raises(pack("fmn.errors").ForgetError, match="are for U-Nets, and Flux is none"):
+        methods.forget(model, [concept(pack)], robust)
     for changes, message in (
         ({"layers": "x-strict"}, "Flux has no layers"),
         ({"layers": "x-strict", "protect": True}, "turn protect off"),

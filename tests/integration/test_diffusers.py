@@ -112,10 +112,10 @@ def test_failed_downloads_in_a_folder_are_named(model, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.ckpt", None, "is no .safetensors checkpoint"),
+        ("a.ckpt", None, "not a supported checkpoint"),
         ("a.safetensors", LFS, "Git LFS pointer"),
         ("a.SAFETENSORS", LFS, "Git LFS pointer"), ("a.ckpt", LFS, "Git LFS pointer"),
-        ("a.ckpt", b"PK\x03\x04", "empty or cut off"), ("none.ckpt", b"", "There is no model"),
+        ("a.ckpt", b"PK\x03\x04", "cut short or damaged"), ("none.ckpt", b"", "There is no model"),
     ],
 )  # fmt: skip
 def test_single_files_that_are_no_model(tmp_path, name, content, message):

@@ -8,7 +8,7 @@ def forget_a_concept():
         "Makes a patch on the small model that comes with the pack, saves it, and draws the same "
         "prompt before and after. No method is connected, so it is the default, "
         "**Re-read**.\n\n**Something else?** Change `name` in *Concept to Forget*, the "
-        "prompts in *Compare Before and After*, and `filename_prefix` in *Save Forget Patch*. For "
+        "prompts in `forgotten` and `kept`, and `filename_prefix` in *Save Forget Patch*. For "
         "your own model put *Load Checkpoint* in place of *Load Demo Checkpoint*."
     )
     load = flow.demo()
@@ -29,6 +29,7 @@ def _compared(flow, load, patch, file, forgotten, kept):
     compared = flow.compare(load, "", forgotten, kept, patch=[patch, 0])
     flow.save(patch, file, thumbnail=[compared, 2])
     flow.column()
+    flow.room["PreviewImage"] = 600
     return compared, flow.show(compared)
 
 
@@ -55,7 +56,8 @@ def forget_a_person():
         "too. The **keep-list** names those who look most alike first; a list of people comes "
         "along.\n\nLook at the neighbours, not only at who is gone.\n\n**Somebody else?** Change "
         "`name` in *Concept to Forget*, `words` in *Keep List* to those who look alike (without "
-        "the new name), the prompts, and `filename_prefix` in *Save Forget Patch*.",
+        "the new name), the prompts in `forgotten` and `kept`, and `filename_prefix` in *Save "
+        "Forget Patch*.",
         {"name": "vampire", "kind": "identity"},
         {"list": "people", "words": "zombie\nsuperhero\nwizard"},
         None,
@@ -71,7 +73,8 @@ def forget_an_object():
         "thing in other words, and is forgotten too. The method is **TRCE**, a closed form on the "
         "token that sums up a prompt.\n\n**Something else?** Change `name`, `aliases` and `anchor` "
         "in *Concept to Forget* (the last two may be empty), `words` in *Keep List* to its "
-        "neighbours (without the new name), the prompts, and `filename_prefix` in *Save "
+        "neighbours (without the new name), the prompts in `forgotten` and `kept`, and "
+        "`filename_prefix` in *Save "
         "Forget Patch*.",
         {"name": "guitar", "aliases": "acoustic guitar", "anchor": "tree"},
         {"list": "common", "words": "violin\ntrumpet\ndrum"},
@@ -87,7 +90,8 @@ def forget_a_style():
         "A **style**: kind *style* trains with 'a photo in the style of ...'. The things it drew "
         "and the other styles shall stay, so the **keep-list** names those styles, and a list of "
         "styles comes along.\n\n**Another style?** Change `name` in *Concept to Forget*, `words` "
-        "in *Keep List* to other styles (without the new name), the prompts, and "
+        "in *Keep List* to other styles (without the new name), the prompts in `forgotten` and "
+        "`kept`, and "
         "`filename_prefix` in *Save Forget Patch*.",
         {"name": "ink drawing", "kind": "style"},
         {"list": "styles", "words": "blueprint\nneon sign\nblack silhouette\ntwemoji"},
@@ -103,7 +107,8 @@ def uce_and_keep_list():
         "**UCE** is a closed form: no training, done in a moment. The **keep-list** protects "
         "words: your own, such as close neighbours, and a list that comes along.\n\nThe dog goes, "
         "the cat stays.\n\n**Something else?** Change `name` in *Concept to Forget*, `words` in "
-        "*Keep List* to its neighbours (without the new name), the prompts, and "
+        "*Keep List* to its neighbours (without the new name), the prompts in `forgotten` and "
+        "`kept`, and "
         "`filename_prefix` in *Save Forget Patch*.",
         {},
         {"list": "common", "words": "cat\nrabbit\nbear\na photo"},
@@ -119,7 +124,7 @@ def forget_many():
         "it again with more lines: only new ones are made. **Merge** then makes one patch of all, "
         "no larger than you say.\n\nThe list can also be a file: .txt, .csv, .yaml or .json. See "
         "docs/batch.md.\n\n**Other things?** Change the lines in *Concepts to Forget (List)*, the "
-        "prompts, and `filename_prefix` in *Save Forget Patch*."
+        "prompts in `forgotten` and `kept`, and `filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concepts = flow.add(
@@ -150,9 +155,10 @@ def correct_a_concept():
         "**Concept Ablation** teaches it to draw what it draws for the **anchor**, *dog*. UCE "
         "would do so in a moment.\n\nSee docs/correction.md.\n\n**Another word?** Change `name` "
         "and `anchor` in *Concept to Forget*, and write the new word into each line of its "
-        "`prompts`. Then change the prompts, and `filename_prefix` in *Save Forget Patch*."
+        "`prompts`. Then change the prompts in `forgotten` and `kept`, and `filename_prefix` in "
+        "*Save Forget Patch*."
     )
-    flow.room = {"FMN_TrainForgetPatch": 600}  # curve, text and maps
+    flow.room["FMN_TrainForgetPatch"] = 600  # curve, text and maps
     load = flow.demo()
     concept = flow.concept(
         "puppy", kind="custom", anchor="dog",

@@ -8,7 +8,7 @@ def compare_methods():
         "One concept by two methods at the same seeds: the default, **Re-read**, and **UCE**.\n\n"
         "To compare others, put another Method node in the place of UCE. A few pictures are a "
         "first look; *Measure a patch* goes on from there.\n\n**Something else?** Change `name` "
-        "in *Concept to Forget*, and the prompts in both *Compare* nodes."
+        "in *Concept to Forget*, and `forgotten` and `kept` in both *Compare* nodes."
     )
     load = flow.demo()
     concept = flow.concept()
@@ -43,7 +43,7 @@ def measure_a_patch():
         "another target of the suite, such as apple, car or guitar, and `name` in *ConceptBench*, "
         "which is the report's folder."
     )
-    flow.rows = 4
+    flow.rows, flow.height = 4, 180
     load = flow.demo()
     concept = flow.concept()
     flow.column()

@@ -9,8 +9,8 @@ def downloaded_patch():
         "and choose it in **Load Forget Patch**. The one chosen here comes with the pack.\n\nThe "
         "file is checked when it is loaded. **Inspect** tells what it says of itself, which "
         "proves nothing: look at pictures. A patch for another family of models is refused.\n\n"
-        "**Another patch?** Choose it in `file`, and write its concept into the prompts in "
-        "both *Compare* nodes."
+        "**Another patch?** Choose it in `file`, and write its concept into `forgotten` "
+        "in both *Compare* nodes."
     )
     load = flow.demo()
     patch = flow.add("FMN_LoadForgetPatch", file="demo/santa_claus.safetensors")
@@ -33,7 +33,7 @@ def gated_patch():
         "A strong patch harms neighbours. **Apply Gated Patch** lets it through only as far as the "
         "prompt is close to what it forgets: the cat stays as it was.\n\nThe plain Apply node "
         "costs nothing while sampling; this one a little.\n\n**Something else?** Change `name` in "
-        "*Concept to Forget*, the prompts, and `filename_prefix` in *Save Forget Patch*."
+        "*Concept to Forget*, `forgotten` and `kept`, and `filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo()
     concept = flow.concept()
@@ -59,7 +59,7 @@ def safe_latent_diffusion():
         "**Safe Latent Diffusion** steers sampling away from a concept. No training, no change of "
         "weights; whoever can edit the workflow can take it out.\n\nThe presets are the paper's, "
         "made for 50 steps of Stable Diffusion 1.4.\n\n**Something else?** Change `name` and "
-        "`kind` in *Concept to Forget*, and the prompts."
+        "`kind` in *Concept to Forget*, and the prompts in `forgotten` and `kept`."
     )
     load = flow.demo()
     concept = flow.concept("ink drawing", kind="style")
@@ -118,5 +118,5 @@ def erase_and_repair():
     flow.add("PreviewImage", "Round 1, by learned words", images=[attack, 0])
     flow.column()
     flow.add("PreviewImage", "Round 2, by learned words", images=[fresh, 0])
-    flow.save(second, "repaired_dog")
+    flow.save(second, "repaired_dog", thumbnail=[fresh, 1])
     return flow

@@ -112,16 +112,23 @@ class Method:
         settings: plain data: a preset and its settings, or the hash and strength of a patch.
         patch: bytes of the patch file, if there is one already.
         source: of that file, if it is known.
+        files: of a folder of patches: name of a target -> the one that forgets it.
     """
 
     name: str
     settings: dict
     patch: bytes | None = field(default=None, repr=False)
     source: Source | None = field(default=None, repr=False)
+    files: dict[str, "Method"] = field(default_factory=dict, repr=False)
+
+    def on(self, target: str) -> "Method":
+        """What is measured on a target: this, or the folder's patch for it."""
+        return self.files[target] if self.files else self
 
 
 def parse_method(text: str) -> Method:
-    """A ``Method`` from ``resteer``, ``resteer:steps=100,lr=0.001``, FILE or FILE:STRENGTH."""
+    """A ``Method`` from ``resteer``, ``resteer:steps=100,lr=0.001``, FILE, FILE:STRENGTH or
+    FOLDER."""
     name, _, assignments = text.partition(":")
     if name not in PRESETS:
         return _file_method(text)
@@ -163,6 +170,8 @@ def _value(text: str) -> object:
 
 
 def _file_method(text: str) -> Method:
+    if Path(text).is_dir():
+        return _folder_method(Path(text))
     file, strength = file_and_strength(text)
     path = Path(file)
     if not path.is_file():
@@ -172,6 +181,26 @@ def _file_method(text: str) -> Method:
     source = load_patch(path).source  # refused now rather than in the middle of the run
     name = path.name if strength == 1 else f"{path.name}:{strength:g}"
     return replace(given(name, path.read_bytes(), strength), source=source)
+
+
+def _folder_method(folder: Path) -> Method:
+    """A folder of patches as one method: each is measured on what it forgets."""
+    files: dict[str, Method] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        patch, method = load_patch(path), given(path.name, path.read_bytes())
+        for concept in patch.concepts:
+            if concept in files:
+                raise ForgetError(
+                    f"'{folder.name}' has two patches that forget '{concept:.80}': leave one there."
+                )
+            files[concept] = method
+    if not files:
+        raise ForgetError(
+            f"'{folder}' holds no patches: put forget patches there, one a target; 'python -m fmn "
+            "import' makes them of other tools' files."
+        )
+    settings = {concept: method.settings for concept, method in files.items()}
+    return Method(folder.resolve().name, settings, files=files)
 
 
 def plan(
@@ -191,15 +220,16 @@ def plan(
     """
     cells = []
     for method in [Method(UNTOUCHED, {}), *methods]:
-        name, settings = method.name, method.settings
+        name = method.name
         for target in targets:
+            settings = method.on(target).settings
             needs: tuple[str, ...] = ()
             if name != UNTOUCHED:
                 train = Cell("train", name, settings, (target,))
                 cells.append(train)
                 needs = (train.key(setup),)
             cells += [Cell(measure, name, settings, (target,), needs) for measure in measures]
-        if "preset" in settings:
+        if "preset" in method.settings:
             cells += _scale(setup, suite, method, scale)
     return cells
 

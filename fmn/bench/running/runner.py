@@ -150,11 +150,12 @@ def store_patches(
     setup: Setup, cells: Sequence[Cell], store: Store, methods: Sequence[Method]
 ) -> None:
     """Put the patches of methods that are files into the store: their cells need no training."""
-    patches = {method.name: method.patch for method in methods if method.patch is not None}
+    known = {method.name: method for method in methods}
     for cell in cells:
-        if cell.work == "train" and cell.method in patches and cell.key(setup) not in store:
-            patch = patches[cell.method]
-            store.add(cell.key(setup), asdict(cell), {"bytes": len(patch)}, patch, 0.0)
+        if cell.work == "train" and cell.key(setup) not in store:
+            patch = known[cell.method].on(cell.targets[0]).patch
+            if patch is not None:
+                store.add(cell.key(setup), asdict(cell), {"bytes": len(patch)}, patch, 0.0)
 
 
 def bench(

@@ -27,6 +27,7 @@ from ...errors import ForgetError
 from ...models.adapters import LayerModule
 from ...models.families import Family, Layer, layers, layers_by_name
 from ...models.interface import Fingerprint, fingerprint
+from ...patches.foreign_file import ForeignFile, Tensors
 from ...patches.patch import ForgetPatch
 from .denoiser import ALL_MEMORY
 from .text_encoder import FLOATS, load_whole, trainable, unpaged
@@ -133,6 +134,18 @@ class ComfyHost:
         names = comfy.lora.model_lora_keys_clip(clone.cond_stage_model, {})
         _add_patch(clone, names, patch, strength, True)
         return clone
+
+
+def base_weights(model: ModelPatcher | None, clip: CLIP | None) -> ForeignFile:
+    """The weights of a MODEL and a CLIP as if they lay in a file, without LoRAs on them."""
+    tensors: dict[str, Tensor] = {}
+    for patcher in (model, clip and clip.patcher):
+        if patcher is not None:
+            patcher = unpaged(patcher)
+            # While a patched model is loaded, the unpatched weights are in its backup.
+            first = {key: backup.weight for key, backup in patcher.backup.items()}
+            tensors |= patcher.model.state_dict() | first
+    return ForeignFile("the connected model", Tensors(tensors), {})
 
 
 @contextmanager

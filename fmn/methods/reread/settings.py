@@ -75,12 +75,6 @@ class Settings(Base, method="reread"):
         limits=(1, 1024),
         formerly="places",
     )
-    passes: int = advanced(
-        2,
-        "Transformers only: how often layers are recorded and solved. Each pass sees the edits of "
-        "the one before. 1: fastest.",
-        limits=(1, 20),
-    )
     rank: int = shared.solved_rank(default=8, advanced=True)
     robust_steps: int = setting(
         0,
@@ -123,6 +117,12 @@ class Settings(Base, method="reread"):
     keep_list: str = shared.keep_list()
     size: int = shared.size()
     seed: int = shared.seed()
+    passes: int = advanced(
+        2,
+        "Transformers only: how often layers are recorded and solved. Each pass sees the edits of "
+        "the one before. 1: fastest.",
+        limits=(1, 20),
+    )
 
     @property
     def trains(self) -> bool:  # type: ignore[override]

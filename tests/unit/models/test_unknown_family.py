@@ -12,7 +12,7 @@ from fmn.training.fit_adapters import in_scope
 
 
 def family(*paths):
-    return family_of_model("Net", {path: (6, 4) for path in paths}, 16, 8)
+    return family_of_model("Net", {path: (6, 4) for path in paths}, latent_channels=16)
 
 
 @pytest.mark.parametrize(

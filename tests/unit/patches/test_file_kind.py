@@ -14,6 +14,7 @@ from fmn.patches.patch import load_patch
 
 UNET = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 KINDS = {
+    "an ESD file that numbers layers instead of naming them": ["ft_modules_list.0.weight"],
     "a LoRA": [
         "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight",
         "unet.mid_block.attentions.0.proj_in.lora_A.weight",
@@ -24,7 +25,9 @@ KINDS = {
         "first_stage_model.decoder.conv_in.weight", "decoder.up.0.block.0.conv1.weight",
         "encoder.down_blocks.0.resnets.0.conv1.weight", "encoder.layers.0.weight",
     ],
-    "a textual inversion embedding": ["emb_params", "<my-dog>", "clip_l", "string_to_param.*"],
+    "a textual inversion embedding": [
+        "emb_params", "<my-dog>", "clip_l", "string_to_param.*", "embed",
+    ],
     "a ControlNet": [
         "control_model.input_hint_block.0.weight", "input_hint_block.0.weight",
         "controlnet_cond_embedding.conv_in.weight", "controlnet_mid_block.weight",

@@ -1,7 +1,12 @@
 """Other tools' erasers, written as these tools write them, read back as the same change."""
 
 import hashlib
+import io
 import json
+import pickle
+import sys
+import warnings
+import zipfile
 
 import pytest
 import torch
@@ -10,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from fmn.concepts.concept import Concept
 from fmn.errors import ForgetError
 from fmn.models.families import DEMO, SD1, SDXL, layers, text_layers
-from fmn.patches.foreign_file import read_foreign
+from fmn.patches.foreign_file import read_folder, read_foreign
 from fmn.patches.import_patch import guess_concept, import_patch
 from fmn.patches.patch import load_patch, save_patch
-from fmn.patches.weight_difference import read_folder, spectral_rank
+from fmn.patches.weight_difference import spectral_rank
 
 DOG = [Concept("dog")]
 KV = [layer for layer in layers(DEMO) if layer.is_key_or_value]
@@ -215,6 +220,7 @@ def bad(name, content):
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 FLUX = {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(4, 2),
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 4)}  # fmt: skip
+INT8 = {key: one.to(torch.int8) for key, one in kohya(KV[0], *factors(KV[0])).items()}
 BAD = {
     "LFS pointer": (bad("a.safetensors", LFS), "Git LFS pointer.*git lfs pull"),
     "LFS pointer as .pt": (bad("a.pt", LFS), "Git LFS pointer"),
@@ -223,7 +229,17 @@ BAD = {
     "empty": (bad("a.pt", b""), "empty"),
     "noise": (bad("a.bin", bytes(range(1, 200))), "not begin like one"),
     "cut zip": (bad("a.pt", b"PK\x03\x04" + bytes(90)), "damaged"),
-    "raw pickle": (bad("a.pt", {"unet": Evil()}), "could run code"),
+    "a pickle that runs code": (bad("a.pt", {"unet": Evil()}), "holds more than tensors"),
+    "CASteer's vectors": (bad("a.pickle", pickle.dumps({0: {"up": [1.0]}})), "raw Python pickle"),
+    "raw pickle, protocol 5": (bad("a.pt", pickle.dumps({"a": 1}, 5)), "raw Python pickle"),
+    "numbers that are not there": (bad("a.pt", {"a": torch.ones(1).expand(9, 9)}), "claims .9, 9"),
+    "sparse": (bad("a.pt", {"a": torch.eye(3).to_sparse()}), "holds more than tensors"),
+    "an older ESD": (bad("a.pt", {"ft_modules_list.0.weight": torch.ones(2, 2)}), "numbers layers"),
+    "embedding of concept ablation": (
+        bad("a.ckpt", {"state_dict": {"embed": torch.ones(2, 2)}}),
+        "embedding",
+    ),
+    "whole numbers": (bad("a.pt", INT8), "no floating point"),
     "a tensor alone": (bad("a.pt", torch.ones(3)), "not layers by name"),
     "a list of vectors": (bad("a.pt", [torch.ones(3)]), "not layers by name"),
     "settings": (bad("a.pt", {"steps": 3}), "no tensors"),
@@ -264,7 +280,7 @@ def test_hidden_files_of_a_folder_are_left_alone(tmp_path):
 def test_missing_facts_are_asked_for(tmp_path):
     weights = demo_weights()
     file = write(tmp_path / "esd-van_gogh-x_1.pt", weights)
-    with pytest.raises(ForgetError, match='--concept, perhaps "van gogh"'):
+    with pytest.raises(ForgetError, match='--concept., perhaps "van gogh"'):
         import_patch(file, [])
     with pytest.raises(ForgetError, match="--base"):
         import_patch(file, DOG)
@@ -290,3 +306,120 @@ def test_spectral_rank(values, rank):
 def test_guesses(tmp_path):
     for name, guess in [("erased-van_gogh.pt", "van gogh"), ("LECO_robot_last.pt", "robot")]:
         assert guess_concept(read_foreign(write(tmp_path / name, {"a": torch.ones(1)}))) == guess
+
+
+def test_files_of_torch_before_1_6_and_compressed_ones(tmp_path):
+    tensors, old = kohya(KV[0], *factors(KV[0])), tmp_path / "old.pt"
+    torch.save(tensors, old, _use_new_zipfile_serialization=False)
+    patch = import_patch(old, DOG, family="demo").patch
+    up, down = factors(KV[0])
+    assert torch.equal(patch.change_of(KV[0].name), up @ down)
+    packed = io.BytesIO()
+    torch.save(tensors, tmp_path / "new.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "new.pt") as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    (tmp_path / "bomb.pt").write_bytes(packed.getvalue())
+    with pytest.raises(ForgetError, match="damaged"):
+        import_patch(tmp_path / "bomb.pt", DOG)
+
+
+@pytest.mark.parametrize("file, metadata, config", [
+    ("a.safetensors", {"lora_adapter_metadata": '{"unet.lora_alpha": 8, "unet.r": 2}'}, None),
+    ("adapter_model.safetensors", None, '{"lora_alpha": 8, "r": 2}'),
+])  # fmt: skip
+def test_peft_keeps_alpha_beside_the_tensors(tmp_path, file, metadata, config):
+    up, down = factors(KV[0])
+    path = write(tmp_path / file, peft_raw(KV[0], up, down), metadata)
+    if config:
+        (tmp_path / "adapter_config.json").write_text(config)
+    patch = import_patch(tmp_path if config else path, DOG, family="demo").patch
+    torch.testing.assert_close(patch.change_of(KV[0].name), 4 * up @ down)
+    if config:
+        (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8, "use_rslora": true}')
+        with pytest.raises(ForgetError, match="use_rslora"):
+            import_patch(path, DOG, family="demo")
+
+
+def edit(layer):
+    up, down = factors(layer, 1)
+    return 0.01 * up @ down.flatten(1)
+
+
+def folder_of(tmp_path, parts):
+    for name, tensors in parts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, tensors)
+    return tmp_path
+
+
+def test_folders_of_every_tool(tmp_path):
+    """MACE's pipeline in shards, EraseFlow's LoRA, AdvUnlearn's text encoder."""
+    layer, text = KV[0], text_layers(DEMO)[0]
+    weights = demo_weights()
+    weights[f"{layer.name}.weight"] += edit(layer)
+    first, second = dict(list(weights.items())[:5]), dict(list(weights.items())[5:])
+    stem, weight_name = "unet/diffusion_pytorch_model", f"{text.name.partition('.')[2]}.weight"
+    base = load_file("../demo/fmn-demo.safetensors")
+    key = next(key for key in base if key.endswith(weight_name))
+    encoder = {weight_name: base[key].float() + edit(text)}
+    mace = folder_of(tmp_path / "mace", {
+        f"{stem}-00001-of-00002.safetensors": first, f"{stem}-00002-of-00002.safetensors": second,
+        f"{stem}.fp16.safetensors": {"wrong": torch.ones(1)}, "vae/model.bin": {"a": torch.ones(1)},
+        "text_encoder/model.safetensors": encoder, "text_encoder/pytorch_model.bin": encoder,
+    })  # fmt: skip
+    patch = import_patch(mace, DOG, base="../demo/fmn-demo.safetensors").patch
+    assert set(patch.changes) == {layer.name, text.name} and patch.ranks == [1]
+    (mace / f"{stem}-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ForgetError, match="1 of 2 parts"):
+        import_patch(mace, DOG, base="../demo/fmn-demo.safetensors")
+    lora = {"pytorch_lora_weights.safetensors": peft(layer, *factors(layer))}
+    assert import_patch(folder_of(tmp_path / "flow", lora), DOG, family="demo").kind == "LoRA"
+    adv = folder_of(tmp_path / "dog_unlearned", {"model.safetensors": encoder})
+    found = import_patch(adv, DOG, base="../demo/fmn-demo.safetensors").patch
+    assert list(found.changes) == [text.name]
+    with pytest.raises(ForgetError, match="several files of weights"):
+        import_patch(folder_of(tmp_path / "two", {"a.pt": lora, "b.pt": lora}), DOG)
+
+
+def test_esd_u_has_no_keys_of_cross_attention(tmp_path):
+    """Layers that two families share: the base says which."""
+    base = load_file("../demo/fmn-demo.safetensors")
+    layer = next(one for one in layers(DEMO) if one.name.endswith("attn1.to_q"))
+    name, path = f"{layer.name}.weight", f"model.diffusion_model.{layer.compvis}"
+    bias = f"{layer.name.replace('to_q', 'to_out.0')}.bias"
+    weights = {name: base[f"{path}.weight"].float() + edit(layer)}
+    weights[bias] = base[f"{path.replace('to_q', 'to_out.0')}.bias"].float() + 1
+    file = write(tmp_path / "esd-dog-esdu.safetensors", weights | {"odd.weight": torch.ones(2)})
+    found = import_patch(file, DOG, base="../demo/fmn-demo.safetensors")
+    assert list(found.patch.changes) == [layer.name]
+    # The bias has another name in the base, and is found all the same.
+    assert found.patch.info["imported"]["not_held"] > 0.5
+    assert any("1 tensors have other names" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda weight: weight * torch.nan, "NaN or infinite"),
+    (lambda weight: weight.to(torch.int8), "as int8"),
+])  # fmt: skip
+def test_weights_that_are_no_numbers_to_use(tmp_path, change, message):
+    weights = demo_weights()
+    weights[f"{KV[0].name}.weight"] = change(weights[f"{KV[0].name}.weight"])
+    file = write(tmp_path / "a.safetensors", weights)
+    with pytest.raises(ForgetError, match=message):
+        import_patch(file, DOG, base="../demo/fmn-demo.safetensors")
+
+
+def test_a_few_hundred_damaged_files(tmp_path):
+    """``benchmarks/mutated_files.py`` with a small count."""
+    sys.path.insert(0, "../benchmarks")
+    from mutated_files import run
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results, slowest, wrong = run(0, 300, tmp_path)
+    assert wrong == [] and slowest[0] < 5
+    assert sum(results.values()) == 300 and results["imported", "refused"] > 50
