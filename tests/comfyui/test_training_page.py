@@ -18,7 +18,11 @@ PLACE = """() => { let y = 90;
   app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true); }"""
 OWN = """app.graph.nodes.find(n => n.type == 'FMN_TrainForgetPatch')
   .widgets.find(w => w.type === 'FMN_TRAIN_LIVE').element"""
-SIZE = "() => [...app.graph.nodes.find(n => n.type == 'FMN_TrainForgetPatch').size].map(Math.round)"
+# Width and height of the node on the page, where Nodes 2.0 draws them in a scale of its own.
+SIZE = """() => { const node = app.graph.nodes.find(n => n.type == 'FMN_TrainForgetPatch');
+  const { width, height } = document.querySelector(`[data-node-id="${node.id}"]`)
+    ?.getBoundingClientRect() ?? { width: node.size[0], height: node.size[1] };
+  return [Math.round(width), Math.round(height)]; }"""
 POINTS = f"{OWN}.querySelector('polyline.fmn-loss')?.points.length"
 STEP = f"Number({OWN}.textContent.match(/step (\\d+)\\//)?.[1])"
 # Its pictures are there, and nothing of it is cut off.
