@@ -6,12 +6,14 @@ from .frontend import open_prompt
 from .workflows import node
 
 # Every rule with a class of ours: [selector, the properties it sets].
-RULES = """() => [...document.styleSheets, ...document.adoptedStyleSheets].flatMap(sheet => {
-  const rules = rules => [...rules].flatMap(
-    rule => rule.selectorText ? [rule] : rule.cssRules ? rules(rule.cssRules) : []);
-  return rules(sheet.cssRules).filter(rule => /\\bfmn-|FMN_/.test(rule.cssText))
+RULES = """() => {
+  const all = rules => [...rules].flatMap(
+    rule => rule.selectorText ? [rule] : all(rule.cssRules ?? []));
+  return [...document.styleSheets, ...document.adoptedStyleSheets]
+    .flatMap(sheet => all(sheet.cssRules))
+    .filter(rule => /\\bfmn-|FMN_/.test(rule.cssText))
     .map(rule => [rule.selectorText, [...rule.style]]);
-})"""
+}"""
 ROOTS = r"\.fmn-(shelf|train|node-text)(?![\w-])[^+~]*"
 
 
