@@ -105,8 +105,9 @@ class UnknownModel(ComfyHost):
     def _check_latents(self) -> None:
         model = self.patcher.model
         latents, kind = model.latent_format, type(model.latent_format).__name__
+        entry = getattr(self.family, "entry", None)
         # Of models whose latents have frames, those in the table draw pictures of one frame.
-        flat = latents.latent_dimensions == 2 or (has_frames(model) and self.family.entry)
+        flat = latents.latent_dimensions == 2 or (has_frames(model) and entry is not None)
         if not flat or kind in NO_PICTURES:
             raise ForgetError(
                 f"{self.family.title} does not draw single pictures from noise ({kind} latents), "
