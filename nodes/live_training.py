@@ -167,8 +167,7 @@ class LiveTraining:
         if page is None:
             return
         self.sent = time.monotonic()
-        run = {"node": page.node, "prompt_id": page.prompt_id, "workflow": page.workflow}
-        state = run | vars(self.state)
+        state = page.run() | vars(self.state)
         page.server.app[STATES].keep(page, state)
         page.send(EVENT, state if pictures else {k: state[k] for k in state if k != "previews"})
 

@@ -6,7 +6,7 @@ drawn. ``docs/training.md`` says what the numbers mean, and how well unknown wor
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,12 @@ from ..concepts.concept import Concept
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import sentences
 from ..models.image_sampler import ImageSampler, open_sampler
-from ..models.interface import UNetModel
+from ..models.interface import Model, UNetModel
 from ..models.sampling import DRAWN_AT_ONCE, Sampling, trailing_timesteps
 from ..patches.patch import ForgetPatch
 from ..sequences import evenly
 
+SMALLEST = 128  # pixels a side
 STEPS, FIRST = 4, 2  # of a drawing in so many steps, the first ones count
 GUIDANCE = 7.0
 MOST = 3  # concepts of a patch that are measured
@@ -66,22 +67,24 @@ class Outcome(NamedTuple):
 
 
 def outcomes(
-    model: UNetModel, patch: ForgetPatch, concepts: Sequence[Concept], keep: Sequence[str] = ()
+    model: Model, patch: ForgetPatch, concepts: Sequence[Concept], keep: Sequence[str] = ()
 ) -> list[Outcome]:
     """What a patch does to its concepts, to ``MOST`` of them if they are more.
 
-    It takes 11 forwards of one prompt for each, 12 with an anchor. Empty for models other than
-    Stable Diffusion 1.x, 2.x and XL.
+    It takes 11 forwards of one prompt for each, 12 with an anchor, of pictures of half the size
+    that the model was trained at. Empty for models other than Stable Diffusion 1.x, 2.x and XL.
 
     Args:
         keep: the user's words to keep; none: the shipped lists of the concepts' kinds.
     """
     if not model.family.known:
         return []
+    unet = cast(UNetModel, model)
     words = keep_for(concepts, keep, "none" if keep else "auto")
-    with open_sampler(model, Sampling(STEPS, GUIDANCE)) as sampler:
+    size = max(SMALLEST, unet.family.resolution // 2)
+    with open_sampler(unet, Sampling(STEPS, GUIDANCE, size)) as sampler:
         return [
-            _outcome(sampler, patch, concept, nearest(model, concept.subjects[0], words))
+            _outcome(sampler, patch, concept, nearest(unet, concept.subjects[0], words))
             for concept in evenly(concepts, min(MOST, len(concepts)))
         ]
 
