@@ -10,7 +10,7 @@ const NODE = "FMN_TrainForgetPatch";
 const EVENT = "forget-me-not.train";
 const ROUTE = "/forget-me-not/train";
 const MIN_WIDTH = 320; // of a new node, in pixels
-const ROOM = 672; // for curve, numbers, two previews and maps of attention
+const ROOM = 672; // for curve, numbers, the answer, two previews and maps of attention
 const CURVE = { width: 300, height: 96 };
 const STATUSES = ["running", "done", "cancelled", "failed"];
 const MAX_STATES = 64; // that are kept
@@ -42,7 +42,7 @@ const STYLE = `
 .fmn-train .fmn-share { color: var(--fmn-share); }
 .fmn-train svg .fmn-loss { stroke: var(--fmn-loss); fill: none; }
 .fmn-train svg .fmn-share { stroke: var(--fmn-share); fill: none; }
-.fmn-train .fmn-outcome { margin: 2px 0; font-weight: 600; overflow: hidden;
+.fmn-train .fmn-outcome { margin: 2px 0; font-weight: 600; overflow: hidden; white-space: pre-line;
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; }
 .fmn-train .fmn-bar { height: 4px; margin: 4px 0; border-radius: 2px; overflow: hidden;
   background: var(--border-color, #4e4e4e); }

@@ -54,13 +54,14 @@ class Outcome(NamedTuple):
     def __str__(self) -> str:
         if self.left is None:
             return f"{self.concept}: not measured, as predictions are not finite numbers."
-        text = f"{self.concept:.40}: {100 * max(self.left, 0):.0f} % of its effect is left."
+        name = f"{self.concept:.40}"
+        text = f"{name}: {100 * max(self.left, 0):.0f} % of its effect is left."
         if self.kept:
             parts = [f"{word} by {100 * change:.0f} %" for word, change in self.kept.items()]
             text += f" Nearest kept: {', '.join(parts)}.".replace(" by", " changed by", 1)
         if self.strength < KNOWN:
             text += (
-                f" The model may not know '{self.concept:.40}': the word changes its predictions only "
+                f" The model may not know '{name}': the word changes its predictions only "
                 f"{100 * self.strength:.0f} % as much as '{KNOWN_WORD}' does."
             )
         return text
