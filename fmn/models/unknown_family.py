@@ -182,7 +182,7 @@ def _claimed(
 def _path(style: str, name: str, entry: Transformer | None) -> str | None:
     """ComfyUI's path of a layer by its name in a file, or kohya's name where that cannot tell."""
     if style == "transformer.":
-        return entry and entry.renamed(name, "diffusers", "comfy")
+        return entry.renamed(name, "diffusers", "comfy") if entry else None
     if style == PREFIX and "." in name:
         return None
     if style == PREFIX:
