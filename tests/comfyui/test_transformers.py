@@ -48,6 +48,11 @@ def test_both_hosts_solve_for_the_same_patch(pack):
         )
 
 
+def test_a_demo_transformer_that_is_missing_is_refused(pack, tmp_path):
+    with pytest.raises(pack("fmn.errors").ForgetError, match="missing at .*dit.*install"):
+        pack("nodes.demo").load_demo_transformer(tmp_path / "dit.safetensors")
+
+
 def test_kernels_have_a_gradient_while_a_model_is_borrowed(pack, other_host, monkeypatch):
     import comfy.model_management as management
 

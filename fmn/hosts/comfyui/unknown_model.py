@@ -107,8 +107,9 @@ class UnknownModel(ComfyHost):
     def _check_latents(self) -> None:
         model = self.patcher.model
         latents, kind = model.latent_format, type(model.latent_format).__name__
+        entry = getattr(self.family, "entry", None)
         # Of models whose latents have frames, those in the table draw pictures of one frame.
-        flat = latents.latent_dimensions == 2 or (has_frames(model) and self.family.entry)
+        flat = latents.latent_dimensions == 2 or (has_frames(model) and entry is not None)
         if not flat or kind in NO_PICTURES:
             raise ForgetError(
                 f"{self.family.title} does not draw single pictures from noise ({kind} latents), "
@@ -205,6 +206,7 @@ def _family_of(model: Any) -> UnknownFamily:
         shapes,
         latent_channels=latents.latent_channels,
         latent_factor=FACTORS.get(type(latents).__name__, 8),
+        resolution=getattr(model.model_config, "resolution", 1024),  # the demo transformer has one
         entry=transformer_of(
             type(network).__name__, {*modules, *(name for name, _ in network.named_parameters())}
         ),
