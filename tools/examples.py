@@ -28,14 +28,9 @@ FOLDER = ROOT / "example_workflows"
 BLUEPRINT_FOLDER = ROOT / "subgraphs"
 VIEW = {"width": 1600, "height": 1000}
 SLOW = 240_000  # ms, for a page on a busy machine
-# What a node shows below its widgets once it has run, in pixels.
-ROOM = {
-    "PreviewImage": 330, "FMN_TrainForgetPatch": 330, "FMN_ConceptInversionProbe": 330,
-    "FMN_SaveForgetPatch": 70, "FMN_ApplyForgetPatch": 60, "FMN_ApplyGatedPatch": 60,
-    "FMN_SafeLatentDiffusion": 60, "FMN_InspectForgetPatch": 320, "FMN_TrainForgetPatches": 150,
-    "FMN_MergeForgetPatches": 80, "FMN_ConceptBench": 220, "FMN_MScore": 120,
-    "FMN_AttentionMap": 120, "FMN_CompareBeforeAfter": 90,
-}  # fmt: skip
+# Pixels below a node's widgets for what it shows once it has run; our own nodes ask for theirs, and
+# a training without previews needs less.
+ROOM = {"PreviewImage": 330, "FMN_TrainForgetPatch": 330}
 # Pixels that a widget is higher in Nodes 2.0, and a node with its pack's name or a picture's size.
 TALLER, NAMED = 4, 34
 LAYOUT = """
@@ -56,15 +51,17 @@ LAYOUT = """
       } else {
         node = byId(id);
         const size = node.computeSize();
-        node.setSize([Math.max(size[0], widths[id] ?? 310), size[1] + (room[node.type] ?? 0)]);
+        const own = node.widgets?.find(widget => widget.type?.startsWith('FMN_'))?.options.room;
+        const below = room[node.type] ?? own ?? 0;
+        node.setSize([Math.max(size[0], widths[id] ?? 310), size[1] + below]);
         node.title = titles[id] ?? node.constructor.title;
         for (const widget of node.widgets ?? [])
           if (widget.name === 'control_after_generate') widget.value = 'fixed';
       }
       node.pos = [x, y];
       y += node.size[1] + 60 + taller * (node.widgets?.length ?? 0);
-      const own = node.type.startsWith('FMN_') && !room[node.type];
-      if (own || node.type === 'PreviewImage') y += named;
+      const isBare = !node.widgets?.some(widget => widget.options?.room);
+      if (node.type.startsWith('FMN_') && isBare || node.type === 'PreviewImage') y += named;
       width = Math.max(width, node.size[0]);
     }
     x += width + 50;
@@ -77,7 +74,12 @@ ENCLOSE = """
 ([numbers, widgets, description]) => {
   const enclosed = new Set(numbers.map(id => app.graph.getNodeById(id)));
   const { node } = app.graph.convertToSubgraph(enclosed);
-  node.properties.proxyWidgets = widgets.map(([id, name]) => [String(id), name]);
+  node.properties.proxyWidgets = [];  // it would name inner nodes, which newer pages renumber
+  for (const [id, name] of widgets) {
+    const inner = node.subgraph.nodes.find(each => each.id == id);
+    const slot = inner.inputs.find(each => each.widget?.name === name);
+    node.subgraph.addInput(name, String(slot.type)).connect(slot, inner);
+  }
   node.pos = [0, 0];
   node.setSize(node.computeSize());
   const { nodes, subgraphs } = app.canvas._serializeItems([node]);
@@ -117,6 +119,8 @@ def make(page, server, name, flow):
     page.evaluate(FIT, SMALLEST)
     at_rest(page)
     saved = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
+    if flow.form:
+        saved["extra"]["linearData"] = flow.form
     del saved["id"]  # each opening gets its own, or the page would show an earlier one's curves
     (FOLDER / f"{name}.json").write_text(json.dumps(saved) + "\n", encoding="utf-8")
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")

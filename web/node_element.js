@@ -12,18 +12,20 @@ export function element(tag, className, text) {
   return made;
 }
 
-/** Add CSS to the page, without touching its head. */
+/** Add CSS to the page. Its rules match nothing outside our elements. */
 export function addStyles(css) {
-  const sheet = new CSSStyleSheet();
-  sheet.replaceSync(css);
-  document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
+  const { head } = document;
+  head.append(element("style", undefined, css));
 }
 
 export class NodeElement {
-  /** type: of the widget. className: of the element. minWidth: of the node, in pixels. */
-  constructor(node, { type, className, minWidth = 0 }) {
+  /**
+   * type: of the widget. className: of the element.
+   * minWidth: of a new node, in pixels. room: what a new node has below its widgets from the start,
+   * so that it does not grow over its neighbours when it runs.
+   */
+  constructor(node, { type, className, minWidth = 0, room = 0 }) {
     this.node = node;
-    this.minWidth = minWidth;
     this.element = element("div", className);
     this.element.hidden = true;
     // Otherwise the page copies the selected nodes instead of the selected text.
@@ -41,12 +43,15 @@ export class NodeElement {
     this.widget = node.addDOMWidget(`fmn ${++count}`, type, this.element, {
       serialize: false,
       hideOnZoom: false,
+      room, // tools/examples.py reads it
       getMinHeight: height,
       getMaxHeight: height,
       getValue: () => "",
       setValue: () => {},
     });
     this.widget.serialize = false;
+    const [width, current] = node.size; // a saved workflow sets its own size after this
+    node.setSize([Math.max(width, minWidth), current + room]);
     const onRemoved = node.onRemoved;
     node.onRemoved = (...args) => {
       this.resized.disconnect();
@@ -70,7 +75,7 @@ export class NodeElement {
     // A height that we did not set is the user's or the workflow's: the node keeps at least that.
     if (current !== this.setHeight) this.userHeight = current;
     const [, needed] = this.node.computeSize();
-    this.node.setSize([Math.max(width, this.minWidth), Math.max(this.userHeight, needed)]);
+    this.node.setSize([width, Math.max(this.userHeight, needed)]);
     this.setHeight = this.node.size[1];
     this.node.setDirtyCanvas?.(true, true);
   }

@@ -4,6 +4,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { NodeElement, addStyles, element } from "./node_element.js";
+import { isOpen, rootGraph } from "./workflow.js";
 
 const EVENT = "forget-me-not.text";
 const STYLE = `
@@ -14,15 +15,17 @@ const STYLE = `
 .fmn-node-text .fmn-content { max-height: 400px; overflow: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; user-select: text; cursor: text; }
 `;
-// Nodes with a text. They get its element when they are created: Nodes 2.0 of frontend 1.32.9 does
-// not show elements that are added to a node later.
-const NODES_WITH_TEXT = new Set([
-  "FMN_ApplyForgetPatch", "FMN_ApplyGatedPatch", "FMN_AttentionMap", "FMN_CompareBeforeAfter",
-  "FMN_ConceptBench", "FMN_ConceptInversionProbe", "FMN_EraseByNegativePrompt",
-  "FMN_HardestEmbedding", "FMN_ImportEraser", "FMN_InspectForgetPatch", "FMN_MScore",
-  "FMN_MergeForgetPatches", "FMN_SafeLatentDiffusion", "FMN_SaveForgetPatch",
-  "FMN_TextualInversion", "FMN_TrainForgetPatches",
-]);
+// Nodes with a text, and how high it usually is, in pixels. They get its element when they are
+// created: Nodes 2.0 of frontend 1.32.9 does not show elements that are added to a node later.
+const NODES_WITH_TEXT = new Map(Object.entries({
+  FMN_ApplyForgetPatch: 60, FMN_ApplyGatedPatch: 60, FMN_AttentionMap: 120,
+  FMN_CompareBeforeAfter: 90, FMN_ConceptBench: 220, FMN_ConceptInversionProbe: 330,
+  FMN_EraseByNegativePrompt: 60, FMN_HardestEmbedding: 120, FMN_ImportEraser: 120,
+  FMN_InspectForgetPatch: 320, FMN_MScore: 120, FMN_MergeForgetPatches: 80,
+  FMN_SafeLatentDiffusion: 60, FMN_SaveForgetPatch: 70, FMN_TextualInversion: 120,
+  FMN_TrainForgetPatches: 150,
+}));
+const MIN_WIDTH = 300; // of a new node, in pixels: shorter lines would make it higher
 const elements = new WeakMap(); // node -> NodeElement
 const unfinished = new Set(); // nodes that show progress, and no result yet
 
@@ -34,8 +37,6 @@ function endUnfinished(text) {
   for (const node of unfinished) showText(node, text);
   unfinished.clear();
 }
-
-const rootGraph = () => app.rootGraph ?? app.graph;
 
 /** The node with the id that the server runs it under: "3", or "7:3" in the subgraph of node 7. */
 function nodeByExecutionId(id) {
@@ -68,11 +69,10 @@ app.registerExtension({
   name: "forgetmenot.node_text",
   setup() {
     addStyles(STYLE);
-    api.addEventListener(EVENT, ({ detail: { node: id, workflow, text } }) => {
-      if (workflow && workflow !== rootGraph().id) return;
-      const node = nodeByExecutionId(id);
+    api.addEventListener(EVENT, ({ detail }) => {
+      const node = isOpen(detail) && nodeByExecutionId(detail.node);
       if (!node) return;
-      showText(node, text);
+      showText(node, detail.text);
       unfinished.add(node);
     });
     api.addEventListener("execution_interrupted", () => endUnfinished("cancelled"));
@@ -83,8 +83,10 @@ app.registerExtension({
     });
   },
   nodeCreated(node) {
-    if (!NODES_WITH_TEXT.has(node.comfyClass)) return;
-    elements.set(node, new NodeElement(node, { type: "FMN_NODE_TEXT", className: "fmn-node-text" }));
+    const room = NODES_WITH_TEXT.get(node.comfyClass);
+    if (!room) return;
+    const options = { type: "FMN_NODE_TEXT", className: "fmn-node-text", minWidth: MIN_WIDTH, room };
+    elements.set(node, new NodeElement(node, options));
     const onExecuted = node.onExecuted;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);

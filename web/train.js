@@ -4,12 +4,13 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { NodeElement, addStyles, element } from "./node_element.js";
+import { NO_ID, allNodes, isOpen, rootGraph } from "./workflow.js";
 
 const NODE = "FMN_TrainForgetPatch";
 const EVENT = "forget-me-not.train";
 const ROUTE = "/forget-me-not/train";
-const NO_ID = "00000000-0000-0000-0000-000000000000";
-const MIN_WIDTH = 320; // of the node, in pixels
+const MIN_WIDTH = 320; // of a new node, in pixels
+const ROOM = 600; // for curve, numbers, two previews and maps of attention
 const CURVE = { width: 300, height: 96 };
 const STATUSES = ["running", "done", "cancelled", "failed"];
 const MAX_STATES = 64; // that are kept
@@ -29,15 +30,19 @@ const STYLE = `
 .fmn-train .fmn-content { padding: 6px 8px; overflow-wrap: anywhere; }
 .fmn-train .fmn-line { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 8px; }
 .fmn-train .fmn-line > span { min-width: 0; }
-.fmn-train .fmn-head { flex-wrap: nowrap; }
+.fmn-train .fmn-head { flex-wrap: nowrap; align-items: center; }
 .fmn-train .fmn-head .fmn-quiet { flex: none; }
-.fmn-train .fmn-title { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.fmn-train .fmn-title { flex: 1; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.fmn-train button { flex: none; padding: 0 8px; font: inherit; color: inherit; cursor: pointer;
+  background: none; border: 1px solid currentColor; border-radius: 4px; }
+.fmn-train button[hidden] { display: none; }
 .fmn-train .fmn-quiet { color: var(--descrip-text, #999); }
 .fmn-train .fmn-loss { color: var(--fmn-loss); }
 .fmn-train .fmn-error { padding-left: 6px; border-left: 2px solid var(--fmn-loss); }
 .fmn-train .fmn-share { color: var(--fmn-share); }
 .fmn-train svg .fmn-loss { stroke: var(--fmn-loss); fill: none; }
 .fmn-train svg .fmn-share { stroke: var(--fmn-share); fill: none; }
+.fmn-train .fmn-outcome { margin: 2px 0; font-weight: 600; }
 .fmn-train .fmn-bar { height: 4px; margin: 4px 0; border-radius: 2px; overflow: hidden;
   background: var(--border-color, #4e4e4e); }
 .fmn-train .fmn-bar div { height: 100%; background: var(--fmn-share); }
@@ -86,23 +91,34 @@ function percent(share) {
 
 class LiveView extends NodeElement {
   constructor(node) {
-    super(node, { type: "FMN_TRAIN_LIVE", className: "fmn-train", minWidth: MIN_WIDTH });
+    super(node, { type: "FMN_TRAIN_LIVE", className: "fmn-train", minWidth: MIN_WIDTH, room: ROOM });
+    this.title = element("span", "fmn-title");
+    this.left = element("span", "fmn-quiet");
+    this.cancel = element("button", "", "Cancel");
+    this.cancel.type = "button";
+    this.cancel.title = "Cancel this training";
+    this.cancel.addEventListener("click", () => cancel(this.state.prompt_id));
+    this.head = element("div", "fmn-line fmn-head");
+    this.head.append(this.title, this.left, this.cancel);
+    this.body = element("div");
   }
 
   show(state) {
     if (state === this.state) return;
+    // The head stays: a press of a button that is replaced meanwhile would be lost.
+    if (!this.state) this.fill(this.head, this.body);
     this.state = state;
-    this.fill(...this.parts(state));
+    const running = state.status === "running";
+    this.title.textContent = `${STATUSES.includes(state.status) ? state.status : ""}: ${state.title}`;
+    this.title.title = state.title;
+    this.left.textContent = running && state.step ? `${duration(state.seconds_left)} left` : "";
+    this.cancel.hidden = !running;
+    this.body.replaceChildren(...this.parts(state));
   }
 
   *parts(state) {
-    const head = element("div", "fmn-line fmn-head");
-    head.append(element("span", "fmn-title", `${STATUSES.includes(state.status) ? state.status : ""}: ${state.title}`));
-    head.firstChild.title = state.title;
-    const left = state.status === "running" && state.step ? `${duration(state.seconds_left)} left` : "";
-    head.append(element("span", "fmn-quiet", left));
-    yield head;
     if (state.total) yield* this.progress(state);
+    for (const line of (state.outcome ?? "").split("\n").filter(Boolean)) yield element("div", "fmn-outcome", line);
     if (state.error) yield element("div", "fmn-error", state.error);
     for (const note of [state.note, state.memory]) {
       if (note) yield element("div", "fmn-quiet", note);
@@ -184,25 +200,30 @@ function keyOf(workflow, node) {
   return `${workflow ?? ""}/${node}`;
 }
 
-/** [execution id, node] of every node of a graph and its subgraphs. */
-function* allNodes(graph, prefix = "") {
-  for (const node of graph?.nodes ?? []) {
-    const id = `${prefix}${node.id}`;
-    yield [id, node];
-    if (node.subgraph) yield* allNodes(node.subgraph, `${id}:`);
-  }
+/** The page's own Cancel does not know of a run that was queued before a reload. */
+function cancel(promptId) {
+  const body = JSON.stringify({ prompt_id: promptId });
+  const headers = { "Content-Type": "application/json" };
+  return api.fetchApi("/interrupt", { method: "POST", headers, body });
+}
+
+/** The last state of a node, or nothing. */
+function stateOf(id, view) {
+  const root = rootGraph();
+  const own = states.get(keyOf(root.id, id)) ?? states.get(keyOf(null, id));
+  if (own && root.id !== NO_ID) return own;
+  // Workflows made from API files share one id, so an ended training may be another workflow's.
+  const state = own ?? states.get(keyOf(NO_ID, id));
+  const isSure = view.state || state?.status === "running";
+  return state && isSure && isOpen(state) ? state : undefined;
 }
 
 /** Show the last states of the nodes on the page. */
 function refresh() {
-  const root = app.rootGraph ?? app.graph;
-  if (!root) return;
-  for (const [id, node] of allNodes(root)) {
+  for (const [id, node] of allNodes(rootGraph())) {
     const view = views.get(node);
-    const state = view && (states.get(keyOf(root.id, id)) ?? states.get(keyOf(null, id)));
-    // Workflows made from API files share one id, so an ended training may be another workflow's.
-    const isUnsure = root.id === NO_ID && state?.status !== "running" && !view?.state;
-    if (state && !isUnsure) view.show(state);
+    const state = view && stateOf(id, view);
+    if (state) view.show(state);
   }
 }
 

@@ -45,6 +45,7 @@ FAULTS = """() => {
   });
   return found;
 }"""
+SIZES = "() => app.graph.nodes.map(n => [n.title, Math.round(n.size[0]), Math.round(n.size[1])])"
 # Of every node, how many pictures and how many texts can be seen.
 PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
   const element = document.querySelector(`[data-node-id="${node.id}"]`);

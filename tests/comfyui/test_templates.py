@@ -1,12 +1,15 @@
 """Every template in the real frontend, in both renderers, dark in one and light in the other:
 opened, looked at, and in one of the two run by the page's own button."""
 
+import json
+
 import pytest
 
 from .frontend import TEMPLATES, at_rest, dress, open_template
 from .template_page import (
     PICTURES,
     SET,
+    SIZES,
     TEXTS,
     choose_template,
     drawn,
@@ -57,6 +60,19 @@ def test_the_templates_are_listed_with_a_thumbnail(server):
         assert path.with_suffix(".jpg").read_bytes()[:3] == b"\xff\xd8\xff"
 
 
+def test_app_mode_shows_widgets_and_pictures_that_are_there():
+    forms = {}
+    for path in TEMPLATES:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        nodes = {item["id"]: item for item in saved["nodes"]}
+        forms[path.stem] = form = saved["extra"].get("linearData", {"inputs": [], "outputs": []})
+        for number, name in form["inputs"]:
+            assert name in [part["name"] for part in nodes[number]["inputs"] if "widget" in part]
+        assert {nodes[number]["type"] for number in form["outputs"]} <= {"PreviewImage"}
+    shown = [name for name, form in forms.items() if form["outputs"]]
+    assert shown == ["Apply a downloaded patch (demo)", AS_IT_IS]
+
+
 @pytest.fixture(scope="module")
 def wide(page):
     page.set_viewport_size({"width": 3100, "height": 1700})
@@ -87,11 +103,13 @@ def test_a_template_in_the_page(wide, page, server, looks, path):
     if here:
         page.evaluate(SET, {} if path.stem == AS_IT_IS else TINY)
         prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+        sizes = page.evaluate(SIZES)
         told, cached, seconds = run(page, server)
         assert seconds < 120
         everything_came(server, page, prompt, told, cached)
         at_rest(page)
         photograph(page, f"{name}, run")
+        assert page.evaluate(SIZES) == sizes
         assert faults(page) == []
     assert page.fmn_errors == [] and page.fmn_console == []
 

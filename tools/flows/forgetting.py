@@ -14,7 +14,9 @@ def forget_a_concept():
     load = flow.demo()
     concept = flow.concept()
     flow.column()
-    _compared(flow, load, flow.train(load, concept), "forget_dog", *DOG)
+    compared, shown = _compared(flow, load, flow.train(load, concept), "forget_dog", *DOG)
+    prompts = [(compared, "forgotten"), (compared, "kept")]
+    flow.app([(concept, "name"), (concept, "kind"), *prompts], [shown])
     return flow
 
 
@@ -28,7 +30,7 @@ def _compared(flow, load, patch, file, forgotten, kept):
     flow.save(patch, file, thumbnail=[compared, 2])
     flow.column()
     flow.room["PreviewImage"] = 600
-    flow.show(compared)
+    return compared, flow.show(compared)
 
 
 def _with_keep_list(note, concept, keep, method, file, *prompts):

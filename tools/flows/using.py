@@ -22,8 +22,9 @@ def downloaded_patch():
     whole = flow.compare(load, "Compare, at 1", *prompts, patch=[patch, 0])
     some = flow.compare(load, "Compare, at 0.5", *prompts, after=[half, 0])
     flow.column()
-    flow.show(whole, "At strength 1")
+    shown = flow.show(whole, "At strength 1")
     flow.show(some, "At strength 0.5")
+    flow.app([(patch, "file"), (whole, "forgotten"), (whole, "kept")], [shown])
     return flow
 
 

@@ -13,6 +13,7 @@ class Workflow:
         self.note, self.nodes, self.titles, self.columns = note, {}, {}, [[0]]
         self.rows, self.height = 1, 400  # of pictures in the thumbnail, and of each in pixels
         self.enclosed, self.promoted = [], []
+        self.form = {}  # what App mode shows of it
         self.room = {}  # {type of node: pixels} below its widgets, where it shows more than usual
         self.widths = {}  # {number: pixels} of nodes that are wider than usual
         self._numbers = count(1)
@@ -35,6 +36,11 @@ class Workflow:
     def enclose(self, numbers, widgets):
         """Name the nodes of a blueprint, and its widgets: pairs of a node and a widget's name."""
         self.enclosed, self.promoted = numbers, widgets
+
+    def app(self, widgets, shown):
+        """Choose the form of ComfyUI's App mode: pairs of a node and a widget's name, and the nodes
+        whose pictures it shows."""
+        self.form = {"inputs": [list(pair) for pair in widgets], "outputs": shown}
 
     def demo(self):
         return self.add("FMN_LoadDemoCheckpoint")
@@ -81,6 +87,7 @@ class Workflow:
         """The grid of a comparison, large."""
         number = self.add("PreviewImage", title, images=[compared, 0])
         self.widths[number] = 640
+        return number
 
     def save(self, patch, prefix, **thumbnail):
         """``thumbnail``: [node, output] of pictures, if there are any."""
