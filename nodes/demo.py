@@ -84,6 +84,7 @@ class TransformerConfig(comfy.supported_models.FluxSchnell):
 
     unet_config: State = {}
     latent_format = comfy.latent_formats.SD15
+    resolution = 128
 
     def clip_target(self, state_dict: State = {}) -> comfy.supported_models_base.ClipTarget:
         return _clip_target(TOKENS)

@@ -14,8 +14,8 @@ from ..fmn.concepts.concept import Concept
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.host import base_weights
 from ..fmn.models.families import FAMILIES
+from ..fmn.patches.file_check import MAX_RANK
 from ..fmn.patches.import_patch import guess_concept, import_patch, open_eraser
-from ..fmn.patches.patch import MAX_RANK
 from ..fmn.text import printable
 from .common import file_stamp, schema
 from .page import text_output

@@ -43,6 +43,7 @@ class TrainingState:
     status: str = "running"  # or "done", "cancelled", "failed"
     error: str = ""
     note: str = ""
+    outcome: str = ""  # what the patch did
     memory: str = ""
     step: int = 0
     total: int = 0
@@ -108,6 +109,8 @@ class LiveTraining:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.state.status, self.state.seconds_left = "done", 0.0
+        if error is not None:
+            self.state.outcome = ""
         if isinstance(error, InterruptProcessingException):
             self.state.status = "cancelled"
         elif error is not None:
@@ -152,6 +155,11 @@ class LiveTraining:
     def note(self, text: str) -> None:
         """Show a sentence below the curve, from the next event on."""
         self.state.note = text[:NAME]
+
+    def outcome(self, text: str) -> None:
+        """Show what the patch did, or that this is being measured."""
+        self.state.outcome = text[:SENTENCE]
+        self.send()
 
     def send(self, pictures: bool = False) -> None:
         """Send the state; without ``pictures`` the page keeps the previews that it has."""

@@ -10,12 +10,13 @@ from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..fmn.concepts.concept import Concept
-from ..fmn.errors import ForgetError, NonFiniteLoss
+from ..fmn.errors import ForgetError, NonFiniteLoss, memory_ran_out
 from ..fmn.hosts.comfyui.host import ComfyHost
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import maps_picture
 from ..fmn.methods import DEFAULT, DEFAULT_MANY, MANY, default_settings, forget
+from ..fmn.metrics.outcome import outcomes
 from ..fmn.patches.patch import ForgetPatch, rescue
 from ..fmn.progress import StepProgress
 from ..fmn.settings import Settings
@@ -131,7 +132,25 @@ class TrainForgetPatch(io.ComfyNode):
             except NonFiniteLoss as error:
                 raise rescue(error, output_path("rescued")) from error
             previews.finish(patch)
-        return io.NodeOutput(patch, patch.lora(), {"loss": losses})
+            live.outcome("Measuring what is left ...")
+            answer = _answer(host, patch, concepts, keep)
+            live.outcome(answer)
+        return io.NodeOutput(patch, patch.lora(), {"loss": losses}, ui={"text": (answer,)})
+
+
+def _answer(
+    host: ComfyHost, patch: ForgetPatch, concepts: list[Concept], keep: Sequence[str]
+) -> str:
+    """What the patch did, in words. Where that cannot be measured, the patch is not lost."""
+    if not isinstance(host, ComfyModel):
+        return ""
+    try:
+        return "\n".join(map(str, outcomes(host, patch, concepts, keep)))
+    except (ForgetError, RuntimeError) as error:
+        reason = error if isinstance(error, ForgetError) else memory_ran_out(error)
+        if reason is None:
+            raise
+        return f"What is left was not measured: {reason}"
 
 
 class _Previews:

@@ -42,6 +42,7 @@ const STYLE = `
 .fmn-train .fmn-share { color: var(--fmn-share); }
 .fmn-train svg .fmn-loss { stroke: var(--fmn-loss); fill: none; }
 .fmn-train svg .fmn-share { stroke: var(--fmn-share); fill: none; }
+.fmn-train .fmn-outcome { margin: 2px 0; font-weight: 600; }
 .fmn-train .fmn-bar { height: 4px; margin: 4px 0; border-radius: 2px; overflow: hidden;
   background: var(--border-color, #4e4e4e); }
 .fmn-train .fmn-bar div { height: 100%; background: var(--fmn-share); }
@@ -117,6 +118,7 @@ class LiveView extends NodeElement {
 
   *parts(state) {
     if (state.total) yield* this.progress(state);
+    for (const line of (state.outcome ?? "").split("\n").filter(Boolean)) yield element("div", "fmn-outcome", line);
     if (state.error) yield element("div", "fmn-error", state.error);
     for (const note of [state.note, state.memory]) {
       if (note) yield element("div", "fmn-quiet", note);

@@ -35,7 +35,7 @@ class Drawing(Settings):
     steps: int = setting(20, "Sampling steps.", limits=(1, 1000))
     guidance: float = setting(
         7.0,
-        f"Guidance scale. 1: none. For the demo model the default is {DEMO_GUIDANCE}.",
+        f"Guidance scale. 1: none. For the demo models the default is {DEMO_GUIDANCE}.",
         limits=(0.0, 100.0),
     )
     size: int = setting(0, "Pixels a side. 0: what the model was made for.", limits=(0, 4096, 64))
@@ -100,7 +100,6 @@ def _patches(options: Namespace) -> list[tuple["ForgetPatch", float]]:
 def _draw(options: Namespace, drawing: Drawing, guided: bool) -> tuple[dict[str, str], str]:
     from ..files import check_file, free_name, write_whole
     from ..images import labelled_grid, to_image
-    from ..models.families import DEMO
 
     prompts = [Prompt(prompt_text(text), text, plain=False) for text in options.prompt]
     out = options.out or free_name(PICTURE)
@@ -110,7 +109,7 @@ def _draw(options: Namespace, drawing: Drawing, guided: bool) -> tuple[dict[str,
     model.need_vae()
     model.add_patches(patches)
     model.pipeline.set_progress_bar_config(disable=False, desc="drawing")
-    if model.family is DEMO and not guided:
+    if model.is_demo and not guided:
         drawing = replace(drawing, guidance=DEMO_GUIDANCE)
     size = drawing.size or model.family.resolution
     noise = model.initial_noise([drawing.seed] * len(prompts), size)
@@ -130,6 +129,11 @@ def _merge(options: Namespace) -> tuple[dict[str, str], str]:
     from ..hosts.diffusers.model import DiffusersModel
     from ..patches.checkpoint import merge_into_checkpoint
 
+    if options.model == "demo-dit":
+        raise ForgetError(
+            "--checkpoint merges into the weights of Stable Diffusion, and demo-dit is a "
+            "transformer: keep the patch, and draw with it by --prompt."
+        )
     source = DEMO_FILE if options.model == "demo" else Path(options.model)
     target = options.checkpoint
     if source.is_dir():

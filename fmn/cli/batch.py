@@ -3,7 +3,7 @@
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ForgetError
 from ..settings import HOW, PRESERVE
@@ -19,6 +19,9 @@ from .options import (
     given_settings,
     load_model,
 )
+
+if TYPE_CHECKING:
+    from ..models.interface import UNetModel
 
 MERGED = Path("merged.safetensors")
 
@@ -113,7 +116,9 @@ def run_merge(options: Namespace) -> tuple[dict[str, Any], str]:
 
         model = load_model(options)
         with StepBar() as bar:
-            merged = joint_merge(model, sources, preserve, budget, bar, options.keep or ())
+            merged = joint_merge(
+                cast("UNetModel", model), sources, preserve, budget, bar, options.keep or ()
+            )
     else:
         merged = merge_patches(sources, budget)
     save_patch(merged.patch, out)

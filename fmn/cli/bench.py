@@ -9,17 +9,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bench.names import MEASURES, QUICK, SCALE
+from ..bench.names import ANY_MODEL, MEASURES, QUICK, SCALE
 from ..errors import ForgetError
-from ..methods import DEFAULT
+from ..methods import DEFAULT, check_family
 from ..patches.scores import Source, check_targets, scores_of, write_scores
 from ..settings import MAX_SEED
 from ..text import printable
+from .options import MODEL
 
 if TYPE_CHECKING:  # these load torch, which --help does not need
     from ..bench.running.cells import Method, Setup
     from ..bench.running.runner import Executor
     from ..bench.suite import Suite, Target
+    from ..models.families import Family
 
 EPILOG = """\
 SUITE is demo, stable-diffusion, or a .yaml file. METHOD is a preset, with settings if you like
@@ -76,7 +78,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model", default="",
-        help="demo, a .safetensors checkpoint, or a diffusers folder; default: the suite's",
+        help=f"{MODEL}; default: the suite's",
     )  # fmt: skip
     parser.add_argument(
         "--method", nargs="+", default=[DEFAULT], metavar="METHOD",
@@ -89,7 +91,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("tune", "report"), help="only targets of this half")
     parser.add_argument(
         "--measure", nargs="+", default=list(QUICK), choices=("all", *MEASURES), metavar="MEASURE",
-        help=f"{', '.join(MEASURES)} or all ({' '.join(QUICK)})",
+        help=f"{', '.join(MEASURES)}, or all that the model allows ({' '.join(QUICK)})",
     )  # fmt: skip
     parser.add_argument(
         "--scale", nargs="*", default=[], choices=SCALE, help="many: 1 to 100 patches added; "
@@ -143,12 +145,15 @@ def run_bench(options: argparse.Namespace) -> tuple[dict, str]:
     check_folder(options.out)
     methods = [parse_method(text) for text in dict.fromkeys(options.method)]
     _check_names(methods)
-    setup, suite = _make_setup(options)
+    setup, suite, family = _make_setup(options)
+    measures = _measures(options, family)
+    for method in methods:
+        if preset := method.settings.get("preset"):
+            check_family(family, preset)
     targets = covered(_targets(options, suite), methods, bool(options.target))
     if options.write_scores:
         targets = _scored_targets(targets, options, suite, methods)
     check_domains(judge_for(setup.judge, suite), targets)
-    measures = MEASURES if "all" in options.measure else tuple(dict.fromkeys(options.measure))
     names = [target.name for target in targets]
     cells = plan(setup, suite, names, methods, measures, options.scale)
     command = shlex.join(["python", "-m", "fmn", *sys.argv[1:]])
@@ -168,11 +173,11 @@ def run_bench(options: argparse.Namespace) -> tuple[dict, str]:
     return {"summary": tables, "files": files}, text
 
 
-def _make_setup(options: argparse.Namespace) -> tuple["Setup", "Suite"]:
-    """The setup and suite of the options; loads the model for its fingerprint."""
+def _make_setup(options: argparse.Namespace) -> tuple["Setup", "Suite", "Family"]:
+    """Setup and suite of the options, and the model's family; loads it for its fingerprint."""
     from ..bench.running.lab import make_setup
     from ..bench.suite import parse_suite, read_suite
-    from ..hosts.diffusers.model import DiffusersModel
+    from ..hosts.diffusers.open import open_model
 
     if not 2 <= options.count <= 1000:
         raise ForgetError(f"--count is {options.count}: use 2 to 1000 pictures.")
@@ -184,16 +189,30 @@ def _make_setup(options: argparse.Namespace) -> tuple["Setup", "Suite"]:
     sampling = replace(parse_suite(data, name).sampling, **changed)
     data = data | {"sampling": asdict(sampling)}
     suite = parse_suite(data, name)
-    model = options.model or suite.model
-    if not model:
+    path = options.model or suite.model
+    if not path:
         raise ForgetError(f"Suite '{suite.name}' names no default for --model: give one.")
     # Who names a judge gets no second one that was not asked for.
     check = options.check if options.check is not None or not options.judge else ""
+    model = open_model(path)
     setup = make_setup(
-        data, suite, DiffusersModel.load(model).fingerprint(), model, options.judge, check,
+        data, suite, model.fingerprint(), path, options.judge, check,
         options.clip, options.controls, options.count, options.seed,
     )  # fmt: skip
-    return setup, suite
+    return setup, suite, model.family
+
+
+def _measures(options: argparse.Namespace, family: "Family") -> tuple[str, ...]:
+    known = MEASURES if family.known else tuple(name for name in MEASURES if name in ANY_MODEL)
+    if "all" in options.measure:
+        return known
+    for name in options.measure:
+        if name not in known:
+            raise ForgetError(
+                f"The measure {name} is for U-Nets, and {family.title} is none: choose among "
+                f"{', '.join(known)}."
+            )
+    return tuple(dict.fromkeys(options.measure))
 
 
 def _check_names(methods: Sequence["Method"]) -> None:

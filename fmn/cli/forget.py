@@ -77,6 +77,7 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     from ..files import free_name
     from ..methods import forget
     from ..methods.describe import describe
+    from ..metrics.outcome import outcomes
     from ..patches.padding import lost_elsewhere
     from ..patches.patch import rescue, save_patch
     from ..training.resume import load_state
@@ -101,8 +102,10 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
             raise rescue(error, free_name(path.with_stem(f"{path.stem}_rescued"))) from error
     save_patch(patch, path)
     size = path.stat().st_size
-    result = {"patch": str(path), "bytes": size, "info": patch.info}
-    lines = [describe(patch), *lost_elsewhere(patch.family, patch.changes)]
+    found = outcomes(model, patch, concepts, tuple(options.keep))  # the patch is saved already
+    told = {"outcome": [each._asdict() for each in found]}
+    result = {"patch": str(path), "bytes": size, "info": patch.info, **told}
+    lines = [describe(patch), *lost_elsewhere(patch.family, patch.changes), *map(str, found)]
     return result, "\n".join([*lines, f"saved: {path} ({size / 1e6:.2f} MB)"])
 
 

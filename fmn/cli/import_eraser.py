@@ -47,9 +47,10 @@ def run_import(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..files import check_file, free_name
     from ..hosts.diffusers.load import DEMO_FILE
     from ..methods.describe import describe
+    from ..patches.file_check import MAX_RANK
     from ..patches.import_patch import import_patch
     from ..patches.padding import lost_elsewhere
-    from ..patches.patch import MAX_RANK, save_patch
+    from ..patches.patch import save_patch
 
     if not 0 <= options.rank <= MAX_RANK:
         raise ForgetError(f"--rank is {options.rank}: use 0 to {MAX_RANK}.")

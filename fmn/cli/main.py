@@ -24,8 +24,9 @@ OK, FAILED, BAD_INPUT, NOT_FINITE, PARTLY, CANCELLED = 0, 1, 2, 3, 4, 130
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 EPILOG = """\
-MODEL is 'demo' (the small included model), a Stable Diffusion 1.x, 2.x or XL checkpoint
-(.safetensors, or .ckpt with nothing but tensors), or a diffusers folder.
+MODEL is 'demo' (the small included model), 'demo-dit' (the small included transformer), a Stable
+Diffusion 1.x, 2.x or XL checkpoint (.safetensors, or .ckpt with nothing but tensors), or a
+diffusers folder.
 
 examples:
   python -m fmn demo

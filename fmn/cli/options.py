@@ -14,9 +14,10 @@ from ..settings import Settings, Value
 
 if TYPE_CHECKING:  # loads torch, which --help does not need
     from ..hosts.diffusers.model import DiffusersModel
+    from ..hosts.diffusers.transformer import DiffusersTransformer
 
 WITH_METHOD = ("forget", "batch")  # commands that take a method
-MODEL = "demo, a checkpoint such as a .safetensors file, or a diffusers folder"
+MODEL = "demo, demo-dit, a checkpoint such as a .safetensors file, or a diffusers folder"
 PREDICTIONS = "epsilon", "v_prediction"
 Commands = argparse._SubParsersAction  # argparse has no public name for it
 
@@ -68,11 +69,11 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def load_model(options: argparse.Namespace) -> "DiffusersModel":
+def load_model(options: argparse.Namespace) -> "DiffusersModel | DiffusersTransformer":
     """The model of a command line."""
-    from ..hosts.diffusers.model import DiffusersModel
+    from ..hosts.diffusers.open import open_model
 
-    return DiffusersModel.load(options.model, vae=options.vae, prediction=options.prediction)
+    return open_model(options.model, vae=options.vae, prediction=options.prediction)
 
 
 def add_keep(parser: argparse._ActionsContainer, **more: Any) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..linalg import gram, relative_error, to_float64, truncate_product
 from ..models.families import Layer, UNetFamily, layers
 from ..models.interface import Denoiser
-from ..patches.patch import MAX_RANK, ForgetPatch
+from ..patches.file_check import MAX_RANK
+from ..patches.patch import ForgetPatch
 from ..patches.task import Task
 from ..progress import StepProgress
 from .text_embeddings import Pairs

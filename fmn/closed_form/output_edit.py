@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ForgetError
 from ..linalg import balanced_factors, product_svd
-from ..patches.patch import MAX_RANK
+from ..patches.file_check import MAX_RANK
 from ..progress import OnStep, StepProgress
 
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..concepts.concept import Concept
 from ..files import write_whole
-from ..hosts.diffusers.model import DiffusersModel
+from ..hosts.diffusers.open import open_model
+from ..hosts.diffusers.pipeline_model import PipelineModel
 from ..images import labelled_grid, side_by_side, to_image
 from ..methods import DEFAULT, forget, settings_of
 from ..metrics.judge import Judge
@@ -47,7 +48,7 @@ def run_demo(folder: str | Path) -> tuple[dict[str, Any], str]:
     Writes one patch for all three, ``grid.png`` and nothing else into ``folder``.
     """
     start, folder = time.monotonic(), Path(folder)
-    model, judge = DiffusersModel.load("demo"), load_judge("demo")
+    model, judge = open_model("demo"), load_judge("demo")
     before = _draw(model, PROMPTS, "drawing before")
     solving = time.monotonic()
     patch = forget(model, list(CONCEPTS), settings_of(DEFAULT, {}))
@@ -94,7 +95,9 @@ def judge_labels(
     return dict(zip(prompts, zip(*columns)))
 
 
-def _draw(model: DiffusersModel, prompts: list[str], title: str, batch: int = 6) -> torch.Tensor:
+def _draw(
+    model: PipelineModel[Any], prompts: list[str], title: str, batch: int = 6
+) -> torch.Tensor:
     """One picture for each prompt, [N, H, W, 3]; the n-th starts from seed n."""
     noise, images = model.initial_noise(range(len(prompts)), SIDE), []
     with tqdm(total=len(prompts), desc=title, unit="picture") as bar:

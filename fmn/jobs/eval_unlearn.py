@@ -15,10 +15,9 @@ from PIL import Image
 from ..concepts.concept import parse_concept
 from ..errors import ForgetError
 from ..files import file_and_strength
-from ..hosts.diffusers.model import DiffusersModel
+from ..hosts.diffusers.open import open_model
 from ..images import to_image
 from ..methods import DEFAULT, check_preset, forget, settings_of
-from ..models.families import DEMO
 from ..models.sampling import Sampling
 from ..patches.patch import load_patch
 
@@ -35,7 +34,7 @@ SEEDS = 2**63
 class Config:
     """What ``technique.config`` may hold. A key whose value is null counts as left out."""
 
-    model: str = ""  # ``demo``, a .safetensors checkpoint or a diffusers folder
+    model: str = ""  # ``demo``, ``demo-dit``, a .safetensors checkpoint or a diffusers folder
     model_id: str = ""  # eval-unlearn's name for the same; give one of the two
     patches: list | None = None  # FILE or FILE:STRENGTH, all applied; []: the unpatched model
     # Words or KIND:WORDS; one patch for all is trained on the unpatched model and applied too.
@@ -44,7 +43,7 @@ class Config:
     settings: dict | None = None  # changes to that method's settings
     erase_concept: str = ""  # what the report says was erased; a label that trains nothing
     num_inference_steps: int = 50  # of the model's own scheduler
-    guidance_scale: int | float | None = None  # default 7.5, for the demo model 3.5
+    guidance_scale: int | float | None = None  # default 7.5, for the demo models 3.5
     size: int = 0  # pixels a side; 0 takes the family's
     seed: int = 0  # of the first picture, if the caller gives none
     device: str | None = None  # default: a CUDA GPU if there is one, else the CPU
@@ -98,8 +97,8 @@ class ForgetMeNotTechnique:
                 f"The device '{config.device}' cannot be used ({str(error).splitlines()[0]}): name "
                 "another, or leave it out."
             ) from error
-        self.model = DiffusersModel.load(config.model or config.model_id, config.device)
-        if guidance is None and self.model.family is DEMO:
+        self.model = open_model(config.model or config.model_id, config.device)
+        if guidance is None and self.model.is_demo:
             self.sampling = replace(self.sampling, guidance=DEMO_GUIDANCE)
         if concepts:
             patches.append((forget(self.model, concepts, settings), 1.0))

@@ -31,6 +31,7 @@ from ..settings import Settings
 
 if TYPE_CHECKING:
     from ..concepts.concept import Concept
+    from ..models.families import Family
     from ..models.interface import Model, UNetModel
     from ..patches.patch import ForgetPatch
     from ..training.run import TrainingOptions
@@ -150,14 +151,15 @@ def forget(
     if options.resume:
         task = Task(cast("UNetModel", model), concepts, settings)
         options.resume.check(task.record(), settings.current)
-    _check_family(model, module)
+    check_family(model.family, preset_of(settings))
     with autograd():
         more = (options,) if settings.trains else ()
         return module.run(model, concepts, settings, on_step, keep, *more)
 
 
-def _check_family(model: Model, module: ModuleType) -> None:
-    family = model.family
+def check_family(family: Family, preset: str) -> None:
+    """Raise a ``ForgetError`` unless the method works on models of the family."""
+    module = method(preset)
     follows_text = getattr(family, "entry", None) is not None
     if (
         family.known

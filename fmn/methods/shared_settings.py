@@ -4,7 +4,7 @@ from functools import partial
 
 from ..closed_form.text_embeddings import TOKENS
 from ..concepts.keep_list import CHOICES
-from ..patches.patch import MAX_RANK
+from ..patches.file_check import MAX_RANK
 from ..settings import MAX_SEED, advanced, setting
 
 seed = partial(advanced, 0, "The same seed and settings give the same patch.", limits=(0, MAX_SEED))

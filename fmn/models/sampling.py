@@ -109,32 +109,6 @@ def predictions(denoiser: Denoiser, x: Tensor, t: int, texts: Sequence[Text]) ->
     return denoiser.predict_noise(many, torch.full((len(many),), t), rows).split(len(x))
 
 
-@torch.no_grad()
-def euler(
-    predict: NoiseFunction, x: Tensor, sigmas: Tensor, scales: Tensor, steps: int, last: int
-) -> Tensor:
-    """The first steps of Euler's method on dx / d sigma (Karras et al. 2022, eq. 1).
-
-    For any noising x = a clean + sigma noise whose network gives, or can be made to give, the
-    direction d = (x - clean) / sigma: in flow models d is the velocity, and a is 1 - sigma.
-
-    Args:
-        predict: d of x_t and t.
-        x: noise [B, C, h, w].
-        sigmas: noise level of each time step [S], ascending.
-        scales: x / x_t of each time step [S], where x_t is the network's input.
-        steps: number of steps of the whole schedule; this call does the first ``last``, fewer.
-
-    Returns:
-        x_t at step ``last``, [B, C, h, w].
-    """
-    times = trailing_timesteps(len(sigmas), steps)
-    for now, following in zip(times[:last], times[1:]):
-        step = predict(x, now).to(x) * (sigmas[following] - sigmas[now]).to(x)
-        x = (x * scales[now].to(x) + step) / scales[following].to(x)
-    return x
-
-
 def ddpm_sigma(alpha: Tensor, following: Tensor) -> Tensor:
     """Standard deviation of DDPM's fresh noise in a step (Song et al. 2021, eq. 16 with eta 1)."""
     return ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
@@ -219,6 +193,9 @@ class DDPMSchedule(NoiseSchedule):
 class SigmaSchedule(NoiseSchedule):
     """x = a x_0 + sigma noise, by ComfyUI's noise levels; ``levels`` are sigma, ascending.
 
+    The network gives, or can be made to give, the direction d = (x - x_0) / sigma: in flow models
+    d is the velocity, and a is 1 - sigma.
+
     Attributes:
         scales: x / x_t of each time step [S], where x_t is the network's input.
     """
@@ -228,19 +205,20 @@ class SigmaSchedule(NoiseSchedule):
     def partial_sample(
         self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
     ) -> Tensor:
-        return euler(predict, noise, self.levels, self.scales, steps, last)
+        return self.sample(predict, noise, steps, last=last)
 
+    @torch.no_grad()
     def sample(self, predict: NoiseFunction, noise: Tensor, steps: int, **options: Any) -> Tensor:
-        """By Euler's method to sigma 0.
+        """By Euler's method on dx / d sigma = d (Karras et al. 2022, eq. 1), to sigma 0.
 
         Args:
-            options: ``first``, the step to start at, from its x_t.
+            options: ``first``, the step to start at, from its x_t; ``last``, that to end before.
         """
         times = trailing_timesteps(len(self.levels), steps)
         levels = [*self.levels[times].tolist(), 0.0]
         scales = [*self.scales[times].tolist(), 1.0]
         x = noise
-        for i in range(options.get("first", 0), steps):
+        for i in range(options.get("first", 0), options.get("last", steps)):
             step = predict(x, times[i]).to(x) * (levels[i + 1] - levels[i])
             x = (x * scales[i] + step) / scales[i + 1]
         return x

@@ -25,6 +25,11 @@ class Reader(NamedTuple):
     tokens: str = PICTURE
     diffusers_tokens: str = ""  # if its order of tokens is another
 
+    @property
+    def kohya(self) -> str:
+        """ComfyUI's path as kohya's names have it."""
+        return self.comfy.replace(".", "_")
+
 
 @dataclass(frozen=True)
 class Transformer:
@@ -37,6 +42,7 @@ class Transformer:
         readers: in the order of a forward pass.
         architecture: modelspec's name.
         file: how layers are named in a file so that most programs read it; see ``lora_keys``.
+        patch: latents a side of a token.
         pad: the picture's tokens are padded to a multiple of this.
     """
 
@@ -60,6 +66,13 @@ class Transformer:
         for reader in self.readers:
             yield from _numbered(reader.comfy, reader.diffusers, known)
 
+    def renamed(self, path: str, given: str, wanted: str) -> str | None:
+        """A reader's path by another naming: "comfy", "diffusers" or "kohya"; None: no reader's."""
+        for reader in self.readers:
+            for name, _ in _numbered(getattr(reader, wanted), getattr(reader, given), [path]):
+                return name
+        return None
+
     def picture(self, tokens: str, count: int, length: int) -> slice:
         """Where the picture's ``count`` tokens lie in a sequence of ``length``."""
         first = length - -(-count // self.pad) * self.pad if tokens == TEXT_PICTURE else 0
@@ -69,7 +82,7 @@ class Transformer:
 def _numbered(comfy: str, wanted: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
     """(``comfy``, ``wanted``) with each number of a block for which the latter is among the known
     paths, rising."""
-    pattern = re.compile(re.escape(wanted).replace(r"\{\}", r"(\d+)"))
+    pattern = re.compile(re.escape(wanted).replace(r"\{\}", "([0-9]+)"))
     found = filter(None, map(pattern.fullmatch, known))
     for match in sorted(found, key=lambda match: [int(number) for number in match.groups()]):
         yield comfy.format(*match.groups()), match[0]
@@ -79,9 +92,14 @@ def _single(comfy: str, diffusers: str = "", order: str = TEXT_PICTURE, other: s
     return Reader(comfy, diffusers or comfy, order, other)
 
 
+DOUBLE_FLUX = Reader("double_blocks.{}.img_attn.proj", "transformer_blocks.{}.attn.to_out.0")
 FLUX = (
-    Reader("double_blocks.{}.img_attn.proj", "transformer_blocks.{}.attn.to_out.0"),
+    DOUBLE_FLUX,
     _single("single_blocks.{}.linear2", "single_transformer_blocks.{}.proj_out"),
+)
+FLUX2 = (
+    DOUBLE_FLUX,
+    _single("single_blocks.{}.linear2", "single_transformer_blocks.{}.attn.to_out"),
 )
 POOLED_FLUX = Reader("vector_in.in_layer", "time_text_embed.text_embedder.linear_1", POOLED)
 POOLED_HIDREAM = Reader(
@@ -103,7 +121,10 @@ TRANSFORMERS = (
         "flux", "Flux.1", "Flux", (POOLED_FLUX, *FLUX),
         "flux-1-dev", ("vector_in.in_layer",), "peft",
     ),
-    Transformer("flux2", "Flux.2", "Flux", FLUX, "flux-2-dev", ("!vector_in.in_layer",), "kohya"),
+    Transformer(
+        "flux2", "Flux.2", "Flux", FLUX2, "flux-2-dev", ("double_stream_modulation_img",), "kohya",
+        patch=1,
+    ),
     Transformer("chroma", "Chroma", "Chroma", FLUX, "chroma", (), "peft"),
     Transformer(
         "qwen_image", "Qwen-Image", "QwenImageTransformer2DModel",
@@ -111,7 +132,9 @@ TRANSFORMERS = (
         "qwen-image", (), "kohya",
     ),
     Transformer(
-        "krea2", "Krea 2", "Krea2", (_single("blocks.{}.attn.wo"),), "krea-2",
+        "krea2", "Krea 2", "SingleStreamDiT",
+        (_single("blocks.{}.attn.wo", "transformer_blocks.{}.attn.to_out.0"),),
+        "krea-2", ("txtfusion",),
     ),
     Transformer(
         "anima", "Anima", "Anima",
@@ -134,13 +157,14 @@ TRANSFORMERS = (
     ),
     Transformer(
         "ernie", "Ernie Image", "ErnieImageModel",
-        (_single("layers.{}.self_attention.to_out.0", order=PICTURE_TEXT),), "ernie-image",
+        (_single("layers.{}.self_attention.to_out.0", order=PICTURE_TEXT),), "ernie-image", patch=1,
     ),
     Transformer(
         "wan", "Wan", "WanModel",
         (Reader("blocks.{}.cross_attn.o", "blocks.{}.attn2.to_out.0"),), "wan-2.1",
     ),
 )  # fmt: skip
+BY_KEY = {entry.key: entry for entry in TRANSFORMERS}
 
 
 def transformer_of(network: str, names: Collection[str]) -> Transformer | None:
@@ -158,4 +182,4 @@ def transformer_of(network: str, names: Collection[str]) -> Transformer | None:
 
 
 def transformer_named(key: str) -> Transformer:
-    return next(entry for entry in TRANSFORMERS if entry.key == key)
+    return BY_KEY[key]

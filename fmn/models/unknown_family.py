@@ -17,7 +17,7 @@ from .transformers import Reader, Transformer
 
 KEY = "other"
 PREFIX = "lora_unet_"
-NAME = re.compile(PREFIX + r"\w{1,200}", re.ASCII)
+NAME = re.compile(r"(lora_unet_|diffusion_model\.|transformer\.)([\w.]{1,200})", re.ASCII)
 MODEL = re.compile(r"\w{1,80}", re.ASCII)  # ComfyUI's class of the model
 MAX_LAYERS = 8192
 MAX_ENTRIES = 1 << 30  # of one weight; 4 GiB in float32
@@ -65,7 +65,7 @@ class UnknownLayer(Layer):
 class UnknownFamily(Family):
     """One model: ``listed`` are its layers, or, of a patch file, those it changes.
 
-    ``entry`` is what we know of it; of a patch file, nothing.
+    ``entry`` is what we know of it, if anything.
     """
 
     listed: tuple[UnknownLayer, ...]
@@ -91,18 +91,26 @@ class UnknownFamily(Family):
         return {names[path]: reader for path, reader in found}
 
 
-def _family(model: str, layers: Iterable[UnknownLayer], **more: Any) -> UnknownFamily:
+def _family(
+    model: str, layers: Iterable[UnknownLayer], entry: Transformer | None, **more: Any
+) -> UnknownFamily:
     about: dict[str, Any] = dict.fromkeys(("title", "architecture", "base_version"), model)
-    return UnknownFamily(key=KEY, listed=tuple(layers), **about | {"resolution": 1024} | more)
+    about |= {"resolution": 1024} | ({"architecture": entry.architecture} if entry else {})
+    return UnknownFamily(key=KEY, listed=tuple(layers), entry=entry, **about | more)
 
 
-def family_of_model(model: str, shapes: Mapping[str, Sequence[int]], **more: Any) -> UnknownFamily:
+def family_of_model(
+    model: str,
+    shapes: Mapping[str, Sequence[int]],
+    entry: Transformer | None = None,
+    **more: Any,
+) -> UnknownFamily:
     """The family of a loaded model.
 
     Args:
         model: name of its class.
         shapes: path of each Linear and Conv2d -> shape of its weight, in the model's order.
-        more: fields of the family.
+        entry, more: fields of the family.
 
     Raises:
         ForgetError: there are no such layers, or two of them have one name in a LoRA file.
@@ -120,43 +128,63 @@ def family_of_model(model: str, shapes: Mapping[str, Sequence[int]], **more: Any
             "without quantisation, or use another model."
         )
     layers = [UnknownLayer(names[path], path, tuple(shape)) for path, shape in shapes.items()]
-    return _family(model, layers, **more)
+    return _family(model, layers, entry, **more)
 
 
 def family_of_file(
-    file: str, model: str | None, shapes: Mapping[str, Sequence[int]]
+    file: str,
+    model: str | None,
+    entry: Transformer | None,
+    factors: Mapping[str, Mapping[str, Sequence[int]]],
 ) -> UnknownFamily:
     """The family that an untrusted patch file claims to be for, within bounds.
 
     Args:
         file: its name, for errors.
         model: the class of the model that its metadata name, or None.
-        shapes: name of each tensor -> shape.
+        entry: the transformer that they name, or None.
+        factors: name of each layer -> shapes of "up" and "down", as far as they are there.
     """
     if model is None or not MODEL.fullmatch(model):
         raise ForgetError(
             f"'{file}' names the model {model!r:.40}, which is no name of a model class: "
             "get another file."
         )
-    names = list(dict.fromkeys(key.partition(".")[0] for key in shapes))
-    if len(names) > MAX_LAYERS:
+    if len(factors) > MAX_LAYERS:
         raise ForgetError(
-            f"'{file}' changes {len(names)} layers, we read at most {MAX_LAYERS}: get another file."
+            f"'{file}' changes {len(factors)} layers, we read at most {MAX_LAYERS}: get another "
+            "file."
         )
-    return _family(model, [_claimed(file, name, shapes) for name in names])
+    layers = [_claimed(file, name, entry, shapes) for name, shapes in factors.items()]
+    return _family(model, layers, entry)
 
 
-def _claimed(file: str, name: str, shapes: Mapping[str, Sequence[int]]) -> UnknownLayer:
-    if not NAME.fullmatch(name):
+def _claimed(
+    file: str, name: str, entry: Transformer | None, shapes: Mapping[str, Sequence[int]]
+) -> UnknownLayer:
+    match = NAME.fullmatch(name)
+    path = None if match is None else _path(match[1], match[2], entry)
+    if path is None:
         raise ForgetError(
             f"'{file}' holds the layer {name!r:.80}, which is no name of a LoRA's layer: "
             "it is no forget patch."
         )
-    up, down = (tuple(shapes.get(f"{name}.lora_{part}.weight", ())) for part in ("up", "down"))
+    up, down = (tuple(shapes.get(part, ())) for part in ("up", "down"))
     shape = (*up[:1], *down[1:])
     if len(down) not in (2, 4) or len(up) != len(down) or not 0 < math.prod(shape) <= MAX_ENTRIES:
         raise ForgetError(
-            f"'{file}' has lora_down {list(down)} and lora_up {list(up)} for '{name:.80}', which "
-            f"make no weight of 1 to {MAX_ENTRIES} numbers: get it again."
+            f"'{file}' has lora_down {list(down)!s:.40} and lora_up {list(up)!s:.40} for "
+            f"'{name:.80}', which make no weight of 1 to {MAX_ENTRIES} numbers: get it again."
         )
-    return UnknownLayer(name, name, shape)
+    return UnknownLayer(PREFIX + path.replace(".", "_").removeprefix(PREFIX), path, shape)
+
+
+def _path(style: str, name: str, entry: Transformer | None) -> str | None:
+    """ComfyUI's path of a layer by its name in a file, or kohya's name where that cannot tell."""
+    if style == "transformer.":
+        return entry.renamed(name, "diffusers", "comfy") if entry else None
+    if style == PREFIX and "." in name:
+        return None
+    if style == PREFIX:
+        return (entry and entry.renamed(name, "kohya", "comfy")) or style + name
+    return name

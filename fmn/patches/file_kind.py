@@ -26,7 +26,10 @@ LORA, WHOLE, UNET = "a LoRA", "a whole checkpoint", "a U-Net"
 TRANSFORMER = re.compile(  # also in LoRA files, which may have no dots
     r"(double|single|joint)[._](blocks|layers|stream[._]blocks|transformer[._]blocks)[._]|"
     r"transformer[._]blocks[._]\d+[._]attn[._]|cross[._]attn[._](kv|q)|context[._]refiner|"
-    r"(^|\.)layers\.\d+\.attention\."
+    r"(^|\.)layers\.\d+\.attention\.|^transformer\.transformer_blocks|"
+    r"(^|diffusion_model\.|lora_unet_|transformer\.)("
+    r"layers[._]\d+[._](self_)?attention[._]|layers[._]\d+[._]attn[._]to|"
+    r"blocks[._]\d+[._](attn[._]wo|attn2[._]to_out|cross_attn))"
 )
 # Kind -> a part of its keys; the first that is found counts.
 KINDS = {

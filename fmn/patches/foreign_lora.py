@@ -16,9 +16,9 @@ import torch
 from ..errors import ForgetError
 from ..linalg import balanced_factors
 from ..models.families import FAMILIES, Family, Layer, layers, text_layers
+from .file_check import MAX_RANK
 from .file_kind import TRANSFORMER, other_form, split_lora_key
 from .foreign_file import ForeignFile
-from .patch import MAX_RANK
 
 MAX_CONFIG = 1 << 20  # bytes
 NO_DIRECTION = 1e-6  # of the largest singular value: float32's rounding

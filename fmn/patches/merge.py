@@ -15,12 +15,13 @@ import torch
 from ..errors import ForgetError
 from ..files import AnyPath
 from ..linalg import product_svd
-from ..models.families import Family, Layer
+from ..models.families import Family, Layer, layers_by_name
 from ..models.unknown_family import UnknownFamily
-from .lora_keys import ALPHA, PARTS, file_name
+from .file_check import MAX_RANK
+from .lora_keys import ALPHA, PARTS, file_names
 from .metadata import BASE, CHANGED, PRECISION, Info, loss_info, other_base, stamp
 from .padding import lost_elsewhere
-from .patch import MAX_RANK, Factors, ForgetPatch, file_size, load_patch, square_norm
+from .patch import Factors, ForgetPatch, file_size, load_patch, square_norm
 
 BYTES = 2  # of a number in a file
 ZERO = 1e-12  # of a layer's largest singular value
@@ -201,8 +202,8 @@ def build_merged(
     Raises:
         ForgetError: nothing is left, or not even one direction fits into the budget.
     """
-    known = {layer.name: layer for patch, _ in patches for layer in patch.layers}
     family, info = _family(patches), _info(patches, settings, losses)
+    known = layers_by_name(family)
     squares = {name: square_norm(*factors) for name, factors in changes.items()}
     whole = sum(squares.values())
     bound = sum(float(up.norm() * down.norm()) ** 2 for up, down in changes.values())
@@ -235,7 +236,8 @@ def _ranks_within(
     """The best ranks for a file of at most ``budget`` bytes."""
     values = [layer.values for layer in layers if layer.values is not None]  # all have them
     costs = [layer.cost for layer in layers]
-    openings = [_header_bytes(family, layer.layer) for layer in layers]
+    names = file_names(family, [layer.layer for layer in layers]).names
+    openings = [_header_bytes(name, layer) for layer, name in names.items()]
     strongest = max(range(len(layers)), key=lambda i: float(values[i][:1].sum()))
     smallest = file_size(patch_of(int(i == strongest) for i in range(len(layers))))
     record = smallest - costs[strongest] - openings[strongest] + DIGITS
@@ -265,22 +267,32 @@ def _decomposed(
     return u[:, :count], vh[:count], s[:count]
 
 
-def _header_bytes(family: Family, layer: Layer) -> int:
+def _header_bytes(name: str, layer: Layer) -> int:
     """Bytes of a layer in a file's header, at most, and of its alpha."""
     shape = [MAX_RANK, *layer.shape[1:], *layer.shape[:1]]
     entry = {"dtype": "F16", "shape": shape, "data_offsets": [10**10, 10**10]}
-    name = file_name(family, layer)
     text = json.dumps({f"{name}.{part}": entry for part in (*PARTS, ALPHA)}, separators=(",", ":"))
     return len(text) + BYTES
 
 
 def _family(patches: Strengths) -> Family:
     """The family of the merged patch. One of an unknown model has the layers of all patches."""
-    family = patches[0][0].family
+    families = [patch.family for patch, _ in patches]
+    family = families[0]
     if not isinstance(family, UnknownFamily):
         return family
-    layers = {layer.name: layer for patch, _ in patches for layer in patch.layers}
-    return replace(family, listed=tuple(layers.values()))  # type: ignore[arg-type]
+    # Of a layer in several patches, the one whose path is known, which older files do not tell.
+    layers = sorted((layer for patch, _ in patches for layer in patch.layers), key=_path_is_known)
+    entries = [entry for one in families if (entry := getattr(one, "entry", None))]
+    return replace(
+        family,
+        listed=tuple({layer.name: layer for layer in layers}.values()),  # type: ignore[arg-type]
+        entry=entries[0] if entries else None,
+    )
+
+
+def _path_is_known(layer: Layer) -> bool:
+    return layer.compvis != layer.name
 
 
 def _info(patches: Strengths, settings: dict[str, Any], losses: Sequence[float]) -> Info:

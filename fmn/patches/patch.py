@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save, save_file
@@ -13,17 +12,13 @@ from safetensors.torch import save, save_file
 from ..errors import ForgetError, NonFiniteLoss
 from ..files import MAX_HEADER, AnyPath, data_hash, open_safetensors, write_whole
 from ..linalg import full_change
-from ..models import unknown_family
-from ..models.families import FAMILIES, Family, Layer, layers_by_name
-from .file_kind import LORA, kind_of
-from .lora_keys import ALPHA, PARTS, file_name, known_names, tag_name
+from ..models.families import Family, Layer, layers_by_name
+from ..models.unknown_family import UnknownFamily
+from .file_check import check_tensors, claimed_family, split_keys
+from .lora_keys import ALPHA, KOHYA, PARTS, file_names, tag_name
 from .metadata import FORMAT, HASH, THUMBNAIL, Info, is_changed, read_info
 from .padding import Factors, padded, ranks, without_padding
 from .scores import SCORES, Source, tensor_hash
-
-MAX_RANK = 1024
-DTYPES = "F16", "BF16", "F32"  # that a file may have
-Slices = Mapping[str, Any]  # tensor name -> slice of ``safetensors.safe_open``
 
 
 @dataclass
@@ -99,22 +94,25 @@ class ForgetPatch:
         self, dtype: torch.dtype = torch.float16, layers: Sequence[Layer] | None = None
     ) -> dict[str, torch.Tensor]:
         """The tensors of a LoRA file: lora_down [r, in] and lora_up [out, r] of a layer, and alpha
-        where ranks differ. Layers are those of ``padding.padded``.
+        where ranks differ (see ``lora_keys``). Layers are those of ``padding.padded``.
 
         Args:
-            layers: of ``self.layers`` those that are wanted, and no others; None: a whole file.
+            layers: of ``self.layers`` those that are wanted, and no others, by kohya's names, which
+                every ComfyUI reads; None: a whole file.
         """
         wanted = self.layers if layers is None else layers
         changes = {layer: _balanced(*self.changes[layer.name]) for layer in wanted}
         if layers is None:
             changes = padded(self.family, changes)
-        tensors, ranks_differ = {}, len(ranks(changes)) > 1
+        style = "" if layers is None else KOHYA
+        names, tensors = file_names(self.family, changes, style), {}
+        with_alpha = len(ranks(changes)) > 1 and names.parts == PARTS
         for layer, (up, down) in changes.items():
-            prefix = file_name(self.family, layer)
-            for part, value in zip(PARTS, (down, up)):
-                tensors[f"{prefix}.{part}"] = value.to(dtype).contiguous()
-            if ranks_differ:
-                tensors[f"{prefix}.{ALPHA}"] = torch.tensor(float(len(down)), dtype=dtype)
+            for key, value in zip(names.keys(layer), (down, up)):
+                tensors[key] = value.to(dtype).contiguous()
+            if with_alpha:
+                alpha = torch.tensor(float(len(down)), dtype=dtype)
+                tensors[f"{names.names[layer]}.{ALPHA}"] = alpha
         return tensors
 
 
@@ -135,9 +133,9 @@ def rounding_error(patch: ForgetPatch, tensors: Mapping[str, torch.Tensor]) -> f
         tensors: of ``patch.lora()``.
     """
     difference = total = 0.0
+    names = file_names(patch.family, patch.layers)
     for layer in patch.layers:
-        prefix = file_name(patch.family, layer)
-        down, up = (tensors[f"{prefix}.{part}"] for part in PARTS)
+        down, up = (tensors[key] for key in names.keys(layer))
         exact_up, exact_down = patch.changes[layer.name]
         difference += square_norm(
             torch.cat([exact_up, -up.to(exact_up)], 1),
@@ -167,8 +165,10 @@ def _metadata(patch: ForgetPatch, tensors: Mapping[str, torch.Tensor]) -> dict[s
         architecture, base_version = "stable-diffusion-v2-768-v", "sd_v2_v"
     side = patch.family.resolution
     metadata = {f"fmn.{key}": json.dumps(value) for key, value in info.items()}
-    if not patch.family.known:
+    if isinstance(patch.family, UnknownFamily):
         metadata["fmn.base.model"] = patch.family.title
+        if patch.family.entry:
+            metadata["fmn.base.transformer"] = patch.family.entry.key
     return metadata | {
         "fmn.format": FORMAT,
         "fmn.base.family": patch.family.key,
@@ -240,16 +240,18 @@ def load_patch(path: AnyPath) -> ForgetPatch:
     with open_safetensors(path, max_header=MAX_HEADER) as file:
         metadata = file.metadata() or {}
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no dict
-        family = _family(path.name, metadata, slices)
-        layers = _check_tensors(path.name, family, slices)
+        factors = split_keys(path.name, slices)
+        family = claimed_family(path.name, metadata, factors, slices)
+        layers = check_tensors(path.name, family, factors, slices)
         tensors = {key: file.get_tensor(key) for key in slices}
         with open(path, "rb") as data:
             changed = is_changed(metadata, data_hash(data))
     changes = {}
     for prefix, layer in layers.items():
-        down, up = (tensors[f"{prefix}.{part}"].float() for part in PARTS)
-        if f"{prefix}.{ALPHA}" in tensors:
-            up = up * (tensors[f"{prefix}.{ALPHA}"].float() / down.shape[0])
+        keys = factors[prefix]
+        down, up = (tensors[keys[part]].float() for part in ("down", "up"))
+        if ALPHA in keys:
+            up = up * (tensors[keys[ALPHA]].float() / down.shape[0])
         # The product of the norms bounds every entry of the change. alpha may make up infinite
         # while their product is finite.
         if not torch.isfinite(down.norm() * up.norm()):
@@ -265,84 +267,3 @@ def load_patch(path: AnyPath) -> ForgetPatch:
         info = {key: info[key] for key in info if key not in SCORES} | {"changed": True}
     source = Source(path.resolve(), tensor_hash(tensors), changed is not None)
     return ForgetPatch(family, changes, info, source)
-
-
-def _family(name: str, metadata: Mapping[str, str], slices: Slices) -> Family:
-    if "fmn.train.format" in metadata:
-        raise ForgetError(
-            f"'{name}' is a training state, from which a training is resumed, and no patch: "
-            "choose the patch beside it."
-        )
-    if "fmn.format" not in metadata:
-        kind = kind_of(slices)
-        what = f" but {kind}" if kind else ""
-        use = "Use Load LoRA, or 'python -m fmn import', for other LoRA files."
-        raise ForgetError(
-            f"'{name}' is not a forget patch{what}: it lacks our metadata. "
-            f"{use if kind in (LORA, None) else 'Choose a file that Save Forget Patch wrote.'}"
-        )
-    if metadata["fmn.format"] != FORMAT:
-        raise ForgetError(
-            f"'{name}' has patch format {metadata['fmn.format']!r:.20}, this version reads "
-            f"{FORMAT}: update Forget-Me-Not."
-        )
-    key = metadata.get("fmn.base.family", "")
-    if key == unknown_family.KEY:
-        shapes = {part: slices[part].get_shape() for part in slices}
-        return unknown_family.family_of_file(name, metadata.get("fmn.base.model"), shapes)
-    if key not in FAMILIES:
-        raise ForgetError(
-            f"'{name}' is for the unknown model family "
-            f"{key!r:.40}; known are {', '.join(FAMILIES)}, {unknown_family.KEY}."
-        )
-    return FAMILIES[key]
-
-
-def _check_tensors(name: str, family: Family, slices: Slices) -> dict[str, Layer]:
-    """Prefix in the file -> layer, if every key is known, every layer complete and fitting."""
-    known = known_names(family)
-    layers: dict[str, Layer] = {}
-    for key in slices:
-        prefix, _, part = key.partition(".")
-        if prefix not in known or part not in (*PARTS, ALPHA):
-            raise ForgetError(
-                f"'{name}' holds the tensor {key!r:.80}, which {family.title} does not have: "
-                "it is for another model, or no forget patch."
-            )
-        layers[prefix] = known[prefix]
-    if not layers:
-        raise ForgetError(f"'{name}' holds no layers: it would change nothing.")
-    seen = set()
-    for prefix, layer in layers.items():
-        if layer.name in seen:
-            raise ForgetError(f"'{name}' names the layer '{prefix}' twice: get another file.")
-        seen.add(layer.name)
-        missing = [part for part in PARTS if f"{prefix}.{part}" not in slices]
-        if missing:
-            raise ForgetError(f"'{name}' lacks '{prefix}.{missing[0]}': get it again.")
-        _check_layer(name, layer, [slices.get(f"{prefix}.{part}") for part in (*PARTS, ALPHA)])
-    return layers
-
-
-def _check_layer(name: str, layer: Layer, slices: Sequence[Any]) -> None:
-    for tensor in filter(None, slices):
-        if tensor.get_dtype() not in DTYPES:
-            raise ForgetError(
-                f"'{name}' stores '{layer.name}' as {tensor.get_dtype()}; "
-                "a patch has 16- or 32-bit floating-point numbers only."
-            )
-    down, up, alpha = (tuple(tensor.get_shape()) if tensor else () for tensor in slices)
-    rank = down[0] if down else 0
-    kernel = (1,) * (len(layer.shape) - 2)
-    fits = (
-        0 < rank <= MAX_RANK
-        and down == (rank, *layer.shape[1:])
-        and up == (layer.shape[0], rank, *kernel)
-        and alpha in ((), (1,))
-    )
-    if not fits:
-        raise ForgetError(
-            f"'{name}' does not fit '{layer.name}' of shape {list(layer.shape)}: "
-            f"it has lora_down {list(down)!s:.40}, lora_up {list(up)!s:.40}, alpha "
-            f"{list(alpha)!s:.40}."
-        )

@@ -14,8 +14,8 @@ import torch
 from ..errors import ForgetError
 from ..linalg import balanced_factors, product_svd
 from ..models.families import Family, Layer, layers, layers_by_name, text_layers
+from .file_check import MAX_RANK
 from .foreign_file import ForeignFile
-from .patch import MAX_RANK
 from .weight_names import TEXT_PREFIXES, UNET_PREFIXES, Place, find, places, take
 
 # Before the path of a layer in the U-Net or first text encoder.

@@ -26,6 +26,7 @@ from fmn.cli import main
 from fmn.cli.bench import covered
 from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.hosts.diffusers.open import open_model
 from fmn.models.families import DEMO, layers
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch
 
@@ -101,6 +102,19 @@ def test_a_patch_and_its_negation_cancel(setup, lab):
     # The sum of two float32 products is not exactly nothing; a level of 255 is 0.004.
     assert both["distance"] < 0.002
     assert both["UA"] == nothing["UA"]
+
+
+def test_the_demo_transformer_is_measured_where_it_can_be(setup, lab, capsys):
+    model = open_model("demo-dit")
+    given = replace(setup, model="demo-dit", fingerprint=model.fingerprint(), count=2)
+    few = Lab(given, model, lab.judge)
+    cell = Cell("completion", "m", {"strength": 1.0}, ("dog",))
+    steps = [row["steps"] for row in few.run(cell, [])[0]["rows"]]
+    assert steps == [1, 1, 1, 1, 2, 2]
+    assert bench("--model", "demo-dit", "--measure", "pictures", "inversion") == 2
+    assert "inversion is for U-Nets" in capsys.readouterr().err
+    assert bench("--model", "demo-dit", "--method", "uce") == 2
+    assert "UCE works on" in capsys.readouterr().err
 
 
 def bench(*arguments):

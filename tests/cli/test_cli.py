@@ -57,6 +57,8 @@ def patch(tmp_path_factory):
     assert result["patch"] == str(path) and result["bytes"] == path.stat().st_size
     assert result["info"]["settings"]["lr"] == 0.002
     assert result["info"]["loss"]["steps"] == 20
+    (outcome,) = result["outcome"]
+    assert outcome["concept"] == "dog" and 0 < outcome["left"] < 1 and len(outcome["kept"]) == 2
     assert "attention" in done.stderr  # the progress bar
     return path
 

@@ -103,6 +103,11 @@ REFUSED = {
     "not drawn": (
         [*APPLY, "--checkpoint", "d.safetensors", "--steps", "3"], "--steps.*--checkpoint",
     ),
+    # The demo transformer
+    "transformer merged": (
+        ["apply", "demo-dit", PATCH, "--checkpoint", "d.safetensors"], "demo-dit.*--prompt",
+    ),
+    "transformer vae": (["forget", "demo-dit", "dog", "--vae", "v"], "leave out --vae"),
 }  # fmt: skip
 
 

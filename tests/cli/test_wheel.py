@@ -11,13 +11,13 @@ PROGRAM = """
 import json
 import fmn
 from fmn.bench.running.lab import demo_controls, read_controls
-from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.hosts.diffusers.open import open_model
 from fmn.metrics.load import load_judge
 
-model = DiffusersModel.load("demo")
+families = [open_model(name).family.title for name in ("demo", "demo-dit")]
 judges = [sorted(load_judge(name).labels) for name in ("demo", "demo:2")]
 controls = sorted(read_controls(demo_controls()))
-print(json.dumps([fmn.__file__, model.family.key, judges, controls]))
+print(json.dumps([fmn.__file__, families, judges, controls]))
 """
 
 
@@ -31,9 +31,9 @@ def run(wheel, *arguments):
     return done.stdout
 
 
-def test_a_wheel_holds_the_demo_model_its_judges_and_controls(wheel):
-    place, family, judges, controls = json.loads(run(wheel, "-c", PROGRAM))
-    assert Path(place).is_relative_to(wheel) and family == "demo"
+def test_a_wheel_holds_the_demo_models_their_judges_and_controls(wheel):
+    place, families, judges, controls = json.loads(run(wheel, "-c", PROGRAM))
+    assert Path(place).is_relative_to(wheel) and families[1] == "Flux"
     assert judges[0] == judges[1] and controls == ["accordion", "kangaroo"]
     (scripts,) = wheel.glob("*.dist-info/entry_points.txt")
     assert "fmn = fmn.cli.main:main" in scripts.read_text()

@@ -138,7 +138,6 @@ def other_host(pack):
     """Function from the name of a model class, and changes of its config, to a host of it."""
 
     def made(name, **changes):
-        words = Words(masked=name == "Lumina2")
-        return pack("fmn.hosts.comfyui.unknown_model").host_of(make(name, changes), words)
+        return pack("fmn.hosts.comfyui.unknown_model").host_of(make(name, changes), Words(name))
 
     return made

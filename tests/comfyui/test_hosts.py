@@ -42,7 +42,7 @@ def test_both_hosts_draw_the_same_picture(pack, demo, pipeline_model):
 
 def test_many_pictures_are_drawn_a_few_at_a_time(pack, comfy_model, pipeline_model, monkeypatch):
     """The same as one by one, and the autoencoder of diffusers has a few at a time too."""
-    hosts, pictures = pack("fmn.hosts.diffusers.model"), torch.rand(5, 64, 64, 3)
+    hosts, pictures = pack("fmn.hosts.diffusers.pipeline_model"), torch.rand(5, 64, 64, 3)
     monkeypatch.setattr(hosts, "PIXELS_AT_ONCE", 2 * 64 * 64)
     sizes, prompt = {}, concept(pack).training_prompts()[0]
 

@@ -126,6 +126,7 @@ def test_a_closed_form_shows_one_pair_at_the_end(server):
     assert last["status"] == "done" and len(last["previews"]) == 2
     assert last["previews"][0]["now"] != last["previews"][0]["before"]
     assert len([event for event in events[1:-1] if event.get("previews")]) == 1
+    assert last["outcome"].startswith("dog: ") and "% of its effect is left" in last["outcome"]
 
 
 def test_a_text_encoder_in_training_is_previewed_too(server):

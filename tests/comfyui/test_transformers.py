@@ -48,6 +48,11 @@ def test_both_hosts_solve_for_the_same_patch(pack):
         )
 
 
+def test_a_demo_transformer_that_is_missing_is_refused(pack, tmp_path):
+    with pytest.raises(pack("fmn.errors").ForgetError, match="missing at .*dit.*install"):
+        pack("nodes.demo").load_demo_transformer(tmp_path / "dit.safetensors")
+
+
 def test_kernels_have_a_gradient_while_a_model_is_borrowed(pack, other_host, monkeypatch):
     import comfy.model_management as management
 
@@ -55,3 +60,13 @@ def test_kernels_have_a_gradient_while_a_model_is_borrowed(pack, other_host, mon
     with torch.inference_mode(False), other_host("Flux").borrow_denoiser():
         assert management.in_training
     assert not management.in_training
+
+
+def test_kernels_without_a_gradient_are_refused_in_words(pack, other_host):
+    """As ComfyUI 0.33 has them in Anima and Ernie Image, by torch's message."""
+    wrong, host = pack("fmn.errors").ForgetError, other_host("Flux")
+    refused = pytest.raises(wrong, match="Flux by functions without a gradient.*use Re-read")
+    with refused, host.borrow_denoiser():
+        raise RuntimeError("Trying to backward through x but no autograd formula was registered")
+    with pytest.raises(RuntimeError, match="^another$"), host.borrow_denoiser():
+        raise RuntimeError("another")

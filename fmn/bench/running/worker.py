@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from multiprocessing import parent_process
+from typing import cast
 
 from ...errors import ForgetError
 from .cells import Cell, Setup
@@ -51,12 +52,14 @@ def make_lab(setup: Setup) -> Lab:
     Raises:
         ForgetError: one of them is missing, or the model is not the one the setup was made for.
     """
-    from ...hosts.diffusers.model import DiffusersModel
+    from ...hosts.diffusers.open import open_model
+    from ...models.interface import UNetModel
 
-    model = DiffusersModel.load(setup.model)
+    model = open_model(setup.model)
     if model.fingerprint() != setup.fingerprint:
         raise ForgetError(
             f"The model at '{setup.model}' on this machine has other weights than the one the run "
             "began with: put the same file there."
         )
-    return open_lab(setup, model)
+    # Measures ask others than U-Nets for no more than they have; see ``names.ANY_MODEL``.
+    return open_lab(setup, cast(UNetModel, model))

@@ -57,11 +57,15 @@ class Denoiser:
         self._reload()
         t = t.to(self.device)
         sigma = self.sigmas[t]
-        x = x_t.to(self.device) * self.scales[t].view(-1, 1, 1, 1)
+        x = self._with_frames(x_t.to(self.device) * self.scales[t].view(-1, 1, 1, 1))
         options = {"optimized_attention_override": _fused_attention}
         conditions = self._model_inputs(x, self._conditions(x, text))
         clean = self.model.apply_model(x, sigma, transformer_options=options, **conditions)
-        return (x - clean) / sigma.view(-1, 1, 1, 1)
+        return (x - clean).view_as(x_t) / sigma.view(-1, 1, 1, 1)
+
+    def _with_frames(self, x: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as the network reads them."""
+        return x
 
     def _conditions(self, x: Tensor, text: Text) -> dict[str, Any]:
         """What ComfyUI's sampler gives the model beside x."""

@@ -97,7 +97,8 @@ class ComfyHost:
             weight = comfy.utils.get_attr(model, self.key(layer.name))
             is_plain = type(weight) in (Tensor, nn.Parameter)
             if weight.dtype not in FLOATS or not is_plain:
-                kind = str(weight.dtype).removeprefix("torch.")
+                # ComfyUI's quantised tensors say that they are what they stand for.
+                kind = str(getattr(weight, "_qdata", weight).dtype).removeprefix("torch.")
                 raise ForgetError(
                     f"The model's weights are quantised ({layer.compvis} is {kind}) and cannot be "
                     "trained on: train on the same model loaded in float16, bfloat16 or float32 "

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 FLOWS = comfy.model_sampling.CONST, comfy.model_sampling.COSMOS_RFLOW
 # Pixels a side for one of the latent, where that is not 8.
-FACTORS = {"Flux2": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
+FACTORS = {"Flux2": 16, "Wan22": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
+NO_GRADIENT = "no autograd formula"  # in torch's words
 NO_PICTURES = "SC_Prior", "SC_B", "SD_X4", "ACEAudio"  # Stable Cascade, an upscaler, sound
 
 
@@ -80,8 +81,16 @@ class UnknownModel(ComfyHost):
         """Load the model so that autograd can use it; see ``host``."""
         self._check_latents()
         # Many models add in place to tensors that backward needs; those are copied before.
-        with self._loaded() as patcher, allow_mutation_on_saved_tensors():
-            yield UnknownDenoiser(self.family, patcher)
+        try:
+            with self._loaded() as patcher, allow_mutation_on_saved_tensors():
+                yield UnknownDenoiser(self.family, patcher)
+        except RuntimeError as error:
+            if NO_GRADIENT not in str(error):
+                raise
+            raise ForgetError(
+                f"This ComfyUI computes {self.family.title} by functions without a gradient, so it "
+                "cannot be trained on: use Re-read, which needs none and knows most transformers."
+            ) from error
 
     @contextmanager
     def watch(self, batch: int, side: int) -> Iterator[WatchedModel]:
@@ -89,18 +98,22 @@ class UnknownModel(ComfyHost):
         self._check_latents()
         model = self.patcher.model
         shape = [batch, self.family.latent_channels, side, side]
-        comfy.model_management.load_models_gpu([self.patcher], model.memory_required(shape))
+        with torch.inference_mode():  # as ComfyUI does; LoRAs on 8-bit weights need it
+            comfy.model_management.load_models_gpu([self.patcher], model.memory_required(shape))
         yield WatchedModel(self.family, self.patcher)
 
     def _check_latents(self) -> None:
         model = self.patcher.model
         latents, kind = model.latent_format, type(model.latent_format).__name__
-        if latents.latent_dimensions != 2 or kind in NO_PICTURES:
+        entry = getattr(self.family, "entry", None)
+        # Of models whose latents have frames, those in the table draw pictures of one frame.
+        flat = latents.latent_dimensions == 2 or (has_frames(model) and entry is not None)
+        if not flat or kind in NO_PICTURES:
             raise ForgetError(
                 f"{self.family.title} does not draw single pictures from noise ({kind} latents), "
                 "which is all that can be trained: use a model that does."
             )
-        noise = torch.zeros(1, latents.latent_channels, 16, 16)
+        noise = torch.zeros(1, latents.latent_channels, *(1,) * has_frames(model), 16, 16)
         if model.concat_cond(noise=noise, device=noise.device) is not None:
             raise ForgetError(
                 f"This {self.family.title} reads a picture beside the noise (an inpainting or "
@@ -122,11 +135,15 @@ class UnknownDenoiser(Denoiser):
         self.scales = 1 / sampling.calculate_input(self.sigmas, ones)
         self.schedule = SigmaSchedule(self.sigmas, self.scales)
 
+    def _with_frames(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(2) if has_frames(self.model) else x
+
     def _conditions(self, x: Tensor, text: Text) -> dict[str, Any]:
         # As comfy.samplers.encode_model_conds does.
-        size = {"height": x.shape[2] * 8, "width": x.shape[3] * 8, "prompt_type": "positive"}
+        size = {"height": x.shape[-2] * 8, "width": x.shape[-1] * 8, "prompt_type": "positive"}
         inputs = {"cross_attn": text.context, "noise": x, "device": self.device}
-        return size | text.vectors | inputs
+        # Flux.2 and Chroma look for a pooled text although their text encoders give none.
+        return {"pooled_output": None} | size | text.vectors | inputs
 
     def checkpoint_blocks(self) -> list[nn.Module]:
         """The members of the outermost module lists: a transformer's blocks."""
@@ -144,7 +161,8 @@ class WatchedModel(UnknownDenoiser):
 
     def predict_each(self, x_t: Tensor, t: int, texts: Sequence[Text]) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        x, sigma = x_t.to(self.device) * self.scales[t], self.sigmas[t]
+        x = self._with_frames(x_t.to(self.device) * self.scales[t])
+        sigma = self.sigmas[t]
         found = []
         with torch.inference_mode():
             inputs = [self._conds(x[i : i + 1], text) for i, text in enumerate(texts)]
@@ -157,7 +175,7 @@ class WatchedModel(UnknownDenoiser):
                 clean = self.model.apply_model(part, sigma.expand(len(part)), **joined)
                 found.append((part - clean) / sigma)
                 first = last
-        return torch.cat(found)
+        return torch.cat(found).view_as(x_t)
 
     def _conds(self, x: Tensor, text: Text) -> dict[str, Any]:
         conds = self.model.extra_conds(**self._conditions(x, text))
@@ -165,6 +183,10 @@ class WatchedModel(UnknownDenoiser):
             name: value.process_cond(batch_size=1, device=self.device, area=None)
             for name, value in conds.items()
         }
+
+
+def has_frames(model: Any) -> bool:
+    return model.latent_format.latent_dimensions == 3
 
 
 def _fit(first: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -182,6 +204,7 @@ def _family_of(model: Any) -> UnknownFamily:
         shapes,
         latent_channels=latents.latent_channels,
         latent_factor=FACTORS.get(type(latents).__name__, 8),
+        resolution=getattr(model.model_config, "resolution", 1024),  # the demo transformer has one
         entry=transformer_of(
             type(network).__name__, {*modules, *(name for name, _ in network.named_parameters())}
         ),

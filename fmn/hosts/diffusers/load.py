@@ -84,8 +84,8 @@ def load_pipeline(
     path = DEMO_FILE if str(path) == "demo" else Path(path)
     if not path.exists():
         raise ForgetError(
-            f"There is no model '{path}': give demo, a checkpoint such as a .safetensors file, or "
-            "a diffusers folder."
+            f"There is no model '{path}': give demo, demo-dit, a checkpoint such as a .safetensors "
+            "file, or a diffusers folder."
         )
     try:
         make, parts, config = (_folder if path.is_dir() else _single_file)(path, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,21 @@ from torch import Tensor, nn
 from ...concepts.concept import Prompt
 from ...concepts.prompt_syntax import unescaped
 from ...errors import ForgetError
-from ...images import square
-from ...models.adapters import LayerModule, Patch, check_fits
+from ...models.adapters import LayerModule
 from ...models.clip_text_encoder import check_one_chunk, in_batches
-from ...models.families import check_input_channels, cross_attention_names, identify_unet
-from ...models.interface import Fingerprint, Text, TextEncoder, fingerprint
+from ...models.families import (
+    DEMO,
+    UNetFamily,
+    check_input_channels,
+    cross_attention_names,
+    identify_unet,
+)
+from ...models.interface import Text, TextEncoder
 from ...models.module_patching import frozen
-from ...models.sampling import DRAWN_AT_ONCE, DDPMSchedule, seeded_noise
+from ...models.sampling import DDPMSchedule
 from ...models.token_positions import CHUNK
 from .load import UNSUPPORTED, load_pipeline, text_to_image
+from .pipeline_model import PipelineModel
 from .text_encoder import (
     borrow_text_encoder,
     chunks_of,
@@ -35,7 +41,6 @@ from .text_encoder import (
     shortened,
 )
 
-PIXELS_AT_ONCE = 1 << 20  # that the autoencoder makes or reads: one picture of XL's size
 EMPTY = Prompt("", "")
 
 # Of an empty picture, the first moments of Stable Diffusion's latents, as ComfyUI has them.
@@ -60,10 +65,6 @@ def _fill(unet: UNet2DConditionModel, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (torch.cat([x, extra], 1) if missing in (4, 5) else x, *args[1:])
 
 
-def _pictures_at_once(height: int, width: int) -> int:
-    return max(1, PIXELS_AT_ONCE // (height * width))
-
-
 def _prediction(scheduler: Any) -> str:
     kind = scheduler.config.get("prediction_type", "epsilon")
     known = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -76,7 +77,7 @@ def _prediction(scheduler: Any) -> str:
     return known[kind]
 
 
-class DiffusersModel:
+class DiffusersModel(PipelineModel[UNetFamily]):
     """``fmn.models.interface.UNetModel`` over a pipeline; see ``load``."""
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
@@ -84,7 +85,7 @@ class DiffusersModel:
         family = identify_unet(unet)
         if unet is None or family is None:
             raise ForgetError(type(pipeline).__name__ + UNSUPPORTED)
-        self.family = family
+        self.family, self.is_demo = family, family is DEMO
         self.saved, self.pipeline, self.unet = pipeline, text_to_image(pipeline), unet
         self.prediction = _prediction(pipeline.scheduler)
 
@@ -105,9 +106,6 @@ class DiffusersModel:
     @property
     def device(self) -> torch.device:
         return self.unet.device
-
-    def fingerprint(self) -> Fingerprint:
-        return fingerprint(self.family, lambda layer: self.unet.get_submodule(layer.name).weight)
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         chunks = chunks_of(self.pipeline.tokenizer, pieces_of(prompt))
@@ -142,20 +140,6 @@ class DiffusersModel:
         # transformers 5 dropped the level text_model from the module, not from the file.
         known = hasattr(encoder, "text_model")
         return encoder.get_submodule(path if known else path.removeprefix("text_model."))
-
-    def initial_noise(self, seeds: Iterable[int], size: int) -> Tensor:
-        """``seeded_noise`` [N, 4, size/8, size/8] for pictures of ``size`` pixels a side."""
-        return seeded_noise(seeds, size // 8)
-
-    @torch.no_grad()
-    def sample(
-        self, prompt: Prompt, seeds: Iterable[int], size: int, steps: int, guidance: float
-    ) -> Tensor:
-        latents = [
-            self.sample_latents([prompt] * len(noise), noise, steps, guidance).float().cpu()
-            for noise in self.initial_noise(seeds, size).split(DRAWN_AT_ONCE)
-        ]
-        return torch.cat(latents)
 
     @torch.no_grad()
     def sample_latents(
@@ -197,37 +181,6 @@ class DiffusersModel:
             for name, rows in given.items()
         }
 
-    def need_vae(self) -> Any:
-        """The VAE; few methods need one, so a model may lack it.
-
-        Raises:
-            ForgetError: it does.
-        """
-        if self.pipeline.vae is None:
-            raise ForgetError(
-                "Pictures are to be drawn or read, and the model has no VAE: give one with --vae "
-                "FILE, or use a checkpoint with VAE."
-            )
-        return self.pipeline.vae
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        vae, pictures = self.need_vae(), []
-        for part in latents.split(_pictures_at_once(latents.shape[2] * 8, latents.shape[3] * 8)):
-            images = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
-            pictures.append((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu())
-        return torch.cat(pictures)
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor, size: int) -> Tensor:
-        vae, latents = self.need_vae(), []
-        for part in square(images, size).split(_pictures_at_once(size, size)):
-            encoded = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1)
-            tiny = hasattr(encoded, "latents")
-            mode = encoded.latents if tiny else encoded.latent_dist.mode()
-            latents.append((mode * vae.config.scaling_factor).float().cpu())
-        return torch.cat(latents)
-
     @contextmanager
     def borrow_denoiser(self) -> Iterator[_UNet]:
         check_input_channels(self.unet.config.in_channels)
@@ -236,23 +189,6 @@ class DiffusersModel:
 
     def borrow_text_encoder(self, words: bool = True) -> AbstractContextManager[TextEncoder]:
         return borrow_text_encoder(self, self.pipeline, words)
-
-    @torch.no_grad()
-    def add_patches(self, patches: Sequence[tuple[Patch, float]]) -> DiffusersModel:
-        """Add patches to the weights for good, all or none; a list of (patch, strength).
-
-        Raises:
-            ForgetError: a patch does not fit the model, which is then unchanged.
-        """
-        for patch, _ in patches:
-            check_fits(patch, self.family, self._module)
-        for patch, strength in patches:
-            for name in patch.changes:
-                weight = self._module(name).weight
-                weight += (strength * patch.change_of(name, weight.device)).to(weight.dtype)
-        return self
-
-    merged = add_patches  # deprecated: the name in version 0.1
 
     def _module(self, name: str) -> LayerModule:
         is_text = name.startswith("text_encoder")

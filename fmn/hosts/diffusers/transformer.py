@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ from ...errors import ForgetError
 from ...files import DEMO_FOLDER
 from ...models.adapters import LayerModule
 from ...models.families import layers, layers_by_name
-from ...models.interface import Fingerprint, Text, fingerprint
+from ...models.interface import Text
 from ...models.module_patching import frozen
 from ...models.sampling import SigmaSchedule, guided
-from ...models.transformers import transformer_named
+from ...models.transformers import Reader, transformer_named
 from ...models.unknown_family import UnknownFamily, family_of_model
 from .load import load_pipeline
-from .model import DiffusersModel
-from .text_encoder import evaluating
+from .pipeline_model import PipelineModel
+from .text_encoder import evaluating, pieces_of
 
 DEMO_TRANSFORMER = DEMO_FOLDER / "fmn-demo-dit.safetensors"
 CONFIG = {
@@ -33,6 +33,23 @@ CONFIG = {
     "attention_head_dim": 32, "num_attention_heads": 6, "joint_attention_dim": 128,
     "pooled_projection_dim": 128, "guidance_embeds": False, "axes_dims_rope": [8, 12, 12],
 }  # fmt: skip
+# Layers that both hosts have beside the readers: all but linear1 of single blocks, in which ComfyUI
+# joins what diffusers has apart.
+MORE_LAYERS = (
+    Reader("img_in", "x_embedder"),
+    Reader("txt_in", "context_embedder"),
+    *(
+        Reader(f"double_blocks.{{}}.{comfy}", f"transformer_blocks.{{}}.{diffusers}")
+        for comfy, diffusers in {
+            "img_attn.qkv": "attn.to_qkv", "txt_attn.qkv": "attn.to_added_qkv",
+            "txt_attn.proj": "attn.to_add_out",
+            "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
+            "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
+            "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
+        }.items()
+    ),
+    Reader("single_blocks.{}.modulation.lin", "single_transformer_blocks.{}.norm.linear"),
+)  # fmt: skip
 TOKENS = 24  # of a prompt
 END = 49407
 LEVELS = 1000
@@ -62,15 +79,15 @@ def velocity(
     return rearrange(found, "b (h w) (c p q) -> b c (h p) (w q)", p=2, q=2, h=high)
 
 
-class DiffusersTransformer(DiffusersModel):
+class DiffusersTransformer(PipelineModel[UnknownFamily]):
     """``fmn.models.interface.Model`` over the demo transformer."""
 
-    family: UnknownFamily  # type: ignore[assignment]
+    is_demo, prediction = True, "flow"
 
     def __init__(self, flux: FluxTransformer2DModel, pipeline: Any) -> None:
-        self.flux, self.pipeline, self.saved = flux.eval().requires_grad_(False), pipeline, None
+        flux.fuse_qkv_projections()  # as ComfyUI has them, so that a patch fits both
+        self.flux, self.pipeline = flux.eval().requires_grad_(False), pipeline
         self.family, self.paths = _family(flux)
-        self.prediction = "flow"
 
     @classmethod
     def load_demo(cls, device: torch.device | str | None = None) -> DiffusersTransformer:
@@ -89,9 +106,6 @@ class DiffusersTransformer(DiffusersModel):
     def device(self) -> torch.device:
         return self.flux.device
 
-    def fingerprint(self) -> Fingerprint:
-        return fingerprint(self.family, lambda layer: self._module(layer.name).weight)
-
     def _module(self, name: str) -> LayerModule:
         if name not in layers_by_name(self.family):
             raise ForgetError(
@@ -102,7 +116,7 @@ class DiffusersTransformer(DiffusersModel):
 
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> Text:
-        return self.encode_texts([prompt.text])
+        return self.encode_texts([_plain_text(prompt)])
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Text:
@@ -124,24 +138,18 @@ class DiffusersTransformer(DiffusersModel):
         self, texts: Sequence[str | Prompt], noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
         denoiser = _Denoiser(self)
-        plain = [text if isinstance(text, str) else text.text for text in texts]
+        plain = [text if isinstance(text, str) else _plain_text(text) for text in texts]
         predict = guided(denoiser, self.encode_texts(plain), self.encode_texts([""]), guidance)
         return denoiser.schedule.sample(predict, noise.to(self.device), steps)
 
     @contextmanager
-    def borrow_denoiser(self) -> Iterator[_Denoiser]:  # type: ignore[override]
+    def borrow_denoiser(self) -> Iterator[_Denoiser]:
         with evaluating([self.flux]), frozen([self.flux]):
             yield _Denoiser(self)
 
     @contextmanager
     def watch(self, batch: int, side: int) -> Iterator[_Denoiser]:
         yield _Denoiser(self)
-
-    def save(self, folder: str | Path) -> None:
-        raise ForgetError(
-            "The demo transformer cannot be saved as a diffusers folder: keep the patch, and apply "
-            "it when you draw."
-        )
 
 
 class _Denoiser:
@@ -170,19 +178,20 @@ class _Denoiser:
         return [*flux.transformer_blocks, *flux.single_transformer_blocks]
 
 
+def _plain_text(prompt: Prompt) -> str:
+    pieces = pieces_of(prompt)
+    if any(weight != 1 for _, weight in pieces):
+        raise ForgetError(
+            f"The demo transformer reads prompts without weights, and '{prompt.text:.60}' has "
+            "some: leave them out."
+        )
+    return "".join(text for text, _ in pieces)
+
+
 def _family(flux: FluxTransformer2DModel) -> tuple[UnknownFamily, dict[str, str]]:
     """The family, of the layers that both hosts have, and the path of each by its name."""
     entry, known = transformer_named("flux"), dict(flux.named_modules())
-    paths = dict(entry.diffusers_paths(known))
+    paths = dict(replace(entry, readers=entry.readers + MORE_LAYERS).diffusers_paths(known))
     shapes = {comfy: known[path].weight.shape for comfy, path in paths.items()}
     family = family_of_model("Flux", shapes, latent_channels=4, entry=entry, resolution=128)
     return family, {layer.name: paths[layer.compvis] for layer in layers(family)}
-
-
-def open_model(
-    path: str | Path, device: torch.device | str | None = None, **options: Any
-) -> DiffusersModel:
-    """The demo transformer for ``demo-dit``, else ``DiffusersModel.load``."""
-    if str(path) == "demo-dit":
-        return DiffusersTransformer.load_demo(device)
-    return DiffusersModel.load(path, device, **options)

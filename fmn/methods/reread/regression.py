@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...closed_form.input_edit import Changes, weight_of
 from ...linalg import gram, truncate_matrix
-from ...patches.patch import MAX_RANK
+from ...patches.file_check import MAX_RANK
 from .attention_output import cross_attention_layers
 from .regression_data import ConceptSentences, KeptSentences, QuerySampler, SentencePairs
 from .residual import Residual

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ...closed_form.input_edit import Changes
+from ...metrics.outcome import FIRST, STEPS, share_left
 from ...models.adapters import FixedAdapter, attached
 from ...models.interface import Text
 from ...models.sampling import ddim, guided
 from ...sequences import evenly
 from .regression_data import QuerySampler, SentencePairs
 
-STEPS, FIRST = 4, 2  # of a drawing in so many steps, the first ones count
 TEXTS = 8
 
 
@@ -54,7 +54,7 @@ class Residual:
         with attached(adapters, self.denoiser.module):
             for (x, t), without, effect in zip(self.points, self.without, self.effects):
                 now = self._predict(x, t, self.text) - without  # e'(c) - e(o)
-                shares.append(float((now * effect).sum() / effect.square().sum()))
+                shares.append(share_left(now, effect))
         return sum(shares) / len(shares)
 
     def _predict(self, x: Tensor, t: int, text: Text) -> Tensor:

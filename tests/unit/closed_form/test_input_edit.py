@@ -21,7 +21,7 @@ from fmn.methods import double_projections, rece, speed, trce
 from fmn.methods import uce as uce_method
 from fmn.methods.shared_settings import solved_rank
 from fmn.models.families import SD1, layers
-from fmn.patches.patch import MAX_RANK
+from fmn.patches.file_check import MAX_RANK
 from fmn.patches.task import Task
 
 from ..literal import WIDTH, literal_uce, near, rows, weights

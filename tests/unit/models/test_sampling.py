@@ -5,7 +5,14 @@ import torch
 
 from fmn.errors import ForgetError
 from fmn.models.interface import Text
-from fmn.models.sampling import Sampling, ddim, expand, guided, trailing_timesteps
+from fmn.models.sampling import (
+    Sampling,
+    SigmaSchedule,
+    ddim,
+    expand,
+    guided,
+    trailing_timesteps,
+)
 
 ALPHAS = torch.tensor([0.9, 0.8, 0.64, 0.36])
 X = torch.full((1, 4, 1, 1), 2.0)
@@ -94,6 +101,22 @@ def test_two_goes_are_one(cut):
     whole = ddim(noisy, X, ALPHAS, 4)
     half = ddim(noisy, X, ALPHAS, 4, last=cut)
     assert torch.equal(ddim(noisy, half, ALPHAS, 4, first=cut), whole)
+
+
+FLOW = SigmaSchedule(torch.tensor([0.25, 0.5, 0.75, 1.0]), torch.ones(4))
+
+
+def test_euler_by_hand():
+    """From noise 2 by a velocity of 0.5 x: at sigma 1, then at 0.5."""
+    found = FLOW.sample(lambda x, t: x / 2, X, 2)
+    torch.testing.assert_close(found, torch.full_like(X, 2 * 0.75 * 0.75))
+
+
+def test_two_goes_of_euler_are_one():
+    half = FLOW.partial_sample(lambda x, t: x / 2, X, 4, 3)
+    torch.testing.assert_close(half, FLOW.sample(lambda x, t: x / 2, X, 4, last=3))
+    whole = FLOW.sample(lambda x, t: x / 2, X, 4)
+    torch.testing.assert_close(FLOW.sample(lambda x, t: x / 2, half, 4, first=3), whole)
 
 
 def test_correct_sees_every_prediction_and_replaces_it():

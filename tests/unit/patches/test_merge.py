@@ -49,16 +49,12 @@ def test_a_merged_change_is_the_sum_of_the_changes():
 
 def other_patch(shapes, concept="dog"):
     """A patch of rank 2 for a model that is none we know; name -> shape of the weight."""
-    parts = {
-        f"{name}.lora_{part}.weight": each
-        for name, (high, wide) in shapes.items()
-        for part, each in (("up", (high, 2)), ("down", (2, wide)))
-    }
+    parts = {name: {"up": (high, 2), "down": (2, wide)} for name, (high, wide) in shapes.items()}
     changes = {
         name: (torch.ones(high, 2), torch.ones(2, wide)) for name, (high, wide) in shapes.items()
     }
     info = make_patch(concepts=[Concept(concept)]).info
-    return ForgetPatch(family_of_file("f", "Flux", parts), changes, info)
+    return ForgetPatch(family_of_file("f", "Flux", None, parts), changes, info)
 
 
 @pytest.mark.parametrize("budget", [0, 10**5])

@@ -1,0 +1,141 @@
+"""The table of transformers against ComfyUI's own classes, tiny and with random weights.
+
+A family that this version of ComfyUI lacks is skipped.
+"""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from .others import CONFIGS
+from .parts import concept
+from .test_transformers import reread_settings
+
+# Of models whose double blocks mix text and picture first, without those.
+ROWS = {
+    "Lumina2": {}, "ZImage": {}, "Krea2": {}, "ErnieImage": {}, "Flux": {"depth": 0},
+    "Flux2": {"depth": 0}, "Chroma": {"depth": 0},
+    "HiDream": {"num_layers": 0, "llama_layers": [0]},
+}  # fmt: skip
+SIDE = 8  # of latents, in tokens of 2 x 2 or 1 x 1
+KEYS = {
+    "Lumina2": "lumina2", "ZImage": "z_image", "Krea2": "krea2", "ErnieImage": "ernie",
+    "Flux": "flux", "Flux2": "flux2", "Chroma": "chroma", "HiDream": "hidream", "SD3": "sd3",
+    "QwenImage": "qwen_image", "WAN21_T2V": "wan", "Anima": "anima",
+}  # fmt: skip
+
+
+def latents(host, count, seed=1):
+    shape = count, host.family.latent_channels, SIDE, SIDE
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def encoded(pack, host, *texts):
+    prompt = pack("fmn.concepts.concept").Prompt
+    return [host.encode(prompt(text, "")) for text in texts]
+
+
+def predictions(host, x, texts, adapters=None, adapter=None):
+    """Of the watched model at pure noise, with adapters if there are any."""
+    with host.watch(len(texts), SIDE) as watched, ExitStack() as stack:
+        if adapters:
+            stack.enter_context(adapter.attached(adapters, watched.module))
+        return watched.predict_each(x, len(watched.schedule) - 1, texts)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hooks_fire_once_and_in_order(pack, other_host, name):
+    """Also with texts of different lengths, each of which takes a forward of its own."""
+    host = other_host(name)
+    assert host.family.entry.key == KEYS[name]
+    readers, calls = host.family.readers(), []
+    tokens = (SIDE // host.family.entry.patch) ** 2
+    with host.watch(3, SIDE) as watched, ExitStack() as hooks:
+        for layer, reader in readers.items():
+
+            def hook(module, args, output, layer=layer, reader=reader):
+                calls.append(layer)
+                shape = args[0].flatten(1, -2).shape if reader.tokens != "pooled" else ()
+                if reader.tokens == "picture":
+                    assert shape[1] == tokens
+
+            hooks.enter_context(watched.module(layer).register_forward_hook(hook))
+        texts = encoded(pack, host, "a dog", "a cat", "a picture of a big tree")
+        x = latents(host, 3)
+        together = watched.predict_each(x, len(watched.schedule) - 1, texts)
+        forwards = 1 if name in ("Flux2", "Anima") else 2  # these pad all texts to one length
+        assert calls == list(readers) * forwards
+        assert {reader.tokens for reader in readers.values()} >= {
+            reader.tokens for reader in host.family.entry.readers
+        }
+    for i, text in enumerate(texts):
+        alone = predictions(host, x[i : i + 1], [text])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_the_picture_are_where_the_table_says(pack, other_host, name):
+    """Another picture changes these rows of the first joint block's input, and no others."""
+    host = other_host(name, **ROWS[name])
+    entry, readers = host.family.entry, host.family.readers()
+    name, reader = next((n, r) for n, r in readers.items() if r.tokens not in ("picture", "pooled"))
+    path = next(layer.compvis for layer in host.family.listed if layer.name == name)
+    block = path.removesuffix(".0").rpartition(".")[0]
+    seen, (text,) = [], encoded(pack, host, "a dog in a park")
+
+    def hook(module, args, kwargs):
+        seen.append(args[0].clone())
+
+    module = host.patcher.model.diffusion_model.get_submodule(block)
+    with module.register_forward_pre_hook(hook, with_kwargs=True):
+        for seed in (1, 2):
+            predictions(host, latents(host, 1, seed), [text])
+    moved = (seen[0] - seen[1]).abs().amax((0, 2)) > 1e-6
+    tokens = (SIDE // entry.patch) ** 2
+    place = entry.picture(reader.tokens, tokens, len(moved))
+    assert moved[place].all() and int(moved.sum()) - tokens < entry.pad
+    padded = -(-tokens // entry.pad) * entry.pad
+    assert not moved[: place.start].any() and not moved[place.start + padded :].any()
+    assert len(moved) - padded > 0  # there is text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reread_by_every_way_of_loading(pack, other_host, tmp_path, name):
+    """The file by ComfyUI's loader, by our node and by our adapters gives one prediction."""
+    import comfy.lora
+    import comfy.sd
+    import comfy.utils
+
+    patches, adapter = pack("fmn.patches.patch"), pack("fmn.models.adapters")
+    host = other_host(name)
+    before = {key: value.clone() for key, value in host.patcher.model.state_dict().items()}
+    with torch.inference_mode():
+        patch = pack("fmn.methods").forget(host, [concept(pack)], reread_settings(pack, size=128))
+    after = host.patcher.model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(module._forward_hooks for module in host.patcher.model.modules())
+    assert patch.changes.keys() == host.family.readers().keys()
+    assert patch.info["loss"]["last"] < 0.9
+
+    path = patches.save_patch(patch, tmp_path / "patch.safetensors")
+    tensors = comfy.utils.load_torch_file(str(path))
+    known = comfy.lora.model_lora_keys_unet(host.patcher.model, {})
+    prefixes = {key.rsplit(".", 2)[0] for key in tensors}
+    assert prefixes <= known.keys() and len(prefixes) == len(patch.changes)
+
+    loaded = patches.load_patch(path)
+    stock, _ = comfy.sd.load_lora_for_models(host.patcher, None, tensors, 1.0, 0.0)
+    x, texts = latents(host, 2), encoded(pack, host, "a cat", "a cat here")
+    plain = predictions(host, x, texts)
+    fixed = {
+        layer: adapter.FixedAdapter([(up, down, 1.0)], "cpu")
+        for layer, (up, down) in loaded.changes.items()
+    }
+    ways = [predictions(type(host)(way), x, texts) for way in (host.patched(loaded, 1.0), stock)]
+    ways.append(predictions(host, x, texts, fixed, adapter))
+    change, rounding = (ways[0] - plain).norm(), 1e-6 * plain.norm()
+    assert change > 100 * rounding
+    for way in ways[1:]:
+        assert (way - ways[0]).norm() < 1e-3 * change + rounding
+    assert torch.equal(predictions(host, x, texts), plain)

@@ -1,0 +1,104 @@
+"""The demo transformer in diffusers' classes: its layers, its texts, and what it refuses."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+from fmn.concepts.concept import Concept, Prompt
+from fmn.errors import ForgetError
+from fmn.hosts.diffusers import transformer
+from fmn.hosts.diffusers.open import open_model
+from fmn.methods import forget
+from fmn.methods.esd import Settings as ESDSettings
+from fmn.methods.reread.settings import Settings
+from fmn.models.families import layers
+from fmn.models.image_sampler import open_sampler
+from fmn.models.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def model():
+    return open_model("demo-dit", "cpu")
+
+
+@pytest.fixture(scope="module")
+def patch(model):
+    settings = Settings(prompts=1, keep_prompts=4, query_positions=4, passes=1)
+    return forget(model, [Concept("dog", "object")], settings)
+
+
+def test_a_patch_does_the_same_as_adapters_and_in_the_weights(model, patch):
+    assert len(patch.changes) == 7 and model.family.resolution == 128
+    noise = model.initial_noise([0], 64)
+    with open_sampler(model, Sampling(2, 3.0, 64)) as sampler:
+        text = sampler.text("a dog")
+        plain = sampler.latents(text, noise)
+        with sampler.applying([(patch, 1.0)]):
+            applied = sampler.latents(text, noise)
+    added = open_model("demo-dit", "cpu").add_patches([(patch, 1.0)])
+    assert (applied - plain).abs().max() > 0.05
+    found = added.sample_latents(["a dog"], noise, 2, 3.0)
+    torch.testing.assert_close(found, applied, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.sample_latents(["a dog"], noise, 2, 3.0), plain)
+
+
+def test_joined_projections_predict_the_same(model):
+    torch.manual_seed(0)
+    flux = FluxTransformer2DModel(**transformer.CONFIG).eval()
+    inputs = torch.randn(1, 4, 4, 4), torch.tensor([0.7]), *torch.randn(2, 128).split(1)
+    inputs = *inputs[:2], inputs[2][None].expand(1, 24, 128), inputs[3]
+    with torch.no_grad():
+        before = transformer.velocity(flux, *inputs)
+        joined = transformer.DiffusersTransformer(flux, model.pipeline)
+        torch.testing.assert_close(transformer.velocity(joined.flux, *inputs), before)
+        joined._module("lora_unet_double_blocks_0_txt_attn_qkv").weight.mul_(2)
+        assert (transformer.velocity(joined.flux, *inputs) - before).abs().max() > 1e-4
+    assert len(layers(joined.family)) == 1 + 2 + 2 * 10 + 4 * 2
+
+
+def test_esd_trains_the_texts_side(model):
+    patch = forget(
+        model, [Concept("dog", "object")], ESDSettings(steps=2, sampling_steps=2, size=64)
+    )
+    assert sorted(name.partition("txt_")[2] for name in patch.changes) == [
+        "attn_proj", "attn_proj", "attn_qkv", "attn_qkv",
+    ]  # fmt: skip
+    assert len(patch.info["loss"]) and not any(
+        parameter.requires_grad for parameter in model.flux.parameters()
+    )
+
+
+def test_texts_are_one_batch_of_first_tokens(model):
+    text = model.encode_texts(["a dog", "a photo of a dog on the beach"])
+    assert text.context.shape == (2, 24, 128) and text.vectors["pooled_output"].shape == (2, 128)
+    whole = model.pipeline.text_encoder(
+        model.pipeline.tokenizer("a dog", return_tensors="pt").input_ids
+    )[0][0]
+    torch.testing.assert_close(text.context[0, : len(whole)], whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(text.vectors["pooled_output"][0], whole[-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (Prompt("dog " * 30, ""), "32 tokens.*24.*shorten"),
+        (Prompt("a (dog:1.2)", "", plain=False), "weights.*leave"),
+    ],
+)
+def test_prompts_that_it_cannot_read(model, prompt, words):
+    with pytest.raises(ForgetError, match=words):
+        model.encode(prompt)
+
+
+def test_a_patch_of_another_layer_is_refused(model, patch):
+    patch = type(patch)(patch.family, {"lora_unet_other": (torch.ones(2, 1), torch.ones(1, 2))}, {})
+    with pytest.raises(ForgetError, match="lora_unet_other.*does not have"):
+        model.add_patches([(patch, 1.0)])
+
+
+def test_what_is_no_choice_or_missing_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ForgetError, match="demo-dit has a VAE.*leave out"):
+        open_model("demo-dit", vae="demo")
+    monkeypatch.setattr(transformer, "DEMO_TRANSFORMER", tmp_path / "dit.safetensors")
+    with pytest.raises(ForgetError, match="missing at .*dit.safetensors.*install"):
+        open_model("demo-dit")

@@ -1,0 +1,58 @@
+"""Patches of transformers through diffusers' own conversion, onto its own modules."""
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders import lora_pipeline
+
+from fmn.models.families import layers
+from fmn.models.transformers import TRANSFORMERS
+from fmn.models.unknown_family import family_of_model
+from fmn.patches.patch import ForgetPatch
+
+from ..unit.tiny import make_patch
+
+ONE = {"num_layers": 1, "num_single_layers": 1}
+# Lumina 2 is missing: diffusers reads no LoRA of it but with all layers of all blocks.
+DIFFUSERS = {
+    "z_image": ("ZImage", "ZImageTransformer2DModel", {"n_layers": 1, "n_refiner_layers": 1}),
+    "flux": ("Flux", "FluxTransformer2DModel", ONE),
+    "flux2": ("Flux2", "Flux2Transformer2DModel", ONE),
+    "chroma": ("Flux", "ChromaTransformer2DModel", ONE),
+    "qwen_image": ("QwenImage", "QwenImageTransformer2DModel", {"num_layers": 1}),
+    "krea2": ("Krea2", "Krea2Transformer2DModel", {"num_layers": 1}),
+    "anima": ("Anima", "CosmosTransformer3DModel", {"num_layers": 1}),
+    "sd3": ("SD3", "SD3Transformer2DModel", {"num_layers": 1}),
+    "hidream": ("HiDreamImage", "HiDreamImageTransformer2DModel",
+                ONE | {"patch_size": 2, "llama_layers": [0, 0], "caption_channels": [8, 8]}),
+    "ernie": ("ErnieImage", "ErnieImageTransformer2DModel", {"num_layers": 1}),
+    "wan": ("Wan", "WanTransformer3DModel", {"num_layers": 1}),
+}  # fmt: skip
+ENTRIES = [entry for entry in TRANSFORMERS if entry.key in DIFFUSERS]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.key)
+def test_every_key_reaches_the_module_of_diffusers(entry):
+    mixin, network, config = DIFFUSERS[entry.key]
+    with torch.device("meta"):
+        modules = dict(getattr(diffusers, network)(**config).named_modules())
+    paths = dict(entry.diffusers_paths(modules))
+    assert len(paths) == len(entry.readers)
+    shapes = {path: modules[other].weight.shape for path, other in paths.items()}
+    family = family_of_model("Model", shapes, entry=entry)
+    generator = torch.Generator().manual_seed(0)
+    changes = {
+        layer.name: (
+            torch.randn(layer.shape[0], 2, generator=generator),
+            torch.randn(2, layer.shape[1], generator=generator),
+        )
+        for layer in layers(family)
+    }
+    patch = ForgetPatch(family, changes, make_patch().info)
+    loader = getattr(lora_pipeline, f"{mixin}LoraLoaderMixin")
+    found = loader.lora_state_dict(patch.lora(torch.float32))
+    for layer in layers(family):
+        name = f"transformer.{paths[layer.compvis]}"
+        down, up = (found.pop(f"{name}.lora_{part}.weight") for part in "AB")
+        torch.testing.assert_close((up @ down)[:8], patch.change_of(layer.name)[:8])
+    assert not found
