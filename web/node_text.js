@@ -19,7 +19,7 @@ const STYLE = `
 // created: Nodes 2.0 of frontend 1.32.9 does not show elements that are added to a node later.
 const NODES_WITH_TEXT = new Map(Object.entries({
   FMN_ApplyForgetPatch: 60, FMN_ApplyGatedPatch: 60, FMN_AttentionMap: 120,
-  FMN_CompareBeforeAfter: 90, FMN_ConceptBench: 220, FMN_ConceptInversionProbe: 330,
+  FMN_CompareBeforeAfter: 130, FMN_ConceptBench: 220, FMN_ConceptInversionProbe: 330,
   FMN_EraseByNegativePrompt: 60, FMN_HardestEmbedding: 120, FMN_ImportEraser: 120,
   FMN_InspectForgetPatch: 320, FMN_MScore: 120, FMN_MergeForgetPatches: 80,
   FMN_SafeLatentDiffusion: 60, FMN_SaveForgetPatch: 70, FMN_TextualInversion: 120,

@@ -24,6 +24,7 @@ NOT_CHANGED = 1e-7  # relative size of a difference that is rounding in float32
 TOO_LARGE = 0.5  # relative size, over all layers, that no edit of the same base has
 GAP = 3.0  # ratio of neighbouring singular values that counts as the end of an edit
 ENERGY = 0.99  # share of the square of a change that is kept where there is no gap
+GAP_ENERGY = 0.95  # share of the square before a gap, without which it ends no edit
 RANK_WITHOUT_GAP = 64
 
 
@@ -150,7 +151,8 @@ def spectral_rank(values: torch.Tensor) -> int:
 
     A closed form of n concepts has n values and a flat tail of rounding, which a tolerance would
     take in or cut into at random. Where no gap is wider than ``GAP``, as after training, as many
-    as hold 99 % of the square, at most 64.
+    as hold 99 % of the square, at most 64. No end of an edit is a gap behind a first value that
+    holds most, nor one before the last sixteenth of the values, as square matrices have.
 
     Args:
         values: singular values [n], largest first.
@@ -159,9 +161,9 @@ def spectral_rank(values: torch.Tensor) -> int:
     if len(values) < 2:
         return len(values)
     ratios = values[:-1] / values[1:]
-    index = int(ratios[:MAX_RANK].argmax())
+    index = int(ratios[: min(MAX_RANK, len(values) - len(values) // 16)].argmax())
     energy = values.square().cumsum(0) / values.square().sum()
-    if ratios[index] >= GAP and energy[index] >= 0.5:
+    if ratios[index] >= GAP and energy[index] >= GAP_ENERGY:
         return index + 1
     return min(int((energy < ENERGY).sum()) + 1, RANK_WITHOUT_GAP)
 

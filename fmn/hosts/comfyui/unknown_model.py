@@ -50,6 +50,8 @@ def host_of(
 class UnknownModel(ComfyHost):
     """``fmn.models.interface.Model`` over any MODEL that predicts from text."""
 
+    family: UnknownFamily
+
     def __init__(
         self, patcher: ModelPatcher, clip: CLIP | None = None, vae: VAE | None = None
     ) -> None:

@@ -298,6 +298,9 @@ def test_missing_facts_are_asked_for(tmp_path):
     ([1.0, 1e-6], 1),
     ([2.0], 1),
     ([1 / (1 + i) ** 0.5 for i in range(200)], 64),
+    ([1.0] * 90 + [1e-4] * 10, 90),
+    ([1.0] + [0.3 * 0.9**i for i in range(30)], 18),  # as ESD's file had it
+    ([1.0] * 99 + [1e-4], 64),  # the smallest value of a square matrix
 ])  # fmt: skip
 def test_spectral_rank(values, rank):
     assert spectral_rank(torch.tensor(values)) == rank
