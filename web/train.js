@@ -43,7 +43,7 @@ const STYLE = `
 .fmn-train svg .fmn-loss { stroke: var(--fmn-loss); fill: none; }
 .fmn-train svg .fmn-share { stroke: var(--fmn-share); fill: none; }
 .fmn-train .fmn-outcome { margin: 2px 0; font-weight: 600; overflow: hidden; white-space: pre-line;
-  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; }
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 6; }
 .fmn-train .fmn-bar { height: 4px; margin: 4px 0; border-radius: 2px; overflow: hidden;
   background: var(--border-color, #4e4e4e); }
 .fmn-train .fmn-bar div { height: 100%; background: var(--fmn-share); }

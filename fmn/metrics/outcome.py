@@ -60,9 +60,9 @@ class Outcome(NamedTuple):
             parts = [f"{word} by {100 * change:.0f} %" for word, change in self.kept.items()]
             text += f" Nearest kept: {', '.join(parts)}.".replace(" by", " changed by", 1)
         if self.strength < KNOWN:
-            text += (
-                f" The model may not know '{name}': the word changes its predictions only "
-                f"{100 * self.strength:.0f} % as much as '{KNOWN_WORD}' does."
+            return (
+                f"The model may not know '{name}': the word changes its predictions only "
+                f"{100 * self.strength:.0f} % as much as '{KNOWN_WORD}' does. {text}"
             )
         return text
 
