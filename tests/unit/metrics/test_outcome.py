@@ -9,7 +9,7 @@ import torch
 
 from fmn.concepts.concept import Concept, Prompt
 from fmn.linalg import full_change
-from fmn.metrics.outcome import FIRST, GUIDANCE, STEPS, Outcome, nearest, outcomes
+from fmn.metrics.outcome import FIRST, GUIDANCE, SMALLEST, STEPS, Outcome, nearest, outcomes
 from fmn.models.sampling import seeded_noise, trailing_timesteps
 
 from ..tiny import TINY, TinyModel, make_patch, make_scheduler, traces
@@ -32,7 +32,7 @@ def test_the_numbers_are_those_of_the_equations():
             return host.unet(x, torch.tensor([t]), host.encode(Prompt(prompt, prompt)).context)[0]
 
     alphas, times = make_scheduler().alphas_cumprod, trailing_timesteps(1000, STEPS)
-    x = start = seeded_noise([0], TINY.resolution // 8)
+    x = start = seeded_noise([0], SMALLEST // 8)
     shares = []
     for now, following in zip(times[:FIRST], times[1:]):
         with_dog, without = noise(model, PROMPTS["dog"], x, now), noise(model, "a photo of", x, now)
