@@ -32,9 +32,10 @@ from fmn.concepts.concept import Concept
 from fmn.concepts.concept_list import FIELDS, MAX_CONCEPTS, read_concepts
 from fmn.errors import ForgetError
 from fmn.models.families import DEMO, layers
+from fmn.patches.file_check import MAX_RANK
 from fmn.patches.foreign_file import ForeignFile, Tensors
 from fmn.patches.import_patch import import_patch
-from fmn.patches.patch import MAX_RANK, ForgetPatch, load_patch, save_patch
+from fmn.patches.patch import ForgetPatch, load_patch, save_patch
 
 LAYERS = [layer for layer in layers(DEMO) if layer.is_key_or_value][:2]
 GENERATOR = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from random import Random
 from demo import pictures
 from fmn.errors import ForgetError
 from fmn.files import write_whole
-from fmn.hosts.diffusers.transformer import open_model
+from fmn.hosts.diffusers.open import open_model
 from fmn.metrics.demo_judge import ARCHITECTURES, FILE, DemoJudge
 from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling

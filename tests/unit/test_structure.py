@@ -1,7 +1,9 @@
 """The shape of the code: imports run downwards, files and functions stay short, all is typed."""
 
 import ast
+import importlib
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -113,3 +115,20 @@ def test_public_functions_are_typed(name):
         if missing or not returns:
             untyped.append(f"{function.name}({', '.join(missing)})")
     assert not untyped
+
+
+PROGRAMS = sorted(
+    path for name in ("benchmarks", "demo", "tools") for path in ROOT.glob(f"{name}/**/*.py")
+)
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_programs_import_names_that_are_there(path):
+    """Programs that no test runs keep up with the package. (ComfyUI's part needs ComfyUI.)"""
+    for node in ast.walk(tree_of(path)):
+        source = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+        if source.startswith("fmn") and not source.startswith("fmn.hosts.comfyui"):
+            module = importlib.import_module(source)
+            for name in (each.name for each in node.names):
+                is_module = hasattr(module, "__path__") and find_spec(f"{source}.{name}")
+                assert hasattr(module, name) or is_module, f"{source} has no {name}"
