@@ -45,7 +45,9 @@ FAULTS = """() => {
   });
   return found;
 }"""
-SIZES = "() => app.graph.nodes.map(n => [n.title, Math.round(n.size[0]), Math.round(n.size[1])])"
+# Of our nodes; core's PreviewImage grows with its picture.
+SIZES = """() => app.graph.nodes.filter(node => node.type.startsWith('FMN_'))
+  .map(node => [node.title, Math.round(node.size[0]), Math.round(node.size[1])])"""
 # Of every node, how many pictures and how many texts can be seen.
 PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
   const element = document.querySelector(`[data-node-id="${node.id}"]`);
