@@ -45,9 +45,9 @@ FAULTS = """() => {
   });
   return found;
 }"""
-# Of our nodes; core's PreviewImage grows with its picture.
+# Widths of our nodes. In Nodes 2.0 the page makes room for pictures below.
 SIZES = """() => app.graph.nodes.filter(node => node.type.startsWith('FMN_'))
-  .map(node => [node.title, Math.round(node.size[0]), Math.round(node.size[1])])"""
+  .map(node => [node.title, Math.round(node.size[0])])"""
 # Of every node, how many pictures and how many texts can be seen.
 PICTURES = """() => Object.fromEntries(app.graph.nodes.map(node => {
   const element = document.querySelector(`[data-node-id="${node.id}"]`);

@@ -170,7 +170,7 @@ def _value(text: str) -> object:
 
 
 def _file_method(text: str) -> Method:
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         return _folder_method(Path(text))
     file, strength = file_and_strength(text)
     path = Path(file)

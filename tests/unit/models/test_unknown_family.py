@@ -54,7 +54,8 @@ def test_names():
         "lora_unet_a_0_to_k",
         "lora_unet_b",
     ]
-    assert known_names(made) == {layer.name: layer for layer in made.listed}
+    paths = {f"diffusion_model.{layer.compvis}": layer for layer in made.listed}
+    assert known_names(made) == {layer.name: layer for layer in made.listed} | paths
     assert not any(layer.is_text for layer in family("text_encoder.x").listed)
 
 
@@ -76,9 +77,9 @@ def test_fingerprint_covers_every_layer_if_no_keys_are_known():
 
 
 def test_families_are_the_same_by_class():
-    shapes = {"lora_unet_a.lora_up.weight": [6, 2], "lora_unet_a.lora_down.weight": [2, 4]}
-    file = family_of_file("f", "Net", shapes)
-    assert file.is_same(family("b")) and not file.is_same(family_of_file("f", "Flux", shapes))
+    factors = {"lora_unet_a": {"up": [6, 2], "down": [2, 4]}}
+    file, other = (family_of_file("f", name, None, factors) for name in ("Net", "Flux"))
+    assert file.is_same(family("b")) and not file.is_same(other)
     assert [(layer.name, layer.shape) for layer in file.listed] == [("lora_unet_a", (6, 4))]
 
 
@@ -87,9 +88,8 @@ def test_families_are_the_same_by_class():
     [((6, 2), ()), ((), (2, 4)), ((6, 2), (2, 4, 1)), ((0, 2), (2, 4)), ((MAX_ENTRIES, 1), (1, 2))],
 )
 def test_claims_out_of_bounds_are_refused(up, down):
-    shapes = {"lora_unet_a.lora_up.weight": up, "lora_unet_a.lora_down.weight": down}
     with pytest.raises(ForgetError, match="make no weight"):
-        family_of_file("f", "Net", shapes)
+        family_of_file("f", "Net", None, {"lora_unet_a": {"up": up, "down": down}})
 
 
 class InPlace(torch.nn.Module):
