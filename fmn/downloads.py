@@ -1,4 +1,4 @@
-"""What is often saved in place of a file that was to be downloaded, told by its first bytes."""
+"""What is often saved in place of a file that was to be downloaded, by its first bytes."""
 
 import os
 import re
@@ -56,7 +56,7 @@ def first_bytes(path: AnyPath) -> bytes:
 
 
 def reason_of(path: Path, start: bytes, error: Exception) -> str:
-    """Why a file is no safetensors file: as far as it can be told, in the user's words."""
+    """Why a file is no safetensors file: as far as it is known, in plain words."""
     if len(start) < 8:
         return "it is empty" if not start else f"it has only {len(start)} bytes"
     kind = next((kind for magic, kind in OTHER_KINDS.items() if start.startswith(magic)), None)

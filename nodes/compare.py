@@ -13,9 +13,10 @@ from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.jobs.compare import Pair, grid, judged, report
 from ..fmn.metrics.judge import Judge
 from ..fmn.metrics.load import load_judge
-from ..fmn.models.families import DEMO, Family
+from ..fmn.models.families import Family
 from ..fmn.patches.patch import ForgetPatch
 from .common import advanced, clip_input, image_of, lines_of, schema, seed_input, vae_input
+from .demo import DemoConfig, TransformerConfig
 from .page import text_output
 from .progress import Progress
 from .types import Patch
@@ -37,11 +38,11 @@ class CompareBeforeAfter(io.ComfyNode):
         pictures: Pictures of each prompt, each with its own seed.
         first_seed: Seed of a prompt's first picture; the next ones count up.
         steps: Sampling steps (euler).
-        guidance: Guidance scale (cfg). 0: 3.5 for the demo model, 7 for Stable Diffusion, 1 for
+        guidance: Guidance scale (cfg). 0: 3.5 for the demo models, 7 for Stable Diffusion, 1 for
             others. 1: none, as distilled models need.
         size: Pixels of a picture's sides. 0: what the model was trained at.
-        judge: What says what the pictures show. auto: the demo's judge for the demo model, none for
-            others. none: nothing. 'clip:' and a folder of a CLIP model: which of the prompts a
+        judge: What says what the pictures show. auto: the demo's judge for the demo models, none
+            for others. none: nothing. 'clip:' and a folder of a CLIP model: which of the prompts a
             picture looks like.
 
     Outputs:
@@ -95,7 +96,8 @@ class CompareBeforeAfter(io.ComfyNode):
                 "is something to compare with."
             )
         host = host_of(model, clip, vae)
-        found = _judge(judge, host.family, [text for text, _ in rows])  # before any drawing
+        demo = isinstance(model.model.model_config, (DemoConfig, TransformerConfig))
+        found = _judge(judge, demo, [text for text, _ in rows])  # before any drawing
         changed = after or model, after_clip or clip
         if patch is not None:
             changed = host.patched(patch, 1.0), clip
@@ -104,7 +106,7 @@ class CompareBeforeAfter(io.ComfyNode):
         prompts = [(text, first_seed + i) for text, _ in rows for i in range(pictures)]
         count, begun = _Counter(2 * len(prompts)), (model, clip)
         side = size or host.family.resolution
-        guidance = guidance or _usual_guidance(host.family)
+        guidance = guidance or _usual_guidance(host.family, demo)
         before, afterwards = (
             draw(*models, vae, prompts, side, steps, guidance, count) for models in (begun, changed)
         )
@@ -132,18 +134,18 @@ class _Counter(Progress):
         self.show(done, f"picture {done}/{self.total}, {left:.0f} s left")
 
 
-def _usual_guidance(family: Family) -> float:
-    """3.5 for the demo model and 7 for other U-Nets; others have it built in or are asked for."""
-    if family is DEMO:
+def _usual_guidance(family: Family, demo: bool) -> float:
+    """3.5 for demo models and 7 for other U-Nets; others have it built in or are asked for."""
+    if demo:
         return 3.5
     return 7.0 if family.known else 1.0
 
 
-def _judge(name: str, family: Family, prompts: list[str]) -> Judge | None:
+def _judge(name: str, demo: bool, prompts: list[str]) -> Judge | None:
     if name.strip() in ("", "none"):
         return None
     if name.strip() == AUTO:
-        return load_judge("demo") if family is DEMO else None
+        return load_judge("demo") if demo else None
     labels = {"prompt": {text: text for text in dict.fromkeys(prompts)}}
     return load_judge(name.strip(), labels if name.startswith("clip:") else None)
 

@@ -103,8 +103,8 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     save_patch(patch, path)
     size = path.stat().st_size
     found = outcomes(model, patch, concepts, tuple(options.keep))  # the patch is saved already
-    told = {"outcome": [each._asdict() for each in found]}
-    result = {"patch": str(path), "bytes": size, "info": patch.info, **told}
+    outcome = [each._asdict() for each in found]
+    result = {"patch": str(path), "bytes": size, "info": patch.info, "outcome": outcome}
     lines = [describe(patch), *lost_elsewhere(patch.family, patch.changes), *map(str, found)]
     return result, "\n".join([*lines, f"saved: {path} ({size / 1e6:.2f} MB)"])
 

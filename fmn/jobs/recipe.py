@@ -88,7 +88,9 @@ def hash_model_0_1(model: Model) -> str | None:
 
 
 def _name(model: Model) -> str:
-    return f"{model.family.key} {model.family.title} {model.prediction} {model.fingerprint()} "
+    family = model.family
+    name = family.title if family.known else family.base_version
+    return f"{family.key} {name} {model.prediction} {model.fingerprint()} "
 
 
 def _hash_sample(model: Model) -> str:

@@ -18,12 +18,11 @@ POOLED = "pooled"  # no tokens: one vector of the whole prompt
 
 class Reader(NamedTuple):
     """An output projection of attention, by which text changes the picture's tokens, or the first
-    layer that reads the pooled text."""
+    layer that reads the pooled text. The order of tokens is ComfyUI's."""
 
     comfy: str
     diffusers: str
     tokens: str = PICTURE
-    diffusers_tokens: str = ""  # if its order of tokens is another
 
     @property
     def kohya(self) -> str:
@@ -88,8 +87,8 @@ def _numbered(comfy: str, wanted: str, known: Collection[str]) -> Iterator[tuple
         yield comfy.format(*match.groups()), match[0]
 
 
-def _single(comfy: str, diffusers: str = "", order: str = TEXT_PICTURE, other: str = "") -> Reader:
-    return Reader(comfy, diffusers or comfy, order, other)
+def _single(comfy: str, diffusers: str = "", order: str = TEXT_PICTURE) -> Reader:
+    return Reader(comfy, diffusers or comfy, order)
 
 
 DOUBLE_FLUX = Reader("double_blocks.{}.img_attn.proj", "transformer_blocks.{}.attn.to_out.0")
@@ -108,8 +107,7 @@ POOLED_HIDREAM = Reader(
 TRANSFORMERS = (
     Transformer(
         "z_image", "Z-Image", "NextDiT",
-        (_single("layers.{}.attention.out", "layers.{}.attention.to_out.0", TEXT_PICTURE,
-                 PICTURE_TEXT),),
+        (_single("layers.{}.attention.out", "layers.{}.attention.to_out.0"),),
         "z-image", ("x_pad_token",), "kohya", pad=32,
     ),
     Transformer(
@@ -179,7 +177,3 @@ def transformer_of(network: str, names: Collection[str]) -> Transformer | None:
         if entry.network == network and marks:
             return entry
     return None
-
-
-def transformer_named(key: str) -> Transformer:
-    return BY_KEY[key]

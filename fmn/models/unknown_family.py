@@ -73,9 +73,14 @@ class UnknownFamily(Family):
 
     implementation = "https://github.com/comfyanonymous/ComfyUI"
 
+    @property
+    def model(self) -> str:
+        """ComfyUI's class of the model."""
+        return self.base_version
+
     def is_same(self, other: Family) -> bool:
         """Whether the other is the same class of model; layers are compared one by one."""
-        return not other.known and other.title == self.title
+        return isinstance(other, UnknownFamily) and other.model == self.model
 
     def denoiser_layers(self) -> tuple[Layer, ...]:
         return self.listed
@@ -94,9 +99,14 @@ class UnknownFamily(Family):
 def _family(
     model: str, layers: Iterable[UnknownLayer], entry: Transformer | None, **more: Any
 ) -> UnknownFamily:
-    about: dict[str, Any] = dict.fromkeys(("title", "architecture", "base_version"), model)
-    about |= {"resolution": 1024} | ({"architecture": entry.architecture} if entry else {})
-    return UnknownFamily(key=KEY, listed=tuple(layers), entry=entry, **about | more)
+    about: dict[str, Any] = {
+        "title": entry.title if entry else model,
+        "architecture": entry.architecture if entry else model,
+        "resolution": 1024,
+    }
+    return UnknownFamily(
+        key=KEY, base_version=model, listed=tuple(layers), entry=entry, **about | more
+    )
 
 
 def family_of_model(

@@ -166,7 +166,7 @@ def _metadata(patch: ForgetPatch, tensors: Mapping[str, torch.Tensor]) -> dict[s
     side = patch.family.resolution
     metadata = {f"fmn.{key}": json.dumps(value) for key, value in info.items()}
     if isinstance(patch.family, UnknownFamily):
-        metadata["fmn.base.model"] = patch.family.title
+        metadata["fmn.base.model"] = patch.family.model
         if patch.family.entry:
             metadata["fmn.base.transformer"] = patch.family.entry.key
     return metadata | {

@@ -49,7 +49,7 @@ class Task:
             "method": self.settings.method,
             "settings": asdict(self.settings),
             "concepts": [concept.describe() for concept in self.concepts],
-            "family": family.key if family.known else family.title,
+            "family": family.key if family.known else family.base_version,
             "fingerprint": self.fingerprint,
             "prediction": self.model.prediction,
         }

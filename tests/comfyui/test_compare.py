@@ -40,6 +40,16 @@ def test_two_models_can_be_compared_without_a_judge(server):
     assert outputs["compare"]["text"] == ["forgotten: pixels changed by 0 % on average"]
 
 
+def test_the_demo_transformer_is_drawn_and_judged_like_the_demo_model(server):
+    graph = workflow(after=["demo", 0], kept="a cat, 3d render", forgotten="")
+    graph["demo"]["inputs"]["network"] = "transformer"
+    (text,) = server.run(graph)["compare"]["text"]
+    assert text == (
+        "kept: pixels changed by 0 % on average; the judge sees what they name in 1 of 1 before, "
+        "1 after"
+    )
+
+
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [

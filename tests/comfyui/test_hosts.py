@@ -19,22 +19,28 @@ def pipeline_model(pack):
     return pack("fmn.hosts.diffusers.model").DiffusersModel.load("demo")
 
 
-def test_both_hosts_draw_the_same_picture(pack, demo, pipeline_model):
+@pytest.mark.parametrize(
+    ("load", "scheduler"), [("checkpoint", "normal"), ("transformer", "simple")]
+)
+def test_both_hosts_draw_the_same_picture(pack, pipeline_model, load, scheduler):
     """The same first noise, prompt, guidance and steps: pictures equal to float tolerance."""
     import comfy.sample
 
-    model, clip, vae = demo
-    noise = pipeline_model.initial_noise([3], 128)
+    other = pipeline_model
+    if load == "transformer":
+        other = pack("fmn.hosts.diffusers.transformer").DiffusersTransformer.load_demo()
+    noise = other.initial_noise([3], 128)
     with torch.inference_mode():
+        model, clip, vae = getattr(pack("nodes.demo"), f"load_demo_{load}")()
         positive, negative = (
             clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, "")
         )
         latents = comfy.sample.sample(
-            model, noise, STEPS, 3.5, "euler", "normal", positive, negative,
+            model, noise, STEPS, 3.5, "euler", scheduler, positive, negative,
             torch.zeros_like(noise), seed=3,
         )  # fmt: skip
         ours = vae.decode(latents).clone()
-    theirs = pipeline_model.decode(pipeline_model.sample_latents([PROMPT], noise, STEPS, 3.5))
+    theirs = other.decode(other.sample_latents([PROMPT], noise, STEPS, 3.5))
     assert ours.std() > 0.1
     # float32 rounding over ten steps; one grey level is 0.004.
     assert (ours - theirs).abs().max() < 2e-3
@@ -238,23 +244,3 @@ def test_every_key_of_a_full_size_patch_is_known_to_the_loaders(pack, monkeypatc
     ending = re.compile(r"\.processor\.(to_[kv])_lora\.(down|up)\.weight$")
     found = {ending.sub(r".\1", key) for key in converted}
     assert len(found) == modules and found <= inside
-
-
-def test_both_hosts_draw_the_same_picture_with_the_transformer(pack):
-    import comfy.sample
-
-    theirs = pack("fmn.hosts.diffusers.transformer").DiffusersTransformer.load_demo()
-    noise = theirs.initial_noise([3], 128)
-    with torch.inference_mode():
-        model, clip, vae = pack("nodes.demo").load_demo_transformer()
-        positive, negative = (
-            clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, "")
-        )
-        latents = comfy.sample.sample(
-            model, noise, STEPS, 3.0, "euler", "simple", positive, negative,
-            torch.zeros_like(noise), seed=3,
-        )  # fmt: skip
-        ours = vae.decode(latents).clone()
-    drawn = theirs.decode(theirs.sample_latents([PROMPT], noise, STEPS, 3.0))
-    assert ours.std() > 0.1
-    assert (ours - drawn).abs().max() < 2e-3

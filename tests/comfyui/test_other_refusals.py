@@ -14,13 +14,13 @@ def test_other_methods_and_options_refuse(pack, other_host):
     for name in methods.METHODS:
         if name not in ("esd", "reread"):
             preset = methods.METHODS[name][0]
-            with pytest.raises(pack("fmn.errors").ForgetError, match="Flux is none .*Re-read"):
+            with pytest.raises(pack("fmn.errors").ForgetError, match="Flux.1 is none .*Re-read"):
                 methods.forget(model, [concept(pack)], methods.settings_of(preset, {}))
     robust = methods.settings_of("reread-robust", {})
-    with pytest.raises(pack("fmn.errors").ForgetError, match="are for U-Nets, and Flux is none"):
+    with pytest.raises(pack("fmn.errors").ForgetError, match="are for U-Nets, and Flux.1 is none"):
         methods.forget(model, [concept(pack)], robust)
     for changes, message in (
-        ({"layers": "x-strict"}, "Flux has no layers"),
+        ({"layers": "x-strict"}, "Flux.1 has no layers"),
         ({"layers": "x-strict", "protect": True}, "turn protect off"),
     ):
         with pytest.raises(pack("fmn.errors").ForgetError, match=message):
@@ -60,12 +60,12 @@ def saved(pack, other_host, tmp_path):
 
 def test_patch_on_the_wrong_model_is_refused(pack, other_host, comfy_model, saved):
     patch, wrong = pack("fmn.patches.patch").load_patch(saved), pack("fmn.errors").ForgetError
-    with pytest.raises(wrong, match="for Flux, the model is SD3"):
+    with pytest.raises(wrong, match="for Flux.1, the model is Stable Diffusion 3"):
         other_host("SD3").patched(patch, 1.0)
-    with pytest.raises(wrong, match="for Flux, the model is .*demo model"):
+    with pytest.raises(wrong, match="for Flux.1, the model is .*demo model"):
         comfy_model.patched(patch, 1.0)
     with pytest.raises(
-        wrong, match="double_blocks_1_txt_attn_proj', which this Flux does not have"
+        wrong, match="double_blocks_1_txt_attn_proj', which this Flux.1 does not have"
     ):
         other_host("Flux", depth=1).patched(patch, 1.0)
     with pytest.raises(wrong, match=r"of shape \[32, 32\], the model has \[64, 64\]"):

@@ -15,6 +15,36 @@ def reread_settings(pack, **more):
     return pack("fmn.methods.reread.settings").Settings(**changes | more)
 
 
+def unchanged(model, before):
+    """The same bits, and no hook left."""
+    after = model.patcher.model.state_dict()
+    hooked = any(module._forward_hooks for module in model.patcher.model.modules())
+    return not hooked and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", [1, 4], ids=["recording", "with edits"])
+def test_a_model_comes_back_after_error_and_cancel(pack, other_host, fault, step):
+    model = other_host("Flux")
+    before = {key: value.clone() for key, value in model.patcher.model.state_dict().items()}
+
+    def stop(progress):
+        if progress.index == step:
+            raise fault
+
+    with torch.inference_mode(), pytest.raises(fault):
+        pack("fmn.methods").forget(model, [concept(pack)], reread_settings(pack), stop)
+    assert unchanged(model, before)
+
+
+def test_a_concept_that_is_encoded_as_nothing_is_refused(pack, other_host, monkeypatch):
+    model = other_host("Flux")
+    encode, Prompt = model.encode, pack("fmn.concepts.concept").Prompt
+    monkeypatch.setattr(model, "encode", lambda prompt: encode(Prompt("a cat", "")))
+    with torch.inference_mode(), pytest.raises(pack("fmn.errors").ForgetError, match="encoded as"):
+        pack("fmn.methods").forget(model, [concept(pack)], reread_settings(pack))
+
+
 @pytest.mark.parametrize(("name", "layers"), [("Flux", 4), ("SD3", 3), ("Lumina2", 1)])
 def test_reread_solves_from_recorded_rows(pack, other_host, name, layers):
     model = other_host(name)
@@ -25,9 +55,7 @@ def test_reread_solves_from_recorded_rows(pack, other_host, name, layers):
             model, [concept(pack)], reread_settings(pack), steps.append
         )
     assert len(patch.changes) == layers and patch.info["loss"]["last"] < 0.9
-    after = model.patcher.model.state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert not any(m._forward_hooks for m in model.patcher.model.modules())
+    assert unchanged(model, before)
     assert [step.index for step in steps] == list(range(1, steps[0].total + 1))
 
 
@@ -65,7 +93,7 @@ def test_kernels_have_a_gradient_while_a_model_is_borrowed(pack, other_host, mon
 def test_kernels_without_a_gradient_are_refused_in_words(pack, other_host):
     """As ComfyUI 0.33 has them in Anima and Ernie Image, by torch's message."""
     wrong, host = pack("fmn.errors").ForgetError, other_host("Flux")
-    refused = pytest.raises(wrong, match="Flux by functions without a gradient.*use Re-read")
+    refused = pytest.raises(wrong, match="Flux.1 by functions without a gradient.*use Re-read")
     with refused, host.borrow_denoiser():
         raise RuntimeError("Trying to backward through x but no autograd formula was registered")
     with pytest.raises(RuntimeError, match="^another$"), host.borrow_denoiser():

@@ -29,12 +29,7 @@ from ...files import DEMO_FOLDER
 from ...models.families import Family, UNetFamily, identify_unet
 from ...patches.checkpoint import checkpoint_family
 from ...patches.file_kind import kind_of
-from ...patches.foreign_file import (
-    ForeignFile,
-    read_folder,
-    read_foreign,
-    read_parts,
-)
+from ...patches.foreign_file import ForeignFile, read_folder, read_foreign, read_parts
 from ...patches.weight_names import find, unet_places
 from .parts import VAES, Config, Source, make_text_encoder, make_unet, make_vae
 
@@ -47,9 +42,11 @@ UNETS = ("UNet2DConditionModel",)
 TEXTS = "text_encoder", "text_encoder_2"
 EDM = {"edm_mean", "edm_vpred.sigma_max"}
 PREDICTIONS = "epsilon", "v_prediction"
-# What metadata call them: modelspec's key and ComfyUI's.
-TOLD = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
-TOLD_BY = "modelspec.prediction_type", "modelspec.predict_key"
+# Their names in metadata, under modelspec's key and ComfyUI's.
+PREDICTION_NAMES = {
+    "v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon",
+}  # fmt: skip
+PREDICTION_KEYS = "modelspec.prediction_type", "modelspec.predict_key"
 ZEROS = "force_zeros_for_empty_prompt"  # of XL's pipelines
 WORDS = 49408  # of CLIP's tokenizer
 # Pipelines of models that read a picture, and so are saved as what they are.
@@ -60,7 +57,7 @@ KEPT = {
 }
 UNSUPPORTED = (
     " is an unsupported model: Stable Diffusion 1.x, 2.x and XL are supported, and other models "
-    "inside ComfyUI, by the method ESD."
+    "inside ComfyUI, transformers by Re-read and ESD, the rest by ESD."
 )
 
 
@@ -309,8 +306,8 @@ def make_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
 def _prediction(file: ForeignFile, family: UNetFamily) -> Config:
     """The scheduler's settings for a checkpoint: by keys, as ComfyUI knows them, or by metadata.
 
-    XL checkpoints carry keys for it. In Stable Diffusion 2.x the last block's norm tells: its bias
-    spreads wider in the 768 px model, which has no variants with more inputs.
+    XL checkpoints carry keys for it. In Stable Diffusion 2.x the last block's norm shows it: its
+    bias spreads wider in the 768 px model, which has no variants with more inputs.
     """
     keys = file.tensors.keys()
     if EDM & keys:
@@ -318,13 +315,12 @@ def _prediction(file: ForeignFile, family: UNetFamily) -> Config:
             f"'{file.name}' was trained on EDM's noise levels, as CosXL and Playground 2.5 "
             "are, which only ComfyUI supports: train on it inside ComfyUI."
         )
-    told = next(filter(None, (TOLD.get(file.metadata.get(key, "")) for key in TOLD_BY)), None)
-    if "v_pred" in keys:
-        told = "v_prediction"
-    elif told is None and family.key == "sd2":
-        told = "v_prediction" if _has_sd2_mark(file) else None
-    zero_snr = told == "v_prediction" and "ztsnr" in keys
-    return {"prediction_type": told or "epsilon", "rescale_betas_zero_snr": zero_snr}
+    named = (PREDICTION_NAMES.get(file.metadata.get(key, "")) for key in PREDICTION_KEYS)
+    kind = next(filter(None, named), None)
+    if "v_pred" in keys or (kind is None and family.key == "sd2" and _has_sd2_mark(file)):
+        kind = "v_prediction"
+    zero_snr = kind == "v_prediction" and "ztsnr" in keys
+    return {"prediction_type": kind or "epsilon", "rescale_betas_zero_snr": zero_snr}
 
 
 def _has_sd2_mark(file: ForeignFile) -> bool:

@@ -21,7 +21,7 @@ from ...models.families import layers, layers_by_name
 from ...models.interface import Text
 from ...models.module_patching import frozen
 from ...models.sampling import SigmaSchedule, guided
-from ...models.transformers import Reader, transformer_named
+from ...models.transformers import BY_KEY, Reader
 from ...models.unknown_family import UnknownFamily, family_of_model
 from .load import load_pipeline
 from .pipeline_model import PipelineModel
@@ -190,7 +190,7 @@ def _plain_text(prompt: Prompt) -> str:
 
 def _family(flux: FluxTransformer2DModel) -> tuple[UnknownFamily, dict[str, str]]:
     """The family, of the layers that both hosts have, and the path of each by its name."""
-    entry, known = transformer_named("flux"), dict(flux.named_modules())
+    entry, known = BY_KEY["flux"], dict(flux.named_modules())
     paths = dict(replace(entry, readers=entry.readers + MORE_LAYERS).diffusers_paths(known))
     shapes = {comfy: known[path].weight.shape for comfy, path in paths.items()}
     family = family_of_model("Flux", shapes, latent_channels=4, entry=entry, resolution=128)

@@ -33,7 +33,7 @@ from ...models.transformers import Transformer
 from ...models.unknown_family import UnknownFamily
 from ...patches.patch import ForgetPatch
 from ...patches.task import Task
-from .regression_data import SentencePairs
+from .regression_data import SentencePairs, no_difference
 from .settings import Settings
 
 TOKENS_AT_ONCE = 2304  # of pictures in a forward: 4 pictures of 384 pixels
@@ -82,7 +82,13 @@ class Prompts:
         )
 
     def pair(self, sentences: SentencePairs, positions: int) -> tuple[Batch, Batch]:
-        """Sentences with a concept and those without it, at the same noise and positions."""
+        """Sentences with a concept and those without it, at the same noise and positions.
+
+        Raises:
+            ForgetError: both are encoded alike.
+        """
+        if all(_equal(self.texts[text], self.texts[other]) for text, other in sentences):
+            raise no_difference(*sentences[0])
         repeated = [pair for pair in sentences for _ in range(SEEDS)]
         with_concept = self.batch([text for text, _ in repeated], positions)
         return with_concept, with_concept._replace(texts=[self.texts[t] for _, t in repeated])
@@ -131,7 +137,8 @@ def recorded_patch(
         overshoots: of each concept.
 
     Raises:
-        ForgetError: a setting is not for transformers; the model gives numbers that are not finite.
+        ForgetError: a setting is not for transformers; a concept's sentences are encoded as those
+            without it; the model gives numbers that are not finite.
     """
     model, settings = cast(TransformerModel, task.model), task.settings
     if settings.robust_steps or settings.stop_at:
@@ -195,6 +202,15 @@ def solve(
             after = o @ down.mT @ up.mT - move
             shares.append(float(after.square().sum() / move.square().sum()))
     return changes, sum(shares) / len(shares)
+
+
+def _equal(text: Text, other: Text) -> bool:
+    """Whether two prompts are encoded alike."""
+    return torch.equal(text.context, other.context) and all(
+        torch.equal(value, other.vectors[name])
+        for name, value in text.vectors.items()
+        if isinstance(value, Tensor)
+    )
 
 
 def _flat(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,14 @@ KEPT_POSITIONS = 4  # at which a kept sentence is read, for each word
 SentencePairs = Sequence[tuple[str, str]]  # with the concept, and the same without
 
 
+def no_difference(text: str, other: str) -> ForgetError:
+    """The error for a concept whose sentences are encoded as those without it."""
+    return ForgetError(
+        f"'{text:.60}' is encoded as '{other:.60}' is: check how the concept is spelled, and that "
+        "its anchor is something else."
+    )
+
+
 class ConceptSentences:
     """A concept's sentences beside those without it, and queries of drawings of both.
 
@@ -39,10 +47,7 @@ class ConceptSentences:
         texts, others = zip(*pairs)
         self.concept, self.other = model.encode_all(texts), model.encode_all(others)  # [n, 77, D]
         if torch.equal(self.concept, self.other):
-            raise ForgetError(
-                f"'{texts[0]:.60}' is encoded as '{others[0]:.60}' is: check how the concept is "
-                "spelled, and that its anchor is something else."
-            )
+            raise no_difference(texts[0], others[0])
         self.queries = {
             name: torch.cat([with_concept[name], without[name]], 1) for name in with_concept
         }
