@@ -16,7 +16,7 @@ from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import maps_picture
 from ..fmn.methods import DEFAULT, DEFAULT_MANY, MANY, default_settings, forget
-from ..fmn.metrics.outcome import outcomes
+from ..fmn.metrics.outcome import in_words, outcomes
 from ..fmn.patches.patch import ForgetPatch, rescue
 from ..fmn.progress import StepProgress
 from ..fmn.settings import Settings
@@ -145,7 +145,7 @@ def _answer(
     if not isinstance(host, ComfyModel):
         return ""
     try:
-        return "\n".join(map(str, outcomes(host, patch, concepts, keep)))
+        return "\n".join(in_words(outcomes(host, patch, concepts, keep), concepts))
     except (ForgetError, RuntimeError) as error:
         reason = error if isinstance(error, ForgetError) else memory_ran_out(error)
         if reason is None:

@@ -77,7 +77,7 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     from ..files import free_name
     from ..methods import forget
     from ..methods.describe import describe
-    from ..metrics.outcome import outcomes
+    from ..metrics.outcome import in_words, outcomes
     from ..patches.padding import lost_elsewhere
     from ..patches.patch import rescue, save_patch
     from ..training.resume import load_state
@@ -105,7 +105,11 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     found = outcomes(model, patch, concepts, tuple(options.keep))  # the patch is saved already
     outcome = [each._asdict() for each in found]
     result = {"patch": str(path), "bytes": size, "info": patch.info, "outcome": outcome}
-    lines = [describe(patch), *lost_elsewhere(patch.family, patch.changes), *map(str, found)]
+    lines = [
+        describe(patch),
+        *lost_elsewhere(patch.family, patch.changes),
+        *in_words(found, concepts),
+    ]
     return result, "\n".join([*lines, f"saved: {path} ({size / 1e6:.2f} MB)"])
 
 

@@ -67,6 +67,14 @@ class Outcome(NamedTuple):
         return text
 
 
+def in_words(found: Sequence[Outcome], concepts: Sequence[Concept]) -> list[str]:
+    """A line for each, and one more if not all concepts were measured; none if none was."""
+    lines = list(map(str, found))
+    if found and len(found) < len(concepts):
+        lines.append(f"Only these {len(found)} of {len(concepts)} concepts were measured.")
+    return lines
+
+
 def outcomes(
     model: Model, patch: ForgetPatch, concepts: Sequence[Concept], keep: Sequence[str] = ()
 ) -> list[Outcome]:

@@ -2,15 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load, load_file
@@ -257,75 +253,6 @@ def test_strips_of_controls(tmp_path):
     with pytest.raises(ForgetError, match="odd.png' cannot be read"):
         read_controls(tmp_path)
     assert read_controls("") == {}
-
-
-TARGETS = "dog", "apple", "car", "guitar", "robot", "vampire", "mermaid", "blueprint"
-
-
-def started(folder):
-    """The command in a process of its own that has finished a cell, and its worker processes.
-
-    Ctrl-C works there even if it is ignored here, as a shell makes it for what runs in the
-    background.
-    """
-    options = "--count 2 --steps 2 --workers 1 --check= --measure pictures"
-    command = [sys.executable, "-m", "fmn", "bench", *options.split(), "--target", *TARGETS]
-    command += ["--method", "resteer:steps=2", "--out", str(folder)]
-    told = folder / "told.txt"
-    with open(told, "wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stderr=file,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "0"},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-    store = folder / "cells.sqlite"
-    while not (store.is_file() and done(store)):  # pytest's time limit bounds it
-        assert process.poll() is None, told.read_text()
-        time.sleep(0.1)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    assert workers
-    return process, workers
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for a child process")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_cancelled_run_keeps_what_is_done(number, tmp_path):
-    """Ctrl-C or SIGTERM on the real command; the next run needs only the rest."""
-    process, workers = started(tmp_path)
-    try:
-        process.send_signal(number)
-        told = tmp_path / "told.txt"
-        assert process.wait(60) == 130, told.read_text()
-        assert "Cancelled" in told.read_text() and "Traceback" not in told.read_text()
-        assert not psutil.wait_procs(workers, timeout=30)[1], "workers live on"
-        assert (
-            1 <= done(tmp_path / "cells.sqlite") < 3 * len(TARGETS)
-        )  # untouched, training, re-steered
-        assert not list(tmp_path.glob("*.tmp"))
-    finally:
-        end([process, *workers])
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for a child process")
-def test_workers_end_when_their_parent_is_killed(tmp_path):
-    process, workers = started(tmp_path)
-    try:
-        process.kill()
-        process.wait(60)
-        assert not psutil.wait_procs(workers, timeout=30)[1], "workers live on"
-    finally:
-        end([process, *workers])
-
-
-def end(processes):
-    for process in processes:
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            process.kill()
-
-
-def done(path):
-    with Store(path) as store:
-        return len(store)
 
 
 def test_cells_have_the_same_key_in_every_process(setup):

@@ -9,7 +9,16 @@ import torch
 
 from fmn.concepts.concept import Concept, Prompt
 from fmn.linalg import full_change
-from fmn.metrics.outcome import FIRST, GUIDANCE, SMALLEST, STEPS, Outcome, nearest, outcomes
+from fmn.metrics.outcome import (
+    FIRST,
+    GUIDANCE,
+    SMALLEST,
+    STEPS,
+    Outcome,
+    in_words,
+    nearest,
+    outcomes,
+)
 from fmn.models.sampling import seeded_noise, trailing_timesteps
 
 from ..tiny import TINY, TinyModel, make_patch, make_scheduler, traces
@@ -68,6 +77,13 @@ def test_it_takes_few_forwards_however_many_concepts_there_are():
         counts.append((len(found), sum(len(x) for x, *_ in model.seen)))
     each = counts[0][1]
     assert each <= 12 and counts == [(1, each), (2, 2 * each), (3, 3 * each)]
+
+
+def test_it_says_that_some_concepts_were_not_measured():
+    one = Outcome("dog", 0.04, {}, 1.0)
+    assert in_words([one], [DOG]) == ["dog: 4 % of its effect is left."]
+    assert in_words([one], [DOG] * 5)[1:] == ["Only these 1 of 5 concepts were measured."]
+    assert in_words([], [DOG]) == []
 
 
 def test_the_nearest_words_are_those_of_the_smallest_angle():
