@@ -193,7 +193,7 @@ def solve(
             torch.cat([kept, *(o for o, _ in without)]),
             settings.preserve,
             settings.transformer_damping,
-            settings.rank * len(seen),
+            settings.transformer_rank * len(seen),
         )
         changes[name] = up.float(), down.float()
         for (o, _), move in zip(with_concept, moves):
