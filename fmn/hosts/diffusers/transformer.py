@@ -37,7 +37,6 @@ CONFIG = {
 # joins what diffusers has apart.
 MORE_LAYERS = (
     Reader("img_in", "x_embedder"),
-    Reader("txt_in", "context_embedder"),
     *(
         Reader(f"double_blocks.{{}}.{comfy}", f"transformer_blocks.{{}}.{diffusers}")
         for comfy, diffusers in {
