@@ -26,7 +26,7 @@ class TextSide:
     """Flux's pooled layer and text embedder, which must run no further than these."""
 
     prediction, device = "flow", torch.device("cpu")
-    schedule = SigmaSchedule(torch.tensor([0.5, 1.0]), torch.ones(2))
+    schedule = SigmaSchedule(*torch.tensor([[0.5, 1.0], [1.0, 1.0], [0.5, 0.0]]))
 
     def __init__(self, seed=0):
         torch.manual_seed(seed)
