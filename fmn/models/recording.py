@@ -20,7 +20,8 @@ class Rows(NamedTuple):
 
 
 class Recorder:
-    """Collects the rows of layers over forwards, which may each hold a part of the batch.
+    """Collects the rows of layers over forwards, which may each hold a part of the batch, on the
+    CPU and in the precision of the model.
 
     Args:
         positions: numbers of the picture's tokens, [B, P].
@@ -56,11 +57,11 @@ class Recorder:
 
     def _at(self, values: Tensor, tokens: str, positions: Tensor) -> Tensor:
         if tokens == POOLED:
-            return values.detach().reshape(len(values), 1, -1).float().cpu()
+            return values.detach().reshape(len(values), 1, -1).cpu()
         values = values.flatten(1, -2)
         part = values[:, self.entry.picture(tokens, self.count, values.shape[1])]
         chosen = positions[..., None].expand(-1, -1, part.shape[-1])
-        return torch.gather(part, 1, chosen).detach().float().cpu()
+        return torch.gather(part, 1, chosen).detach().cpu()
 
     def taken(self) -> dict[str, Rows]:
         """The rows of all forwards so far, by layer."""

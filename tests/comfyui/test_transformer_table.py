@@ -48,7 +48,7 @@ def predictions(host, x, texts, adapters=None, adapter=None):
 def test_hooks_fire_once_and_in_order(pack, other_host, name):
     """Also with texts of different lengths, each of which takes a forward of its own."""
     host = other_host(name)
-    assert host.family.entry.key == KEYS[name]
+    assert host.family.entry.key == KEYS[name] and host.family.resolution == 1024
     readers, calls = host.family.readers(), []
     tokens = (SIDE // host.family.entry.patch) ** 2
     with host.watch(3, SIDE) as watched, ExitStack() as hooks:

@@ -207,7 +207,8 @@ def _family_of(model: Any) -> UnknownFamily:
         shapes,
         latent_channels=latents.latent_channels,
         latent_factor=FACTORS.get(type(latents).__name__, 8),
-        resolution=getattr(model.model_config, "resolution", 1024),  # the demo transformer has one
+        # The demo transformer has one. (ComfyUI's configurations answer None for what they lack.)
+        resolution=getattr(type(model.model_config), "resolution", 1024),
         entry=transformer_of(
             type(network).__name__, {*modules, *(name for name, _ in network.named_parameters())}
         ),
