@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,11 @@ def predictions(host: UnknownModel, texts: Any, side: int, changes: Any = None) 
         return watched.predict_each(noise, len(watched.schedule) - 1, texts).float()
 
 
-def shares_left(host: UnknownModel, patch: ForgetPatch, path: Path, side: int) -> list[str]:
-    """Of ``left``'s four ways, in per cent."""
-    pairs = sentences(CONCEPT, 2)[:2]
+def shares_left(
+    host: UnknownModel, patch: ForgetPatch, path: Path, side: int, concept: Concept, count: int
+) -> list[float]:
+    """Of ``left``'s ways, as many as this ComfyUI has, over so many sentences."""
+    pairs = sentences(concept, count)[:count]
     with_it, without = ([host.encode(Prompt(text, "")) for text in side] for side in zip(*pairs))
     start = predictions(host, without, side)
     effect = predictions(host, with_it, side) - start
@@ -141,9 +144,13 @@ def shares_left(host: UnknownModel, patch: ForgetPatch, path: Path, side: int) -
     for way in ways:
         with torch.inference_mode():
             found.append(predictions(UnknownModel(way(), host.clip), with_it, side))
-    shares = [f"{100 * share_left(now - start, effect):.1f}" for now in found]
     predictions(host, without, side)  # loads the unpatched model again
-    return shares + ["-"] * (4 - len(shares))
+    return [share_left(now - start, effect) for now in found]
+
+
+def cells(shares: Sequence[float]) -> str:
+    """Four cells of a table, in per cent."""
+    return " | ".join([f"{100 * share:.1f}" for share in shares] + ["-"] * (4 - len(shares)))
 
 
 def measure(name: str, form: str, options: argparse.Namespace) -> None:
@@ -167,13 +174,13 @@ def measure(name: str, form: str, options: argparse.Namespace) -> None:
             seconds, peak = time.process_time() - begin, peak_of()
         hook.remove()
         path = save_patch(patch, Path(folder) / "patch.safetensors")
-        left = shares_left(host, load_patch(path), path, side)
+        left = shares_left(host, load_patch(path), path, side, CONCEPT, 2)
         hooks = any(module._forward_hooks for module in network.modules())
         same = "CHANGED" if hooks or checksums(network) != before else "the same"
         print(
             f"| {size.title} | {blocks or 'all'} | {form} | {resident / GB:.2f} | {len(seen)} | "
             f"{sum(seen)} | {seconds:.1f} | {peak / GB:.2f} | {path.stat().st_size / 1e6:.2f} | "
-            f"{same} | {' | '.join(left)} |",
+            f"{same} | {cells(left)} |",
             flush=True,
         )
 
@@ -185,9 +192,9 @@ def main() -> None:
     parser.add_argument("models", nargs="+", choices=SIZES, metavar="MODEL")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=["bf16", "mixed"])
     parser.add_argument("--blocks", type=int, default=1, help="of each kind; 0: all (1)")
-    parser.add_argument("--size", type=int, default=128, help="pixels a side (128)")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side (64)")
     parser.add_argument("--prompts", type=int, default=1, help="sentences of the concept (1)")
-    parser.add_argument("--keep", type=int, default=4, help="kept sentences (4)")
+    parser.add_argument("--keep", type=int, default=2, help="kept sentences (2)")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
