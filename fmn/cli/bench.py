@@ -15,7 +15,7 @@ from ..methods import DEFAULT, check_family
 from ..patches.scores import Source, check_targets, scores_of, write_scores
 from ..settings import MAX_SEED
 from ..text import printable
-from .options import MODEL
+from .options import MODEL, add_model_options, load_model
 
 if TYPE_CHECKING:  # these load torch, which --help does not need
     from ..bench.running.cells import Method, Setup
@@ -80,6 +80,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
         "--model", default="",
         help=f"{MODEL}; default: the suite's",
     )  # fmt: skip
+    add_model_options(parser)
     parser.add_argument(
         "--method", nargs="+", default=[DEFAULT], metavar="METHOD",
         help=f"what is measured, see below ({DEFAULT})",
@@ -177,7 +178,6 @@ def _make_setup(options: argparse.Namespace) -> tuple["Setup", "Suite", "Family"
     """Setup and suite of the options, and the model's family; loads it for its fingerprint."""
     from ..bench.running.lab import make_setup
     from ..bench.suite import parse_suite, read_suite
-    from ..hosts.diffusers.open import open_model
 
     if not 2 <= options.count <= 1000:
         raise ForgetError(f"--count is {options.count}: use 2 to 1000 pictures.")
@@ -189,15 +189,16 @@ def _make_setup(options: argparse.Namespace) -> tuple["Setup", "Suite", "Family"
     sampling = replace(parse_suite(data, name).sampling, **changed)
     data = data | {"sampling": asdict(sampling)}
     suite = parse_suite(data, name)
-    path = options.model or suite.model
-    if not path:
+    options.model = options.model or suite.model
+    if not options.model:
         raise ForgetError(f"Suite '{suite.name}' names no default for --model: give one.")
     # Who names a judge gets no second one that was not asked for.
     check = options.check if options.check is not None or not options.judge else ""
-    model = open_model(path)
+    model = load_model(options)
     setup = make_setup(
-        data, suite, model.fingerprint(), path, options.judge, check,
-        options.clip, options.controls, options.count, options.seed,
+        data, suite, model.fingerprint(), options.model, options.judge, check, options.clip,
+        options.controls, options.count, options.seed, str(options.vae or ""),
+        options.prediction or "",
     )  # fmt: skip
     return setup, suite, model.family
 

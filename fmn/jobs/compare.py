@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from textwrap import fill
 from typing import NamedTuple
 
 from PIL import Image
@@ -11,7 +12,7 @@ from ..images import heat_map, labelled_grid, to_image
 from ..metrics.judge import Judge
 
 STRONGEST = 0.5  # change of a pixel, of 1, that is drawn palest
-SHOWN = 34  # letters of a label
+LINE = 34  # letters of a label, which has two lines
 
 
 class Pair(NamedTuple):
@@ -51,7 +52,8 @@ def grid(pairs: Sequence[Pair], side: int = 192) -> Image.Image:
     """A row for each pair: before, after, and where they differ."""
     rows = []
     for pair in pairs:
-        title = f"{'forget' if pair.forgotten else 'keep'}: {pair.prompt}"[:SHOWN]
+        title = f"{'forget' if pair.forgotten else 'keep'}: {pair.prompt}"
+        title = fill(title, LINE, max_lines=2, placeholder=" ...")
         if pair.seen and pair.seen[0]:
             before, after = (", ".join(words) for words in pair.seen)
             title += f"\n\nseen: {before}\n-> {after}"

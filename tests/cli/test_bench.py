@@ -67,6 +67,15 @@ def scores(lab, name, result):
     return {key: value["value"] for key, value in made.items() if value is not None}
 
 
+def test_a_worker_loads_the_model_as_given(setup, tmp_path):
+    vae = DiffusersModel.load("demo").pipeline.vae
+    weight = next(vae.parameters()).data.add_(1)
+    vae.save_pretrained(tmp_path)
+    model = make_lab(replace(setup, vae=str(tmp_path), prediction="v_prediction")).model
+    assert model.prediction == "v"
+    assert torch.equal(next(model.pipeline.vae.parameters()), weight)
+
+
 @pytest.mark.parametrize("name", ["dog", "ink drawing"])
 def test_a_model_that_forgot_nothing_scores_as_such(lab, name):
     result = pictures(lab, name, [])
@@ -201,6 +210,9 @@ def test_a_second_run_does_nothing_again(finished, capsys):
         (["--steps", "0"], "Sampling steps are 0"),
         (["--size", "100"], "multiple of 64"),
         (["--model", "nosuch.safetensors"], "nosuch.safetensors"),
+        (["--vae", "nosuch.safetensors"], "nosuch.safetensors"),
+        (["--model", "demo-dit", "--vae", "demo"], "leave out --vae and --prediction"),
+        (["--prediction", "v"], "--prediction: invalid choice: 'v'"),
     ],
 )
 def test_what_is_wrong_with_the_options_is_said(arguments, told, tmp_path, capsys):

@@ -118,7 +118,7 @@ def test_the_note_says_what_goes_along_with_another_name(prompts, path):
             for widget, value in item["inputs"].items()
             if isinstance(value, str) and name in value.replace("_", " ")
         }
-        assert [each for each in told if f"`{each}`" not in note] == []
+        assert [each for each in told if f"**{each}**" not in note] == []
         drawn = [i for i in sent.values() if i["class_type"] == "CLIPTextEncode"]
         if any(name in item["inputs"]["text"] for item in drawn):
             assert "prompt" in note

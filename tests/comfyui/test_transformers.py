@@ -11,7 +11,7 @@ from .parts import concept
 
 
 def reread_settings(pack, **more):
-    changes = {"prompts": 2, "keep_prompts": 6, "query_positions": 4, "size": 64, "passes": 2}
+    changes = {"transformer_prompts": 2, "keep_prompts": 6, "query_positions": 4, "size": 64}
     return pack("fmn.methods.reread.settings").Settings(**changes | more)
 
 

@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def patch(model):
-    settings = Settings(prompts=1, keep_prompts=4, query_positions=4, passes=1)
+    settings = Settings(transformer_prompts=1, keep_prompts=4, query_positions=4, passes=1)
     return forget(model, [Concept("dog", "object")], settings)
 
 

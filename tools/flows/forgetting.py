@@ -52,9 +52,9 @@ def _with_keep_list(note, concept, keep, method, file, *prompts):
 
 def forget_a_person():
     return _with_keep_list(
-        "An **identity**: a person or a character. The method is **Re-read**, which is the default "
-        "too. The **keep-list** names those who look most alike first; a list of people comes "
-        "along.\n\nLook at the neighbours, not only at who is gone.\n\n**Somebody else?** Change "
+        "An **identity**: a person or a character. The method is the default, **Re-read**. The "
+        "**keep-list** names those who look most alike; the list *people* adds more.\n\n"
+        "Look at the neighbours, not only at who is gone.\n\n**Somebody else?** Change "
         "`name` in *Concept to Forget*, `words` in *Keep List* to those who look alike (without "
         "the new name), the prompts in `forgotten` and `kept`, and `filename_prefix` in *Save "
         "Forget Patch*.",
@@ -69,8 +69,8 @@ def forget_a_person():
 
 def forget_an_object():
     return _with_keep_list(
-        "An **object**, with an **anchor**: what is to be drawn instead. An alias names the same "
-        "thing in other words, and is forgotten too. The method is **TRCE**, a closed form on the "
+        "An **object**, with an **anchor**: what to draw instead. An alias names the same thing in "
+        "other words, and is forgotten too. The method is **TRCE**, a closed form on the "
         "token that sums up a prompt.\n\n**Something else?** Change `name`, `aliases` and `anchor` "
         "in *Concept to Forget* (the last two may be empty), `words` in *Keep List* to its "
         "neighbours (without the new name), the prompts in `forgotten` and `kept`, and "
@@ -87,12 +87,11 @@ def forget_an_object():
 
 def forget_a_style():
     return _with_keep_list(
-        "A **style**: kind *style* trains with 'a photo in the style of ...'. The things it drew "
-        "and the other styles shall stay, so the **keep-list** names those styles, and a list of "
-        "styles comes along.\n\n**Another style?** Change `name` in *Concept to Forget*, `words` "
-        "in *Keep List* to other styles (without the new name), the prompts in `forgotten` and "
-        "`kept`, and "
-        "`filename_prefix` in *Save Forget Patch*.",
+        "A **style**: kind *style* trains with 'a photo in the style of ...'. Other styles must "
+        "stay, and so must the things drawn in this one. So the **keep-list** names other styles, "
+        "and the list *styles* adds more.\n\n**Another style?** Change `name` in *Concept to "
+        "Forget*, `words` in *Keep List* to other styles (without the new name), the prompts in "
+        "`forgotten` and `kept`, and `filename_prefix` in *Save Forget Patch*.",
         {"name": "ink drawing", "kind": "style"},
         {"list": "styles", "words": "blueprint\nneon sign\nblack silhouette\ntwemoji"},
         None,
@@ -105,11 +104,10 @@ def forget_a_style():
 def uce_and_keep_list():
     return _with_keep_list(
         "**UCE** is a closed form: no training, done in a moment. The **keep-list** protects "
-        "words: your own, such as close neighbours, and a list that comes along.\n\nThe dog goes, "
-        "the cat stays.\n\n**Something else?** Change `name` in *Concept to Forget*, `words` in "
-        "*Keep List* to its neighbours (without the new name), the prompts in `forgotten` and "
-        "`kept`, and "
-        "`filename_prefix` in *Save Forget Patch*.",
+        "your own words, such as close neighbours, and those of the list *common*.\n\nThe dog "
+        "goes, the cat stays.\n\n**Something else?** Change `name` in *Concept to Forget*, "
+        "`words` in *Keep List* to its neighbours (without the new name), the prompts in "
+        "`forgotten` and `kept`, and `filename_prefix` in *Save Forget Patch*.",
         {},
         {"list": "common", "words": "cat\nrabbit\nbear\na photo"},
         ("FMN_MethodUce", {"tokens": "from-last"}),
@@ -151,10 +149,10 @@ def forget_many():
 
 def correct_a_concept():
     flow = Workflow(
-        "Forgetting can mend. The demo model never learned the word *puppy* and draws anything. "
-        "**Concept Ablation** teaches it to draw what it draws for the **anchor**, *dog*. UCE "
-        "would do so in a moment.\n\nSee docs/correction.md.\n\n**Another word?** Change `name` "
-        "and `anchor` in *Concept to Forget*, and write the new word into each line of its "
+        "The same methods can correct a model. The demo model never learned the word *puppy* and "
+        "draws anything. **Concept Ablation** teaches it to draw what it draws for the **anchor**, "
+        "*dog*. UCE does so in a moment.\n\nSee docs/correction.md.\n\n**Another word?** Change "
+        "`name` and `anchor` in *Concept to Forget*, and write the new word into each line of its "
         "`prompts`. Then change the prompts in `forgotten` and `kept`, and `filename_prefix` in "
         "*Save Forget Patch*."
     )

@@ -36,7 +36,7 @@ def measure_a_patch():
         "Three looks at one patch.\n\n**ConceptBench** lets a judge say what pictures show: is the "
         "dog gone (UA), are its neighbours (IRA) and styles (CRA) still there? The report is in "
         "`output/forget_bench/dog`. Four pictures a question are few; take 12 or more.\n\n"
-        "**M-Score** tells whether words learned from pictures of dogs still mean *dog*. "
+        "**M-Score** measures whether words learned from pictures of dogs still mean *dog*. "
         "**Attention Map** shows where the word *dog* is read in a picture that the model draws of "
         "it. Its share may even rise a little after forgetting: Re-read changes what is read "
         "there, not how much.\n\n**Something else?** Change `name` in *Concept to Forget* to "

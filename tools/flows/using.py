@@ -2,12 +2,14 @@
 
 from .workflow import Workflow
 
+DOG = ["a photo of a dog", "a dog, noto emoji"], ["a cat, noto emoji", "a horse, twemoji"]
+
 
 def downloaded_patch():
     flow = Workflow(
-        "A patch that somebody gives you is a file. Put it in `models/forget_patches`, press *R*, "
+        "A patch that somebody gave you is a file. Put it in `models/forget_patches`, press *R*, "
         "and choose it in **Load Forget Patch**. The one chosen here comes with the pack.\n\nThe "
-        "file is checked when it is loaded. **Inspect** tells what it says of itself, which "
+        "file is checked when it is loaded. **Inspect** shows what it says about itself, which "
         "proves nothing: look at pictures. A patch for another family of models is refused.\n\n"
         "**Another patch?** Choose it in `file`, and write its concept into `forgotten` "
         "in both *Compare* nodes."
@@ -56,23 +58,21 @@ def gated_patch():
 
 def safe_latent_diffusion():
     flow = Workflow(
-        "**Safe Latent Diffusion** steers sampling away from a concept. No training, no change of "
-        "weights; whoever can edit the workflow can take it out.\n\nThe presets are the paper's, "
-        "made for 50 steps of Stable Diffusion 1.4.\n\n**Something else?** Change `name` and "
-        "`kind` in *Concept to Forget*, and the prompts in `forgotten` and `kept`."
+        "**Safe Latent Diffusion** steers sampling away from a text. No training, no change of "
+        "weights; whoever can edit the workflow can take it out.\n\nIt only steers *away*: "
+        "where the dogs were, little is left that can be recognised. Now and then a dog comes "
+        "through, and kept pictures change a little.\n\nThe presets are the paper's, made for 50 "
+        "steps of Stable Diffusion 1.4. *max* also damages what should stay.\n\n**Something "
+        "else?** Change `text` in *Safe Latent Diffusion*, and the prompts in `forgotten` and "
+        "`kept`."
     )
     load = flow.demo()
-    concept = flow.concept("ink drawing", kind="style")
     flow.column()
     safe = flow.add(
-        "FMN_SafeLatentDiffusion", model=[load, 0], clip=[load, 1], concepts=[concept, 0],
-        preset="max",
-    )  # fmt: skip
+        "FMN_SafeLatentDiffusion", model=[load, 0], clip=[load, 1], text="dog", preset="strong"
+    )
     flow.column()
-    compared = flow.compare(
-        load, "", ["a photo of a cat in the style of ink drawing"], ["a cat, noto emoji"],
-        after=[safe, 0], steps=50,
-    )  # fmt: skip
+    compared = flow.compare(load, "", *DOG, after=[safe, 0], steps=50)
     flow.column()
     flow.show(compared)
     return flow

@@ -10,7 +10,8 @@ class Workflow:
     """
 
     def __init__(self, note):
-        self.note, self.nodes, self.titles, self.columns = note, {}, {}, [[0]]
+        self.note = note.replace("`", "**")  # newer pages draw code blue, on a note's brown
+        self.nodes, self.titles, self.columns = {}, {}, [[0]]
         self.rows, self.height = 1, 400  # of pictures in the thumbnail, and of each in pixels
         self.enclosed, self.promoted = [], []
         self.form = {}  # what App mode shows of it

@@ -32,9 +32,10 @@ class Setup:
         fingerprint: of the model's weights.
         judge, check, clip: judge specs, "" for none.
         controls: folder of strips of pictures, or "".
-        judges: hash of all files of judges and controls.
+        judges: hash of all files of judges, controls and VAE.
         count: pictures a question.
         seed: of everything drawn at random.
+        vae, prediction: as given for the model, or "".
     """
 
     suite: dict
@@ -47,6 +48,8 @@ class Setup:
     judges: str = ""
     count: int = 12
     seed: int = 0
+    vae: str = ""
+    prediction: str = ""
 
     def identity(self) -> dict:
         """All of it that decides results, as plain data; where files lie does not."""
@@ -54,7 +57,11 @@ class Setup:
             name: re.sub(r"^clip:.*?(\+nudenet)?$", r"clip:\1", getattr(self, name))
             for name in ("judge", "check", "clip")
         }
-        return asdict(self) | {"model": "", "controls": ""} | judges
+        data = asdict(self) | {"model": "", "controls": ""} | judges
+        del data["vae"]
+        if not self.prediction:
+            del data["prediction"]  # as in stores that are older
+        return data
 
     def key(self) -> str:
         """Short hash of ``identity``."""

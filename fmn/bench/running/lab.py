@@ -153,6 +153,8 @@ def make_setup(
     controls: str = "",
     count: int = 12,
     seed: int = 0,
+    vae: str = "",
+    prediction: str = "",
 ) -> Setup:
     """A ``Setup`` whose empty fields have the suite's defaults.
 
@@ -173,8 +175,10 @@ def make_setup(
     if not controls and judge.startswith("demo"):
         controls = demo_controls()
     files = [path for spec in (judge, check, clip) for path in weight_files(spec)]
-    judges = hash_of([*files, Path(controls)] if controls else files)
-    return Setup(data, model, fingerprint, judge, check, clip, controls, judges, count, seed)
+    judges = hash_of([*files, *(Path(path) for path in (controls, vae) if path)])
+    return Setup(
+        data, model, fingerprint, judge, check, clip, controls, judges, count, seed, vae, prediction
+    )
 
 
 def judge_for(spec: str, suite: Suite) -> Judge:
@@ -206,7 +210,7 @@ def hash_of(paths: Iterable[Path]) -> str:
     for path in paths:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
-            if file.is_file() and file.suffix.lower() in HASHED:
+            if file.is_file() and (file == path or file.suffix.lower() in HASHED):
                 size = file.stat().st_size
                 digest.update(f"{file.name}|{size}|".encode())
                 with open(file, "rb") as opened:

@@ -55,7 +55,7 @@ def make_lab(setup: Setup) -> Lab:
     from ...hosts.diffusers.open import open_model
     from ...models.interface import UNetModel
 
-    model = open_model(setup.model)
+    model = open_model(setup.model, vae=setup.vae or None, prediction=setup.prediction or None)
     if model.fingerprint() != setup.fingerprint:
         raise ForgetError(
             f"The model at '{setup.model}' on this machine has other weights than the one the run "

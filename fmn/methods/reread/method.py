@@ -54,16 +54,16 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
     of adversarial training follow.
     """
     model, concepts, settings = task.model, task.concepts, task.settings
-    pairs = [sentences(concept, settings.prompts) for concept in concepts]
-    kept = kept_texts(concepts, task.keep, settings)
     options.check_steps(settings.robust_steps * len(concepts))  # before any work
+    kept = kept_texts(concepts, task.keep, settings)
+    if not model.family.known:
+        return recorded_patch(task, kept)
+    pairs = [sentences(concept, settings.prompts) for concept in concepts]
     styles = [concept.name for concept in concepts if concept.kind == "style"]
     overshoots = [
         settings.overshoot_style if concept.kind == "style" else settings.overshoot
         for concept in concepts
     ]
-    if not model.family.known:
-        return recorded_patch(task, pairs, kept, overshoots)
     with model.borrow_denoiser() as denoiser:
         lists = [*both_sides(pairs), kept]
         counts = len(concepts), len(styles)

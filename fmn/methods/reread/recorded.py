@@ -23,6 +23,7 @@ from ...closed_form.input_edit import Changes
 from ...closed_form.output_edit import PartProgress
 from ...closed_form.reduced_rank import reduced_rank_ridge
 from ...concepts.concept import Prompt
+from ...concepts.prompt_templates import sentences
 from ...errors import ForgetError
 from ...linalg import to_float64
 from ...models.adapters import FixedAdapter, attached
@@ -126,15 +127,11 @@ class RowSampler:
         return recorder.taken()
 
 
-def recorded_patch(
-    task: Task, pairs: Sequence[SentencePairs], kept: Sequence[str], overshoots: Sequence[float]
-) -> ForgetPatch:
+def recorded_patch(task: Task, kept: Sequence[str]) -> ForgetPatch:
     """Solve for all readers of a transformer; its losses are 1 and what is left, see ``solve``.
 
     Args:
-        pairs: of each concept, sentences with it and without.
         kept: sentences.
-        overshoots: of each concept.
 
     Raises:
         ForgetError: a setting is not for transformers; a concept's sentences are encoded as those
@@ -146,6 +143,7 @@ def recorded_patch(
             f"robust_steps and stop_at are for U-Nets, and {model.family.title} is none: set both "
             "to 0."
         )
+    pairs = [sentences(concept, settings.transformer_prompts) for concept in task.concepts]
     texts = [text for some in pairs for pair in some for text in pair]
     prompts = Prompts(model, [*texts, *kept], settings)
     concepts = [prompts.pair(some, settings.query_positions) for some in pairs]
@@ -160,7 +158,7 @@ def recorded_patch(
         changes: Changes = {}
         for _ in range(settings.passes):
             seen = [sampler.rows(batch, changes) for batch, _ in concepts]
-            changes, left = solve(seen, targets, others, overshoots, settings)
+            changes, left = solve(seen, targets, others, settings)
     return task.patch(changes, [1.0, left])
 
 
@@ -168,12 +166,11 @@ def solve(
     seen: Sequence[RowsByLayer],
     targets: Sequence[RowsByLayer],
     others: RowsByLayer,
-    overshoots: Sequence[float],
     settings: Settings,
 ) -> tuple[Changes, float]:
-    """The change of each layer that moves its outputs y to y + (1 + b) (y* - y).
+    """The change of each layer that moves its outputs y to y + (1 + overshoot) (y* - y).
 
-    Rows of kept prompts and those without the concepts stay; b is the overshoot.
+    Rows of kept prompts and those without the concepts stay.
 
     Args:
         seen, targets: rows (o, y) with each concept and (o*, y*) without it. others: kept rows.
@@ -182,6 +179,7 @@ def solve(
         changes, and the mean over layers and concepts of |dW o - (y* - y)|^2 / |y* - y|^2.
     """
     changes, shares = {}, []
+    further = 1 + settings.transformer_overshoot
     for name in others:
         with_concept, without = ([_flat(rows[name]) for rows in some] for some in (seen, targets))
         kept, _ = _flat(others[name])
@@ -191,11 +189,11 @@ def solve(
                 f"'{name}' gave numbers that are not finite: load the model in bfloat16 or float32."
             )
         up, down = reduced_rank_ridge(
-            [(o, (1 + b) * move) for (o, _), move, b in zip(with_concept, moves, overshoots)],
+            [(o, further * move) for (o, _), move in zip(with_concept, moves)],
             torch.cat([kept, *(o for o, _ in without)]),
             settings.preserve,
-            settings.damping,
-            settings.rank * len(seen),
+            settings.transformer_damping,
+            settings.transformer_rank * len(seen),
         )
         changes[name] = up.float(), down.float()
         for (o, _), move in zip(with_concept, moves):

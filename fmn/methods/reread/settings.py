@@ -122,6 +122,35 @@ class Settings(Base, method="reread"):
         "Transformers only: how often layers are recorded and solved. Each pass sees the edits of "
         "the one before. 1: fastest.",
         limits=(1, 20),
+        group="transformer",
+    )
+    transformer_overshoot: float = advanced(
+        0.7,
+        "Transformers: how far to overshoot, for all kinds, in place of overshoot and "
+        "overshoot_style. Higher forgets more reliably and harms neighbours more.",
+        limits=(0.0, 4.0, 0.01),
+        group="transformer",
+    )
+    transformer_prompts: int = advanced(
+        40,
+        "Transformers: sentences with each name of the concept, in place of prompts. Fewer harm "
+        "neighbours more.",
+        limits=(1, 180),
+        group="transformer",
+    )
+    transformer_damping: float = advanced(
+        0.05,
+        "Transformers: ridge penalty, in place of damping. Small: a stronger edit that harms "
+        "neighbours more. Large: no edit.",
+        limits=(1e-9, 1e6, 0.001),
+        group="transformer",
+    )
+    transformer_rank: int = advanced(
+        16,
+        "Transformers: largest rank of a layer's change for each concept, in place of rank. The "
+        "file grows with it.",
+        limits=(1, 128),
+        group="transformer",
     )
 
     @property

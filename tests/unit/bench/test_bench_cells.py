@@ -57,11 +57,12 @@ def test_a_setup_s_key():
     """As a cell's: all that decides numbers, and no place of a file."""
     key = (setup := make_setup()).key()
     changes = [{"fingerprint": "g"}, {"judge": "other"}, {"judges": "h"}, {"check": "c"},
-               {"count": 5}, {"seed": 1}, {"suite": data(far=["cat"])},
+               {"count": 5}, {"seed": 1}, {"prediction": "v_prediction"},
+               {"suite": data(far=["cat"])},
                {"suite": data(sampling={"steps": 3, "guidance": 2})}]  # fmt: skip
     keys = {replace(setup, **change).key() for change in changes}
     assert len(key) == 12 and len(keys) == len(changes) and key not in keys
-    assert key == replace(setup, model="elsewhere", controls="elsewhere").key()
+    assert key == replace(setup, model="elsewhere", controls="elsewhere", vae="elsewhere").key()
     keys = {
         ending: [replace(setup, judge=f"clip:{place}{ending}").key() for place in ("/a", "/b")]
         for ending in ("", "+nudenet")

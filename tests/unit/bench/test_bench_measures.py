@@ -9,6 +9,7 @@ from fmn.bench.measures.mscore import mscore, template_and_asks
 from fmn.bench.measures.pictures import coherence, kept_asks, pictures
 from fmn.bench.running.cells import Cell, parse_method
 from fmn.bench.running.lab import check_domains, from_bytes, hash_of, to_bytes
+from fmn.bench.running.lab import make_setup as setup_of
 from fmn.bench.suite import Target
 from fmn.errors import ForgetError
 from fmn.metrics.judge import JoinedJudges
@@ -16,7 +17,7 @@ from fmn.models.families import FAMILIES
 from fmn.patches.patch import ForgetPatch
 
 from ..tiny import TINY, make_patch, random_changes
-from ..worlds import GreyJudge, make_lab, make_setup, make_trial
+from ..worlds import SUITE, GreyJudge, data, make_lab, make_setup, make_trial
 
 trial_of = partial(make_trial, judge=GreyJudge(), count=4)
 
@@ -186,6 +187,16 @@ def test_the_hash_of_judges_is_of_their_files(tmp_path):
     assert hash_of([folder]) == before
     (folder / "model.safetensors").write_bytes(b"b" * 10)
     assert hash_of([folder]) != before
+    assert hash_of([folder / "notes.txt"]) != hash_of([])  # a file that is named counts
+
+
+def test_a_vae_counts_as_what_it_holds(tmp_path):
+    (vae := tmp_path / "vae.pt").write_bytes(b"a")
+    given = data(), SUITE, "f", "little", "demo"
+    plain, one = setup_of(*given), setup_of(*given, vae=str(vae))
+    assert one.vae == str(vae) and one.key() != plain.key()
+    vae.write_bytes(b"b")
+    assert setup_of(*given, vae=str(vae)).key() not in (one.key(), plain.key())
 
 
 def test_what_the_mscore_is_learned_from(sampler):
