@@ -157,7 +157,7 @@ def measure(name: str, form: str, options: argparse.Namespace) -> None:
     """Print one row."""
     size, blocks = SIZES[name], options.blocks
     settings = settings_of("reread", {
-        "size": options.size, "prompts": options.prompts, "keep_prompts": options.keep,
+        "size": options.size, "transformer_prompts": options.prompts, "keep_prompts": options.keep,
     })  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
