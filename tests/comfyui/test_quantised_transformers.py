@@ -82,6 +82,10 @@ def test_reread_trains_on_them_as_they_are(pack, quantised, tmp_path):
     # ComfyUI rounds a merged weight to 8 bits again, and at random.
     for way in ways:
         assert torch.cosine_similarity(way.flatten(), exact.flatten(), 0) > 0.8
+    if hasattr(comfy.sd, "load_bypass_lora_for_models"):  # ComfyUI 0.33's Load LoRA (Bypass)
+        beside, _ = comfy.sd.load_bypass_lora_for_models(host.patcher, None, lora, 1.0, 0.0)
+        way = predictions(type(host)(beside), x, texts) - plain
+        assert (way - exact).norm() < 1e-2 * exact.norm()
     predictions(host, x, texts)  # loads the unpatched model again
     check_unchanged(model, before)
 

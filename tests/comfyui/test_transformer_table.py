@@ -169,6 +169,9 @@ def test_patches_by_every_way_of_loading(pack, other_host, tmp_path, name, metho
     }
     ways = [predictions(type(host)(way), x, texts) for way in (host.patched(loaded, 1.0), stock)]
     ways.append(predictions(host, x, texts, fixed, adapter))
+    if hasattr(comfy.sd, "load_bypass_lora_for_models"):  # ComfyUI 0.33's Load LoRA (Bypass)
+        beside, _ = comfy.sd.load_bypass_lora_for_models(host.patcher, None, tensors, 1.0, 0.0)
+        ways.append(predictions(type(host)(beside), x, texts))
     change, rounding = (ways[0] - plain).norm(), 1e-6 * plain.norm()
     assert change > 100 * rounding
     for way in ways[1:]:
