@@ -227,10 +227,10 @@ def _sampled(model: Model, prompt: Prompt, settings: Settings) -> torch.Tensor:
     given = settings.sample_steps, settings.guidance
     if family.known:
         return cast(UNetModel, model).sample(prompt, seeds, size, *given)
-    texts = [model.encode(prompt), model.encode(Prompt("", ""))]
+    text, empty = model.encode(prompt), model.encode(Prompt("", ""))
     parts = seeded_noise(seeds, side, channels).split(DRAWN_AT_ONCE)
     with model.borrow_denoiser() as denoiser:
-        return torch.cat([drawn(denoiser, *texts, noise, *given).cpu() for noise in parts])
+        return torch.cat([drawn(denoiser, text, empty, noise, *given).cpu() for noise in parts])
 
 
 class Batch(NamedTuple):

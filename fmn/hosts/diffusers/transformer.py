@@ -137,8 +137,8 @@ class DiffusersTransformer(PipelineModel[UnknownFamily]):
         self, texts: Sequence[str | Prompt], noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
         plain = [text if isinstance(text, str) else _plain_text(text) for text in texts]
-        texts = self.encode_texts(plain), self.encode_texts([""])
-        return drawn(_Denoiser(self), *texts, noise, steps, guidance)
+        text, empty = self.encode_texts(plain), self.encode_texts([""])
+        return drawn(_Denoiser(self), text, empty, noise, steps, guidance)
 
     @contextmanager
     def borrow_denoiser(self) -> Iterator[_Denoiser]:
