@@ -174,7 +174,7 @@ def measure(name: str, form: str, options: argparse.Namespace) -> None:
             seconds, peak = time.process_time() - begin, peak_of()
         hook.remove()
         path = save_patch(patch, Path(folder) / "patch.safetensors")
-        left = shares_left(host, load_patch(path), path, side, CONCEPT, 2)
+        left = shares_left(host, load_patch(path), path, side, CONCEPT, 1)
         hooks = any(module._forward_hooks for module in network.modules())
         same = "CHANGED" if hooks or checksums(network) != before else "the same"
         print(
