@@ -1,6 +1,6 @@
 """What a patch by Re-read asks for on a diffusion transformer, before anything is computed.
 
-    COMFYUI_PATH=... python benchmarks/transformer_plan.py [MODEL ...] [--method reread:prompts=20]
+    COMFYUI_PATH=... python benchmarks/transformer_plan.py [MODEL ...] [--method reread:passes=1]
 
 Models are built of ComfyUI's classes without memory for their weights, and a forward pass is gone
 through on tensors without numbers, which gives its FLOPs (a product and a sum are two). The method
@@ -171,7 +171,7 @@ def plan(family: UnknownFamily, length: Callable[[str], int], settings: Any) -> 
     Args:
         length: function from a text to its tokens, as many as the network reads.
     """
-    stand_in, ledger = StandIn(family, length, 2 * settings.rank), Ledger(family)
+    stand_in, ledger = StandIn(family, length, 2 * settings.transformer_rank), Ledger(family)
     with ledger.open():
         patch = forget(stand_in, [Concept("dog", kind="object")], settings)
     samples = sum(count for count, _ in stand_in.forwards)

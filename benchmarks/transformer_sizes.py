@@ -215,6 +215,17 @@ def start() -> None:
     logging.disable(logging.WARNING)
 
 
+def config_of(size: Size, blocks: int) -> dict[str, Any]:
+    """The configuration as this ComfyUI takes it, with so many blocks of each kind, 0 for all."""
+    from comfy.ldm.flux.model import FluxParams
+
+    config = size.cut(blocks)
+    if "txt_ids_dims" not in FluxParams.__dataclass_fields__:  # before ComfyUI 0.33
+        for name in ("txt_ids_dims", *(("vec_in_dim",) if size.kind == "Chroma" else ())):
+            config.pop(name, None)
+    return config
+
+
 def build(size: Size, blocks: int, dtype: Any, device: str) -> Any:
     """A MODEL's inner model; its weights are whatever memory holds.
 
@@ -226,18 +237,11 @@ def build(size: Size, blocks: int, dtype: Any, device: str) -> Any:
     """
     import comfy.supported_models
     import torch
-    from comfy.ldm.flux.model import FluxParams
 
     kind = getattr(comfy.supported_models, size.kind, None)
     if kind is None:
         raise LookupError(f"This ComfyUI has no {size.kind}.")
-    config = size.cut(blocks) | {"dtype": dtype}
-    newer = "txt_ids_dims" in FluxParams.__dataclass_fields__  # ComfyUI 0.33
-    for name in () if newer else ("txt_ids_dims",):
-        config.pop(name, None)
-    if not newer and size.kind == "Chroma":
-        config.pop("vec_in_dim")
-    made = kind(config)
+    made = kind(config_of(size, blocks) | {"dtype": dtype})
     made.set_inference_dtype(dtype, None)
     with torch.inference_mode():
         return made.get_model({}, device=torch.device(device))

@@ -17,6 +17,7 @@ from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import maps_picture
 from ..fmn.methods import DEFAULT, DEFAULT_MANY, MANY, default_settings, forget
 from ..fmn.metrics.outcome import in_words, outcomes
+from ..fmn.models.interface import Model
 from ..fmn.patches.patch import ForgetPatch, rescue
 from ..fmn.progress import StepProgress
 from ..fmn.settings import Settings
@@ -85,8 +86,8 @@ class TrainForgetPatch(io.ComfyNode):
             Method.Input(
                 "method",
                 optional=True,
-                tooltip=f"How to forget. Empty: {DEFAULT} with its defaults, or for more than "
-                f"{MANY} concepts {DEFAULT_MANY}, whose patch changes the CLIP.",
+                tooltip=f"How to forget. Empty: {DEFAULT} with its defaults, or on U-Nets, for "
+                f"more than {MANY} concepts, {DEFAULT_MANY}, whose patch changes the CLIP.",
             ),
             io.Vae.Input("vae", optional=True),
             keep_input(),
@@ -105,8 +106,9 @@ class TrainForgetPatch(io.ComfyNode):
         method: Settings | None = None, vae: VAE | None = None, keep: Sequence[str] = (),
         options: OptionWidgets | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        settings, options = method or default_settings(concepts), options or OptionWidgets()
         host, bar = host_of(model, clip, vae), Progress()
+        settings = method or default_settings(concepts, unet=host.family.known)
+        options = options or OptionWidgets()
         losses: list[float] = []
         prefix = f"{options.filename_prefix}_step"
         save = SaveEvery(options.save_every, lambda step: output_path(f"{prefix}{step}"))
@@ -138,12 +140,8 @@ class TrainForgetPatch(io.ComfyNode):
         return io.NodeOutput(patch, patch.lora(), {"loss": losses}, ui={"text": (answer,)})
 
 
-def _answer(
-    host: ComfyHost, patch: ForgetPatch, concepts: list[Concept], keep: Sequence[str]
-) -> str:
+def _answer(host: Model, patch: ForgetPatch, concepts: list[Concept], keep: Sequence[str]) -> str:
     """What the patch did, in words. Where that cannot be measured, the patch is not lost."""
-    if not isinstance(host, ComfyModel):
-        return ""
     try:
         return "\n".join(in_words(outcomes(host, patch, concepts, keep), concepts))
     except (ForgetError, RuntimeError) as error:

@@ -162,7 +162,7 @@ def given_settings(options: argparse.Namespace, concepts: Sequence[Concept] = ()
     """
     given = given_options(options)
     if options.method is None and not given:
-        settings = default_settings(concepts)
+        settings = default_settings(concepts, unet=options.model != "demo-dit")
     else:
         settings = settings_of(options.method or DEFAULT, given)
     check_keep(settings, options.keep)

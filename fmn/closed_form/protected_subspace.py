@@ -38,6 +38,11 @@ def protected_downs(task: Task, scope: str) -> dict[str, Tensor] | None:
     model, concepts, keep, settings = task.model, task.concepts, task.keep, task.settings
     if not settings.protect:
         return None
+    if not model.family.known:
+        raise ForgetError(
+            f"protect needs the keys and values of Stable Diffusion 1.x, 2.x or XL, and "
+            f"{model.family.title} is none of them: turn protect off."
+        )
     if scope != "kv" or settings.full_weights:
         raise ForgetError(
             "protect works for low-rank keys and values alone, the only layers that read the text: "

@@ -102,9 +102,13 @@ def settings_of(preset: str, changes: dict[str, Any]) -> Settings:
     return replace(settings, **current)
 
 
-def default_settings(concepts: Sequence[Concept]) -> Settings:
-    """The settings for one patch of these concepts if no method is chosen."""
-    return settings_of(DEFAULT if len(concepts) <= MANY else DEFAULT_MANY, {})
+def default_settings(concepts: Sequence[Concept], unet: bool) -> Settings:
+    """The settings for one patch of these concepts if no method is chosen.
+
+    Args:
+        unet: the model is one; on others DEFAULT_MANY does not work.
+    """
+    return settings_of(DEFAULT_MANY if unet and len(concepts) > MANY else DEFAULT, {})
 
 
 def preset_of(settings: Settings) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -18,9 +18,10 @@ from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import PLACEHOLDER
 from ..errors import ForgetError
 from ..models.adapters import Switch
-from ..models.attention_maps import concept_flags
+from ..models.attention_maps import ProbeInput, concept_flags
 from ..models.families import layers as layers_of
-from ..models.interface import Text, UNet, UNetModel
+from ..models.interface import Denoiser, Model, Text, UNetModel
+from ..models.sampling import DRAWN_AT_ONCE, drawn, seeded_noise
 from ..patches.patch import ForgetPatch
 from ..patches.task import Task, method_run
 from ..settings import Settings as Base
@@ -28,6 +29,7 @@ from ..settings import advanced, setting
 from ..training.fit_adapters import (
     Draw,
     LossOf,
+    in_scope,
     noise_one,
     reference_latents,
     shuffled_cycle,
@@ -39,6 +41,7 @@ from . import shared_settings as shared
 
 TITLE = "Concept Ablation"
 REVISION = 1
+ANY_MODEL = True
 ABOUT = (
     "Concept Ablation (arXiv 2303.13516): trains the concept's prompts to draw what its anchor's "
     "prompts draw; also corrects what a word means."
@@ -148,7 +151,7 @@ class Pair(NamedTuple):
 
     target: Text  # [1, T, D]
     anchor: Text  # [1, T', D]
-    latents: torch.Tensor  # [N, 4, h, w]
+    latents: torch.Tensor  # [N, C, h, w]
 
 
 def prompt_pairs(concept: Concept, no_anchor: str = "empty") -> list[tuple[Prompt, Prompt]]:
@@ -182,7 +185,7 @@ def _rest(text: str) -> str:
     return ENDS.sub("", re.sub(r"\s+", " ", text))
 
 
-def prepare(model: UNetModel, concept: Concept, settings: Settings) -> list[Pair]:
+def prepare(model: Model, concept: Concept, settings: Settings) -> list[Pair]:
     """The pairs of a concept.
 
     Raises:
@@ -206,26 +209,34 @@ def prepare(model: UNetModel, concept: Concept, settings: Settings) -> list[Pair
     ]
 
 
-def prepare_kept(model: UNetModel, words: Sequence[str], settings: Settings) -> list[Pair]:
+def prepare_kept(model: Model, words: Sequence[str], settings: Settings) -> list[Pair]:
     """Words or prompts to keep, each paired with itself."""
     prompts = [Prompt(text, text) for text in words]
     texts = [model.encode(prompt) for prompt in prompts]
     return [Pair(t, t, _sampled(model, prompt, settings)) for prompt, t in zip(prompts, texts)]
 
 
-def _sampled(model: UNetModel, prompt: Prompt, settings: Settings) -> torch.Tensor:
-    """Latents [N, 4, h, w] to noise, for a prompt without pictures of its own."""
-    side = settings.size or model.family.resolution
+def _sampled(model: Model, prompt: Prompt, settings: Settings) -> torch.Tensor:
+    """Latents [N, C, h, w] to noise, for a prompt without pictures of its own."""
+    family = model.family
+    size = settings.size or family.resolution
+    side, channels = size // family.latent_factor, family.latent_channels
     if settings.references == "zeros":
-        return torch.zeros(1, 4, side // 8, side // 8)
+        return torch.zeros(1, channels, side, side)
     seeds = range(settings.seed, settings.seed + settings.samples)
-    return model.sample(prompt, seeds, side, settings.sample_steps, settings.guidance)
+    given = settings.sample_steps, settings.guidance
+    if family.known:
+        return cast(UNetModel, model).sample(prompt, seeds, size, *given)
+    text, empty = model.encode(prompt), model.encode(Prompt("", ""))
+    parts = seeded_noise(seeds, side, channels).split(DRAWN_AT_ONCE)
+    with model.borrow_denoiser() as denoiser:
+        return torch.cat([drawn(denoiser, text, empty, noise, *given).cpu() for noise in parts])
 
 
 class Batch(NamedTuple):
-    x_t: torch.Tensor  # [B, 4, h, w]
+    x_t: torch.Tensor  # [B, C, h, w]
     t: torch.Tensor  # [B]
-    noise: torch.Tensor  # [B, 4, h, w]
+    noise: torch.Tensor  # [B, C, h, w]; of flow models, the velocity
     target: Text  # [B, T, D]
     anchor: Text  # [B, T', D]
 
@@ -239,29 +250,30 @@ class Batches:
         concepts: Sequence[Sequence[Pair]],
         size: int,
         generator: torch.Generator,
-        denoiser: UNet,
+        denoiser: Denoiser,
         split: bool = False,
     ):
         self.size, self.split = size, split
-        self.generator, self.device = generator, denoiser.device
-        self.alphas_cumprod = denoiser.alphas_cumprod.cpu()
+        self.generator, self.denoiser = generator, denoiser
         self.pairs = shuffled_cycle(
             [shuffled_cycle(pairs, generator) for pairs in concepts], generator
         )
 
     def __call__(self) -> list[Batch]:
-        """A step's ``Batch`` for each combination of prompt lengths; split, for each pair."""
+        """A step's ``Batch`` for each combination of prompt lengths; split, or where the host takes
+        one prompt a forward, for each pair."""
         groups: dict[tuple[torch.Size, torch.Size, int], list[Batch]] = {}
         for index in range(self.size):
             pair = next(next(self.pairs))
-            noised = noise_one(pair.latents, self.alphas_cumprod, self.generator)
-            key = pair.target.context.shape, pair.anchor.context.shape, index * self.split
+            noised = noise_one(pair.latents, self.denoiser.schedule, self.generator)
+            apart = index * (self.split or pair.target.alone)
+            key = pair.target.context.shape, pair.anchor.context.shape, apart
             groups.setdefault(key, []).append(Batch(*noised, pair.target, pair.anchor))
         return [self._stack(rows) for rows in groups.values()]
 
     def _stack(self, rows: Sequence[Batch]) -> Batch:
         *noised, targets, anchors = zip(*rows)
-        x_t, t, noise = (torch.cat(tensors).to(self.device) for tensors in noised)
+        x_t, t, noise = (torch.cat(tensors).to(self.denoiser.device) for tensors in noised)
         return Batch(x_t, t, noise, Text.cat(targets), Text.cat(anchors))
 
 
@@ -283,13 +295,13 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
     """Train a patch that draws their anchors for the concepts' prompts; see ``methods.forget``."""
     model, concepts, settings = task.model, task.concepts, task.settings
     words = keep_for(concepts, task.keep, "none") if settings.preserve else ()
-    downs = protected_downs(task, settings.layers)
-    flags = concept_flags(model, concepts[0].training_prompts()[0])
+    downs = protected_downs(task, settings.layers)  # both refuse before any work
+    in_scope(model.family, settings.layers)
     pairs = [prepare(model, concept, settings) for concept in concepts]
     kept = prepare_kept(model, words, settings)
 
     @contextmanager
-    def open_loss(denoiser: UNet, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
+    def open_loss(denoiser: Denoiser, switch: Switch, split: bool) -> Iterator[tuple[Draw, LossOf]]:
         generator = torch.Generator().manual_seed(settings.seed)
         batches = Batches(pairs, settings.batch, generator, denoiser, split)
         batches_kept = Batches([kept], settings.batch, generator, denoiser, split)
@@ -303,16 +315,23 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
                     share = len(batch.t) / settings.batch
                     yield ablation_loss(denoiser, switch, batch, how) * (weight * share)
 
+        # Other text encoders have no start token.
+        detached = settings.detach_start and model.family.known
         read = [layer.name for layer in layers_of(model.family) if layer.is_key_or_value]
-        with start_detached([denoiser.module(name) for name in read * settings.detach_start]):
+        with start_detached([denoiser.module(name) for name in read * detached]):
             yield draw, loss_of
 
-    probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
+    probe_inputs: list[ProbeInput] = []
+    if model.family.known:
+        flags = concept_flags(model, concepts[0].training_prompts()[0])
+        probe_inputs = [(pairs[0][0].target, flags, pairs[0][0].latents[:1])]
     given = task, settings.layers, open_loss, options, None, probe_inputs, downs
     return train_patch(*given, forwards=2 if settings.prior else 1)
 
 
-def ablation_loss(denoiser: UNet, switch: Switch, batch: Batch, settings: Settings) -> torch.Tensor:
+def ablation_loss(
+    denoiser: Denoiser, switch: Switch, batch: Batch, settings: Settings
+) -> torch.Tensor:
     """``concept_ablation`` of a batch."""
     x_t, t, noise, concept, anchor = batch
     predicted = denoiser.predict_noise(x_t, t, concept)

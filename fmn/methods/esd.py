@@ -13,7 +13,6 @@ import torch
 
 from ..closed_form.protected_subspace import protected_downs
 from ..concepts.concept import Concept, Prompt
-from ..errors import ForgetError
 from ..models.adapters import Switch
 from ..models.attention_maps import ProbeInput, concept_flags
 from ..models.interface import Denoiser, Model, Text
@@ -207,13 +206,8 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
     """
     model, concepts, settings = task.model, task.concepts, task.settings
     scope, family = SCOPES[settings.layers], model.family
-    if settings.protect and not family.known:
-        raise ForgetError(
-            f"protect needs the keys and values of Stable Diffusion 1.x, 2.x or XL, and "
-            f"{family.title} is none of them: turn protect off."
-        )
-    in_scope(family, scope)  # refuses before any work
-    downs = protected_downs(task, scope)
+    downs = protected_downs(task, scope)  # both refuse before any work
+    in_scope(family, scope)
     examples = prepare(model, concepts, settings)
     side = (settings.size or family.resolution) // family.latent_factor
 

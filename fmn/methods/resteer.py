@@ -20,6 +20,7 @@ from ..models.adapters import Switch
 from ..models.attention import Watcher, watch_attention
 from ..models.attention_maps import ProbeInput, concept_flags
 from ..models.interface import Text, UNet, UNetModel
+from ..models.sampling import DDPMSchedule
 from ..models.token_positions import END_TOKENS, end_positions, tokenize_with_placeholders
 from ..patches.patch import ForgetPatch
 from ..patches.task import Task, method_run
@@ -215,7 +216,7 @@ class Batches:
     ):
         self.latents, self.size = data.latents, settings.batch
         self.split, self.device = split, device
-        self.alphas_cumprod = alphas_cumprod.cpu()
+        self.schedule = DDPMSchedule(alphas_cumprod)
         self.generator = torch.Generator().manual_seed(settings.seed)
         concepts = range(len(data.latents))
         examples = [[e for e in data.examples if e.concept == concept] for concept in concepts]
@@ -238,7 +239,7 @@ class Batches:
 
     def _draw(self) -> Batch:
         example = next(next(self.examples))
-        x_t, t, _ = noise_one(self.latents[example.concept], self.alphas_cumprod, self.generator)
+        x_t, t, _ = noise_one(self.latents[example.concept], self.schedule, self.generator)
         return Batch(x_t, t, example.text, example.flags)
 
     def _stack(self, rows: Sequence[Batch]) -> Batch:

@@ -113,6 +113,13 @@ class FixedAdapter(_Factors):
         self.register_buffer("down", torch.cat(downs, 0).to(device))
 
 
+def fixed_adapters(
+    changes: Mapping[str, tuple[Tensor, Tensor]], device: Device
+) -> dict[str, FixedAdapter]:
+    """An adapter for each layer of one patch at full strength."""
+    return {name: FixedAdapter([(*pair, 1.0)], device) for name, pair in changes.items()}
+
+
 class FullAdapter(nn.Module):
     """W + change, every weight trained, in float32 whatever precision W has.
 

@@ -43,6 +43,8 @@ class Text:
     @staticmethod
     def cat(texts: "Sequence[Text]") -> "Text":
         """Several as one batch. Shorter ones are repeated, which changes no attention over them."""
+        if len(texts) == 1:
+            return texts[0]
         names = texts[0].vectors
         vectors = {name: torch.cat([text.vectors[name] for text in texts]) for name in names}
         length = math.lcm(*(text.context.shape[1] for text in texts))
@@ -67,6 +69,10 @@ class NoiseSchedule(ABC):
 
     def __len__(self) -> int:
         return len(self.levels)
+
+    @abstractmethod
+    def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t of clean latents [B, C, h, w] at t [B], and what a model should predict for it."""
 
     @abstractmethod
     def partial_sample(

@@ -1,17 +1,19 @@
 """What layers get and give while a model predicts, for some positions of the picture."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .interface import Text, Watched
 from .transformers import POOLED, Reader, Transformer
 
 
 class Rows(NamedTuple):
-    """A layer's inputs [B, P, in] and outputs [B, P, out] at P positions of B pictures."""
+    """A layer's inputs [B, P, in] and outputs [B, P, out] at P positions of B pictures, or of n
+    tokens of text [n, in] and [n, out]."""
 
     inputs: Tensor
     outputs: Tensor
@@ -64,3 +66,35 @@ class Recorder:
     def taken(self) -> dict[str, Rows]:
         """The rows of all forwards so far, by layer."""
         return {name: Rows(*map(torch.cat, zip(*parts))) for name, parts in self.rows.items()}
+
+
+TextRows = dict[str, Rows]  # by layer
+
+
+class _AllSeen(Exception):
+    """Ends a forward."""
+
+
+def text_rows(watched: Watched, names: Collection[str], x_t: Tensor, text: Text) -> TextRows:
+    """What layers that read nothing but text get and give for all tokens of a prompt.
+
+    The forward ends behind the last of them.
+
+    Args:
+        names: of the layers.
+        x_t: noise [1, C, h, w].
+    """
+    rows: TextRows = {}
+    with ExitStack() as hooks:
+        for name in names:
+
+            def hook(module, args, output, name=name):
+                tokens = (values.detach().flatten(0, -2) for values in (args[0], output))
+                rows[name] = Rows(*(part.float().cpu() for part in tokens))
+                if len(rows) == len(names):
+                    raise _AllSeen
+
+            hooks.enter_context(watched.module(name).register_forward_hook(hook))
+        with suppress(_AllSeen):
+            watched.predict_each(x_t, len(watched.schedule) - 1, [text])
+    return rows

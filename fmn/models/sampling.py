@@ -97,6 +97,15 @@ def guided(denoiser: Denoiser, text: Text, empty: Text, guidance: float) -> Nois
     return predict
 
 
+@torch.no_grad()
+def drawn(
+    denoiser: Denoiser, text: Text, empty: Text, noise: Tensor, steps: int, guidance: float
+) -> Tensor:
+    """Clean latents from noise [B, C, h, w], of one prompt or of B."""
+    predict = guided(denoiser, expand(text, len(noise)), empty, guidance)
+    return denoiser.schedule.sample(predict, noise.to(denoiser.device), steps)
+
+
 def predictions(denoiser: Denoiser, x: Tensor, t: int, texts: Sequence[Text]) -> Sequence[Tensor]:
     """Predicted noise for x [B, C, h, w] at the step t, given each of several prompts [1, T, D].
 
@@ -180,6 +189,9 @@ class DDPMSchedule(NoiseSchedule):
     ``levels`` are alpha-bar, float32.
     """
 
+    def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return q_sample(clean, noise, self.levels.to(clean)[t]), noise
+
     def partial_sample(
         self, predict: NoiseFunction, noise: Tensor, steps: int, last: int
     ) -> Tensor:
@@ -198,9 +210,17 @@ class SigmaSchedule(NoiseSchedule):
 
     Attributes:
         scales: x / x_t of each time step [S], where x_t is the network's input.
+        signals: a of each time step [S].
     """
 
     scales: Tensor
+    signals: Tensor
+
+    def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        every = (self.signals, self.levels, self.scales)
+        signal, level, scale = (values.to(clean)[t].view(-1, 1, 1, 1) for values in every)
+        x = signal * clean + level * noise
+        return x / scale, (x - clean) / level
 
     def partial_sample(
         self, predict: NoiseFunction, noise: Tensor, steps: int, last: int

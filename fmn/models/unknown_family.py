@@ -91,9 +91,15 @@ class UnknownFamily(Family):
 
     def readers(self) -> dict[str, Reader]:
         """Name of each layer through which text reaches the picture -> its ``Reader``."""
+        return self._named(self.entry.readers if self.entry else ())
+
+    def text_readers(self) -> dict[str, Reader]:
+        """Name of each layer that reads nothing but text -> its ``Reader``."""
+        return self._named(self.entry.text_readers if self.entry else ())
+
+    def _named(self, readers: Sequence[Reader]) -> dict[str, Reader]:
         names = {layer.compvis: layer.name for layer in self.listed}
-        found = () if self.entry is None else self.entry.paths(names)
-        return {names[path]: reader for path, reader in found}
+        return {names[path]: reader for path, reader in Transformer.paths(readers, names)}
 
 
 def _family(

@@ -13,9 +13,8 @@ from ..errors import ForgetError
 from ..models.adapters import FullAdapter, LowRankAdapter, Switch, attached
 from ..models.attention_maps import AttentionProbe, ProbeInput
 from ..models.families import Family, Layer, layers
-from ..models.interface import TextEncoder, UNet, UNetModel
+from ..models.interface import Model, NoiseSchedule, TextEncoder, UNet, UNetModel
 from ..models.module_patching import checkpointed
-from ..models.sampling import q_sample
 from ..patches.patch import ForgetPatch
 from ..patches.task import Task
 from ..progress import OnStep, StepProgress
@@ -48,20 +47,25 @@ def in_scope(family: Family, scope: str) -> list[Layer]:
     chosen = [layer for layer in every if SCOPES[scope](layer)]
     if not chosen or (scope == "not-attention" and len(chosen) == len(every)):
         raise ForgetError(
-            f"{family.title} has no layers that are known to do this part alone: set layers to all."
+            f"{family.title} has no layers known to do this part alone: choose more layers."
         )
     return chosen
 
 
-def reference_latents(model: UNetModel, concept: Concept, side: int) -> torch.Tensor:
+def reference_latents(model: Model, concept: Concept, side: int) -> torch.Tensor:
     """Latents [N, 4, h, w] of the concept's pictures, which it has; ``side`` pixels wide (0: the
     family's).
 
     Raises:
-        ForgetError: the VAE is another model's.
+        ForgetError: the VAE is another model's, or the model none of those whose VAE we read.
     """
+    if not model.family.known:
+        raise ForgetError(
+            f"Pictures cannot be read for {model.family.title}: set references to 'samples' or "
+            "'zeros'."
+        )
     images = cast(torch.Tensor, concept.images)
-    latents = model.encode_images(images, side or model.family.resolution)
+    latents = cast(UNetModel, model).encode_images(images, side or model.family.resolution)
     if latents.shape[1] != 4:
         raise ForgetError(
             f"This VAE gives {latents.shape[1]} channels, but {model.family.title} reads 4: "
@@ -90,13 +94,14 @@ def make_adapters(
 
 
 def noise_one(
-    latents: torch.Tensor, alphas_cumprod: torch.Tensor, generator: torch.Generator
+    latents: torch.Tensor, schedule: NoiseSchedule, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x_t [1, 4, h, w], t [1] and the noise in it, of one of the latents [N, 4, h, w]."""
+    """x_t [1, C, h, w], t [1] and what should be predicted, of one of the latents [N, C, h, w]."""
     index = torch.randint(len(latents), (1,), generator=generator)
-    t = torch.randint(len(alphas_cumprod), (1,), generator=generator)
+    t = torch.randint(len(schedule), (1,), generator=generator)
     noise = torch.randn(latents[index].shape, generator=generator)
-    return q_sample(latents[index], noise, alphas_cumprod[t]), t, noise
+    x_t, target = schedule.noised(latents[index], noise, t)
+    return x_t, t, target
 
 
 def shuffled_cycle(

@@ -12,7 +12,7 @@ from .parts import concept
 def test_other_methods_and_options_refuse(pack, other_host):
     methods, model = pack("fmn.methods"), other_host("Flux")
     for name in methods.METHODS:
-        if name not in ("esd", "reread"):
+        if name not in ("ablation", "esd", "reread", "uce"):
             preset = methods.METHODS[name][0]
             with pytest.raises(pack("fmn.errors").ForgetError, match="Flux.1 is none .*Re-read"):
                 methods.forget(model, [concept(pack)], methods.settings_of(preset, {}))
@@ -21,7 +21,7 @@ def test_other_methods_and_options_refuse(pack, other_host):
         methods.forget(model, [concept(pack)], robust)
     for changes, message in (
         ({"layers": "x-strict"}, "Flux.1 has no layers"),
-        ({"layers": "x-strict", "protect": True}, "turn protect off"),
+        ({"layers": "x-strict", "protect": True}, "Flux.1 is none of them: turn protect off"),
     ):
         with pytest.raises(pack("fmn.errors").ForgetError, match=message):
             methods.forget(model, [concept(pack)], esd_settings(pack, **changes))

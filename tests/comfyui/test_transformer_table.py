@@ -74,6 +74,35 @@ def test_hooks_fire_once_and_in_order(pack, other_host, name):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_text_is_read_once_and_whole(pack, other_host, name):
+    """Each layer of the text alone gets as many rows as the prompt has, and the same for any
+    picture; where they run before all others, the forward ends there."""
+    host = other_host(name)
+    readers, text_rows = host.family.text_readers(), pack("fmn.models.recording").text_rows
+    entry, calls = host.family.entry, []
+    tokens = [reader.tokens for reader in readers.values()]
+    assert set(tokens) == {reader.tokens for reader in entry.text_readers} and "text" in tokens
+    (text,) = encoded(pack, host, "a dog in a park")
+    with host.watch(1, SIDE) as watched, ExitStack() as hooks:
+        for layer in host.family.readers():
+            module = watched.module(layer)
+            hooks.enter_context(
+                module.register_forward_hook(lambda *_, layer=layer: calls.append(layer))
+            )
+        first, second = (
+            text_rows(watched, readers, latents(host, 1, seed), text) for seed in (1, 2)
+        )
+    assert first.keys() == readers.keys()
+    for layer, reader in readers.items():
+        assert torch.equal(first[layer].inputs, second[layer].inputs)
+        # Flux.2 and Anima fill texts up to 512 tokens.
+        assert len(first[layer].inputs) in ((1,) if reader.tokens == "pooled" else (7, 512))
+    before = {layer for layer, reader in readers.items() if reader.tokens == "pooled"}
+    assert name == "Anima" or set(calls) <= before
+    assert not any(module._forward_hooks for module in host.patcher.model.modules())
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_the_picture_are_where_the_table_says(pack, other_host, name):
     """Another picture changes these rows of the first joint block's input, and no others."""
@@ -100,8 +129,9 @@ def test_rows_of_the_picture_are_where_the_table_says(pack, other_host, name):
     assert len(moved) - padded > 0  # there is text
 
 
+@pytest.mark.parametrize("method", ["reread", "uce"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_reread_by_every_way_of_loading(pack, other_host, tmp_path, name):
+def test_patches_by_every_way_of_loading(pack, other_host, tmp_path, name, method):
     """The file by ComfyUI's loader, by our node and by our adapters gives one prediction."""
     import comfy.lora
     import comfy.sd
@@ -110,12 +140,17 @@ def test_reread_by_every_way_of_loading(pack, other_host, tmp_path, name):
     patches, adapter = pack("fmn.patches.patch"), pack("fmn.models.adapters")
     host = other_host(name)
     before = {key: value.clone() for key, value in host.patcher.model.state_dict().items()}
+    settings = reread_settings(pack, size=128)
+    if method == "uce":
+        settings = pack("fmn.methods.uce").Settings(keep_list="none")
     with torch.inference_mode():
-        patch = pack("fmn.methods").forget(host, [concept(pack)], reread_settings(pack, size=128))
+        patch = pack("fmn.methods").forget(host, [concept(pack)], settings)
     after = host.patcher.model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not any(module._forward_hooks for module in host.patcher.model.modules())
-    assert patch.changes.keys() == host.family.readers().keys()
+    family = host.family
+    layers = family.readers() if method == "reread" else family.text_readers()
+    assert patch.changes.keys() == layers.keys()
     assert patch.info["loss"]["last"] < 0.9
 
     path = patches.save_patch(patch, tmp_path / "patch.safetensors")
@@ -134,6 +169,9 @@ def test_reread_by_every_way_of_loading(pack, other_host, tmp_path, name):
     }
     ways = [predictions(type(host)(way), x, texts) for way in (host.patched(loaded, 1.0), stock)]
     ways.append(predictions(host, x, texts, fixed, adapter))
+    if hasattr(comfy.sd, "load_bypass_lora_for_models"):  # ComfyUI 0.33's Load LoRA (Bypass)
+        beside, _ = comfy.sd.load_bypass_lora_for_models(host.patcher, None, tensors, 1.0, 0.0)
+        ways.append(predictions(type(host)(beside), x, texts))
     change, rounding = (ways[0] - plain).norm(), 1e-6 * plain.norm()
     assert change > 100 * rounding
     for way in ways[1:]:

@@ -59,16 +59,19 @@ def test_reread_solves_from_recorded_rows(pack, other_host, name, layers):
     assert [step.index for step in steps] == list(range(1, steps[0].total + 1))
 
 
-def test_both_hosts_solve_for_the_same_patch(pack):
+@pytest.mark.parametrize(("method", "layers"), [("reread", 7), ("uce", 2)])
+def test_both_hosts_solve_for_the_same_patch(pack, method, layers):
     """The demo transformer, forgotten in ComfyUI and in diffusers."""
     settings = reread_settings(pack, size=0)
+    if method == "uce":
+        settings = pack("fmn.methods.uce").Settings(keep_list="none")
     with torch.inference_mode():
         host_of = pack("fmn.hosts.comfyui.unknown_model").host_of
         ours = host_of(*pack("nodes.demo").load_demo_transformer())
     theirs = pack("fmn.hosts.diffusers.transformer").DiffusersTransformer.load_demo()
     forget = pack("fmn.methods").forget
     first, second = (forget(model, [concept(pack)], settings) for model in (ours, theirs))
-    assert first.changes.keys() == second.changes.keys() and len(first.changes) == 7
+    assert first.changes.keys() == second.changes.keys() and len(first.changes) == layers
     assert first.info["base.fingerprint"] == second.info["base.fingerprint"]
     for name in first.changes:
         torch.testing.assert_close(

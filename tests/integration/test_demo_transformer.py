@@ -11,9 +11,10 @@ from fmn.hosts.diffusers.open import open_model
 from fmn.methods import forget
 from fmn.methods.esd import Settings as ESDSettings
 from fmn.methods.reread.settings import Settings
+from fmn.metrics.outcome import outcomes
 from fmn.models.families import layers
 from fmn.models.image_sampler import open_sampler
-from fmn.models.sampling import Sampling
+from fmn.models.sampling import Sampling, seeded_noise
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,23 @@ def test_a_patch_does_the_same_as_adapters_and_in_the_weights(model, patch):
     found = added.sample_latents(["a dog"], noise, 2, 3.0)
     torch.testing.assert_close(found, applied, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(model.sample_latents(["a dog"], noise, 2, 3.0), plain)
+
+
+def test_what_is_left_is_read_off_at_pure_noise(model, patch):
+    """(v'(c) - v(o)) . (v(c) - v(o)) / |v(c) - v(o)|^2, with v' of weights that hold the patch."""
+
+    def velocity(host, text):
+        with host.watch(1, 16) as watched:
+            return watched.predict_each(seeded_noise([0], 16), -1, [host.encode(Prompt(text, ""))])
+
+    before, without = velocity(model, "a photo of dog"), velocity(model, "a photo of")
+    after = velocity(open_model("demo-dit", "cpu").add_patches([(patch, 1.0)]), "a photo of dog")
+    effect = before - without
+    (found,) = outcomes(model, patch, [Concept("dog", "object")])
+    share = float(((after - without) * effect).sum() / effect.square().sum())
+    assert found.left == pytest.approx(share, abs=1e-3) and abs(share - 1) > 0.2
+    assert str(found) == f"dog: {100 * max(share, 0):.0f} % of its effect is left."
+    torch.testing.assert_close(velocity(model, "a photo of dog"), before, rtol=0, atol=0)
 
 
 def test_joined_projections_predict_the_same(model):

@@ -1,7 +1,7 @@
 """ComfyUI as a host of models of no known family: any that predicts from text.
 
 Everything comes from the loaded model: its layers, its noise levels, the shape of its latents, and
-its encoding of a prompt. Only the method ESD asks for no more than that.
+its encoding of a prompt. ESD and Concept Ablation ask for no more than that.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class UnknownDenoiser(Denoiser):
         super().__init__(family, patcher)
         ones, sampling = torch.ones_like(self.sigmas), self.model.model_sampling
         self.scales = 1 / sampling.calculate_input(self.sigmas, ones)
-        self.schedule = SigmaSchedule(self.sigmas, self.scales)
+        signals = sampling.noise_scaling(self.sigmas, torch.zeros_like(ones), ones)
+        self.schedule = SigmaSchedule(self.sigmas, self.scales, signals)
 
     def _with_frames(self, x: Tensor) -> Tensor:
         return x.unsqueeze(2) if has_frames(self.model) else x

@@ -20,7 +20,7 @@ from ...models.adapters import LayerModule
 from ...models.families import layers, layers_by_name
 from ...models.interface import Text
 from ...models.module_patching import frozen
-from ...models.sampling import SigmaSchedule, guided
+from ...models.sampling import SigmaSchedule, drawn
 from ...models.transformers import BY_KEY, Reader
 from ...models.unknown_family import UnknownFamily, family_of_model
 from .load import load_pipeline
@@ -37,7 +37,6 @@ CONFIG = {
 # joins what diffusers has apart.
 MORE_LAYERS = (
     Reader("img_in", "x_embedder"),
-    Reader("txt_in", "context_embedder"),
     *(
         Reader(f"double_blocks.{{}}.{comfy}", f"transformer_blocks.{{}}.{diffusers}")
         for comfy, diffusers in {
@@ -137,10 +136,9 @@ class DiffusersTransformer(PipelineModel[UnknownFamily]):
     def sample_latents(
         self, texts: Sequence[str | Prompt], noise: Tensor, steps: int, guidance: float
     ) -> Tensor:
-        denoiser = _Denoiser(self)
         plain = [text if isinstance(text, str) else _plain_text(text) for text in texts]
-        predict = guided(denoiser, self.encode_texts(plain), self.encode_texts([""]), guidance)
-        return denoiser.schedule.sample(predict, noise.to(self.device), steps)
+        text, empty = self.encode_texts(plain), self.encode_texts([""])
+        return drawn(_Denoiser(self), text, empty, noise, steps, guidance)
 
     @contextmanager
     def borrow_denoiser(self) -> Iterator[_Denoiser]:
@@ -158,7 +156,7 @@ class _Denoiser:
     def __init__(self, model: DiffusersTransformer) -> None:
         self.model, self.device = model, model.device
         levels = torch.linspace(1 / LEVELS, 1, LEVELS)
-        self.schedule = SigmaSchedule(levels, torch.ones(LEVELS))
+        self.schedule = SigmaSchedule(levels, torch.ones(LEVELS), 1 - levels)
 
     def module(self, name: str) -> LayerModule:
         return self.model._module(name)

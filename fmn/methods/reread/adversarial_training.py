@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ...linalg import truncate_product
-from ...models.adapters import FixedAdapter, LowRankAdapter, Switch, attached
+from ...models.adapters import LowRankAdapter, Switch, attached, fixed_adapters
 from ...models.families import Family, layers
 from ...models.interface import Text, UNet
 from ...models.module_patching import checkpointed
@@ -67,9 +67,7 @@ def train_adversarially(
     given = settings.robust_rank, torch.Generator().manual_seed(settings.seed), denoiser.device
     adapters = {name: LowRankAdapter(denoiser.module(name), *given) for name in names}
     # The patch itself stays as it is: trained along, it would be given up for what is kept.
-    applied = {
-        name: FixedAdapter([(*pair, 1.0)], denoiser.device) for name, pair in changes.items()
-    }
+    applied = fixed_adapters(changes, denoiser.device)
     blocks = denoiser.checkpoint_blocks() if settings.checkpointing else []
     rank = max(up.shape[1] for up, _ in changes.values())
     scale = initial_loss_scale(denoiser.module(names[0]))

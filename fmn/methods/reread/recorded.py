@@ -26,7 +26,7 @@ from ...concepts.concept import Prompt
 from ...concepts.prompt_templates import sentences
 from ...errors import ForgetError
 from ...linalg import to_float64
-from ...models.adapters import FixedAdapter, attached
+from ...models.adapters import attached, fixed_adapters
 from ...models.interface import Text, TransformerModel, Watched
 from ...models.recording import Recorder, Rows
 from ...models.sampling import seeded_noise
@@ -111,10 +111,7 @@ class RowSampler:
     def rows(self, batch: Batch, edits: Changes) -> RowsByLayer:
         """Rows by layer while the edits are in place; a layer's outputs are without its own."""
         recorder = Recorder(self.entry, batch.positions, self.prompts.tokens)
-        adapters = {
-            name: FixedAdapter([(up, down, 1.0)], self.watched.device)
-            for name, (up, down) in edits.items()
-        }
+        adapters = fixed_adapters(edits, self.watched.device)
         last = len(self.watched.schedule) - 1
         with (
             recorder.attached(self.readers, self.modules),

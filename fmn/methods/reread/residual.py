@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...closed_form.input_edit import Changes
 from ...metrics.outcome import FIRST, STEPS, share_left
-from ...models.adapters import FixedAdapter, attached
+from ...models.adapters import attached, fixed_adapters
 from ...models.interface import Text
 from ...models.sampling import ddim, guided
 from ...sequences import evenly
@@ -46,10 +46,7 @@ class Residual:
 
     @torch.no_grad()
     def __call__(self, changes: Changes) -> float:
-        adapters = {
-            name: FixedAdapter([(*factors, 1.0)], self.denoiser.device)
-            for name, factors in changes.items()
-        }
+        adapters = fixed_adapters(changes, self.denoiser.device)
         shares = []
         with attached(adapters, self.denoiser.module):
             for (x, t), without, effect in zip(self.points, self.without, self.effects):

@@ -55,8 +55,10 @@ def test_a_method_has_its_two_pages(name):
 def test_presets():
     assert DEFAULT in PRESETS
     few = [Concept(f"thing {i}") for i in range(MANY)]
-    assert default_settings(few) == settings_of(DEFAULT, {})
-    assert default_settings([*few, Concept("one more")]) == settings_of(DEFAULT_MANY, {})
+    more = [*few, Concept("one more")]
+    assert default_settings(few, unet=True) == settings_of(DEFAULT, {})
+    assert default_settings(more, unet=True) == settings_of(DEFAULT_MANY, {})
+    assert default_settings(more, unet=False) == settings_of(DEFAULT, {})
     assert settings_of("resteer", {"steps": 7}).steps == 7
     assert preset_of(settings_of("resteer-released", {"steps": 7})) == "resteer"
     with pytest.raises(ForgetError, match="resteer has no setting 'speed': use steps, lr, rank"):

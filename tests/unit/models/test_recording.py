@@ -36,7 +36,7 @@ def tokens(text, picture, padding=0):
     ],
 )
 def test_rows_of_the_picture(order, text, pad):
-    entry = Transformer("x", "X", "X", (), "x", pad=pad)
+    entry = Transformer("x", "X", "X", (), (), "x", pad=pad)
     layer, positions = nn.Linear(2, 1, bias=False), torch.tensor([[0, 5], [2, 3], [1, 4]])
     nn.init.ones_(layer.weight)
     recorder = Recorder(entry, positions, 6)
@@ -52,7 +52,7 @@ def test_rows_of_the_picture(order, text, pad):
 
 
 def test_pooled_text_has_one_row():
-    entry, layer = Transformer("x", "X", "X", (), "x"), nn.Linear(3, 2)
+    entry, layer = Transformer("x", "X", "X", (), (), "x"), nn.Linear(3, 2)
     recorder = Recorder(entry, torch.zeros(2, 4).long(), 6)
     pooled = torch.randn(2, 3)
     with recorder.attached({"p": Reader("p", "p", POOLED)}, {"p": layer}):
@@ -74,7 +74,7 @@ def test_layers_come_in_the_order_of_a_forward_pass():
         f"double_blocks.{i}.img_attn.proj" for i in (10, 9, 1, 0)
     }
     flux = transformer_of("Flux", {"vector_in.in_layer"})
-    assert [path for path, _ in flux.paths(known)] == [
+    assert [path for path, _ in flux.paths(flux.readers, known)] == [
         "vector_in.in_layer", "double_blocks.0.img_attn.proj", "double_blocks.1.img_attn.proj",
         "double_blocks.9.img_attn.proj", "double_blocks.10.img_attn.proj",
         "single_blocks.0.linear2",

@@ -6,6 +6,7 @@ import torch
 from fmn.errors import ForgetError
 from fmn.models.interface import Text
 from fmn.models.sampling import (
+    DDPMSchedule,
     Sampling,
     SigmaSchedule,
     ddim,
@@ -103,7 +104,9 @@ def test_two_goes_are_one(cut):
     assert torch.equal(ddim(noisy, half, ALPHAS, 4, first=cut), whole)
 
 
-FLOW = SigmaSchedule(torch.tensor([0.25, 0.5, 0.75, 1.0]), torch.ones(4))
+LEVELS = torch.tensor([0.25, 0.5, 0.75, 1.0])
+VARIANCE_EXPLODING = SigmaSchedule(LEVELS, (1 + LEVELS**2).sqrt(), torch.ones(4))
+FLOW = SigmaSchedule(LEVELS, torch.ones(4), 1 - LEVELS)
 
 
 def test_euler_by_hand():
@@ -192,3 +195,18 @@ def test_one_text_as_a_batch():
 def test_bad_sampling_is_refused(values, message):
     with pytest.raises(ForgetError, match=message):
         Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "x_t", "target"),
+    [
+        (DDPMSchedule(ALPHAS), 0.8 * 2 + 0.6 * 3, 3.0),
+        (FLOW, 0.25 * 2 + 0.75 * 3, 3.0 - 2.0),  # the velocity, noise - picture
+        (VARIANCE_EXPLODING, (2 + 0.75 * 3) / (1 + 0.75**2) ** 0.5, 3.0),
+    ],
+)
+def test_noised_by_hand(schedule, x_t, target):
+    clean, noise = torch.full((2, 1, 2, 2), 2.0), torch.full((2, 1, 2, 2), 3.0)
+    found = schedule.noised(clean, noise, torch.tensor([2, 2]))
+    for values, expected in zip(found, (x_t, target)):
+        torch.testing.assert_close(values, torch.full_like(values, expected))

@@ -31,7 +31,7 @@ EXAMPLES = {
 def patch_of(entry, style="", more=(), ranks=(2, 2)):
     """A patch of the readers in blocks 0 and 11, and of more paths."""
     paths = dict.fromkeys(
-        reader.comfy.format(block) for reader in entry.readers for block in (0, 11)
+        reader.comfy.format(block) for reader in (*entry.readers, *entry.text) for block in (0, 11)
     )
     entry = replace(entry, file=style or entry.file)
     family = family_of_model("Model", dict.fromkeys([*paths, *more], (6, 4)), entry=entry)
@@ -86,7 +86,7 @@ def test_alpha_only_in_the_style_that_has_it():
         )
         for style in STARTS
     }
-    assert alphas == {"kohya": 5, "path": 0, "peft": 0}
+    assert alphas == {"kohya": 6, "path": 0, "peft": 0}
 
 
 def test_layers_without_a_name_at_diffusers_turn_the_file_to_kohyas_style(tmp_path):

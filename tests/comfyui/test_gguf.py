@@ -1,0 +1,111 @@
+"""Re-read on GGUF files, by the classes of city96's ComfyUI-GGUF, which is not part of the project.
+
+GGUF_PATH names a copy of that pack; it needs the package gguf.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .others import WIDTH, Words, esd_settings, make
+from .parts import concept, leftovers
+from .test_transformer_table import encoded, latents, predictions
+from .test_transformers import reread_settings
+
+pytestmark = pytest.mark.skipif("GGUF_PATH" not in os.environ, reason="GGUF_PATH is not set.")
+
+
+@pytest.fixture(scope="module")
+def gguf_pack(pack):
+    """The other pack's module of nodes."""
+    pytest.importorskip("gguf")
+    folder, name = Path(os.environ["GGUF_PATH"]), "gguf_pack"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return importlib.import_module(f"{name}.nodes")
+
+
+def written(weights, form, path):
+    """A GGUF file of a Stable Diffusion 3, whose matrices are in a form of 8 or 4 bits."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "sd3")
+    for key, tensor in weights.items():
+        fits = tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and key.endswith(".weight")
+        kind = gguf.GGMLQuantizationType[form if fits else "F32"]
+        data = gguf.quants.quantize(tensor.float().numpy(), kind)
+        writer.add_tensor(key, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(params=["Q8_0", "Q4_0"])
+def host(request, pack, gguf_pack, monkeypatch, tmp_path):
+    """Of a tiny model by the node Unet Loader (GGUF)."""
+    # The loader takes a model to have as many blocks as its width has 64.
+    context = {"in_features": WIDTH, "out_features": 128}
+    embedder = {"target": "torch.nn.Linear", "params": context}
+    whole = make("SD3", {"depth": 2, "context_embedder_config": embedder}).model.diffusion_model
+    path = tmp_path / "model.gguf"
+    written(whole.state_dict(), request.param, path)
+    monkeypatch.setattr(gguf_pack.folder_paths, "get_full_path", lambda *names: str(path))
+    with torch.inference_mode():
+        (patcher,) = gguf_pack.UnetLoaderGGUF().load_unet("model.gguf")
+    return pack("fmn.hosts.comfyui.unknown_model").host_of(patcher, Words())
+
+
+def content(model):
+    return {
+        name: tensor.data.as_subclass(torch.Tensor).clone().flatten().view(torch.uint8)
+        for name, tensor in model.named_parameters()
+    }
+
+
+def test_reread_trains_on_them_as_they_are(pack, host, tmp_path):
+    import comfy.sd
+    import comfy.utils
+
+    model, wrong = host.patcher.model, pack("fmn.errors").ForgetError
+    assert model.diffusion_model.joint_blocks[0].x_block.attn.proj.weight.dtype is torch.uint8
+    before = content(model)
+
+    def check_unchanged():
+        after = content(model)
+        assert before.keys() == after.keys() and not leftovers(model)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    with torch.inference_mode():
+        patch = pack("fmn.methods").forget(host, [concept(pack)], reread_settings(pack))
+    assert patch.changes.keys() == host.family.readers().keys()
+    assert patch.info["loss"]["last"] < 0.9
+    check_unchanged()
+
+    patches, adapter = pack("fmn.patches.patch"), pack("fmn.models.adapters")
+    loaded = patches.load_patch(patches.save_patch(patch, tmp_path / "patch.safetensors"))
+    lora = comfy.utils.load_torch_file(str(tmp_path / "patch.safetensors"))
+    x, texts = latents(host, 2), encoded(pack, host, "a cat", "a cat here")
+    plain = predictions(host, x, texts)
+    fixed = {
+        layer: adapter.FixedAdapter([(up, down, 1.0)], "cpu")
+        for layer, (up, down) in loaded.changes.items()
+    }
+    exact = predictions(host, x, texts, fixed, adapter) - plain
+    stock, _ = comfy.sd.load_lora_for_models(host.patcher, None, lora, 1.0, 0.0)
+    # Patches are added to the weights as they are unpacked, and nothing is rounded again.
+    for way in (host.patched(loaded, 1.0), stock):
+        change = predictions(type(host)(way), x, texts) - plain
+        assert (change - exact).norm() < 1e-2 * exact.norm()
+    assert torch.equal(predictions(host, x, texts), plain)
+    check_unchanged()
+
+    with pytest.raises(wrong, match="quantised .* is uint8"):
+        pack("fmn.methods").forget(host, [concept(pack)], esd_settings(pack))
