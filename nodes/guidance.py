@@ -12,6 +12,7 @@ from ..fmn.guidance.prompt_gate import HIGH, LOW, patch_gate
 from ..fmn.guidance.safe_latent_diffusion import PRESETS, SAFETY_TEXT, SafeSettings, concept_prompt
 from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.hosts.comfyui.sampling_wrappers import erased_by_negative, gated, safely_guided
+from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.patches.patch import ForgetPatch
 from ..fmn.text import printable
 from .common import clip_input, model_input, schema, strength_input
@@ -90,7 +91,7 @@ class SafeLatentDiffusion(io.ComfyNode):
             settings = PRESETS[preset]
         else:
             raise ForgetError(f"Unknown preset '{preset}': use {', '.join(PRESETS)} or {CUSTOM}.")
-        host, prompt = ComfyModel(model, clip), concept_prompt(concepts, text)
+        host, prompt = host_of(model, clip), concept_prompt(concepts, text)
         if settings.scale == 0:
             return io.NodeOutput(model.clone(), ui=text_output("off, as scale is 0"))
         steered = safely_guided(host, host.encode(prompt), settings)
@@ -104,7 +105,7 @@ class EraseByNegativePrompt(io.ComfyNode):
     Inputs:
         text: What to leave out, unless concepts are connected.
         mode: replace: the concept replaces your negative prompt, as in the literature. join: it
-            follows your own, and both share the attention.
+            follows your own, and both share the attention; not on transformers.
         concepts: What to leave out: their names and aliases replace the text.
 
     Outputs:
@@ -130,7 +131,7 @@ class EraseByNegativePrompt(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         if mode not in MODES:
             raise ForgetError(f"Unknown mode '{mode}': use {' or '.join(MODES)}.")
-        host, prompt = ComfyModel(model, clip), concept_prompt(concepts, text)
+        host, prompt = host_of(model, clip), concept_prompt(concepts, text)
         steered = erased_by_negative(host, host.encode(prompt), mode == "join")
         return io.NodeOutput(steered, ui=text_output(f"negative prompt: {printable(prompt.text)}"))
 

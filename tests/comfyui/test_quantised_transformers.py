@@ -49,7 +49,8 @@ def check_unchanged(model, before):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_reread_trains_on_them_as_they_are(pack, quantised, tmp_path):
+@pytest.mark.parametrize("method", ["reread", "uce"])
+def test_methods_solve_on_them_as_they_are(pack, quantised, tmp_path, method):
     import comfy.sd
     import comfy.utils
 
@@ -58,9 +59,13 @@ def test_reread_trains_on_them_as_they_are(pack, quantised, tmp_path):
     weight = model.diffusion_model.joint_blocks[0].x_block.attn.proj.weight
     assert type(weight) is not torch.nn.Parameter or weight.dtype is FP8
     before = content(model)
+    settings, layers = reread_settings(pack), host.family.readers()
+    if method == "uce":
+        settings = pack("fmn.methods.uce").Settings(keep_list="none")
+        layers = host.family.text_readers()
     with torch.inference_mode():
-        patch = pack("fmn.methods").forget(host, [concept(pack)], reread_settings(pack))
-    assert patch.changes.keys() == host.family.readers().keys()
+        patch = pack("fmn.methods").forget(host, [concept(pack)], settings)
+    assert patch.changes.keys() == layers.keys()
     assert patch.info["loss"]["last"] < 0.9
     check_unchanged(model, before)
 

@@ -7,6 +7,7 @@ from .forgetting import (
     forget_a_person,
     forget_a_style,
     forget_an_object,
+    forget_in_a_transformer,
     forget_many,
     uce_and_keep_list,
 )
@@ -20,6 +21,7 @@ EXAMPLES = {
     "Forget a style (demo)": forget_a_style,
     "Forget with UCE and a keep-list (demo)": uce_and_keep_list,
     "Forget many concepts (demo)": forget_many,
+    "Forget in a transformer (demo)": forget_in_a_transformer,
     "Correct a concept (demo)": correct_a_concept,
     "Compare methods (demo)": compare_methods,
     "Measure a patch (demo)": measure_a_patch,

@@ -20,6 +20,21 @@ def forget_a_concept():
     return flow
 
 
+def forget_in_a_transformer():
+    flow = Workflow(
+        "The same in a **diffusion transformer**, a small one shaped like Flux.1. Re-read records "
+        "what its attention layers read and solves for the patch: no gradients, and 8-bit weights "
+        "are fine. The patch is a LoRA that *Load LoRA* reads too.\n\n**Your own model?** Put the "
+        "nodes that load Flux, Z-Image, Qwen-Image ... in place of *Load Demo Checkpoint*, and "
+        "change `name`, the prompts and `filename_prefix`."
+    )
+    load = flow.demo("transformer")
+    concept = flow.concept()
+    flow.column()
+    _compared(flow, load, flow.train(load, concept), "forget_dog_transformer", *DOG)
+    return flow
+
+
 DOG = ["a photo of a dog", "a dog, 3d render"], ["a photo of a cat", "a horse, twemoji"]
 
 

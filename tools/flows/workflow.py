@@ -43,8 +43,8 @@ class Workflow:
         whose pictures it shows."""
         self.form = {"inputs": [list(pair) for pair in widgets], "outputs": shown}
 
-    def demo(self):
-        return self.add("FMN_LoadDemoCheckpoint")
+    def demo(self, network="U-Net"):
+        return self.add("FMN_LoadDemoCheckpoint", network=network)
 
     def concept(self, name="dog", **inputs):
         return self.add("FMN_Concept", **{"name": name, "kind": "object"} | inputs)

@@ -86,7 +86,7 @@ class _SafeRun:
         """Predictions for prompt and unconditional branch, the former made safe.
 
         ComfyUI's predictions are clean latents, x - sigma eps, whatever the model predicts
-        natively; eps - gamma is then clean + sigma gamma.
+        natively, with the velocity of flow models for eps; eps - gamma is then clean + sigma gamma.
         """
         branches = self.guider.conds
         pair = branches.get("positive"), branches.get("negative")
@@ -121,6 +121,12 @@ def erased_by_negative(host: ComfyHost, text: Text, join: bool) -> ModelPatcher:
         join: put the text behind the user's negative prompt, not in its place.
     """
 
+    if join and text.alone:
+        raise ForgetError(
+            f"The texts of {host.family.title} cannot be joined: use mode replace, with your own "
+            "negative prompt behind the concept."
+        )
+
     def prepare(guider, sigmas):
         negative = guider.conds.get("negative")
         if negative is not None:
@@ -149,12 +155,13 @@ def reworded(conds: Conds, text: Text) -> Conds:
     """
     textless: Conds = []
     for cond in conds:
-        rest = {key: value for key, value in cond.items() if key not in (*TEXT, "uuid")}
+        known = (*TEXT, *text.vectors, "uuid")
+        rest = {key: value for key, value in cond.items() if key not in known}
         if not any(_equal(rest, other) for other in textless):
             textless.append(rest)
-    words = {"cross_attn": text.context}
-    if "pooled" in text.vectors:
-        words["pooled_output"] = text.vectors["pooled"]
+    words = {"cross_attn": text.context} | text.vectors
+    if "pooled" in words:
+        words["pooled_output"] = words.pop("pooled")
     return [rest | words | {"uuid": uuid.uuid4()} for rest in textless]
 
 

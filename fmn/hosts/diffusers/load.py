@@ -57,7 +57,7 @@ KEPT = {
 }
 UNSUPPORTED = (
     " is an unsupported model: Stable Diffusion 1.x, 2.x and XL are supported, and other models "
-    "inside ComfyUI, transformers by Re-read and ESD, the rest by ESD."
+    "inside ComfyUI, transformers by Re-read, UCE and ESD, the rest by ESD."
 )
 
 
