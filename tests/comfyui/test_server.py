@@ -92,7 +92,13 @@ def test_train_save_apply_and_stock_load_lora(server):
 def test_core_nodes_take_our_outputs(server):
     """LORA_MODEL and LOSS_MAP are core's own types."""
     core = {
-        "lora": node("LoraModelLoader", model=["demo", 0], lora=["train", 1], strength_model=1.0),
+        "lora": node(
+            "LoraModelLoader",
+            model=["demo", 0],
+            lora=["train", 1],
+            strength_model=1.0,
+            bypass=False,  # newer versions ask for it
+        ),  # fmt: skip
         "graph": node("LossGraphNode", loss=["train", 2], filename_prefix="loss"),
     }
     outputs = server.run(demo_loader() | training() | core | drawing(["lora", 0]))
@@ -219,7 +225,7 @@ BAD_CONCEPTS = {
     "not in the prompt": (dict(name="dog", prompts="a cat"), "does not contain the concept 'dog'"),
     "no tokens": (dict(name="<|endoftext|>"), "gives no tokens"),
     "custom without prompts": (dict(name="dog", kind="custom"), "no prompt template"),
-    "unknown kind": (dict(name="dog", kind="animal"), "Unknown kind 'animal'"),
+    "unknown kind": (dict(name="dog", kind="animal"), "kind.*'animal'"),
 }
 
 
@@ -233,8 +239,8 @@ def test_bad_concept_is_refused_in_one_sentence(server, case):
 
 
 BAD_SETTINGS = {
-    "layers": (dict(layers="all"), "layers is 'all'"),
-    "end tokens": (dict(end_tokens="some"), "end_tokens is 'some'"),
+    "layers": (dict(layers="all"), "layers.*'all'"),
+    "end tokens": (dict(end_tokens="some"), "end_tokens.*'some'"),
     "size": (dict(size=100), "size is 100"),
 }
 
