@@ -56,6 +56,7 @@ from fmn.patches.patch import ForgetPatch, file_size
 
 TERA, GIGA, MEGA = 1e12, 1e9, 1e6
 ROW_BYTES = 2  # of a number, as the model computes it
+LEVELS = torch.linspace(0.001, 1, 1000)
 EIGEN = 9  # times n^3: FLOPs of all eigenvectors
 CARDS = {"RTX 3060": 25.5, "RTX 4070": 58.3, "RTX 4090": 165.2}  # TFLOPS
 
@@ -70,7 +71,7 @@ class StandIn:
     prediction: str = "flow"
     forwards: list[tuple[int, int]] = field(default_factory=list)  # (samples, tokens of text)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    schedule: SigmaSchedule = SigmaSchedule(torch.linspace(0.001, 1, 1000), torch.ones(1000))
+    schedule: SigmaSchedule = SigmaSchedule(LEVELS, torch.ones(len(LEVELS)), 1 - LEVELS)
 
     def __post_init__(self) -> None:
         self.modules = {name: nn.Linear(self.width, self.width) for name in self.family.readers()}

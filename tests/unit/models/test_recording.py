@@ -84,7 +84,7 @@ def test_layers_come_in_the_order_of_a_forward_pass():
 @pytest.mark.parametrize("order", [PICTURE, POOLED])
 def test_rows_keep_the_precision_of_the_model(order):
     layer = nn.Linear(3, 2, dtype=torch.bfloat16)
-    recorder = Recorder(Transformer("x", "X", "X", (), "x"), torch.zeros(1, 1).long(), 4)
+    recorder = Recorder(Transformer("x", "X", "X", (), (), "x"), torch.zeros(1, 1).long(), 4)
     given = torch.ones(1, *(4,) * (order == PICTURE), 3, dtype=torch.bfloat16)
     with recorder.attached({"x": Reader("x", "x", order)}, {"x": layer}):
         output = layer(given)
