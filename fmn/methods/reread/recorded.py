@@ -72,6 +72,10 @@ class Prompts:
         self.generator = torch.Generator().manual_seed(self.seed)
         self.texts = {text: model.encode(Prompt(text, "")) for text in dict.fromkeys(texts)}
 
+    def length(self, text: str) -> int:
+        """Tokens: encoded prompts of the same number follow each other to share forwards."""
+        return self.texts[text].context.shape[1]
+
     def batch(self, texts: Sequence[str], positions: int) -> Batch:
         """Each text with noise of its own, and so many positions at random."""
         seeds = range(self.seed, self.seed + len(texts))
@@ -144,7 +148,7 @@ def recorded_patch(task: Task, kept: Sequence[str]) -> ForgetPatch:
     texts = [text for some in pairs for pair in some for text in pair]
     prompts = Prompts(model, [*texts, *kept], settings)
     concepts = [prompts.pair(some, settings.query_positions) for some in pairs]
-    kept_batch = prompts.batch(kept, KEPT_POSITIONS)
+    kept_batch = prompts.batch(sorted(kept, key=prompts.length), KEPT_POSITIONS)
     forwards = prompts.forwards(kept_batch)
     forwards += (1 + settings.passes) * sum(prompts.forwards(batch) for batch, _ in concepts)
     with model.watch(prompts.at_once, prompts.side) as watched:
