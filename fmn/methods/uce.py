@@ -157,7 +157,7 @@ def text_patch(task: Task) -> ForgetPatch:
 
         empty = rows("")
         moves = [[moved(rows(text), rows(other), empty) for text, other in some] for some in pairs]
-        held = [told(rows(text), empty) for text in kept]
+        held = [informative(rows(text), empty) for text in kept]
     changes, shares = {}, []
     for name in layers:
         wanted = [Rows(*map(torch.cat, zip(*(move[name] for move in some)))) for some in moves]
@@ -191,7 +191,7 @@ def _kept_sentences(task: Task) -> list[str]:
     return [*shipped, *keep_for(task.concepts, task.keep, "none")]
 
 
-def told(rows: TextRows, empty: TextRows) -> TextRows:
+def informative(rows: TextRows, empty: TextRows) -> TextRows:
     """Of a prompt's tokens the ``TOKENS`` that are least like any of the empty prompt, in float64:
     templates and padding say nothing."""
     chosen = {}
@@ -206,7 +206,7 @@ def moved(rows: TextRows, other: TextRows, empty: TextRows) -> TextRows:
     """A prompt's inputs c, and y* - y: what its outputs lack to be those of the tokens c* of the
     other prompt, each the nearest to c."""
     moves = {}
-    for name, (inputs, outputs) in told(rows, empty).items():
+    for name, (inputs, outputs) in informative(rows, empty).items():
         others, wanted = map(to_float64, other[name])
         moves[name] = Rows(inputs, wanted[torch.cdist(inputs, others).argmin(1)] - outputs)
     return moves

@@ -28,6 +28,10 @@ STEP = f"Number({OWN}.textContent.match(/step (\\d+)\\//)?.[1])"
 # Its pictures are there, and nothing of it is cut off.
 FITS = """e => [...e.querySelectorAll('img')].every(i => i.naturalWidth === 128 && i.width > 30)
   && e.clientHeight > 150 && e.scrollHeight <= e.clientHeight + 2"""
+# The page keeps a draft when it sees a change: that of PLACE may have come while it was still busy.
+TOUCH = """() => { app.graph.nodes[0].pos[0] += 1;
+  const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker;
+  (tracker.captureCanvasState ?? tracker.checkState).call(tracker); }"""
 SAVED = """() => { const own = Object.entries(sessionStorage)
     .filter(([key]) => key.startsWith('workflow:')).map(([, text]) => text);
   // Newer frontends keep it elsewhere.
@@ -61,6 +65,12 @@ def cancel(page):
     page.locator(VIEW).get_by_role("button", name="Cancel").click()
     page.locator(VIEW).get_by_text("cancelled: dog").wait_for()
     idle(page)
+
+
+def saved(page):
+    """Wait until the page would show the workflow again after a reload."""
+    page.evaluate(TOUCH)
+    page.wait_for_function(SAVED)
 
 
 def start(page):
@@ -99,7 +109,7 @@ def test_a_reload_shows_the_state_again_and_cancel_works(page, nodes_2):
     opened_graph(page, nodes_2, own_id=nodes_2, steps=3000, preview_every=5)
     start(page)
     page.wait_for_function(f"() => {OWN}.querySelectorAll('img').length == 4 && {POINTS} > 5")
-    page.wait_for_function(SAVED)
+    saved(page)
     page.reload(wait_until="domcontentloaded")
     page.wait_for_function(READY)
     page.wait_for_function("() => app.graph.nodes.length == 6")

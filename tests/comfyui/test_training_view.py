@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 from .frontend import ARTEFACTS, READY, at_rest, idle
 from .test_node_text import NOTHING_RUNS
-from .test_training_page import SAVED, VIEW, opened_graph, start
+from .test_training_page import VIEW, opened_graph, saved, start
 
 LONG = '<img src="x" onerror="window.fmnAttacked = true"> ' + "a very long concept " * 12
 TRAIN = "app.graph.nodes.find(n => n.type == 'FMN_TrainForgetPatch')"
@@ -94,7 +94,7 @@ def test_after_a_reload_each_workflow_has_its_own_curves(page, nodes_2):
         view.get_by_text(f"done: {name}").wait_for()
         kept[name] = page.evaluate("() => app.graph.serialize()")
     assert kept["dog"]["id"] != kept["cat"]["id"]
-    page.wait_for_function(SAVED)
+    saved(page)
     page.reload(wait_until="domcontentloaded")
     page.wait_for_function(READY)
     view.get_by_text("done: cat").wait_for()

@@ -72,7 +72,7 @@ def rows_of(model, layer, text):
     return (given.context[0] if layer == TEXT else given.vectors["pooled_output"]).double()
 
 
-def told(rows, empty, count):
+def informative(rows, empty, count):
     distance = (rows[:, None] - empty).square().sum(-1).amin(1)
     return rows[distance.sort(descending=True).indices[:count]]
 
@@ -85,13 +85,13 @@ def literal(model, layer, settings, kept, tokens=32, concepts=CONCEPTS):
         cs, stars = [], []
         for text, other in sentences(concept, uce.SENTENCES):
             others = rows_of(model, layer, other)
-            for c in told(rows_of(model, layer, text), empty, tokens):
+            for c in informative(rows_of(model, layer, text), empty, tokens):
                 cs.append(c)
                 stars.append(others[(others - c).square().sum(1).argmin()])
         for c, star in zip(cs, stars):
             system += settings.erase * torch.outer(c, c) / len(cs)
             right += settings.erase * torch.outer(star - c, c) / len(cs)
-    rows = torch.cat([told(rows_of(model, layer, text), empty, tokens) for text in kept])
+    rows = torch.cat([informative(rows_of(model, layer, text), empty, tokens) for text in kept])
     system += uce.KEPT_WEIGHT * settings.preserve * rows.T @ rows / len(rows)
     system += settings.damping * system.trace() / len(system) * torch.eye(len(system))
     return weight @ right @ system.inverse()
