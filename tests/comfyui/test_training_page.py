@@ -106,7 +106,8 @@ def test_the_curve_and_previews_are_drawn(page, nodes_2, light):
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
 def test_a_reload_shows_the_state_again_and_cancel_works(page, nodes_2):
-    opened_graph(page, nodes_2, own_id=nodes_2, steps=3000, preview_every=5)
+    # Few previews: drawing them would keep the server from sending the page again.
+    opened_graph(page, nodes_2, own_id=nodes_2, steps=20_000, preview_every=40)
     start(page)
     page.wait_for_function(f"() => {OWN}.querySelectorAll('img').length == 4 && {POINTS} > 5")
     saved(page)

@@ -25,8 +25,9 @@ def forget_in_a_transformer():
         "The same in a **diffusion transformer**, a small one shaped like Flux.1. Re-read records "
         "what its attention layers read and solves for the patch: no gradients, and 8-bit weights "
         "are fine. The patch is a LoRA that *Load LoRA* reads too.\n\n**Your own model?** Put the "
-        "nodes that load Flux, Z-Image, Qwen-Image ... in place of *Load Demo Checkpoint*, and "
-        "change `name`, the prompts and `filename_prefix`."
+        "nodes that load Flux, Z-Image, Qwen-Image ... in place of *Load Demo Checkpoint*. Change "
+        "`name` in *Concept to Forget*, the prompts in `forgotten` and `kept`, and "
+        "`filename_prefix` in *Save Forget Patch*."
     )
     load = flow.demo("transformer")
     concept = flow.concept()
