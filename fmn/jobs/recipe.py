@@ -23,7 +23,6 @@ from ..patches.metadata import FORMAT
 from ..settings import Settings
 
 PROBE = Prompt("a photo", "a photo")
-ADDED = {"passes"}  # settings that version 0.1 did not have
 
 
 def recipe(model_hash: str, concept: Concept, settings: Settings, keep: Iterable[str] = ()) -> str:
@@ -49,7 +48,7 @@ def recipe_0_1(
     former = {
         each.metadata.get("formerly") or each.name: getattr(settings, each.name)
         for each in fields(settings)
-        if each.name not in ADDED
+        if each.metadata["group"] != "transformer"  # version 0.1 had none for these
     }
     code = known["methods"][settings.method]
     return _hash(

@@ -118,8 +118,8 @@ def test_the_demo_transformer_is_measured_where_it_can_be(setup, lab, capsys):
     assert steps == [1, 1, 1, 1, 2, 2]
     assert bench("--model", "demo-dit", "--measure", "pictures", "inversion") == 2
     assert "inversion is for U-Nets" in capsys.readouterr().err
-    assert bench("--model", "demo-dit", "--method", "uce") == 2
-    assert "UCE works on" in capsys.readouterr().err
+    assert bench("--model", "demo-dit", "--method", "rece") == 2
+    assert "RECE works on" in capsys.readouterr().err
 
 
 def bench(*arguments):

@@ -33,7 +33,7 @@ def run(wheel, *arguments):
 
 def test_a_wheel_holds_the_demo_models_their_judges_and_controls(wheel):
     place, families, judges, controls = json.loads(run(wheel, "-c", PROGRAM))
-    assert Path(place).is_relative_to(wheel) and families[1] == "Flux"
+    assert Path(place).is_relative_to(wheel) and families[1] == "Flux.1"
     assert judges[0] == judges[1] and controls == ["accordion", "kangaroo"]
     (scripts,) = wheel.glob("*.dist-info/entry_points.txt")
     assert "fmn = fmn.cli.main:main" in scripts.read_text()

@@ -78,7 +78,7 @@ def test_outputs_of_an_earlier_run_are_shown_again(page, nodes_2):
 def test_a_text_goes_to_the_workflow_that_was_run(page):
     """Not to the node of the same number in another one, which is open by then."""
     dress(page, nodes_2=False)
-    slow = node("FMN_MethodResteer", steps=60)
+    slow = node("FMN_MethodResteer", steps=300)
     open_prompt(page, numbered(batch("slow", ["dog"], slow)))
     page.evaluate("id => { app.graph.id = id; }", str(uuid.uuid4()))
     text = page.locator(SHOWN)

@@ -167,7 +167,7 @@ def test_transformers_are_refused_with_what_works():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     names = "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer"
     pipeline = diffusers.FluxPipeline(scheduler=scheduler, **dict.fromkeys(names))
-    with pytest.raises(ForgetError, match="FluxPipeline.*inside ComfyUI, by the method ESD"):
+    with pytest.raises(ForgetError, match="FluxPipeline.*inside ComfyUI.*UCE and ESD"):
         DiffusersModel(pipeline)
 
 
