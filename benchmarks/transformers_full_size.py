@@ -7,7 +7,7 @@ For each model and form of its weights a process of its own writes a file, loads
 stock loader, makes a patch of one object and applies it. Few prompts on small pictures: what counts
 is what a forward takes, what comes on top of the loaded model, and what is left.
 
-    blocks    of each kind; all: the whole model. The loader is told how many
+    blocks    of each kind; all: the whole model. The loader is given their number
     seconds   of processors
     loaded    GB resident with the model loaded and run once
     beyond    GB at the peak of making the patch, above that
@@ -98,7 +98,7 @@ def repeated(values: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> tor
 
 
 def loaded(size: Size, blocks: int, path: Path) -> UnknownModel:
-    """By the stock loader, which is told the number of blocks."""
+    """By the stock loader, which is given the number of blocks."""
     config = config_of(size, blocks)
     with (
         torch.inference_mode(),

@@ -84,8 +84,8 @@ def outcomes(
     """What a patch does to its concepts, to ``MOST`` of them if they are more.
 
     It takes 11 forwards of one prompt for each, 12 with an anchor, of pictures of half the size
-    that the model was trained at. Of a transformer only what is left is told, by 3 forwards at pure
-    noise. Empty for other models.
+    that the model was trained at. For a transformer 3 forwards at pure noise, which give what is
+    left and nothing else. Empty for other models.
 
     Args:
         keep: the user's words to keep; none: the shipped lists of the concepts' kinds.

@@ -13,10 +13,13 @@ import torch
 
 from .others import WIDTH, Words, esd_settings, make
 from .parts import concept, leftovers
-from .test_transformer_table import encoded, latents, predictions
+from .test_transformer_table import changes_by_way
 from .test_transformers import reread_settings
 
-pytestmark = pytest.mark.skipif("GGUF_PATH" not in os.environ, reason="GGUF_PATH is not set.")
+pytestmark = pytest.mark.skipif(
+    "GGUF_PATH" not in os.environ,
+    reason="needs a copy of ComfyUI-GGUF, which GGUF_PATH names (CONTRIBUTING.md)",
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +74,6 @@ def content(model):
 
 
 def test_reread_trains_on_them_as_they_are(pack, host, tmp_path):
-    import comfy.sd
-    import comfy.utils
-
     model, wrong = host.patcher.model, pack("fmn.errors").ForgetError
     assert model.diffusion_model.joint_blocks[0].x_block.attn.proj.weight.dtype is torch.uint8
     before = content(model)
@@ -89,22 +89,11 @@ def test_reread_trains_on_them_as_they_are(pack, host, tmp_path):
     assert patch.info["loss"]["last"] < 0.9
     check_unchanged()
 
-    patches, adapter = pack("fmn.patches.patch"), pack("fmn.models.adapters")
-    loaded = patches.load_patch(patches.save_patch(patch, tmp_path / "patch.safetensors"))
-    lora = comfy.utils.load_torch_file(str(tmp_path / "patch.safetensors"))
-    x, texts = latents(host, 2), encoded(pack, host, "a cat", "a cat here")
-    plain = predictions(host, x, texts)
-    fixed = {
-        layer: adapter.FixedAdapter([(up, down, 1.0)], "cpu")
-        for layer, (up, down) in loaded.changes.items()
-    }
-    exact = predictions(host, x, texts, fixed, adapter) - plain
-    stock, _ = comfy.sd.load_lora_for_models(host.patcher, None, lora, 1.0, 0.0)
-    # Patches are added to the weights as they are unpacked, and nothing is rounded again.
-    for way in (host.patched(loaded, 1.0), stock):
-        change = predictions(type(host)(way), x, texts) - plain
-        assert (change - exact).norm() < 1e-2 * exact.norm()
-    assert torch.equal(predictions(host, x, texts), plain)
+    path = pack("fmn.patches.patch").save_patch(patch, tmp_path / "patch.safetensors")
+    _, exact, changes = changes_by_way(pack, host, path)
+    for way in ("Apply Forget Patch", "Load LoRA"):
+        # Patches are added to the weights as they are unpacked, and nothing is rounded again.
+        assert (changes[way] - exact).norm() < 1e-2 * exact.norm()
     check_unchanged()
 
     with pytest.raises(wrong, match="quantised .* is uint8"):

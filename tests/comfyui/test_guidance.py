@@ -76,18 +76,8 @@ def recorded(model, texts, rows):
     return clone
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v_prediction"])
-@pytest.mark.parametrize("cfg", [1.0, CFG])
-def test_safe_prediction_follows_the_equations(nodes, demo, texts, prediction, cfg):
-    """The guided noise of every step, from three predictions made one by one."""
-    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
-
-    model = safe(nodes, demo)
-    if prediction != "eps":
-        (model,) = ModelSamplingDiscrete().patch(model, prediction, False)
-    rows = []
-    sample(recorded(model, texts, rows), texts[PROMPT], texts[""], first_noise(2), cfg)
-    assert len(rows) == STEPS
+def assert_safe(rows, cfg):
+    """Rows of ``recorded`` follow the equations; eps is what the model predicts, or a velocity."""
     nu, steered = torch.zeros(2, 4, 16, 16), 0.0
     for t, (_, eps_p, eps_S, eps_0, guided) in enumerate(rows):
         phi = torch.clamp((eps_p - eps_S).abs() * EARLY["scale"], max=1)
@@ -102,6 +92,21 @@ def test_safe_prediction_follows_the_equations(nodes, demo, texts, prediction, c
         assert close.float().mean() > 0.995
         assert (guided - expected).abs().mean() < 1e-3
     assert steered > 0.1
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v_prediction"])
+@pytest.mark.parametrize("cfg", [1.0, CFG])
+def test_safe_prediction_follows_the_equations(nodes, demo, texts, prediction, cfg):
+    """The guided noise of every step, from three predictions made one by one."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    model = safe(nodes, demo)
+    if prediction != "eps":
+        (model,) = ModelSamplingDiscrete().patch(model, prediction, False)
+    rows = []
+    sample(recorded(model, texts, rows), texts[PROMPT], texts[""], first_noise(2), cfg)
+    assert len(rows) == STEPS
+    assert_safe(rows, cfg)
 
 
 def test_every_run_starts_afresh_and_the_model_stays(nodes, demo, texts):

@@ -74,6 +74,30 @@ def test_hooks_fire_once_and_in_order(pack, other_host, name):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-4)
 
 
+def changes_by_way(pack, host, path):
+    """Predictions before, what a patch file adds to them by our adapters, and {way of loading: what
+    it adds by that}."""
+    import comfy.sd
+    import comfy.utils
+
+    adapters, loaded = pack("fmn.models.adapters"), pack("fmn.patches.patch").load_patch(path)
+    lora = comfy.utils.load_torch_file(str(path))
+    x, texts = latents(host, 2), encoded(pack, host, "a cat", "a cat here")
+    plain = predictions(host, x, texts)
+    fixed = adapters.fixed_adapters(loaded.changes, "cpu")
+    exact = predictions(host, x, texts, fixed, adapters) - plain
+    stock, _ = comfy.sd.load_lora_for_models(host.patcher, None, lora, 1.0, 0.0)
+    patched = {"Apply Forget Patch": host.patched(loaded, 1.0), "Load LoRA": stock}
+    if hasattr(comfy.sd, "load_bypass_lora_for_models"):  # since ComfyUI 0.33
+        beside, _ = comfy.sd.load_bypass_lora_for_models(host.patcher, None, lora, 1.0, 0.0)
+        patched["Load LoRA (Bypass)"] = beside
+    changes = {
+        way: predictions(type(host)(each), x, texts) - plain for way, each in patched.items()
+    }
+    assert torch.equal(predictions(host, x, texts), plain)  # loads the unpatched model again
+    return plain, exact, changes
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_text_is_read_once_and_whole(pack, other_host, name):
     """Each layer of the text alone gets as many rows as the prompt has, and the same for any
@@ -134,10 +158,9 @@ def test_rows_of_the_picture_are_where_the_table_says(pack, other_host, name):
 def test_patches_by_every_way_of_loading(pack, other_host, tmp_path, name, method):
     """The file by ComfyUI's loader, by our node and by our adapters gives one prediction."""
     import comfy.lora
-    import comfy.sd
     import comfy.utils
 
-    patches, adapter = pack("fmn.patches.patch"), pack("fmn.models.adapters")
+    patches = pack("fmn.patches.patch")
     host = other_host(name)
     before = {key: value.clone() for key, value in host.patcher.model.state_dict().items()}
     settings = reread_settings(pack, size=128)
@@ -159,21 +182,8 @@ def test_patches_by_every_way_of_loading(pack, other_host, tmp_path, name, metho
     prefixes = {key.rsplit(".", 2)[0] for key in tensors}
     assert prefixes <= known.keys() and len(prefixes) == len(patch.changes)
 
-    loaded = patches.load_patch(path)
-    stock, _ = comfy.sd.load_lora_for_models(host.patcher, None, tensors, 1.0, 0.0)
-    x, texts = latents(host, 2), encoded(pack, host, "a cat", "a cat here")
-    plain = predictions(host, x, texts)
-    fixed = {
-        layer: adapter.FixedAdapter([(up, down, 1.0)], "cpu")
-        for layer, (up, down) in loaded.changes.items()
-    }
-    ways = [predictions(type(host)(way), x, texts) for way in (host.patched(loaded, 1.0), stock)]
-    ways.append(predictions(host, x, texts, fixed, adapter))
-    if hasattr(comfy.sd, "load_bypass_lora_for_models"):  # ComfyUI 0.33's Load LoRA (Bypass)
-        beside, _ = comfy.sd.load_bypass_lora_for_models(host.patcher, None, tensors, 1.0, 0.0)
-        ways.append(predictions(type(host)(beside), x, texts))
-    change, rounding = (ways[0] - plain).norm(), 1e-6 * plain.norm()
-    assert change > 100 * rounding
-    for way in ways[1:]:
-        assert (way - ways[0]).norm() < 1e-3 * change + rounding
-    assert torch.equal(predictions(host, x, texts), plain)
+    plain, exact, changes = changes_by_way(pack, host, path)
+    rounding = 1e-6 * plain.norm()
+    assert exact.norm() > 100 * rounding
+    for change in changes.values():
+        assert (change - exact).norm() < 1e-3 * exact.norm() + rounding

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from fmn.concepts.concept import Concept, Prompt
@@ -15,11 +14,9 @@ from fmn.errors import ForgetError
 from fmn.hosts.diffusers import load
 from fmn.hosts.diffusers.load import DEMO_FILE, make_tokenizer
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.hosts.diffusers.parts import make_vae
 from fmn.methods import uce
 from fmn.models.families import DEMO, text_layers
 from fmn.patches.checkpoint import merge_into_checkpoint
-from fmn.patches.foreign_file import read_foreign
 from fmn.patches.patch import ForgetPatch
 
 DOG = Prompt("a photo of a dog", "dog")
@@ -333,26 +330,6 @@ def test_what_is_no_vae_is_named(tmp_path, weights):
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(ForgetError, match="lora.safetensors' is a LoRA, not a VAE"):
         DiffusersModel.load(path, vae=tmp_path / "lora.safetensors")
-
-
-def test_a_vae_of_older_names(tmp_path):
-    config = {
-        "_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "norm_num_groups": 4,
-        "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
-    }  # fmt: skip
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    vae = AutoencoderKL.from_config(config)
-    tensors = vae.state_dict()
-    for new, name in old.items():
-        tensors = {key.replace(f".{new}.", f".{name}."): weight for key, weight in tensors.items()}
-    save_file(tensors, tmp_path / "vae.safetensors")
-    made = make_vae(read_foreign(tmp_path / "vae.safetensors"), config, torch.float32)
-    pairs = zip(made.parameters(), vae.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    tensors.pop("decoder.conv_in.weight")
-    save_file(tensors, tmp_path / "vae.safetensors")
-    with pytest.raises(ForgetError, match="lacks 1 of the VAE's .*'decoder.conv_in.weight'"):
-        make_vae(read_foreign(tmp_path / "vae.safetensors"), config, torch.float32)
 
 
 def test_a_folders_own_tokenizer_is_used(folder):

@@ -20,7 +20,7 @@ from fmn.methods.reread.adversarial_training import (
 )
 from fmn.methods.reread.adversaries import FREE
 from fmn.methods.reread.training_images import Scene
-from fmn.models.adapters import FixedAdapter, LowRankAdapter, attached
+from fmn.models.adapters import LowRankAdapter, attached, fixed_adapters
 from fmn.models.families import CLIP_G, CLIP_L
 from fmn.models.interface import Text
 from fmn.patches.lora_keys import PARTS
@@ -76,9 +76,8 @@ def opened(model, settings=SETTINGS, concepts=2, scale=1.0):
         }
         for adapter in adapters.values():
             torch.nn.init.normal_(adapter.up, std=0.05, generator=generator)
-        applied = {name: FixedAdapter([(*pair, 1.0)], "cpu") for name, pair in CHANGES.items()}
         with (
-            attached(applied, denoiser.module) as switch,
+            attached(fixed_adapters(CHANGES, "cpu"), denoiser.module) as switch,
             attached(adapters, denoiser.module, switch),
             adversaries.adversaries(model, denoiser) as new_adversary,
         ):
