@@ -172,7 +172,7 @@ def plan(family: UnknownFamily, length: Callable[[str], int], settings: Any) -> 
     Args:
         length: function from a text to its tokens, as many as the network reads.
     """
-    stand_in, ledger = StandIn(family, length, 2 * settings.transformer_rank), Ledger(family)
+    stand_in, ledger = StandIn(family, length, 2 * settings.rank), Ledger(family)
     with ledger.open():
         patch = forget(stand_in, [Concept("dog", kind="object")], settings)
     samples = sum(count for count, _ in stand_in.forwards)

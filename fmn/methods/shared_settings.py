@@ -98,3 +98,8 @@ keep_tokens = partial(
     "the empty prompt too.",
     choices=("last", "all"),
 )
+
+
+def rank_in_all(rank: int, concepts: int) -> int:
+    """Largest rank of a layer's change for so many concepts by ``solved_rank``."""
+    return min(rank * concepts or MAX_RANK, MAX_RANK)

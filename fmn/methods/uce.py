@@ -24,7 +24,6 @@ from ..linalg import to_float64
 from ..models.interface import TransformerModel
 from ..models.recording import Rows, TextRows, text_rows
 from ..models.sampling import seeded_noise
-from ..patches.file_check import MAX_RANK
 from ..patches.patch import ForgetPatch
 from ..patches.task import Task, method_run
 from ..settings import Settings as Base
@@ -225,5 +224,5 @@ def solved(
         kept,
         KEPT_WEIGHT * settings.preserve / max(settings.erase, TINY),
         settings.damping,
-        min(settings.rank * len(wanted) or MAX_RANK, MAX_RANK),
+        shared.rank_in_all(settings.rank, len(wanted)),
     )

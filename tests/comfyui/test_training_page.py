@@ -106,8 +106,9 @@ def test_the_curve_and_previews_are_drawn(page, nodes_2, light):
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
 def test_a_reload_shows_the_state_again_and_cancel_works(page, nodes_2):
-    # Few previews: drawing them would keep the server from sending the page again.
-    opened_graph(page, nodes_2, own_id=nodes_2, steps=20_000, preview_every=40)
+    # Long steps, most of them outside Python, so that the server can send the page meanwhile.
+    long = {"steps": 3000, "batch": 2, "size": 384}
+    opened_graph(page, nodes_2, own_id=nodes_2, preview_every=3, **long)
     start(page)
     page.wait_for_function(f"() => {OWN}.querySelectorAll('img').length == 4 && {POINTS} > 5")
     saved(page)

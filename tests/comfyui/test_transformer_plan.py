@@ -14,7 +14,7 @@ def test_a_plan_says_what_a_run_takes(pack, monkeypatch, name):
     import transformer_plan as program
 
     host = program.UnknownModel(make(name, {}), Words(name))
-    changes = {"size": 64, "keep_prompts": 24, "transformer_prompts": 4, "transformer_rank": 2}
+    changes = {"size": 64, "keep_prompts": 24, "transformer_prompts": 4, "rank": 2}
     settings = program.settings_of("reread", changes)
 
     def length(text):

@@ -60,6 +60,15 @@ def test_what_is_left_is_read_off_at_pure_noise(model, patch):
     torch.testing.assert_close(velocity(model, "a photo of dog"), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rank, found", [(0, 8), (3, 3)])
+def test_a_rank_of_0_is_all(model, rank, found):
+    settings = Settings(
+        transformer_prompts=1, keep_prompts=4, query_positions=4, passes=1, rank=rank
+    )
+    patch = forget(model, [Concept("dog", "object")], settings)
+    assert max(up.shape[1] for up, _ in patch.changes.values()) == found
+
+
 def test_joined_projections_predict_the_same(model):
     torch.manual_seed(0)
     flux = FluxTransformer2DModel(**transformer.CONFIG).eval()

@@ -34,6 +34,7 @@ from ...models.transformers import Transformer
 from ...models.unknown_family import UnknownFamily
 from ...patches.patch import ForgetPatch
 from ...patches.task import Task
+from ..shared_settings import rank_in_all
 from .regression_data import SentencePairs, no_difference
 from .settings import Settings
 
@@ -194,7 +195,7 @@ def solve(
             torch.cat([kept, *(o for o, _ in without)]),
             settings.preserve,
             settings.transformer_damping,
-            settings.transformer_rank * len(seen),
+            rank_in_all(settings.rank, len(seen)),
         )
         changes[name] = up.float(), down.float()
         for (o, _), move in zip(with_concept, moves):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...closed_form.input_edit import Changes, weight_of
 from ...linalg import gram, truncate_matrix
-from ...patches.file_check import MAX_RANK
+from ..shared_settings import rank_in_all
 from .attention_output import cross_attention_layers
 from .regression_data import ConceptSentences, KeptSentences, QuerySampler, SentencePairs
 from .residual import Residual
@@ -135,8 +135,7 @@ def solve(
     root = torch.linalg.cholesky(system)  # L
     # dW L = W Z L^-T
     change = torch.linalg.solve_triangular(root, target.mT @ problem.weight.mT, upper=False).mT
-    rank = min(settings.rank * len(problem.concepts) or MAX_RANK, MAX_RANK)
-    up, down, _ = truncate_matrix(change, rank)
+    up, down, _ = truncate_matrix(change, rank_in_all(settings.rank, len(problem.concepts)))
     return up, torch.linalg.solve_triangular(root, down, upper=False, left=False)
 
 

@@ -145,13 +145,6 @@ class Settings(Base, method="reread"):
         limits=(1e-9, 1e6, 0.001),
         group="transformer",
     )
-    transformer_rank: int = advanced(
-        16,
-        "Transformers: largest rank of a layer's change for each concept, in place of rank. The "
-        "file grows with it.",
-        limits=(1, 128),
-        group="transformer",
-    )
 
     @property
     def trains(self) -> bool:  # type: ignore[override]
