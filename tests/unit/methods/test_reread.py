@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fmn.methods import shared_settings
 from fmn.methods.reread import method, regression
 
 from ..literal import near, rows
@@ -121,7 +122,7 @@ def test_a_bounded_rank_is_the_best_of_that_rank(rank, concepts, allowed):
 
 
 def test_no_rank_is_above_what_a_file_may_have(monkeypatch):
-    monkeypatch.setattr(regression, "MAX_RANK", 3)
+    monkeypatch.setattr(shared_settings, "MAX_RANK", 3)
     for rank in (0, 2, 3):
         up, _ = solve(settings_of(rank=rank))
         assert up.shape[1] == 3
