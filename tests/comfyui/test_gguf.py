@@ -80,13 +80,14 @@ def test_reread_trains_on_them_as_they_are(pack, host, tmp_path):
 
     def check_unchanged():
         after = content(model)
-        assert before.keys() == after.keys() and not leftovers(model)
+        assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
     with torch.inference_mode():
         patch = pack("fmn.methods").forget(host, [concept(pack)], reread_settings(pack))
     assert patch.changes.keys() == host.family.readers().keys()
     assert patch.info["loss"]["last"] < 0.9
+    assert not leftovers(model)  # ComfyUI's Load LoRA (Bypass), below, leaves some
     check_unchanged()
 
     path = pack("fmn.patches.patch").save_patch(patch, tmp_path / "patch.safetensors")
