@@ -29,7 +29,7 @@ class NonFiniteLoss(ForgetError):
         patch: the ``ForgetPatch`` of the last good state; None if no step was finished.
     """
 
-    def __init__(self, message: str, losses: Sequence[float]) -> None:
+    def __init__(self, message: str, losses: Sequence[float] = ()) -> None:  # none: unpickled
         super().__init__(message)
         self.losses = losses
         self.patch: Any = None  # its class lies in a package above this one

@@ -20,13 +20,14 @@ from ..fmn.bench.reporting.report import in_short, markdown_table, missing_plots
 from ..fmn.bench.running import runner
 from ..fmn.bench.running.cells import CellProgress, Setup, given, plan, trained
 from ..fmn.bench.running.cells import Method as MethodUnderTest
-from ..fmn.bench.running.lab import check_domains, make_setup, open_lab, to_bytes
+from ..fmn.bench.running.lab import check_domains, make_setup, open_lab
 from ..fmn.bench.suite import SUITES, Suite, Target, parse_suite, read_suite
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.model import ComfyModel
+from ..fmn.jobs.executors import Here
 from ..fmn.methods import PRESETS, preset_of, settings_of
 from ..fmn.patches import scores
-from ..fmn.patches.patch import ForgetPatch
+from ..fmn.patches.patch import ForgetPatch, to_bytes
 from ..fmn.settings import Settings
 from ..fmn.text import printable
 from .common import clip_input, image_of, lines_of, schema, seed_input, vae_input
@@ -188,9 +189,9 @@ def _run(
     lab = open_lab(setup, host, progress.work)
     check_domains(lab.judge, targets)
     cells = plan(setup, suite, [target.name for target in targets], [method], measures)
-    executor = runner.Here(lab, (InterruptProcessingException,))
+    executor = Here((InterruptProcessingException,))
     summary, paths, failed = runner.bench(
-        setup, suite, cells, [method], folder, executor, progress.cell
+        setup, suite, cells, [method], folder, executor, progress.cell, lab=lab
     )
     if failed:
         raise ForgetError(runner.failures(failed, paths))

@@ -17,7 +17,7 @@ LONG = (
     "comfyui/test_measure.py", "comfyui/test_attack.py", "comfyui/test_quantised.py",
     "comfyui/test_shelf_page.py", "comfyui/test_merge.py", "comfyui/test_examples.py",
     "cli/test_second_device.py", "cli/test_bench.py", "cli/test_cli.py", "cli/test_eval_unlearn.py",
-    "integration/test_batch.py", "cli/test_docs.py", "cli/test_signals.py", "cli/test_bench_ray.py",
+    "integration/test_batch.py", "cli/test_docs.py", "cli/test_signals.py", "cli/test_ray.py",
     "integration/test_families.py", "integration/test_revisions.py", "integration/test_resume.py",
 )  # fmt: skip
 

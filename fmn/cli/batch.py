@@ -1,6 +1,7 @@
 """``python -m fmn batch`` and ``merge``."""
 
 from argparse import Namespace
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +12,7 @@ from .options import (
     MODEL,
     Commands,
     add_command,
+    add_executor,
     add_keep,
     add_kind,
     add_method,
@@ -40,6 +42,7 @@ def add_batch(commands: Commands, asked: str | None) -> None:
     add_kind(batch)
     add_out(batch, "out/batch")
     add_model_options(batch)
+    add_executor(batch, 1)
     add_method(batch, asked)
 
 
@@ -81,15 +84,22 @@ def run_batch(options: Namespace) -> tuple[dict[str, Any], str, bool]:
     """Returns the result, its text, and whether a concept failed."""
     from ..concepts.concept_list import read_concepts
     from ..files import check_folder
-    from ..jobs.batch import forget_each
+    from ..jobs.batch import Source, forget_each
+    from ..jobs.executors import Here, open_executor
     from .progress import BatchBar
 
     settings = given_settings(options)
     concepts = read_concepts(options.list, options.kind)
     check_folder(options.out)
-    model = load_model(options)
-    with BatchBar() as bar:
-        batch = forget_each(model, concepts, settings, options.out, bar, tuple(options.keep))
+    with closing(open_executor(options.workers, options.ray)) as executor, BatchBar() as bar:
+        model = load_model(options)
+        source = Source(
+            options.model, model.fingerprint(), str(options.vae or ""), options.prediction or ""
+        )
+        workers = None if isinstance(executor, Here) else (executor, source)
+        batch = forget_each(
+            model, concepts, settings, options.out, bar, tuple(options.keep), workers
+        )
     result = {
         "patches": [str(path) for path in batch.files],
         "there": [str(path) for path in batch.existing],

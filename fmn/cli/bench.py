@@ -1,7 +1,6 @@
 """``python -m fmn bench``."""
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,11 +14,10 @@ from ..methods import DEFAULT, check_family
 from ..patches.scores import Source, check_targets, scores_of, write_scores
 from ..settings import MAX_SEED
 from ..text import printable
-from .options import MODEL, add_model_options, load_model
+from .options import MODEL, add_executor, add_model_options, load_model
 
 if TYPE_CHECKING:  # these load torch, which --help does not need
     from ..bench.running.cells import Method, Setup
-    from ..bench.running.runner import Executor
     from ..bench.suite import Suite, Target
     from ..models.families import Family
 
@@ -56,11 +54,7 @@ def add_bench(
     _add_questions(parser)
     _add_judges(parser)
     _add_sampling(parser)
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N",
-        help="processes, up to 256; 0: one a core, at most 4",
-    )  # fmt: skip
-    parser.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: HOST:PORT or auto")
+    add_executor(parser, 0)
     parser.add_argument(
         "--write-scores", action="store_true",
         help="write the means into the patch files that were measured, where the patch shelf and "
@@ -141,6 +135,7 @@ def run_bench(options: argparse.Namespace) -> tuple[dict, str]:
     from ..bench.running.lab import check_domains, judge_for
     from ..bench.running.runner import bench, failures
     from ..files import check_folder
+    from ..jobs.executors import open_executor
     from .progress import CellBar
 
     check_folder(options.out)
@@ -158,9 +153,10 @@ def run_bench(options: argparse.Namespace) -> tuple[dict, str]:
     names = [target.name for target in targets]
     cells = plan(setup, suite, names, methods, measures, options.scale)
     command = shlex.join(["python", "-m", "fmn", *sys.argv[1:]])
+    executor = open_executor(options.workers, options.ray)
     with CellBar() as bar:
         summary, paths, failed = bench(
-            setup, suite, cells, methods, options.out, _executor(options), bar, command
+            setup, suite, cells, methods, options.out, executor, bar, command
         )
     if failed:
         raise ForgetError(failures(failed, paths))
@@ -280,17 +276,3 @@ def _source(method: "Method") -> Source:
             "none: name files such as dog.safetensors with --method."
         )
     return method.source
-
-
-def _executor(options: argparse.Namespace) -> "Executor":
-    if options.ray:
-        from ..bench.ray_cluster import Cluster
-
-        return Cluster(options.ray)
-    from ..bench.running.runner import Processes
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if not 0 <= options.workers <= 256:
-        raise ForgetError(f"--workers is {options.workers}: use 1 to 256, or 0 to choose.")
-    workers = options.workers or max(1, min(4, cores or 1))
-    return Processes(workers, max(1, (cores or 1) // workers))

@@ -69,6 +69,16 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+def add_executor(parser: argparse.ArgumentParser, workers: int) -> None:
+    """``--workers`` and ``--ray``; see ``jobs.executors.open_executor``."""
+    parser.add_argument(
+        "--workers", type=int, default=workers, metavar="N",
+        help="tasks at the same time, with --ray on each machine, up to 256; more than 1 have "
+        "processes with a model each; 0: one a core, at most 4 (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--ray", metavar="ADDRESS", help="use a Ray cluster: HOST:PORT or auto")
+
+
 def load_model(options: argparse.Namespace) -> "DiffusersModel | DiffusersTransformer":
     """The model of a command line."""
     from ..hosts.diffusers.open import open_model

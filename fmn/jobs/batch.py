@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,14 +13,16 @@ import torch
 
 from ..concepts.concept import Concept
 from ..errors import ForgetError
+from ..files import write_whole
 from ..methods import check_keep, forget
 from ..models.families import Family
 from ..models.interface import Model, TextEncoder, UNetModel
 from ..models.token_positions import CHUNK
-from ..patches.patch import load_patch, save_patch
-from ..progress import StepProgress
+from ..patches.patch import load_patch, to_bytes
+from ..progress import OnStep, StepProgress, ignore
 from ..settings import Settings
 from ..text import printable
+from .executors import Executor, Here, Task, kept, run_tasks
 from .recipe import hash_model, hash_model_0_1, recipe, recipe_0_1
 
 CACHE_BYTES = 1 << 30
@@ -70,6 +73,15 @@ class BatchResult:
         return "\n".join(printable(line) for line in lines)
 
 
+class Source(NamedTuple):
+    """Where workers find the model; see ``hosts.diffusers.open.open_same``."""
+
+    path: str
+    fingerprint: str
+    vae: str = ""
+    prediction: str = ""
+
+
 class _Target(NamedTuple):
     """A patch to make: its file, and the file that version 0.1 would have written."""
 
@@ -86,6 +98,7 @@ def forget_each(
     folder: str | Path,
     on_progress: OnBatch = lambda progress: None,
     keep: Sequence[str] = (),
+    workers: tuple[Executor, Source] | None = None,
 ) -> BatchResult:
     """Make a patch file for each concept.
 
@@ -93,38 +106,84 @@ def forget_each(
     stop, keeps the files that exist and makes the others.
 
     Args:
-        folder: of the files; made if need be.
-        on_progress: called before each concept and after each step.
+        folder: of the files, which this process writes; made if need be.
+        on_progress: called before each concept and after each step; with workers after each patch.
+        workers: where patches are made, and of which model; None: here. The caller closes them.
 
     Raises:
-        ForgetError: there is no concept, or a file cannot be written. Errors of a single concept
-            are in the result.
+        ForgetError: there is no concept, a file cannot be written, or a worker died or has no such
+            model. Errors of a single concept are in the result.
     """
     if not concepts:
         raise ForgetError("There is no concept to forget: connect or name at least one.")
     check_keep(settings, keep)
     start, result = time.monotonic(), BatchResult()
-    # Methods ask other models than U-Nets for nothing that is cached.
-    caching = cast(Model, CachingModel(cast(UNetModel, model)))
     targets = _targets(model, concepts, settings, Path(folder), keep)
     missing = sum(not target.path.exists() for target in targets)
     tracker = _Tracker(on_progress, len(targets), missing)
-    for target in targets:
-        tracker.begin(target.concept.name)
-        if existing := _existing(target, model.family, result):
-            result.files.append(existing)
+    executor, source = workers or (Here(), None)
+    here = partial(_make_here, _caching(model), tracker)
+    make = partial(_make_there, source) if source else here
+    waiting = iter(targets)
+    outcomes: dict[_Target, Path | str] = {}  # the file, or why there is none
+
+    def next_task() -> Task | None:
+        for target in waiting:
+            existing = _existing(target, model.family, result)
+            if existing is None:
+                return Task(target, make, (target.concept, target.recipe, settings, keep))
+            tracker.begin(target.concept.name)
             result.existing.append(existing)
-            continue
-        try:
-            patch = forget(caching, [target.concept], settings, tracker, keep)
-        except ForgetError as error:
-            result.failed.append((target.concept, str(error)))
-        else:
-            patch.info["recipe"] = target.recipe
-            result.files.append(save_patch(patch, target.path))
+            outcomes[target] = existing
+        return None
+
+    for target, future in run_tasks(executor, next_task):
+        made = future.result()
+        if isinstance(made, bytes):
+            write_whole(target.path, partial(Path.write_bytes, data=made))
+        outcomes[target] = made if isinstance(made, str) else target.path
+        if source:
+            tracker.name, tracker.index = target.concept.name, tracker.index + 1
+            tracker(StepProgress(1, 1, [], 0.0))
         tracker.made += 1
+    ends = [(target.concept, outcomes[target]) for target in targets]
+    result.files = [end for _, end in ends if isinstance(end, Path)]
+    result.failed = [(concept, end) for concept, end in ends if isinstance(end, str)]
     result.seconds = time.monotonic() - start
     return result
+
+
+def _caching(model: Model) -> Model:
+    # Methods ask other models than U-Nets for nothing that is cached.
+    return cast(Model, CachingModel(cast(UNetModel, model)))
+
+
+def _make_here(model: Model, tracker: "_Tracker", concept: Concept, *request: Any) -> bytes | str:
+    tracker.begin(concept.name)
+    return _make(model, tracker, concept, *request)
+
+
+def _make_there(source: Source, *request: Any) -> bytes | str:
+    return _make(kept(_open, source), ignore, *request)
+
+
+def _open(source: Source) -> Model:
+    from ..hosts.diffusers.open import open_same
+
+    return _caching(open_same(*source))
+
+
+def _make(
+    model: Model, on_step: OnStep, concept: Concept, key: str, settings: Settings,
+    keep: Sequence[str],
+) -> bytes | str:  # fmt: skip
+    """A patch file's content, or why there is none."""
+    try:
+        patch = forget(model, [concept], settings, on_step, keep)
+        patch.info["recipe"] = key
+        return to_bytes(patch)
+    except ForgetError as error:
+        return str(error)
 
 
 def _targets(
@@ -179,16 +238,16 @@ def _file_name(concept: Concept, key: str) -> str:
 
 
 class _Tracker:
-    """Turns the steps of one method run after another into progress of the batch."""
+    """Turns the steps of one method run after another into progress of the batch; a patch that a
+    worker made is one step."""
 
     def __init__(self, on_progress: OnBatch, count: int, missing: int):
         self.on_progress, self.count, self.missing = on_progress, count, missing
-        self.index, self.made, self.start, self.name = 0, 0, 0.0, ""
+        self.index, self.made, self.start, self.name = 0, 0, time.monotonic(), ""
 
     def begin(self, name: str) -> None:
         self.name, self.index = name, self.index + 1
         self.on_progress(BatchProgress(name, self.index, self.count))
-        self.start = self.start or time.monotonic()
 
     def __call__(self, step: StepProgress) -> None:
         made = self.made + step.index / step.total

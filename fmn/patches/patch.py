@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 from ..errors import ForgetError, NonFiniteLoss
 from ..files import MAX_HEADER, AnyPath, data_hash, open_safetensors, write_whole
@@ -190,15 +190,14 @@ def _metadata(patch: ForgetPatch, tensors: Mapping[str, torch.Tensor]) -> dict[s
     }
 
 
-def save_patch(patch: ForgetPatch, path: AnyPath, thumbnail: str | None = None) -> Path:
-    """Write the file, whole or not at all.
+def to_bytes(patch: ForgetPatch, thumbnail: str | None = None) -> bytes:
+    """What its file holds.
 
     Args:
         thumbnail: a picture for lists of patches, see ``images.thumbnail_uri``.
 
     Raises:
-        ForgetError: the folder cannot be written to, the disk is full, or the changes are too
-            large for float16.
+        ForgetError: the changes are too large for float16.
     """
     tensors = patch.lora()
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
@@ -209,14 +208,23 @@ def save_patch(patch: ForgetPatch, path: AnyPath, thumbnail: str | None = None) 
     metadata = _metadata(patch, tensors)
     if thumbnail:
         metadata[THUMBNAIL] = thumbnail
-    write_whole(path, lambda file: save_file(tensors, file, metadata=metadata))
+    return save(tensors, metadata=metadata)
+
+
+def save_patch(patch: ForgetPatch, path: AnyPath, thumbnail: str | None = None) -> Path:
+    """Write ``to_bytes``, whole or not at all.
+
+    Raises:
+        ForgetError: as there; or the folder cannot be written to, or the disk is full.
+    """
+    data = to_bytes(patch, thumbnail)
+    write_whole(path, lambda file: file.write_bytes(data))
     return Path(path)
 
 
 def file_size(patch: ForgetPatch) -> int:
     """Bytes of the file that ``save_patch`` writes."""
-    tensors = patch.lora()
-    return len(save(tensors, metadata=_metadata(patch, tensors)))
+    return len(to_bytes(patch))
 
 
 def rescue(error: NonFiniteLoss, path: AnyPath) -> NonFiniteLoss:

@@ -13,10 +13,9 @@ from safetensors.torch import load, load_file
 
 from fmn.bench.reporting.columns import COLUMNS, Results
 from fmn.bench.running.cells import Cell, Method, Setup, parse_method, plan
-from fmn.bench.running.lab import Lab, read_controls, to_bytes
+from fmn.bench.running.lab import Lab, make_lab, read_controls
 from fmn.bench.running.runner import store_patches
 from fmn.bench.running.store import Store
-from fmn.bench.running.worker import make_lab
 from fmn.bench.suite import parse_suite, read_suite
 from fmn.cli import main
 from fmn.cli.bench import covered
@@ -24,7 +23,7 @@ from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.hosts.diffusers.open import open_model
 from fmn.models.families import DEMO, layers
-from fmn.patches.patch import ForgetPatch, load_patch, save_patch
+from fmn.patches.patch import ForgetPatch, load_patch, save_patch, to_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT, STEPS = 8, 6  # a picture of each style; half the steps do for what is looked at

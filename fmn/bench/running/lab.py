@@ -15,13 +15,14 @@ import torch
 from ...errors import ForgetError
 from ...files import DEMO_FOLDER, PICTURES
 from ...images import picture_files, read_picture
+from ...jobs.executors import kept
 from ...methods import forget, settings_of
 from ...metrics.clip_judge import ClipJudge
 from ...metrics.judge import Judge
 from ...metrics.load import load_judge, weight_files
 from ...models.image_sampler import open_sampler
 from ...models.interface import UNetModel
-from ...patches.patch import ForgetPatch, load_patch, save_patch
+from ...patches.patch import ForgetPatch, load_patch, to_bytes
 from ...training.memory import peak_memory
 from ..measures.trial import Measure, Result, Trial
 from ..suite import Suite, Target, parse_suite
@@ -119,18 +120,30 @@ class Lab:
                 return measure(trial)
 
 
-def to_bytes(patch: ForgetPatch) -> bytes:
-    """A patch as the bytes of its file."""
-    with tempfile.TemporaryDirectory() as folder:
-        return save_patch(patch, Path(folder) / "patch.safetensors").read_bytes()
-
-
 def from_bytes(data: bytes) -> ForgetPatch:
     """The patch in these bytes, checked as any file is."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "patch.safetensors"
         path.write_bytes(data)
         return load_patch(path)
+
+
+def work(setup: Setup, cell: Cell, patches: Sequence[bytes]) -> Outcome:
+    """Run a cell in a worker process, which makes its lab once."""
+    return kept(make_lab, setup).run(cell, patches)
+
+
+def make_lab(setup: Setup) -> Lab:
+    """Load the model and the judges that a setup names.
+
+    Raises:
+        ForgetError: one of them is missing, or the model is not the one the setup was made for.
+    """
+    from ...hosts.diffusers.open import open_same
+
+    model = open_same(setup.model, setup.fingerprint, setup.vae, setup.prediction)
+    # Measures ask others than U-Nets for no more than they have; see ``names.ANY_MODEL``.
+    return open_lab(setup, cast(UNetModel, model))
 
 
 def open_lab(setup: Setup, model: UNetModel, on_work: OnWork = lambda count: None) -> Lab:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from platform import node
 
 import torch
 
@@ -27,3 +28,20 @@ def open_model(
             f"{NAME} has a VAE and predicts velocity: leave out --vae and --prediction."
         )
     return DiffusersTransformer.load_demo(device)
+
+
+def open_same(
+    path: str, fingerprint: str, vae: str = "", prediction: str = ""
+) -> DiffusersModel | DiffusersTransformer:
+    """The model of a run, where one of its workers is; options as given there, or "".
+
+    Raises:
+        ForgetError: it is missing, or another.
+    """
+    model = open_model(path, vae=vae or None, prediction=prediction or None)
+    if model.fingerprint() != fingerprint:
+        raise ForgetError(
+            f"The model at '{path}' on {node()} has other weights than the one the run began with: "
+            "put the same file there."
+        )
+    return model

@@ -8,13 +8,13 @@ import torch
 from fmn.bench.measures.mscore import mscore, template_and_asks
 from fmn.bench.measures.pictures import coherence, kept_asks, pictures
 from fmn.bench.running.cells import Cell, parse_method
-from fmn.bench.running.lab import check_domains, from_bytes, hash_of, to_bytes
+from fmn.bench.running.lab import check_domains, from_bytes, hash_of
 from fmn.bench.running.lab import make_setup as setup_of
 from fmn.bench.suite import Target
 from fmn.errors import ForgetError
 from fmn.metrics.judge import JoinedJudges
 from fmn.models.families import FAMILIES
-from fmn.patches.patch import ForgetPatch
+from fmn.patches.patch import ForgetPatch, to_bytes
 
 from ..tiny import TINY, make_patch, random_changes
 from ..worlds import SUITE, GreyJudge, data, make_lab, make_setup, make_trial

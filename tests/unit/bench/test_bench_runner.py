@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fmn.bench.running.cells import Cell, Method, plan
-from fmn.bench.running.runner import Here, run_cells, store_patches
+from fmn.bench.running.runner import run_cells, store_patches
 from fmn.bench.running.store import Store
 from fmn.bench.suite import parse_suite
 from fmn.errors import ForgetError
+from fmn.jobs.executors import Here
 
 from ..worlds import data, make_setup
 
@@ -46,7 +47,7 @@ def cells(methods=(Method("m", {"preset": "resteer"}),), measures=("pictures",))
 
 def test_every_cell_is_done_once_with_the_patch_it_needs(store):
     lab, seen = Recorder(), []
-    assert run_cells(SETUP, cells(), store, Here(lab), seen.append) == []
+    assert run_cells(SETUP, cells(), store, Here(), seen.append, lab) == []
     assert [asked[:3] for asked in lab.asked] == [
         ("pictures", "untouched", "dog"),
         ("pictures", "untouched", "light"),
@@ -71,9 +72,9 @@ def test_a_run_goes_on_where_it_stopped(store):
 
     first, second = Recorder(), Recorder()
     with pytest.raises(Cancel):
-        run_cells(SETUP, cells(), store, Here(first), cancel)
+        run_cells(SETUP, cells(), store, Here(), cancel, first)
     seen = []
-    run_cells(SETUP, cells(), store, Here(second), seen.append)
+    run_cells(SETUP, cells(), store, Here(), seen.append, second)
     assert len(first.asked) == len(second.asked) == 3
     assert not {a[:3] for a in first.asked} & {a[:3] for a in second.asked}
     assert [progress.done for progress in seen] == [4, 5, 6]
@@ -85,7 +86,7 @@ def test_a_cancel_in_the_middle_of_a_cell_ends_the_run(store):
 
     lab = Recorder({("train", "dog"): Cancel()})
     with pytest.raises(Cancel):
-        run_cells(SETUP, cells(), store, Here(lab, (Cancel,)))
+        run_cells(SETUP, cells(), store, Here((Cancel,)), lab=lab)
     assert len(store) == 2
 
 
@@ -93,7 +94,7 @@ def test_what_fails_is_told_and_the_rest_is_done(store):
     lab = Recorder(
         {("train", "dog"): ForgetError("no such dog"), ("pictures", "light"): ValueError("bug")}
     )
-    failed = run_cells(SETUP, cells(), store, Here(lab))
+    failed = run_cells(SETUP, cells(), store, Here(), lab=lab)
     told = {(p.cell.work, p.cell.method, p.cell.targets[0]): p.error for p in failed}
     assert told["train", "m", "dog"] == "no such dog"
     assert "Traceback" in told["pictures", "untouched", "light"]
@@ -101,15 +102,15 @@ def test_what_fails_is_told_and_the_rest_is_done(store):
     assert ("pictures", "m", "dog") not in [asked[:3] for asked in lab.asked]
     assert len(store) == 2
     lab.fails.clear()
-    assert run_cells(SETUP, cells(), store, Here(lab)) == [] and len(store) == 6
+    assert run_cells(SETUP, cells(), store, Here(), lab=lab) == [] and len(store) == 6
 
 
 class Elsewhere(Here):
     """An executor that gives every error to the run, as processes of their own do."""
 
-    def submit(self, setup, cell, patches):
+    def submit(self, function, *arguments):
         try:
-            return super().submit(setup, cell, patches)
+            return super().submit(function, *arguments)
         except RuntimeError as error:
             future = Future()
             future.set_exception(error)
@@ -120,15 +121,15 @@ def test_memory_that_runs_out_here_ends_the_run(store):
     """ComfyUI is to see the error, as it then unloads models; what is finished stays."""
     lab = Recorder({("train", "dog"): torch.OutOfMemoryError("CUDA out of memory.")})
     with pytest.raises(torch.OutOfMemoryError):
-        run_cells(SETUP, cells(), store, Here(lab))
+        run_cells(SETUP, cells(), store, Here(), lab=lab)
     assert len(store) == 2
     lab.fails.clear()
-    assert run_cells(SETUP, cells(), store, Here(lab)) == [] and len(store) == 6
+    assert run_cells(SETUP, cells(), store, Here(), lab=lab) == [] and len(store) == 6
 
 
 def test_memory_that_runs_out_in_a_worker_fails_one_cell(store):
     lab = Recorder({("pictures", "light"): torch.OutOfMemoryError("CUDA out of memory.")})
-    failed = run_cells(SETUP, cells(), store, Elsewhere(lab))
+    failed = run_cells(SETUP, cells(), store, Elsewhere(), lab=lab)
     assert {progress.cell.work for progress in failed} == {"pictures"} and len(failed) == 2
     assert all("memory ran out" in progress.error for progress in failed)
     assert "Traceback" not in failed[0].error and len(store) == 4
@@ -138,7 +139,7 @@ def test_patches_that_exist_are_not_trained(store):
     patch = Method("mine", {"sha256": "s"}, b"bytes")
     lab, planned = Recorder(), cells([patch])
     store_patches(SETUP, planned, store, [patch])
-    run_cells(SETUP, planned, store, Here(lab))
+    run_cells(SETUP, planned, store, Here(), lab=lab)
     assert [asked for asked in lab.asked if asked[1] == "mine"] == [
         ("pictures", "mine", "dog", [b"bytes"]),
         ("pictures", "mine", "light", [b"bytes"]),
@@ -151,7 +152,7 @@ def test_a_result_that_is_no_number_is_refused(store):
             return {"rows": float("nan")}, None, 0.0
 
     with pytest.raises(ValueError, match="JSON"):
-        run_cells(SETUP, cells()[:1], store, Here(Lab()))
+        run_cells(SETUP, cells()[:1], store, Here(), lab=Lab())
     assert len(store) == 0
 
 
