@@ -96,7 +96,7 @@ def test_pefts_alpha_in_the_header(tmp_path):
 OUT = f"{DOUBLE}attn.to_out.0"
 BAD = {
     "text encoder": (lora(OUT, "lora_te1_text_model_encoder_layers_0_mlp_fc1"), "'lora_te1_text"),
-X
+    "norm": (lora(OUT) | {f"{DOUBLE}norm.w_norm": torch.ones(4)}, "'.*w_norm', which is no layer"),
     "bias": (lora(OUT) | {f"{OUT}.diff_b": torch.ones(6)}, "holds '.*diff_b'"),
     "swapped halves": (lora(OUT, "transformer.norm_out.linear"), "'transformer.norm_out.linear'"),
     "another model": (lora("lora_unet_foo"), "'lora_unet_foo'"),
