@@ -9,10 +9,10 @@ from ..models.transformers import BY_KEY
 from .options import Commands, add_command
 
 DESCRIPTION = """\
-Reads LoRAs of any trainer (kohya, PEFT, LECO, SPM, sliders, traintrain), edited U-Net or text
-encoder weights (ESD, UCE, OCE, SPEED, RECE, concept ablation, AdvUnlearn), whole checkpoints, and
-folders (MACE, EraseFlow, Forget-Me-Not). Pickles are read without running code in them. A folder of
-the patches made here is a method of 'bench'.
+Reads LoRAs of any trainer (kohya, PEFT, LECO, SPM, sliders, traintrain), of transformers too,
+edited U-Net or text encoder weights (ESD, UCE, OCE, SPEED, RECE, concept ablation, AdvUnlearn),
+whole checkpoints, and folders (MACE, EraseFlow, Forget-Me-Not). Pickles are read without running
+code in them. A folder of the patches made here is a method of 'bench'.
 """
 
 
