@@ -19,6 +19,7 @@ START = re.compile(
     r"(base_model\.model\.)?((lora_unet|lora_transformer|lycoris)_|(model\.)?diffusion_model\.|"
     r"transformer\.)?_?"
 )
+NUMBER = re.compile(r"(?<=_)[0-9]{1,4}(?=_|$)")  # of a block, or of a layer of a sequence
 SHARES = 1, 1, 1, 4  # of the rows of a joined matrix: query, key, value, feed-forward
 FLUX = """
     {img,txt}_in = {x,context}_embedder
@@ -171,17 +172,27 @@ class Place(NamedTuple):
 
 def place_of(entry: Transformer, name: str) -> Place | None:
     """The layer that a LoRA file calls so; None: the family has none of that name."""
-    path = START.sub("", name, count=1).replace(".processor.", ".").replace(".", "_")
-    for pattern, place in _patterns(entry.key):
-        # Some leave out the number of "to_out.0".
-        for match in filter(None, map(pattern.fullmatch, (path, f"{path}_0"))):
-            return place._replace(path=place.path.replace("#", "{}").format(*match.groups()))
+    name = _underscored(START.sub("", name, count=1).replace(".processor.", "."))
+    for path in (name, f"{name}_0"):  # some leave out the number of "to_out.0"
+        for pattern, place in _patterns(entry.key).get(NUMBER.sub("#", path), ()):
+            if match := pattern.fullmatch(path):
+                return place._replace(path=place.path.replace("#", "{}").format(*match.groups()))
     return None
 
 
 @cache
-def _patterns(key: str) -> list[tuple[re.Pattern[str], Place]]:
-    return [(_pattern(name), place) for name, place in _names(LAYERS[key])]
+def _patterns(key: str) -> dict[str, list[tuple[re.Pattern[str], Place]]]:
+    """(pattern, what it means) of names, by these without their numbers."""
+    found: dict[str, list[tuple[re.Pattern[str], Place]]] = {}
+    for name, place in _names(LAYERS[key]):
+        path = _underscored(name)
+        pattern = re.compile("([0-9]+)".join(map(re.escape, path.split("#"))))
+        found.setdefault(NUMBER.sub("#", path), []).append((pattern, place))
+    return found
+
+
+def _underscored(path: str) -> str:
+    return path.replace(".", "_")
 
 
 def _names(rows: str) -> Iterator[tuple[str, Place]]:
@@ -204,7 +215,3 @@ def _names(rows: str) -> Iterator[tuple[str, Place]]:
 def _expanded(text: str) -> list[str]:
     pieces = (piece.split(",") for piece in re.split("[{}]", text))
     return ["".join(chosen) for chosen in product(*pieces)]
-
-
-def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile("([0-9]{1,4})".join(map(re.escape, name.replace(".", "_").split("#"))))
