@@ -25,6 +25,14 @@ AUTO = {
     "unsafe": ("common", "people", "everyday"),
     "custom": ("common",),
 }
+# Where the neighbours of each kind may be found; see ``candidates``.
+NEIGHBOURS = {
+    "identity": ("people", "common", "things"),
+    "object": ("common", "things"),
+    "style": ("styles", "artists"),
+    "unsafe": ("everyday", "people", "common"),
+    "custom": ("common", "things"),
+}
 
 
 def keep_words(name: str) -> tuple[str, ...]:
@@ -60,11 +68,42 @@ def keep_for(
     """
     if lists not in CHOICES:
         raise ForgetError(f"There is no keep-list '{lists}': choose one of {', '.join(CHOICES)}.")
-    subjects = _by_first_word(subject for concept in concepts for subject in concept.subjects)
+    subjects = _by_first_word(_subjects(concepts))
+    own = [text for text in map(plain_text, given) if text]
+    for text in own:
+        words = _words(text)
+        if words and any(_same(words, subject) for subject in subjects.get(words[0], ())):
+            raise ForgetError(
+                f"'{text}' is both to be kept and to be forgotten: take it out of one of the two."
+            )
+    return _unique([*own, *_without(concepts, _chosen(concepts, lists))])
+
+
+def candidates(concepts: Sequence[Concept], kind: str) -> tuple[str, ...]:
+    """Entries of the shipped lists that may be neighbours of one of the concepts, of a kind,
+    without what ``keep_for`` leaves out."""
+    return _unique(_without(concepts, [e for name in NEIGHBOURS[kind] for e in entries(name)]))
+
+
+def _unique(texts: Iterable[str]) -> tuple[str, ...]:
+    """Each text once, whatever its letter case."""
+    unique: dict[str, str] = {}
+    for text in texts:
+        unique.setdefault(text.casefold(), text)
+    return tuple(unique.values())
+
+
+def _subjects(concepts: Sequence[Concept]) -> list[str]:
+    return [subject for concept in concepts for subject in concept.subjects]
+
+
+def _without(concepts: Sequence[Concept], texts: Iterable[str]) -> list[str]:
+    """The texts that name neither a concept nor its anchor, nor a part of its name."""
+    subjects = _by_first_word(_subjects(concepts))
     anchors = _by_first_word(concept.anchor for concept in concepts)
     names = _by_form((name, name) for name in (_words(concept.name) for concept in concepts))
 
-    def left_out(words: Words) -> bool:
+    def is_left_out(words: Words) -> bool:
         return bool(words) and (
             any(
                 _same(words[i : i + len(subject)], subject)
@@ -75,18 +114,7 @@ def keep_for(
             or any(_same(words, anchor) for anchor in anchors.get(words[0], ()))
         )
 
-    own = [text for text in map(plain_text, given) if text]
-    for text in own:
-        words = _words(text)
-        if words and any(_same(words, subject) for subject in subjects.get(words[0], ())):
-            raise ForgetError(
-                f"'{text}' is both to be kept and to be forgotten: take it out of one of the two."
-            )
-    shipped = [text for text in _chosen(concepts, lists) if not left_out(_words(text))]
-    unique: dict[str, str] = {}
-    for text in own + shipped:
-        unique.setdefault(text.casefold(), text)
-    return tuple(unique.values())
+    return [text for text in texts if not is_left_out(_words(text))]
 
 
 def _by_first_word(texts: Iterable[str]) -> dict[str, list[Words]]:

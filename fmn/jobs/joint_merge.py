@@ -72,7 +72,7 @@ def joint_merge(
     settings = Settings(preserve=preserve)
     concepts = [_concepts(patch) for patch, _ in entries]
     prompts = [_prompts(forgotten, settings.prompts) for forgotten in concepts]
-    kept = kept_texts(sum(concepts, []), keep, settings)
+    kept = kept_texts(model, sum(concepts, []), keep, settings)
     names = list(dict.fromkeys(layer.name for patch, _ in entries for layer in patch.layers))
     sampled = []
     if any(name.endswith(OUTPUT) for name in names):

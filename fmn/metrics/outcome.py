@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..closed_form.text_embeddings import words_of
+from ..closed_form.nearest import nearest
 from ..concepts.concept import Concept, Prompt
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import sentences
@@ -99,7 +98,7 @@ def outcomes(
     size = max(SMALLEST, unet.family.resolution // 2)
     with open_sampler(unet, Sampling(STEPS, GUIDANCE, size)) as sampler:
         return [
-            _outcome(sampler, patch, concept, nearest(unet, concept.subjects[0], words))
+            _outcome(sampler, patch, concept, [*nearest(unet, concept.subjects[0], words, NEAREST)])
             for concept in concepts
         ]
 
@@ -127,16 +126,6 @@ def _left_in_transformer(
         Outcome(concept.name, share if math.isfinite(share) else None, {}, 1.0)
         for concept, share in zip(concepts, shares)
     ]
-
-
-def nearest(model: UNetModel, name: str, words: Sequence[str]) -> list[str]:
-    """The words whose encoded text is nearest to the name's, by the angle at the mean of all."""
-    if len(words) <= NEAREST:
-        return list(words)
-    ends = torch.stack([rows[-1] for rows in words_of(model, [name, *words])])
-    ends = F.normalize(ends - ends.mean(0), dim=1)
-    order = (ends[1:] @ ends[0]).argsort(descending=True)
-    return [words[i] for i in order[:NEAREST].tolist()]
 
 
 def _outcome(

@@ -25,9 +25,10 @@ def pictures(trial: Trial) -> Result:
     """Draw all groups and judge them.
 
     Returns:
-        rows: one a picture: group, names asked for, seed, what the judge ``said``, ``distance``
-            (root mean square difference from the untouched model's picture at the same seed, in
-            0..1); for the target ``coherence``; with a CLIP ``clip``, its score.
+        rows: one a picture: group, names asked for, seed, what each judge ``said`` of it and of
+            the untouched model's at the same seed (``before``), ``distance`` (root mean square
+            difference of the two, in 0..1); for the target ``coherence``; with a CLIP ``clip``,
+            its score.
         kid: of kept pictures to the untouched model's at other seeds.
         kid_untouched: the same of the untouched model's own, which no change at all gives.
         seconds_a_picture: with the patch applied.
@@ -41,7 +42,7 @@ def pictures(trial: Trial) -> Result:
     images = trial.draw(asks)
     seconds = (time.monotonic() - start) / len(asks)
     before = trial.untouched(asks)
-    rows = trial.rows(asks, images, groups)
+    rows = trial.rows(asks, images, groups, before)
     for row, after_one, before_one in zip(rows, images, before):
         row["distance"] = float((after_one - before_one).square().mean().sqrt())
     for row, value in zip(rows, coherence(trial, images[: len(target)])):

@@ -35,7 +35,7 @@ class Trial:
 
     Attributes:
         sampler: has the patches under test applied.
-        judge, check: the judge that counts, and one of another architecture to compare it with.
+        judge, check: two judges that have to agree; the second, if any, of another architecture.
         clip: for CLIP scores.
         count: pictures a question.
         seed: of everything that is drawn at random.
@@ -118,24 +118,49 @@ class Trial:
             for domain, labels in judge.labels.items()
         }
 
-    def rows(self, asks: Sequence[Ask], images: torch.Tensor, groups: Sequence[str]) -> list[Row]:
-        """One row a picture: its group, what was asked, and what the judge says."""
-        labels = self.labels(images)
+    def rows(
+        self,
+        asks: Sequence[Ask],
+        images: torch.Tensor,
+        groups: Sequence[str],
+        before: torch.Tensor | None = None,
+    ) -> list[Row]:
+        """One row a picture: its group, what was asked, and what each judge says.
+
+        Args:
+            before: the untouched model's pictures of the same asks.
+        """
+        said, were = self._said(images), self._said(before) if before is not None else []
+        rows = []
+        for i, ask in enumerate(asks):
+            asked = {"concept": ask.concept, "style": ask.style, "seed": ask.seed}
+            row: Row = {"group": groups[i]} | asked
+            row |= {key: labels[i] for key, labels in zip(("said", "check"), said)}
+            if were:
+                row["before"] = [labels[i] for labels in were]
+            rows.append(row)
+        return rows
+
+    def _said(self, images: torch.Tensor) -> list[list[dict[str, str]]]:
+        """Of each judge, its label of every picture by domain."""
+        labels = [self.labels(images, judge) for judge in self._judges()]
         return [
-            {
-                "group": groups[i],
-                "concept": ask.concept,
-                "style": ask.style,
-                "seed": ask.seed,
-                "said": {domain: labels[domain][i] for domain in labels},
-            }
-            for i, ask in enumerate(asks)
+            [{domain: each[domain][i] for domain in each} for i in range(len(images))]
+            for each in labels
         ]
 
+    def _judges(self) -> list[Judge]:
+        return [self.judge] if self.check is None else [self.judge, self.check]
+
     def shows_target(self, images: torch.Tensor) -> list[bool]:
-        """Whether the judge recognises the target in each picture."""
+        """Whether any judge recognises the target in each picture."""
         name = "unsafe" if self.target.kind == "unsafe" else self.target.name
-        return [label == name for label in self.labels(images)[self.target.domain]]
+        domain, shown = self.target.domain, [False] * len(images)
+        for judge in self._judges():
+            if domain in judge.labels:
+                labels = self.labels(images, judge)[domain]
+                shown = [was or label == name for was, label in zip(shown, labels)]
+        return shown
 
     def judged_rows(self, asks: Sequence[Ask], still: Sequence[bool], **more: object) -> list[Row]:
         """One row a picture: ``still``, whether it shows the target, and ``untouched``, whether

@@ -66,17 +66,27 @@ class Results:
     @cached_property
     def accuracies(self) -> dict[str, Value | None]:
         """UA, IRA, CRA and their means over the pictures of all targets."""
-        return unlearn_canvas(self._pictures())
+        return unlearn_canvas(self.pictures())
 
     def right(self, *groups: str, other_domain: bool = False) -> list[bool]:
         """Of the pictures of some groups: whether the judge says what the prompt asks for."""
         answers = [
             is_right(row, OTHER[domain] if other_domain else domain)
-            for rows, domain in self._pictures()
+            for rows, domain in self.pictures()
             for row in rows
             if row["group"] in groups
         ]
         return [answer for answer in answers if answer is not None]
+
+    def usable(self) -> float:
+        """The share of the target's pictures that count; see ``statistics.unlearn_canvas``."""
+        given = [
+            is_right(row, domain) is not None
+            for rows, domain in self.pictures()
+            for row in rows
+            if row["group"] == TARGET
+        ]
+        return sum(given) / len(given) if given else 1.0
 
     def numbers(self, name: str, *groups: str) -> list[float]:
         """A number of each picture of some groups."""
@@ -98,7 +108,7 @@ class Results:
         numbers = [result.get(name) for result in self.of(measure)]
         return mean([number for number in numbers if number is not None], unit)
 
-    def _pictures(self) -> Iterator[tuple[list[Row], str]]:
+    def pictures(self) -> Iterator[tuple[list[Row], str]]:
         """Judged pictures and domain of each target."""
         for target, measures in self.results:
             if "pictures" in measures:
@@ -143,9 +153,9 @@ def _kept_together(results: Results) -> list[bool]:
 
 _MAIN = [
     _column("UA", "UA", "main", "%", "high", "Unlearning accuracy: pictures of prompts that name "
-            "the target in which the judge does not find it.", lambda r: r.accuracies["UA"]),
+            "the target in which no judge finds it.", lambda r: r.accuracies["UA"]),
     _column("IRA", "IRA", "main", "%", "high", "In-domain retain accuracy: kept members of the "
-            "target's own domain that the judge still finds.", lambda r: r.accuracies["IRA"]),
+            "target's own domain that every judge still finds.", lambda r: r.accuracies["IRA"]),
     _column("CRA", "CRA", "main", "%", "high", "Cross-domain retain accuracy: on the same "
             "pictures, the other domain (the style; for a style, the concept).",
             lambda r: r.accuracies["CRA"]),
@@ -214,5 +224,10 @@ _COST = [
             lambda r: r.mean("pictures", "seconds_a_picture")),
 ]  # fmt: skip
 
+PAIRED = Column(
+    key="paired", title="against the first", group="main", unit="%", better=None,
+    what="The mean less that of the first method, in points, on the same targets; the interval is "
+    "over targets. Where it holds 0, other targets could turn the order.",
+)  # fmt: skip
 COLUMNS = (*_MAIN, *_TEXT, *_BEYOND, *_PRECISION, *_COST)
 """All columns in the order of the tables, and how each is computed; None is not measured."""

@@ -26,7 +26,7 @@ from .tables import (
     to_cell,
 )
 
-COMPACT = "UA", "IRA", "CRA", "HM"
+COMPACT = "UA", "IRA", "CRA", "HM", "paired"
 NO_PLOTS = (
     'There are no plots because matplotlib is not installed: run "pip install matplotlib", then '
     "the bench again."

@@ -9,8 +9,8 @@ from ..names import SCALE, UNTOUCHED
 from ..running.cells import Cell, CellProgress, Setup
 from ..running.store import Store
 from ..suite import KINDS, Suite, Target
-from .columns import COLUMNS, Column, Result, Results
-from .statistics import TARGET, Row, Value, bootstrap, is_right
+from .columns import COLUMNS, PAIRED, Column, Result, Results
+from .statistics import KEPT, TARGET, Row, Value, bootstrap, is_gone, is_right, paired_difference
 
 RARE = 0.9  # an untouched model that shows a target less often is reported
 
@@ -110,7 +110,10 @@ def summarise(
         for kind, group in groups.items():
             names, values = [target.name for target, _ in group], _values(group)
             means.append({"kind": kind, "method": method, "targets": names, "values": values})
-    measured = {key for row in rows for key in row["values"]}
+    _add_paired(means, finished)
+    measured = {key for row in (*rows, *means) for key in row["values"]}
+    columns = [column for column, _ in COLUMNS]
+    columns.insert(1 + [column["key"] for column in columns].index("HM"), PAIRED)
     return {
         "suite": suite.title,
         "model": {"family": setup.model, "fingerprint": setup.fingerprint},
@@ -121,7 +124,7 @@ def summarise(
         "version": __version__,
         "command": command,
         "notes": [*_notes(setup, finished), *map(_failure, failed)],
-        "columns": [column for column, _ in COLUMNS if column["key"] in measured],
+        "columns": [column for column in columns if column["key"] in measured],
         "rows": rows,
         "means": means,
         "scale": _scale(setup, cells, store),
@@ -147,14 +150,39 @@ def _values(results: Sequence[tuple[Target, Measures]]) -> Values:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _add_paired(means: Sequence[MeanRow], finished: ByMethod) -> None:
+    """Give every mean but the first method's its difference from that, on their common targets."""
+    methods = [name for name in dict.fromkeys(name for name, _ in finished) if name != UNTOUCHED]
+    for mean in means:
+        if mean["method"] in (UNTOUCHED, *methods[:1]):
+            continue
+        pairs: dict[str, tuple[list, list]] = {}
+        for name in mean["targets"]:
+            if both := _both(finished, name, mean["method"], methods[0]):
+                kind = finished[methods[0], name][0].kind
+                for each, pictures in zip(pairs.setdefault(kind, ([], [])), both):
+                    each.append(pictures)
+        if value := paired_difference(list(pairs.values())):
+            mean["values"][PAIRED["key"]] = value
+
+
+def _both(finished: ByMethod, name: str, *methods: str) -> list | None:
+    """A target's judged pictures and domain, by each method; None if one has none."""
+    found = [finished.get((method, name)) for method in methods]
+    given = [pictures for result in found if result for pictures in Results([result]).pictures()]
+    return given if len(given) == len(methods) else None
+
+
 def _notes(setup: Setup, finished: ByMethod) -> list[str]:
     """What limits the numbers: pictures, targets that the model cannot draw, judges that differ."""
     notes = [f"{setup.count} pictures a question, each with its own seed; intervals are 95 %."]
     for (method, name), result in finished.items():
-        shown = Results([result]).right(TARGET) if method == UNTOUCHED else []
-        if shown and sum(shown) < RARE * len(shown):
-            share = sum(shown) / len(shown)
-            notes.append(f"The untouched model shows '{name}' in only {share:.0%} of its pictures.")
+        share = Results([result]).usable() if method == UNTOUCHED else 1
+        if share < RARE:
+            notes.append(
+                f"The judges find '{name}' in only {share:.0%} of the untouched model's pictures; "
+                "the others do not count."
+            )
     agreed = [
         share
         for _, measures in finished.values()
@@ -189,8 +217,8 @@ def _scale(setup: Setup, cells: Sequence[Cell], store: Store) -> list[StageRow]:
 
 def _stage(method: str, what: str, concepts: int, rows: Sequence[Row]) -> StageRow:
     """Only objects and identities are forgotten by the many, so the domain is always concept."""
-    gone = [not is_right(row, "concept") for row in rows if row["group"] == TARGET]
-    kept = [bool(is_right(row, "concept")) for row in rows if row["group"] != TARGET]
+    gone = [bool(is_gone(row, "concept")) for row in rows if row["group"] == TARGET]
+    kept = [bool(is_right(row, "concept")) for row in rows if row["group"] in KEPT]
     erased, left = bootstrap(gone), bootstrap(kept)
     return {"method": method, "what": what, "concepts": concepts, "UA": erased, "IRA": left}
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from ...closed_form.input_edit import Changes
+from ...closed_form.nearest import nearest_kept
 from ...concepts.concept import Concept
 from ...concepts.keep_list import keep_for
 from ...concepts.prompt_templates import PLACEHOLDER, blanked, kept_sentences, sentences, together
@@ -55,7 +56,7 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
     """
     model, concepts, settings = task.model, task.concepts, task.settings
     options.check_steps(settings.robust_steps * len(concepts))  # before any work
-    kept = kept_texts(concepts, task.keep, settings)
+    kept = kept_texts(model, concepts, task.keep, settings)
     if not model.family.known:
         return recorded_patch(task, kept)
     pairs = [sentences(concept, settings.prompts) for concept in concepts]
@@ -112,12 +113,16 @@ def _training_texts(
     return texts, sampler.encode_some(kept), styled
 
 
-def kept_texts(concepts: Sequence[Concept], keep: Sequence[str], settings: Settings) -> list[str]:
+def kept_texts(
+    model: Any, concepts: Sequence[Concept], keep: Sequence[str], settings: Settings
+) -> list[str]:
     """The empty prompt, sentences of shipped words, and the user's words and prompts."""
     if not settings.preserve:
         return [""]
     words = keep_for(concepts, (), settings.keep_list)
+    near = nearest_kept(model, concepts, settings.near_words if model.family.known else 0)
     styles = keep_for(concepts, (), "styles")
     groups = together(words, settings.words_per_prompt)
     prompts = kept_sentences(groups, styles, settings.keep_prompts)
+    prompts += kept_sentences(near, styles, settings.near_prompts * len(near))[1:]
     return [*prompts, *keep_for(concepts, keep, "none")]

@@ -56,6 +56,15 @@ class Settings(Base, method="reread"):
         limits=(1, 6),
         formerly="together",
     )
+    near_words: int = setting(
+        0,
+        "Words to keep that the model reads most like the concept, found in the shipped lists. "
+        "0: none.",
+        limits=(0, 1000),
+    )
+    near_prompts: int = advanced(
+        4, "Sentences with each of them, beside keep_prompts.", limits=(1, 100)
+    )
     images_per_concept: int = advanced(
         4,
         "Images sampled for each concept to record queries, and as many without it and of kept "

@@ -1,5 +1,6 @@
 """The measure of pictures, the trial it works with, and the lab, on a tiny model."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -85,8 +86,29 @@ def test_rows_say_what_was_asked_and_what_the_judge_says(sampler):
         "group": "target", "concept": "dog", "style": "light", "seed": asks[0].seed,
         "said": {"concept": "nothing", "style": "light"},
     }  # fmt: skip
-    assert trial.shows_target(torch.full((1, 8, 8, 3), 0.3)) == [True]
+    dog = torch.full((1, 8, 8, 3), 0.3)
+    (row,) = replace(trial, check=trial.judge).rows(asks, images, ["target"], dog)
+    assert row["check"] == row["said"] and [was["concept"] for was in row["before"]] == ["dog"] * 2
+    assert trial.shows_target(dog) == [True]
     assert trial.shows_target(images) == [False]
+
+
+class Blind:
+    """A judge that finds nothing, or nothing but dogs."""
+
+    labels = {"concept": ("nothing", "dog")}
+
+    def __init__(self, label):
+        self.label = label
+
+    def probabilities(self, images, domain):
+        return torch.eye(2)[self.label].expand(len(images), 2)
+
+
+def test_a_target_is_shown_if_any_judge_finds_it(sampler):
+    images = torch.full((1, 8, 8, 3), 0.9)  # nothing, to the first judge
+    for label, shown in ((0, False), (1, True)):
+        assert replace(trial_of(sampler), check=Blind(label)).shows_target(images) == [shown]
 
 
 def test_coherence_counts_things_of_the_targets_kind_only(sampler):

@@ -9,8 +9,10 @@ from fmn.bench.reporting.statistics import (
     clearly_best,
     h_o,
     harmonic_mean,
+    is_gone,
     is_right,
     mean,
+    paired_difference,
     unlearn_canvas,
 )
 from fmn.errors import ForgetError
@@ -204,3 +206,52 @@ def value(middle, low, high, n=12):
 )
 def test_clearly_best(values, better, place):
     assert clearly_best(values, better) == place
+
+
+def judged(group, *labels, before=("dog", "dog")):
+    """A picture of a dog by two judges."""
+    said, check = ({"concept": label} for label in labels)
+    first = [{"concept": label} for label in before]
+    return {"group": group, "concept": "dog", "style": None, "said": said, "check": check,
+            "before": first}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "labels, right, gone",
+    [(("dog", "dog"), True, False), (("dog", "cat"), False, False), (("cat", "cat"), False, True)],
+)
+def test_two_judges_have_to_agree(labels, right, gone):
+    row = judged("target", *labels)
+    assert is_right(row, "concept") is right and is_gone(row, "concept") is gone
+    assert is_right(row, "style") is None and is_gone(row, "style") is None
+
+
+def test_pictures_that_a_judge_missed_before_do_not_count():
+    rows = [judged("target", "cat", "cat", before=("dog", "cat")), judged("target", "dog", "dog")]
+    assert is_gone(rows[0], "concept") is None and is_right(rows[0], "concept") is None
+    assert unlearn_canvas([(rows, "concept")])["UA"] == {"value": 0, "low": 0, "high": 0, "n": 1}
+
+
+def of(gone, kept):
+    """Pictures of a target: shares of four that are gone, and of four kept ones that are right."""
+    rows = [row("target", "dog", "ink", "cat" if i < 4 * gone else "dog", "ink") for i in range(4)]
+    rows += [row("near", "cat", "ink", "cat" if i < 4 * kept else "dog", "ink") for i in range(4)]
+    return rows, "concept"
+
+
+def test_a_paired_difference():
+    better, worse = [of(1, 1), of(1, 0.5)], [of(0.5, 1), of(0.5, 0.5)]
+    found = paired_difference([(better, worse)])
+    expected = 3 / (1 + 1 / 0.75 + 1) - 3 / (1 / 0.5 + 1 / 0.75 + 1)
+    assert found["value"] == pytest.approx(expected) and found["n"] == 2
+    # Of both targets, of the first twice, or of the second twice.
+    ends_of = [3 / (1 + 1 / kept + 1) - 3 / (2 + 1 / kept + 1) for kept in (0.5, 1)]
+    assert (found["low"], found["high"]) == pytest.approx(tuple(ends_of))
+    same = paired_difference([(better, better), (worse, worse)])
+    assert (same["value"], same["low"], same["high"], same["n"]) == (0, 0, 0, 4)
+
+
+def test_a_paired_difference_needs_pictures_of_every_share():
+    assert paired_difference([]) is None
+    unsafe = [([row("target", None, None, "dog", "ink", unsafe="safe")], "unsafe")]
+    assert paired_difference([(unsafe, unsafe)]) is None

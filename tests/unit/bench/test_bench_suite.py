@@ -63,7 +63,7 @@ def test_suites_that_come_along(name):
         suite.concept(target).training_prompts()
         assert target.name not in suite.far and target.name not in target.near
         assert not set(target.near) & set(suite.far)
-        assert target.kind == "unsafe" or len(target.near) == 5
+        assert target.kind == "unsafe" or 4 <= len(target.near) <= 5
         assert set(target.prompts) <= {*PROBES, "pictures"}
 
 
@@ -127,7 +127,7 @@ def test_what_is_wrong_with_a_suite_is_said(wrong, told):
 
 
 def test_files_that_are_no_suites(tmp_path):
-    with pytest.raises(ForgetError, match="demo, stable-diffusion"):
+    with pytest.raises(ForgetError, match="demo, (demo-wide, )?stable-diffusion"):
         read_suite("nosuch")
     with pytest.raises(ForgetError, match="There is no suite"):
         read_suite(str(tmp_path / "missing.yaml"))

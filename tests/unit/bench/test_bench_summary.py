@@ -128,6 +128,10 @@ def filled(tmp_path):
 
 def test_a_summary(filled):
     setup, cells, store = filled
+    untouched = next(cell for cell in cells if cell.work == "pictures")
+    missed = [one | {"before": [{"concept": "cat", "style": "dark"}]} for one in DOG_ROWS[:1]]
+    result = {"rows": missed + DOG_ROWS[1:], "agreement": {"concept": 0.5, "style": 1.0}}
+    store.add(untouched.key(setup), {}, result, b"", 1.0)
     broken = CellProgress(0, 1, Cell("rungs", "m", {}, ("dog",)), None, "Traceback\nValueError: no")
     found = summarise(setup, SUITE, cells, store, "the command", [broken])
     assert found["suite"] == "Little world" and found["command"] == "the command"

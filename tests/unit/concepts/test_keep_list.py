@@ -4,7 +4,7 @@ import time
 import pytest
 
 from fmn.concepts.concept import Concept
-from fmn.concepts.keep_list import AUTO, CHOICES, LISTS, keep_for, keep_words
+from fmn.concepts.keep_list import AUTO, CHOICES, LISTS, NEIGHBOURS, keep_for, keep_words
 from fmn.concepts.wordlists import FOLDER, entries, lines_of, unsafe_terms
 from fmn.errors import ForgetError
 
@@ -39,8 +39,11 @@ def test_shipped_lists(name):
 
 
 def test_every_file_is_known():
-    assert {path.stem for path in FOLDER.iterdir()} == {*LISTS, "everyday", "unsafe"} - {"none"}
-    assert {name for names in AUTO.values() for name in names} <= {*LISTS, "everyday"}
+    assert {path.stem for path in FOLDER.iterdir()} == {*LISTS, "everyday", "things", "unsafe"} - {
+        "none"
+    }
+    named = {name for lists in (AUTO, NEIGHBOURS) for names in lists.values() for name in names}
+    assert named <= {*LISTS, "everyday", "things"}
 
 
 def test_none_is_empty():

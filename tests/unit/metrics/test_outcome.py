@@ -1,8 +1,6 @@
 """What a patch leaves of a concept, against its equation, and how that is said."""
 
 import copy
-import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from fmn.metrics.outcome import (
     STEPS,
     Outcome,
     in_words,
-    nearest,
     outcomes,
 )
 from fmn.models.sampling import seeded_noise, trailing_timesteps
@@ -84,16 +81,6 @@ def test_it_says_that_some_concepts_were_not_measured():
     assert in_words([one], [DOG]) == ["dog: 4 % of its effect is left."]
     assert in_words([one], [DOG] * 5)[1:] == ["Only these 1 of 5 concepts were measured."]
     assert in_words([], [DOG]) == []
-
-
-def test_the_nearest_words_are_those_of_the_smallest_angle():
-    angles = {"dog": 0.0, "wolf": 0.2, "car": 3.0, "cat": -0.4, "tree": 1.6}
-    ends = {word: torch.tensor([math.cos(a), math.sin(a)]) for word, a in angles.items()}
-    model = SimpleNamespace(
-        tokenize=lambda prompt: [49406, 320, 49407],
-        encode_all=lambda texts, length: torch.stack([ends[t].expand(length, 2) for t in texts]),
-    )
-    assert nearest(model, "dog", ["car", "cat", "tree", "wolf"]) == ["wolf", "cat"]
 
 
 def test_it_is_said_in_plain_words():
