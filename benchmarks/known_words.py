@@ -43,10 +43,7 @@ def main() -> None:
         model.family, {layer.name: (torch.zeros(out, 1), torch.zeros(1, width))}, {}
     )
     for group, words in groups().items():
-        strengths = {
-            word: outcomes(model, nothing, [Concept(word)], [KNOWN_WORD])[0].strength
-            for word in words
-        }
+        strengths = {word: outcomes(model, nothing, [Concept(word)])[0].strength for word in words}
         warned = sum(strength < KNOWN for strength in strengths.values())
         close = sorted(strengths, key=lambda word: abs(strengths[word] - KNOWN))[:4]
         shown = ", ".join(f"{word} {strengths[word]:.2f}" for word in close)

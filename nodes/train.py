@@ -16,6 +16,7 @@ from ..fmn.hosts.comfyui.model import ComfyModel
 from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.images import maps_picture
 from ..fmn.methods import DEFAULT, DEFAULT_MANY, MANY, default_settings, forget
+from ..fmn.metrics.neighbours import Neighbours, neighbours
 from ..fmn.metrics.outcome import in_words, outcomes
 from ..fmn.models.interface import Model
 from ..fmn.patches.patch import ForgetPatch, rescue
@@ -129,21 +130,25 @@ class TrainForgetPatch(io.ComfyNode):
                 previews(step, run)
 
             training = TrainingOptions(resume, options.keep_best, after_step)
+            near = neighbours(host, concepts, settings, keep)
+            live.outcome("\n".join(map(str, near)))
             try:
                 patch = forget(host, concepts, settings, on_step, keep, training)
             except NonFiniteLoss as error:
                 raise rescue(error, output_path("rescued")) from error
             previews.finish(patch)
             live.outcome("Measuring what is left ...")
-            answer = _answer(host, patch, concepts, keep)
+            answer = _answer(host, patch, concepts, near)
             live.outcome(answer)
         return io.NodeOutput(patch, patch.lora(), {"loss": losses}, ui={"text": (answer,)})
 
 
-def _answer(host: Model, patch: ForgetPatch, concepts: list[Concept], keep: Sequence[str]) -> str:
+def _answer(
+    host: Model, patch: ForgetPatch, concepts: list[Concept], near: Sequence[Neighbours]
+) -> str:
     """What the patch did, in words. Where that cannot be measured, the patch is not lost."""
     try:
-        return "\n".join(in_words(outcomes(host, patch, concepts, keep), concepts))
+        return "\n".join(in_words(outcomes(host, patch, concepts, near), concepts))
     except (ForgetError, RuntimeError) as error:
         reason = error if isinstance(error, ForgetError) else memory_ran_out(error)
         if reason is None:

@@ -1,6 +1,7 @@
 """``python -m fmn forget``."""
 
 import re
+import sys
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -77,6 +78,7 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     from ..files import free_name
     from ..methods import forget
     from ..methods.describe import describe
+    from ..metrics.neighbours import neighbours
     from ..metrics.outcome import in_words, outcomes
     from ..patches.padding import lost_elsewhere
     from ..patches.patch import rescue, save_patch
@@ -95,6 +97,9 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
     if options.images:
         model.need_vae()
     training = TrainingOptions(resume, options.keep_best, save)
+    near = neighbours(model, concepts, settings, tuple(options.keep))
+    for each in near:
+        print(each, file=sys.stderr)
     with StepBar() as bar:
         try:
             patch = forget(model, concepts, settings, bar, tuple(options.keep), training)
@@ -102,9 +107,15 @@ def run_forget(options: Namespace) -> tuple[dict[str, Any], str]:
             raise rescue(error, free_name(path.with_stem(f"{path.stem}_rescued"))) from error
     save_patch(patch, path)
     size = path.stat().st_size
-    found = outcomes(model, patch, concepts, tuple(options.keep))  # the patch is saved already
+    found = outcomes(model, patch, concepts, near)  # the patch is saved already
     outcome = [each._asdict() for each in found]
-    result = {"patch": str(path), "bytes": size, "info": patch.info, "outcome": outcome}
+    result = {
+        "patch": str(path),
+        "bytes": size,
+        "info": patch.info,
+        "outcome": outcome,
+        "near": [each._asdict() for each in near],
+    }
     lines = [
         describe(patch),
         *lost_elsewhere(patch.family, patch.changes),

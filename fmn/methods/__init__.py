@@ -49,7 +49,8 @@ METHODS = {
     "double_projections": ("double-projections", "double-projections-published"),
     "trce": ("trce", "trce-released"),
     "oce": (
-        "oce", "oce-style", "oce-nudity", "oce-celebrities", "oce-reflection", "oce-projection",
+        "oce", "oce-paper", "oce-style", "oce-nudity", "oce-celebrities", "oce-reflection",
+        "oce-projection",
     ),
     "casteer": ("casteer", "casteer-reflection"),
     "quickfix": ("quickfix", "quickfix-2024"),

@@ -49,7 +49,7 @@ class Settings(Base, method="hirm"):
         choices=("auto", "noise", "anchor"),
     )
     steps: int = setting(
-        60,
+        200,
         "Training steps for each concept. 0: as published for full weights, 15 to 50 by kind and "
         "target. More forget more, and harm neighbours.",
         limits=(0, 100_000),
@@ -71,7 +71,7 @@ class Settings(Base, method="hirm"):
         "train the low rank itself.",
     )
     preserve: float = setting(
-        3.0,
+        1.0,
         "Weight of the keep-list: each step also holds one kept prompt in place. 0: no "
         "keep-list, as published, which harms most prompts. Higher: forgets less, harms less.",
         limits=(0.0, 1000.0, 0.01),

@@ -61,7 +61,7 @@ class Settings(Base, method="oce"):
         limits=(0.0, 1e9, 0.001),
     )
     preserve: float = setting(
-        0.0,
+        1.0,
         "Weight of each kept word (q). 0: kept words count as text in general only. Higher: they "
         "change less, and less is forgotten.",
         limits=(0.0, 1e9, 0.001),
@@ -105,8 +105,9 @@ class Settings(Base, method="oce"):
 
 PRESETS = {
     "oce": Settings(),
+    "oce-paper": Settings(preserve=0.0),
     "oce-style": Settings(erase=500.0, preserve=1.0, keep_list="artists"),
-    "oce-nudity": Settings(erase=3000.0, general=20.0),
+    "oce-nudity": Settings(erase=3000.0, general=20.0, preserve=0.0),
     "oce-celebrities": Settings(erase=800.0, general=70.0, preserve=2.0, keep_list="people"),
     "oce-reflection": Settings(form="reflection"),
     "oce-projection": Settings(form="reflection", strength=1.0),

@@ -44,7 +44,7 @@ class Settings(Base, method="quickfix"):
         limits=(1e-6, 1e6, 0.01),
     )
     preserve: float = setting(
-        10.0,
+        50.0,
         "Weight of the keep-list; 1 weighs it like the concepts. 0: no keep-list, as "
         "published, which harms most prompts. Higher: listed words change less.",
         limits=(0.0, 1000.0, 0.01),

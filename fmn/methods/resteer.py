@@ -54,7 +54,7 @@ REFERENCES = ("zeros", "samples")
 @dataclass(frozen=True)
 class Settings(Base, method="resteer"):
     trains = True
-    steps: int = shared.steps(default=50)
+    steps: int = shared.steps(default=100)
     lr: float = shared.lr(
         2e-3,
         "AdamW's learning rate. Around 0.002 for low rank; the released code trains full weights "
@@ -75,9 +75,9 @@ class Settings(Base, method="resteer"):
         choices=END_TOKENS,
     )
     references: str = setting(
-        "zeros",
-        "What is noised for concepts without pictures. zeros: nothing, which is fastest. samples: "
-        "pictures that the model draws of the concept first.",
+        "samples",
+        "What is noised for concepts without pictures. samples: pictures that the model draws of "
+        "the concept first. zeros: nothing, which is fastest and forgets far less.",
         choices=REFERENCES,
     )
     samples: int = advanced(

@@ -11,9 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..closed_form.nearest import nearest
 from ..concepts.concept import Concept, Prompt
-from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import sentences
 from ..models.adapters import attached, fixed_adapters
 from ..models.image_sampler import ImageSampler, open_sampler
@@ -22,13 +20,12 @@ from ..models.sampling import DRAWN_AT_ONCE, Sampling, seeded_noise, trailing_ti
 from ..models.unknown_family import UnknownFamily
 from ..patches.patch import ForgetPatch
 from ..sequences import evenly
+from .neighbours import MOST, Neighbours
 
 SMALLEST = 128  # pixels a side
 WATCHED = 384  # pixels a side, of transformers
 STEPS, FIRST = 4, 2  # of a drawing in so many steps, the first ones count
 GUIDANCE = 7.0
-MOST = 3  # concepts of a patch that are measured
-NEAREST = 2
 ROUNDING = 0.01  # of the concept's effect: smaller changes count as this
 # A word that models know, and the share of its effect below which another may be unknown. Styles
 # are not compared: on the demo model, known and unknown ones do not differ.
@@ -60,7 +57,7 @@ class Outcome(NamedTuple):
         text = f"{name}: {100 * max(self.left, 0):.0f} % of its effect is left."
         if self.kept:
             parts = [f"{word} by {100 * change:.0f} %" for word, change in self.kept.items()]
-            text += f" Nearest kept: {', '.join(parts)}.".replace(" by", " changed by", 1)
+            text += f" Nearest: {', '.join(parts)}.".replace(" by", " changed by", 1)
         if self.strength < KNOWN:
             return (
                 f"The model may not know '{name}': the word changes its predictions only "
@@ -78,7 +75,7 @@ def in_words(found: Sequence[Outcome], concepts: Sequence[Concept]) -> list[str]
 
 
 def outcomes(
-    model: Model, patch: ForgetPatch, concepts: Sequence[Concept], keep: Sequence[str] = ()
+    model: Model, patch: ForgetPatch, concepts: Sequence[Concept], near: Sequence[Neighbours] = ()
 ) -> list[Outcome]:
     """What a patch does to its concepts, to ``MOST`` of them if they are more.
 
@@ -87,20 +84,17 @@ def outcomes(
     left and nothing else. Empty for other models.
 
     Args:
-        keep: the user's words to keep; none: the shipped lists of the concepts' kinds.
+        near: of ``neighbours``: the words whose change is measured.
     """
     concepts = evenly(concepts, min(MOST, len(concepts)))
     if isinstance(model.family, UnknownFamily):
         known = model.family.entry is not None and not patch.changes_text
         return _left_in_transformer(cast(TransformerModel, model), patch, concepts) if known else []
     unet = cast(UNetModel, model)
-    words = keep_for(concepts, keep, "none" if keep else "auto")
+    words = {each.concept: list(each.near) for each in near}
     size = max(SMALLEST, unet.family.resolution // 2)
     with open_sampler(unet, Sampling(STEPS, GUIDANCE, size)) as sampler:
-        return [
-            _outcome(sampler, patch, concept, [*nearest(unet, concept.subjects[0], words, NEAREST)])
-            for concept in concepts
-        ]
+        return [_outcome(sampler, patch, each, words.get(each.name, [])) for each in concepts]
 
 
 def _left_in_transformer(

@@ -7,6 +7,7 @@ import torch
 
 from fmn.concepts.concept import Concept, Prompt
 from fmn.linalg import full_change
+from fmn.metrics.neighbours import Neighbours
 from fmn.metrics.outcome import (
     FIRST,
     GUIDANCE,
@@ -21,6 +22,7 @@ from fmn.models.sampling import seeded_noise, trailing_timesteps
 from ..tiny import TINY, TinyModel, make_patch, make_scheduler, traces
 
 DOG, KEPT = Concept("dog"), ("cat", "wolf")
+NEAR = [Neighbours("dog", dict.fromkeys(KEPT, 0.5), KEPT)]
 PROMPTS = {name: f"a photo of {name}" for name in ("dog", *KEPT)}
 
 
@@ -51,7 +53,7 @@ def test_the_numbers_are_those_of_the_equations():
     for name, text in PROMPTS.items():
         before, after = (noise(host, text, start, times[0]) for host in (model, patched))
         changes[name] = float((after - before).norm())
-    (found,) = outcomes(model, patch, [DOG], KEPT)
+    (found,) = outcomes(model, patch, [DOG], NEAR)
     assert found.left == pytest.approx(sum(shares) / FIRST, rel=1e-4)
     assert 0.01 < abs(found.left - 1) < 1
     kept = {name: changes[name] / changes["dog"] for name in KEPT}
@@ -60,7 +62,7 @@ def test_the_numbers_are_those_of_the_equations():
 
 
 def test_an_empty_patch_leaves_all_and_changes_nothing():
-    (found,) = outcomes(TinyModel(), make_patch(TINY, size=0.0), [DOG], KEPT)
+    (found,) = outcomes(TinyModel(), make_patch(TINY, size=0.0), [DOG], NEAR)
     assert found.left == pytest.approx(1.0, abs=1e-5)
     assert found.kept == pytest.approx({"cat": 0, "wolf": 0}, abs=1e-3)
 
@@ -70,7 +72,9 @@ def test_it_takes_few_forwards_however_many_concepts_there_are():
     counts = []
     for number in (1, 2, 40):
         model = TinyModel()
-        found = outcomes(model, make_patch(TINY), [Concept(f"n{i}") for i in range(number)], KEPT)
+        concepts = [Concept(f"n{i}") for i in range(number)]
+        near = [Neighbours(each.name, dict.fromkeys(KEPT, 0.5), KEPT) for each in concepts]
+        found = outcomes(model, make_patch(TINY), concepts, near)
         counts.append((len(found), sum(len(x) for x, *_ in model.seen)))
     each = counts[0][1]
     assert each <= 12 and counts == [(1, each), (2, 2 * each), (3, 3 * each)]
@@ -85,7 +89,7 @@ def test_it_says_that_some_concepts_were_not_measured():
 
 def test_it_is_said_in_plain_words():
     dog = Outcome("dog", 0.034, {"cat": 0.042, "wolf": 0.06}, 0.9)
-    answer = "dog: 3 % of its effect is left. Nearest kept: cat changed by 4 %, wolf by 6 %."
+    answer = "dog: 3 % of its effect is left. Nearest: cat changed by 4 %, wolf by 6 %."
     assert str(dog) == answer
     assert str(dog._replace(kept={})) == "dog: 3 % of its effect is left."
     unknown = str(dog._replace(concept="unicorn", strength=0.5))
@@ -96,5 +100,5 @@ def test_it_is_said_in_plain_words():
 def test_predictions_that_are_not_finite_are_no_number():
     model = TinyModel()
     model.poisoned = True
-    (found,) = outcomes(model, make_patch(TINY), [DOG], KEPT)
+    (found,) = outcomes(model, make_patch(TINY), [DOG], NEAR)
     assert found.left is None
