@@ -69,7 +69,7 @@ def joint_merge(
     for patch, _ in entries:
         patch.check_family(model.family)
         _check_layers(patch)
-    settings = Settings(preserve=preserve)
+    settings = Settings(preserve=preserve, prompts=10, near_words=0)
     concepts = [_concepts(patch) for patch, _ in entries]
     prompts = [_prompts(forgotten, settings.prompts) for forgotten in concepts]
     kept = kept_texts(model, sum(concepts, []), keep, settings)
