@@ -57,15 +57,6 @@ class Settings(Base, method="reread"):
         limits=(1, 6),
         formerly="together",
     )
-    near_words: int = setting(
-        48,
-        "U-Nets: so many words that the model reads most like the concept are kept, too, found in "
-        "the shipped lists. 0: none, and neighbours that nobody named are harmed.",
-        limits=(0, 1000),
-    )
-    near_prompts: int = advanced(
-        4, "Sentences with each of them, beside keep_prompts.", limits=(1, 100)
-    )
     images_per_concept: int = advanced(
         4,
         "Images sampled for each concept to record queries, and as many without it and of kept "
@@ -154,6 +145,15 @@ class Settings(Base, method="reread"):
         "neighbours more. Large: no edit.",
         limits=(1e-9, 1e6, 0.001),
         group="transformer",
+    )
+    near_words: int = setting(
+        48,
+        "U-Nets: so many words that the model reads most like the concept are kept, too, found in "
+        "the shipped lists. 0: none, and neighbours that nobody named are harmed.",
+        limits=(0, 1000),
+    )
+    near_prompts: int = advanced(
+        4, "Sentences with each of them, beside keep_prompts.", limits=(1, 100)
     )
 
     @property
