@@ -57,9 +57,14 @@ def joint_merge(
         keep: words or prompts to keep, beside the shipped lists.
 
     Raises:
-        ForgetError: a patch is of another family, does not say what it forgets, or changes layers
-            other than keys, values and outputs of cross-attention.
+        ForgetError: the model is no U-Net; a patch is of another family, does not say what it
+            forgets, or changes layers other than keys, values and outputs of cross-attention.
     """
+    if not model.family.known:
+        raise ForgetError(
+            f"Joint merging is for U-Nets, whose cross-attention reads a fixed text, and "
+            f"{model.family.title} is none: merge with concatenate."
+        )
     entries = open_patches(sources)
     for patch, _ in entries:
         patch.check_family(model.family)
