@@ -32,6 +32,7 @@ from fmn.concepts.concept import Concept
 from fmn.concepts.concept_list import FIELDS, MAX_CONCEPTS, read_concepts
 from fmn.errors import ForgetError
 from fmn.models.families import DEMO, layers
+from fmn.models.transformers import BY_KEY
 from fmn.patches.file_check import MAX_RANK
 from fmn.patches.foreign_file import ForeignFile, Tensors
 from fmn.patches.import_patch import import_patch
@@ -79,6 +80,16 @@ def lora():
     return tensors
 
 
+def flux():
+    """A LoRA of a transformer, some of it parts of joined matrices."""
+    block = "transformer.single_transformer_blocks.0."
+    return {
+        f"{block}{name}.lora_{part}.weight": torch.ones(shape)
+        for name in ("attn.to_q", "attn.to_v", "proj_out")
+        for part, shape in {"A": (2, 4), "B": (6, 2)}.items()
+    }
+
+
 def edited():
     return {
         key: weight + 0.1 * torch.outer(weight[:, 0], weight[0]) for key, weight in BASE.items()
@@ -112,6 +123,7 @@ def originals(folder):
         (load_patch, ".safetensors", ours),
         (imported, ".safetensors", ours),
         (imported, ".safetensors", save(lora(), metadata)),
+        (imported, ".safetensors", save(flux(), {"modelspec.architecture": "flux-1-dev/lora"})),
         (imported, ".safetensors", save(edited())),
         (imported, ".pt", pickled(lora())),
         (imported, ".pt", pickled({"unet": OrderedDict(edited())})),
@@ -201,7 +213,7 @@ class Evil:
 
 def hostile_pickle(data, draw):
     """Another content for a torch file: what weights_only lets pass, and what it must not."""
-    content = dict(draw.choice((lora(), edited())))
+    content = dict(draw.choice((lora(), flux(), edited())))
     key = draw.choice([key for key, tensor in content.items() if tensor.dim() == 2])
     one = content[key]
     loop: dict = {}
@@ -262,7 +274,7 @@ def check(read, path):
         for concept in found:
             assert concept.name.strip() and all(isinstance(each, str) for each in concept.aliases)
         return None
-    assert found.changes and found.family is DEMO
+    assert found.changes and (found.family is DEMO or found.family.entry is BY_KEY["flux"])
     for layer in found.layers:
         up, down = found.changes[layer.name]
         assert up.shape[0] == layer.shape[0] and tuple(down.shape[1:]) == layer.shape[1:]

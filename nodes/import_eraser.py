@@ -13,7 +13,9 @@ from comfy_api.latest import io
 from ..fmn.concepts.concept import Concept
 from ..fmn.errors import ForgetError
 from ..fmn.hosts.comfyui.host import base_weights
+from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.models.families import FAMILIES
+from ..fmn.models.transformers import BY_KEY
 from ..fmn.patches.file_check import MAX_RANK
 from ..fmn.patches.import_patch import guess_concept, import_patch, open_eraser
 from ..fmn.text import printable
@@ -61,8 +63,8 @@ class ImportEraser(io.ComfyNode):
         file: A file in models/forget_imports or models/loras, or a folder in models/diffusers.
             Refresh (R) to see new files.
         concepts: What it forgets. Empty: the error suggests a name.
-        model: The model that the eraser was made from, for files of edited weights. LoRAs on it do
-            not count.
+        model: The model that the eraser was made from, for files of edited weights, or a
+            transformer that a LoRA is for. LoRAs on it do not count.
         clip: The CLIP of that model, if the eraser edits the text encoder.
         rank: Rank of each layer's change of edited weights. 0: where the spectrum has a gap.
             Higher: closer to the file, and larger.
@@ -74,7 +76,7 @@ class ImportEraser(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        families = [ANY_FAMILY, *FAMILIES]
+        families = [ANY_FAMILY, *FAMILIES, *BY_KEY]
         inputs: list[io.Input] = [
             io.Combo.Input("file", options=list(_files()) or [NO_FILE]),
             Concepts.Input("concepts", optional=True),
@@ -108,7 +110,11 @@ class ImportEraser(io.ComfyNode):
                 f"What '{path.name:.80}' forgets is not known: connect Concept to Forget, perhaps "
                 f'of "{guess_concept(open_eraser(path))}".'
             )
-        base = base_weights(model, clip) if model or clip else None
+        entry = getattr(host_of(model).family, "entry", None) if model else None
+        if entry and family == ANY_FAMILY:
+            family = entry.key
+        # LoRAs, all that is read for transformers, have no base.
+        base = base_weights(model, clip) if (model or clip) and not entry else None
         progress = Progress()
         imported = import_patch(
             path,

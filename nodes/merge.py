@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import folder_paths
 from comfy.model_patcher import ModelPatcher
@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..fmn.errors import ForgetError
 from ..fmn.files import chosen_files, readings
 from ..fmn.hosts.comfyui.model import ComfyModel
+from ..fmn.hosts.comfyui.unknown_model import host_of
 from ..fmn.jobs.joint_merge import joint_merge
 from ..fmn.patches.merge import merge_patches
 from ..fmn.patches.patch import ForgetPatch
@@ -118,7 +119,7 @@ class MergeForgetPatches(io.ComfyNode):
                     "Joint merging needs the model and its CLIP, but the model or the clip input "
                     "is empty: connect both, or merge by concatenate."
                 )
-            host, on_step = ComfyModel(model, clip), Progress().step
+            host, on_step = cast(ComfyModel, host_of(model, clip)), Progress().step
             merged = joint_merge(host, sources, preserve, budget_kb * 1000, on_step, keep)
         elif how == "concatenate":
             merged = merge_patches(sources, budget_kb * 1000)

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from ..models.families import FAMILIES
+from ..models.transformers import BY_KEY
 from .options import Commands, add_command
 
 DESCRIPTION = """\
-Reads LoRAs of any trainer (kohya, PEFT, LECO, SPM, sliders, traintrain), edited U-Net or text
-encoder weights (ESD, UCE, OCE, SPEED, RECE, concept ablation, AdvUnlearn), whole checkpoints, and
-folders (MACE, EraseFlow, Forget-Me-Not). Pickles are read without running code in them. A folder of
-the patches made here is a method of 'bench'.
+Reads LoRAs of any trainer (kohya, PEFT, LECO, SPM, sliders, traintrain), of transformers too,
+edited U-Net or text encoder weights (ESD, UCE, OCE, SPEED, RECE, concept ablation, AdvUnlearn),
+whole checkpoints, and folders (MACE, EraseFlow, Forget-Me-Not). Pickles are read without running
+code in them. A folder of the patches made here is a method of 'bench'.
 """
 
 
@@ -31,7 +32,7 @@ def add_import(commands: Commands) -> None:
         help="the model it was made from, a checkpoint or a diffusers folder; needed for edited "
         "weights, not for LoRAs",
     )  # fmt: skip
-    parser.add_argument("--family", choices=list(FAMILIES), help="if the file fits several")
+    parser.add_argument("--family", choices=[*FAMILIES, *BY_KEY], help="if the file fits several")
     parser.add_argument(
         "--rank", type=int, default=0, metavar="N",
         help="rank of each layer of edited weights; 0 cuts at the gap of the spectrum "

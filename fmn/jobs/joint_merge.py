@@ -57,14 +57,19 @@ def joint_merge(
         keep: words or prompts to keep, beside the shipped lists.
 
     Raises:
-        ForgetError: a patch is of another family, does not say what it forgets, or changes layers
-            other than keys, values and outputs of cross-attention.
+        ForgetError: the model is no U-Net; a patch is of another family, does not say what it
+            forgets, or changes layers other than keys, values and outputs of cross-attention.
     """
+    if not model.family.known:
+        raise ForgetError(
+            f"Joint merging is for U-Nets, whose cross-attention reads a fixed text, and "
+            f"{model.family.title} is none: merge with concatenate."
+        )
     entries = open_patches(sources)
     for patch, _ in entries:
         patch.check_family(model.family)
         _check_layers(patch)
-    settings = Settings(preserve=preserve)
+    settings = Settings(preserve=preserve, prompts=10, near_words=0)
     concepts = [_concepts(patch) for patch, _ in entries]
     prompts = [_prompts(forgotten, settings.prompts) for forgotten in concepts]
     kept = kept_texts(model, sum(concepts, []), keep, settings)

@@ -64,8 +64,9 @@ class Recorder:
         return torch.gather(part, 1, chosen).detach().cpu()
 
     def taken(self) -> dict[str, Rows]:
-        """The rows of all forwards so far, by layer."""
-        return {name: Rows(*map(torch.cat, zip(*parts))) for name, parts in self.rows.items()}
+        """The rows of all forwards so far, by layer, which are kept here no longer."""
+        # A layer at a time: together they may be gigabytes.
+        return {name: Rows(*map(torch.cat, zip(*self.rows.pop(name)))) for name in list(self.rows)}
 
 
 TextRows = dict[str, Rows]  # by layer

@@ -37,6 +37,7 @@ class Transformer:
 
     Attributes:
         network: ComfyUI's class of the network.
+        model: ComfyUI's class of the model around it.
         marks: modules or parameters that it has, to tell it from others of the class; those with
             "!" in front it has not.
         readers: output projections and the layer of pooled text, in the order of a forward pass.
@@ -51,6 +52,7 @@ class Transformer:
     key: str
     title: str
     network: str
+    model: str
     readers: tuple[Reader, ...]
     text: tuple[Reader, ...]
     architecture: str
@@ -118,52 +120,52 @@ POOLED_HIDREAM = Reader(
 CAPTION_HIDREAM = "caption_projection.{}.linear"
 TRANSFORMERS = (
     Transformer(
-        "z_image", "Z-Image", "NextDiT",
+        "z_image", "Z-Image", "NextDiT", "Lumina2",
         (_single("layers.{}.attention.out", "layers.{}.attention.to_out.0"),),
         (Reader("cap_embedder.1", "cap_embedder.1", TEXT),),
         "z-image", ("x_pad_token",), "kohya", pad=32,
     ),
     Transformer(
-        "lumina2", "Lumina 2", "NextDiT",
+        "lumina2", "Lumina 2", "NextDiT", "Lumina2",
         (_single("layers.{}.attention.out", "layers.{}.attn.to_out.0"),),
         (Reader("cap_embedder.1", "time_caption_embed.caption_embedder.1", TEXT),),
         "lumina-2", ("!x_pad_token", "!clip_text_pooled_proj"), "kohya",
     ),
     Transformer(
-        "flux", "Flux.1", "Flux", (POOLED_FLUX, *FLUX), CONTEXT_FLUX,
+        "flux", "Flux.1", "Flux", "Flux", (POOLED_FLUX, *FLUX), CONTEXT_FLUX,
         "flux-1-dev", ("vector_in.in_layer",), "peft",
     ),
     Transformer(
-        "flux2", "Flux.2", "Flux", FLUX2, CONTEXT_FLUX,
+        "flux2", "Flux.2", "Flux", "Flux2", FLUX2, CONTEXT_FLUX,
         "flux-2-dev", ("double_stream_modulation_img",), "kohya", patch=1,
     ),
-    Transformer("chroma", "Chroma", "Chroma", FLUX, CONTEXT_FLUX, "chroma", (), "peft"),
+    Transformer("chroma", "Chroma", "Chroma", "Chroma", FLUX, CONTEXT_FLUX, "chroma", (), "peft"),
     Transformer(
-        "qwen_image", "Qwen-Image", "QwenImageTransformer2DModel",
+        "qwen_image", "Qwen-Image", "QwenImageTransformer2DModel", "QwenImage",
         (Reader("transformer_blocks.{}.attn.to_out.0", "transformer_blocks.{}.attn.to_out.0"),),
         (Reader("txt_in", "txt_in", TEXT),), "qwen-image", (), "kohya",
     ),
     Transformer(
-        "krea2", "Krea 2", "SingleStreamDiT",
+        "krea2", "Krea 2", "SingleStreamDiT", "Krea2",
         (_single("blocks.{}.attn.wo", "transformer_blocks.{}.attn.to_out.0"),),
         (Reader("txtmlp.1", "txt_in.linear_1", TEXT),), "krea-2", ("txtfusion",),
     ),
     Transformer(
-        "anima", "Anima", "Anima",
+        "anima", "Anima", "Anima", "Anima",
         (Reader("blocks.{}.cross_attn.output_proj", "transformer_blocks.{}.attn2.to_out.0"),),
         (Reader("blocks.{}.cross_attn.k_proj", "transformer_blocks.{}.attn2.to_k", TEXT),
          Reader("blocks.{}.cross_attn.v_proj", "transformer_blocks.{}.attn2.to_v", TEXT)),
         "anima",
     ),
     Transformer(
-        "sd3", "Stable Diffusion 3", "OpenAISignatureMMDITWrapper",
+        "sd3", "Stable Diffusion 3", "OpenAISignatureMMDITWrapper", "SD3",
         (Reader("y_embedder.mlp.0", "time_text_embed.text_embedder.linear_1", POOLED),
          Reader("joint_blocks.{}.x_block.attn.proj", "transformer_blocks.{}.attn.to_out.0")),
         (Reader("context_embedder", "context_embedder", TEXT),),
         "stable-diffusion-v3-medium", (), "peft",
     ),
     Transformer(
-        "hidream", "HiDream", "HiDreamImageTransformer2DModel",
+        "hidream", "HiDream", "HiDreamImageTransformer2DModel", "HiDream",
         (POOLED_HIDREAM,
          Reader("double_stream_blocks.{}.block.attn1.to_out",
                 "double_stream_blocks.{}.block.attn1.to_out"),
@@ -171,12 +173,12 @@ TRANSFORMERS = (
         (Reader(CAPTION_HIDREAM, CAPTION_HIDREAM, TEXT),), "hidream-i1",
     ),
     Transformer(
-        "ernie", "Ernie Image", "ErnieImageModel",
+        "ernie", "Ernie Image", "ErnieImageModel", "ErnieImage",
         (_single("layers.{}.self_attention.to_out.0", order=PICTURE_TEXT),),
         (Reader("text_proj", "text_proj", TEXT),), "ernie-image", patch=1,
     ),
     Transformer(
-        "wan", "Wan", "WanModel",
+        "wan", "Wan", "WanModel", "WAN21",
         (Reader("blocks.{}.cross_attn.o", "blocks.{}.attn2.to_out.0"),),
         (Reader("text_embedding.0", "condition_embedder.text_embedder.linear_1", TEXT),), "wan-2.1",
     ),

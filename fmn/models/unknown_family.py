@@ -79,8 +79,11 @@ class UnknownFamily(Family):
         return self.base_version
 
     def is_same(self, other: Family) -> bool:
-        """Whether the other is the same class of model; layers are compared one by one."""
-        return isinstance(other, UnknownFamily) and other.model == self.model
+        """Whether the other is the same class of model, and of the same transformers as far as both
+        are known; layers are compared one by one."""
+        if not isinstance(other, UnknownFamily) or other.model != self.model:
+            return False
+        return not self.entry or not other.entry or other.entry.key == self.entry.key
 
     def denoiser_layers(self) -> tuple[Layer, ...]:
         return self.listed

@@ -2,12 +2,14 @@
 
 Names differ in three ways: the path of a layer (diffusers' or CompVis', with dots or underscores),
 what stands before it (``lora_unet_``, ``unet.``, ``base_model.model.``), and what the two factors
-are called (kohya, PEFT, attention processors).
+are called (kohya, PEFT, attention processors). Layers of transformers are in
+``transformer_layers``.
 """
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -16,11 +18,16 @@ import torch
 from ..errors import ForgetError
 from ..linalg import balanced_factors
 from ..models.families import FAMILIES, Family, Layer, layers, text_layers
+from ..models.transformer_layers import SHARES, place_of
+from ..models.transformers import TRANSFORMERS, Transformer
+from ..models.unknown_family import MAX_ENTRIES, family_of_model
 from .file_check import MAX_RANK
-from .file_kind import TRANSFORMER, other_form, split_lora_key
+from .file_kind import other_form, split_lora_key
 from .foreign_file import ForeignFile
+from .padding import Factors
 
 MAX_CONFIG = 1 << 20  # bytes
+PART = re.compile(r"^(unet|transformer)\.")  # of a pipeline
 NO_DIRECTION = 1e-6  # of the largest singular value: float32's rounding
 UNET_STARTS = ("lora_unet_", "diffusion_model.", "unet.", "model.diffusion_model.")
 # Before the path in files of several encoders, and of one.
@@ -28,6 +35,9 @@ TEXT_STARTS = {
     "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
     "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder",
 }  # fmt: skip
+
+
+Modules = dict[str, dict[str, torch.Tensor]]  # name of a layer in a file -> factor -> tensor
 
 
 @dataclass
@@ -40,11 +50,11 @@ class ForeignLora:
     """
 
     family: Family
-    changes: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    changes: dict[str, Factors]
     unused: list[str] = field(default_factory=list)
 
 
-def read_lora(file: ForeignFile, family: Family | None = None) -> ForeignLora:
+def read_lora(file: ForeignFile, family: Family | Transformer | None = None) -> ForeignLora:
     """The changes that a LoRA file makes.
 
     Args:
@@ -60,7 +70,7 @@ def read_lora(file: ForeignFile, family: Family | None = None) -> ForeignLora:
             f"'{name}' is a {form} file, whose change is no product of two matrices: merge it into "
             "a checkpoint with the program that made it, and import the checkpoint with --base."
         )
-    modules: dict[str, dict[str, torch.Tensor]] = {}
+    modules: Modules = {}
     unused = []
     for key in tensors:
         split = split_lora_key(key)
@@ -68,10 +78,14 @@ def read_lora(file: ForeignFile, family: Family | None = None) -> ForeignLora:
             modules.setdefault(split[0], {})[split[1]] = tensors[key]
         else:
             unused.append(key)
+    if isinstance(family, Transformer):
+        return _read_transformer(file, modules, unused, family)
     fits = [one for one in ([family] if family else FAMILIES.values()) if _fits(one, modules)]
+    if not fits and not family and (entry := _transformer_of(file, modules)):
+        return _read_transformer(file, modules, unused, entry)
     if len(fits) != 1:
         raise ForgetError(_no_family(name, list(modules), family, fits))
-    changes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    changes: dict[str, Factors] = {}
     alpha = _alpha_beside(file)
     for module, parts in modules.items():
         layer = _layer(fits[0], module)
@@ -132,20 +146,93 @@ def _shape(parts: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
     return up.shape[0], down.shape[1]
 
 
-def _no_family(name: str, modules: list[str], family: Family | None, fits: list[Family]) -> str:
+def _no_family(
+    name: str, modules: list[str], family: Family | None, fits: Sequence[Family | Transformer]
+) -> str:
     if fits:
         titles = " or ".join(one.title for one in fits)
         return f"'{name}' fits {titles}: say which with --family."
-    if any(TRANSFORMER.search(module) for module in modules):
-        return (
-            f"'{name}' is a LoRA for a diffusion transformer: use Load LoRA in ComfyUI, as only "
-            "files for Stable Diffusion 1.x, 2.x and XL can be imported."
-        )
-    wanted = family.title if family else "Stable Diffusion 1.x, 2.x or XL"
+    wanted = family.title if family else "any model that we know"
     return (
         f"'{name}' names layers such as '{modules[0]:.60}', which are not those of {wanted} in the "
         "right shapes: check which model it was made for."
     )
+
+
+def _transformer_of(file: ForeignFile, modules: Modules) -> Transformer | None:
+    """The transformer with the most of a file's layers, or None if there are none.
+
+    Raises:
+        ForgetError: several have all of them, and the metadata do not say which is meant.
+    """
+    counts = {
+        entry: sum(place_of(entry, name) is not None for name in modules) for entry in TRANSFORMERS
+    }
+    most = max(counts.values())
+    fits = [entry for entry, count in counts.items() if count == most]
+    architecture = file.metadata.get("modelspec.architecture", "").removesuffix("/lora")
+    fits = [entry for entry in fits if entry.architecture == architecture] or fits
+    if most and len(fits) > 1:
+        raise ForgetError(_no_family(file.name, list(modules), None, fits))
+    return fits[0] if most else None
+
+
+def _read_transformer(
+    file: ForeignFile, modules: Modules, unused: Sequence[str], entry: Transformer
+) -> ForeignLora:
+    name, alpha = file.name, _alpha_beside(file)
+    places = {module: place_of(entry, module) for module in modules}
+    unread = [*unused, *(module for module, place in places.items() if place is None)]
+    if unread:
+        raise ForgetError(
+            f"'{name}' holds '{unread[0]:.80}', which is no layer of {entry.title} that can be "
+            "imported: use Load LoRA in ComfyUI, or take it out of the file."
+        )
+    parts: dict[str, dict[int, Factors]] = {}  # by path, of the joined matrix
+    counts: dict[str, int] = {}
+    for module, place in places.items():
+        assert place is not None
+        found = parts.setdefault(place.path, {})
+        if place.part in found or counts.setdefault(place.path, place.parts) != place.parts:
+            raise ForgetError(f"'{name}' changes '{module:.80}' twice: get another file.")
+        layer = Layer(module, place.path, _own_shape(name, module, modules[module]))
+        found[place.part] = _factors(name, module, layer, alpha | modules[module])
+    changes = {path: _joined(name, path, parts[path], count) for path, count in counts.items()}
+    shapes = {path: (len(up), *down.shape[1:]) for path, (up, down) in changes.items()}
+    family = family_of_model(entry.model, shapes, entry)
+    return ForeignLora(family, {each.name: changes[each.compvis] for each in family.listed})
+
+
+def _own_shape(name: str, module: str, parts: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """The shape of the weight that a change of a transformer is for, within bounds."""
+    tensors = [parts[key] for key in ("difference", "up", "down") if key in parts]
+    shape = (*_shape(parts), *tensors[-1].shape[2:]) if tensors else ()
+    dims = {tensor.dim() for tensor in tensors}
+    if dims not in ({2}, {4}) or not 0 < math.prod(shape) <= MAX_ENTRIES or len(shape) < 2:
+        raise ForgetError(
+            f"'{name}' has no two factors of a weight of 1 to {MAX_ENTRIES} numbers for "
+            f"'{module:.80}': download it again."
+        )
+    return shape
+
+
+def _joined(name: str, path: str, parts: Mapping[int, Factors], count: int) -> Factors:
+    """One change of a matrix of which a file has ``count`` parts, or some of them, apart."""
+    if count == 1:
+        return parts[0]
+    heights = {len(up) / SHARES[part] for part, (up, _) in parts.items()}
+    widths = {down.shape[1:] for _, down in parts.values()}
+    rank, height = sum(len(down) for _, down in parts.values()), int(max(heights))
+    if heights != {height} or len(widths) > 1 or rank > MAX_RANK or len(max(widths)) > 1:
+        raise ForgetError(
+            f"'{name}' changes parts of '{path:.80}' that do not fit together, or of rank {rank} "
+            f"in all, and {MAX_RANK} is the most: check which model it was made for."
+        )
+    ups = [
+        parts[part][0] if part in parts else torch.zeros(height * SHARES[part], 0)
+        for part in range(count)
+    ]
+    return torch.block_diag(*ups), torch.cat([parts[part][1] for part in sorted(parts)])
 
 
 def _alpha_beside(file: ForeignFile) -> dict[str, torch.Tensor]:
@@ -158,7 +245,7 @@ def _alpha_beside(file: ForeignFile) -> dict[str, torch.Tensor]:
     if not text:
         return {}
     try:
-        found = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
+        found = {PART.sub("", key): value for key, value in json.loads(text).items()}
         alpha = torch.tensor(float(found["lora_alpha"]))
         patterns = found.get("alpha_pattern") or found.get("use_rslora")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -173,16 +260,14 @@ def _alpha_beside(file: ForeignFile) -> dict[str, torch.Tensor]:
     return {"alpha": alpha}
 
 
-def _exact_factors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _exact_factors(matrix: torch.Tensor) -> Factors:
     """Factors of a full difference at the rank it has, at most ``MAX_RANK``."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     rank = min(MAX_RANK, max(1, int((s > NO_DIRECTION * s[0]).sum())))
     return balanced_factors(u, s, vh, rank)
 
 
-def _factors(
-    name: str, module: str, layer: Layer, parts: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(name: str, module: str, layer: Layer, parts: Mapping[str, torch.Tensor]) -> Factors:
     """(up, down) in the layer's own dimensions, alpha / rank taken into up."""
     if not all(part.is_floating_point() for key, part in parts.items() if key != "alpha"):
         raise ForgetError(

@@ -14,6 +14,7 @@ from ..concepts.concept import Concept
 from ..errors import ForgetError
 from ..models.families import FAMILIES, Family, layers
 from ..models.interface import Fingerprint, fingerprint
+from ..models.transformers import BY_KEY, Transformer
 from ..text import printable
 from .file_kind import is_lora, kind_of
 from .foreign_file import ForeignFile, read_folder, read_foreign
@@ -59,7 +60,7 @@ def import_patch(
         concepts: what it forgets, by the user's word.
         base: the model it was made from, a checkpoint or folder or its weights; needed for edited
             weights.
-        family: key of ``FAMILIES``; None finds out.
+        family: key of ``FAMILIES`` or of a transformer; None finds out.
         rank: of each layer's change of edited weights; 0 cuts at the gap of the spectrum.
 
     Raises:
@@ -74,7 +75,14 @@ def import_patch(
     wanted = _family(family)
     if is_lora(file.tensors):
         lora = read_lora(file, wanted)
-        return _patch(file, lora.family, lora.changes, concepts, "LoRA", _unused(lora.unused))
+        flow = {} if lora.family.known else {"base.prediction": "flow"}  # all transformers here
+        notes = _unused(lora.unused)
+        return _patch(file, lora.family, lora.changes, concepts, "LoRA", notes, flow)
+    if isinstance(wanted, Transformer):
+        raise ForgetError(
+            f"'{file.name}' is no LoRA, and nothing else can be imported for {wanted.title}: save "
+            "the eraser as a LoRA."
+        )
     edited = WeightFile(file)
     if base is not None and not isinstance(base, ForeignFile):
         base = open_eraser(base)
@@ -136,12 +144,11 @@ def guess_concept(file: ForeignFile) -> str:
     return printable(" ".join(words.split()))[:60] or "dog"
 
 
-def _family(key: str | None) -> Family | None:
-    if key is None:
-        return None
-    if key not in FAMILIES:
-        raise ForgetError(f"There is no family '{key:.40}': use {', '.join(FAMILIES)}.")
-    return FAMILIES[key]
+def _family(key: str | None) -> Family | Transformer | None:
+    known: dict[str, Family | Transformer] = {**FAMILIES, **BY_KEY}
+    if key is not None and key not in known:
+        raise ForgetError(f"There is no family '{key:.40}': use {', '.join(known)}.")
+    return None if key is None else known[key]
 
 
 def _identified(edited: WeightFile, base: WeightFile | None) -> Family:

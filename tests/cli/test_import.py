@@ -3,7 +3,7 @@
 import json
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fmn.cli.main import BAD_INPUT, OK, main
 from fmn.hosts.diffusers.load import DEMO_FILE
@@ -34,6 +34,21 @@ def test_edited_weights_become_a_patch(tmp_path, capsys):
     assert main(["inspect", str(out), "--json"]) == OK
     record = json.loads(capsys.readouterr().out)["info"]["imported"]
     assert record["file"] == "esd-dog.pt"
+
+
+def test_a_lora_of_a_transformer(tmp_path, capsys):
+    file, out = tmp_path / "lora.safetensors", tmp_path / "dog.safetensors"
+    shapes = {"lora_down.weight": (1, 192), "lora_up.weight": (192, 1), "alpha": ()}
+    tensors = {part: torch.ones(shape) for part, shape in shapes.items()}
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    save_file({f"{name}.{part}": tensor for part, tensor in tensors.items()}, file)
+    arguments = ["import", str(file), "--concept", "dog", "--out", str(out)]
+    assert main(arguments) == BAD_INPUT
+    assert "fits Flux.1 or Flux.2 or Chroma: say which with --family" in capsys.readouterr().err
+    assert main([*arguments, "--family", "flux"]) == OK
+    assert "for: Flux.1, flow prediction" in capsys.readouterr().out
+    key = "transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight"
+    assert key in load_file(out)
 
 
 def test_refusals(tmp_path, capsys):

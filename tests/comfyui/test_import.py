@@ -8,7 +8,7 @@ from fmn.hosts.diffusers.load import DEMO_FILE
 from fmn.models.families import DEMO, layers, text_layers
 
 from .server import PromptError
-from .workflows import demo_loader, node
+from .workflows import demo_loader, drawing, node
 
 KV = [layer for layer in layers(DEMO) if layer.is_key_or_value]
 TEXT = text_layers(DEMO)[0]
@@ -35,6 +35,12 @@ def files(server):
         lora[f"{name}.lora_up.weight"] = torch.full((layer.shape[0], 1), 0.3)
         lora[f"{name}.lora_down.weight"] = torch.full((1, layer.shape[1]), 0.3)
     save_file(lora, loras / "leco.safetensors")
+    name = "transformer.transformer_blocks.0.attn.add_k_proj"
+    flux = {
+        f"{name}.lora_B.weight": torch.ones(192, 1),
+        f"{name}.lora_A.weight": torch.ones(1, 192),
+    }
+    save_file(flux, loras / "flux.safetensors")
 
 
 def importing(file, name="import", **inputs):
@@ -71,3 +77,18 @@ def test_refusals(server, files, file, inputs, message):
         prompt["import"]["inputs"].pop(name) if value is None else None
     with pytest.raises(PromptError, match=message):
         server.run(prompt)
+
+
+def test_the_connected_transformer_says_whose_a_lora_is(server, files):
+    graph = demo_loader() | importing("loras/flux.safetensors")
+    with pytest.raises(PromptError, match="fits Flux.1 or .*Qwen"):
+        server.run(graph)
+    graph["demo"]["inputs"]["network"] = "transformer"
+    graph["import"]["inputs"]["model"] = ["demo", 0]
+    graph["apply"] = node(
+        "FMN_ApplyForgetPatch", model=["demo", 0], patch=["import", 0], strength=1.0
+    )
+    outputs = server.run(graph | drawing(["apply", 0]) | drawing(name="plain"))
+    text = outputs["import_text"]["text"][0]
+    assert "for: Flux.1, flow prediction" in text and "layers: 1, rank 1" in text
+    assert abs(server.image(outputs["image"]) - server.image(outputs["plain"])).mean() > 0.01

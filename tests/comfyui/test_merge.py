@@ -129,3 +129,12 @@ def test_joint_refuses_layers_of_which_it_knows_nothing(server):
     )
     with pytest.raises(PromptError, match="joint merging .*only .*concatenate"):
         server.run(prompt)
+
+
+def test_joint_is_for_u_nets(server, made):
+    prompt = demo_loader() | merging(
+        files="merge/*", how="joint", model=["demo", 0], clip=["demo", 1]
+    )
+    prompt["demo"]["inputs"]["network"] = "transformer"
+    with pytest.raises(PromptError, match="Joint .* is for U-Nets.*Flux.1 is none.*concatenate"):
+        server.run(prompt)

@@ -30,6 +30,12 @@ def test_a_plan_says_what_a_run_takes(pack, monkeypatch, name):
         patch = program.forget(host, [concept], settings)
     assert (found.forwards, found.samples) == (len(seen), sum(seen))
     assert found.file == pytest.approx(program.file_size(patch), abs=100)  # numbers in its header
-    rows = 4 * 2 * settings.query_positions  # with each pair
-    reads = sum(sum(layer.shape) for layer in host.family.listed if layer.name in patch.changes)
-    assert found.rows > 2 * rows * reads and found.solving > 0
+    pairs = 4 * 2  # with each noise, recorded without the concept, and with it in either pass
+    kept, expected = found.samples - 3 * pairs, 0
+    for layer in host.family.listed:
+        if reader := host.family.readers().get(layer.name):
+            outputs, inputs = layer.shape
+            rows, rows_kept = (1, 1) if reader.tokens == "pooled" else (settings.query_positions, 4)
+            # At once: both sides of one pass, and the inputs of kept prompts.
+            expected += 2 * (2 * pairs * rows * (inputs + outputs) + kept * rows_kept * inputs)
+    assert found.rows == expected and found.solving > 0

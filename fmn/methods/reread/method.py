@@ -26,7 +26,7 @@ from .settings import Settings
 from .training_images import draw_scenes
 
 TITLE = "Re-read"
-REVISION = 1
+REVISION = 2
 ABOUT = (
     "Re-read, this pack's own closed form: makes cross-attention read prompts as if the "
     "concept were not in them, and other prompts as before. Trains only with robust_steps."
@@ -38,11 +38,13 @@ BLANKS = 4  # prompts for adversaries' words, beside the concept's own
 PRESETS = {
     "reread": Settings(),
     "reread-quick": Settings(
-        keep_prompts=64, words_per_prompt=4, images_per_concept=1, sampling_steps=2, guidance=1.0,
-        query_positions=24,
+        prompts=10, keep_prompts=64, near_words=0, words_per_prompt=4, images_per_concept=1,
+        sampling_steps=2, guidance=1.0, query_positions=24,
     ),
     "reread-auto": Settings(overshoot=1.0, overshoot_style=1.0, stop_at=0.03),
-    "reread-robust": Settings(overshoot=0.7, overshoot_style=1.2, robust_steps=300),
+    "reread-robust": Settings(
+        overshoot=0.7, overshoot_style=1.2, prompts=10, near_words=0, robust_steps=300
+    ),
 }  # fmt: skip
 
 

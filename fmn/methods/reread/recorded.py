@@ -13,7 +13,7 @@ far and solved again, ``passes`` times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -156,18 +156,21 @@ def recorded_patch(task: Task, kept: Sequence[str]) -> ForgetPatch:
         progress = PartProgress(task.on_step, forwards)
         sampler = RowSampler(model.family, watched, prompts, progress)
         targets = [sampler.rows(without, {}) for _, without in concepts]
-        others = sampler.rows(kept_batch, {})
+        # All rows are in memory at once: without the outputs of kept prompts, which stay, and
+        # without what the pass before saw.
+        kept_inputs = {name: rows.inputs for name, rows in sampler.rows(kept_batch, {}).items()}
         changes: Changes = {}
         for _ in range(settings.passes):
             seen = [sampler.rows(batch, changes) for batch, _ in concepts]
-            changes, left = solve(seen, targets, others, settings)
+            changes, left = solve(seen, targets, kept_inputs, settings)
+            del seen
     return task.patch(changes, [1.0, left])
 
 
 def solve(
     seen: Sequence[RowsByLayer],
     targets: Sequence[RowsByLayer],
-    others: RowsByLayer,
+    kept_inputs: Mapping[str, Tensor],
     settings: Settings,
 ) -> tuple[Changes, float]:
     """The change of each layer that moves its outputs y to y + (1 + overshoot) (y* - y).
@@ -175,16 +178,17 @@ def solve(
     Rows of kept prompts and those without the concepts stay.
 
     Args:
-        seen, targets: rows (o, y) with each concept and (o*, y*) without it. others: kept rows.
+        seen, targets: rows (o, y) with each concept and (o*, y*) without it.
+        kept_inputs: rows k of kept prompts, [B, P, in] of each layer.
 
     Returns:
         changes, and the mean over layers and concepts of |dW o - (y* - y)|^2 / |y* - y|^2.
     """
     changes, shares = {}, []
     further = 1 + settings.transformer_overshoot
-    for name in others:
+    for name, others in kept_inputs.items():
         with_concept, without = ([_flat(rows[name]) for rows in some] for some in (seen, targets))
-        kept, _ = _flat(others[name])
+        kept = to_float64(others).flatten(0, 1)
         moves = [star - y for (_, y), (_, star) in zip(with_concept, without)]
         if not all(move.isfinite().all() for move in (*moves, kept)):
             raise ForgetError(

@@ -117,7 +117,8 @@ def solve(
 
         sum_concepts mean |dW o - (1 + b) W (o* - o)|^2 + p mean |dW k|^2 + l t |dW|^2
 
-    with t the mean eigenvalue of the rest's S = sum mean o o^T + p mean k k^T. Without a bound on
+    with t the mean eigenvalue of the rest's S = sum mean o o^T + p mean k k^T, and l growing with
+    the number of concepts, as each one's edit is read by the others' prompts. Without a bound on
     the rank that is dW = W Z S^-1, Z = sum (1 + b) mean (o* - o) o^T, as in UCE. The best of rank
     r is the r leading singular parts of dW L, S = L L^T, times L^-1 (reduced-rank regression,
     Izenman 1975).
@@ -131,7 +132,8 @@ def solve(
         system += gram(concept) / len(concept)  # mean o o^T
         target += (1 + overshoot) * (other - concept).mT @ concept / len(concept)
     mean = system.trace() / len(system)  # t
-    system += settings.damping * mean * torch.eye(len(system)).to(system)  # S
+    damping = settings.damping * len(problem.concepts)  # l
+    system += damping * mean * torch.eye(len(system)).to(system)  # S
     root = torch.linalg.cholesky(system)  # L
     # dW L = W Z L^-T
     change = torch.linalg.solve_triangular(root, target.mT @ problem.weight.mT, upper=False).mT

@@ -33,13 +33,14 @@ class Settings(Base, method="reread"):
     preserve: float = shared.preserve(default=10.0)
     damping: float = advanced(
         1e-3,
-        "Ridge penalty (lambda), relative to the mean square of the layer's inputs. Small: a "
-        "stronger edit. Large: no edit.",
+        "Ridge penalty (lambda) for each concept, relative to the mean square of the layer's "
+        "inputs. Small: a stronger edit. Large: no edit.",
         limits=(1e-9, 1e6, 0.0001),
     )
     prompts: int = advanced(
-        10,
-        "Sentences with each name of the concept, from a fixed list; its own prompts are added.",
+        40,
+        "Sentences with each name of the concept, from a fixed list; its own prompts are added. "
+        "Fewer harm neighbours more.",
         limits=(1, 180),
     )
     keep_prompts: int = advanced(
@@ -55,15 +56,6 @@ class Settings(Base, method="reread"):
         "fewer sentences, and encoding is faster.",
         limits=(1, 6),
         formerly="together",
-    )
-    near_words: int = setting(
-        0,
-        "Words to keep that the model reads most like the concept, found in the shipped lists. "
-        "0: none.",
-        limits=(0, 1000),
-    )
-    near_prompts: int = advanced(
-        4, "Sentences with each of them, beside keep_prompts.", limits=(1, 100)
     )
     images_per_concept: int = advanced(
         4,
@@ -153,6 +145,15 @@ class Settings(Base, method="reread"):
         "neighbours more. Large: no edit.",
         limits=(1e-9, 1e6, 0.001),
         group="transformer",
+    )
+    near_words: int = setting(
+        48,
+        "U-Nets: so many words that the model reads most like the concept are kept, too, found in "
+        "the shipped lists. 0: none, and neighbours that nobody named are harmed.",
+        limits=(0, 1000),
+    )
+    near_prompts: int = advanced(
+        4, "Sentences with each of them, beside keep_prompts.", limits=(1, 100)
     )
 
     @property

@@ -41,8 +41,8 @@ def test_keys_and_values_against_full_matrices():
         [*concept.subjects, *(text for text, _ in sentences(concept, 10))] for concept in CONCEPTS
     ]
     rows = [model.encode_all(own)[:, 1:].flatten(0, 1).double() for own in texts]
-    settings = method.Settings(preserve=2.0)
-    kept = model.encode_all(method.kept_texts(CONCEPTS, ("a blue house",), settings))
+    settings = method.Settings(preserve=2.0, near_words=0)
+    kept = model.encode_all(method.kept_texts(model, CONCEPTS, ("a blue house",), settings))
     kept = kept.flatten(0, 1).double()
     grams = [own.mT @ own / len(own) for own in rows]
     system = sum(grams) + 2.0 * kept.mT @ kept / len(kept)

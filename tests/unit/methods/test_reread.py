@@ -30,7 +30,7 @@ def matrices(weight, read, kept, settings):
         system = system + settings.preserve * torch.outer(k, k) / len(kept)
     mean = sum(float(system[i, i]) for i in range(width)) / width
     for i in range(width):
-        system[i, i] += settings.damping * mean
+        system[i, i] += len(read) * settings.damping * mean
     return system, weight @ towards
 
 
@@ -63,7 +63,8 @@ def objective(change, weight, read, kept, settings):
     for k in kept:
         found += settings.preserve * float((change @ k) @ (change @ k)) / len(kept)
     plain, _ = matrices(weight, read, kept, replace(settings, damping=1e-9))
-    return found + settings.damping * float(plain.trace()) / len(plain) * float((change**2).sum())
+    ridge = len(read) * settings.damping * float(plain.trace()) / len(plain)
+    return found + ridge * float((change**2).sum())
 
 
 def settings_of(**more):
@@ -138,10 +139,10 @@ def test_overshoot_scales_the_change():
 def test_damping_holds_everything():
     sizes = [float(solved(settings_of(damping=d)).norm()) for d in (1e-3, 1.0, 1e3, 1e6)]
     assert sizes == sorted(sizes, reverse=True)
-    # Far out, W Z / (l t).
+    # Far out, W Z / (l t), l for each concept.
     plain, target = matrices(W, READ, KEPT, settings_of(damping=1e-9))
     mean = float(plain.trace()) / WIDTH
-    near(solved(settings_of(damping=1e6)), target / (1e6 * mean), 1e-4)
+    near(solved(settings_of(damping=1e6)), target / (len(READ) * 1e6 * mean), 1e-4)
     assert sizes[-1] < 1e-5 * sizes[0]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fmn.closed_form.nearest import nearest_kept
 from fmn.concepts.concept import Concept, Prompt
 from fmn.concepts.keep_list import keep_for
 from fmn.concepts.prompt_templates import kept_sentences, sentences, together
@@ -29,7 +30,7 @@ DOG = Concept("dog", anchor="cat", aliases=("red hound",), prompts=("my dog on g
 OIL = Concept("oil painting", "style")
 CAR = Concept("car")
 FEW = method.Settings(
-    prompts=2, keep_prompts=4, images_per_concept=2, sampling_steps=2, guidance=2.0,
+    prompts=2, keep_prompts=4, near_words=0, images_per_concept=2, sampling_steps=2, guidance=2.0,
     query_positions=2, size=64, damping=0.05, overshoot=0.7, overshoot_style=0.7,
 )  # fmt: skip
 NAMES = cross_attention_names(TINY)
@@ -68,7 +69,9 @@ def literal_rows(model, concepts, keep, settings):
     """Layer name -> ([(o, o*) of each concept], kept rows), read place by place."""
     words = keep_for(concepts, (), settings.keep_list)
     styles = keep_for(concepts, (), "styles")
-    kept = [*kept_sentences(words, styles, settings.keep_prompts), *keep]
+    near = nearest_kept(model, concepts, settings.near_words)
+    nearby = kept_sentences(near, styles, settings.near_prompts * len(near))[1:]
+    kept = [*kept_sentences(words, styles, settings.keep_prompts), *nearby, *keep]
     kept_queries = queries_of(model, kept, settings)
     sides = [
         [(texts, queries_of(model, texts, settings)) for texts in spoken_of(concept, settings)]
@@ -109,6 +112,7 @@ def literal_rows(model, concepts, keep, settings):
 
 CASES = {
     "one": ([DOG], ("blue house", "a man on a horse"), replace(FEW, rank=0)),
+    "near": ([CAR], ("blue house",), replace(FEW, near_words=3, near_prompts=2)),
     "bounded": ([CAR], (), replace(FEW, rank=2, overshoot=2.0, keep_list="none")),
     "several": (
         [CAR, OIL, DOG],
@@ -176,21 +180,28 @@ def test_ranks(model):
     assert method.run(model, [DOG], replace(FEW, rank=0)).ranks == [8, 16]
 
 
-def test_what_is_kept():
+def test_what_is_kept(model):
     concepts = [DOG, OIL]
-    settings = method.Settings(keep_prompts=20)
-    found = method.kept_texts(concepts, ("blue house", "My Cat"), settings)
+    settings = method.Settings(keep_prompts=20, near_words=0)
+    found = method.kept_texts(model, concepts, ("blue house", "My Cat"), settings)
     assert found[0] == "" and len(found) == 1 + 20 + 2
     assert found[-2:] == ["blue house", "My Cat"]
     words, styles = keep_for(concepts), keep_for(concepts, (), "styles")
     assert "dog" not in words and "oil painting" not in styles
     assert found[1:21] == kept_sentences(words, styles, 20)[1:]
     fours = kept_sentences(together(words, 4), styles, 20)
-    assert method.kept_texts(concepts, (), replace(settings, words_per_prompt=4)) == fours
+    assert method.kept_texts(model, concepts, (), replace(settings, words_per_prompt=4)) == fours
+    nearest = replace(settings, near_words=3, near_prompts=2)
+    found = method.kept_texts(model, concepts, ("blue house",), nearest)
+    near = nearest_kept(model, concepts, 3)
+    assert 3 <= len(near) <= 6 and len(found) == 1 + 20 + 2 * len(near) + 1
+    assert all(sum(word in text for text in found[21:-1]) >= 2 for word in near)
     alone = ["", "blue house"]
-    assert method.kept_texts(concepts, alone[1:], replace(settings, keep_list="none")) == alone
-    assert method.kept_texts(concepts, alone[1:], replace(settings, keep_prompts=0)) == alone
-    assert method.kept_texts(concepts, alone[1:], replace(settings, preserve=0.0)) == [""]
+    assert (
+        method.kept_texts(model, concepts, alone[1:], replace(settings, keep_list="none")) == alone
+    )
+    assert method.kept_texts(model, concepts, alone[1:], replace(settings, keep_prompts=0)) == alone
+    assert method.kept_texts(model, concepts, alone[1:], replace(settings, preserve=0.0)) == [""]
 
 
 def test_seed_counts(model):

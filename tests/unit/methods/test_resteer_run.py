@@ -75,7 +75,7 @@ def test_prepare_cannot_find_the_concept(concept, message):
 def test_prepare():
     model = TinyModel()
     musk = Concept("elon musk", "identity", prompts=("elon musk meets elon musk",))
-    data = prepare(model, [musk, DOG], Settings(end_tokens="first"))
+    data = prepare(model, [musk, DOG], Settings(end_tokens="first", references="zeros"))
     assert [example.concept for example in data.examples] == [0, 0, 1, 1]
     flagged = [example.flags[0].nonzero().flatten().tolist() for example in data.examples]
     assert flagged == [[4, 5, 6], [1, 2, 4, 5, 6], [4, 5], [4, 5]]
@@ -96,7 +96,9 @@ def test_the_subject_is_literal_text():
 
 
 def test_prepare_takes_the_size_in_pixels():
-    assert prepare(TinyModel(), [MUSK], Settings(size=128)).latents[0].shape == (1, 4, 16, 16)
+    assert prepare(TinyModel(), [MUSK], Settings(size=128, references="zeros")).latents[
+        0
+    ].shape == (1, 4, 16, 16)
 
 
 def test_references():

@@ -36,7 +36,7 @@ def tokens(text, picture, padding=0):
     ],
 )
 def test_rows_of_the_picture(order, text, pad):
-    entry = Transformer("x", "X", "X", (), (), "x", pad=pad)
+    entry = Transformer("x", "X", "X", "X", (), (), "x", pad=pad)
     layer, positions = nn.Linear(2, 1, bias=False), torch.tensor([[0, 5], [2, 3], [1, 4]])
     nn.init.ones_(layer.weight)
     recorder = Recorder(entry, positions, 6)
@@ -52,7 +52,7 @@ def test_rows_of_the_picture(order, text, pad):
 
 
 def test_pooled_text_has_one_row():
-    entry, layer = Transformer("x", "X", "X", (), (), "x"), nn.Linear(3, 2)
+    entry, layer = Transformer("x", "X", "X", "X", (), (), "x"), nn.Linear(3, 2)
     recorder = Recorder(entry, torch.zeros(2, 4).long(), 6)
     pooled = torch.randn(2, 3)
     with recorder.attached({"p": Reader("p", "p", POOLED)}, {"p": layer}):
@@ -84,7 +84,7 @@ def test_layers_come_in_the_order_of_a_forward_pass():
 @pytest.mark.parametrize("order", [PICTURE, POOLED])
 def test_rows_keep_the_precision_of_the_model(order):
     layer = nn.Linear(3, 2, dtype=torch.bfloat16)
-    recorder = Recorder(Transformer("x", "X", "X", (), (), "x"), torch.zeros(1, 1).long(), 4)
+    recorder = Recorder(Transformer("x", "X", "X", "X", (), (), "x"), torch.zeros(1, 1).long(), 4)
     given = torch.ones(1, *(4,) * (order == PICTURE), 3, dtype=torch.bfloat16)
     with recorder.attached({"x": Reader("x", "x", order)}, {"x": layer}):
         output = layer(given)

@@ -6,6 +6,7 @@ import torch
 from fmn.errors import ForgetError
 from fmn.models.interface import fingerprint
 from fmn.models.module_patching import checkpointed
+from fmn.models.transformers import BY_KEY
 from fmn.models.unknown_family import MAX_ENTRIES, family_of_file, family_of_model
 from fmn.patches.lora_keys import file_name, known_names
 from fmn.training.fit_adapters import in_scope
@@ -81,6 +82,14 @@ def test_families_are_the_same_by_class():
     file, other = (family_of_file("f", name, None, factors) for name in ("Net", "Flux"))
     assert file.is_same(family("b")) and not file.is_same(other)
     assert [(layer.name, layer.shape) for layer in file.listed] == [("lora_unet_a", (6, 4))]
+
+
+def test_one_class_may_hold_two_kinds_of_transformers():
+    z_image, lumina, older = (
+        family_of_model("Lumina2", {"a": (6, 4)}, BY_KEY.get(key))
+        for key in ("z_image", "lumina2", "")
+    )
+    assert z_image.is_same(older) and older.is_same(lumina) and not lumina.is_same(z_image)
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,9 @@ def test_missing_facts_are_asked_for(tmp_path):
     far = write(tmp_path / "far.pt", {key: torch.randn_like(w) for key, w in weights.items()})
     with pytest.raises(ForgetError, match="too much for an edit"):
         import_patch(far, DOG, base="../demo/fmn-demo.safetensors")
-    with pytest.raises(ForgetError, match="no family 'flux'"):
+    with pytest.raises(ForgetError, match="no family 'flux9'"):
+        import_patch(file, DOG, family="flux9")
+    with pytest.raises(ForgetError, match="no LoRA, and nothing else can be imported for Flux.1"):
         import_patch(file, DOG, family="flux")
 
 

@@ -59,7 +59,7 @@ BAD = {
     "LoHa": (bad("a.pt", {"lora_unet_a.hada_w1_a": torch.ones(2, 2)}), "LoHa"),
     "LoKr": (bad("a.pt", {"lora_unet_a.lokr_w1": torch.ones(2, 2)}), "LoKr"),
     "DoRA": (bad("a.pt", {"unet.a.dora_scale": torch.ones(2, 2)}), "DoRA"),
-    "Flux LoRA": (bad("a.pt", FLUX), "diffusion transformer"),
+    "Flux LoRA": (bad("a.pt", FLUX), "fits Flux.1 or Flux.2 or Chroma: say"),
     "VAE": (bad("a.pt", {"first_stage_model.encoder.conv_in.weight": torch.ones(2)}), "is a VAE"),
     "embedding": (bad("a.pt", {"emb_params": torch.ones(2, 4)}), "embedding"),
     "ControlNet": (bad("a.pt", {"control_model.input.weight": torch.ones(2)}), "is a ControlNet"),

@@ -67,8 +67,9 @@ def test_each_family_in_each_style(tmp_path, entry, style):
     again = load_file(save_patch(loaded, tmp_path / "again.safetensors"))  # in the entry's style
     assert all(key.startswith(STARTS[entry.file]) for key in again)
     assert kind_of(again) == "a LoRA" and all(map(split_lora_key, again))
-    with pytest.raises(ForgetError, match="a LoRA for a diffusion transformer: use Load LoRA"):
-        import_patch(tmp_path / "again.safetensors", [Concept("dog")])
+    imported = import_patch(path, [Concept("dog")]).patch  # its metadata name the model
+    assert imported.family.entry is entry and imported.info["base.prediction"] == "flow"
+    same(imported, patch)
 
 
 @pytest.mark.parametrize("key", EXAMPLES)
