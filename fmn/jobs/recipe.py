@@ -48,7 +48,6 @@ def recipe_0_1(
     former = {
         each.metadata.get("formerly") or each.name: getattr(settings, each.name)
         for each in fields(settings)
-        if each.metadata["group"] != "transformer"  # version 0.1 had none for these
     }
     code = known["methods"][settings.method]
     return _hash(
