@@ -146,7 +146,7 @@ class Settings(Base, method="reread"):
         limits=(1e-9, 1e6, 0.001),
         group="transformer",
     )
-    near_words: int = setting(
+    near_words: int = advanced(
         48,
         "U-Nets: so many words that the model reads most like the concept are kept, too, found in "
         "the shipped lists. 0: none, and neighbours that nobody named are harmed.",

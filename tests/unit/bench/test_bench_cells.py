@@ -157,7 +157,7 @@ def test_methods_that_are_files(tmp_path):
         ("nosuch.safetensors:0.5", "There is no patch file 'nosuch.safetensors'"),
         ("resteer:steps", "is not a setting"),
         ("resteer:speed=1", "has no setting 'speed'"),
-        ("resteer:steps=many", "steps is 'many': it has to be like 50"),
+        ("resteer:steps=many", "steps is 'many': it has to be like 100"),
         ("resteer:steps=1.5", "is 1.5"),
         ("resteer:steps=true", "is True"),
         ("resteer:full_weights=1", "is 1"),
