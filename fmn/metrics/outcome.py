@@ -79,7 +79,7 @@ def outcomes(
 ) -> list[Outcome]:
     """What a patch does to its concepts, to ``MOST`` of them if they are more.
 
-    It takes 11 forwards of one prompt for each, 12 with an anchor, of pictures of half the size
+    It takes 12 forwards of one prompt for each, 13 with an anchor, of pictures of half the size
     that the model was trained at. For a transformer 3 forwards at pure noise, which give what is
     left and nothing else. Empty for other models.
 
