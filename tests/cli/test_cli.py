@@ -58,7 +58,7 @@ def patch(tmp_path_factory):
     assert result["info"]["settings"]["lr"] == 0.002
     assert result["info"]["loss"]["steps"] == 20
     (outcome,) = result["outcome"]
-    assert outcome["concept"] == "dog" and 0 < outcome["left"] < 1 and len(outcome["kept"]) == 2
+    assert outcome["concept"] == "dog" and 0 < outcome["left"] < 1 and len(outcome["kept"]) == 3
     assert "attention" in done.stderr  # the progress bar
     return path
 
@@ -248,7 +248,7 @@ def test_help_tells_the_true_defaults(capsys):
                  "size", "seed"):  # fmt: skip
         option = text.split(f" --{name.replace('_', '-')} ")[-1].split(" --")[0]
         assert f"({getattr(Settings(), name)}" in option, name
-    assert "(50; 1 to 100000)" in text
+    assert "(100; 1 to 100000)" in text
 
 
 def test_the_main_job(tmp_path):
