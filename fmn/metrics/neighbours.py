@@ -51,7 +51,10 @@ def neighbours(
     kept = set() if settings.keep_needs else _kept(unet, concepts, settings, keep)
     found = []
     for concept in evenly(concepts, min(MOST, len(concepts))):
-        words = tuple(dict.fromkeys((*keep, *candidates(concepts, concept.kind))))
+        # Methods that do not look for neighbours would pay for the long list alone.
+        looks = getattr(settings, "near_words", 0)
+        listed = candidates(concepts, concept.kind) if looks else keep_for(concepts, (), "auto")
+        words = tuple(dict.fromkeys((*keep, *listed)))
         near = nearest(unet, concept.subjects[0], words, NEAREST)
         found.append(Neighbours(concept.name, near, tuple(word for word in near if word in kept)))
     return found
