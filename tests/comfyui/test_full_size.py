@@ -100,10 +100,11 @@ def model(big_server, request):
 @pytest.fixture(scope="module")
 def theirs(model, tmp_path_factory):
     """What the command line says of a training on it."""
-    settings = "--method", "resteer", "--steps", "2", "--size", "64", "--lr", "0.002"
+    settings = "--steps", "2", "--size", "64", "--lr", "0.002", "--references", "zeros"
     out = tmp_path_factory.mktemp("theirs") / "dog.safetensors"
     done = subprocess.run(
-        [sys.executable, "-m", "fmn", "forget", model[0], "dog", *settings, "--json", "--out", out],
+        [sys.executable, "-m", "fmn", "forget", model[0], "dog", "--method", "resteer", *settings,
+         "--json", "--out", out],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
