@@ -10,19 +10,17 @@ from ..concepts.keep_list import candidates
 from .text_embeddings import EncodesText, words_of
 
 
-def likeness(model: EncodesText, name: str, words: Sequence[str]) -> list[float]:
-    """The cosine of each word's encoded text and the name's, from the mean of all; 1 is alike."""
+def nearest(model: EncodesText, name: str, words: Sequence[str], count: int) -> dict[str, float]:
+    """The ``count`` words most like a name, the nearest first.
+
+    Each has the cosine of its encoded text's end and the name's, from the mean of all; 1 is alike.
+    """
     if not words:
-        return []
+        return {}
     ends = torch.stack([rows[-1] for rows in words_of(model, [name, *words])])
     ends = F.normalize(ends - ends.mean(0), dim=1)
-    return (ends[1:] @ ends[0]).tolist()
-
-
-def nearest(model: EncodesText, name: str, words: Sequence[str], count: int) -> dict[str, float]:
-    """The ``count`` words most like a name, the nearest first, each with its ``likeness``."""
-    found = zip(words, likeness(model, name, words))
-    return dict(sorted(found, key=lambda pair: -pair[1])[:count])
+    best = (ends[1:] @ ends[0]).topk(min(count, len(words)))
+    return {words[i]: value for i, value in zip(best.indices.tolist(), best.values.tolist())}
 
 
 def nearest_kept(model: EncodesText, concepts: Sequence[Concept], count: int) -> list[str]:

@@ -69,6 +69,7 @@ def joint_merge(
     for patch, _ in entries:
         patch.check_family(model.family)
         _check_layers(patch)
+    # Few sentences: how well this merges was measured with them (docs/batch.md).
     settings = Settings(preserve=preserve, prompts=10, near_words=0)
     concepts = [_concepts(patch) for patch, _ in entries]
     prompts = [_prompts(forgotten, settings.prompts) for forgotten in concepts]

@@ -1,9 +1,9 @@
-"""What it will do: the words nearest to a concept, told before it is forgotten."""
+"""The words nearest to a concept, which a training names before it forgets the concept."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
-from ..closed_form.nearest import nearest, nearest_kept
+from ..closed_form.nearest import nearest
 from ..concepts.concept import Concept
 from ..concepts.keep_list import candidates, keep_for
 from ..models.interface import Model, UNetModel
@@ -11,7 +11,7 @@ from ..models.unknown_family import UnknownFamily
 from ..sequences import evenly
 from ..settings import Settings
 
-MOST = 3  # concepts that are told of
+MOST = 3  # concepts whose neighbours are looked for
 NEAREST = 3
 
 
@@ -19,7 +19,7 @@ class Neighbours(NamedTuple):
     """The words that suffer first when a concept is forgotten.
 
     Attributes:
-        near: word -> ``nearest.likeness``, the nearest first.
+        near: word -> cosine with the concept, the nearest first; see ``nearest``.
         kept: those of them that the method keeps.
     """
 
@@ -47,21 +47,17 @@ def neighbours(
     """
     if isinstance(model.family, UnknownFamily):
         return []
-    unet = cast(UNetModel, model)
-    kept = set() if settings.keep_needs else _kept(unet, concepts, settings, keep)
+    kept: tuple[str, ...] = ()
+    searched = 0  # words that the method will look for itself
+    if not settings.keep_needs:  # it keeps something
+        kept = keep_for(concepts, keep, getattr(settings, "keep_list", "none"))
+        searched = getattr(settings, "near_words", 0)
     found = []
     for concept in evenly(concepts, min(MOST, len(concepts))):
-        # Methods that do not look for neighbours would pay for the long list alone.
-        looks = getattr(settings, "near_words", 0)
-        listed = candidates(concepts, concept.kind) if looks else keep_for(concepts, (), "auto")
+        # For other methods the long lists would be encoded here alone.
+        listed = candidates(concepts, concept.kind) if searched else keep_for(concepts)
         words = tuple(dict.fromkeys((*keep, *listed)))
-        near = nearest(unet, concept.subjects[0], words, NEAREST)
-        found.append(Neighbours(concept.name, near, tuple(word for word in near if word in kept)))
+        near = nearest(cast(UNetModel, model), concept.subjects[0], words, NEAREST)
+        own = [word for word in near if word not in keep][:searched]
+        found.append(Neighbours(concept.name, near, tuple(w for w in near if w in {*kept, *own})))
     return found
-
-
-def _kept(
-    model: UNetModel, concepts: Sequence[Concept], settings: Settings, keep: Sequence[str]
-) -> set[str]:
-    listed = keep_for(concepts, keep, getattr(settings, "keep_list", "none"))
-    return {*listed, *nearest_kept(model, concepts, getattr(settings, "near_words", 0))}

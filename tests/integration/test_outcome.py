@@ -58,4 +58,7 @@ def test_the_nearest_words_are_told_before(demo):
     assert len(found.near) == 3 and list(found.near.values()) == sorted(found.near.values())[::-1]
     assert kept.kept == tuple(kept.near) and str(kept).endswith("they are kept.")
     assert ignored.kept == () and ", ".join(ignored.near) in str(ignored)
+    (none,) = neighbours(demo, dog, settings_of("reread", {"preserve": 0.0}))
+    (two,) = neighbours(demo, dog, settings_of("reread", {"near_words": 2, "keep_list": "none"}))
+    assert none.kept == () and two.kept == tuple(two.near)[:2]
     assert "dog" not in " ".join(kept.near)
