@@ -22,7 +22,7 @@ from ..methods.reread.method import Settings, kept_texts
 from ..methods.reread.regression_data import AT_ONCE, KeptSentences
 from ..models.interface import Text
 from ..models.module_patching import autograd
-from ..patches.joint import LayerInputs, joint_change, layer_inputs
+from ..patches.joint import Factors, LayerInputs, joint_change, layer_inputs
 from ..patches.merge import Merged, build_merged, open_patches
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
@@ -86,19 +86,21 @@ def joint_merge(
             reader.record_queries(sampled, lambda: progress(1.0))
         changes, sums = {}, torch.zeros(3, dtype=torch.float64)
         for name in names:
-            # In float64, with the strength in the first factor; None if the layer is unchanged.
-            parts = [
-                (strength * patch.changes[name][0].double(), patch.changes[name][1].double())
-                if name in patch.changes
-                else None
-                for patch, strength in entries
-            ]
+            parts = [_strengthened(patch, name, strength) for patch, strength in entries]
             changes[name], squares = joint_change(parts, reader.of(name))
             sums += torch.tensor(squares, dtype=torch.float64)
             progress(float(sums[1] / sums[2]))
     record = {"how": "joint", "budget": budget, "preserve": preserve, "damping": settings.damping}
     losses = (sums[:2] / sums[2]).tolist()
     return build_merged(entries, changes, record, budget, losses)
+
+
+def _strengthened(patch: ForgetPatch, name: str, strength: float) -> Factors | None:
+    """A layer's factors in float64, the strength in the first; None if it is unchanged."""
+    if name not in patch.changes:
+        return None
+    up, down = patch.changes[name]
+    return strength * up.double(), down.double()
 
 
 def _check_layers(patch: ForgetPatch) -> None:

@@ -260,7 +260,10 @@ class UNetModel(Model, Protocol):
     def sample(
         self, prompt: Prompt, seeds: Iterable[int], size: int, steps: int, guidance: float
     ) -> Tensor:
-        """Latents [len(seeds), 4, size/8, size/8] drawn by the host's sampler, unit variance."""
+        """Latents [len(seeds), 4, size/8, size/8] drawn by the host's sampler, unit variance.
+
+        They are to train on: weights that cannot be trained are refused at once.
+        """
 
     def encode_images(self, images: Tensor, size: int) -> Tensor:
         """Latents of pictures [N, H, W, 3], cropped to a centred square of ``size`` pixels."""

@@ -8,7 +8,9 @@ def concept(pack, name="dog", **more):
 
 
 def settings(pack, **more):
-    return pack("fmn.methods.resteer").Settings(**{"steps": 3, "lr": 0.002} | more)
+    """Of a short run that draws nothing to train on."""
+    given = {"steps": 3, "lr": 0.002, "references": "zeros"}
+    return pack("fmn.methods.resteer").Settings(**given | more)
 
 
 def state(patcher):

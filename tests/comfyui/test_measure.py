@@ -137,7 +137,9 @@ def test_both_hosts_learn_the_same_words(pack, comfy_model, pipeline_model):
 def test_a_model_pushed_off_the_device_is_loaded_again(pack, comfy_model):
     """As the VAE does on a small GPU: the patch is back on, and gradients still flow."""
     patch = pack("fmn.methods.resteer").run(
-        comfy_model, [concept(pack)], pack("fmn.methods.resteer").Settings(steps=3)
+        comfy_model,
+        [concept(pack)],
+        pack("fmn.methods.resteer").Settings(steps=3, references="zeros"),
     )
     host = type(comfy_model)(comfy_model.patched(patch, 1.0), comfy_model.clip)
     text = host.encode(pack("fmn.concepts.concept").Prompt(PROMPT, "dog"))
@@ -286,7 +288,9 @@ def test_measuring_leaves_every_weight_as_it_was(pack, comfy_model, monkeypatch)
     """In this process, with the nodes themselves; after success and after an error."""
     nodes = pack("nodes.measure")
     patch = pack("fmn.methods.resteer").run(
-        comfy_model, [concept(pack)], pack("fmn.methods.resteer").Settings(steps=3)
+        comfy_model,
+        [concept(pack)],
+        pack("fmn.methods.resteer").Settings(steps=3, references="zeros"),
     )
     unet, text = comfy_model.patcher, text_patcher(comfy_model)
     before = state(unet), state(text)

@@ -136,7 +136,7 @@ def test_the_clip_comes_back_unchanged(pack, comfy_model, method, dtype, fails, 
 
 def test_unet_and_text_patches_stack(pack, comfy_model, apply):
     resteer = pack("fmn.methods.resteer")
-    settings = resteer.Settings(steps=2, lr=0.002)
+    settings = resteer.Settings(steps=2, lr=0.002, references="zeros")
     unet = resteer.run(comfy_model, [concept(pack)], settings)
     text = make(pack, comfy_model, keep_list="none")
     both = replace(unet, changes=unet.changes | text.changes)
@@ -269,7 +269,9 @@ def text_file(pack, server):
     folder.mkdir(parents=True, exist_ok=True)
     save, resteer = pack("fmn.patches.patch").save_patch, pack("fmn.methods.resteer")
     save(make(pack, model), folder / "text.safetensors")
-    unet = resteer.run(model, [concept(pack)], resteer.Settings(steps=10, lr=0.002))
+    unet = resteer.run(
+        model, [concept(pack)], resteer.Settings(steps=10, lr=0.002, references="zeros")
+    )
     save(unet, folder / "unet.safetensors")
     return "text.safetensors"
 

@@ -108,6 +108,7 @@ class ComfyModel(ComfyHost):
     def sample(
         self, prompt: Prompt, seeds: Iterable[int], size: int, steps: int, guidance: float
     ) -> Tensor:
+        self._check_precision(self.patcher.model)  # before drawing: they are to train on
         seeds = list(seeds)
         with torch.inference_mode():
             empty = torch.zeros(1, 4, size // 8, size // 8)
