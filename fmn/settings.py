@@ -106,4 +106,4 @@ def check(described: Field, value: Any) -> None:
 
 
 HOW = ("concatenate", "joint")
-PRESERVE = 10.0  # of joint merging: weight of kept prompts
+PRESERVE = 2.0  # of joint merging: weight of kept prompts

@@ -6,23 +6,24 @@ its outputs read is computed from them and the queries of a few sampled images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..closed_form.output_edit import PartProgress
-from ..concepts.concept import Concept, Prompt
+from ..concepts.concept import Concept
 from ..concepts.concept_list import FIELDS, concept_of
 from ..concepts.prompt_templates import sentences
 from ..errors import ForgetError
-from ..methods.reread.attention_output import cross_attention_layers, read_out, record_queries
 from ..methods.reread.method import Settings, kept_texts
-from ..methods.reread.regression_data import AT_ONCE, KeptSentences
-from ..models.interface import Text
+from ..methods.reread.regression import both_sides, problems
+from ..methods.reread.regression_data import QuerySampler
+from ..models.families import cross_attention_names
 from ..models.module_patching import autograd
-from ..patches.joint import Factors, LayerInputs, joint_change, layer_inputs
+from ..patches.joint import DAMPING, Factors, LayerInputs, joint_change, layer_inputs
 from ..patches.merge import Merged, build_merged, open_patches
 from ..patches.patch import ForgetPatch
 from ..progress import OnStep, ignore
@@ -69,28 +70,19 @@ def joint_merge(
     for patch, _ in entries:
         patch.check_family(model.family)
         _check_layers(patch)
-    # Few sentences: how well this merges was measured with them (docs/batch.md).
-    settings = Settings(preserve=preserve, prompts=10, near_words=0)
+    settings = Settings(preserve=preserve)
     concepts = [_concepts(patch) for patch, _ in entries]
-    prompts = [_prompts(forgotten, settings.prompts) for forgotten in concepts]
     kept = kept_texts(model, sum(concepts, []), keep, settings)
     names = list(dict.fromkeys(layer.name for patch, _ in entries for layer in patch.layers))
-    sampled = []
-    if any(name.endswith(OUTPUT) for name in names):
-        sampled = [_subsample(texts, settings.images_per_concept) for texts in (*prompts, kept)]
-    batches = sum(-(-len(texts) // AT_ONCE) for texts in sampled)
-    progress = PartProgress(on_step, batches + len(names))
     with model.borrow_denoiser() as denoiser:
-        reader = _InputReader(model, denoiser, settings, prompts, kept)
-        if sampled:
-            reader.record_queries(sampled, lambda: progress(1.0))
+        inputs = _Inputs(model, denoiser, settings, concepts, kept, names, on_step)
         changes, sums = {}, torch.zeros(3, dtype=torch.float64)
-        for name in names:
+        for name, of_layer in inputs:
             parts = [_strengthened(patch, name, strength) for patch, strength in entries]
-            changes[name], squares = joint_change(parts, reader.of(name))
+            changes[name], squares = joint_change(parts, of_layer)
             sums += torch.tensor(squares, dtype=torch.float64)
-            progress(float(sums[1] / sums[2]))
-    record = {"how": "joint", "budget": budget, "preserve": preserve, "damping": settings.damping}
+            inputs.progress(float(sums[1] / sums[2]))
+    record = {"how": "joint", "budget": budget, "preserve": preserve, "damping": DAMPING}
     losses = (sums[:2] / sums[2]).tolist()
     return build_merged(entries, changes, record, budget, losses)
 
@@ -127,58 +119,56 @@ def _concepts(patch: ForgetPatch) -> list[Concept]:
     return concepts
 
 
-def _prompts(concepts: list[Concept], count: int) -> list[str]:
-    """Names and sentences of each concept, at most ``MAX_PROMPTS``."""
-    texts = ([*c.subjects, *(text for text, _ in sentences(c, count))] for c in concepts)
-    return [text for some in texts for text in _subsample(some, MAX_PROMPTS)]
-
-
-def _subsample(texts: list[str], count: int) -> list[str]:
-    """At most ``count`` texts, at even distances."""
-    return evenly(texts, min(count, len(texts)))
-
-
-class _InputReader:
-    """What layers read for each patch's prompts, and for kept ones."""
+class _Inputs:
+    """Goes through layers by name, each with what it reads for every patch and for kept prompts."""
 
     def __init__(
-        self, model: UNetModel, denoiser: UNet, settings: Settings, prompts: list[list[str]],
+        self,
+        model: UNetModel,
+        denoiser: UNet,
+        settings: Settings,
+        concepts: Sequence[Sequence[Concept]],
         kept: list[str],
-    ):  # fmt: skip
-        self.model, self.denoiser, self.settings = model, denoiser, settings
-        self.contexts = [model.encode_all(texts) for texts in prompts]  # [N, T, D] each
-        self.kept = model.encode_all(kept)
-        layers = cross_attention_layers(denoiser, model.family)
-        self.layers = {layer.name: layer for layer in layers}
-        self._text_inputs: LayerInputs | None = None
+        names: Sequence[str],
+        on_step: OnStep,
+    ):
+        self.model, self.settings, self.concepts, self.kept = model, settings, concepts, kept
+        self.outputs = [name for name in names if name.endswith(OUTPUT)]
+        self.others = [name for name in names if name not in self.outputs]
+        self.progress = PartProgress(on_step, len(self.others))
+        if self.outputs:
+            flat = [concept for some in concepts for concept in some]
+            self.pairs = [sentences(concept, settings.prompts) for concept in flat]
+            lists = [*both_sides(self.pairs), kept]
+            self.sampler = QuerySampler(model, denoiser, settings, on_step, lists)
+            self.progress = self.sampler.progress
+            unchanged = len(cross_attention_names(model.family)) - len(self.outputs)
+            self.progress.total += len(self.others) - unchanged
 
-    def record_queries(self, prompts: list[list[str]], on_batch: Callable[[], None]) -> None:
-        """Sample images of each patch's prompts and, last, of kept ones."""
-        empty, side = self._encode(""), self.model.family.resolution // 8
-        *self.queries, kept = [
-            record_queries(
-                self.denoiser, self.model.family, [self._encode(text) for text in texts], empty,
-                self.settings, side, AT_ONCE, on_batch,
-            )
-            for texts in prompts
-        ]  # fmt: skip
-        self.kept_outputs = KeptSentences(self.kept, [kept, *self.queries], self.settings)
+    def __iter__(self) -> Iterator[tuple[str, LayerInputs]]:
+        """``LayerInputs`` by layer: of keys and values, which all read the same, then outputs."""
+        if self.others:
+            of_text = self._of_text()
+            yield from ((name, of_text) for name in self.others)
+        if not self.outputs:
+            return
+        for problem in problems(self.sampler, self.pairs, self.kept):
+            if problem.name in self.outputs:
+                read = iter(concept for concept, _ in problem.concepts)
+                rows = [torch.cat(list(islice(read, len(some)))).cpu() for some in self.concepts]
+                yield problem.name, layer_inputs(rows, problem.kept.cpu(), self.settings.preserve)
 
-    def of(self, name: str) -> LayerInputs:
-        """What the layer of that name reads."""
-        weights = self.settings.preserve, self.settings.damping
-        if not name.endswith(OUTPUT):
-            if self._text_inputs is None:  # the same for all keys and values
-                # BOS is the same in every prompt: it belongs to what is kept.
-                rows = [context[:, 1:].flatten(0, 1).float().cpu() for context in self.contexts]
-                self._text_inputs = layer_inputs(rows, self.kept.flatten(0, 1).cpu(), *weights)
-            return self._text_inputs
-        layer, rows = self.layers[name.removesuffix(".to_out.0")], []
-        for context, queries in zip(self.contexts, self.queries):
-            recorded = queries[layer.name]
-            recorded = recorded[torch.arange(len(context)) % len(recorded)]
-            rows.append(read_out(layer, recorded, context).flatten(0, 1).cpu())
-        return layer_inputs(rows, self.kept_outputs.rows(layer).cpu(), *weights)
+    def _of_text(self) -> LayerInputs:
+        rows = []
+        for some in self.concepts:
+            contexts = self.model.encode_all(_prompts(some, self.settings.prompts))  # [N, T, D]
+            # BOS is the same in every prompt: it belongs to what is kept.
+            rows.append(contexts[:, 1:].flatten(0, 1).float().cpu())
+        kept = self.model.encode_all(self.kept).flatten(0, 1).cpu()
+        return layer_inputs(rows, kept, self.settings.preserve)
 
-    def _encode(self, text: str) -> Text:
-        return self.model.encode(Prompt(text, text))
+
+def _prompts(concepts: Sequence[Concept], count: int) -> list[str]:
+    """Names and sentences of each concept, at most ``MAX_PROMPTS``."""
+    texts = ([*c.subjects, *(text for text, _ in sentences(c, count))] for c in concepts)
+    return [text for some in texts for text in evenly(some, min(MAX_PROMPTS, len(some)))]

@@ -1,10 +1,12 @@
 """One change that does what several patches do, each on its own prompts.
 
-It minimises, as the fusion in MACE does (Lu et al. 2024, arXiv 2403.06135),
+Close to the fusion in MACE (Lu et al. 2024, arXiv 2403.06135) it minimises
 
-    sum_i |(dW - D_i) X_i^T|^2 / n_i + p |dW K^T|^2 / m + l t |dW|^2,    D_i = up_i down_i,
+    sum_i |(dW - D_i) X_i^T|^2 / n_i + p |dW K^T|^2 / m + l t |dW - sum_i D_i|^2,
+    D_i = up_i down_i.
 
-so dW = (sum_i D_i G_i) (S + l t)^-1 with G_i = X_i^T X_i / n_i: of no higher rank than the sum.
+So dW = sum_i D_i (G_i + l t) (S + l t)^-1 with G_i = X_i^T X_i / n_i, of no higher rank than the
+sum. There the penalty pulls to 0. Here it pulls to the sum, as the patches are shrunk already.
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ import torch
 from ..linalg import gram
 from .patch import Factors
 
+DAMPING = 0.01  # l; as ``settings.PRESERVE`` chosen on other targets than docs/batch.md reports
+
 
 class LayerInputs(NamedTuple):
     """The inputs of a layer, for ``joint_change``.
@@ -22,16 +26,16 @@ class LayerInputs(NamedTuple):
     Attributes:
         rows: X_i [n_i, in] for the prompts of each patch.
         square: S = sum_i X_i^T X_i / n_i + p K^T K / m, [in, in] in float64.
-        damped: S + l t, where t is S's mean eigenvalue.
+        penalty: l t, where t is S's mean eigenvalue.
     """
 
     rows: list[torch.Tensor]
     square: torch.Tensor
-    damped: torch.Tensor
+    penalty: float
 
 
 def layer_inputs(
-    rows: list[torch.Tensor], kept: torch.Tensor, preserve: float, damping: float
+    rows: list[torch.Tensor], kept: torch.Tensor, preserve: float, damping: float = DAMPING
 ) -> LayerInputs:
     """The ``LayerInputs`` of rows X_i and of rows K [m, in] for prompts to keep.
 
@@ -41,8 +45,7 @@ def layer_inputs(
     square = preserve * gram(kept.double()) / max(1, len(kept))
     for inputs in rows:
         square += gram(inputs.double()) / len(inputs)
-    eye = torch.eye(len(square)).to(square)
-    return LayerInputs(rows, square, square + damping * square.trace() / len(square) * eye)
+    return LayerInputs(rows, square, damping * float(square.trace()) / len(square))
 
 
 def joint_change(
@@ -65,7 +68,8 @@ def joint_change(
         unchanged += float((reduced @ up_i.mT).square().sum()) / len(rows)
     up, product = torch.cat([up_i for up_i, _, _ in changing], 1), torch.cat(products)
     summed = torch.cat([down_i for _, down_i, _ in changing])
-    down = torch.linalg.solve(inputs.damped, product.mT).mT
+    damped = inputs.square + inputs.penalty * torch.eye(len(inputs.square)).to(inputs.square)
+    down = torch.linalg.solve(damped, (product + inputs.penalty * summed).mT).mT
 
     def loss(factor: torch.Tensor) -> float:
         # |dW|^2 in the metric of S, minus twice its product with sum_i D_i G_i, plus the rest

@@ -26,7 +26,7 @@ from .settings import Settings
 from .training_images import draw_scenes
 
 TITLE = "Re-read"
-REVISION = 2
+REVISION = 3
 ABOUT = (
     "Re-read, this pack's own closed form: makes cross-attention read prompts as if the "
     "concept were not in them, and other prompts as before. Trains only with robust_steps."

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...closed_form.input_edit import Changes, weight_of
-from ...linalg import gram, truncate_matrix
+from ...linalg import gram, truncate_matrix, truncate_product
+from ...patches.joint import joint_change, layer_inputs
 from ..shared_settings import rank_in_all
 from .attention_output import cross_attention_layers
 from .regression_data import ConceptSentences, KeptSentences, QuerySampler, SentencePairs
@@ -16,6 +17,7 @@ from .residual import Residual
 from .settings import Settings
 
 OVERSHOOT_STEP = 0.2
+JOINT_PRESERVE = 0.2  # of ``preserve``, where several concepts are put together
 
 
 class Problem(NamedTuple):
@@ -42,13 +44,13 @@ def closed_form(
     Returns:
         layer name -> (up, down) on the CPU, and the mean of ``remaining_share``.
     """
-    problems: Iterable[Problem] = _problems(sampler, pairs, kept)
+    layers: Iterable[Problem] = problems(sampler, pairs, kept)
     settings = sampler.settings
     if settings.stop_at:
-        problems = list(problems)
-        overshoots = smallest_overshoots(sampler, problems, pairs, overshoots)
+        layers = list(layers)
+        overshoots = smallest_overshoots(sampler, layers, pairs, overshoots)
     changes, shares = {}, []
-    for problem in problems:
+    for problem in layers:
         up, down = solve(problem, settings, overshoots)
         changes[problem.name] = up.float().cpu(), down.float().cpu()
         shares.append(remaining_share(problem, up, down))
@@ -56,9 +58,10 @@ def closed_form(
     return changes, sum(shares) / len(shares)
 
 
-def _problems(
+def problems(
     sampler: QuerySampler, pairs: Sequence[SentencePairs], kept: Sequence[str]
 ) -> Iterator[Problem]:
+    """Each cross-attention layer's ``Problem``, from queries of drawings of all the sentences."""
     model, denoiser = sampler.model, sampler.denoiser
     *drawn, drawn_kept = sampler.draw([*both_sides(pairs), kept])
     concepts = [
@@ -111,33 +114,52 @@ def smallest_overshoots(
 def solve(
     problem: Problem, settings: Settings, overshoots: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """The best change of rank r of a layer that maps W o to W o + (1 + b) (W o* - W o).
+    """The change of a layer: of one concept ``solve_alone``; of several, these changes together.
 
-    With b the overshoot it minimises, over concepts of n pairs (o, o*) each and m kept rows k,
-
-        sum_concepts mean |dW o - (1 + b) W (o* - o)|^2 + p mean |dW k|^2 + l t |dW|^2
-
-    with t the mean eigenvalue of the rest's S = sum mean o o^T + p mean k k^T, and l growing with
-    the number of concepts, as each one's edit is read by the others' prompts. Without a bound on
-    the rank that is dW = W Z S^-1, Z = sum (1 + b) mean (o* - o) o^T, as in UCE. The best of rank
-    r is the r leading singular parts of dW L, S = L L^T, times L^-1 (reduced-rank regression,
-    Izenman 1975).
+    All concepts in one regression would share its penalty and its rank. ``patches.joint`` makes
+    each do on its own rows what it does alone, which keeps more.
 
     Returns:
         up [out, r], down [r, C]
     """
+    changes = [
+        solve_alone(problem._replace(concepts=[rows]), settings, overshoot)
+        for rows, overshoot in zip(problem.concepts, overshoots)
+    ]
+    if len(changes) == 1:
+        return changes[0]
+    preserve = settings.preserve * JOINT_PRESERVE
+    inputs = layer_inputs([concept for concept, _ in problem.concepts], problem.kept, preserve)
+    factors, _ = joint_change(changes, inputs)
+    up, down, _ = truncate_product(*factors, rank_in_all(settings.rank, len(changes)))
+    return up, down
+
+
+def solve_alone(problem: Problem, settings: Settings, overshoot: float) -> tuple[Tensor, Tensor]:
+    """The best change of rank r of a layer that maps W o to W o + (1 + b) (W o* - W o).
+
+    With b the overshoot it minimises, over n pairs (o, o*) and m kept rows k,
+
+        mean |dW o - (1 + b) W (o* - o)|^2 + p mean |dW k|^2 + l t |dW|^2
+
+    with t the mean eigenvalue of the rest's S = mean o o^T + p mean k k^T. Without a bound on the
+    rank that is dW = W Z S^-1, Z = (1 + b) mean (o* - o) o^T, as in UCE. The best of rank r is the
+    r leading singular parts of dW L, S = L L^T, times L^-1 (reduced-rank regression, Izenman
+    1975).
+
+    Args:
+        problem: of one concept.
+    """
+    ((concept, other),) = problem.concepts
     system = settings.preserve * gram(problem.kept) / max(1, len(problem.kept))  # p mean k k^T
-    target = torch.zeros_like(system)  # Z^T
-    for (concept, other), overshoot in zip(problem.concepts, overshoots):
-        system += gram(concept) / len(concept)  # mean o o^T
-        target += (1 + overshoot) * (other - concept).mT @ concept / len(concept)
+    system += gram(concept) / len(concept)  # mean o o^T
+    target = (1 + overshoot) * (other - concept).mT @ concept / len(concept)  # Z^T
     mean = system.trace() / len(system)  # t
-    damping = settings.damping * len(problem.concepts)  # l
-    system += damping * mean * torch.eye(len(system)).to(system)  # S
+    system += settings.damping * mean * torch.eye(len(system)).to(system)  # S
     root = torch.linalg.cholesky(system)  # L
     # dW L = W Z L^-T
     change = torch.linalg.solve_triangular(root, target.mT @ problem.weight.mT, upper=False).mT
-    up, down, _ = truncate_matrix(change, rank_in_all(settings.rank, len(problem.concepts)))
+    up, down, _ = truncate_matrix(change, rank_in_all(settings.rank, 1))
     return up, torch.linalg.solve_triangular(root, down, upper=False, left=False)
 
 

@@ -10,6 +10,7 @@ from fmn.jobs.joint_merge import joint_merge
 from fmn.methods import forget, settings_of
 from fmn.methods.reread import method
 from fmn.models.families import DEMO
+from fmn.sequences import evenly
 
 from ..tiny import TINY, Cancelled, TinyModel, make_patch, same_tensors, traces, weights_of
 
@@ -38,23 +39,24 @@ def test_keys_and_values_against_full_matrices():
     strengths = (1.0, 0.5)
     merged = joint_merge(model, list(zip(patches, strengths)), preserve=2.0, keep=("a blue house",))
     texts = [
-        [*concept.subjects, *(text for text, _ in sentences(concept, 10))] for concept in CONCEPTS
+        evenly([*concept.subjects, *(text for text, _ in sentences(concept, 40))], 40)
+        for concept in CONCEPTS
     ]
     rows = [model.encode_all(own)[:, 1:].flatten(0, 1).double() for own in texts]
-    settings = method.Settings(preserve=2.0, near_words=0)
+    settings = method.Settings(preserve=2.0)
     kept = model.encode_all(method.kept_texts(model, CONCEPTS, ("a blue house",), settings))
     kept = kept.flatten(0, 1).double()
     grams = [own.mT @ own / len(own) for own in rows]
     system = sum(grams) + 2.0 * kept.mT @ kept / len(kept)
-    system += settings.damping * system.trace() / len(system) * torch.eye(len(system)).double()
+    pull = 0.01 * system.trace() / len(system) * torch.eye(len(system)).double()
     for name in patches[0].changes:
         expected = sum(
-            strength * patch.change_of(name).double() @ gram
+            strength * patch.change_of(name).double() @ (gram + pull)
             for patch, strength, gram in zip(patches, strengths, grams)
-        ) @ torch.linalg.inv(system)
+        ) @ torch.linalg.inv(system + pull)
         assert torch.allclose(merged.patch.change_of(name).double(), expected, atol=1e-5)
     told = merged.patch.info
-    assert told["settings"] == {"how": "joint", "budget": 0, "preserve": 2.0, "damping": 1e-3}
+    assert told["settings"] == {"how": "joint", "budget": 0, "preserve": 2.0, "damping": 0.01}
     assert told["loss"]["last"] < told["loss"]["first"] and merged.error == 0
 
 

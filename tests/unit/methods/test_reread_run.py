@@ -24,7 +24,7 @@ from fmn.patches.patch import save_patch
 from ..literal import near
 from ..tiny import TINY, TinyModel, same_tensors, traces, weights_of
 from .test_attention_output import read_by_loops
-from .test_reread import best
+from .test_reread import best, jointly
 
 DOG = Concept("dog", anchor="cat", aliases=("red hound",), prompts=("my dog on grass",))
 OIL = Concept("oil painting", "style")
@@ -145,7 +145,11 @@ def test_it_is_the_equations(model, case, tmp_path):
         weight, (up, down) = weight_of(model, name), patch.changes[name]
         rank = min(allowed, widths[name])
         assert up.dtype == down.dtype == torch.float32 and len(down) == rank
-        change, _ = best(weight, read, kept, settings, rank)
+        alone = min(settings.rank or rank, rank)
+        if len(read) > 1:
+            change = jointly(weight, read, kept, settings, alone)
+        else:
+            change, _ = best(weight, read, kept, settings, alone)
         near(up.double() @ down.double(), change, 1e-3)
         _assert_in_file(file, name, weight, weight + change)
         left += [_left(weight, weight + change, concept, other) for concept, other in read]

@@ -273,9 +273,8 @@ def test_joint_is_the_minimum_of_what_it_says():
     grams = [each.mT @ each / len(each) for each in read]
     wanted = sum(grams) + preserve * kept.mT @ kept / 7
     level = damping * wanted.trace() / 6
-    expected = sum(d @ g for d, g in zip(changes, grams)) @ torch.linalg.inv(
-        wanted + level * torch.eye(6).double()
-    )
+    pull = level * torch.eye(6).double()  # to the sum of the patches
+    expected = sum(d @ (g + pull) for d, g in zip(changes, grams)) @ torch.linalg.inv(wanted + pull)
     assert torch.allclose(up @ down, expected)
 
     def loss(change):
@@ -287,10 +286,19 @@ def test_joint_is_the_minimum_of_what_it_says():
     assert after == pytest.approx(loss(expected)) and before == pytest.approx(loss(sum(changes)))
     assert whole == pytest.approx(loss(torch.zeros(4, 6).double()))
     assert after < before and after < whole
-    damped = loss(expected) + level * expected.square().sum()
+    summed = sum(changes)
+    damped = loss(expected) + level * (expected - summed).square().sum()
     for seed in range(20):
         near = expected + 1e-3 * rows(4, 6, seed=100 + seed)
-        assert loss(near) + level * near.square().sum() > damped
+        assert loss(near) + level * (near - summed).square().sum() > damped
+
+
+def test_joint_leaves_a_patch_whose_other_directions_nothing_reads():
+    """What no row tells about stays as in the sum; a pull to 0 would undo it."""
+    change = torch.ones(1, 1).double(), torch.ones(1, 2).double()
+    inputs = layer_inputs([unit(2, 0)], torch.zeros(0, 2), 1.0, 0.5)
+    (up, down), _ = joint_change([change], inputs)
+    assert torch.allclose(up @ down, torch.ones(1, 2).double())
 
 
 def test_joint_of_patches_that_do_not_meet_is_their_sum():
