@@ -82,7 +82,7 @@ class ConceptListNode(io.ComfyNode):
     Inputs:
         text: One concept per line: KIND:NAME | ALIAS -> ANCHOR. The kind (identity, object, style,
             unsafe), aliases (other words for the same thing) and the anchor (what is drawn instead)
-            are optional. # begins a comment. At most 2000 concepts.
+            are optional. # begins a comment. At most 10,000 concepts.
         kind: Kind of the lines without one. It picks the training prompt: 'a photo of NAME', or for
             style 'a photo in the style of NAME'.
         concepts: Concepts to forget together with these. They come first.

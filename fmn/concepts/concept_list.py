@@ -15,7 +15,7 @@ from .published_lists import leco_entry, mapping_entries, name_column, row_entry
 from .wordlists import lines_of
 
 MAX_BYTES = 1 << 20
-MAX_CONCEPTS = 2000
+MAX_CONCEPTS = 10_000
 MAX_TEXTS = 200  # aliases or prompts of one concept
 MAX_LENGTH = 1000  # letters of one text
 FIELDS = ("name", "kind", "aliases", "prompts", "anchor")
@@ -123,7 +123,7 @@ def _concepts(entries: Iterable[Entry], kind: str, place: str) -> list[Concept]:
     for number, entry in entries:
         if len(concepts) == MAX_CONCEPTS:
             raise ForgetError(
-                f"{place}{number}: more than {MAX_CONCEPTS} concepts: split the list."
+                f"{place}{number}: more than {MAX_CONCEPTS:,} concepts: split the list."
             )
         try:
             concept = concept_of(entry, kind)
@@ -252,7 +252,7 @@ def _json_entries(text: str, place: str) -> list[Entry]:
     if not isinstance(data, list):
         raise ForgetError(f"{place}1: the file is not a list: write [...] around the concepts.")
     if len(data) > MAX_CONCEPTS:
-        raise ForgetError(f"{place}1: more than {MAX_CONCEPTS} concepts: split the list.")
+        raise ForgetError(f"{place}1: more than {MAX_CONCEPTS:,} concepts: split the list.")
     decoder, numbers, position = json.JSONDecoder(), [], text.index("[") + 1
     for _ in data:
         while text[position].isspace() or text[position] == ",":

@@ -12,6 +12,7 @@ from . import METHODS, method
 
 PARTS_SHOWN = 12  # of a merged patch
 SETTINGS_SHOWN = 50  # more than any method has
+CONCEPTS_SHOWN = 50
 
 
 def describe(patch: ForgetPatch) -> str:
@@ -19,7 +20,7 @@ def describe(patch: ForgetPatch) -> str:
     info = patch.info
     ranks = "-".join(str(rank) for rank in sorted({patch.ranks[0], patch.ranks[-1]}))
     lines = [
-        f"forgets: {'; '.join(map(_concept, info['concepts']))}",
+        f"forgets: {_concepts(info['concepts'])}",
         f"for: {patch.family.title}, {info.get('base.prediction', 'epsilon')} prediction, "
         f"base {info.get('base.fingerprint', 'unknown')}",
         f"layers: {len(patch.changes)}, rank {ranks}",
@@ -52,6 +53,13 @@ def _imported(record: Mapping[str, Any]) -> str:
     """Where an imported patch came from, by its untrusted record."""
     kind, file, digest = (str(record.get(key, "unknown")) for key in ("kind", "file", "sha256"))
     return f"imported: {kind:.40} from {file:.100}, SHA-256 {digest:.16}..."
+
+
+def _concepts(concepts: Sequence[Mapping[str, Any]]) -> str:
+    """The first concepts, and how many more there are."""
+    more = len(concepts) - CONCEPTS_SHOWN
+    shown = "; ".join(map(_concept, concepts[:CONCEPTS_SHOWN]))
+    return shown if more <= 0 else f"{shown}; and {more:,} more"
 
 
 def _concept(concept: Mapping[str, Any]) -> str:

@@ -59,5 +59,7 @@ def neighbours(
         words = tuple(dict.fromkeys((*keep, *listed)))
         near = nearest(cast(UNetModel, model), concept.subjects[0], words, NEAREST)
         own = [word for word in near if word not in keep][:searched]
-        found.append(Neighbours(concept.name, near, tuple(w for w in near if w in {*kept, *own})))
+        if near:  # else all that is listed is forgotten
+            kept_near = tuple(word for word in near if word in {*kept, *own})
+            found.append(Neighbours(concept.name, near, kept_near))
     return found

@@ -16,3 +16,9 @@ def test_in_words():
 def test_other_models_have_none():
     family = object.__new__(UnknownFamily)
     assert neighbours(SimpleNamespace(family=family), [Concept("dog")], None) == []
+
+
+def test_nothing_is_told_if_all_listed_words_are_forgotten(monkeypatch):
+    monkeypatch.setattr("fmn.metrics.neighbours.keep_for", lambda *_: ())
+    model, settings = SimpleNamespace(family=None), SimpleNamespace(keep_needs="x", near_words=0)
+    assert neighbours(model, [Concept("dog")], settings) == []
