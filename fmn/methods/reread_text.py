@@ -29,7 +29,7 @@ from ..training.run import TrainingOptions, TrainingRun
 from . import shared_settings as shared
 
 TITLE = "Re-read, text encoder"
-REVISION = 1
+REVISION = 2
 ABOUT = (
     "Re-read for many concepts at once: trains the text encoder to encode sentences with a "
     "concept as if it were not in them, and others as before. The patch is for the CLIP."
@@ -107,15 +107,16 @@ def read_layers(family: UNetFamily) -> list[str]:
 def _texts(task: Task) -> tuple[list[tuple[str, str]], list[str], list[str]]:
     """Pairs of sentences with and without a concept, kept sentences, and those of given words."""
     concepts, settings = task.concepts, task.settings
-    styles = keep_for(concepts, (), "styles")
+    styles, given = keep_for(concepts, (), "styles"), keep_for(concepts, task.keep, "none")
     pairs = []
     for concept in concepts:
         pairs += sentences(concept, settings.prompts)
-        pairs += styled_sentences(concept, styles, settings.prompts)
+        # Beside a given word, too: else that word shelters the concept.
+        for beside in (styles, given):
+            pairs += styled_sentences(concept, beside, settings.prompts)
     if not settings.preserve:
         return pairs, [""], []
     kept = kept_sentences(task.kept_words(), styles, settings.keep_prompts)
-    given = keep_for(concepts, task.keep, "none")
     # Given words may be styles, and then stand behind the other given words too.
     sentences_of_given = kept_sentences(given, [*given, *styles], settings.prompts * len(given))
     return pairs, kept, [*given, *sentences_of_given[1:]]

@@ -13,6 +13,7 @@ from fmn.methods.reread_text import Lessons, Settings, read_metric
 from fmn.models.families import DEMO, layers, text_layers
 from fmn.models.image_sampler import open_sampler
 from fmn.patches.patch import load_patch, save_patch
+from fmn.patches.task import Task
 from tests.unit.tiny import same_tensors, weights_of
 
 PAIRS = [("a photo of a dog", "a photo of a"), ("a robot, twemoji", "twemoji"), ("cat", "")]
@@ -125,6 +126,15 @@ def test_sentences_with_styles():
     ]  # fmt: skip
     assert styled_sentences(Concept("etching", "style"), styles, 4) == []
     assert styled_sentences(Concept("dog"), (), 4) == []
+
+
+def test_a_concept_goes_from_sentences_with_given_words_too(model):
+    settings = Settings(prompts=2)
+    pairs, _, given = reread_text._texts(Task(model, [Concept("dog")], settings, keep=["twemoji"]))
+    assert ("dog, twemoji", "twemoji") in pairs and ("twemoji of a dog", "twemoji of") in pairs
+    assert "twemoji" in given
+    pairs, _, given = reread_text._texts(Task(model, [Concept("dog")], settings))
+    assert len(pairs) == 4 and given == []
 
 
 def test_a_sentence_that_is_too_long_is_refused(model):
