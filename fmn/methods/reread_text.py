@@ -15,7 +15,7 @@ from torch import Tensor
 from ..closed_form.input_edit import weight_gram
 from ..concepts.keep_list import keep_for
 from ..concepts.prompt_templates import kept_sentences, sentences, styled_sentences
-from ..models.adapters import attached
+from ..models.adapters import Switch, attached
 from ..models.families import UNetFamily, text_layers
 from ..models.interface import Text, TextEncoder, UNet
 from ..models.token_positions import EOS_ID
@@ -35,6 +35,7 @@ ABOUT = (
     "concept as if it were not in them, and others as before. The patch is for the CLIP."
 )
 AT_ONCE = 64  # sentences that are encoded together
+MEASURED = 2048  # pairs of a long list that tell how far pairs are apart
 MARGIN = 8  # positions of padding that are trained on behind the longest sentence
 FAINT = 0.05  # pairs that differ less than this share of the mean count as if they differed so much
 
@@ -85,10 +86,10 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
         metric = read_metric(denoiser, model.family)
     names = read_layers(model.family)
     with model.borrow_text_encoder(words=False) as encoder:
-        lessons = Lessons(encoder, *texts, metric, settings)
         adapters, module = make_adapters(encoder, names, settings), encoder.module(names[0])
         config = AdamWConfig(settings.lr, weight_decay=0.0, linear_decay=True)
         with attached(adapters, encoder.module) as switch:
+            lessons = Lessons(encoder, switch, *texts, metric, settings)
             for _ in range(options.batches_drawn):
                 lessons.pick()
             training = TrainingRun(task, adapters, switch, options, config, settings.steps, module)
@@ -140,9 +141,11 @@ class Lessons:
 
         |E'(a) - E(b)|^2 / |E(a) - E(b)|^2  +  p |E'(k) - E(k)|^2 / mean |E(a) - E(b)|^2
 
-    averaged over a batch.
+    averaged over a batch. What the frozen encoder gives is encoded once and stored, or, where a
+    list is so long that a run draws less than all of it, anew for each step.
 
     Args:
+        switch: of the adapters in training.
         metric: of ``read_metric``.
         pairs: [(a, b)].
         kept, given: texts k; half of those of a batch come from ``given``, if any.
@@ -151,32 +154,40 @@ class Lessons:
     def __init__(
         self,
         encoder: TextEncoder,
+        switch: Switch,
         pairs: Sequence[tuple[str, str]],
         kept: Sequence[str],
         given: Sequence[str],
         metric: Tensor,
         settings: Settings,
     ):
-        self.encoder, self.settings = encoder, settings
+        self.encoder, self.switch, self.settings = encoder, switch, settings
         self.metric = metric.to(encoder.device)
         texts = [text for text, _ in pairs], [other for _, other in pairs], [*kept, *given]
         ids = [encoder.ids_of(some) for some in texts]
         ends = max(int((some == EOS_ID).int().argmax(2).max()) for some in ids)  # the first EOT
         length = min(ends + 1 + MARGIN, ids[0].shape[2])
-        self.concept, others, self.kept = (some[..., :length] for some in ids)
+        self.concept, self.others, self.kept = (some[..., :length] for some in ids)
         self.first_given = len(kept)
-        with torch.no_grad():
-            before, targets = self._encode(self.concept), self._encode(others)  # E(a), E(b)
-            distances = [
-                (one - other).square().sum(1).mean() for one, other in zip(before, targets)
+        drawn = settings.steps * settings.batch
+        stored = len(pairs) <= drawn
+        some = (
+            torch.arange(len(pairs))
+            if stored
+            else torch.randperm(len(pairs), generator=torch.Generator().manual_seed(settings.seed))[
+                :MEASURED
             ]
-            # Pooled text counts as much as all of the context.
-            self.shares = [(distances[0] / distance).sqrt() for distance in distances]
-            self.targets = self._joined(targets)
-            self.frozen_kept = self._joined(self._encode(self.kept))  # E(k)
-            square = (self._joined(before) - self.targets).square().sum(1)
-        self.scale = square.mean()  # mean |E(a) - E(b)|^2
-        self.distances = square.clamp(min=FAINT * float(self.scale))  # |E(a) - E(b)|^2
+        )
+        before, targets = self._frozen(self.concept[some]), self._frozen(self.others[some])
+        distances = [(one - other).square().sum(1).mean() for one, other in zip(before, targets)]
+        # Pooled text counts as much as all of the context.
+        self.shares = [(distances[0] / distance).sqrt() for distance in distances]
+        apart = (self._joined(before) - self._joined(targets)).square().sum(1)
+        self.scale = apart.mean()  # mean |E(a) - E(b)|^2
+        self.stored = None
+        if stored:
+            frozen_kept = self._joined(self._frozen(self.kept))
+            self.stored = self._joined(targets), self._distances(apart), frozen_kept
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def __call__(self, step: int) -> Tensor:
@@ -184,9 +195,22 @@ class Lessons:
         ids = torch.cat([self.concept[chosen], self.kept[kept]])
         encoded = self._joined(self._read(self.encoder.encode_ids(ids)))
         forgotten, preserved = encoded.split(len(chosen))  # E'(a), E'(k)
-        left = (forgotten - self.targets[chosen]).square().sum(1) / self.distances[chosen]
-        moved = (preserved - self.frozen_kept[kept]).square().sum(1).mean() / self.scale
+        targets, distances, frozen_kept = self._of_frozen(chosen, kept)
+        left = (forgotten - targets).square().sum(1) / distances
+        moved = (preserved - frozen_kept).square().sum(1).mean() / self.scale
         return left.mean() + self.settings.preserve * moved
+
+    def _of_frozen(self, chosen: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """E(b), |E(a) - E(b)|^2 and E(k)."""
+        if self.stored:
+            targets, distances, frozen_kept = self.stored
+            return targets[chosen], distances[chosen], frozen_kept[kept]
+        ids = self.concept[chosen], self.others[chosen], self.kept[kept]
+        before, targets, frozen_kept = (self._joined(self._frozen(some)) for some in ids)
+        return targets, self._distances((before - targets).square().sum(1)), frozen_kept
+
+    def _distances(self, apart: Tensor) -> Tensor:
+        return apart.clamp(min=FAINT * float(self.scale))
 
     def pick(self) -> tuple[Tensor, Tensor]:
         """What is random in a step: which pairs, and which kept sentences."""
@@ -199,9 +223,10 @@ class Lessons:
             kept[: count // 2] = self.first_given + half
         return chosen, kept
 
-    def _encode(self, ids: Tensor) -> list[Tensor]:
-        parts = [self._read(self.encoder.encode_ids(some)) for some in ids.split(AT_ONCE)]
-        return [torch.cat(tensors) for tensors in zip(*parts)]
+    def _frozen(self, ids: Tensor) -> list[Tensor]:
+        with self.switch.off(), torch.no_grad():
+            parts = [self._read(self.encoder.encode_ids(some)) for some in ids.split(AT_ONCE)]
+            return [torch.cat(tensors) for tensors in zip(*parts)]
 
     def _read(self, text: Text) -> list[Tensor]:
         """The context in the metric, and pooled text where there is some: rows of [N, .]."""

@@ -10,10 +10,12 @@ from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import forget, reread_text, settings_of
 from fmn.methods.reread_text import Lessons, Settings, read_metric
+from fmn.models.adapters import attached
 from fmn.models.families import DEMO, layers, text_layers
 from fmn.models.image_sampler import open_sampler
 from fmn.patches.patch import load_patch, save_patch
 from fmn.patches.task import Task
+from fmn.training.fit_adapters import make_adapters
 from tests.unit.tiny import same_tensors, weights_of
 
 PAIRS = [("a photo of a dog", "a photo of a"), ("a robot, twemoji", "twemoji"), ("cat", "")]
@@ -42,8 +44,8 @@ def test_the_metric_is_what_keys_and_values_make_of_a_context(model, metric):
 
 def test_the_loss_is_the_documented_one(model, metric):
     settings = Settings(batch=4, preserve=2.0)
-    with model.borrow_text_encoder(words=False) as encoder:
-        lessons = Lessons(encoder, PAIRS, KEPT, OWN, metric, settings)
+    with model.borrow_text_encoder(words=False) as encoder, attached({}, encoder.module) as switch:
+        lessons = Lessons(encoder, switch, PAIRS, KEPT, OWN, metric, settings)
         length = lessons.concept.shape[2]
         # BOS, six words in the longest, EOT, and padding behind it
         assert length == 8 + reread_text.MARGIN
@@ -56,7 +58,7 @@ def test_the_loss_is_the_documented_one(model, metric):
         apart = (before - targets).square().sum(1)
         # Untouched, all of each difference is left and nothing that is kept has moved.
         assert float(lessons(0)) == pytest.approx(1.0, rel=1e-4)
-        torch.testing.assert_close(lessons.distances, apart, rtol=1e-4, atol=0)
+        torch.testing.assert_close(lessons.stored[1], apart, rtol=1e-4, atol=0)
         assert float(lessons.scale) == pytest.approx(float(apart.mean()), rel=1e-4)
         name = "text_encoder.text_model.encoder.layers.2.mlp.fc2"
         shift = torch.randn(128, generator=torch.Generator().manual_seed(2))
@@ -77,6 +79,25 @@ def test_the_loss_is_the_documented_one(model, metric):
     left = (gone.flatten(1) - targets[chosen]).square().sum(1) / apart[chosen]
     moved = (stay.flatten(1) - read(texts[1])).square().sum(1).mean() / apart.mean()
     assert loss == pytest.approx(float(left.mean() + 2 * moved), rel=1e-4)
+
+
+def test_a_long_list_is_encoded_step_by_step_alike(model, metric):
+    """Fewer draws than pairs: nothing is stored, and the losses of changed weights are the same."""
+    names = ["text_encoder.text_model.encoder.layers.2.mlp.fc2"]
+    with model.borrow_text_encoder(words=False) as encoder:
+        adapters = make_adapters(encoder, names, Settings(rank=2))
+        with attached(adapters, encoder.module) as switch:
+            few, many = (
+                Lessons(encoder, switch, PAIRS, KEPT, OWN, metric, Settings(batch=2, steps=steps))
+                for steps in (1, 2)
+            )
+            with torch.no_grad():
+                for parameter in adapters[names[0]].parameters():
+                    parameter.normal_(generator=torch.Generator().manual_seed(3))
+                assert few.stored is None and many.stored is not None
+                for step in range(3):
+                    wanted = float(many(step))
+                    assert float(few(step)) == pytest.approx(wanted, rel=1e-4) and wanted > 1.01
 
 
 def test_cut_ids_give_the_same_beginning(model):
