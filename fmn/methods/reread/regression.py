@@ -122,8 +122,9 @@ def solve(
     Returns:
         up [out, r], down [r, C]
     """
+    kept = settings.preserve * gram(problem.kept) / max(1, len(problem.kept))  # p mean k k^T
     changes = [
-        solve_alone(problem._replace(concepts=[rows]), settings, overshoot)
+        solve_alone(problem.weight, rows, kept, settings, overshoot)
         for rows, overshoot in zip(problem.concepts, overshoots)
     ]
     if len(changes) == 1:
@@ -135,7 +136,9 @@ def solve(
     return up, down
 
 
-def solve_alone(problem: Problem, settings: Settings, overshoot: float) -> tuple[Tensor, Tensor]:
+def solve_alone(
+    weight: Tensor, rows: tuple[Tensor, Tensor], kept: Tensor, settings: Settings, overshoot: float
+) -> tuple[Tensor, Tensor]:
     """The best change of rank r of a layer that maps W o to W o + (1 + b) (W o* - W o).
 
     With b the overshoot it minimises, over n pairs (o, o*) and m kept rows k,
@@ -148,17 +151,17 @@ def solve_alone(problem: Problem, settings: Settings, overshoot: float) -> tuple
     1975).
 
     Args:
-        problem: of one concept.
+        weight, rows: as in ``Problem``, of one concept.
+        kept: p mean k k^T [C, C].
     """
-    ((concept, other),) = problem.concepts
-    system = settings.preserve * gram(problem.kept) / max(1, len(problem.kept))  # p mean k k^T
-    system += gram(concept) / len(concept)  # mean o o^T
+    concept, other = rows
+    system = kept + gram(concept) / len(concept)  # + mean o o^T
     target = (1 + overshoot) * (other - concept).mT @ concept / len(concept)  # Z^T
     mean = system.trace() / len(system)  # t
     system += settings.damping * mean * torch.eye(len(system)).to(system)  # S
     root = torch.linalg.cholesky(system)  # L
     # dW L = W Z L^-T
-    change = torch.linalg.solve_triangular(root, target.mT @ problem.weight.mT, upper=False).mT
+    change = torch.linalg.solve_triangular(root, target.mT @ weight.mT, upper=False).mT
     up, down, _ = truncate_matrix(change, rank_in_all(settings.rank, 1))
     return up, torch.linalg.solve_triangular(root, down, upper=False, left=False)
 
