@@ -52,12 +52,13 @@ def neighbours(
     if not settings.keep_needs:  # it keeps something
         kept = keep_for(concepts, keep, getattr(settings, "keep_list", "none"))
         searched = getattr(settings, "near_words", 0)
-    found = []
-    for concept in evenly(concepts, min(MOST, len(concepts))):
+    asked = []
+    for concept in (some := evenly(concepts, min(MOST, len(concepts)))):
         # For other methods the long lists would be encoded here alone.
         listed = candidates(concepts, concept.kind) if searched else keep_for(concepts)
-        words = tuple(dict.fromkeys((*keep, *listed)))
-        near = nearest(cast(UNetModel, model), concept.subjects[0], words, NEAREST)
+        asked.append((concept.subjects[0], tuple(dict.fromkeys((*keep, *listed)))))
+    found = []
+    for concept, near in zip(some, nearest(cast(UNetModel, model), asked, NEAREST)):
         own = [word for word in near if word not in keep][:searched]
         if near:  # else all that is listed is forgotten
             kept_near = tuple(word for word in near if word in {*kept, *own})

@@ -20,7 +20,7 @@ def model_of(angles):
 
 
 def test_the_nearest_words_are_those_of_the_smallest_angle_at_the_mean():
-    found = nearest(model_of(ANGLES), "dog", ["car", "cat", "tree", "wolf"], 2)
+    (found,) = nearest(model_of(ANGLES), [("dog", ["car", "cat", "tree", "wolf"])], 2)
     assert list(found) == ["wolf", "cat"]
     ends = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in ANGLES.values()])
     dog, wolf = (ends - ends.mean(0))[:2]
@@ -28,7 +28,17 @@ def test_the_nearest_words_are_those_of_the_smallest_angle_at_the_mean():
 
 
 def test_there_are_no_words():
-    assert nearest(model_of(ANGLES), "dog", [], 2) == {}
+    assert nearest(model_of(ANGLES), [("dog", [])], 2) == [{}]
+
+
+def test_a_text_that_several_ask_for_is_encoded_once():
+    model, seen = model_of(ANGLES), []
+    encoded = model.encode_all
+    model.encode_all = lambda texts, length: seen.extend(texts) or encoded(texts, length)
+    asked = [("dog", ["car", "cat", "tree"]), ("cat", ["car", "tree", "wolf"])]
+    both = nearest(model, asked, 2)
+    assert sorted(seen) == sorted(ANGLES)
+    assert both == [nearest(model, [each], 2)[0] for each in asked]
 
 
 def test_the_nearest_of_the_shipped_lists_leave_out_what_is_forgotten():
