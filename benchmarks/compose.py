@@ -1,6 +1,6 @@
 """Do patches add up? Several concepts forgotten by one patch, and by patches made apart.
 
-    python benchmarks/compose.py reread hirm --sizes 3 5
+    python benchmarks/compose.py reread trce --sizes 3 5
 
 takes the targets of the suite ``demo-wide``, in an order that a seed fixes, in groups of each size.
 ``one``: a patch for all of a group. ``apart``: a patch for each, applied together. ``joint``: these
@@ -32,6 +32,7 @@ from fmn.methods import DEFAULT, forget, settings_of
 from fmn.metrics.load import load_judge
 from fmn.models.image_sampler import open_sampler
 
+JUDGES = "said", "check"  # a row's labels by the first judge and by the second
 HOW = "alone", "one", "apart", "joint"
 
 
@@ -90,17 +91,16 @@ def all_right(*judged):
 
     Its own pictures are gone if they are with one of them.
     """
-    merged = []
-    for rows in zip(*(rows for rows, _ in judged)):
-        row = dict(rows[0])
-        for judge in ("said", "check"):
-            row[judge] = {
-                domain: next(
-                    (r[judge][domain] for r in rows if r[judge][domain] != row[domain]), row[domain]
-                )
-                for domain in row[judge]
-            }
-        merged.append(row)
+
+    def worst(rows, judge, domain):
+        labels = [row[judge][domain] for row in rows]
+        return next((label for label in labels if label != rows[0][domain]), labels[0])
+
+    merged = [
+        row | {key: {name: worst(rows, key, name) for name in row[key]} for key in JUDGES}
+        for rows in zip(*(rows for rows, _ in judged))
+        for row in rows[:1]
+    ]
     return merged, judged[0][1]
 
 
@@ -151,14 +151,8 @@ def main():
                 except ForgetError as error:
                     print(f"{method}, {how}: {error}", file=sys.stderr)
                     continue
-                made_apart = 0.0 if how == "one" else each * size
-                show(
-                    method,
-                    how,
-                    f"{len(groups)} of {size}",
-                    rows,
-                    seconds / len(groups) + made_apart,
-                )
+                seconds = seconds / len(groups) + (0.0 if how == "one" else each * size)
+                show(method, how, f"{len(groups)} of {size}", rows, seconds)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 The names are those of the shipped lists, then the same with "red", "old" and so on before them.
 Models but ``demo`` have random weights, so nothing is said of how well they forget. Each row is
-``python -m fmn forget``, all of it: loading, what is told before and after, and saving.
+``python -m fmn forget`` as a whole: loading, looking for neighbours, measuring what is left, and
+saving.
 
     GB       highest resident memory of the process
     MB       the file, of which: names and the rest of the record
@@ -72,18 +73,16 @@ def main():
             for method in options.method:
                 for count in options.counts:
                     concepts = folder / "names.txt"
-                    file, cut = (
-                        folder / f"{method}{count}.safetensors",
-                        folder / f"cut{method}{count}.safetensors",
-                    )
+                    file = folder / f"{method}{count}.safetensors"
+                    cut = folder / f"{method}{count}_cut.safetensors"
                     concepts.write_text("\n".join(names(count)), "utf-8")
                     more = "--list", concepts, "--method", method, "--out", file
                     seconds, peak, _ = run("forget", model, *more)
                     patch, size = load_patch(file), file.stat().st_size
                     header = int.from_bytes(file.read_bytes()[:8], "little")
                     kb = (2 * header + (size - header) // CUT) // 1000  # the record grows
-                    told = run("merge", file, "--out", cut, "--budget-kb", kb)[2]
-                    lost = re.search(r"cut off: (\S+) of the change", told)[1]
+                    report = run("merge", file, "--out", cut, "--budget-kb", kb)[2]
+                    lost = re.search(r"cut off: (\S+) of the change", report)[1]
                     cells = [
                         name, method, f"{count:,}", f"{seconds:.0f}", f"{peak / 1e9:.1f}",
                         max(patch.ranks), f"{size / 1e6:.1f}", f"{header / 1e6:.1f}",

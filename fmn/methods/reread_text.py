@@ -21,6 +21,7 @@ from ..models.interface import Text, TextEncoder, UNet
 from ..models.token_positions import EOS_ID
 from ..patches.patch import ForgetPatch
 from ..patches.task import Task, method_run
+from ..sequences import evenly
 from ..settings import Settings as Base
 from ..settings import advanced, setting
 from ..training.fit_adapters import make_adapters
@@ -169,15 +170,9 @@ class Lessons:
         length = min(ends + 1 + MARGIN, ids[0].shape[2])
         self.concept, self.others, self.kept = (some[..., :length] for some in ids)
         self.first_given = len(kept)
-        drawn = settings.steps * settings.batch
-        stored = len(pairs) <= drawn
-        some = (
-            torch.arange(len(pairs))
-            if stored
-            else torch.randperm(len(pairs), generator=torch.Generator().manual_seed(settings.seed))[
-                :MEASURED
-            ]
-        )
+        stored = len(pairs) <= settings.steps * settings.batch
+        count = len(pairs) if stored else min(MEASURED, len(pairs))
+        some = torch.tensor(evenly(range(len(pairs)), count))
         before, targets = self._frozen(self.concept[some]), self._frozen(self.others[some])
         distances = [(one - other).square().sum(1).mean() for one, other in zip(before, targets)]
         # Pooled text counts as much as all of the context.
@@ -185,7 +180,7 @@ class Lessons:
         apart = (self._joined(before) - self._joined(targets)).square().sum(1)
         self.scale = apart.mean()  # mean |E(a) - E(b)|^2
         self.stored = None
-        if stored:
+        if stored:  # E(b), |E(a) - E(b)|^2 and E(k) of all
             frozen_kept = self._joined(self._frozen(self.kept))
             self.stored = self._joined(targets), self._distances(apart), frozen_kept
         self.generator = torch.Generator().manual_seed(settings.seed)
