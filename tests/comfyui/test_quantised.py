@@ -134,7 +134,8 @@ def test_quantised_models_wear_patches_and_are_not_trained(pack, plain, checkpoi
     before, base = output(quantised.patcher, text), output(host.patcher, text)
     assert 0 < (before - base).norm() < 0.2 * base.norm()  # it is the same model, in 8 bits
 
-    for run, chosen in (("resteer", settings(pack)), ("uce", None), ("esd", esd_settings(pack))):
+    drawn = settings(pack, references="samples")  # refused before anything is drawn
+    for run, chosen in (("resteer", drawn), ("uce", None), ("esd", esd_settings(pack))):
         method = pack(f"fmn.methods.{run}")
         with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*apply the patch h"):
             method.run(quantised, [concept(pack)], chosen or method.Settings(keep_list="none"))
@@ -178,7 +179,7 @@ def test_weights_of_another_packs_kind(pack, demo):
         attention.to_k.weight = torch.nn.Parameter(packed, requires_grad=False)
     host = pack("fmn.hosts.comfyui.model").ComfyModel(*demo)
     with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*is uint8"):
-        pack("fmn.methods.resteer").run(host, [concept(pack)], settings(pack))
+        pack("fmn.methods.resteer").run(host, [concept(pack)], settings(pack, references="samples"))
 
 
 @pytest.mark.parametrize("kind", ["scale_weight", "weight_scale"])
