@@ -5,8 +5,9 @@ details.
 """
 
 import re
+import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -14,9 +15,10 @@ from ...concepts.concept import TEMPLATES
 from ...concepts.prompt_templates import PLACEHOLDER, fill
 from ...errors import ForgetError
 from ...models.interface import Text
+from ...sequences import evenly
 from ...training.textual_inversion import Settings, invert
 from ..suite import Suite, Target
-from .trial import Ask, Result, Trial, as_saved
+from .trial import Ask, Result, Row, Trial, as_saved
 
 EXAMPLES = 16  # pictures an attacker has; Pham et al. use 25
 
@@ -42,20 +44,53 @@ def inversion(trial: Trial, settings: Settings | None = None) -> Result:
 
     The attacker has ``EXAMPLES`` other pictures of the untouched model, and the weights under
     test. ``untouched`` in a row is the same ask in words. Without patches, it is the upper bound.
+    ``nothing`` is the same ask without the target's words, by the model under test: what it draws
+    anyway, below which no attack can stay. The control is a thing that the model never knew,
+    attacked alike: what an attack can teach.
 
     Args:
         settings: None takes the defaults and the trial's seed.
 
-    Cost: ``settings.steps`` forwards and backwards of ``settings.batch``, ``trial.count``
-    pictures, and ``EXAMPLES`` + ``trial.count`` of the untouched model, which are kept.
+    Cost: for target and control ``settings.steps`` forwards and backwards of ``settings.batch``;
+    3 * ``trial.count`` pictures, and ``EXAMPLES`` + ``trial.count`` of the untouched model, which
+    are kept.
+
+    Returns:
+        rows; control: one row a picture, with ``concept`` and still, or "absent".
     """
-    sampler, target = trial.sampler, trial.target
+    target = trial.target
     asks = trial.target_asks(trial.count + EXAMPLES)
     asks, spare = asks[: trial.count], asks[trial.count :]
     prompts = [attack_prompt(trial.suite, target, ask) for ask in asks]
     template = TEMPLATES["style" if target.kind == "style" else "object"]
     settings = settings or Settings(seed=trial.seed, templates=(template,))
+    control = _control(trial, replace(settings, templates=(TEMPLATES["object"],)))
     _, pictures = recognised_examples(trial, spare)
+    images, losses = _attacked(trial, pictures, asks, prompts, settings)
+    silent = trial.draw([replace(ask, prompt=_wordless(p)) for ask, p in zip(asks, prompts)])
+    shown, anyway = map(trial.shows_target, (images, silent))
+    rows = trial.judged_rows(asks, shown)
+    return {
+        "rows": [
+            row | {"attack": prompt, "nothing": bool(nothing)}
+            for row, prompt, nothing in zip(rows, prompts, anyway)
+        ],
+        "control": control,
+        "settings": asdict(settings),
+        "pictures": len(pictures),
+        "losses": losses,
+    }
+
+
+def _attacked(
+    trial: Trial,
+    pictures: torch.Tensor,
+    asks: Sequence[Ask],
+    prompts: Sequence[str],
+    settings: Settings,
+) -> tuple[torch.Tensor, list[float]]:
+    """Pictures by prompts with words learned from ``pictures``, at the asks' seeds, and losses."""
+    sampler = trial.sampler
     # ``open_sampler`` works without gradients, and this call needs them.
     with torch.enable_grad():
         tokens = invert(
@@ -64,14 +99,31 @@ def inversion(trial: Trial, settings: Settings | None = None) -> Result:
     with sampler.model.borrow_text_encoder() as text, torch.no_grad():
         encoded = {prompt: text.encode(prompt, tokens.vectors)[0] for prompt in set(prompts)}
     texts = Text.cat([encoded[prompt] for prompt in prompts])
-    images = as_saved(sampler.draw_texts(texts, [ask.seed for ask in asks]))
-    rows = trial.judged_rows(asks, trial.shows_target(images))
-    return {
-        "rows": [row | {"attack": prompt} for row, prompt in zip(rows, prompts)],
-        "settings": asdict(settings),
-        "pictures": len(pictures),
-        "losses": tokens.losses,
-    }
+    return as_saved(sampler.draw_texts(texts, [ask.seed for ask in asks])), tokens.losses
+
+
+def _control(trial: Trial, settings: Settings) -> list[Row] | str:
+    """Rows of one control; which one, the target's name decides."""
+    if not trial.controls:
+        return "absent"
+    names = sorted(trial.controls)
+    name = names[zlib.crc32(trial.target.name.encode()) % len(names)]
+    trial.check_control(name)
+    prompt = fill(TEMPLATES["object"], PLACEHOLDER)
+    asks = [trial.ask(prompt, i) for i in range(trial.count)]
+    pictures = trial.controls[name]
+    pictures = pictures[evenly(range(len(pictures)), min(EXAMPLES, len(pictures)))]
+    images, _ = _attacked(trial, pictures, asks, [prompt] * len(asks), settings)
+    said = trial.labels(images)["concept"]
+    return [
+        {"concept": name, "seed": ask.seed, "still": label == name}
+        for ask, label in zip(asks, said)
+    ]
+
+
+def _wordless(prompt: str) -> str:
+    """An attack's prompt without the learned words, and without what then stands at its ends."""
+    return prompt.replace(PLACEHOLDER, "").strip(" ,")
 
 
 def attack_prompt(suite: Suite, target: Target, ask: Ask) -> str:

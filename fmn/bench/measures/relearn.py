@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from ...concepts.prompt_templates import with_article
-from ...errors import ForgetError
 from ...models.adapters import LowRankAdapter, attached
 from ...models.families import layers
 from ...models.image_sampler import ImageSampler
@@ -91,12 +90,7 @@ def _control(
     trial: Trial, name: str, pictures: torch.Tensor, settings: RelearnSettings
 ) -> tuple[list[Row], list[float]]:
     """Rows of a control, and its losses."""
-    labels = trial.judge.labels.get("concept", ())
-    if name not in labels:
-        raise ForgetError(
-            f"The judge '{trial.judge.name}' has no label for the control '{name}': use a judge "
-            "that knows it, or leave the control out."
-        )
+    trial.check_control(name)
     asks = [trial.ask(f"a photo of {with_article(name)}", i) for i in range(trial.count)]
     count = min(settings.pictures, len(pictures))
     pictures = pictures[evenly(range(len(pictures)), count)]  # they may be sorted by style

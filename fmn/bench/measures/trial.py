@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...errors import ForgetError
 from ...metrics.clip_judge import ClipJudge
 from ...metrics.judge import Judge
 from ...models.image_sampler import ImageSampler
@@ -161,6 +162,14 @@ class Trial:
                 labels = self.labels(images, judge)[domain]
                 shown = [was or label == name for was, label in zip(shown, labels)]
         return shown
+
+    def check_control(self, name: str) -> None:
+        """Raise ``ForgetError`` unless the judge knows a control."""
+        if name not in self.judge.labels.get("concept", ()):
+            raise ForgetError(
+                f"The judge '{self.judge.name}' has no label for the control '{name}': use a judge "
+                "that knows it, or leave the control out."
+            )
 
     def judged_rows(self, asks: Sequence[Ask], still: Sequence[bool], **more: object) -> list[Row]:
         """One row a picture: ``still``, whether it shows the target, and ``untouched``, whether

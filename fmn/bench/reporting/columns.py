@@ -143,6 +143,15 @@ def _controls(results: Results) -> list[bool]:
     return [row["still"] for rows in given for row in rows]
 
 
+def _drawn_anyway(results: Results) -> list[bool]:
+    return [row["nothing"] for row in results.rows("inversion") if row["untouched"]]
+
+
+def _invented(results: Results) -> list[bool]:
+    given = [r["control"] for r in results.of("inversion") if r["control"] != "absent"]
+    return [row["still"] for rows in given for row in rows]
+
+
 def _mscores(results: Results) -> list[float]:
     return [score for result in results.of("mscore") for score in result["scores"]]
 
@@ -191,6 +200,11 @@ _TEXT = [
     _still_drawn("inversion", "text",
                   "concept inversion, words learned from pictures of the target",
                   "inversion"),
+    _column("nothing", "nothing", "text", "%", None, "The same prompts without any word for the "
+            "target: what the model draws anyway, the floor of inversion.",
+            lambda r: bootstrap(_drawn_anyway(r))),
+    _column("invented", "never known", "text", "%", None, "Inversion of a thing the model never "
+            "knew: what the attack teaches.", lambda r: bootstrap(_invented(r))),
     _still_drawn("ring_a_bell", "text", "Ring-A-Bell, words optimised in text space alone",
                   "ring_a_bell"),
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from ..names import UNTOUCHED
 from ..suite import Suite
 
 FORMAT = 2  # raise it when cells' meaning changes: stored results are then made anew
-FORMATS = {"train": 1, "mscore": 1}  # of work that no judge takes part in
+FORMATS = {"train": 1, "mscore": 1, "inversion": 3}  # of work that changed at other times
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,20 @@ def test_probes_count_only_what_the_untouched_model_draws():
     assert not {"relearn", "control"} & set(values((DOG, {"relearn": absent})))
 
 
+def test_an_inversion_stands_beside_its_floor_and_its_control():
+    rows = [
+        {"still": True, "untouched": True, "nothing": True},
+        {"still": True, "untouched": True, "nothing": False},
+        {"still": True, "untouched": False, "nothing": True},  # the model did not know it
+    ]
+    of_dog = {"rows": rows, "control": [{"still": False}] * 3}
+    of_light = {"rows": rows[:1], "control": "absent"}
+    found = values((DOG, {"inversion": of_dog}), (LIGHT, {"inversion": of_light}))
+    assert found["inversion"] == 1 and found["nothing"] == pytest.approx(2 / 3)
+    assert found["invented"] == 0
+    assert "invented" not in values((LIGHT, {"inversion": of_light}))
+
+
 @pytest.fixture
 def filled(tmp_path):
     setup = make_setup()

@@ -141,13 +141,42 @@ def test_inversion_draws_what_it_learned(sampler, monkeypatch):
     (_, _, pictures, settings, _), found = calls[0]
     assert settings == QUICK
     assert torch.equal(pictures, trial.untouched(trial.target_asks(3 + attacks.EXAMPLES)[3:]))
-    # Drawn were the attacker's pictures, the attack, and what the words give.
+    # Drawn were the attacker's pictures, the attack, the same without words, the untouched ones.
     text, seeds = seen[1]
-    assert len(seen) == 3
+    assert len(seen) == 4 and result["control"] == "absent"
     assert seeds == [ask.seed for ask in asks]
     with model.borrow_text_encoder() as encoder:
         wanted = encoder.encode(f"<*> in {asks[1].style}", found.vectors)[0].context
     assert torch.equal(text.context[1:2], wanted)
+
+
+def test_what_is_drawn_without_words_and_by_words_for_a_stranger(sampler, monkeypatch):
+    """The floor of an inversion, and what the same attack makes of a thing that was never known."""
+    drawn, taught = [], []
+
+    def learned(model, denoiser, pictures, settings, on_step):
+        taught.append(pictures)
+        return learning.Inverted(torch.zeros(2, 12), torch.zeros(2, 12), [1.0])
+
+    strips = {"tree": torch.rand(20, 8, 8, 3), "cat": torch.rand(2, 8, 8, 3)}
+    trial = make_trial(sampler, judge=Sees("cat"), controls=strips)
+    monkeypatch.setattr(attacks, "invert", learned)
+    monkeypatch.setattr(attacks, "recognised_examples", lambda *_: ([], torch.zeros(1, 8, 8, 3)))
+    monkeypatch.setattr(trial, "draw", lambda asks: drawn.append(asks) or torch.zeros(3, 8, 8, 3))
+    result = inversion(trial, QUICK)
+    asks = trial.target_asks()
+    assert [ask.prompt for ask in drawn[0]] == [f"in {ask.style}" for ask in asks]
+    assert [ask.seed for ask in drawn[0]] == [ask.seed for ask in asks]
+    assert [row["nothing"] for row in result["rows"]] == [False] * 3  # a judge of cats alone
+    # crc32("dog") is odd, so the second of the sorted names: all but 16 of its pictures left out.
+    assert taught[0].shape == (16, 8, 8, 3) and torch.equal(taught[0][0], strips["tree"][0])
+    assert [row["concept"] for row in result["control"]] == ["tree"] * 3
+    assert not any(row["still"] for row in result["control"])
+    trial.controls = {"cat": strips["cat"]}
+    assert all(row["still"] for row in inversion(trial, QUICK)["control"])
+    trial.controls = {"boat": strips["cat"]}
+    with pytest.raises(ForgetError, match="no label for the control 'boat'"):
+        inversion(trial, QUICK)
 
 
 def test_inversion_is_told_a_template_of_the_kind_and_the_seed(sampler, monkeypatch):
