@@ -14,6 +14,8 @@ from tools.locales import BOOK, LOCALES, literal, missing, node_defs, node_texts
 from .frontend import ARTEFACTS, READY, at_rest, setting
 
 HAN = re.compile(r"[\u4e00-\u9fff]")
+SAYS = """([locale, key, text]) => document.querySelector("#vue-app").__vue_app__
+  .config.globalProperties.$t(key, {}, { locale }) === text"""
 SAME_IN_CHINESE = {"clip", "CLIP", "vae", "VAE", "lora", "token", "tokens", "eta"}
 
 
@@ -106,6 +108,8 @@ def test_the_page_shows_what_was_written(page, texts):
     book = read(BOOK)
     for language, say in (("en", str), ("zh", lambda text: book.get(text) or text)):
         wanted = {key: say(text) for key, text in flat(texts, "nodeDefs").items()}
+        setting(page, "Comfy.Locale", language)  # newer pages load a language when it is chosen
+        page.wait_for_function(SAYS, arg=[language, *next(iter(wanted.items()))])
         shown = page.evaluate(
             """([keys, language]) => {
               const app = document.querySelector("#vue-app").__vue_app__;
@@ -115,6 +119,7 @@ def test_the_page_shows_what_was_written(page, texts):
             [list(wanted), language],
         )
         assert dict(shown) == wanted
+    setting(page, "Comfy.Locale", "en")
 
 
 def open_help(page, title):

@@ -46,7 +46,7 @@ def test_a_saved_workflow_opens_with_its_values_and_runs(page, server, path):
         page.evaluate(OPEN, workflow)
     saved = {item["id"]: item.get("widgets_values", []) for item in workflow["nodes"]}
     for key, values in page.evaluate(WIDGETS):
-        assert values[: len(saved[key])] == saved[key]
+        assert values[: len(saved[int(key)])] == saved[int(key)]
     page.evaluate(SET, TINY)
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     outputs = server.run(prompt)
