@@ -92,7 +92,7 @@ def grams(
     unpatched, mixed, square = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
     for layer in [layer for layer in layers(family) if layer.is_key_or_value]:
         # First to the CPU: not every device has float64.
-        weight = denoiser.module(layer.name).weight.detach().cpu().double()
+        weight = denoiser.weight(layer.name).cpu().double()
         unpatched.addmm_(weight.mT, weight)
         factors = [
             (*patch.changes[layer.name], s) for patch, s in patches if layer.name in patch.changes

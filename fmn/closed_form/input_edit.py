@@ -8,14 +8,14 @@ float64, serves every layer. Published codes store full matrices instead.
 import time
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..linalg import gram, relative_error, to_float64, truncate_product
 from ..models.families import Layer, UNetFamily, layers
-from ..models.interface import Denoiser
+from ..models.interface import UNet
 from ..patches.file_check import MAX_RANK
 from ..patches.patch import ForgetPatch
 from ..patches.task import Task
@@ -74,16 +74,15 @@ def debiased_anchors(contexts: Tensor, attributes: Tensor, weights: Sequence[flo
     return contexts + torch.tensor(weights, dtype=contexts.dtype) @ attributes
 
 
-def weight_of(module: torch.nn.Module) -> Tensor:
+def weight_of(denoiser: UNet, name: str) -> Tensor:
     """A layer's weight in float64."""
-    weight: Any = module.weight
-    return to_float64(weight.detach())
+    return to_float64(denoiser.weight(name))
 
 
-def weight_gram(denoiser: Denoiser, family: UNetFamily) -> Tensor:
+def weight_gram(denoiser: UNet, family: UNetFamily) -> Tensor:
     """Sum of W^T W over all keys and values, [D, D] in float64, on the CPU."""
     names = [layer.name for layer in key_value_layers(family)]
-    return reduce(torch.add, (gram(weight_of(denoiser.module(name))) for name in names)).cpu()
+    return reduce(torch.add, (gram(weight_of(denoiser, name)) for name in names)).cpu()
 
 
 def key_value_layers(family: UNetFamily, which: str = "kv") -> list[Layer]:
@@ -166,10 +165,10 @@ class Distances:
         return up, down, [lost, *map(float, sums)]
 
 
-def input_patch(task: Task, pairs: Pairs, edit_of: Callable[[Denoiser], InputEdit]) -> ForgetPatch:
+def input_patch(task: Task, pairs: Pairs, edit_of: Callable[[UNet], InputEdit]) -> ForgetPatch:
     """A patch of one ``InputEdit`` for all layers; see ``layer_patch``."""
 
-    def open_edits(denoiser: Denoiser) -> tuple[Tensor, RightOf]:
+    def open_edits(denoiser: UNet) -> tuple[Tensor, RightOf]:
         edit = compact(edit_of(denoiser))
         return edit.left, lambda layer, weight: edit.right
 
@@ -179,7 +178,7 @@ def input_patch(task: Task, pairs: Pairs, edit_of: Callable[[Denoiser], InputEdi
 def layer_patch(
     task: Task,
     pairs: Pairs,
-    open_edits: Callable[[Denoiser], tuple[Tensor, RightOf]],
+    open_edits: Callable[[UNet], tuple[Tensor, RightOf]],
     which: str = "kv",
 ) -> ForgetPatch:
     """A patch whose layers have edits W (I + left right), each with its own ``right``.
@@ -198,11 +197,11 @@ def layer_patch(
     chosen = key_value_layers(task.model.family, which)
     total, changes = len(chosen), {}
     sums = torch.zeros(4, dtype=torch.float64)
-    with task.model.borrow_denoiser() as denoiser, torch.no_grad():
+    with task.model.watch() as denoiser, torch.no_grad():
         left, right_of = open_edits(denoiser)
         distances = Distances(pairs, left)
         for done, layer in enumerate(chosen, 1):
-            weight = weight_of(denoiser.module(layer.name))
+            weight = weight_of(denoiser, layer.name)
             right = right_of(layer, weight)
             up, down, squares = distances.change(weight, right, rank or MAX_RANK)
             sums += torch.tensor(squares, dtype=torch.float64)

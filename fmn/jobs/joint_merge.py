@@ -74,7 +74,7 @@ def joint_merge(
     concepts = [_concepts(patch) for patch, _ in entries]
     kept = kept_texts(model, sum(concepts, []), keep, settings)
     names = list(dict.fromkeys(layer.name for patch, _ in entries for layer in patch.layers))
-    with model.borrow_denoiser() as denoiser:
+    with network(model, settings) as denoiser:
         inputs = _Inputs(model, denoiser, settings, concepts, kept, names, on_step)
         changes, sums = {}, torch.zeros(3, dtype=torch.float64)
         for name, of_layer in inputs:

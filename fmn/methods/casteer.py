@@ -119,7 +119,7 @@ def run(task: Task) -> ForgetPatch:
     batches = -(-settings.pairs // settings.batch)
     progress = PartProgress(task.on_step, batches * len(concepts))
     changes: Changes = {}
-    with model.borrow_denoiser() as denoiser:
+    with model.watch(4 * settings.batch, _side(model, settings)) as denoiser:
         measured = []
         for concept in concepts:
             pairs = prompt_pairs(concept, _words(concepts, concept, settings), settings.pairs)
@@ -127,11 +127,15 @@ def run(task: Task) -> ForgetPatch:
             measured.append(directions.measure(pairs, progress))
         for name, *columns in zip(names, *measured):
             basis = proper_span(torch.stack(columns, 1), name)
-            weight = weight_of(denoiser.module(name)).cpu()
+            weight = weight_of(denoiser, name).cpu()
             up, down = reflection(weight, basis, settings.strength)
             if up.shape[1]:
                 changes[name] = up.float(), down.float()
     return task.patch(changes, progress.values)
+
+
+def _side(model: UNetModel, settings: Settings) -> int:
+    return (settings.size or model.family.resolution) // 8
 
 
 def _words(concepts: Sequence[Concept], concept: Concept, settings: Settings) -> list[str]:
@@ -184,7 +188,7 @@ class Directions:
             [encode_chunk(self.model, prompt) for side in zip(*pairs) for prompt in side]
         )
         signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(len(pairs))
-        side = (settings.size or self.model.family.resolution) // 8
+        side = _side(self.model, settings)
         # Both prompts of a pair start from the same noise, as in the paper.
         noise = seeded_noise([settings.seed + number for number in numbers], side)
         noise = noise.repeat(2, 1, 1, 1).to(denoiser.device)

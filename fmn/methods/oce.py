@@ -127,11 +127,11 @@ def run(task: Task) -> ForgetPatch:
     moment = None if settings.form == "reflection" else _moment(task)
     changes: Changes = {}
     largest_error = 0.0
-    with model.borrow_denoiser() as denoiser:
+    with model.watch() as denoiser:
         names = [layer.name for layer in key_value_layers(model.family, "v")]
         progress = PartProgress(task.on_step, len(names))
         for name in names:
-            weight = weight_of(denoiser.module(name)).cpu()
+            weight = weight_of(denoiser, name).cpu()
             up, down, error = _edit(weight, targets, guides, moment, settings, name)
             changes[name] = up.float(), down.float()
             largest_error = max(largest_error, error)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..closed_form.input_edit import Distances, compact, remaining_losses, uce, weight_of
+from ..closed_form.input_edit import Distances, compact, remaining_losses, uce
 from ..closed_form.text_embeddings import Pairs, concept_pairs
 from ..concepts.concept import Prompt
-from ..linalg import gram, relative_error
+from ..linalg import gram, relative_error, to_float64
 from ..models.interface import Text, UNetModel
 from ..models.token_positions import CHUNK
 from ..patches.patch import ForgetPatch
@@ -76,7 +76,7 @@ def run(task: Task) -> ForgetPatch:
             pairs = Pairs.cat(concept_pairs(inputs, named, settings.tokens, lambda _: TEMPLATES))
             kept = _kept(inputs, task.kept_words(), pairs.targets)
         # Asked for again: encoding may have moved the encoder, and LoRAs out of its weights.
-        weight = weight_of(text_encoder.module(LAYER)).cpu()
+        weight = to_float64(text_encoder.module(LAYER).weight.detach()).cpu()
         edit = compact(uce(*pairs, kept, preserve=settings.preserve, damping=settings.damping))
         rank = settings.rank * len(task.concepts) or max(weight.shape)
         up, down, squares = Distances(pairs, edit.left).change(weight, edit.right, rank)

@@ -83,7 +83,7 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
     """Train a patch of the text encoder; see ``methods.forget``."""
     model, settings, texts = task.model, task.settings, _texts(task)
     options.check_steps(settings.steps)  # before any work
-    with model.borrow_denoiser() as denoiser:
+    with model.watch() as denoiser:
         metric = read_metric(denoiser, model.family)
     names = read_layers(model.family)
     with model.borrow_text_encoder(words=False) as encoder:

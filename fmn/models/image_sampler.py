@@ -134,7 +134,14 @@ def open_sampler(
     sampling: Sampling = Sampling(),
     batch: int = 16,
     on_pictures: Callable[[int], object] = lambda count: None,
+    trained: bool = False,
 ) -> Iterator[ImageSampler]:
-    """Borrow a model to draw with; its weights are never written to."""
-    with model.borrow_denoiser() as denoiser, torch.no_grad():
+    """Borrow a model to draw with; its weights are never written to.
+
+    Args:
+        trained: something will be trained on it, too, which quantised models refuse.
+    """
+    side = (sampling.size or model.family.resolution) // 8
+    opened = model.borrow_denoiser() if trained else model.watch(2 * batch, side)
+    with opened as denoiser, torch.no_grad():
         yield ImageSampler(model, denoiser, sampling, batch, on_pictures)

@@ -85,11 +85,8 @@ class NoiseSchedule(ABC):
         """Clean latents from noise [B, C, h, w]; options of the schedule's sampler."""
 
 
-class Denoiser(Protocol):
-    """A loaded network that autograd can work with, while ``Model.borrow_denoiser`` lasts.
-
-    All its weights are frozen. Methods may hook its modules and must unhook them again.
-    """
+class Network(Protocol):
+    """What all loaded networks have. Methods may hook modules and must unhook them again."""
 
     device: torch.device
 
@@ -97,7 +94,15 @@ class Denoiser(Protocol):
     def schedule(self) -> NoiseSchedule: ...
 
     def module(self, name: str) -> LayerModule:
-        """The Linear or Conv2d of a ``Layer.name``."""
+        """The Linear or Conv2d of a ``Layer.name``; where a network is only watched, it may be
+        another class with a quantised weight."""
+
+
+class Denoiser(Network, Protocol):
+    """A loaded network that autograd can work with, while ``Model.borrow_denoiser`` lasts.
+
+    All its weights are frozen.
+    """
 
     def predict_noise(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         """Predicted noise [B, C, h, w] for x_t [B, C, h, w] at integer time steps t [B].
@@ -110,10 +115,17 @@ class Denoiser(Protocol):
 
 
 class UNet(Denoiser, Protocol):
-    """A U-Net with DDPM's noise whose cross-attention can be read."""
+    """A U-Net with DDPM's noise whose cross-attention can be read.
+
+    While it is only watched (``Model.watch``) its predictions have no gradient.
+    """
 
     alphas_cumprod: Tensor  # float32 [S], alpha-bar of Ho et al. 2020, section 2
     context_argument: str  # the name under which attn2.forward gets the text
+
+    def weight(self, name: str) -> Tensor:
+        """The weight [out, in] of the Linear of a ``Layer.name``; a quantised one as its layer
+        multiplies by it."""
 
     def cross_attention_modules(self) -> list[nn.Module]:
         """The attn2 modules, ``attention.CrossAttention``, in forward order."""
@@ -175,20 +187,11 @@ class Fingerprint(str):
     sketch: tuple[float, ...] = ()
 
 
-class Watched(Protocol):
-    """A loaded network that is only run, while ``Model.watch`` lasts.
+class Watched(Network, Protocol):
+    """A transformer that is only run, while ``Model.watch`` lasts.
 
     Nothing is frozen, copied or converted, so its weights may have any precision, and lie anywhere.
-    Methods may hook its modules and must unhook them again.
     """
-
-    device: torch.device
-
-    @property
-    def schedule(self) -> NoiseSchedule: ...
-
-    def module(self, name: str) -> LayerModule:
-        """The module of a ``Layer.name``, which may be another class with a quantised weight."""
 
     def predict_each(self, x_t: Tensor, t: int, texts: Sequence[Text]) -> Tensor:
         """Predicted noise or velocity for x_t [B, C, h, w] at the time step t.
@@ -216,6 +219,10 @@ class Model(Protocol):
     def borrow_denoiser(self) -> AbstractContextManager[Denoiser]:
         """The network, ready for autograd while the context lasts and unchanged after it."""
 
+    def watch(self, batch: int = 1, side: int = 8) -> AbstractContextManager[Network]:
+        """The network as for sampling ``batch`` latents of that side, to run and to read it, with
+        weights of any precision."""
+
 
 class TransformerModel(Model, Protocol):
     """A diffusion transformer of ``transformers.TRANSFORMERS``."""
@@ -223,8 +230,8 @@ class TransformerModel(Model, Protocol):
     @property
     def family(self) -> UnknownFamily: ...
 
-    def watch(self, batch: int, side: int) -> AbstractContextManager[Watched]:
-        """The network as for sampling ``batch`` latents of that side, while the context lasts."""
+    def watch(self, batch: int = 1, side: int = 8) -> AbstractContextManager[Watched]:
+        """See ``Model.watch``."""
 
 
 class UNetModel(Model, Protocol):
@@ -235,6 +242,9 @@ class UNetModel(Model, Protocol):
 
     def borrow_denoiser(self) -> AbstractContextManager[UNet]:
         """The U-Net, ready for autograd while the context lasts and unchanged after it."""
+
+    def watch(self, batch: int = 1, side: int = 8) -> AbstractContextManager[UNet]:
+        """See ``Model.watch``."""
 
     def borrow_text_encoder(self, words: bool = True) -> AbstractContextManager[TextEncoder]:
         """The text encoders, ready for autograd while the context lasts and unchanged after it.

@@ -120,6 +120,9 @@ class TinyModel:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
+    def watch(self, batch=1, side=8):
+        return self.borrow_denoiser()
+
 
 class TinyDenoiser:
     device = torch.device("cpu")
@@ -132,6 +135,9 @@ class TinyDenoiser:
 
     def module(self, name):
         return self.model.unet.get_submodule(name)
+
+    def weight(self, name):
+        return self.module(name).weight.detach()
 
     def cross_attention_modules(self):
         return [self.module(name) for name in cross_attention_names(TINY)]

@@ -49,6 +49,7 @@ MEASURES = {
     "many": ("scale", "many"),
     "sequence": ("scale", "sequence"),
 }
+TRAINS = ("mscore", "inversion", "relearn")  # through the model
 
 
 @dataclass
@@ -100,7 +101,9 @@ class Lab:
     def _measure(self, cell: Cell, patches: Sequence[bytes]) -> Result:
         module, function = MEASURES[cell.work]
         measure: Measure = getattr(import_module(f"..measures.{module}", __package__), function)
-        with open_sampler(self.model, self.suite.sampling, BATCH, self.on_work) as sampler:
+        with open_sampler(
+            self.model, self.suite.sampling, BATCH, self.on_work, cell.work in TRAINS
+        ) as sampler:
             trial = Trial(
                 suite=self.suite,
                 target=self.target(cell.targets[0]),

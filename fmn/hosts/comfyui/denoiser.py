@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
+import torch
 from torch import Tensor, nn
 
 from ...models.adapters import LayerModule
@@ -90,6 +91,9 @@ class UNet(Denoiser):
         self.alphas_cumprod = 1 / (1 + self.sigmas.float() ** 2)
         self.schedule = DDPMSchedule(self.alphas_cumprod)
 
+    def weight(self, name: str) -> Tensor:
+        return self.module(name).weight.detach()
+
     def cross_attention_modules(self) -> list[nn.Module]:
         queries = [f"{name}.to_q" for name in cross_attention_names(self.family)]
         paths = [layers_by_name(self.family)[query].compvis for query in queries]
@@ -108,6 +112,26 @@ class UNet(Denoiser):
     def checkpoint_blocks(self) -> list[nn.Module]:
         names = "ResBlock", "BasicTransformerBlock"
         return [m for m in self.model.diffusion_model.modules() if type(m).__name__ in names]
+
+
+class WatchedUNet(UNet):
+    """A U-Net with weights of any precision, which stay where and as they are."""
+
+    def _reload(self) -> None:
+        pass  # ComfyUI brings each weight to where it is needed
+
+    def predict_noise(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        with torch.inference_mode():  # as ComfyUI does; quantised layers know no other
+            noise = super().predict_noise(x_t, t, text)
+        return noise.clone()
+
+    def weight(self, name: str) -> Tensor:
+        """What the layer gives for unit vectors, less its bias, whatever its weight is kept as."""
+        module: Any = self.module(name)
+        rows = torch.eye(module.weight.shape[1], device=self.device)
+        with torch.inference_mode():
+            columns = module(rows[None])[0] - module(torch.zeros_like(rows[None, :1]))[0]
+        return columns.mT.clone()
 
 
 def _fused_attention(function: Callable, *args: Any, **kwargs: Any) -> Tensor:

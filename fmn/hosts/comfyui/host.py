@@ -92,18 +92,31 @@ class ComfyHost:
                 f"This CLIP has no layer {path}: connect the CLIP of the same checkpoint."
             ) from error
 
-    def _check_precision(self, model: nn.Module) -> None:
+    def _quantised(self, model: nn.Module) -> str:
+        """The first layer whose weight is no plain float, and what it is; else ""."""
         for layer in layers(self.family):
             weight = comfy.utils.get_attr(model, self.key(layer.name))
             is_plain = type(weight) in (Tensor, nn.Parameter)
             if weight.dtype not in FLOATS or not is_plain:
                 # ComfyUI's quantised tensors say that they are what they stand for.
                 kind = str(getattr(weight, "_qdata", weight).dtype).removeprefix("torch.")
-                raise ForgetError(
-                    f"The model's weights are quantised ({layer.compvis} is {kind}) and cannot be "
-                    "trained on: train on the same model loaded in float16, bfloat16 or float32 "
-                    "(weight_dtype default), and apply the patch here."
-                )
+                return f"{layer.compvis} is {kind}"
+        return ""
+
+    def _check_precision(self, model: nn.Module) -> None:
+        if quantised := self._quantised(model):
+            raise ForgetError(
+                f"The model's weights are quantised ({quantised}) and cannot be trained on: take a "
+                "method that solves, such as Re-read or UCE, or train on the same model loaded in "
+                "float16, bfloat16 or float32 (weight_dtype default), and apply the patch here."
+            )
+
+    def _load_for_sampling(self, batch: int, side: int) -> None:
+        """As ComfyUI does before it draws ``batch`` latents of that side."""
+        model = self.patcher.model
+        shape = [batch, self.family.latent_channels, side, side]
+        with torch.inference_mode():  # LoRAs on 8-bit weights need it
+            comfy.model_management.load_models_gpu([self.patcher], model.memory_required(shape))
 
     @contextmanager
     def _loaded(self) -> Iterator[ModelPatcher]:

@@ -23,7 +23,7 @@ from ...models.families import UNetFamily, check_input_channels, identify_unet
 from ...models.interface import Text, TextEncoder
 from ...models.sampling import DRAWN_AT_ONCE
 from ...models.token_positions import CHUNK
-from .denoiser import UNet
+from .denoiser import UNet, WatchedUNet
 from .host import ComfyHost
 from .text_encoder import borrow_text_encoder, shortened, tokens_of, unpaged_clip
 
@@ -146,6 +146,22 @@ class ComfyModel(ComfyHost):
     @contextmanager
     def borrow_denoiser(self) -> Iterator[UNet]:
         """Load the U-Net so that autograd can use it; see ``host``."""
+        self._check_channels()
+        with self._loaded() as patcher:
+            yield UNet(self.family, patcher)
+
+    @contextmanager
+    def watch(self, batch: int = 1, side: int = 8) -> Iterator[UNet]:
+        """See ``interface.Model``. Only quantised weights are not loaded as for autograd."""
+        if not self._quantised(self.patcher.model):
+            with self.borrow_denoiser() as denoiser:
+                yield denoiser
+            return
+        self._check_channels()
+        self._load_for_sampling(batch, side)
+        yield WatchedUNet(self.family, self.patcher)
+
+    def _check_channels(self) -> None:
         channels = self.patcher.model.diffusion_model.in_channels
         check_input_channels(channels)
         if channels != (given := 4 + self._channels_beside_noise()):
@@ -153,8 +169,6 @@ class ComfyModel(ComfyHost):
                 f"This {self.family.title} reads {channels} channels, but ComfyUI gives it "
                 f"{given}, as it knows no such variant of the family: train on its base model."
             )
-        with self._loaded() as patcher:
-            yield UNet(self.family, patcher)
 
     def _channels_beside_noise(self) -> int:
         x = torch.zeros(1, 4, 8, 8)

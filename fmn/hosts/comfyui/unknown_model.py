@@ -95,13 +95,10 @@ class UnknownModel(ComfyHost):
             ) from error
 
     @contextmanager
-    def watch(self, batch: int, side: int) -> Iterator[WatchedModel]:
+    def watch(self, batch: int = 1, side: int = 8) -> Iterator[WatchedModel]:
         """Load the model as for sampling a batch of latents of that side; see ``Watched``."""
         self._check_latents()
-        model = self.patcher.model
-        shape = [batch, self.family.latent_channels, side, side]
-        with torch.inference_mode():  # as ComfyUI does; LoRAs on 8-bit weights need it
-            comfy.model_management.load_models_gpu([self.patcher], model.memory_required(shape))
+        self._load_for_sampling(batch, side)
         yield WatchedModel(self.family, self.patcher)
 
     def _check_latents(self) -> None:

@@ -187,6 +187,9 @@ class DiffusersModel(PipelineModel[UNetFamily]):
         with evaluating([self.unet]), frozen([self.unet]), _filled(self.unet):
             yield _UNet(self)
 
+    def watch(self, batch: int = 1, side: int = 8) -> AbstractContextManager[_UNet]:
+        return self.borrow_denoiser()
+
     def borrow_text_encoder(self, words: bool = True) -> AbstractContextManager[TextEncoder]:
         return borrow_text_encoder(self, self.pipeline, words)
 
@@ -227,6 +230,9 @@ class _UNet:
 
     def module(self, name: str) -> LayerModule:
         return self.unet.get_submodule(name)
+
+    def weight(self, name: str) -> Tensor:
+        return self.module(name).weight.detach()
 
     def cross_attention_modules(self) -> list[nn.Module]:
         return [self.unet.get_submodule(name) for name in cross_attention_names(self.model.family)]

@@ -146,7 +146,7 @@ class DiffusersTransformer(PipelineModel[UnknownFamily]):
             yield _Denoiser(self)
 
     @contextmanager
-    def watch(self, batch: int, side: int) -> Iterator[_Denoiser]:
+    def watch(self, batch: int = 1, side: int = 8) -> Iterator[_Denoiser]:
         yield _Denoiser(self)
 
 

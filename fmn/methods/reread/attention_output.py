@@ -39,10 +39,8 @@ def cross_attention_layers(denoiser: UNet, family: UNetFamily) -> list[CrossAtte
     layers = []
     modules: list[Any] = denoiser.cross_attention_modules()
     for name, module in zip(cross_attention_names(family), modules):
-        key, value = (
-            rearrange(part.weight.detach().float(), "(h d) c -> h d c", h=module.heads)
-            for part in (module.to_k, module.to_v)
-        )
+        weights = (denoiser.weight(f"{name}.{part}").float() for part in ("to_k", "to_v"))
+        key, value = (rearrange(w, "(h d) c -> h d c", h=module.heads) for w in weights)
         layers.append(CrossAttention(name, key, value))
     return layers
 

@@ -5,6 +5,7 @@ queries of real drawings. ``docs/methods/reread.md`` derives it and reports what
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from ...concepts.concept import Concept
 from ...concepts.keep_list import keep_for
 from ...concepts.prompt_templates import PLACEHOLDER, blanked, kept_sentences, sentences, together
 from ...errors import NonFiniteLoss
-from ...models.interface import Text
+from ...models.interface import Text, UNet, UNetModel
 from ...patches.patch import ForgetPatch
 from ...patches.task import Task, method_run
 from ...training.run import TrainingOptions
@@ -23,7 +24,7 @@ from .recorded import recorded_patch
 from .regression import both_sides, closed_form
 from .regression_data import QuerySampler, SentencePairs
 from .settings import Settings
-from .training_images import draw_scenes
+from .training_images import AT_ONCE, draw_scenes
 
 TITLE = "Re-read"
 REVISION = 3
@@ -67,7 +68,7 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
         settings.overshoot_style if concept.kind == "style" else settings.overshoot
         for concept in concepts
     ]
-    with model.borrow_denoiser() as denoiser:
+    with network(model, settings) as denoiser:
         lists = [*both_sides(pairs), kept]
         counts = len(concepts), len(styles)
         sampler = QuerySampler(model, denoiser, settings, task.on_step, lists, *counts)
@@ -91,6 +92,14 @@ def run(task: Task, options: TrainingOptions = TrainingOptions()) -> ForgetPatch
             error.patch = make_patch(changes)
             raise
     return training.finish()
+
+
+def network(model: UNetModel, settings: Settings) -> AbstractContextManager[UNet]:
+    """The U-Net to draw with, and to train if the settings ask for it."""
+    if settings.robust_steps:
+        return model.borrow_denoiser()
+    # With guidance each picture has two rows.
+    return model.watch(2 * AT_ONCE, (settings.size or model.family.resolution) // 8)
 
 
 def _training_texts(

@@ -73,7 +73,7 @@ def problems(
     for layer in cross_attention_layers(denoiser, model.family):
         name = f"{layer.name}.to_out.0"
         rows = [sentences.rows(layer) for sentences in concepts]
-        yield Problem(name, weight_of(denoiser.module(name)), rows, kept_sentences.rows(layer))
+        yield Problem(name, weight_of(denoiser, name), rows, kept_sentences.rows(layer))
 
 
 def both_sides(pairs: Sequence[SentencePairs]) -> list[list[str]]:
