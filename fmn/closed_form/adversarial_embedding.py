@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ForgetError
 from ..models.families import UNetFamily, layers
-from ..models.interface import Denoiser
+from ..models.interface import UNet
 from ..patches.patch import ForgetPatch
 
 
@@ -26,7 +26,7 @@ class Hardest:
 
 
 def hardest(
-    denoiser: Denoiser,
+    denoiser: UNet,
     family: UNetFamily,
     patches: Sequence[tuple[ForgetPatch, float]],
     contexts: Tensor,
@@ -74,7 +74,7 @@ def hardest_contexts(patched: Tensor, cross: Tensor, contexts: Tensor, r: float)
 
 
 def grams(
-    denoiser: Denoiser, family: UNetFamily, patches: Sequence[tuple[ForgetPatch, float]]
+    denoiser: UNet, family: UNetFamily, patches: Sequence[tuple[ForgetPatch, float]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of W_l^T W_l, W'_l^T W'_l and W'_l^T W_l over all keys and values of cross-attention.
 

@@ -18,7 +18,7 @@ from ..concepts.concept import Concept
 from ..concepts.concept_list import FIELDS, concept_of
 from ..concepts.prompt_templates import sentences
 from ..errors import ForgetError
-from ..methods.reread.method import Settings, kept_texts
+from ..methods.reread.method import Settings, kept_texts, network
 from ..methods.reread.regression import both_sides, problems
 from ..methods.reread.regression_data import QuerySampler
 from ..models.families import cross_attention_names

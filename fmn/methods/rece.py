@@ -12,7 +12,7 @@ from torch import Tensor
 from ..closed_form.adversarial_embedding import hardest_contexts
 from ..closed_form.input_edit import InputEdit, input_patch, uce, weight_gram
 from ..closed_form.text_embeddings import Pairs, kept_contexts
-from ..models.interface import Denoiser
+from ..models.interface import UNet
 from ..patches.patch import ForgetPatch
 from ..patches.task import Task, method_run
 from ..settings import Settings as Base
@@ -68,7 +68,7 @@ def run(task: Task) -> ForgetPatch:
     # The empty prompt, all of it, is what guidance starts from.
     kept = torch.cat([kept, kept_contexts(task.model, ("",), "all")])
 
-    def edit_of(denoiser: Denoiser) -> InputEdit:
+    def edit_of(denoiser: UNet) -> InputEdit:
         return rece(weight_gram(denoiser, task.model.family), pairs, kept, task.settings)
 
     return input_patch(task, pairs, edit_of)

@@ -1,4 +1,4 @@
-"""Re-read on GGUF files, by the classes of city96's ComfyUI-GGUF, which is not part of the project.
+"""Methods that solve on GGUF files, by the classes of city96's ComfyUI-GGUF, not a part of this.
 
 GGUF_PATH names a copy of that pack; it needs the package gguf.
 """
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from .others import WIDTH, Words, esd_settings, make
 from .parts import concept, leftovers
+from .reduced import known, write_checkpoint
+from .test_quantised import SOLVED, clip_of, loaded, saved_as
 from .test_transformer_table import changes_by_way
 from .test_transformers import reread_settings
 
@@ -35,11 +38,11 @@ def gguf_pack(pack):
     return importlib.import_module(f"{name}.nodes")
 
 
-def written(weights, form, path):
-    """A GGUF file of a Stable Diffusion 3, whose matrices are in a form of 8 or 4 bits."""
+def written(weights, form, path, architecture="sd3"):
+    """A GGUF file of a model whose matrices are in a form of 8 or 4 bits."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, "sd3")
+    writer = gguf.GGUFWriter(path, architecture)
     for key, tensor in weights.items():
         fits = tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and key.endswith(".weight")
         kind = gguf.GGMLQuantizationType[form if fits else "F32"]
@@ -64,6 +67,40 @@ def host(request, pack, gguf_pack, monkeypatch, tmp_path):
     with torch.inference_mode():
         (patcher,) = gguf_pack.UnetLoaderGGUF().load_unet("model.gguf")
     return pack("fmn.hosts.comfyui.unknown_model").host_of(patcher, Words())
+
+
+@pytest.mark.parametrize("form", ["Q8_0", "Q4_0"])
+def test_methods_solve_on_a_u_net(pack, gguf_pack, monkeypatch, tmp_path, form):
+    """The same patch as on the numbers that the file stands for."""
+    import gguf
+
+    checkpoint = write_checkpoint(tmp_path / "sd1.safetensors", "sd1")
+    path, meant = tmp_path / "model.gguf", {}
+    weights = load_file(saved_as("plain", checkpoint, tmp_path))
+    written(weights, form, path, "sd1")
+    for tensor in gguf.GGUFReader(path).tensors:
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        meant[tensor.name] = values.reshape(weights[tensor.name].shape)
+    save_file(meant, tmp_path / "meant.safetensors")
+    monkeypatch.setattr(gguf_pack.folder_paths, "get_full_path", lambda *names: str(path))
+    with known(pack, monkeypatch, "sd1"), torch.inference_mode():
+        (patcher,) = gguf_pack.UnetLoaderGGUF().load_unet("model.gguf")
+        clip, host = clip_of(checkpoint), pack("fmn.hosts.comfyui.model").ComfyModel
+        packed, whole = host(patcher, clip), host(loaded(tmp_path / "meant.safetensors"), clip)
+        before = content(packed.patcher.model)
+        for method, given in SOLVED.items():
+            chosen = pack(f"fmn.methods.{method}").Settings(**given)
+            found, wanted = (
+                pack("fmn.methods").forget(model, [concept(pack)], chosen)
+                for model in (packed, whole)
+            )
+            for name in wanted.changes:
+                change = wanted.change_of(name)
+                error = (found.change_of(name) - change).norm() / change.norm()
+                assert error < 0.02, (method, name)
+    after = content(packed.patcher.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not leftovers(packed.patcher.model)
 
 
 def content(model):

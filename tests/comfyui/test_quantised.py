@@ -1,4 +1,5 @@
-"""Quantised weights as ComfyUI's stock loaders make them: no training, but a patch can be worn."""
+"""Quantised U-Nets as ComfyUI's stock loaders make them: they are solved for and wear patches, and
+are not trained."""
 
 import json
 
@@ -96,6 +97,54 @@ def loaded(path, weight_dtype=None):
         return comfy.sd.load_diffusion_model(str(path), model_options=options)
 
 
+KINDS = ("fp8", "scaled", "mixed", "int8")
+SOLVED = {
+    "uce": {"keep_list": "none"},
+    "reread": {
+        "prompts": 4, "keep_prompts": 8, "near_words": 0, "sampling_steps": 1, "size": 64,
+    },
+    "casteer": {"pairs": 2, "sampling_steps": 2, "batch": 1, "size": 64},
+    "oce": {"keep_list": "none", "general": 0.0, "preserve": 0.0, "form": "reflection"},
+    "rece": {"rounds": 1, "keep_list": "none"},
+}  # fmt: skip
+
+
+def quantised_as(kind, checkpoint, folder):
+    """The MODEL, and the same weights in 32 bits as the loader takes them."""
+    from comfy.quant_ops import QUANT_ALGOS
+
+    if kind == "int8" and "int8_tensorwise" not in QUANT_ALGOS:
+        pytest.skip("This ComfyUI has no int8.")
+    path = saved_as("plain" if kind == "fp8" else kind, checkpoint, folder)
+    meant = {}
+    for key, tensor in (weights := load_file(path)).items():
+        if kind == "fp8":
+            meant[key] = tensor.to(FP8).float()
+        elif not key.endswith(("scale", "scale_weight", "scaled_fp8")):
+            name = key.removesuffix("weight")
+            scales = [name + end for end in ("scale_weight", "weight_scale")]
+            scale = next((weights[each] for each in scales if each in weights), 1.0)
+            meant[key] = tensor.float() * scale
+    save_file(meant, folder / "meant.safetensors")
+    return loaded(path, FP8 if kind == "fp8" else None), loaded(folder / "meant.safetensors")
+
+
+def content(model):
+    """Every weight's bytes."""
+    values = {key: getattr(value, "_qdata", value) for key, value in model.state_dict().items()}
+    return {
+        key: value.detach().clone().contiguous().reshape(-1).view(torch.uint8)
+        for key, value in values.items()
+    }
+
+
+def check_unchanged(model, before):
+    after = content(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def output(patcher, context):
     """What ComfyUI computes in sampling."""
     import comfy.model_management
@@ -125,20 +174,19 @@ def plain(pack, monkeypatch, checkpoint, clip, tmp_path):
         yield host, pack("fmn.patches.patch").ForgetPatch(family, changes, {"concepts": []})
 
 
-@pytest.mark.parametrize("kind", ["fp8", "scaled", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_quantised_models_wear_patches_and_are_not_trained(pack, plain, checkpoint, tmp_path, kind):
     host, patch = plain
     text = host.encode(concept(pack).training_prompts()[0]).context
-    path = saved_as("plain" if kind == "fp8" else kind, checkpoint, tmp_path)
-    quantised = type(host)(loaded(path, FP8 if kind == "fp8" else None), host.clip)
+    quantised = type(host)(quantised_as(kind, checkpoint, tmp_path)[0], host.clip)
     before, base = output(quantised.patcher, text), output(host.patcher, text)
     assert 0 < (before - base).norm() < 0.2 * base.norm()  # it is the same model, in 8 bits
 
     drawn = settings(pack, references="samples")  # refused before anything is drawn
-    for run, chosen in (("resteer", drawn), ("uce", None), ("esd", esd_settings(pack))):
-        method = pack(f"fmn.methods.{run}")
+    robust = pack("fmn.methods.reread").Settings(**SOLVED["reread"], robust_steps=1)
+    for run, chosen in (("resteer", drawn), ("reread", robust), ("esd", esd_settings(pack))):
         with pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*apply the patch h"):
-            method.run(quantised, [concept(pack)], chosen or method.Settings(keep_list="none"))
+            pack(f"fmn.methods.{run}").run(quantised, [concept(pack)], chosen)
 
     assert len(quantised.fingerprint()) == 32
     wanted = output(host.patched(patch, 1.0), text) - base
@@ -146,6 +194,63 @@ def test_quantised_models_wear_patches_and_are_not_trained(pack, plain, checkpoi
     assert wanted.norm() > 0.1 * base.norm()
     assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), 0) > 0.9
     assert torch.equal(output(quantised.patcher, text), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_solve_on_what_quantised_weights_stand_for(pack, plain, checkpoint, tmp_path, kind):
+    """The same patch as on the same numbers in 32 bits, from the model as it is loaded."""
+    host, _ = plain
+    patchers = quantised_as(kind, checkpoint, tmp_path)
+    eight, meant = (type(host)(patcher, host.clip) for patcher in patchers)
+    before = content(eight.patcher.model)
+    for method, given in SOLVED.items():
+        chosen = pack(f"fmn.methods.{method}").Settings(**given)
+        patches = []
+        for model in (eight, meant):
+            with torch.inference_mode():
+                patches.append(pack("fmn.methods").forget(model, [concept(pack)], chosen))
+        found, wanted = patches
+        assert found.changes.keys() == wanted.changes.keys()
+        for name in wanted.changes:
+            change = wanted.change_of(name)
+            error = (found.change_of(name) - change).norm() / change.norm()
+            # Layers in int8 round their inputs, too.
+            assert error < (0.05 if kind == "int8" else 0.02), (method, name)
+        check_unchanged(eight.patcher.model, before)
+
+
+def test_cancel_and_error_leave_a_quantised_model_as_it_was(pack, plain, checkpoint, tmp_path):
+    import comfy.model_management as management
+
+    host, _ = plain
+    eight = type(host)(quantised_as("scaled", checkpoint, tmp_path)[0], host.clip)
+    before = content(eight.patcher.model)
+    chosen = pack("fmn.methods.reread").Settings(**SOLVED["reread"])
+    for error in (management.InterruptProcessingException, RuntimeError):
+
+        def stop(step, error=error):
+            raise error
+
+        with torch.inference_mode(), pytest.raises(error):
+            pack("fmn.methods").forget(eight, [concept(pack)], chosen, stop)
+        check_unchanged(eight.patcher.model, before)
+
+
+def test_a_batch_and_the_answer_after_it_on_a_quantised_model(pack, plain, checkpoint, tmp_path):
+    host, _ = plain
+    eight = type(host)(quantised_as("fp8", checkpoint, tmp_path)[0], host.clip)
+    chosen = pack("fmn.methods.uce").Settings(keep_list="none")
+    animals = [concept(pack, name) for name in ("dog", "cat")]
+    with torch.inference_mode():
+        made = pack("fmn.jobs.batch").forget_each(eight, animals, chosen, tmp_path / "batch")
+    assert len(made.files) == 2 and not made.failed
+    patch = pack("fmn.patches.patch").load_patch(made.files[0])
+    with torch.inference_mode():
+        (outcome,) = pack("fmn.metrics.outcome").outcomes(eight, patch, animals[:1])
+        merged = pack("fmn.jobs.joint_merge").joint_merge(
+            eight, [(file, 1.0) for file in made.files]
+        )
+    assert outcome.left is not None and merged.patch.concepts == ["dog", "cat"]
 
 
 def test_a_text_encoder_in_8_bits(pack, plain, checkpoint):

@@ -5,7 +5,7 @@ import torch
 
 from .others import WIDTH, Words, esd_settings, make
 from .parts import concept
-from .test_quantised import FP8, loaded, written_as
+from .test_quantised import FP8, check_unchanged, content, loaded, written_as
 from .test_transformer_table import changes_by_way
 from .test_transformers import reread_settings
 
@@ -31,22 +31,6 @@ def quantised(request, pack, tmp_path):
     path = written_as("plain" if kind == "fp8" else kind, weights, tmp_path)
     patcher = loaded(path, FP8 if kind == "fp8" else None)
     return KINDS[kind], pack("fmn.hosts.comfyui.unknown_model").host_of(patcher, Words())
-
-
-def content(model):
-    """Every weight's bytes."""
-    values = {key: getattr(value, "_qdata", value) for key, value in model.state_dict().items()}
-    return {
-        key: value.detach().clone().contiguous().reshape(-1).view(torch.uint8)
-        for key, value in values.items()
-    }
-
-
-def check_unchanged(model, before):
-    after = content(model)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("method", ["reread", "uce"])
