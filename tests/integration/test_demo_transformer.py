@@ -24,7 +24,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def patch(model):
-    settings = Settings(transformer_prompts=1, keep_prompts=4, query_positions=4, passes=1)
+    settings = Settings(
+        transformer_prompts=1, keep_prompts=4, near_words=0, query_positions=4, passes=1
+    )
     return forget(model, [Concept("dog", "object")], settings)
 
 
@@ -63,10 +65,22 @@ def test_what_is_left_is_read_off_at_pure_noise(model, patch):
 @pytest.mark.parametrize("rank, found", [(0, 8), (3, 3)])
 def test_a_rank_of_0_is_all(model, rank, found):
     settings = Settings(
-        transformer_prompts=1, keep_prompts=4, query_positions=4, passes=1, rank=rank
+        transformer_prompts=1, keep_prompts=4, near_words=0, query_positions=4, passes=1, rank=rank
     )
     patch = forget(model, [Concept("dog", "object")], settings)
     assert max(up.shape[1] for up, _ in patch.changes.values()) == found
+
+
+def test_more_noise_levels_and_near_words_are_counted_and_tell(model, patch):
+    settings = Settings(
+        transformer_prompts=1, keep_prompts=4, near_words=2, query_positions=4, passes=1,
+        transformer_levels=2,
+    )  # fmt: skip
+    steps = []
+    found = forget(model, [Concept("dog", "object")], settings, steps.append)
+    assert [step.index for step in steps] == list(range(1, steps[-1].total + 1))
+    assert found.changes.keys() == patch.changes.keys()
+    assert all(not torch.equal(found.change_of(n), patch.change_of(n)) for n in patch.changes)
 
 
 def test_joined_projections_predict_the_same(model):

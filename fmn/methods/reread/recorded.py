@@ -6,9 +6,10 @@ picture's tokens the inputs o and outputs y of each block's attention output pro
 with the concept, and the outputs y* for the same noise without it. No weight is read, so weights
 may have any precision.
 
-Pure noise is where the text alone decides; later the picture shows the concept, too. As each edit
-changes what the blocks behind it get, rows with the concept are recorded again with the edits so
-far and solved again, ``passes`` times.
+Pure noise is where the text alone decides; later the picture shows the concept, too. Lower levels of
+a drawing are recorded as well with ``transformer_levels``. As each edit changes what the blocks
+behind it get, rows with the concept are recorded again with the edits so far and solved again,
+``passes`` times.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ...linalg import to_float64
 from ...models.adapters import attached, fixed_adapters
 from ...models.interface import Text, TransformerModel, Watched
 from ...models.recording import Recorder, Rows
-from ...models.sampling import seeded_noise
+from ...models.sampling import seeded_noise, trailing_timesteps
 from ...models.transformers import Transformer
 from ...models.unknown_family import UnknownFamily
 from ...patches.patch import ForgetPatch
@@ -56,8 +57,9 @@ class Batch(NamedTuple):
     """Encoded prompts, each with its noise and the positions in the picture to record."""
 
     texts: list[Text]
-    noise: Tensor  # [B, C, h, w]
+    x_t: Tensor  # [B, C, h, w]
     positions: Tensor  # [B, P]
+    t: int = -1  # time step; -1 is pure noise
 
 
 class Prompts:
@@ -113,20 +115,40 @@ class RowSampler:
         self.watched, self.prompts, self.progress = watched, prompts, progress
         self.modules = {name: watched.module(name) for name in self.readers}
 
-    def rows(self, batch: Batch, edits: Changes) -> RowsByLayer:
+    def rows(self, batches: Sequence[Batch], edits: Changes) -> RowsByLayer:
         """Rows by layer while the edits are in place; a layer's outputs are without its own."""
-        recorder = Recorder(self.entry, batch.positions, self.prompts.tokens)
+        positions = torch.cat([batch.positions for batch in batches])
+        recorder = Recorder(self.entry, positions, self.prompts.tokens)
         adapters = fixed_adapters(edits, self.watched.device)
-        last = len(self.watched.schedule) - 1
         with (
             recorder.attached(self.readers, self.modules),
             attached(adapters, self.modules.__getitem__),
         ):
-            for first in range(0, len(batch.texts), self.prompts.at_once):
-                part = slice(first, first + self.prompts.at_once)
-                self.watched.predict_each(batch.noise[part], last, batch.texts[part])
-                self.progress(1.0)
+            for batch in batches:
+                self._predict(batch)
         return recorder.taken()
+
+    def along_drawing(self, batch: Batch, levels: int) -> list[Batch]:
+        """The batch at each noise level of a drawing of its texts in so many steps."""
+        schedule, batches = self.watched.schedule, []
+        for i, t in enumerate(trailing_timesteps(len(schedule), levels)):
+            if i:
+
+                def predict(x: Tensor, t: int) -> Tensor:
+                    return self._predict(batch._replace(x_t=x, t=t))
+
+                x_t = schedule.sample(predict, batch.x_t, levels, first=i - 1, last=i)
+                batch = batch._replace(x_t=x_t)
+            batches.append(batch := batch._replace(t=t))
+        return batches
+
+    def _predict(self, batch: Batch) -> Tensor:
+        t, found = batch.t % len(self.watched.schedule), []
+        for first in range(0, len(batch.texts), self.prompts.at_once):
+            part = slice(first, first + self.prompts.at_once)
+            found.append(self.watched.predict_each(batch.x_t[part], t, batch.texts[part]))
+            self.progress(1.0)
+        return torch.cat(found)
 
 
 def recorded_patch(task: Task, kept: Sequence[str]) -> ForgetPatch:
@@ -150,18 +172,26 @@ def recorded_patch(task: Task, kept: Sequence[str]) -> ForgetPatch:
     prompts = Prompts(model, [*texts, *kept], settings)
     concepts = [prompts.pair(some, settings.query_positions) for some in pairs]
     kept_batch = prompts.batch(sorted(kept, key=prompts.length), KEPT_POSITIONS)
-    forwards = prompts.forwards(kept_batch)
-    forwards += (1 + settings.passes) * sum(prompts.forwards(batch) for batch, _ in concepts)
+    levels, of_kept = settings.transformer_levels, prompts.forwards(kept_batch)
+    of_concepts = sum(prompts.forwards(batch) for batch, _ in concepts)
+    forwards = levels * (of_kept + (1 + settings.passes) * of_concepts)
+    forwards += (levels - 1) * (of_kept + of_concepts)  # the drawings
     with model.watch(prompts.at_once, prompts.side) as watched:
         progress = PartProgress(task.on_step, forwards)
         sampler = RowSampler(model.family, watched, prompts, progress)
-        targets = [sampler.rows(without, {}) for _, without in concepts]
+        batches = [sampler.along_drawing(batch, levels) for batch, _ in concepts]
+        targets = [
+            sampler.rows([each._replace(texts=without.texts) for each in some], {})
+            for some, (_, without) in zip(batches, concepts)
+        ]
         # All rows are in memory at once: without the outputs of kept prompts, which stay, and
         # without what the pass before saw.
-        kept_inputs = {name: rows.inputs for name, rows in sampler.rows(kept_batch, {}).items()}
+        kept_rows = sampler.rows(sampler.along_drawing(kept_batch, levels), {})
+        kept_inputs = {name: rows.inputs for name, rows in kept_rows.items()}
+        del kept_rows
         changes: Changes = {}
         for _ in range(settings.passes):
-            seen = [sampler.rows(batch, changes) for batch, _ in concepts]
+            seen = [sampler.rows(some, changes) for some in batches]
             changes, left = solve(seen, targets, kept_inputs, settings)
             del seen
     return task.patch(changes, [1.0, left])

@@ -148,12 +148,20 @@ class Settings(Base, method="reread"):
     )
     near_words: int = advanced(
         48,
-        "U-Nets: so many words that the model reads most like the concept are kept, too, found in "
-        "the shipped lists. 0: none, and neighbours that nobody named are harmed.",
+        "So many words that the model reads most like the concept are kept, too, found in the "
+        "shipped lists, all of which are encoded. 0: none, and neighbours that nobody named are "
+        "harmed.",
         limits=(0, 1000),
     )
     near_prompts: int = advanced(
         4, "Sentences with each of them, beside keep_prompts.", limits=(1, 100)
+    )
+    transformer_levels: int = advanced(
+        1,
+        "Transformers: noise levels at which layers are recorded, those of a drawing in so many "
+        "steps. 1: pure noise alone. More take longer.",
+        limits=(1, 20),
+        group="transformer",
     )
 
     @property
