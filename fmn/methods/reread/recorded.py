@@ -6,10 +6,10 @@ picture's tokens the inputs o and outputs y of each block's attention output pro
 with the concept, and the outputs y* for the same noise without it. No weight is read, so weights
 may have any precision.
 
-Pure noise is where the text alone decides; later the picture shows the concept, too. Lower levels of
-a drawing are recorded as well with ``transformer_levels``. As each edit changes what the blocks
-behind it get, rows with the concept are recorded again with the edits so far and solved again,
-``passes`` times.
+Pure noise is where the text alone decides; later the picture shows the concept, too. With
+``transformer_levels`` lower noise is recorded as well. As each edit changes what the blocks behind
+it get, rows with the concept are recorded again with the edits so far and solved again, ``passes``
+times.
 """
 
 from __future__ import annotations
@@ -130,16 +130,15 @@ class RowSampler:
 
     def along_drawing(self, batch: Batch, levels: int) -> list[Batch]:
         """The batch at each noise level of a drawing of its texts in so many steps."""
-        schedule, batches = self.watched.schedule, []
+        schedule, x_t, batches = self.watched.schedule, batch.x_t, []
+
+        def predict(x: Tensor, t: int) -> Tensor:
+            return self._predict(batch._replace(x_t=x, t=t))
+
         for i, t in enumerate(trailing_timesteps(len(schedule), levels)):
             if i:
-
-                def predict(x: Tensor, t: int) -> Tensor:
-                    return self._predict(batch._replace(x_t=x, t=t))
-
-                x_t = schedule.sample(predict, batch.x_t, levels, first=i - 1, last=i)
-                batch = batch._replace(x_t=x_t)
-            batches.append(batch := batch._replace(t=t))
+                x_t = schedule.sample(predict, x_t, levels, first=i - 1, last=i)
+            batches.append(batch._replace(x_t=x_t, t=t))
         return batches
 
     def _predict(self, batch: Batch) -> Tensor:
