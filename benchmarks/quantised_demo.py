@@ -1,10 +1,11 @@
-"""How much of a concept is left in the demo transformer with weights in 8 bits, by way of loading.
+"""How much of a concept is left in the demo models with weights in 8 bits, by way of loading.
 
     COMFYUI_PATH=... python benchmarks/quantised_demo.py [CONCEPT ...]
 
-Its matrices are written in 32 bits, in fp8 and in int8 (ComfyUI 0.33), each over a scale, and
-loaded by ComfyUI's stock loader. Re-read makes a patch with its default settings on each, as it is
-loaded. The columns are those of ``left`` in ``transformers_full_size.py``, over eight sentences.
+The matrices of the transformer's and of the U-Net's blocks are written in 32 bits, in fp8 and in
+int8 (ComfyUI 0.33), each over a scale, and loaded by ComfyUI's stock loader. Re-read makes a patch
+with its default settings on each, as it is loaded. The columns are those of ``left`` in
+``transformers_full_size.py``, over eight sentences.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 from transformers_full_size import FP8, cells, shares_left
 
 from fmn.concepts.concept import Concept
+from fmn.hosts.comfyui.model import ComfyModel
 from fmn.hosts.comfyui.unknown_model import UnknownModel
 from fmn.methods import forget, settings_of
 from fmn.patches.patch import load_patch, save_patch
@@ -73,42 +75,48 @@ def main() -> None:
     )
     parser.add_argument("concepts", nargs="*", default=CONCEPTS)
     options = parser.parse_args()
+    print("| network | concept | weights in | left: added | Apply | Load LoRA | Bypass |")
+    print("|---|---|---|---:|---:|---:|---:|", flush=True)
     module = demo()
+    for network in ("transformer", "U-Net"):
+        for form in FORMS:
+            if FORMS[form] and FORMS[form] not in comfy.quant_ops.QUANT_ALGOS:
+                print(f"This ComfyUI has no {form}.", file=sys.stderr)
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                host = loaded(module, network, FORMS[form], Path(folder))
+                side = host.family.resolution // 8
+                for word in options.concepts:
+                    concept, file = Concept(word, kind="object"), Path(folder) / "patch.safetensors"
+                    with torch.inference_mode():
+                        patch = forget(host, [concept], settings_of("reread", {}))
+                    save_patch(patch, file)
+                    left = shares_left(host, load_patch(file), file, side, concept, SENTENCES)
+                    print(f"| {network} | {word} | {form} | {cells(left)} |", flush=True)
+
+
+def loaded(module: Any, network: str, form: str | None, folder: Path) -> Any:
+    """A demo model by ComfyUI's loader of files in that form, which is told its configuration."""
+    whole = network == "transformer"
     with torch.inference_mode():
-        patcher, clip, _ = module.load_demo_transformer()
-    config, network = dict(patcher.model.model_config.unet_config), patcher.model.diffusion_model
-    config = {name: value for name, value in config.items() if name != "dtype"}
-    weights = {name: tensor.float() for name, tensor in network.state_dict().items()}
-    print("| concept | weights in | left: added | Apply | Load LoRA | Bypass |")
-    print("|---|---|---:|---:|---:|---:|", flush=True)
-    for name, form in FORMS.items():
-        if form and form not in comfy.quant_ops.QUANT_ALGOS:
-            print(f"This ComfyUI has no {name}.", file=sys.stderr)
-            continue
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            path, patch_file = (
-                Path(folder) / "model.safetensors",
-                Path(folder) / "patch.safetensors",
-            )
-            written(weights, form, path)
-
-            def known(*arguments: Any) -> Any:
-                return module.TransformerConfig(dict(config))
-
-            detection = comfy.model_detection
-            with (
-                mock.patch.object(detection, "detect_unet_config", lambda *a, **k: config),
-                mock.patch.object(detection, "model_config_from_unet_config", known),
-            ):
-                host = UnknownModel(comfy.sd.load_diffusion_model(str(path)), clip)
-            side = host.family.resolution // host.family.latent_factor
-            for word in options.concepts:
-                concept = Concept(word, kind="object")
-                save_patch(forget(host, [concept], settings_of("reread", {})), patch_file)
-                left = shares_left(
-                    host, load_patch(patch_file), patch_file, side, concept, SENTENCES
-                )
-                print(f"| {word} | {name} | {cells(left)} |", flush=True)
+        patcher, clip, _ = (
+            module.load_demo_transformer if whole else module.load_demo_checkpoint
+        )()
+        config = dict(patcher.model.model_config.unet_config)
+        config = {name: value for name, value in config.items() if name != "dtype"}
+        state = patcher.model.diffusion_model.state_dict()
+        path = folder / "model.safetensors"
+        written({name: tensor.float() for name, tensor in state.items()}, form, path)
+        known = module.TransformerConfig if whole else module.DemoConfig
+        detection = comfy.model_detection
+        with (
+            mock.patch.object(detection, "detect_unet_config", lambda *a, **k: config),
+            mock.patch.object(
+                detection, "model_config_from_unet_config", lambda *a: known(dict(config))
+            ),
+        ):
+            patcher = comfy.sd.load_diffusion_model(str(path))
+    return (UnknownModel if whole else ComfyModel)(patcher, clip)
 
 
 if __name__ == "__main__":

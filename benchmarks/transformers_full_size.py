@@ -51,6 +51,7 @@ from fmn.hosts.comfyui.unknown_model import UnknownModel
 from fmn.methods import forget, settings_of
 from fmn.metrics.outcome import share_left
 from fmn.models.adapters import FixedAdapter, attached
+from fmn.models.interface import Text
 from fmn.models.sampling import seeded_noise
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch
 from fmn.training.memory import free_memory, peak_memory, process_memory
@@ -116,18 +117,26 @@ def checksums(model: Any) -> dict[str, int]:
     }
 
 
-def predictions(host: UnknownModel, texts: Any, side: int, changes: Any = None) -> torch.Tensor:
-    """At pure noise, with a patch's changes added to the outputs if there are any."""
-    noise = seeded_noise(range(len(texts)), side, host.family.latent_channels)
+def predictions(host: Any, texts: Any, side: int, changes: Any = None) -> torch.Tensor:
+    """At pure noise, with a patch's changes added to the outputs if there are any.
+
+    Args:
+        host: an ``UnknownModel`` of a transformer, or a ``ComfyModel``.
+    """
+    noise = seeded_noise(range(len(texts)), side, getattr(host.family, "latent_channels", 4))
     with host.watch(len(texts), side) as watched, ExitStack() as stack:
         if changes:
             fixed = {name: FixedAdapter([(*two, 1.0)], "cpu") for name, two in changes.items()}
             stack.enter_context(attached(fixed, watched.module))
-        return watched.predict_each(noise, len(watched.schedule) - 1, texts).float()
+        last = len(watched.schedule) - 1
+        if host.family.known:
+            t = torch.full((len(texts),), last)
+            return watched.predict_noise(noise, t, Text.cat(texts)).detach().float()
+        return watched.predict_each(noise, last, texts).float()
 
 
 def shares_left(
-    host: UnknownModel, patch: ForgetPatch, path: Path, side: int, concept: Concept, count: int
+    host: Any, patch: ForgetPatch, path: Path, side: int, concept: Concept, count: int
 ) -> list[float]:
     """Of ``left``'s ways, as many as this ComfyUI has, over so many sentences."""
     pairs = sentences(concept, count)[:count]
@@ -143,7 +152,7 @@ def shares_left(
         ways.append(lambda: bypass(host.patcher, None, lora, 1.0, 0.0)[0])
     for way in ways:
         with torch.inference_mode():
-            found.append(predictions(UnknownModel(way(), host.clip), with_it, side))
+            found.append(predictions(type(host)(way(), host.clip), with_it, side))
     predictions(host, without, side)  # loads the unpatched model again
     return [share_left(now - start, effect) for now in found]
 
