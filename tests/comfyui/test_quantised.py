@@ -106,6 +106,13 @@ SOLVED = {
     "casteer": {"pairs": 2, "sampling_steps": 2, "batch": 1, "size": 64},
     "oce": {"keep_list": "none", "general": 0.0, "preserve": 0.0, "form": "reflection"},
     "rece": {"rounds": 1, "keep_list": "none"},
+    "trce": {"prompts": 4, "keep_list": "none"},
+    "speed": {"copies": 2},
+    "double_projections": {"keep_list": "common"},
+    # On the text encoder; only the last reads the U-Net's weights.
+    "quickfix": {"keep_list": "none"},
+    "hirm": {"steps": 1, "keep_list": "none"},
+    "reread_text": {"steps": 2, "batch": 2, "prompts": 2, "keep_prompts": 4, "keep_list": "none"},
 }  # fmt: skip
 
 
