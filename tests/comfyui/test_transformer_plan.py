@@ -15,7 +15,6 @@ def test_a_plan_says_what_a_run_takes(pack, monkeypatch, name):
 
     host = program.UnknownModel(make(name, {}), Words(name))
     changes = {"size": 64, "keep_prompts": 24, "transformer_prompts": 4, "rank": 2}
-    changes["near_words"] = 0  # which a plan does not know, but only how many
     settings = program.settings_of("reread", changes)
 
     def length(text):

@@ -12,7 +12,6 @@ from .parts import concept
 
 def reread_settings(pack, **more):
     changes = {"transformer_prompts": 2, "keep_prompts": 6, "query_positions": 4, "size": 64}
-    changes["near_words"] = 0
     return pack("fmn.methods.reread.settings").Settings(**changes | more)
 
 

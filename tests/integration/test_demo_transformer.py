@@ -24,9 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def patch(model):
-    settings = Settings(
-        transformer_prompts=1, keep_prompts=4, near_words=0, query_positions=4, passes=1
-    )
+    settings = Settings(transformer_prompts=1, keep_prompts=4, query_positions=4, passes=1)
     return forget(model, [Concept("dog", "object")], settings)
 
 
@@ -65,7 +63,7 @@ def test_what_is_left_is_read_off_at_pure_noise(model, patch):
 @pytest.mark.parametrize("rank, found", [(0, 8), (3, 3)])
 def test_a_rank_of_0_is_all(model, rank, found):
     settings = Settings(
-        transformer_prompts=1, keep_prompts=4, near_words=0, query_positions=4, passes=1, rank=rank
+        transformer_prompts=1, keep_prompts=4, query_positions=4, passes=1, rank=rank
     )
     patch = forget(model, [Concept("dog", "object")], settings)
     assert max(up.shape[1] for up, _ in patch.changes.values()) == found
@@ -73,7 +71,7 @@ def test_a_rank_of_0_is_all(model, rank, found):
 
 def test_more_noise_levels_and_near_words_are_counted_and_tell(model, patch):
     settings = Settings(
-        transformer_prompts=1, keep_prompts=4, near_words=2, query_positions=4, passes=1,
+        transformer_prompts=1, keep_prompts=4, transformer_near_words=2, query_positions=4, passes=1,
         transformer_levels=2,
     )  # fmt: skip
     steps = []

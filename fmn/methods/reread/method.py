@@ -27,7 +27,7 @@ from .settings import Settings
 from .training_images import AT_ONCE, draw_scenes
 
 TITLE = "Re-read"
-REVISION = 4
+REVISION = 3
 ABOUT = (
     "Re-read, this pack's own closed form: makes cross-attention read prompts as if the "
     "concept were not in them, and other prompts as before. Trains only with robust_steps."
@@ -131,7 +131,9 @@ def kept_texts(
     if not settings.preserve:
         return [""]
     words = keep_for(concepts, (), settings.keep_list)
-    near = nearest_kept(model, concepts, settings.near_words)
+    known = model.family.known
+    count = settings.near_words if known else settings.transformer_near_words
+    near = nearest_kept(model, concepts, count)
     styles = keep_for(concepts, (), "styles")
     groups = together(words, settings.words_per_prompt)
     prompts = kept_sentences(groups, styles, settings.keep_prompts)

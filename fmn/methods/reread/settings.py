@@ -148,9 +148,8 @@ class Settings(Base, method="reread"):
     )
     near_words: int = advanced(
         48,
-        "So many words that the model reads most like the concept are kept, too, found in the "
-        "shipped lists, all of which are encoded. 0: none, and neighbours that nobody named are "
-        "harmed.",
+        "U-Nets: so many words that the model reads most like the concept are kept, too, found in "
+        "the shipped lists. 0: none, and neighbours that nobody named are harmed.",
         limits=(0, 1000),
     )
     near_prompts: int = advanced(
@@ -161,6 +160,13 @@ class Settings(Base, method="reread"):
         "Transformers: noise levels at which layers are recorded, those of a drawing in so many "
         "steps. 1: pure noise alone. More take longer.",
         limits=(1, 20),
+        group="transformer",
+    )
+    transformer_near_words: int = advanced(
+        0,
+        "Transformers: the same in place of near_words; 48 keeps more neighbours, forgets a little "
+        "less and takes 40 % longer, and all words of the lists are encoded first.",
+        limits=(0, 1000),
         group="transformer",
     )
 
