@@ -88,6 +88,8 @@ def test_methods_solve_on_a_u_net(pack, gguf_pack, monkeypatch, tmp_path, form):
         clip, host = clip_of(checkpoint), pack("fmn.hosts.comfyui.model").ComfyModel
         packed, whole = host(patcher, clip), host(loaded(tmp_path / "meant.safetensors"), clip)
         before = content(packed.patcher.model)
+        hash_model = pack("fmn.jobs.recipe").hash_model
+        assert hash_model(packed) == hash_model(packed) != hash_model(whole)
         for method, given in SOLVED.items():
             chosen = pack(f"fmn.methods.{method}").Settings(**given)
             found, wanted = (
@@ -114,6 +116,8 @@ def test_reread_trains_on_them_as_they_are(pack, host, tmp_path):
     model, wrong = host.patcher.model, pack("fmn.errors").ForgetError
     assert model.diffusion_model.joint_blocks[0].x_block.attn.proj.weight.dtype is torch.uint8
     before = content(model)
+    hash_model = pack("fmn.jobs.recipe").hash_model
+    assert hash_model(host) == hash_model(host)  # which a batch needs
 
     def check_unchanged():
         after = content(model)

@@ -64,6 +64,18 @@ def test_methods_solve_on_them_as_they_are(pack, quantised, tmp_path, method):
     assert len(str(refused.value)) < 300
 
 
+def test_a_batch(pack, quantised, tmp_path):
+    _, host = quantised
+    before, batch = content(host.patcher.model), pack("fmn.jobs.batch")
+    chosen = pack("fmn.methods.uce").Settings(keep_list="none")
+    for existing in (0, 2):  # the same model again, so the same files
+        with torch.inference_mode():
+            words = [concept(pack, name) for name in ("dog", "cat")]
+            made = batch.forget_each(host, words, chosen, tmp_path)
+        assert len(made.files) == 2 and len(made.existing) == existing and not made.failed
+    check_unchanged(host.patcher.model, before)
+
+
 @pytest.mark.parametrize("last", [1, 4])
 def test_cancel_and_error_leave_them_as_they_were(pack, quantised, last):
     import comfy.model_management as management

@@ -71,8 +71,8 @@ def test_a_rank_of_0_is_all(model, rank, found):
 
 def test_more_noise_levels_and_near_words_are_counted_and_tell(model, patch):
     settings = Settings(
-        transformer_prompts=1, keep_prompts=4, transformer_near_words=2, query_positions=4, passes=1,
-        transformer_levels=2,
+        transformer_prompts=1, keep_prompts=4, query_positions=4, passes=1,
+        transformer_near_words=2, transformer_levels=2,
     )  # fmt: skip
     steps = []
     found = forget(model, [Concept("dog", "object")], settings, steps.append)
