@@ -2,6 +2,7 @@
 
     COMFYUI_PATH=... python benchmarks/methods_full_size.py sd15
     COMFYUI_PATH=... python benchmarks/methods_full_size.py sdxl --method uce oce-projection
+    COMFYUI_PATH=... python benchmarks/methods_full_size.py sd15 --weights fp8 --method uce reread
 
 Makes a float16 checkpoint with random weights, loads it as ComfyUI's stock loader does, and makes
 one patch of one identity by each method, one after the other in this process, on the CPU. Closed
@@ -57,8 +58,12 @@ def trim():
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def load(path):
-    """The checkpoint as a ``Model`` that counts the time it spends on encoding."""
+def load(path, weights):
+    """The checkpoint as a ``Model`` that counts the time it spends on encoding.
+
+    Args:
+        weights: how the U-Net's are kept, ``default`` or ``fp8``.
+    """
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.cli_args
 
@@ -79,8 +84,11 @@ def load(path):
             with Stopwatch(self):
                 return super().encode_all(texts, *length)
 
+    kept_as = {"dtype": torch.float8_e4m3fn} if weights == "fp8" else {}
     with torch.inference_mode():  # as the executor runs a loader
-        loaded = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
+        loaded = comfy.sd.load_checkpoint_guess_config(
+            path, output_vae=True, output_clip=True, model_options=kept_as
+        )
     return Timed(*loaded[:3])
 
 
@@ -119,7 +127,7 @@ def warm_up(model):
     text = model.encode(Prompt("", ""))
     with (
         model.borrow_text_encoder(words=False),
-        model.borrow_denoiser() as denoiser,
+        model.watch() as denoiser,
         torch.no_grad(),
     ):
         denoiser.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([500]), text)
@@ -185,7 +193,7 @@ def run(name, path, options):
             f"{name} takes about {LOADED[name] / GB:.0f} GB and {free / GB:.0f} GB are "
             f"free, of which {SPARE / GB:.0f} are to stay so: free some memory."
         )
-    model = load(str(path))
+    model = load(str(path), options.weights)
 
     from fmn.concepts.concept import Concept
     from fmn.concepts.keep_list import keep_for
@@ -196,7 +204,8 @@ def run(name, path, options):
     trim()
     before = checksums(model)
     print(
-        f"{name}, random float16 weights, {process_memory() / GB:.1f} GB once loaded; "
+        f"{name}, random float16 weights, kept as {options.weights}, "
+        f"{process_memory() / GB:.1f} GB once loaded; "
         f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores; one {CONCEPT[1]}; "
         f"{len(words if keep is None else keep)} kept words where a method keeps some\n"
     )
@@ -233,6 +242,10 @@ def main():
     parser.add_argument(
         "--checkpoint", type=Path, help="a file of random_checkpoint.py; else one is made"
     )
+    parser.add_argument(
+        "--weights", choices=("default", "fp8"), default="default",
+        help="how ComfyUI keeps the U-Net's; fp8 is for methods that solve (default)",
+    )  # fmt: skip
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     with checkpoint(options.model, options.checkpoint) as path:
