@@ -20,5 +20,6 @@ def test_other_models_have_none():
 
 def test_nothing_is_told_if_all_listed_words_are_forgotten(monkeypatch):
     monkeypatch.setattr("fmn.metrics.neighbours.keep_for", lambda *_: ())
-    model, settings = SimpleNamespace(family=None), SimpleNamespace(keep_needs="x", near_words=0)
+    model = SimpleNamespace(family=SimpleNamespace(known=True))
+    settings = SimpleNamespace(keep_needs="x", near_words=0)
     assert neighbours(model, [Concept("dog")], settings) == []
