@@ -94,7 +94,7 @@ class ConceptInversionProbe(io.ComfyNode):
         on_pictures = progress.drawing(words, 2 * pictures)
         patches = [] if patch is None else [(patch, strength)]
         with (
-            open_sampler(host, Sampling(), batch=4, on_pictures=on_pictures) as sampler,
+            open_sampler(host, Sampling(), 4, on_pictures, trained=True) as sampler,
             sampler.applying(patches),
         ):
             on_step = progress.training(words)
@@ -169,7 +169,7 @@ class HardestEmbedding(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         host = ComfyModel(model, clip)
         encoded = host.encode(Prompt(prompt, prompt, plain=False))
-        with host.borrow_denoiser() as denoiser:
+        with host.watch() as denoiser:
             solution = hardest(denoiser, host.family, [(patch, strength)], encoded.context, r)
         text = (
             f"The patch moves keys and values of '{prompt}' by {solution.before:.2%}. With the "

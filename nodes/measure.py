@@ -22,7 +22,7 @@ from ..fmn.training.textual_inversion import Settings
 from .common import clip_input, image_of, lines_of, schema, seed_input, vae_input
 from .page import show_text, text_output
 from .progress import InversionProgress, stop_if_cancelled
-from .textual_inversion import inversion_inputs
+from .textual_inversion import inversion_inputs, refuse_early
 from .types import Concepts
 
 
@@ -146,8 +146,8 @@ class MScore(io.ComfyNode):
         prompts = {concept.name: _templates(concept, templates) for concept in concepts}
         for name in prompts:
             check(name, prompts[name], seeds)
-        with host.borrow_text_encoder():
-            pass  # refuses unsuitable text encoders before anything is drawn
+        for each in filter(None, (host, reference)):
+            refuse_early(each)
         progress = InversionProgress(sum(measured.steps_of(concept) for concept in concepts))
         results = {}
         for concept in concepts:
@@ -199,7 +199,7 @@ class _Measured(NamedTuple):
             return m_score(model, unet, images, *given, on_step)
 
         drawing = self.reference or self.host
-        with open_sampler(drawing, Sampling(), batch=4, on_pictures=on_pictures) as sampler:
+        with open_sampler(drawing, Sampling(), 4, on_pictures, trained=True) as sampler:
             if images is None:
                 prompts = [fill(templates[i % len(templates)], name) for i in range(self.pictures)]
                 seeds = range(self.seeds[0], self.seeds[0] + self.pictures)

@@ -116,7 +116,9 @@ def inversion_settings(start: str, templates: str, training_seed: int, **values:
 
 
 def refuse_early(host: ComfyModel) -> str:
-    """The base's fingerprint; unsuitable text encoders are refused before any work is done."""
+    """The base's fingerprint; weights and text encoders that cannot be trained through are refused
+    before any work is done."""
+    host.check_trainable()
     with host.borrow_text_encoder():
         return host.fingerprint()
 

@@ -93,7 +93,8 @@ def _name(model: Model) -> str:
 
 def _hash_sample(model: Model) -> str:
     parts = [model.encode(PROBE).context]
-    with model.watch() as denoiser:
+    # Borrowed, all weights hold the user's LoRAs. Of a quantised model they do where it is loaded.
+    with model.watch() if model.quantised else model.borrow_denoiser() as denoiser:
         parts += [denoiser.module(layer.name).weight[:1] for layer in layers(model.family)]
         rows = [part.detach().to("cpu", torch.float16) for part in parts]
         # In float32: float16 cannot tell the ends of schedules apart.

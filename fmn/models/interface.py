@@ -210,6 +210,10 @@ class Model(Protocol):
     @property
     def family(self) -> Family: ...
 
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are no plain floats, so that it can only be watched."""
+
     def fingerprint(self) -> Fingerprint:
         """``fingerprint`` of the loaded weights without any patches."""
 

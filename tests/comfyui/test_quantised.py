@@ -264,6 +264,30 @@ def test_a_batch_and_the_answer_after_it_on_a_quantised_model(
     assert outcome.left is not None and merged.patch.concepts == ["dog", "cat"]
 
 
+@pytest.mark.parametrize("name", ["ConceptInversionProbe", "MScore", "MScore, untouched"])
+def test_nodes_that_learn_words_refuse_before_they_draw(
+    pack, plain, checkpoint, tmp_path, monkeypatch, name
+):
+    host, _ = plain
+    eight, _ = quantised_as("fp8", checkpoint, tmp_path)
+    sampler = pack("fmn.models.image_sampler").ImageSampler
+    monkeypatch.setattr(sampler, "draw", lambda *_, **__: pytest.fail("it draws"))
+    given = {"clip": host.clip, "vae": None, "tokens": 1, "steps": 1, "lr": 0.01, "batch": 1}
+    if name == "ConceptInversionProbe":
+        execute = pack("nodes.attack").ConceptInversionProbe.execute
+        given |= {"model": eight, "images": torch.zeros(1, 64, 64, 3), "words": "dog"}
+        given |= {"save_as": "", "start": "", "templates": "", "training_seed": 0}
+    else:
+        execute = pack("nodes.measure").MScore.execute
+        untouched = "untouched" in name
+        given |= {"model": host.patcher if untouched else eight, "concepts": [concept(pack)]}
+        given |= {"untouched": eight if untouched else None, "templates": "", "inversions": 1}
+        given |= {"measuring_seed": 0}
+    refused = pytest.raises(pack("fmn.errors").ForgetError, match="quantised .*cannot be trained")
+    with torch.inference_mode(), refused:
+        execute(pictures=1, **given)
+
+
 def test_a_text_encoder_in_8_bits(pack, plain, checkpoint):
     """As --fp8_e4m3fn-text-enc loads it: it encodes prompts, but is not worked on itself."""
     host, _ = plain

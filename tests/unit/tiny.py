@@ -120,6 +120,8 @@ class TinyModel:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
+    quantised = False
+
     def watch(self, batch=1, side=8):
         return self.borrow_denoiser()
 

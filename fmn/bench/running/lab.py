@@ -57,7 +57,8 @@ class Lab:
     """Runs one cell after another on one model.
 
     Attributes:
-        controls: name -> pictures [N, H, H, 3] of things the model never knew, for relearning.
+        controls: name -> pictures [N, H, H, 3] of things the model never knew, for relearning and
+            inversion.
         on_work: called often; may raise to cancel.
     """
 

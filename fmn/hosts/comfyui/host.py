@@ -92,7 +92,11 @@ class ComfyHost:
                 f"This CLIP has no layer {path}: connect the CLIP of the same checkpoint."
             ) from error
 
-    def _quantised(self, model: nn.Module) -> str:
+    @property
+    def quantised(self) -> bool:
+        return bool(self._quantised_layer(self.patcher.model))
+
+    def _quantised_layer(self, model: nn.Module) -> str:
         """The first layer whose weight is no plain float, and what it is; else ""."""
         for layer in layers(self.family):
             weight = comfy.utils.get_attr(model, self.key(layer.name))
@@ -103,8 +107,12 @@ class ComfyHost:
                 return f"{layer.compvis} is {kind}"
         return ""
 
+    def check_trainable(self) -> None:
+        """Refuse quantised weights."""
+        self._check_precision(self.patcher.model)
+
     def _check_precision(self, model: nn.Module) -> None:
-        if quantised := self._quantised(model):
+        if quantised := self._quantised_layer(model):
             raise ForgetError(
                 f"The model's weights are quantised ({quantised}) and cannot be trained on: take a "
                 "method that solves, such as Re-read or UCE, or train on the same model loaded in "

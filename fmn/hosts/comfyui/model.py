@@ -108,7 +108,7 @@ class ComfyModel(ComfyHost):
     def sample(
         self, prompt: Prompt, seeds: Iterable[int], size: int, steps: int, guidance: float
     ) -> Tensor:
-        self._check_precision(self.patcher.model)  # before drawing: they are to train on
+        self.check_trainable()  # before drawing: they are to train on
         seeds = list(seeds)
         with torch.inference_mode():
             empty = torch.zeros(1, 4, size // 8, size // 8)
@@ -153,7 +153,7 @@ class ComfyModel(ComfyHost):
     @contextmanager
     def watch(self, batch: int = 1, side: int = 8) -> Iterator[UNet]:
         """See ``interface.Model``. Only quantised weights are not loaded as for autograd."""
-        if not self._quantised(self.patcher.model):
+        if not self.quantised:
             with self.borrow_denoiser() as denoiser:
                 yield denoiser
             return

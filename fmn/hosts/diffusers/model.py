@@ -80,6 +80,8 @@ def _prediction(scheduler: Any) -> str:
 class DiffusersModel(PipelineModel[UNetFamily]):
     """``fmn.models.interface.UNetModel`` over a pipeline; see ``load``."""
 
+    quantised = False  # ``load`` refuses such files
+
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         unet = getattr(pipeline, "unet", None)
         family = identify_unet(unet)

@@ -81,7 +81,7 @@ def velocity(
 class DiffusersTransformer(PipelineModel[UnknownFamily]):
     """``fmn.models.interface.Model`` over the demo transformer."""
 
-    is_demo, prediction = True, "flow"
+    is_demo, prediction, quantised = True, "flow", False
 
     def __init__(self, flux: FluxTransformer2DModel, pipeline: Any) -> None:
         flux.fuse_qkv_projections()  # as ComfyUI has them, so that a patch fits both

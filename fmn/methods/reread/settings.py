@@ -164,8 +164,8 @@ class Settings(Base, method="reread"):
     )
     transformer_near_words: int = advanced(
         0,
-        "Transformers: the same in place of near_words; 48 keeps more neighbours, forgets a little "
-        "less and takes 40 % longer, and all words of the lists are encoded first.",
+        "Transformers: in place of near_words, and all words of the lists are encoded first. 0: "
+        "none. More keep more neighbours, forget a little less and take longer.",
         limits=(0, 1000),
         group="transformer",
     )
