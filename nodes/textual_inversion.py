@@ -118,8 +118,8 @@ def inversion_settings(start: str, templates: str, training_seed: int, **values:
 def refuse_early(host: ComfyModel) -> str:
     """The base's fingerprint; weights and text encoders that cannot be trained through are refused
     before any work is done."""
-    host.check_trainable()
     with host.borrow_text_encoder():
+        host.check_trainable()
         return host.fingerprint()
 
 
