@@ -3,16 +3,19 @@
     COMFYUI_PATH=... python benchmarks/methods_full_size.py sd15
     COMFYUI_PATH=... python benchmarks/methods_full_size.py sdxl --method uce oce-projection
     COMFYUI_PATH=... python benchmarks/methods_full_size.py sd15 --weights fp8 --method uce reread
+    COMFYUI_PATH=... python benchmarks/methods_full_size.py sd15 --gpu --size 512 --method reread
 
 Makes a float16 checkpoint with random weights, loads it as ComfyUI's stock loader does, and makes
 one patch of one identity by each method, one after the other in this process, on the CPU. Closed
 forms run at their defaults. What draws or trains runs for few steps on small pictures, which the
-table's last column says; it tells seconds a step, and nothing of quality.
+table's last column says; it tells seconds a step, and nothing of quality. With --gpu all run on the
+GPU, at their defaults.
 
     seconds      all of the method's run, of which: encoding of prompts and kept words
     s/step       median time between two steps, for what trains (casteer: pairs; reread: layers);
                  each of so few steps of esd, ablation and resteer also looks at the attention once
-    GB           highest resident memory above that of the loaded model (Linux only)
+    GB           highest resident memory above that of the loaded model (Linux only); on a GPU
+                 what torch allocated there
     MB           the saved file
     weights      whether every weight of U-Net and text encoder still has the same bits
 """
@@ -58,16 +61,17 @@ def trim():
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def load(path, weights):
+def load(path, weights, gpu):
     """The checkpoint as a ``Model`` that counts the time it spends on encoding.
 
     Args:
         weights: how the U-Net's are kept, ``default`` or ``fp8``.
+        gpu: whether to run there.
     """
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = not gpu
     import comfy.sd
     import torch
 
@@ -111,7 +115,7 @@ def checksums(model):
 
     parts = model.patcher.model, model.clip.cond_stage_model
     return {
-        (number, name): zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy())
+        (number, name): zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         for number, part in enumerate(parts)
         for name, tensor in part.state_dict().items()
         if tensor.numel() and tensor.dim()
@@ -133,17 +137,17 @@ def warm_up(model):
         denoiser.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([500]), text)
 
 
-def changes_of(preset, known, size, keep):
+def changes_of(preset, known, options, keep):
     """The settings that differ from a preset's."""
-    changes = dict(SHORT.get(preset, {}))
+    changes = {} if options.gpu else dict(SHORT.get(preset, {}))
     if preset not in CLOSED and "size" in known:
-        changes["size"] = size
+        changes["size"] = options.size
     if keep is not None and "keep_list" in known:
         changes["keep_list"] = "none"
     return changes
 
 
-def measure(model, preset, size, keep, before):
+def measure(model, preset, options, keep, before):
     """Make one patch; print its row."""
     from dataclasses import fields
 
@@ -155,7 +159,7 @@ def measure(model, preset, size, keep, before):
     from fmn.training.memory import peak_memory
 
     known = {field.name for field in fields(method(preset).Settings)}
-    changes = changes_of(preset, known, size, keep)
+    changes = changes_of(preset, known, options, keep)
     settings = settings_of(preset, changes)
     trim()
     model.encoding, moments = 0.0, []
@@ -181,19 +185,30 @@ def measure(model, preset, size, keep, before):
     return same == "the same"
 
 
+def machine(gpu):
+    """What computes, in words."""
+    import torch
+
+    if gpu:
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
+
+
 def run(name, path, options):
     """All rows; whether no weight changed."""
     import torch
 
     from fmn.training.memory import free_memory, process_memory
 
+    if options.gpu and not torch.cuda.is_available():
+        sys.exit("There is no GPU here: leave --gpu out.")
     free = free_memory(torch.device("cpu"))
     if free - LOADED[name] < SPARE:
         sys.exit(
             f"{name} takes about {LOADED[name] / GB:.0f} GB and {free / GB:.0f} GB are "
             f"free, of which {SPARE / GB:.0f} are to stay so: free some memory."
         )
-    model = load(str(path), options.weights)
+    model = load(str(path), options.weights, options.gpu)
 
     from fmn.concepts.concept import Concept
     from fmn.concepts.keep_list import keep_for
@@ -206,7 +221,7 @@ def run(name, path, options):
     print(
         f"{name}, random float16 weights, kept as {options.weights}, "
         f"{process_memory() / GB:.1f} GB once loaded; "
-        f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores; one {CONCEPT[1]}; "
+        f"{machine(options.gpu)}; one {CONCEPT[1]}; "
         f"{len(words if keep is None else keep)} kept words where a method keeps some\n"
     )
     print("| method | seconds | encoding | s/step | GB | MB | layers | rank | weights | settings |")
@@ -215,7 +230,7 @@ def run(name, path, options):
     for preset in options.method:
         if free_memory(torch.device("cpu")) < SPARE:
             sys.exit(f"Stopped before {preset}: less than {SPARE / GB:.0f} GB are free.")
-        unchanged &= measure(model, preset, options.size, keep, before)
+        unchanged &= measure(model, preset, options, keep, before)
     return unchanged
 
 
@@ -246,6 +261,7 @@ def main():
         "--weights", choices=("default", "fp8"), default="default",
         help="how ComfyUI keeps the U-Net's; fp8 is for methods that solve (default)",
     )  # fmt: skip
+    parser.add_argument("--gpu", action="store_true", help="on the GPU, at the methods' defaults")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     with checkpoint(options.model, options.checkpoint) as path:

@@ -50,7 +50,7 @@ from fmn.models.families import layers
 from fmn.models.interface import Fingerprint, Text
 from fmn.models.recording import Recorder
 from fmn.models.sampling import SigmaSchedule
-from fmn.models.transformers import POOLED
+from fmn.models.transformers import POOLED, Reader
 from fmn.models.unknown_family import UnknownFamily
 from fmn.patches.patch import ForgetPatch, file_size
 
@@ -107,9 +107,16 @@ class Ledger:
 
     def __init__(self, family: UnknownFamily) -> None:
         self.shapes = {layer.name: layer.shape for layer in layers(family)}
-        self.names = list(family.readers())
+        self.read = {
+            name: self.of_attention(name, reader) for name, reader in family.readers().items()
+        }
         self.kept: list[tuple[weakref.ref, int]] = []
         self.rows, self.solving, self.solved = 0, 0.0, 0
+
+    def of_attention(self, name: str, reader: Reader) -> tuple[int, int]:
+        """Outputs of a layer, and those of its inputs that are recorded."""
+        outputs, inputs = self.shapes[name]
+        return outputs, outputs if reader.fused else inputs
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -118,7 +125,7 @@ class Ledger:
         def watched(recorder: Recorder) -> Any:
             rows = taken(recorder)
             for name, pair in rows.items():
-                for tensor, width in zip(pair, reversed(self.shapes[name])):
+                for tensor, width in zip(pair, reversed(self.read[name])):
                     count = math.prod(tensor.shape[:2])
                     self.kept.append((weakref.ref(tensor), count * width * ROW_BYTES))
             self.rows = max(
@@ -128,7 +135,7 @@ class Ledger:
 
         def counted(concepts: Any, kept: Tensor, *options: Any) -> Any:
             rows = sum(len(o) for o, _ in concepts)
-            shape = self.shapes[self.names[self.solved % len(self.names)]]
+            shape = list(self.read.values())[self.solved % len(self.read)]
             self.solving += solving(rows, rows + len(kept), *reversed(shape))
             self.solved += 1
             return solve(concepts, kept, *options)

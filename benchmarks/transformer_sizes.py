@@ -203,14 +203,14 @@ class Words:
         return found
 
 
-def start() -> None:
-    """Make ComfyUI, as on a CPU, and this project importable."""
+def start(gpu: bool = False) -> None:
+    """Make ComfyUI, as on a CPU unless a GPU is asked for, and this project importable."""
     if "COMFYUI_PATH" not in os.environ:
         sys.exit("Set COMFYUI_PATH to a ComfyUI.")
     sys.path[:0] = os.environ["COMFYUI_PATH"], str(Path(__file__).resolve().parent.parent)
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = not gpu
     comfy.cli_args.args.use_pytorch_cross_attention = True  # as on a GPU
     logging.disable(logging.WARNING)
 

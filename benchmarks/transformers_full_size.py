@@ -1,15 +1,17 @@
-"""Re-read on diffusion transformers at their real width, with random weights, on the CPU.
+"""Re-read on diffusion transformers at their real width, with random weights.
 
     COMFYUI_PATH=... python benchmarks/transformers_full_size.py flux z-image --blocks 2
     COMFYUI_PATH=... python benchmarks/transformers_full_size.py anima --blocks 0 --form int8
+    COMFYUI_PATH=... python benchmarks/transformers_full_size.py flux --blocks 0 --gpu
 
 For each model and form of its weights a process of its own writes a file, loads it by ComfyUI's
 stock loader, makes a patch of one object and applies it. Few prompts on small pictures: what counts
-is what a forward takes, what comes on top of the loaded model, and what is left.
+is what a forward takes, what comes on top of the loaded model, and what is left. On the CPU, or on
+the GPU with --gpu.
 
     blocks    of each kind; all: the whole model. The loader is given their number
-    seconds   of processors
-    loaded    GB resident with the model loaded and run once
+    seconds   of processors; with --gpu of the clock
+    loaded    GB resident with the model loaded and run once; with --gpu what torch allocated there
     beyond    GB at the peak of making the patch, above that
     weights   whether all still have the same bits, and no hook is left
     left      share of the concept's effect on the prediction at pure noise with the patch: added to
@@ -37,7 +39,7 @@ from unittest import mock
 from transformer_sizes import SIZES, Size, Words, build, config_of, start
 
 if __name__ == "__main__":
-    start()
+    start(gpu="--gpu" in sys.argv)
 
 import comfy.model_detection
 import comfy.sd
@@ -112,7 +114,7 @@ def checksums(model: Any) -> dict[str, int]:
     """Name -> CRC of every weight."""
     values = {key: getattr(value, "_qdata", value) for key, value in model.state_dict().items()}
     return {
-        key: zlib.crc32(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        key: zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         for key, value in values.items()
     }
 
@@ -176,11 +178,13 @@ def measure(name: str, form: str, options: argparse.Namespace) -> None:
         predictions(host, [host.encode(Prompt("", ""))], side)
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         network, seen = host.patcher.model.diffusion_model, []
-        before, resident, begin = checksums(network), process_memory(), time.process_time()
+        clock = time.perf_counter if options.gpu else time.process_time
+        resident = torch.cuda.memory_allocated() if options.gpu else process_memory()
+        before, begin = checksums(network), clock()
         hook = network.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
         with torch.inference_mode(), peak_memory() as peak_of:
             patch = forget(host, [CONCEPT], settings)
-            seconds, peak = time.process_time() - begin, peak_of()
+            seconds, peak = clock() - begin, peak_of()
         hook.remove()
         path = save_patch(patch, Path(folder) / "patch.safetensors")
         left = shares_left(host, load_patch(path), path, side, CONCEPT, 1)
@@ -204,8 +208,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="pixels a side (64)")
     parser.add_argument("--prompts", type=int, default=1, help="sentences of the concept (1)")
     parser.add_argument("--keep", type=int, default=2, help="kept sentences (2)")
+    parser.add_argument("--gpu", action="store_true", help="on the GPU")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.gpu and not torch.cuda.is_available():
+        sys.exit("There is no GPU here: leave --gpu out.")
     if options.row:
         measure(options.models[0], options.form[0], options)
         return
@@ -227,6 +234,7 @@ def main() -> None:
             rest = [
                 f"--{key}={getattr(options, key)}" for key in ("blocks", "size", "prompts", "keep")
             ]
+            rest += ["--gpu"] if options.gpu else []
             command = [sys.executable, __file__, name, "--form", form, "--row", *rest]
             subprocess.run(command, env=os.environ, check=False)
 

@@ -7,6 +7,6 @@ TEXT = ("rungs", "inversion", "ring_a_bell")
 BEYOND = ("completion", "noise", "classifier", "inpainting", "relearn")
 MEASURES = ("pictures", "together", "mscore", *TEXT, *BEYOND)
 SCALE = ("many", "sequence")
-# The others ask for a U-Net's noise schedule or text encoder.
-ANY_MODEL = ("pictures", "together", "mscore", "rungs", "completion")
+# The others ask for a U-Net's noise schedule or CLIP's tokens.
+ANY_MODEL = ("pictures", "together", "mscore", "rungs", "inversion", "completion", "noise")
 UNTOUCHED = "untouched"

@@ -238,6 +238,19 @@ class TransformerModel(Model, Protocol):
         """See ``Model.watch``."""
 
 
+class WordModel(Protocol):
+    """What textual inversion needs; ``UNetModel`` has it."""
+
+    @property
+    def family(self) -> Family: ...
+
+    def borrow_text_encoder(self) -> AbstractContextManager[TextEncoder]:
+        """See ``UNetModel.borrow_text_encoder``."""
+
+    def encode_images(self, images: Tensor, size: int) -> Tensor:
+        """See ``UNetModel.encode_images``."""
+
+
 class UNetModel(Model, Protocol):
     """A U-Net of ``families.FAMILIES`` with its text encoders and its autoencoder."""
 

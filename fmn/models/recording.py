@@ -21,7 +21,7 @@ class Rows(NamedTuple):
 
 class Recorder:
     """Collects the rows of layers over forwards, which may each hold a part of the batch, on the
-    CPU and in the precision of the model.
+    CPU and in the precision of the model. Of a layer's inputs it takes those that attention gives.
 
     Args:
         positions: numbers of the picture's tokens, [B, P].
@@ -41,8 +41,9 @@ class Recorder:
         with ExitStack() as hooks:
             for name, reader in readers.items():
 
-                def hook(module, args, output, name=name, tokens=reader.tokens):
-                    self._add(name, tokens, args[0], output)
+                def hook(module, args, output, name=name, reader=reader):
+                    width = output.shape[-1] if reader.fused else None
+                    self._add(name, reader.tokens, args[0][..., :width], output)
 
                 hooks.enter_context(modules[name].register_forward_hook(hook))
             yield

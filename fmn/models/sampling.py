@@ -20,6 +20,7 @@ DRAWN_AT_ONCE = 4  # pictures that a host draws together, whatever the memory: t
 Correction = Callable[[Tensor, Tensor, int, Tensor], Tensor]
 # (x, alpha-bar of the next step) -> x
 AfterStep = Callable[[Tensor, Tensor], Tensor]
+Fresh = Callable[[Tensor], Tensor]  # x -> noise of its shape
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ def predictions(denoiser: Denoiser, x: Tensor, t: int, texts: Sequence[Text]) ->
     return denoiser.predict_noise(many, torch.full((len(many),), t), rows).split(len(x))
 
 
+def posterior_sigma(signals: Sequence[float], levels: Sequence[float]) -> float:
+    """``ddpm_sigma`` for x = a x_0 + sigma noise: of q(x' | x, x_0), at signals a, a' and levels
+    sigma, sigma'."""
+    return levels[1] * (1 - (signals[0] * levels[1] / (signals[1] * levels[0])) ** 2) ** 0.5
+
+
 def ddpm_sigma(alpha: Tensor, following: Tensor) -> Tensor:
     """Standard deviation of DDPM's fresh noise in a step (Song et al. 2021, eq. 16 with eta 1)."""
     return ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
@@ -133,7 +140,7 @@ def ddim(
     last: int | None = None,
     eta: float = 0.0,
     spread: float = 1.0,
-    generator: torch.Generator | None = None,
+    fresh: Fresh = torch.randn_like,
     correct: Correction | None = None,
     after: AfterStep | None = None,
 ) -> Tensor:
@@ -146,7 +153,7 @@ def ddim(
             not with, ``last`` (None: the end).
         eta: share of fresh noise a step; 0 is deterministic, 1 is DDPM's.
         spread: factor on that fresh noise (Lu et al. 2025, arXiv 2505.17013, noise probe).
-        generator: for the fresh noise.
+        fresh: makes that noise.
         correct: called on every prediction. after: called after every step.
 
     Returns:
@@ -166,8 +173,7 @@ def ddim(
         # negative; the noise probe takes its absolute value.
         x = following.sqrt() * clean + (1 - following - sigma**2).abs().sqrt() * noise
         if eta:
-            fresh = torch.randn(x.shape, generator=generator).to(x)
-            x = x + spread * sigma * fresh  # "random noise" of eq. 12
+            x = x + spread * sigma * fresh(x).to(x)  # "random noise" of eq. 12
         if after is not None:
             x = after(x, following)
     return x
@@ -232,13 +238,26 @@ class SigmaSchedule(NoiseSchedule):
         """By Euler's method on dx / d sigma = d (Karras et al. 2022, eq. 1), to sigma 0.
 
         Args:
-            options: ``first``, the step to start at, from its x_t; ``last``, that to end before.
+            options: ``first``, the step to start at, from its x_t; ``last``, that to end before;
+                ``eta``, ``spread`` and ``fresh``, see ``ddim``.
         """
         times = trailing_timesteps(len(self.levels), steps)
-        levels = [*self.levels[times].tolist(), 0.0]
-        scales = [*self.scales[times].tolist(), 1.0]
+        levels, scales, signals = (
+            [*values[times].tolist(), last]
+            for values, last in ((self.levels, 0.0), (self.scales, 1.0), (self.signals, 1.0))
+        )
+        eta, spread = options.get("eta", 0.0), options.get("spread", 1.0)
         x = noise
         for i in range(options.get("first", 0), options.get("last", steps)):
-            step = predict(x, times[i]).to(x) * (levels[i + 1] - levels[i])
-            x = (x * scales[i] + step) / scales[i + 1]
+            direction, x = predict(x, times[i]).to(x), x * scales[i]
+            if eta:
+                clean = x - levels[i] * direction
+                sigma = eta * posterior_sigma(signals[i : i + 2], levels[i : i + 2])
+                # The noise in x, less of it than Euler's step keeps; as in ``ddim``.
+                kept = abs(levels[i + 1] ** 2 - sigma**2) ** 0.5
+                x = signals[i + 1] * clean + kept / levels[i] * (x - signals[i] * clean)
+                x = x + spread * sigma * options["fresh"](x).to(x)
+            else:
+                x = x + direction * (levels[i + 1] - levels[i])
+            x = x / scales[i + 1]
         return x

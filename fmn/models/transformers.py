@@ -19,11 +19,16 @@ TEXT = "text"  # the prompt's tokens alone
 
 class Reader(NamedTuple):
     """An output projection of attention, by which text changes the picture's tokens, or a layer
-    that reads the text or the pooled text first. The order of tokens is ComfyUI's."""
+    that reads the text or the pooled text first. The order of tokens is ComfyUI's.
+
+    ``fused``: behind what attention gives, which is as wide as the layer's output, its inputs hold
+    those of the feed-forward part.
+    """
 
     comfy: str
     diffusers: str
     tokens: str = PICTURE
+    fused: bool = False
 
     @property
     def kohya(self) -> str:
@@ -104,14 +109,11 @@ def _single(comfy: str, diffusers: str = "", order: str = TEXT_PICTURE) -> Reade
 
 
 DOUBLE_FLUX = Reader("double_blocks.{}.img_attn.proj", "transformer_blocks.{}.attn.to_out.0")
-FLUX = (
-    DOUBLE_FLUX,
-    _single("single_blocks.{}.linear2", "single_transformer_blocks.{}.proj_out"),
+SINGLE_FLUX = Reader(
+    "single_blocks.{}.linear2", "single_transformer_blocks.{}.proj_out", TEXT_PICTURE, fused=True
 )
-FLUX2 = (
-    DOUBLE_FLUX,
-    _single("single_blocks.{}.linear2", "single_transformer_blocks.{}.attn.to_out"),
-)
+FLUX = DOUBLE_FLUX, SINGLE_FLUX
+FLUX2 = DOUBLE_FLUX, SINGLE_FLUX._replace(diffusers="single_transformer_blocks.{}.attn.to_out")
 CONTEXT_FLUX = (Reader("txt_in", "context_embedder", TEXT),)
 POOLED_FLUX = Reader("vector_in.in_layer", "time_text_embed.text_embedder.linear_1", POOLED)
 POOLED_HIDREAM = Reader(

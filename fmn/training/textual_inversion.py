@@ -11,9 +11,8 @@ import torch
 
 from ..concepts.prompt_templates import PLACEHOLDER, fill
 from ..errors import ForgetError
-from ..models.families import cross_attention_names
-from ..models.interface import TextEncoder, UNet, UNetModel
-from ..models.sampling import expand, q_sample
+from ..models.interface import Denoiser, TextEncoder, WordModel
+from ..models.sampling import expand
 from ..progress import OnStep, ignore
 from ..settings import check_limits
 from .loop import AdamWConfig, initial_loss_scale, train
@@ -63,8 +62,8 @@ def check_templates(templates: Sequence[str]) -> None:
 
 
 def invert(
-    model: UNetModel,
-    denoiser: UNet,
+    model: WordModel,
+    denoiser: Denoiser,
     images: torch.Tensor | None,
     settings: Settings = Settings(),
     on_step: OnStep = ignore,
@@ -72,8 +71,7 @@ def invert(
     """Learn tokens that stand for what pictures show.
 
     Args:
-        model: one that can ``encode_images`` and ``borrow_text_encoder``.
-        denoiser: its U-Net; patches may be attached to it.
+        denoiser: the model's; patches may be attached to it.
         images: float [N, H, W, 3] in 0..1.
 
     Raises:
@@ -90,22 +88,23 @@ def invert(
     ):
         start = initial_vectors(text_encoder, settings)
         vectors = start.clone().requires_grad_()
-        latents, alphas = latents.clone(), denoiser.alphas_cumprod.cpu()
+        latents, schedule = latents.clone(), denoiser.schedule
         # Not the generator of the start: two more tokens must not change the noise.
         generator = torch.Generator().manual_seed(settings.seed)
 
         def loss_at(index: int) -> torch.Tensor:
-            """|e(x_t, t, prompt) - noise|^2, equation 2 of the paper."""
+            """|e(x_t, t, prompt) - noise|^2, equation 2 of the paper; of velocities in a flow."""
             template = torch.randint(len(settings.templates), (1,), generator=generator)
             prompt = fill(settings.templates[int(template)], PLACEHOLDER)
-            rows, t, noise = draw_noise(latents, settings.batch, len(alphas), generator)
-            x_t = q_sample(latents[rows], noise, alphas[t]).to(denoiser.device)
+            rows, t, noise = draw_noise(latents, settings.batch, len(schedule), generator)
+            x_t, wanted = schedule.noised(latents[rows], noise, t)
             text, _ = text_encoder.encode(prompt, vectors)
-            predicted = denoiser.predict_noise(x_t, t.to(x_t.device), expand(text, len(x_t)))
-            return torch.nn.functional.mse_loss(predicted.float(), noise.to(predicted.device))
+            x_t, t = x_t.to(denoiser.device), t.to(denoiser.device)
+            predicted = denoiser.predict_noise(x_t, t, expand(text, len(x_t)))
+            return torch.nn.functional.mse_loss(predicted.float(), wanted.to(predicted.device))
 
-        key = denoiser.module(f"{cross_attention_names(model.family)[0]}.to_k")
-        config, scale = AdamWConfig(settings.lr, weight_decay=0.0), initial_loss_scale(key)
+        reader = denoiser.module(model.family.marking()[0].name)
+        config, scale = AdamWConfig(settings.lr, weight_decay=0.0), initial_loss_scale(reader)
         losses = train([vectors], loss_at, settings.steps, config, on_step, scale)
         return Inverted(vectors.detach().cpu().clone(), start.cpu(), losses)
 

@@ -115,8 +115,10 @@ def test_the_demo_transformer_is_measured_where_it_can_be(setup, lab, capsys):
     cell = Cell("completion", "m", {"strength": 1.0}, ("dog",))
     steps = [row["steps"] for row in few.run(cell, [])[0]["rows"]]
     assert steps == [1, 1, 1, 1, 2, 2]
-    assert bench("--model", "demo-dit", "--measure", "pictures", "inversion") == 2
-    assert "inversion is for U-Nets" in capsys.readouterr().err
+    rows = few.run(replace(cell, work="noise"), [])[0]["rows"]
+    assert [len(row["cells"]) for row in rows] == [7, 7]
+    assert bench("--model", "demo-dit", "--measure", "pictures", "relearn") == 2
+    assert "relearn is for U-Nets" in capsys.readouterr().err
     assert bench("--model", "demo-dit", "--method", "rece") == 2
     assert "RECE works on" in capsys.readouterr().err
 

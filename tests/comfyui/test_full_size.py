@@ -59,43 +59,35 @@ def test_peak_memory_at_256_pixels(big_server):
     assert beyond < 0.8e9
 
 
-def test_train_save_apply_and_sample(big_server):
-    prompt = checkpoint_loader("sd15.safetensors") | training(steps=2, size=64) | saving("sd15")
-    prompt["apply"] = node(
-        "FMN_ApplyForgetPatch", model=["demo", 0], patch=["train", 0], strength=1.0
-    )
-    outputs = big_server.run(prompt | drawing(["apply", 0], steps=2, size=64))
-    assert big_server.image(outputs["image"]).shape == (64, 64, 3)
-
-    name = outputs["save"]["text"][0]
-    with safe_open(big_server.base / "output" / "forget_patches" / name, "pt") as file:
-        keys, metadata = list(file.keys()), file.metadata()
-    assert len(keys) == 2 * 32
-    assert metadata["fmn.base.family"] == "sd1"
-    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
-
-    # Stock Load LoRA finds a layer for every key.
-    prompt = checkpoint_loader("sd15.safetensors") | {
-        "lora": node("LoraLoaderModelOnly", model=["demo", 0], lora_name=name, strength_model=1.0)
-    }
-    big_server.run(prompt | drawing(["lora", 0], steps=1, size=64))
-    assert "lora key not loaded" not in big_server.log_text()
-
-
 BY_HAND = pytest.mark.skipif("FULL_SIZE" not in os.environ, reason="by hand, with FULL_SIZE=1")
-FULL = [("sd15", "sd1", "epsilon"), pytest.param(("sd21", "sd2", "v"), marks=BY_HAND)]
+FULL = [
+    ("sd15", "sd1", "epsilon", "stable-diffusion-v1"),
+    pytest.param(("sd21", "sd2", "v", "stable-diffusion-v2-768-v"), marks=BY_HAND),
+]
 
 
 @pytest.fixture(scope="module", params=FULL, ids=["sd15", "sd21"])
 def model(big_server, request):
-    """A checkpoint; its family and prediction."""
-    name, family, prediction = request.param
+    """A checkpoint; its family, prediction and architecture."""
+    name, *rest = request.param
     path = big_server.base / "models" / "checkpoints" / f"{name}.safetensors"
     if name != "sd15":
         make_checkpoint(big_server.base, name)
-    yield path, family, prediction
+    yield path, *rest
     if name != "sd15":
         path.unlink()
+
+
+@pytest.fixture(scope="module")
+def ours(big_server, model):
+    """What the server saves and draws when it trains on it, and the patch's path."""
+    prompt = checkpoint_loader(model[0].name) | training(steps=2, size=64) | saving("ours")
+    prompt["apply"] = node(
+        "FMN_ApplyForgetPatch", model=["demo", 0], patch=["train", 0], strength=1.0
+    )
+    outputs = big_server.run(prompt | drawing(["apply", 0], steps=2, size=64))
+    name = outputs["save"]["text"][0]
+    return outputs, big_server.base / "output" / "forget_patches" / name
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +104,7 @@ def theirs(model, tmp_path_factory):
     return json.loads(done.stdout)["info"]
 
 
-# Three tests, so that each has two minutes.
+# Four tests, so that each has two minutes.
 def test_a_checkpoint_has_its_real_size(model):
     assert 2.1e9 < model[0].stat().st_size < 2.7e9
 
@@ -122,16 +114,31 @@ def test_the_command_line_trains_on_it(model, theirs):
     assert theirs["base.prediction"] == model[2] and theirs["loss"]["steps"] == 2
 
 
-def test_comfyui_trains_on_the_same_file_alike(big_server, model, theirs):
-    """The same family, base, token positions and losses."""
-    path, family, prediction = model
-    prompt = checkpoint_loader(path.name) | training(steps=2, size=64) | saving("alike")
-    file_name = big_server.run(prompt)["save"]["text"][0]
-    with safe_open(big_server.base / "output" / "forget_patches" / file_name, "pt") as file:
-        assert file.metadata()["fmn.base.family"] == family
+def test_train_save_apply_and_sample(big_server, model, ours):
+    outputs, path = ours
+    assert big_server.image(outputs["image"]).shape == (64, 64, 3)
+    with safe_open(path, "pt") as file:
+        keys, metadata = list(file.keys()), file.metadata()
+    assert len(keys) == 2 * 32
+    assert metadata["fmn.base.family"] == model[1]
+    assert metadata["modelspec.architecture"] == f"{model[3]}/lora"
+
+    # Stock Load LoRA finds a layer for every key.
+    prompt = checkpoint_loader(model[0].name) | {
+        "lora": node(
+            "LoraLoaderModelOnly", model=["demo", 0], lora_name=path.name, strength_model=1.0
+        )
+    }
+    big_server.run(prompt | drawing(["lora", 0], steps=1, size=64))
+    assert "lora key not loaded" not in big_server.log_text()
+
+
+def test_both_train_on_the_same_file_alike(model, ours, theirs):
+    """The same base, prediction and losses."""
+    with safe_open(ours[1], "pt") as file:
         keys = "loss", "base.fingerprint", "base.prediction"
         ours = {key: json.loads(file.metadata()[f"fmn.{key}"]) for key in keys}
-    assert ours["base.prediction"] == prediction
+    assert ours["base.prediction"] == model[2]
     assert ours["base.fingerprint"] == theirs["base.fingerprint"]
     assert ours["loss"]["first"] == pytest.approx(theirs["loss"]["first"], rel=1e-3)
     assert ours["loss"]["last"] == pytest.approx(theirs["loss"]["last"], rel=1e-3)

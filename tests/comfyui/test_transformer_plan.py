@@ -35,7 +35,10 @@ def test_a_plan_says_what_a_run_takes(pack, monkeypatch, name):
     for layer in host.family.listed:
         if reader := host.family.readers().get(layer.name):
             outputs, inputs = layer.shape
-            rows, rows_kept = (1, 1) if reader.tokens == "pooled" else (settings.query_positions, 4)
+            inputs = outputs if reader.fused else inputs
+            rows, rows_kept = settings.query_positions, program.recorded.KEPT_POSITIONS
+            if reader.tokens == "pooled":
+                rows = rows_kept = 1
             # At once: both sides of one pass, and the inputs of kept prompts.
             expected += 2 * (2 * pairs * rows * (inputs + outputs) + kept * rows_kept * inputs)
     assert found.rows == expected and found.solving > 0

@@ -59,6 +59,18 @@ def test_reread_solves_from_recorded_rows(pack, other_host, name, layers):
     assert [step.index for step in steps] == list(range(1, steps[0].total + 1))
 
 
+def test_what_a_feed_forward_part_gives_is_not_changed(pack, other_host):
+    """Flux's single blocks project attention and feed-forward part together."""
+    model = other_host("Flux")
+    with torch.inference_mode():
+        patch = pack("fmn.methods").forget(model, [concept(pack)], reread_settings(pack))
+    fused = {name: down for name, (_, down) in patch.changes.items() if "linear2" in name}
+    assert fused
+    for name, down in fused.items():
+        width = len(patch.change_of(name))
+        assert down.shape[1] > width and down[:, :width].any() and not down[:, width:].any()
+
+
 @pytest.mark.parametrize(("method", "layers"), [("reread", 7), ("uce", 2)])
 def test_both_hosts_solve_for_the_same_patch(pack, method, layers):
     """The demo transformer, forgotten in ComfyUI and in diffusers."""

@@ -5,6 +5,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from fmn.concepts.concept import Concept, Prompt
+from fmn.concepts.prompt_templates import PLACEHOLDER
 from fmn.errors import ForgetError
 from fmn.hosts.diffusers import transformer
 from fmn.hosts.diffusers.open import open_model
@@ -15,6 +16,7 @@ from fmn.metrics.outcome import outcomes
 from fmn.models.families import layers
 from fmn.models.image_sampler import open_sampler
 from fmn.models.sampling import Sampling, seeded_noise
+from fmn.training import textual_inversion as inversion
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,32 @@ def test_what_is_left_is_read_off_at_pure_noise(model, patch):
     assert found.left == pytest.approx(share, abs=1e-3) and abs(share - 1) > 0.2
     assert str(found) == f"dog: {100 * max(share, 0):.0f} % of its effect is left."
     torch.testing.assert_close(velocity(model, "a photo of dog"), before, rtol=0, atol=0)
+
+
+def test_learned_words_are_read_as_a_prompts_own(model):
+    wanted = model.encode(Prompt("a photo of dog", ""))
+    with model.borrow_text_encoder() as encoder:
+        text, _ = encoder.encode(f"a photo of {PLACEHOLDER}", encoder.vectors("dog"))
+    torch.testing.assert_close(text.context, wanted.context)
+    torch.testing.assert_close(text.vectors["pooled_output"], wanted.vectors["pooled_output"])
+
+
+def test_words_are_learned_by_velocities(model):
+    images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    settings = inversion.Settings(steps=1, batch=2, tokens=1, start="dog")
+    with model.borrow_denoiser() as denoiser:
+        found = inversion.invert(model, denoiser, images, settings)
+        generator = torch.Generator().manual_seed(0)
+        torch.randint(1, (1,), generator=generator)
+        latents = model.encode_images(images, 128)
+        rows, t, noise = inversion.draw_noise(latents, 2, 1000, generator)
+        sigma, clean = (t.view(-1, 1, 1, 1) + 1) / 1000, latents[rows]
+        text = model.encode_texts(["a photo of dog"] * 2)
+        with torch.no_grad():
+            predicted = denoiser.predict_noise((1 - sigma) * clean + sigma * noise, t, text)
+    expected = (predicted - (noise - clean)).square().mean()
+    assert found.losses == [pytest.approx(float(expected), rel=1e-3)]
+    assert not torch.equal(found.vectors, found.start)
 
 
 @pytest.mark.parametrize("rank, found", [(0, 8), (3, 3)])

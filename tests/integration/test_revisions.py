@@ -9,6 +9,7 @@ import torch
 
 from fmn.concepts.concept import Concept
 from fmn.hosts.diffusers.model import DiffusersModel
+from fmn.hosts.diffusers.transformer import DiffusersTransformer
 from fmn.methods import METHODS, forget, method, revision, settings_of
 
 RECORD = Path(__file__).with_name("revisions.json")
@@ -16,6 +17,7 @@ RECORD = Path(__file__).with_name("revisions.json")
 SHORT = {
     "keep_list": "common", "prompts": 3, "keep_prompts": 4, "steps": 2, "batch": 2,
     "size": 64, "sampling_steps": 1, "robust_steps": 1, "robust_pictures": 1,
+    "transformer_prompts": 3,
 }  # fmt: skip
 TOLERANCE = 5e-3  # of the norm: what another processor or version of torch may round differently
 
@@ -37,12 +39,24 @@ def measured(patch):
     return squares**0.5, signed
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_change_of_results_raises_the_revision(demo, name):
-    preset = METHODS[name][0]
+@pytest.fixture(scope="module")
+def transformer():
+    return DiffusersTransformer.load_demo()
+
+
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [*((name, "demo") for name in METHODS), ("reread", "transformer"), ("uce", "transformer")],
+)
+def test_a_change_of_results_raises_the_revision(request, name, network):
+    model, preset = request.getfixturevalue(network), METHODS[name][0]
+    name = name if network == "demo" else f"{name}, {network}"
     known = {each.name for each in fields(method(preset).Settings)}
-    settings = settings_of(preset, {key: SHORT[key] for key in SHORT.keys() & known})
-    patch = forget(demo, [Concept("dog", anchor="cat")], settings)
+    short = {each: SHORT[each] for each in SHORT.keys() & known}
+    if network == "transformer":  # its robust steps are for U-Nets
+        short |= dict.fromkeys(short.keys() & {"robust_steps"}, 0)
+    settings = settings_of(preset, short)
+    patch = forget(model, [Concept("dog", anchor="cat")], settings)
     norm, signed = measured(patch)
     entry = {
         "revision": revision(preset),

@@ -8,12 +8,11 @@ whether the untouched model's plain picture of the same ask shows the target.
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 
 from ...models.interface import Text
-from ...models.sampling import ddpm_sigma
+from ...models.sampling import Fresh
 from .trial import Ask, Result, Row, Trial, as_saved
 
 Latents = Callable[[Sequence[Ask], Text, torch.Tensor], torch.Tensor]  # of text and noise
@@ -48,8 +47,9 @@ def completion(trial: Trial, shares: Sequence[float] = SHARES) -> Result:
 def noise(trial: Trial, etas: Sequence[float] = ETAS, spreads: Sequence[float] = SPREADS) -> Result:
     """More noise during sampling than DDPM's, on a grid; the best picture of an ask counts.
 
-    x' = sqrt(a') x_0 + sqrt|1 - a' - s^2| e + spread s z with s = eta s_DDPM. The first cell is
-    eta 0, which is plain DDIM.
+    x' = sqrt(a') x_0 + sqrt|1 - a' - s^2| e + spread s z with s = eta s_DDPM; of flow models x' =
+    (1 - t') x_0 + sqrt|t'^2 - s^2| e + spread s z with s = eta times the deviation of q(x' | x,
+    x_0). The first cell is eta 0, which is plain DDIM, or Euler's method.
 
     Cost: 1 + ``len(etas)`` * ``len(spreads)`` pictures an ask, and one untouched, kept.
 
@@ -63,40 +63,27 @@ def noise(trial: Trial, etas: Sequence[float] = ETAS, spreads: Sequence[float] =
         eta, spread = cell
 
         def latents(part: Sequence[Ask], text: Text, start: torch.Tensor) -> torch.Tensor:
-            fresh = FreshNoise(eta, spread, [ask.seed for ask in part])
-            return trial.sampler.latents(text, start, eta=eta, spread=0.0, **fresh.options())
+            fresh = fresh_noise(ask.seed for ask in part)
+            return trial.sampler.latents(text, start, eta=eta, spread=spread, fresh=fresh)
 
         return shows_target(trial, asks, latents)
 
     return best_of(trial, asks, map(shown, cells)) | {"cells": cells}
 
 
-class FreshNoise:
-    """The fresh noise of ``sampling.ddim``, each picture's from a generator of its own.
+def fresh_noise(seeds: Iterable[int]) -> Fresh:
+    """Noise for each step, each picture's from a generator of its own.
 
-    ddim's one generator would make a picture depend on the others of its batch; ``spread`` there
-    is 0.
+    With one for all a picture would depend on the others of its batch.
     """
+    # Not the seed of the picture's first noise, of which this must be independent.
+    seeds = [zlib.crc32(f"{seed}|fresh".encode()) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def __init__(self, eta: float, spread: float, seeds: Sequence[int]):
-        self.eta, self.spread = eta, spread
-        # Not the seed of the picture's first noise, of which this must be independent.
-        seeds = [zlib.crc32(f"{seed}|fresh".encode()) for seed in seeds]
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.alpha = torch.ones(())  # of the current step
+    def fresh(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.randn(x.shape[1:], generator=each) for each in generators])
 
-    def options(self) -> dict[str, Any]:
-        """For ``sampling.ddim``."""
-        return {"correct": self._see, "after": self._add, "generator": torch.Generator()}
-
-    def _see(self, x, noise, t, alpha):
-        self.alpha = alpha
-        return noise
-
-    def _add(self, x, following):
-        sigma = self.eta * ddpm_sigma(self.alpha, following)
-        fresh = [torch.randn(x.shape[1:], generator=each) for each in self.generators]
-        return x + self.spread * sigma * torch.stack(fresh).to(x)
+    return fresh
 
 
 def draw_latents(

@@ -18,12 +18,13 @@ from ...errors import ForgetError
 from ...files import DEMO_FOLDER
 from ...models.adapters import LayerModule
 from ...models.families import layers, layers_by_name
-from ...models.interface import Text
+from ...models.interface import Text, TextEncoder
 from ...models.module_patching import frozen
 from ...models.sampling import SigmaSchedule, drawn
 from ...models.transformers import BY_KEY, Reader
 from ...models.unknown_family import UnknownFamily, family_of_model
 from .load import load_pipeline
+from .model import DiffusersModel
 from .pipeline_model import PipelineModel
 from .text_encoder import evaluating, pieces_of
 
@@ -130,7 +131,7 @@ class DiffusersTransformer(PipelineModel[UnknownFamily]):
             )
         states = self.pipeline.text_encoder(ids.to(self.device))[0]
         ends = (ids == END).int().argmax(1)
-        return Text(states, {"pooled_output": states[torch.arange(len(ids)), ends]})
+        return _text(states, states[torch.arange(len(ids)), ends])
 
     @torch.no_grad()
     def sample_latents(
@@ -141,6 +142,12 @@ class DiffusersTransformer(PipelineModel[UnknownFamily]):
         return drawn(_Denoiser(self), text, empty, noise, steps, guidance)
 
     @contextmanager
+    def borrow_text_encoder(self) -> Iterator[_TextEncoder]:
+        """The demo model's, to learn words with."""
+        with DiffusersModel(self.pipeline).borrow_text_encoder() as encoder:
+            yield _TextEncoder(encoder)
+
+    @contextmanager
     def borrow_denoiser(self) -> Iterator[_Denoiser]:
         with evaluating([self.flux]), frozen([self.flux]):
             yield _Denoiser(self)
@@ -148,6 +155,19 @@ class DiffusersTransformer(PipelineModel[UnknownFamily]):
     @contextmanager
     def watch(self, batch: int = 1, side: int = 8) -> Iterator[_Denoiser]:
         yield _Denoiser(self)
+
+
+class _TextEncoder:
+    """What ``textual_inversion`` uses of ``fmn.models.interface.TextEncoder``."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder, self.width, self.device = encoder, encoder.width, encoder.device
+        self.vectors = encoder.vectors
+
+    def encode(self, prompt: str, vectors: Tensor | None = None) -> tuple[Text, Tensor]:
+        """See ``TextEncoder.encode``; the transformer reads the first tokens alone."""
+        text, pooled = self.encoder.encode(prompt, vectors)
+        return _text(text.context[:, :TOKENS], pooled), pooled
 
 
 class _Denoiser:
@@ -174,6 +194,10 @@ class _Denoiser:
     def checkpoint_blocks(self) -> list[nn.Module]:
         flux = self.model.flux
         return [*flux.transformer_blocks, *flux.single_transformer_blocks]
+
+
+def _text(states: Tensor, pooled: Tensor) -> Text:
+    return Text(states, {"pooled_output": pooled})
 
 
 def _plain_text(prompt: Prompt) -> str:

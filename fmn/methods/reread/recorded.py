@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ...closed_form.input_edit import Changes
 from ...closed_form.output_edit import PartProgress
@@ -128,6 +129,16 @@ class RowSampler:
                 self._predict(batch)
         return recorder.taken()
 
+    def widened(self, changes: Changes) -> Changes:
+        """Changes of what attention gives as those of all that the layers get: zeros elsewhere."""
+        widths = {
+            name: cast(nn.Linear, module).in_features for name, module in self.modules.items()
+        }
+        return {
+            name: (up, pad(down, (0, widths[name] - down.shape[1])))
+            for name, (up, down) in changes.items()
+        }
+
     def along_drawing(self, batch: Batch, levels: int) -> list[Batch]:
         """The batch at each noise level of a drawing of its texts in so many steps."""
         schedule, x_t, batches = self.watched.schedule, batch.x_t, []
@@ -191,7 +202,8 @@ def recorded_patch(task: Task, kept: Sequence[str]) -> ForgetPatch:
         changes: Changes = {}
         for _ in range(settings.passes):
             seen = [sampler.rows(some, changes) for some in batches]
-            changes, left = solve(seen, targets, kept_inputs, settings)
+            solved, left = solve(seen, targets, kept_inputs, settings)
+            changes = sampler.widened(solved)
             del seen
     return task.patch(changes, [1.0, left])
 

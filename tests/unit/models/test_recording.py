@@ -61,6 +61,17 @@ def test_pooled_text_has_one_row():
     assert torch.equal(rows.inputs[:, 0], pooled) and torch.equal(rows.outputs[:, 0], given)
 
 
+def test_of_a_fused_layer_what_attention_gives_is_recorded():
+    entry, layer = Transformer("x", "X", "X", "X", (), (), "x"), nn.Linear(5, 2)
+    recorder = Recorder(entry, torch.tensor([[1]]), 3)
+    given = torch.randn(1, 3, 5)
+    with recorder.attached({"x": Reader("x", "x", PICTURE, fused=True)}, {"x": layer}):
+        output = layer(given)
+    rows = recorder.taken()["x"]
+    assert torch.equal(rows.inputs[0], given[0, 1:2, :2])
+    assert torch.equal(rows.outputs[0], output[0, 1:2])
+
+
 def test_families_differ_and_are_told_apart():
     assert len({entry.key for entry in TRANSFORMERS}) == len(TRANSFORMERS)
     for entry in TRANSFORMERS:

@@ -10,8 +10,10 @@ from fmn.models.sampling import (
     Sampling,
     SigmaSchedule,
     ddim,
+    ddpm_sigma,
     expand,
     guided,
+    posterior_sigma,
     trailing_timesteps,
 )
 
@@ -25,6 +27,11 @@ def constant(value):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def fresh(seed=0):
+    generator = seeded(seed)
+    return lambda x: torch.randn(x.shape, generator=generator)
 
 
 def test_time_steps_are_evenly_spaced_from_the_last():
@@ -64,7 +71,7 @@ def test_fresh_noise_by_hand():
     sigma = (0.2 / 0.64 * (1 - 0.36 / 0.8)) ** 0.5
     clean = (2 - 0.8 * 0.5) / 0.6
     expected = 0.8**0.5 * clean + (0.2 - sigma**2) ** 0.5 * 0.5 + 3 * sigma * drawn
-    result = ddim(constant(0.5), X, ALPHAS, 2, last=1, eta=1.0, spread=3.0, generator=seeded())
+    result = ddim(constant(0.5), X, ALPHAS, 2, last=1, eta=1.0, spread=3.0, fresh=fresh())
     torch.testing.assert_close(result, expected)
 
 
@@ -74,7 +81,7 @@ def test_eta_above_one_takes_the_absolute_value_under_the_root():
     assert sigma**2 > 0.2
     clean = (2 - 0.8 * 0.5) / 0.6
     expected = 0.8**0.5 * clean + (sigma**2 - 0.2) ** 0.5 * 0.5
-    result = ddim(constant(0.5), X, ALPHAS, 2, last=1, eta=eta, spread=0.0, generator=seeded())
+    result = ddim(constant(0.5), X, ALPHAS, 2, last=1, eta=eta, spread=0.0)
     torch.testing.assert_close(result, torch.full_like(X, expected))
 
 
@@ -83,16 +90,15 @@ def noisy(x, t):
 
 
 def test_without_eta_it_draws_no_random_numbers():
-    generator = seeded()
-    before = generator.get_state()
-    first = ddim(noisy, X, ALPHAS, 4, generator=generator)
-    assert torch.equal(first, ddim(noisy, X, ALPHAS, 4))
-    assert torch.equal(generator.get_state(), before)
+    before = torch.get_rng_state()
+    ddim(noisy, X, ALPHAS, 4)
+    FLOW.sample(noisy, X, 4)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_with_eta_the_generator_decides():
     first, again, other = (
-        ddim(noisy, X, ALPHAS, 4, eta=1.0, generator=seeded(seed)) for seed in (1, 1, 2)
+        ddim(noisy, X, ALPHAS, 4, eta=1.0, fresh=fresh(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
@@ -120,6 +126,33 @@ def test_two_goes_of_euler_are_one():
     torch.testing.assert_close(half, FLOW.sample(lambda x, t: x / 2, X, 4, last=3))
     whole = FLOW.sample(lambda x, t: x / 2, X, 4)
     torch.testing.assert_close(FLOW.sample(lambda x, t: x / 2, half, 4, first=3), whole)
+
+
+def test_fresh_noise_of_a_flow_by_hand():
+    """The step from sigma 0.75 to 0.5; from sigma 1 all of the noise would be fresh."""
+    clean, noise = 2 - 0.75 * 1, 2 + 0.25 * 1  # velocity 1
+    sigma = 1.2 * 0.5 * (1 - (0.25 * 0.5 / (0.5 * 0.75)) ** 2) ** 0.5
+    expected = 0.5 * clean + abs(0.5**2 - sigma**2) ** 0.5 * noise
+    expected = expected + 1.1 * sigma * torch.randn(X.shape, generator=seeded())
+    options = {"first": 1, "last": 2, "eta": 1.2, "spread": 1.1, "fresh": fresh()}
+    found = FLOW.sample(constant(1.0), X, 4, **options)
+    torch.testing.assert_close(found, expected)
+
+
+def test_posterior_noise_is_ddpms():
+    """A flow's x is DDPM's x_t over a factor, so q(x' | x, x_0) is the same."""
+    signals, levels = (0.25, 0.5), (0.75, 0.5)
+    over = [(a**2 + s**2) ** 0.5 for a, s in zip(signals, levels)]
+    alphas = [torch.tensor((a / o) ** 2) for a, o in zip(signals, over)]
+    expected = float(ddpm_sigma(*alphas)) * over[1]
+    assert posterior_sigma(signals, levels) == pytest.approx(expected)
+
+
+def test_a_flow_of_known_end_stays_on_its_way():
+    """With fresh noise, too, a network that knows the picture ends at it."""
+    clean = torch.full_like(X, 0.7)
+    found = FLOW.sample(lambda x, t: (x - clean) / LEVELS[t], X, 4, eta=1.0, fresh=fresh())
+    torch.testing.assert_close(found, clean)
 
 
 def test_correct_sees_every_prediction_and_replaces_it():
