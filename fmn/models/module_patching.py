@@ -71,7 +71,7 @@ def checkpointed(
     Args:
         in_place: they may write into their inputs and into what their backward needs, for which
             torch's own checkpoint silently gives wrong gradients. The caller is inside
-            ``torch.autograd.graph.allow_mutation_on_saved_tensors``.
+            ``saved_tensors.copied_before_writing``.
     """
     if in_place:
         return replaced(modules, lambda module: partial(_recomputed, module.forward))

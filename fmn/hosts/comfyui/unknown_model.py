@@ -15,13 +15,13 @@ import comfy.model_sampling
 import comfy.samplers
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from ...concepts.concept import Prompt
 from ...errors import ForgetError
 from ...models.families import Family, layers_by_name
 from ...models.interface import Text
 from ...models.sampling import SigmaSchedule
+from ...models.saved_tensors import copied_before_writing
 from ...models.transformers import transformer_of
 from ...models.unknown_family import UnknownFamily, family_of_model
 from .denoiser import Denoiser
@@ -84,7 +84,7 @@ class UnknownModel(ComfyHost):
         self._check_latents()
         # Many models add in place to tensors that backward needs; those are copied before.
         try:
-            with self._loaded() as patcher, allow_mutation_on_saved_tensors():
+            with self._loaded() as patcher, copied_before_writing():
                 yield UnknownDenoiser(self.family, patcher)
         except RuntimeError as error:
             if NO_GRADIENT not in str(error):

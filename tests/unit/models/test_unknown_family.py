@@ -6,6 +6,7 @@ import torch
 from fmn.errors import ForgetError
 from fmn.models.interface import fingerprint
 from fmn.models.module_patching import checkpointed
+from fmn.models.saved_tensors import copied_before_writing
 from fmn.models.transformers import BY_KEY
 from fmn.models.unknown_family import MAX_ENTRIES, family_of_file, family_of_model
 from fmn.patches.lora_keys import file_name, known_names
@@ -130,7 +131,7 @@ def test_recomputed_blocks_in_place(learns):
         blocks.zero_grad()
         scale.grad = None
         with (
-            torch.autograd.graph.allow_mutation_on_saved_tensors(),
+            copied_before_writing(),
             checkpointed(modules, in_place=True),
         ):
             x = torch.linspace(-1, 1, 6).view(2, 3)
