@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fmn.errors import ForgetError, NonFiniteLoss
+from fmn.models.sampling import DDPMSchedule
 from fmn.models.token_positions import EOS_ID, tokenize_with_placeholders
-from fmn.training import textual_inversion
 from fmn.training.textual_inversion import PLACEHOLDER, Settings, initial_vectors, invert
 
 from ..tiny import BOS, TinyModel, same_tensors, sections, weights_of, word_id
@@ -135,10 +135,8 @@ def test_time_steps_are_spread_over_the_schedule():
 
 def test_every_template_and_picture_is_used(monkeypatch):
     model, shown = TinyModel(), []
-    q_sample = textual_inversion.q_sample
-    monkeypatch.setattr(
-        textual_inversion, "q_sample", lambda *a: shown.append(a[0]) or q_sample(*a)
-    )
+    noised = DDPMSchedule.noised
+    monkeypatch.setattr(DDPMSchedule, "noised", lambda *a: shown.append(a[1]) or noised(*a))
     run(Settings(steps=8, batch=2, templates=("a photo of {}", "{} there")), model)
     with model.borrow_text_encoder() as text:
         known = text.encode("a")[0].context[0, 1]
