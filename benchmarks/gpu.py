@@ -4,9 +4,9 @@
     COMFYUI_PATH=... python benchmarks/gpu.py --small    without a GPU: does every part run?
 
 Runs programs of this folder one after the other, the most important first. Each is stopped when its
-seconds are over, and what it has printed until then counts. All goes to the terminal and to
-OUT/gpu.md, as it comes. Flux.1 in bf16 needs 24 GB of disk and 30 GB of memory on the GPU. Linux
-only.
+seconds are over, and what it has printed until then counts. All of it goes to OUT/gpu.md as it
+comes; the terminal tells how far it is. Flux.1 in bf16 needs 24 GB of disk and 30 GB of memory on
+the GPU. Linux only.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def _methods(model: str, size: int, seconds: int) -> Part:
 def _transformer(model: str, form: str, seconds: int) -> Part:
     command = (
         "transformers_full_size.py", model, "--gpu", "--blocks", "0", "--form", form,
-        "--size", "384", "--prompts", "40", "--keep", "192",
+        "--size", "384", "--prompts", "40", "--keep", "256",  # Re-read's defaults
     )  # fmt: skip
     small = "transformers_full_size.py", model, "--form", form
     return Part(f"Re-read on {model} in {form}", seconds, command, small)

@@ -39,27 +39,16 @@ def is_linear(key, tensor):
     return key.endswith(".weight") and tensor.dim() == 2
 
 
-def scaled(weights, scale_key):
-    """Matrices in 8 bits over their own scale, as ``scaled_fp8`` checkpoints have them."""
-    made = {}
+def scaled(weights, scale_key, dtype=FP8):
+    """Matrices in 8 bits over their own scale, as ``scaled_fp8`` checkpoints and ComfyUI's mixed
+    precision have them."""
+    made, whole = {}, dtype is torch.int8
     for key, tensor in weights.items():
         if is_linear(key, tensor):
-            scale = tensor.float().abs().max() / torch.finfo(FP8).max
-            made[key] = (tensor.float() / scale).to(FP8)
+            scale = tensor.float().abs().max() / (127 if whole else torch.finfo(dtype).max)
+            values = tensor.float() / scale
+            made[key] = (values.round() if whole else values).to(dtype)
             made[key.removesuffix("weight") + scale_key] = scale
-        else:
-            made[key] = tensor
-    return made
-
-
-def in_int8(weights):
-    """Matrices in int8 over a scale each, as ComfyUI's mixed precision has them."""
-    made = {}
-    for key, tensor in weights.items():
-        if is_linear(key, tensor):
-            scale = tensor.float().abs().max() / 127
-            made[key] = (tensor.float() / scale).round().to(torch.int8)
-            made[key.removesuffix("weight") + "weight_scale"] = scale
         else:
             made[key] = tensor
     return made
@@ -75,7 +64,7 @@ def written_as(kind, weights, folder):
         form = "float8_e4m3fn" if kind == "mixed" else "int8_tensorwise"
         layers = {name: {"format": form} for name in names}
         metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
-        weights = scaled(weights, "weight_scale") if kind == "mixed" else in_int8(weights)
+        weights = scaled(weights, "weight_scale", FP8 if kind == "mixed" else torch.int8)
     path = folder / f"{kind}.safetensors"
     save_file(weights, path, metadata=metadata)
     return path
