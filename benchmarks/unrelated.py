@@ -14,15 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fmn.bench.measures.pictures import pictures  # noqa: E402
-from fmn.bench.measures.trial import Trial  # noqa: E402
-from fmn.bench.reporting.columns import Results  # noqa: E402
-from fmn.bench.suite import load_suite  # noqa: E402
-from fmn.concepts.concept import Concept  # noqa: E402
-from fmn.hosts.diffusers.open import open_model  # noqa: E402
-from fmn.methods import forget, settings_of  # noqa: E402
-from fmn.metrics.load import load_judge  # noqa: E402
-from fmn.models.image_sampler import open_sampler  # noqa: E402
+from fmn.bench.measures.pictures import pictures
+from fmn.bench.measures.trial import Trial
+from fmn.bench.reporting.columns import Results
+from fmn.bench.suite import load_suite
+from fmn.concepts.concept import Concept
+from fmn.hosts.diffusers.open import open_model
+from fmn.methods import forget, settings_of
+from fmn.metrics.load import load_judge
+from fmn.models.image_sampler import open_sampler
 
 TARGETS = (
     "santa claus", "robot", "clown", "dog", "apple", "bicycle", "neon sign", "ink drawing",
