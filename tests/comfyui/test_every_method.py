@@ -15,7 +15,7 @@ SHORT = {
     "hirm": {"steps": 2},
     "trce": {"prompts": 8},
     "reread-many": {"steps": 2, "kept": 8, "batch": 2},
-    "reread": {"prompts": 3, "kept": 8, "sampling_steps": 2, "size": 64},
+    "reread": {"prompts": 3, "kept": 8, "near_words": 0, "sampling_steps": 2, "size": 64},
     "reread-robust": {
         "prompts": 3, "kept": 8, "sampling_steps": 2, "size": 64, "robust_steps": 2,
         "robust_pictures": 4,

@@ -13,6 +13,7 @@ from fmn.methods import PRESETS, forget, settings_of
 SHORT = {
     "steps": 2, "sampling_steps": 2, "sample_steps": 2, "robust_steps": 2, "robust_pictures": 4,
     "size": 64, "samples": 1, "pairs": 2, "batch": 2, "prompts": 3, "keep_prompts": 8, "latents": 2,
+    "near_words": 0,
 }  # fmt: skip
 
 
