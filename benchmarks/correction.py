@@ -75,7 +75,7 @@ TREES = tuple(f"a christmas tree, {style}" for style in ("noto emoji", "3d rende
 EXAMPLES = {
     "correction": Example(
         {
-            "ablation": Way(ablation, PUPPY, ablation.Settings(samples=1, **DRAWN)),
+            "ablation": Way(ablation, PUPPY, ablation.Settings(lr=3e-3, samples=1, **DRAWN)),
             "uce": Way(uce, PUPPY, uce.Settings()),
         },
         {

@@ -40,7 +40,7 @@ from ..training.run import TrainingOptions
 from . import shared_settings as shared
 
 TITLE = "Concept Ablation"
-REVISION = 1
+REVISION = 2
 ANY_MODEL = True
 ABOUT = (
     "Concept Ablation (arXiv 2303.13516): trains the concept's prompts to draw what its anchor's "
@@ -53,8 +53,8 @@ class Settings(Base, method="ablation"):
     trains = True
     steps: int = shared.steps(default=50)
     lr: float = shared.lr(
-        3e-3,
-        "AdamW's learning rate. Around 0.003 for low rank; the released code trains full weights "
+        2e-3,
+        "AdamW's learning rate. Around 0.002 for low rank; the released code trains full weights "
         "with 0.000008.",
     )
     rank: int = shared.rank(advanced=True)
@@ -78,7 +78,7 @@ class Settings(Base, method="ablation"):
         choices=("frozen", "current"),
     )
     no_anchor: str = advanced(
-        "empty",
+        "rest",
         "What stands for the anchor of concepts without one. empty: the empty prompt. rest: the "
         "same prompt without the concept's words.",
         choices=("empty", "rest"),
