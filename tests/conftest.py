@@ -37,15 +37,15 @@ def pytest_collection_modifyitems(items):
 
 class Sharing(LoadFileScheduling):
     def _assign_work_unit(self, node):
-        if (file := self._without_comfyui(node)) is not None:
+        if file := self._without_comfyui(node):
             self.workqueue.move_to_end(file, last=False)
         super()._assign_work_unit(node)
 
     def _reschedule(self, node):
-        if self._is_last(node) and self.workqueue and self._without_comfyui(node) is None:
-            node.shutdown()
-        else:
+        if not self._is_last(node) or not self.workqueue or self._without_comfyui(node):
             super()._reschedule(node)
+        elif not node.shutting_down:
+            node.shutdown()
 
     def _is_last(self, node):
         return self.numnodes > 2 and node.gateway.id == f"gw{self.numnodes - 1}"

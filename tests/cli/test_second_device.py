@@ -67,10 +67,10 @@ def test_the_mock_finds_mistakes(library):
 
 
 # In parts, so that each has two minutes.
-@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("part", [0, 1, 2])
 def test_every_preset_through_diffusers(library, part):
     test = "second_device/presets.py::test_a_patch_is_the_same"
-    code, said = on_it(library, *(f"{test}[{preset}]" for preset in list(PRESETS)[part::2]))
+    code, said = on_it(library, *(f"{test}[{preset}]" for preset in list(PRESETS)[part::3]))
     assert code == 0, said
 
 
@@ -79,6 +79,7 @@ def test_every_method_in_comfyui(library):
     assert code == 0, said
 
 
-def test_with_little_memory_in_comfyui(library):
-    code, said = on_it(library, "comfyui/on_a_card.py")
+@pytest.mark.parametrize("which", ["worn", "not worn"])
+def test_with_little_memory_in_comfyui(library, which):
+    code, said = on_it(library, "comfyui/on_a_card.py", "-k", which)
     assert code == 0, said
