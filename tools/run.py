@@ -158,7 +158,7 @@ def run_tests(arguments):
             return code
     types = check_types(python)  # beside the tests, which wait for a server or a page now and then
     # Files side by side: each process has its own server. Somebody who picks tests runs them here.
-    side_by_side = ["-n", str(min(4, os.cpu_count() or 1) + 1), "--dist", "loadfile"]
+    side_by_side = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
     arguments = arguments or [*side_by_side, "--no-loadscope-reorder"]
     command = [python, "-m", "pytest", *arguments]
     code = subprocess.run(command, cwd=ROOT / "tests", env=env).returncode
