@@ -2,11 +2,11 @@
 
     python benchmarks/other_loras.py reread uce
 
-A LoRA is trained for each of two things that the model never knew, and worn alone or both together.
+A LoRA is trained for each of two things that the model never knew; one or both are then applied.
 Every second target of the suite ``demo-wide`` is then forgotten by a patch made on the bare model,
 and by one made on the model with the LoRA. UA, IRA and CRA are those of ConceptBench, in %;
 pictures count that are right with the LoRA alone. ``taught``: the share of pictures of what the
-LoRA taught that show it, over all patches; of both things where no LoRA is worn.
+LoRA taught that show it, over all patches, by the first judge; of both things without a LoRA.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from fmn.models.image_sampler import open_sampler
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = RelearnSettings(steps=400)
 ALONE = 24  # pictures of each thing without a patch
-WORN = ((), ("kangaroo",), ("kangaroo", "accordion"))
+COMBINATIONS = ((), ("kangaroo",), ("kangaroo", "accordion"))
+KEYS = "UA", "IRA", "CRA", "HM"
 
 
 def lora(bench, name, pictures):
@@ -46,7 +47,7 @@ def lora(bench, name, pictures):
     return {layer: up @ down for layer, (up, down, _) in factors.items()}
 
 
-def wearing(bench, loras):
+def with_loras(bench, loras):
     """A bench whose model has LoRAs in its weights."""
     other, model = copy.copy(bench), DiffusersModel.load(bench.suite.model)
     for changes in loras:
@@ -68,15 +69,22 @@ def share_taught(bench, patches, names, count):
     return seen, asked
 
 
+def measured(bench, maker, targets, settings, names):
+    """Judged pictures of all targets, each with its patch by ``maker``, and shares taught."""
+    rows, shares = [], []
+    for target in targets:
+        patches = [(maker.train([target], settings), 1.0)]
+        rows += bench.rows(patches, [target])
+        shares.append(share_taught(bench, patches, names, bench.count))
+    return rows, shares
+
+
 def show(cells, rows, taught):
     shares = unlearn_canvas(rows) if rows else {}
     numbers = [f"{100 * shares[name]['value']:.1f}" if rows else "" for name in KEYS]
     seen, asked = (sum(each) for each in zip(*taught)) if taught else (0, 0)
     print(f"| {' | '.join([*cells, *numbers, f'{100 * seen / asked:.0f}' if asked else ''])} |")
     sys.stdout.flush()
-
-
-KEYS = "UA", "IRA", "CRA", "HM"
 
 
 def main():
@@ -95,20 +103,15 @@ def main():
     loras = {name: lora(bare, taught[name], controls[name]) for name in taught}
     print("| method | LoRA | patches made | UA | IRA | CRA | mean | taught |")
     print("|---|---|---|" + "---:|" * 5)
-    for worn in WORN:
-        bench = wearing(bare, [loras[name] for name in worn])
-        label = " and ".join(worn) or "none"
-        names = [taught[name] for name in worn or taught]  # without a LoRA: what the model knows
-        show(["no patch", label, ""], [], [share_taught(bench, [], names, ALONE)])
+    for chosen in COMBINATIONS:
+        bench, label = with_loras(bare, [loras[name] for name in chosen]), " and ".join(chosen)
+        names = [taught[name] for name in chosen or taught]  # without a LoRA: what the model knows
+        show(["no patch", label or "none", ""], [], [share_taught(bench, [], names, ALONE)])
+        makers = {"without it": bare, "with it": bench} if chosen else {"": bare}
         for method in options.method:
-            settings = settings_of(method, {})
-            for maker, where in ((bare, "without it"), (bench, "with it"))[: 2 if worn else 1]:
-                rows, found = [], []
-                for target in targets:
-                    patches = [(maker.train([target], settings), 1.0)]
-                    rows += bench.rows(patches, [target])
-                    found.append(share_taught(bench, patches, names, options.pictures))
-                show([method, label, where if worn else ""], rows, found if worn else [])
+            for where, maker in makers.items():
+                rows, shares = measured(bench, maker, targets, settings_of(method, {}), names)
+                show([method, label or "none", where], rows, shares if chosen else [])
 
 
 if __name__ == "__main__":
