@@ -80,8 +80,9 @@ def outcomes(
     """What a patch does to its concepts, to ``MOST`` of them if they are more.
 
     It takes 12 forwards of one prompt for each, 13 with an anchor, of pictures of half the size
-    that the model was trained at. For a transformer 3 forwards at pure noise, which give what is
-    left and nothing else. Empty for other models.
+    that the model was trained at, or of the patch's training if that was smaller. For a
+    transformer 3 forwards at pure noise, which give what is left and nothing else. Empty for other
+    models.
 
     Args:
         near: of ``neighbours``: the words whose change is measured.
@@ -92,7 +93,9 @@ def outcomes(
         return _left_in_transformer(cast(TransformerModel, model), patch, concepts) if known else []
     unet = cast(UNetModel, model)
     words = {each.concept: list(each.near) for each in near}
-    size = max(SMALLEST, unet.family.resolution // 2)
+    half = unet.family.resolution // 2
+    trained = patch.info.get("settings", {}).get("size") or half
+    size = max(SMALLEST, min(half, trained))
     with open_sampler(unet, Sampling(STEPS, GUIDANCE, size)) as sampler:
         return [_outcome(sampler, patch, each, words.get(each.name, [])) for each in concepts]
 

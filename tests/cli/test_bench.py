@@ -26,7 +26,7 @@ from fmn.models.families import DEMO, layers
 from fmn.patches.patch import ForgetPatch, load_patch, save_patch, to_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNT, STEPS = 8, 6  # a picture of each style; half the steps do for what is looked at
+COUNT, STEPS = 4, 6  # half the steps do for what is looked at
 
 
 def noise_patch(size, sign=1.0):
@@ -96,7 +96,7 @@ def test_a_destroyed_model_keeps_nothing(lab, name):
 
 
 def test_a_patch_and_its_negation_cancel(setup, lab):
-    few = Lab(replace(setup, count=2), lab.model, lab.judge)
+    few = Lab(replace(setup, count=1), lab.model, lab.judge)
     patch, negated = noise_patch(1.0), noise_patch(1.0, sign=-1.0)
     nothing, once, both = (
         scores(few, "dog", pictures(few, "dog", patches))

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -86,10 +87,13 @@ def browser(playwright, tmp_path_factory):
 def page(server, playwright, browser, tmp_path_factory):
     """A new page of the frontend; in a new Chromium if the last has crashed."""
     try:
-        return opened(browser[-1], server.url)
+        found = opened(browser[-1], server.url)
     except (IndexError, Error):
         browser[:] = [launched(playwright.chromium, tmp_path_factory.mktemp("browser"))]
-        return opened(browser[-1], server.url)
+        found = opened(browser[-1], server.url)
+    yield found
+    with suppress(Error):  # it may have crashed
+        found.goto("about:blank")  # a page that nobody looks at draws all the same
 
 
 @pytest.fixture
@@ -126,6 +130,13 @@ def demo(pack):
     """MODEL, CLIP and VAE of the demo model, made in inference mode as in a running server."""
     with torch.inference_mode():
         return pack("nodes.demo").load_demo_checkpoint()
+
+
+@pytest.fixture
+def short_drawings(pack, monkeypatch):
+    """Pictures to train on take two steps."""
+    monkeypatch.setattr(pack("fmn.methods.resteer"), "SAMPLE_STEPS", 2)
+    monkeypatch.setattr(pack("fmn.methods.reread.training_images"), "DRAWING_STEPS", 2)
 
 
 @pytest.fixture

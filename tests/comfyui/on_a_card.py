@@ -16,6 +16,7 @@ from .parts import concept, same_bits, state
 from .test_every_method import SHORT
 from .test_paged import assert_same
 
+pytestmark = pytest.mark.usefixtures("short_drawings")
 TIGHT = 1 << 20  # bytes free, always
 STATES = {"tight": (TIGHT, "NORMAL_VRAM"), "novram": (plugin.MEMORY, "NO_VRAM")}
 
@@ -71,7 +72,12 @@ def test_weights_are_read_with_what_is_worn(pack, worn, comfy_model, made, littl
     host, on_unet = worn
     merging, hash_model = pack("fmn.jobs.joint_merge"), pack("fmn.jobs.recipe").hash_model
     short = partial(
-        merging.Settings, prompts=3, keep_prompts=8, images_per_concept=1, sampling_steps=2
+        merging.Settings,
+        prompts=3,
+        keep_prompts=8,
+        images_per_concept=1,
+        sampling_steps=2,
+        near_words=0,
     )
     monkeypatch.setattr(merging, "Settings", short)
     patchers = comfy_model.patcher, comfy_model.clip.patcher

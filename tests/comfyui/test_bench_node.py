@@ -73,10 +73,11 @@ def test_a_second_run_measures_only_what_is_missing(server, measured):
     before = finished(server)
     server.run(training(steps=3) | bench(patch=["train", 0], targets="dog"))
     assert finished(server) == before
-    server.run(bench(bench_seed=1))  # without a patch: re-steer with its defaults
+    method = {"uce": node("FMN_MethodUce", keep_list="none")}
+    server.run(method | bench(bench_seed=1, method=["uce", 0]))
     after = finished(server)
     assert before.items() < after.items()
-    assert len(after) == len(before) + 3  # untouched, training, re-steered
+    assert len(after) == len(before) + 3  # untouched, training, with the patch
 
 
 def weights(path):
@@ -160,7 +161,7 @@ def test_a_patch_for_something_the_suite_does_not_ask_about(server):
 
 
 def test_cancel_keeps_what_is_finished(server):
-    prompt_id = server.queue(bench(name="cancelled", count=8, targets="apple\ncar"))
+    prompt_id = server.queue(bench(name="cancelled", count=4, targets="apple\ncar"))
     with pytest.raises(Interrupted):
         for kind, data in server.events(prompt_id):
             if any("1 of 6 cells" in text for text in texts([(kind, data)])):
@@ -178,7 +179,7 @@ def test_the_model_comes_back_bit_identical(pack, demo, monkeypatch):
     node_class = pack("nodes.bench").ConceptBench
     with torch.inference_mode():
         node_class.execute(
-            model, clip, vae, "demo", "dog", "pictures", "", 2, 0, "in_process", patch=patch
+            model, clip, vae, "demo", "dog", "pictures", "", 1, 0, "in_process", patch=patch
         )
     after = state(model)
     assert before.keys() == after.keys()

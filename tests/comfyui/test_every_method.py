@@ -14,13 +14,14 @@ SHORT = {
     "casteer": {"pairs": 2, "batch": 2, "sampling_steps": 2, "size": 64},
     "hirm": {"steps": 2},
     "trce": {"prompts": 8},
-    "reread-many": {"steps": 2, "kept": 8, "batch": 2},
-    "reread": {"prompts": 3, "kept": 8, "near_words": 0, "sampling_steps": 2, "size": 64},
+    "reread-many": {"steps": 2, "keep_prompts": 8, "batch": 2},
+    "reread": {"prompts": 3, "keep_prompts": 8, "near_words": 0, "sampling_steps": 2, "size": 64},
     "reread-robust": {
-        "prompts": 3, "kept": 8, "sampling_steps": 2, "size": 64, "robust_steps": 2,
+        "prompts": 3, "keep_prompts": 8, "sampling_steps": 2, "size": 64, "robust_steps": 2,
         "robust_pictures": 4,
     },
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("short_drawings")
 FIRST = [first for first, *_ in METHODS.values()]
 
 

@@ -79,7 +79,7 @@ def test_a_text_goes_to_the_workflow_that_was_run(page):
     """Not to the node of the same number in another one, which is open by then."""
     dress(page, nodes_2=False)
     # With a rank: frontend 1.49.6 gives a node what one of its number had in an earlier workflow.
-    slow = node("FMN_MethodResteer", steps=300, rank=4)
+    slow = node("FMN_MethodResteer", steps=60, rank=4)
     open_prompt(page, numbered(batch("slow", ["dog"], slow)))
     page.evaluate("id => { app.graph.id = id; }", str(uuid.uuid4()))
     text = page.locator(SHOWN)

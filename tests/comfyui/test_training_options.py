@@ -6,6 +6,7 @@ import torch
 from .parts import concept, gradient_flags, leftovers, same_bits, state
 from .test_every_method import SHORT, Fault
 
+pytestmark = pytest.mark.usefixtures("short_drawings")
 TRAINED = "resteer", "esd", "ablation", "hirm", "reread-many", "reread-robust"
 
 

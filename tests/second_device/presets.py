@@ -1,4 +1,4 @@
-"""Every preset through diffusers, on the CPU and on the second device: the same patch."""
+"""Every method through diffusers, on the CPU and on the second device: the same patch."""
 
 from dataclasses import fields, replace
 
@@ -8,8 +8,14 @@ from second_device.plugin import CARD
 
 from fmn.concepts.concept import Concept
 from fmn.hosts.diffusers.model import DiffusersModel
-from fmn.methods import PRESETS, forget, settings_of
+from fmn.methods import METHODS, forget, resteer, settings_of
+from fmn.methods.reread import training_images
 
+# The first preset of each method, and those that run other code than it does.
+CHOSEN = [presets[0] for presets in METHODS.values()] + [
+    "reread-auto", "reread-robust", "resteer-released", "esd-u", "ablation-released", "oce-style",
+    "oce-reflection", "oce-projection", "hirm-r",
+]  # fmt: skip
 SHORT = {
     "steps": 2, "sampling_steps": 2, "sample_steps": 2, "robust_steps": 2, "robust_pictures": 4,
     "size": 64, "samples": 1, "pairs": 2, "batch": 2, "prompts": 3, "keep_prompts": 8, "latents": 2,
@@ -28,7 +34,13 @@ def shortened(settings):
     return replace(settings, **{name: SHORT[name] for name in longer})
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.fixture(autouse=True)
+def short_drawings(monkeypatch):
+    monkeypatch.setattr(resteer, "SAMPLE_STEPS", 2)
+    monkeypatch.setattr(training_images, "DRAWING_STEPS", 2)
+
+
+@pytest.mark.parametrize("preset", CHOSEN)
 def test_a_patch_is_the_same(models, preset):
     style = preset.endswith("-style")
     concept = Concept("watercolor", kind="style") if style else Concept("dog")

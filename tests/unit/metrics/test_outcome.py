@@ -1,6 +1,7 @@
 """What a patch leaves of a concept, against its equation, and how that is said."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_an_empty_patch_leaves_all_and_changes_nothing():
     (found,) = outcomes(TinyModel(), make_patch(TINY, size=0.0), [DOG], NEAR)
     assert found.left == pytest.approx(1.0, abs=1e-5)
     assert found.kept == pytest.approx({"cat": 0, "wolf": 0}, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("trained_at", "side"), [(0, 256), (192, 192), (512, 256), (64, SMALLEST), (None, 256)]
+)
+def test_it_looks_at_no_larger_pictures_than_the_training(trained_at, side):
+    model = TinyModel()
+    model.family = replace(TINY, resolution=512)
+    patch = make_patch(model.family)
+    patch.info["settings"] = {} if trained_at is None else {"size": trained_at}
+    outcomes(model, patch, [DOG])
+    assert {x.shape[-1] for x, *_ in model.seen} == {side // 8}
 
 
 def test_it_takes_few_forwards_however_many_concepts_there_are():
