@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,15 +39,41 @@ def gguf_pack(pack):
     return importlib.import_module(f"{name}.nodes")
 
 
+FORMS = "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"
+# Of a block of 256 numbers: the bytes of its float16 factors, and their sizes for numbers of
+# about 1: one for what is stored, one for what is taken off.
+K_FACTORS = {"Q4_K": ((0, 1 / 160), (2, 7.5 / 160)), "Q5_K": ((0, 1 / 320), (2, 15.5 / 320)),
+             "Q6_K": ((208, 1 / 1350),)}  # fmt: skip
+
+
+def random_k_blocks(tensor, form):
+    """Any bytes are a matrix in a K-quant, which gguf reads and does not write: random ones, whose
+    factors give numbers of the tensor's size."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[form]]
+    rows, columns = tensor.shape
+    random = np.random.default_rng(columns)
+    data = random.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
+    for place, factor in K_FACTORS[form]:
+        value = np.float16(factor * float(tensor.float().std()))
+        data[..., place : place + 2] = np.frombuffer(value.tobytes(), np.uint8)
+    return data.reshape(rows, -1)
+
+
 def written(weights, form, path, architecture="sd3"):
-    """A GGUF file of a model whose matrices are in a form of 8 or 4 bits."""
+    """A GGUF file of a model whose matrices are in a form of 8 to 4 bits."""
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
     for key, tensor in weights.items():
-        fits = tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and key.endswith(".weight")
+        matrix = tensor.dim() == 2 and key.endswith(".weight")
+        fits = matrix and tensor.shape[1] % (256 if form in K_FACTORS else 32) == 0
         kind = gguf.GGMLQuantizationType[form if fits else "F32"]
-        data = gguf.quants.quantize(tensor.float().numpy(), kind)
+        if fits and form in K_FACTORS:
+            data = random_k_blocks(tensor, form)
+        else:
+            data = gguf.quants.quantize(tensor.float().numpy(), kind)
         writer.add_tensor(key, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -54,13 +81,15 @@ def written(weights, form, path, architecture="sd3"):
     writer.close()
 
 
-@pytest.fixture(params=["Q8_0", "Q4_0"])
+@pytest.fixture(params=FORMS)
 def host(request, pack, gguf_pack, monkeypatch, tmp_path):
     """Of a tiny model by the node Unet Loader (GGUF)."""
-    # The loader takes a model to have as many blocks as its width has 64.
-    context = {"in_features": WIDTH, "out_features": 128}
+    # The loader takes a model to have as many blocks as its width has 64; a K-quant needs 256.
+    depth = 4 if request.param in K_FACTORS else 2
+    context = {"in_features": WIDTH, "out_features": 64 * depth}
     embedder = {"target": "torch.nn.Linear", "params": context}
-    whole = make("SD3", {"depth": 2, "context_embedder_config": embedder}).model.diffusion_model
+    sizes = {"depth": depth, "num_blocks": depth}
+    whole = make("SD3", sizes | {"context_embedder_config": embedder}).model.diffusion_model
     path = tmp_path / "model.gguf"
     written(whole.state_dict(), request.param, path)
     monkeypatch.setattr(gguf_pack.folder_paths, "get_full_path", lambda *names: str(path))
@@ -69,7 +98,7 @@ def host(request, pack, gguf_pack, monkeypatch, tmp_path):
     return pack("fmn.hosts.comfyui.unknown_model").host_of(patcher, Words())
 
 
-@pytest.mark.parametrize("form", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("form", FORMS)
 def test_methods_solve_on_a_u_net(pack, gguf_pack, monkeypatch, tmp_path, form):
     """The same patch as on the numbers that the file stands for."""
     import gguf

@@ -28,6 +28,7 @@ TINY = {
     "FMN_MethodUce": {"keep_list": "none"},
     "FMN_MethodReread": {"prompts": 2, "kept": 4, "drawn": 1, "sampling_steps": 2, "near_words": 0},
     "FMN_MethodTrce": {"prompts": 4, "keep_list": "none"},
+    "FMN_MethodRece": {"rounds": 1, "keep_list": "none"},
     "FMN_MethodAblation": {"steps": 2, "sample_steps": 2, "samples": 1},
     "FMN_ConceptInversionProbe": {"steps": 2, "batch": 1, "pictures": 1},
     "FMN_ConceptBench": {"count": 2},

@@ -77,8 +77,9 @@ def start(page):
     page.get_by_test_id("queue-button").click()
 
 
-@pytest.mark.parametrize("light", [False, True], ids=["dark", "light"])
-@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
+@pytest.mark.parametrize(
+    "nodes_2, light", [(False, False), (True, True)], ids=["classic, dark", "nodes 2, light"]
+)
 def test_the_curve_and_previews_are_drawn(page, nodes_2, light):
     name = '<img src="x" onerror="window.fmnAttacked = true">'
     opened_graph(page, nodes_2, light, name)
