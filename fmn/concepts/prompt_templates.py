@@ -87,15 +87,6 @@ def styled_sentences(concept: Concept, styles: Sequence[str], count: int) -> lis
     return pairs
 
 
-def sentences_in_styles(
-    concept: Concept, styles: Sequence[str], count: int
-) -> list[tuple[str, str]]:
-    """As ``sentences``, with half of the ``count`` in one of the styles; of a style none."""
-    styled = styled_sentences(concept, styles, count // 2)
-    plain = sentences(concept, count - count // 2 if styled else count)
-    return plain + styled
-
-
 def _tidy(text: str) -> str:
     """Without the spaces and the comma in front that a missing name leaves."""
     return " ".join(text.split()).replace(" ,", ",").removeprefix(", ")

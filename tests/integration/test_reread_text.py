@@ -5,7 +5,7 @@ import torch
 
 from fmn.closed_form.input_edit import weight_gram
 from fmn.concepts.concept import Concept, Prompt
-from fmn.concepts.prompt_templates import sentences, sentences_in_styles, styled_sentences
+from fmn.concepts.prompt_templates import styled_sentences
 from fmn.errors import ForgetError
 from fmn.hosts.diffusers.model import DiffusersModel
 from fmn.methods import forget, reread_text, settings_of
@@ -147,17 +147,6 @@ def test_sentences_with_styles():
     ]  # fmt: skip
     assert styled_sentences(Concept("etching", "style"), styles, 4) == []
     assert styled_sentences(Concept("dog"), (), 4) == []
-
-
-def test_half_of_the_sentences_are_in_a_style():
-    dog, own = Concept("dog"), Concept("dog", prompts=("a dog that barks",))
-    styles = ["oil painting", "pixel art", "etching"]
-    assert sentences_in_styles(dog, styles, 5) == [
-        *sentences(dog, 3), *styled_sentences(dog, styles, 2)
-    ]  # fmt: skip
-    assert ("a dog that barks", "a that barks") in sentences_in_styles(own, styles, 2)
-    for concept, beside in ((Concept("etching", "style"), styles), (dog, [])):
-        assert sentences_in_styles(concept, beside, 5) == sentences(concept, 5)
 
 
 def test_a_concept_goes_from_sentences_with_given_words_too(model):

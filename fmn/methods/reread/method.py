@@ -27,7 +27,7 @@ from .settings import Settings
 from .training_images import AT_ONCE, draw_scenes
 
 TITLE = "Re-read"
-REVISION = 5
+REVISION = 4
 ABOUT = (
     "Re-read, this pack's own closed form: makes cross-attention read prompts as if the "
     "concept were not in them, and other prompts as before. Trains only with robust_steps."

@@ -25,8 +25,7 @@ from ...closed_form.input_edit import Changes
 from ...closed_form.output_edit import PartProgress
 from ...closed_form.reduced_rank import reduced_rank_ridge
 from ...concepts.concept import Prompt
-from ...concepts.keep_list import keep_for
-from ...concepts.prompt_templates import sentences_in_styles
+from ...concepts.prompt_templates import sentences
 from ...errors import ForgetError
 from ...linalg import to_float64
 from ...models.adapters import attached, fixed_adapters
@@ -178,8 +177,7 @@ def recorded_patch(task: Task, kept: Sequence[str]) -> ForgetPatch:
             f"robust_steps and stop_at are for U-Nets, and {model.family.title} is none: set both "
             "to 0."
         )
-    styles, count = keep_for(task.concepts, (), "styles"), settings.transformer_prompts
-    pairs = [sentences_in_styles(concept, styles, count) for concept in task.concepts]
+    pairs = [sentences(concept, settings.transformer_prompts) for concept in task.concepts]
     texts = [text for some in pairs for pair in some for text in pair]
     prompts = Prompts(model, [*texts, *kept], settings)
     concepts = [prompts.pair(some, settings.query_positions) for some in pairs]

@@ -134,8 +134,8 @@ class Settings(Base, method="reread"):
     )
     transformer_prompts: int = advanced(
         40,
-        "Transformers: sentences with each name of the concept, in place of prompts, half of them "
-        "in a style of the shipped list. Fewer harm neighbours more.",
+        "Transformers: sentences with each name of the concept, in place of prompts. Fewer harm "
+        "neighbours more.",
         limits=(1, 180),
         group="transformer",
     )
